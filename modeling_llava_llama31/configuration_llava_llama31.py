@@ -1,0 +1,34 @@
+"""Configuration of LLaVA-NeXT on Llama 3.1."""
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers import LlavaNextConfig
+
+
+class LlavaLlama31Config(LlavaNextConfig):
+    """`LlavaNextConfig` that is written so that a folder opens through two doors.
+
+    The fields, their defaults and `model_type` are the stock ones. What is written names the stock architecture, which
+    opens without remote code, and maps the Auto classes to ours, which open with `trust_remote_code=True`.
+    """
+
+    def to_diff_dict(self) -> dict:
+        # here and not as attributes: values equal to a default would be left out of the file
+        output = super().to_diff_dict()
+        model_class = "modeling_llava_llama31.LlavaLlama31ForConditionalGeneration"
+        output["architectures"] = ["LlavaNextForConditionalGeneration"]
+        output["auto_map"] = {
+            "AutoConfig": f"configuration_llava_llama31.{type(self).__name__}",
+            "AutoModel": model_class,
+            "AutoModelForImageTextToText": model_class,
+        }
+        return output
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
+
+
+__all__ = ["LlavaLlama31Config"]

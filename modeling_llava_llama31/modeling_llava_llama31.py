@@ -1,0 +1,282 @@
+"""LLaVA-NeXT on Llama 3.1: Transformers' LlavaNext with the same weights and keys, made for training.
+
+What differs from `LlavaNextForConditionalGeneration` (transformers/models/llava_next/modeling_llava_next.py):
+ - the loss and the logits under `labels` are computed at supervised positions only;
+ - a frozen vision tower runs without a graph, and no tower runs the layers behind the one that is used;
+ - a text-only micro-batch under a process group does a one-tile pass, so that all ranks call the same modules;
+ - a wrong number of image placeholders is reported row by row, with both counts.
+
+Shapes: B rows, S positions, N supervised positions, I pictures, T tiles of all pictures, P patches of a tile, V vocabulary,
+D hidden size, H W height and width of a tile.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, LlavaNextForConditionalGeneration, LlavaNextModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava_next.modeling_llava_next import (
+    LlavaNextCausalLMOutputWithPast,
+    LlavaNextModelOutputWithPast,
+    image_size_to_num_patches,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+
+from .configuration_llava_llama31 import LlavaLlama31Config
+
+
+IGNORE_INDEX = -100
+
+
+class LlavaLlama31Model(LlavaNextModel):
+    """Vision tower, projector and Llama without the head; see `LlavaLlama31ForConditionalGeneration`."""
+
+    config: LlavaLlama31Config
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Projected features of each picture, packed row by row with `image_newline`, in `pooler_output`.
+
+        Args:
+            pixel_values: (T, 3, H, W), or (I, max tiles, 3, H, W) padded as the stock processor does.
+            image_sizes: (I, 2), height and width in pixels.
+        """
+        num_tiles = [
+            image_size_to_num_patches(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
+            for size in image_sizes
+        ]
+        if pixel_values.dim() == 5:
+            pixel_values = torch.cat([tiles[:n] for tiles, n in zip(pixel_values, num_tiles, strict=True)])
+        if pixel_values.dim() != 4 or pixel_values.shape[0] != sum(num_tiles):
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, but pictures of {len(image_sizes)} sizes need "
+                f"{sum(num_tiles)} tiles: pass tiles as (T, 3, H, W) or (I, max tiles, 3, H, W)"
+            )
+        features = self._tower_features(pixel_values, vision_feature_layer)
+        if vision_feature_select_strategy == "default":
+            features = features[:, 1:]
+        features = self.multi_modal_projector(features).split(num_tiles)
+        packed, _ = self.pack_image_features(features, image_sizes, vision_feature_select_strategy, self.image_newline)
+        return BaseModelOutputWithPooling(pooler_output=packed)
+
+    def _tower_features(self, tiles: torch.Tensor, feature_layer: int | list[int]) -> torch.Tensor:
+        """Hidden states (T, 1 + P, D) of the chosen layers, running the tower no further than the last of them."""
+        tower = self.vision_tower
+        trainable = any(parameter.requires_grad for parameter in tower.parameters())
+        with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
+            tiles = tiles.to(tower.dtype)
+            model_type = self.config.vision_config.model_type
+            if model_type == "clip_vision_model":
+                hidden = tower.pre_layrnorm(tower.embeddings(tiles))
+                layers = tower.encoder.layers
+            elif model_type == "dinov2":
+                hidden = tower.embeddings(tiles)
+                layers = tower.encoder.layer
+            else:
+                states = tower(tiles, output_hidden_states=True).hidden_states
+                return self._select(dict(enumerate(states)), feature_layer, len(states) - 1)
+            last = max(_hidden_state_index(layer, len(layers)) for layer in _as_list(feature_layer))
+            states = {0: hidden}
+            for i, layer in enumerate(layers[:last]):
+                hidden = layer(hidden, None)
+                states[i + 1] = hidden
+            return self._select(states, feature_layer, len(layers))
+
+    @staticmethod
+    def _select(states: dict[int, torch.Tensor], feature_layer: int | list[int], num_layers: int) -> torch.Tensor:
+        chosen = [states[_hidden_state_index(layer, num_layers)] for layer in _as_list(feature_layer)]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Mask (B, S, 1) of the image placeholders, whose number is checked against the features."""
+        if input_ids is None:
+            return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        mask = input_ids == self.config.image_token_id
+        if mask.sum() != image_features.shape[0]:
+            per_row = ", ".join(f"row {row}: {count}" for row, count in enumerate(mask.sum(dim=1).tolist()))
+            raise ValueError(
+                f"the batch has {int(mask.sum())} image placeholders ({per_row}) but the pictures give "
+                f"{image_features.shape[0]} features: expand <image> with the processor, and cut no image tokens"
+            )
+        return mask.unsqueeze(-1)
+
+    def _text_only_embeds(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """Embeddings of a text-only micro-batch, joined to a blank tile's features by a factor of zero.
+
+        Under DDP, ZeRO and FSDP every rank must call the same modules in the same order (DeepSpeed #7170), so this
+        follows the order of the image path: embeddings, tower, projector, newline.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        size = self.config.vision_config.image_size
+        blank = torch.zeros(1, 3, size, size, device=embeds.device)
+        features = self.multi_modal_projector(self._tower_features(blank, self.config.vision_feature_layer))
+        # means and not sums: a factor of zero keeps only finite values out
+        return embeds + ((features.float().mean() + self.image_newline.float().mean()) * 0.0).to(embeds.dtype)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LlavaNextModelOutputWithPast | tuple:
+        text_only = input_ids is not None and pixel_values is None and mm_encoder_outputs is None
+        if text_only and self.training and _world_size() > 1:
+            input_ids, inputs_embeds = None, self._text_only_embeds(input_ids)
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+
+
+class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT with a Llama-3.1 language model; weights and keys of `LlavaNextForConditionalGeneration`.
+
+    `forward` takes the stock arguments. With `labels` (B, S) it returns the loss over supervised positions, summed and
+    divided by `num_items_in_batch` where given (else by their number), and logits of shape (N, V) at the positions that
+    predict a supervised token, in row order; without labels the logits are the stock ones.
+
+    Packing: one row of whole samples with `position_ids` that restart at each sample, no `attention_mask` and no cache.
+
+    Raises:
+        ValueError: from `forward`, when placeholders and image features differ in number, or no label is supervised.
+
+    Source: LLaVA-NeXT (Liu et al., 2024); Transformers' models/llava_next.
+    """
+
+    config: LlavaLlama31Config
+
+    def __init__(self, config: LlavaLlama31Config):
+        # not the parent's: it would build the stock inner model first
+        super(LlavaNextForConditionalGeneration, self).__init__(config)
+        self.model = LlavaLlama31Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LlavaNextCausalLMOutputWithPast | tuple:
+        targets = None
+        if labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+            logits_to_keep = targets != IGNORE_INDEX
+            targets = targets[logits_to_keep]
+            if targets.numel() == 0:
+                raise ValueError("no label of the batch is supervised: every label is -100")
+            use_cache = False  # a training row is read once; a cache would also undo packing
+        output = super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        if targets is not None:
+            # float32 at least, and not always: float64 stays exact
+            logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+            total = F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
+            output.loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
+        return output
+
+    def _supports_mm_encoder_outputs(self) -> bool:
+        # generate would call get_image_features outside forward, where ZeRO-3 has not gathered image_newline
+        return False
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> "LlavaLlama31ForConditionalGeneration":
+        """Stock `from_pretrained`; opens llava-hf's old and new key dialects as well as this class's own."""
+        if get_checkpoint_conversion_mapping(cls.__name__) is None:
+            # conversions are looked up by class: without its own a renamed class would get a random lm_head
+            register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping("llava_next"))
+        return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
+    ) -> None:
+        """Save in native keys with the code files, so that stock Transformers and this class both open the folder."""
+        if push_to_hub:
+            raise ValueError("push a saved folder with `llava-llama31 publish`, which checks it first")
+        kwargs["save_original_format"] = False  # Trainer restores native keys only (transformers #43701)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
+
+
+def _world_size() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _as_list(layers: int | list[int]) -> list[int]:
+    return [layers] if isinstance(layers, int) else list(layers)
+
+
+def _hidden_state_index(layer: int, num_layers: int) -> int:
+    """Index into the num_layers + 1 hidden states; negative ones count from the end."""
+    return layer if layer >= 0 else num_layers + 1 + layer
+
+
+__all__ = ["LlavaLlama31ForConditionalGeneration", "LlavaLlama31Model"]

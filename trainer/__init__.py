@@ -1,0 +1,1 @@
+"""Stages, data, training, evaluation and publishing."""

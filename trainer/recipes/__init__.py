@@ -1,0 +1,1 @@
+"""Shipped recipes, found by name."""
