@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model, LlamaForCausalLM
-
 from llava_llama31.assembly import staged_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model, LlamaForCausalLM
 
 
 logger = logging.getLogger("prepare_smol")
@@ -93,7 +92,9 @@ def dinov2_state_dict(onnx_file: Path, num_layers: int) -> dict[str, torch.Tenso
         for matrix in matrices:
             node = f"/backbone/encoder/layer.{layer}/{matrix.replace('.', '/')}/MatMul"
             state[f"encoder.layer.{layer}.{matrix}.weight"] = constant(node, 1).T.contiguous()
-    renames = {f"attention.attention.{old}": f"attention.{new}_proj" for old, new in zip(("query", "key", "value"), "qkv")}
+    renames = {
+        f"attention.attention.{old}": f"attention.{new}_proj" for old, new in zip(("query", "key", "value"), "qkv", strict=True)
+    }
     renames["attention.output.dense"] = "attention.o_proj"
     pattern = re.compile("|".join(map(re.escape, renames)))
     return {pattern.sub(lambda match: renames[match[0]], name): tensor for name, tensor in state.items()}
@@ -102,7 +103,12 @@ def dinov2_state_dict(onnx_file: Path, num_layers: int) -> dict[str, torch.Tenso
 def convert_vision_tower(onnx_file: Path, folder: Path) -> None:
     """Write the DINOv2 ViT-S/14 backbone of an ONNX file as a `Dinov2Model` folder (518 px, as it was pre-trained)."""
     config = Dinov2Config(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14, use_mask_token=False
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        image_size=518,
+        patch_size=14,
+        use_mask_token=False,
     )
     model = Dinov2Model(config)
     model.load_state_dict(dinov2_state_dict(onnx_file, config.num_hidden_layers))
@@ -137,7 +143,9 @@ def llava_pictures(file: Path, image_root: Path, held_out: float, seed: int) -> 
             logger.warning("%s: row %s has no single image, left out", file, row.get("id"))
             continue
         values = [turn["value"] for turn in row["conversations"]]
-        questions = [value.replace("<image>", "").strip().removesuffix(SHORT_ANSWER.strip()).strip() for value in values[::2]]
+        questions = [
+            value.replace("<image>", "").strip().removesuffix(SHORT_ANSWER.strip()).strip() for value in values[::2]
+        ]
         picture = pictures.setdefault(row["image"], Picture(row["image"], image_root / row["image"], []))
         picture.turns.extend(zip(questions, values[1::2], strict=True))
     names = sorted(pictures)
@@ -184,8 +192,12 @@ def write_records(train: list[Picture], validation: list[Picture], folder: Path)
                 "answers": [answer] * 10,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    logger.info("%d train pictures, %d validation pictures, %d validation questions",
-                len(train), len(validation), len(questions))
+    logger.info(
+        "%d train pictures, %d validation pictures, %d validation questions",
+        len(train),
+        len(validation),
+        len(questions),
+    )
 
 
 def parse_arguments() -> argparse.Namespace:

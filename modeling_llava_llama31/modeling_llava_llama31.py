@@ -6,8 +6,8 @@ What differs from `LlavaNextForConditionalGeneration` (transformers/models/llava
  - a text-only micro-batch under a process group does a one-tile pass, so that all ranks call the same modules;
  - a wrong number of image placeholders is reported row by row, with both counts.
 
-Shapes: B rows, S positions, N supervised positions, I pictures, T tiles of all pictures, P patches of a tile, V vocabulary,
-D hidden size, H W height and width of a tile.
+Shapes: B rows, S positions, N supervised positions, I pictures, T tiles of all pictures, P patches of a tile,
+V vocabulary, D hidden size, H W height and width of a tile.
 """
 
 import os
@@ -170,14 +170,15 @@ class LlavaLlama31Model(LlavaNextModel):
 class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
     """LLaVA-NeXT with a Llama-3.1 language model; weights and keys of `LlavaNextForConditionalGeneration`.
 
-    `forward` takes the stock arguments. With `labels` (B, S) it returns the loss over supervised positions, summed and
-    divided by `num_items_in_batch` where given (else by their number), and logits of shape (N, V) at the positions that
-    predict a supervised token, in row order; without labels the logits are the stock ones.
+    `forward` takes the stock arguments. With `labels` (B, S) it returns the loss over supervised positions, summed
+    and divided by `num_items_in_batch` where given (else by their number), and logits of shape (N, V) at the positions
+    that predict a supervised token, in row order; without labels the logits are the stock ones.
 
-    Packing: one row of whole samples with `position_ids` that restart at each sample, no `attention_mask` and no cache.
+    Packing: one row of whole samples with `position_ids` that restart at each sample, no `attention_mask`, no cache.
 
     Raises:
-        ValueError: from `forward`, when placeholders and image features differ in number, or no label is supervised.
+        ValueError: from `forward`, when placeholders and image features differ in number, or no label is supervised
+            and `num_items_in_batch` is not given.
 
     Source: LLaVA-NeXT (Liu et al., 2024); Transformers' models/llava_next.
     """
@@ -215,7 +216,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
             logits_to_keep = targets != IGNORE_INDEX
             targets = targets[logits_to_keep]
-            if targets.numel() == 0:
+            if targets.numel() == 0 and num_items_in_batch is None:
                 raise ValueError("no label of the batch is supervised: every label is -100")
             use_cache = False  # a training row is read once; a cache would also undo packing
         output = super().forward(

@@ -1,8 +1,8 @@
 """Processor of LLaVA-NeXT on Llama 3.1: conversations and pictures -> token ids, labels and tiles.
 
-It is Transformers' `LlavaNextProcessor` (same files, same attributes) with three additions: the Llama-3.1 chat template
-below, ids and labels built turn by turn (`encode`), and a lean path to the tiles that is bit-equal to Transformers' PIL
-image processor (`tiles`). A folder that it saves also opens as the stock class, without this file.
+It is Transformers' `LlavaNextProcessor` (same files, same attributes) with three additions: the Llama-3.1 chat
+template below, ids and labels built turn by turn (`encode`), and a lean path to the tiles that is bit-equal to
+Transformers' PIL image processor (`tiles`). A folder that it saves also opens as the stock class, without this file.
 
 Shapes: T tiles, H W the height and width of a tile, S tokens of a conversation.
 """
@@ -29,7 +29,7 @@ END_OF_TURN = "<|eot_id|>"
 STOP_TOKENS = ("<|end_of_text|>", "<|eom_id|>", END_OF_TURN)
 CHAT_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", PAD_TOKEN, *STOP_TOKENS)
 
-# Llama-3.1 turns as in Meta's ChatFormat (llama_models/llama3/chat_format.py), without tools and without the date lines.
+# Llama-3.1 turns as in Meta's ChatFormat (llama_models/llama3/chat_format.py), without tools and date lines.
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}

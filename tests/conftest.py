@@ -1,5 +1,6 @@
 """Tiny models, processors and pictures, made offline."""
 
+import json
 import os
 
 
@@ -101,3 +102,74 @@ def make_image():
         return Image.fromarray(pixels)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory, tiny_config, processor):
+    """A checkpoint to train from, as `assemble` would leave it."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config)
+    model.generation_config.eos_token_id = list(tiny_config.text_config.eos_token_id)
+    model.generation_config.pad_token_id = tiny_config.text_config.pad_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory, make_image):
+    """44 LLaVA records, every fourth without a picture, and 6 TextVQA-format questions."""
+    folder = tmp_path_factory.mktemp("data")
+    sizes = [(30, 50), (60, 20), (28, 28), (20, 90), (55, 57)]
+    words = ["red", "blue", "a tall tree", "two dogs", "nothing at all"]
+    rows = []
+    for i in range(44):
+        human, row = f"what is it, {i}?", {"id": f"r{i}"}
+        if i % 4:
+            make_image(*sizes[i % 5], seed=i).save(folder / f"{i}.png")
+            row["image"], human = f"{i}.png", f"<image>\n{human}"
+        row["conversations"] = [{"from": "human", "value": human}, {"from": "gpt", "value": words[i % 5]}]
+        rows.append(row)
+    (folder / "rows.json").write_text(json.dumps(rows))
+    questions = [
+        {"question_id": i, "image_id": str(i), "image": f"{i}.png", "question": "what?", "answers": ["red"] * 10}
+        for i in (1, 2, 3, 5, 6, 7)
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    return folder
+
+
+@pytest.fixture
+def recipe_content(base_folder, data_folder):
+    """A two-stage recipe of seconds, as the mapping that its YAML file holds."""
+    stage = {
+        "data": [{"name": "rows", "path": str(data_folder / "rows.json")}],
+        "global_batch": 8,
+        "micro_batch": 4,
+        "epochs": 1,
+        "precision": "float32",
+        "logging_steps": 1,
+        "save_steps": 2,
+        "dataloader_workers": 0,
+    }
+    return {
+        "name": "test",
+        "seed": 1,
+        "model": {"checkpoint": str(base_folder), "dtype": "float32"},
+        "stages": {
+            "projector": {**stage, "trainable": ["multi_modal_projector"], "learning_rate": 1e-2},
+            "instruct": {
+                **stage,
+                "trainable": ["multi_modal_projector", "language_model"],
+                "learning_rate": {"multi_modal_projector": 1e-3, "language_model": 2e-3},
+            },
+        },
+        "evaluation": {"data": str(data_folder / "questions.jsonl"), "baselines": True, "max_new_tokens": 4},
+    }
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's caches."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -1,0 +1,410 @@
+"""Vision tower + projector + language model -> one LlavaNext checkpoint, without ever holding a model in memory.
+
+`plan_assembly` reads configs and safetensors headers only and names every wrong part. `write_assembly` streams the
+planned tensors, one at a time, into a folder that appears complete or not at all; the peak is one tensor (twice, for
+the embedding), about 2 GB for an 8B model. The keys are those of `LlavaNextForConditionalGeneration.state_dict()`.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+from .checkpoint_parts import (
+    AssemblyError,
+    Checkpoint,
+    LlavaSettings,
+    Part,
+    PlannedTensor,
+    Vocabulary,
+    image_statistics,
+    language_part,
+    listed,
+    projector_part,
+    vision_part,
+)
+
+
+MAX_SHARD_BYTES = 4 * 2**30
+# LLaVA-1.6's shapes, (rows, columns) of tiles
+GRID_SHAPES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+INITIALIZER_STD = 0.02
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+_COUNTED_PARTS = {
+    "model.vision_tower.": "vision_tower",
+    "model.multi_modal_projector.": "multi_modal_projector",
+    "model.image_newline": "image_newline",
+    "model.language_model.embed_tokens.": "embed_tokens",
+    "model.language_model.layers.": "layers",
+    "model.language_model.norm.": "norm",
+    "lm_head.": "lm_head",
+}
+
+
+@dataclass(frozen=True)
+class AssemblyPlan:
+    """A checkpoint that can be written; none of its tensors is in memory.
+
+    Args:
+        config: of the finished model.
+        generation_config: greedy, with the pad id and every stop id.
+        tensors: native key -> tensor, in the model's order.
+        dtype: of all tensors of the output.
+        image_mean, image_std: of the vision tower's pre-processing, on pixel values in [0, 1].
+        notes: what a user should know about how the parts were joined.
+    """
+
+    config: LlavaNextConfig
+    generation_config: GenerationConfig
+    tensors: Mapping[str, PlannedTensor]
+    dtype: torch.dtype
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values()) * self.dtype.itemsize
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Number of parameters of each part; a head that is tied to the embedding counts with the embedding."""
+        counts = dict.fromkeys(_COUNTED_PARTS.values(), 0)
+        for name, tensor in self.tensors.items():
+            part = next(part for prefix, part in _COUNTED_PARTS.items() if name.startswith(prefix))
+            counts[part] += math.prod(tensor.shape)
+        return counts
+
+
+def plan_assembly(
+    vision_tower: str | Path,
+    language_model: str | Path,
+    *,
+    vocabulary: Vocabulary,
+    projector: str | Path | None = None,
+    image_size: int | None = None,
+    image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
+    vision_feature_layer: int | list[int] | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> AssemblyPlan:
+    """Plan one checkpoint out of its parts, reading configs and safetensors headers only.
+
+    Args:
+        vision_tower: folder of a LLaVA checkpoint, a CLIP or a DINOv2.
+        language_model: folder of a Llama-family model, or of a LLaVA checkpoint that holds one.
+        vocabulary: of the finished tokenizer.
+        projector: folder of a LLaVA checkpoint, or a projector's safetensors file; default: a fresh one.
+        image_size: side of a tile in pixels; default: the tower's own.
+        image_grid_pinpoints: (height, width) in pixels; default: those of the LLaVA checkpoint that the tower comes
+            from, else LLaVA-1.6's five shapes in units of the tile.
+        vision_feature_layer: hidden state(s) that the projector reads; default: that checkpoint's, else -2.
+        dtype: of the output; default: the language model's.
+        seed: of a fresh projector and a fresh `image_newline`.
+
+    Raises:
+        AssemblyError: with one line for each wrong part.
+    """
+    problems: list[str] = []
+    tower = language = given = None
+    with collecting(problems):
+        tower = vision_part(Checkpoint.open(vision_tower), image_size)
+    with collecting(problems):
+        language = language_part(Checkpoint.open(language_model), vocabulary)
+    with collecting(problems):
+        given = None if projector is None else projector_part(Checkpoint.open(projector))
+    if problems:
+        raise AssemblyError(*problems)
+
+    pinpoints = image_grid_pinpoints or tower.settings.image_grid_pinpoints or _scaled_grid(tower.config.image_size)
+    layer = vision_feature_layer if vision_feature_layer is not None else tower.settings.vision_feature_layer
+    settings = replace(
+        LlavaSettings() if given is None else given.settings,
+        vision_feature_layer=-2 if layer is None else layer,
+        image_grid_pinpoints=[list(pinpoint) for pinpoint in pinpoints],
+    )
+    problems += _grid_problems(tower, settings) + _projector_problems(given, settings)
+    if problems:
+        raise AssemblyError(*problems)
+
+    config = _assembled_config(tower, language, settings, vocabulary)
+    tensors = {
+        **tower.tensors,
+        **_fresh_projector(config, seed, keep={} if given is None else given.tensors),
+        **language.tensors,
+    }
+    shapes = _native_shapes(config)
+    problems += _tensor_problems(shapes, tensors, tower, given, language)
+    if problems:
+        raise AssemblyError(*problems)
+    mean, std, stated = image_statistics(tower.path, tower.config.model_type)
+    config.dtype = dtype or language.tensors["model.language_model.embed_tokens.weight"].dtype
+    return AssemblyPlan(
+        config=config,
+        generation_config=GenerationConfig(
+            bos_token_id=vocabulary.bos_token_id,
+            eos_token_id=list(vocabulary.eos_token_ids),
+            pad_token_id=vocabulary.pad_token_id,
+        ),
+        tensors={name: tensors[name] for name in shapes},
+        dtype=config.dtype,
+        image_mean=mean,
+        image_std=std,
+        notes=(
+            *tower.notes,
+            *language.notes,
+            *_projector_notes(given, seed),
+            *([] if stated else [_ASSUMED_STATISTICS]),
+        ),
+    )
+
+
+_ASSUMED_STATISTICS = "image mean and standard deviation: the tower's folder names none, those of its family are taken"
+
+
+def write_assembly(plan: AssemblyPlan, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write weights, config and generation config into a new folder, which appears when it is complete."""
+    with staged_folder(folder) as staging:
+        write_model_files(plan, staging, max_shard_bytes=max_shard_bytes)
+
+
+def write_model_files(plan: AssemblyPlan, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Stream the plan's tensors, one at a time, into safetensors shards in an existing folder.
+
+    Raises:
+        AssemblyError: when the disk has too little room, before anything is written.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < plan.num_bytes:
+        raise AssemblyError(
+            f"{folder.parent}: {plan.num_bytes / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free "
+            f"(fix: make room, or another output)"
+        )
+    shards = _shards(plan, max_shard_bytes)
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        num_parameters = sum(plan.parameter_counts().values())
+        index = {
+            "metadata": {"total_parameters": num_parameters, "total_size": plan.num_bytes},
+            "weight_map": weight_map,
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for file, names in zip(files, shards, strict=True):
+        _write_safetensors(folder / file, {name: plan.tensors[name] for name in names}, plan.dtype)
+    plan.config.architectures = [LlavaNextForConditionalGeneration.__name__]
+    plan.config.save_pretrained(folder)
+    plan.generation_config.save_pretrained(folder)
+
+
+@contextmanager
+def staged_folder(output: str | Path) -> Iterator[Path]:
+    """A hidden folder beside `output` that takes its name when the block ends well, and is removed when not.
+
+    Raises:
+        AssemblyError: when `output` exists and is not an empty folder.
+    """
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise AssemblyError(f"{output}: exists already (fix: another output, or remove it)")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        staging.chmod(0o755)  # mkdtemp makes it private
+        yield staging
+        for path in [*staging.rglob("*"), staging]:
+            _fsync(path)
+        staging.rename(output)
+        _fsync(output.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def collecting(problems: list[str]) -> Iterator[None]:
+    """Add the problems of an `AssemblyError` in the block to `problems` and go on."""
+    try:
+        yield
+    except AssemblyError as error:
+        problems += error.problems
+
+
+def _scaled_grid(image_size: int) -> list[tuple[int, int]]:
+    return [(rows * image_size, columns * image_size) for rows, columns in GRID_SHAPES]
+
+
+def _assembled_config(tower: Part, language: Part, settings: LlavaSettings, vocabulary: Vocabulary) -> LlavaNextConfig:
+    return LlavaNextConfig(
+        vision_config=tower.config,
+        text_config=language.config,
+        image_token_index=vocabulary.image_token_id,
+        vision_feature_layer=settings.vision_feature_layer,
+        image_grid_pinpoints=settings.image_grid_pinpoints,
+        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
+        projector_hidden_act=settings.projector_hidden_act,
+        multimodal_projector_bias=settings.multimodal_projector_bias,
+        tie_word_embeddings=language.config.tie_word_embeddings,
+    )
+
+
+def _native_shapes(config: LlavaNextConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = LlavaNextForConditionalGeneration(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def _fresh_projector(
+    config: LlavaNextConfig, seed: int, keep: Mapping[str, PlannedTensor]
+) -> dict[str, PlannedTensor]:
+    """Projector and newline: those of `keep`, and what is missing as Transformers initialises it."""
+    if any(name.startswith("model.multi_modal_projector.") for name in keep):
+        prefixes: tuple[str, ...] = ("model.image_newline",)
+    else:
+        prefixes = ("model.multi_modal_projector.", "model.image_newline")
+    stds = {"model.image_newline": config.text_config.hidden_size**-0.5}
+    shapes = {name: shape for name, shape in _native_shapes(config).items() if name.startswith(prefixes)}
+    fresh = {
+        name: _normal(shape, 0.0 if name.endswith(".bias") else stds.get(name, INITIALIZER_STD), seed + i)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    return fresh | dict(keep)
+
+
+def _normal(shape: tuple[int, ...], std: float, seed: int) -> PlannedTensor:
+    def read() -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std
+
+    return PlannedTensor(shape, torch.float32, read)
+
+
+def _grid_problems(tower: Part, settings: LlavaSettings) -> list[str]:
+    config, problems = tower.config, []
+    size, patch = config.image_size, config.patch_size
+    if size % patch:
+        problems.append(
+            f"{tower.path}: image_size {size} is not a multiple of patch_size {patch} (fix: image_size "
+            f"{round(size / patch) * patch})"
+        )
+    odd = [
+        pinpoint for pinpoint in settings.image_grid_pinpoints if any(side <= 0 or side % size for side in pinpoint)
+    ]
+    if odd or any(len(pinpoint) != 2 for pinpoint in settings.image_grid_pinpoints):
+        problems.append(
+            f"image_grid_pinpoints: {listed([str(pinpoint) for pinpoint in odd])} not (height, width) in multiples of "
+            f"the tile of {size} px (fix: {[list(pinpoint) for pinpoint in _scaled_grid(size)]})"
+        )
+    layer = settings.vision_feature_layer
+    depth = config.num_hidden_layers
+    for index in [layer] if isinstance(layer, int) else layer:
+        if not -(depth + 1) <= index <= depth:
+            problems.append(
+                f"{tower.path}: vision_feature_layer {index} of a tower with {depth} layers (fix: "
+                f"{-(depth + 1)} to {depth}; 0 is the embedding)"
+            )
+    return problems
+
+
+def _projector_problems(given: Part | None, settings: LlavaSettings) -> list[str]:
+    trained_on = None if given is None else given.settings.vision_feature_layer
+    if trained_on is None or trained_on == settings.vision_feature_layer:
+        return []
+    return [
+        f"{given.path}: this projector was trained on vision_feature_layer {trained_on}, not "
+        f"{settings.vision_feature_layer} (fix: vision_feature_layer {trained_on}, or a fresh projector)"
+    ]
+
+
+def _projector_notes(given: Part | None, seed: int) -> list[str]:
+    if given is None:
+        return [f"fresh projector and image_newline: weights N(0, {INITIALIZER_STD}), biases 0, seed {seed}"]
+    if "model.image_newline" not in given.tensors:
+        return [f"{given.path}: has no image_newline (LLaVA-1.5 had none); a fresh one is made, seed {seed}"]
+    return []
+
+
+def _tensor_problems(
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, PlannedTensor],
+    tower: Part,
+    given: Part | None,
+    language: Part,
+) -> list[str]:
+    """What of the model is missing from the parts, has another shape, or has no place in the model."""
+    widths = f"the vision tower is {tower.config.hidden_size} wide, the language model {language.config.hidden_size}"
+    owners = {"model.vision_tower.": tower.path, "model.language_model.": language.path, "lm_head.": language.path}
+    if given is not None:
+        owners |= {"model.multi_modal_projector.": given.path, "model.image_newline": given.path}
+    problems = []
+    for prefix, path in owners.items():
+        wanted = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+        found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith(prefix)}
+        missing = [name for name in wanted if name not in found]
+        if missing:
+            problems.append(f"{path}: lacks {listed(missing)} (fix: download the folder again)")
+        strangers = [name for name in found if name not in wanted]
+        if strangers:
+            problems.append(f"{path}: {listed(strangers)} not in the model that its config.json describes")
+        wrong = [
+            f"{name} is {list(found[name])} and should be {list(shape)}"
+            for name, shape in wanted.items()
+            if name in found and found[name] != shape
+        ]
+        if wrong:
+            problems.append(f"{path}: {listed(wrong)} ({widths})")
+    return problems
+
+
+def _shards(plan: AssemblyPlan, max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in plan.tensors.items():
+        size = math.prod(tensor.shape) * plan.dtype.itemsize
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write_safetensors(file: Path, tensors: Mapping[str, PlannedTensor], dtype: torch.dtype) -> None:
+    """Write one safetensors file tensor by tensor; `save_file` would want all of its tensors in memory at once.
+
+    Format: https://github.com/huggingface/safetensors (length of the header, header in JSON, little-endian data).
+    """
+    assert sys.byteorder == "little"
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with file.open("wb") as output:
+        output.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, planned in tensors.items():
+            tensor = planned.read().to(dtype).contiguous()
+            assert tuple(tensor.shape) == planned.shape, name
+            output.write(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

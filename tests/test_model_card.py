@@ -1,0 +1,422 @@
+"""The card: every fact from the record, nothing without one, no string that escapes its place; the licence files."""
+
+import ast
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from llava_llama31.model_card import CardError, licence_files, licence_problems, render_card
+
+
+AGREEMENT = "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n(text of the agreement, made up for this test)\n"
+NOTICE = "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."
+STAGE = {
+    "name": "projector",
+    "trainable": ["multi_modal_projector"],
+    "learning_rate": {"multi_modal_projector": 1e-5},
+    "data": [
+        {
+            "name": "liuhaotian/LLaVA-Pretrain",
+            "rows": 558128,
+            "usable": 270001,
+            "dropped": {"missing_image": 288127},
+            "license": "CC BY 4.0 and OpenAI's terms of use",
+        }
+    ],
+    "epochs": 1,
+    "steps": 185,
+    "global_batch": 16,
+    "micro_batch": 2,
+    "gradient_accumulation": 8,
+    "num_processes": 1,
+    "schedule": "cosine",
+    "warmup_steps": 6,
+    "weight_decay": 0.1,
+    "precision": "bfloat16",
+    "loss_first": 9.25,
+    "loss": 2.125,
+    "validation_loss": 2.375,
+    "supervised_tokens": 123456,
+    "supervised_tokens_per_second": 1033.4,
+    "minutes": 3.5,
+}
+RECORD = {
+    "name": "Llama-3.1-8B-LLaVA",
+    "recipe": {"name": "llama31-8b"},
+    "command": "llava-llama31 train llama31-8b --output /home/someone/runs/one --set a=~/x/y.json",
+    "commit": "0123abcd",
+    "licence": "llama3.1",
+    "base_models": [
+        {"role": "language_model", "id": "meta-llama/Llama-3.1-8B-Instruct", "licence": "llama3.1"},
+        {"role": "vision_tower", "id": "/data/models/clip-vit", "licence": "mit"},
+    ],
+    "parameters": {"vision_tower": 303507456, "multi_modal_projector": 20979712},
+    "stages": [STAGE, STAGE | {"name": "instruct", "data": [STAGE["data"][0] | {"name": "own", "dropped": {}}]}],
+    "evaluation": {
+        "dataset": "TextVQA val",
+        "num_questions": 5000,
+        "failed": 2,
+        "prompt": "{question}\nAnswer the question using a single word or phrase.",
+        "decoding": "greedy, at most 16 new tokens",
+        "protocols": {
+            "vlmevalkit-2024": {"accuracy": 0.60482, "low": 0.5912, "high": 0.6188},
+            "m4c": {"accuracy": 0.61, "low": 0.5964, "high": 0.6234},
+        },
+        "accuracy_before": 0.0131,
+        "accuracy_blind": 0.0842,
+    },
+    "samples": [
+        {
+            "question": "what brand?",
+            "prediction": "dakota",
+            "answers": ["dakota"] * 9 + ["no"],
+            "image": "samples/0.png",
+        }
+    ],
+    "environment": {"hardware": "8 x A100", "python": "3.11.7", "torch": "2.13.0"},
+}
+TINY = {
+    "name": "tiny",
+    "stages": [{"name": "one", "data": [{"name": "made-up", "rows": 8}]}],
+    "base_models": [{"role": "language_model", "id": "made by the run", "licence": "apache-2.0"}],
+}
+
+
+def body(card: str) -> str:
+    return card.split("\n---\n", 1)[1]
+
+
+def tables(card: str) -> list[list[list[list]]]:
+    """Tables of a card as rows of cells of inline tokens."""
+    found: list = []
+    for token in MarkdownIt("commonmark").enable("table").parse(body(card)):
+        if token.type == "table_open":
+            found.append([])
+        elif token.type == "tr_open":
+            found[-1].append([])
+        elif token.type in ("td_open", "th_open"):
+            found[-1][-1].append(None)
+        elif token.type == "inline" and found and found[-1] and found[-1][-1] and found[-1][-1][-1] is None:
+            found[-1][-1][-1] = token.children
+    return found
+
+
+def text(cell: list) -> str:
+    assert all(token.type == "text" for token in cell), [token.type for token in cell]
+    return "".join(token.content for token in cell)
+
+
+def table_starting(card: str, first: str) -> list[list[str]]:
+    table = next(table for table in tables(card) if text(table[0][0]) == first)
+    return [[text(cell) for cell in row] for row in table]
+
+
+def test_every_fact_stands_in_its_place():
+    card = render_card(RECORD)
+    assert "# Llama-3.1-8B-LLaVA\n" in card and "**Built with Llama**" in card
+    assert table_starting(card, "part")[1:] == [
+        ["language_model", "meta-llama/Llama-3.1-8B-Instruct", "llama3.1"],
+        ["vision_tower", "clip-vit", "mit"],
+    ]
+    assert ["vision_tower", "303,507,456"] in table_starting(card, "module group")
+    licence = "CC BY 4.0 and OpenAI's terms of use"
+    assert table_starting(card, "stage")[1:] == [
+        ["projector", "liuhaotian/LLaVA-Pretrain", "558,128", "270,001", "missing_image: 288,127", licence],
+        ["instruct", "own", "558,128", "270,001", "none", licence],
+    ]
+    stages = {row[0]: row[1:] for row in table_starting(card, "")}
+    assert list(stages)[0] == "" and stages[""] == ["projector", "instruct"]
+    expected = {
+        "trainable parts": "multi_modal_projector",
+        "learning rate": "multi_modal_projector: 1e-5",
+        "steps": "185",
+        "global batch": "16",
+        "batch per device": "2",
+        "gradient accumulation": "8",
+        "weight decay": "0.1",
+        "training loss, first": "9.25",
+        "training loss, last": "2.125",
+        "validation loss": "2.375",
+        "supervised tokens": "123,456",
+        "supervised tokens per second": "1,033",
+        "minutes": "3.5",
+    }
+    assert {label: stages[label] for label in expected} == {label: [fact] * 2 for label, fact in expected.items()}
+    assert table_starting(card, "protocol")[1:] == [
+        ["vlmevalkit-2024", "60.482 %", "59.12 % to 61.88 %"],
+        ["m4c", "61.000 %", "59.64 % to 62.34 %"],
+    ]
+    for line in (
+        "- questions: 5,000",
+        "- failed questions, left out of the scores: 2",
+        "- decoding: greedy, at most 16 new tokens",
+        "- accuracy before training: 1.31 %",
+        "- accuracy with the pictures shuffled between the questions (blind): 8.42 %",
+        "Commit of the code: 0123abcd",
+    ):
+        assert line in card
+    assert "```text\n{question}\nAnswer the question using a single word or phrase.\n```" in card
+    assert '<img src="samples/0.png" width="200"> | what brand? | dakota | dakota, no |' in card
+    assert "Not recorded" not in card
+    assert NOTICE in card and "https://llama.meta.com/llama3_1/use-policy" in card
+
+
+def test_no_path_of_the_machine_is_published():
+    card = render_card(RECORD)
+    assert "llava-llama31 train llama31-8b --output one --set a=y.json" in card
+    assert not re.search(r"/home|/data|someone|~", card)
+    record = RECORD | {
+        "environment": {"python": "file:///usr/x/python3", "data": "C:\\Users\\me\\set", "ratio": "3 / 4"}
+    }
+    card = render_card(record)
+    assert "| python | python3 |" in card and "| data | set |" in card and "| ratio | 3 / 4 |" in card
+
+
+def test_metadata_is_what_the_hub_reads():
+    data = ModelCard(render_card(RECORD)).data
+    assert data.license == "llama3.1" and data["license_link"] == "LICENSE"
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "image-text-to-text")
+    assert data.base_model == ["meta-llama/Llama-3.1-8B-Instruct"] and data["base_model_relation"] == "finetune"
+    assert data.datasets == ["liuhaotian/LLaVA-Pretrain"]
+    results = {result.metric_args["protocol"]: result for result in data.eval_results}
+    assert {name: result.metric_value for name, result in results.items()} == {"vlmevalkit-2024": 60.482, "m4c": 61.0}
+    assert results["m4c"].metric_args == {
+        "protocol": "m4c",
+        "interval_95": [59.64, 62.34],
+        "num_questions": 5000,
+        "failed": 2,
+    }
+    assert data.model_name == RECORD["name"]
+
+
+def test_missing_facts_are_named_and_never_made_up():
+    card = render_card(TINY)
+    data = ModelCard(card).data
+    assert data.license is data.base_model is data.datasets is data.eval_results is None
+    assert "base_model_relation" not in data.to_dict()
+    missing = card.split("## Not recorded\n")[1]
+    for fact in (
+        "licence of this model",
+        "parameter counts",
+        "evaluation",
+        "sample answers",
+        "environment",
+        "command",
+    ):
+        assert f"- {fact}\n" in missing + "\n"
+    assert "of stage one: trainable parts, learning rate, schedule" in missing
+    assert table_starting(card, "stage")[1] == ["one", "made-up", "8", *["not recorded"] * 3]
+    for heading in (
+        "## Evaluation",
+        "## Sample",
+        "## Environment",
+        "## Reproduction",
+        "Built with Llama",
+        "None",
+        "LICENSE",
+    ):
+        assert heading not in card
+    without_blind = copy.deepcopy(RECORD)
+    del without_blind["evaluation"]["accuracy_blind"]
+    without_blind["evaluation"]["prompt"] = None
+    assert body(render_card(without_blind)).endswith("- evaluation prompt\n- accuracy with shuffled pictures\n")
+    assert "blind" not in body(render_card(without_blind))
+
+
+def test_local_folders_are_no_hub_ids(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("models/llama")
+    record = copy.deepcopy(RECORD)
+    record["base_models"][0]["id"] = "models/llama"
+    record["stages"][0]["data"][0]["name"] = "data/train.jsonl"
+    data = ModelCard(render_card(record)).data
+    assert data.base_model is None and data.datasets is None
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        (("stages", 1, "loss"), r"stages\[1\].loss"),
+        (("evaluation", "protocols", "m4c", "low"), "evaluation.protocols.m4c.low"),
+        (("environment", "hours"), "environment.hours"),
+        (("samples", 0, "score"), r"samples\[0\].score"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(number, path, named):
+    record = copy.deepcopy(RECORD)
+    place = record
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = number
+    with pytest.raises(CardError, match=rf"^{named} is (nan|-?inf)"):
+        render_card(record)
+
+
+@pytest.mark.parametrize("name", [None, "", "  ", 5])
+def test_a_record_without_a_name_is_refused(name):
+    with pytest.raises(CardError, match="no name"):
+        render_card(RECORD | {"name": name})
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "a | b || c \\| d \\",
+    "](https://evil.example) [x](javascript:alert(1)) ![i](x)",
+    "`code` ``` fence ~~~~",
+    "# heading\n\n---\n\n- list\n1. one\n> quote",
+    "*bold* _it_ **b** __b__ ~~s~~ $m$ ^x^",
+    "{{ 7 * 7 }} {% raw %} {# c #}",
+    "---\nlicense: mit\n---",
+    "&lt;b&gt; &#124; &amp;",
+    "https://evil.example www.evil.example",
+    "right\u202eto left \ud800 \x00 \x1b[31m nul",
+    "1. first",
+    "- minus",
+    "=",
+    "''' \"\"\" : , & * ! % @ ` # yaml: [}",
+    "ünïcode 日本語 हिन्दी 👨\u200d👩\u200d👧",
+]
+
+
+def shown(value: str) -> str:
+    """What a reader sees: one line, without invisible characters."""
+    return " ".join("".join(c if c.isprintable() or c in "\u200c\u200d" else " " for c in value).split())
+
+
+def replaced(value, hostile):
+    """The same record with `hostile` for every string that is not a key."""
+    if isinstance(value, str):
+        return hostile
+    if isinstance(value, dict):
+        return {key: replaced(item, hostile) for key, item in value.items()}
+    return [replaced(item, hostile) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_strings_stay_text(hostile):
+    card = render_card(replaced(RECORD, hostile))
+    card.encode()
+    reference = MarkdownIt("commonmark").enable("table").parse(body(render_card(replaced(RECORD, "x"))))
+    tokens = MarkdownIt("commonmark").enable("table").parse(body(card))
+    assert [token.type for token in tokens] == [token.type for token in reference]
+    kinds = {"text", "strong_open", "strong_close", "softbreak", "code_inline"}
+    assert {child.type for token in tokens for child in token.children or []} <= kinds
+    assert shown(hostile) == table_starting(card, "picture")[1][1]
+    assert ModelCard(card).data.license == "other" and ModelCard(card).data["license_name"] == shown(hostile)
+    assert ModelCard(card).data.model_name == shown(hostile)
+    assert "<script" not in card and "www.evil" not in body(card).replace(fenced_blocks(card), "")
+
+
+def fenced_blocks(card: str) -> str:
+    return next(iter(re.findall(r"```text\n.*?\n```", card, re.DOTALL)), "\0")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.text(max_size=30), st.text(alphabet="\\`*_{}[]()#+-.!|~<>&$^=:/@\n 1a'\"w", max_size=14)))
+def test_any_cell_reads_back_as_it_was(value):
+    card = render_card({"name": "n", "samples": [{"question": value, "prediction": "after", "answers": ["last"]}]})
+    row = table_starting(card, "picture")[1]
+    assert row == ["not recorded", shown(value), "after", "last"]
+
+
+@pytest.mark.parametrize(
+    "image", ["/etc/passwd", "../x.png", "https://e.org/x.png", 'x" onerror="alert(1)', "", 5, None]
+)
+def test_only_pictures_of_the_folder_are_shown(image):
+    sample = RECORD["samples"][0] | {"image": image}
+    assert "<img" not in render_card(RECORD | {"samples": [sample]})
+
+
+def test_a_hostile_name_does_not_reach_the_snippet():
+    card = render_card(RECORD | {"name": 'x"; import os; os.system("true"); "'})
+    code = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
+    assert len(code) == 2 and all("os." not in block for block in code)
+    for block in code:
+        ast.parse(block)
+
+
+def test_the_snippets_run_in_a_process_without_this_package(processor, tiny_model, make_image, tmp_path):
+    folder = tmp_path / "tiny-model"
+    tiny_model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    make_image(50, 70).save(tmp_path / "picture.jpg")
+    usage, remote = re.findall(r"```python\n(.*?)\n```", render_card({"name": "tiny-model"}), re.DOTALL)
+    rest = usage.split("processor = AutoProcessor.from_pretrained(model_id)\n")[1]
+    check = "import sys; print(type(model).__name__, 'llava_llama31' in sys.modules)"
+    code = "\n".join([usage, check, remote, rest, check])
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, stock, second, ours = split_output(done.stdout)
+    assert first == second
+    assert stock == "LlavaNextForConditionalGeneration False" and ours.startswith(
+        "LlavaLlama31ForConditionalGeneration"
+    )
+
+
+def split_output(output: str) -> list[str]:
+    """Answer and class name, twice."""
+    pattern = r"(.*)\n(Llava\w+ (?:True|False))\n(.*)\n(Llava\w+ (?:True|False))\n"
+    match = re.fullmatch(pattern, output, re.DOTALL)
+    assert match, output
+    return list(match.groups())
+
+
+# --- licences
+
+
+def llama(folder) -> dict:
+    return {"role": "language_model", "id": str(folder), "licence": "llama3.1"}
+
+
+def test_llama_duties_are_met_from_the_base_models_folder(tmp_path):
+    (tmp_path / "LICENSE").write_text(AGREEMENT, encoding="utf-8")
+    files = licence_files([llama(tmp_path), {"role": "vision_tower", "id": "openai/clip", "licence": "mit"}])
+    assert files == {"LICENSE": AGREEMENT, "NOTICE": NOTICE + "\n"}
+    entry = llama("meta-llama/Llama-3.1-8B-Instruct") | {"folder": str(tmp_path)}
+    assert licence_files([entry])["LICENSE"] == AGREEMENT
+    both = licence_files([{"role": "vision_tower", "id": "facebook/dinov2-small", "licence": "apache-2.0"}, entry])
+    assert both["LICENSE"] == AGREEMENT and "Apache License" in both["LICENSE-Apache-2.0"]
+    assert NOTICE in both["NOTICE"] and "modified weights of facebook/dinov2-small" in both["NOTICE"]
+
+
+def test_the_agreement_is_never_written_from_memory(tmp_path):
+    with pytest.raises(CardError, match=re.escape(f"put Meta's LICENSE of Llama 3.1 at {tmp_path / 'LICENSE'}")):
+        licence_files([llama(tmp_path)])
+    (tmp_path / "LICENSE").write_text("Apache License", encoding="utf-8")
+    with pytest.raises(CardError, match="not the Llama 3.1 agreement"):
+        licence_files([llama(tmp_path)])
+
+
+def test_other_licences_owe_what_is_due_and_no_more(tmp_path):
+    assert licence_files([]) == {}
+    assert licence_files([{"role": "vision_tower", "id": "me/llama3.1-lookalike", "licence": "mit"}]) == {}
+    assert licence_files([{"role": "language_model", "id": "meta-llama/Llama-3.1-8B", "licence": None}]) == {}
+    apache = licence_files([{"role": "language_model", "id": "/home/me/SmolLM2", "licence": "apache-2.0"}])
+    assert set(apache) == {"LICENSE", "NOTICE"}
+    assert (
+        apache["LICENSE"].strip().startswith("Apache License") and "END OF TERMS AND CONDITIONS" in apache["LICENSE"]
+    )
+    assert "modified weights of SmolLM2," in apache["NOTICE"] and "Llama" not in apache["NOTICE"]
+
+
+def test_publishing_problems_are_named():
+    assert licence_problems(RECORD) == [] == licence_problems(TINY)
+    problems = licence_problems(RECORD | {"name": "llava-llama3.1", "licence": "apache-2.0"})
+    assert len(problems) == 2 and "must begin with 'Llama'" in problems[0] and "'apache-2.0'" in problems[1]
+
+
+def test_the_record_survives_json():
+    assert render_card(json.loads(json.dumps(RECORD))) == render_card(RECORD)

@@ -1,0 +1,192 @@
+"""Recipes: every shipped one resolves to the numbers it claims, and every fault is named in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.recipe import SHIPPED, derive, load_recipe
+
+
+PROJECTOR, LANGUAGE, TOWER = "multi_modal_projector", "language_model", "vision_tower"
+
+
+def held_out(rows, fraction=0.01):
+    return rows - int(rows * fraction)
+
+
+# rows before the 1 % that is held out, devices, global batch, accumulation, steps, groups, learning rate
+CARD = {
+    "projector": (3000, 1, 16, 16, 185, {PROJECTOR}, 1e-5),
+    "pretrain": (270_000, 8, 256, 16, 1044, {PROJECTOR, LANGUAGE}, 2e-5),
+    "instruct": (157_712, 8, 256, 16, 1218, {PROJECTOR, LANGUAGE}, 1e-5),
+}
+COMMANDS = {
+    "projector": (3000, 1, 16, 16, 185, {PROJECTOR}, 1e-5),
+    "pretrain": (558_128, 8, 256, 16, 2158, {TOWER, PROJECTOR, LANGUAGE}, 2e-5),
+    "instruct": (624_610, 8, 256, 16, 4830, {TOWER, PROJECTOR, LANGUAGE}, 1e-5),
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), [("llama31-8b-card", CARD), ("llama31-8b-card-commands", COMMANDS)])
+def test_the_cards_recipes_have_the_cards_numbers(name, expected):
+    recipe = load_recipe(name)
+    assert recipe.seed == 42 and list(recipe.stages) == list(expected)
+    for stage_name, (rows, devices, batch, accumulation, steps, groups, rate) in expected.items():
+        stage = recipe.stages[stage_name]
+        derived = derive(stage, held_out(rows), devices)
+        assert (stage.global_batch, derived.gradient_accumulation, derived.steps) == (batch, accumulation, steps)
+        assert set(stage.trainable) == groups and set(stage.learning_rates().values()) == {rate}
+        assert (stage.weight_decay, stage.adam_beta1, stage.adam_beta2) == (0.1, 0.9, 0.95)
+        assert (stage.adam_epsilon, stage.max_grad_norm, stage.warmup_ratio) == (1e-8, 1.0, 0.03)
+        assert stage.activation_checkpointing and stage.precision.startswith("bfloat16")
+        assert (stage.max_text_tokens, stage.max_tokens, stage.validation_fraction) == (2048, None, 0.01)
+        assert (stage.eval_steps, stage.save_steps, stage.save_total_limit) == (200, 200, 2)
+        assert stage.init_from == "previous" and stage.schedule == "cosine"
+    projector = recipe.stages["projector"].data[0]
+    assert (projector.sample, projector.sample_when) == (3000, "before_filtering")
+    assert [stage.epochs for stage in recipe.stages.values()] == [1, 1, 2]
+
+
+def test_the_cards_quirks_are_in_the_commands_alone():
+    prose, commands = load_recipe("llama31-8b-card"), load_recipe("llama31-8b-card-commands")
+    assert all(not stage.quirks for stage in prose.stages.values())
+    assert commands.stages["projector"].quirks == ["frozen_image_newline", "double_newline_after_image"]
+    for name, device in (("pretrain", None), ("instruct", {"device": "cpu", "pin_memory": True})):
+        stage = commands.stages[name]
+        assert stage.quirks == ["double_newline_after_image", "decay_all_parameters"]
+        from llava_llama31.trainer.training_args import deepspeed_file
+
+        config = json.loads(deepspeed_file(stage.deepspeed, name).read_text())
+        assert config["scheduler"]["type"] == "WarmupCosineLR"
+        assert config["zero_optimization"]["stage"] == 3
+        assert config["zero_optimization"].get("offload_param") == device
+        assert "offload_optimizer" not in config["zero_optimization"]
+    assert commands.stages["instruct"].data[0].images_only
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_resolves(name):
+    recipe = load_recipe(name, output=Path("somewhere"))
+    assert recipe.name == name and len(recipe.stages) >= 2
+    for stage in recipe.stages.values():
+        derived = derive(stage, 100_000, 1)
+        assert derived.gradient_accumulation * stage.micro_batch == stage.global_batch
+        assert derived.steps > 0
+    assert "{output}" not in recipe.model_dump_json()
+
+
+def test_shipped_lists_every_recipe_file():
+    import llava_llama31.trainer.recipes as package
+
+    files = {path.stem for path in Path(package.__file__).parent.glob("*.yaml")}
+    assert files == set(SHIPPED)
+
+
+STAGE = {
+    "trainable": [PROJECTOR],
+    "learning_rate": 1e-3,
+    "data": [{"name": "a", "path": "a.json"}],
+    "global_batch": 8,
+    "epochs": 1,
+}
+
+
+def write(tmp_path, stage=None, **recipe):
+    content = {
+        "name": "mine",
+        "model": {"checkpoint": "base"},
+        "stages": {"one": {**STAGE, **(stage or {})}},
+        **recipe,
+    }
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+FAULTS = [
+    (
+        {"stage": {"learning_rat": 1e-3}},
+        r"mine\.yaml: stages\.one\.learning_rat: unknown key .*did you mean learning_rate\?",
+    ),
+    ({"stage": {"learning_rate": "fast"}}, r"mine\.yaml: stages\.one\.learning_rate: .*not 'fast'"),
+    ({"stage": {"epochs": "three"}}, r"stages\.one\.epochs: .*not 'three'"),
+    (
+        {"stage": {"global_batch": 8, "micro_batch": 3}},
+        r"stages\.one: global_batch 8 is not a multiple of micro_batch 3",
+    ),
+    ({"stage": {"trainable": ["projector"]}}, r"stages\.one\.trainable\.0: .*multi_modal_projector.*not 'projector'"),
+    ({"stage": {"max_steps": 3}}, r"stages\.one: give exactly one of epochs and max_steps"),
+    ({"stage": {"learning_rate": {LANGUAGE: 1e-3}}}, r"learning_rate names .*language_model.* but trainable names"),
+    ({"stage": {"data": [{"name": "a", "paht": "a.json"}]}}, r"stages\.one\.data\.0\.(path|paht): "),
+    ({"stage": {"eval_steps": 5}}, r"eval_steps needs a validation_fraction"),
+    ({"stage": {"lora": {}}}, r"lora adapts the language_model"),
+    ({"modle": {}}, r"mine\.yaml: modle: unknown key.*did you mean model\?"),
+    ({"model": {"vision_tower": "x"}}, r"model: give either checkpoint, or both"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), FAULTS)
+def test_every_fault_is_one_line_with_file_key_and_fix(tmp_path, change, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(write(tmp_path, **change))
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_numbers_in_scientific_notation_are_numbers(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(Path(write(tmp_path)).read_text().replace("0.001", "1e-3"))
+    assert load_recipe(str(path)).stages["one"].learning_rate == 1e-3
+
+
+def test_a_key_given_twice_and_broken_yaml_are_named_with_their_line(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("name: a\nname: b\n")
+    with pytest.raises(UserError, match=r"r\.yaml:2: .*'name' is given twice"):
+        load_recipe(str(path))
+    path.write_text("name: [a\n")
+    with pytest.raises(UserError, match=r"r\.yaml:\d+: not valid YAML"):
+        load_recipe(str(path))
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean tiny"):
+        load_recipe("tinny")
+
+
+def test_overrides_reach_every_level(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path), overrides=["stages.one.learning_rate=2e-5", "stages.one.data.0.sample=7", "seed=3"]
+    )
+    assert recipe.stages["one"].learning_rate == 2e-5
+    assert recipe.stages["one"].data[0].sample == 7 and recipe.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.two.epochs=1", "there is no stage 'two'"),
+        ("stages.one.epoch=1", "unknown key"),
+        ("seed", "not KEY=VALUE"),
+        ("stages.one.data.4.sample=1", "no position in a list of 1"),
+    ],
+)
+def test_overrides_that_fit_nothing_are_refused(tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe(write(tmp_path), overrides=[override])
+
+
+def test_a_batch_that_does_not_divide_among_devices_is_refused(tmp_path):
+    stage = load_recipe(write(tmp_path)).stages["one"]
+    with pytest.raises(UserError, match="not a multiple of micro_batch 1 x 3 devices"):
+        derive(stage, 100, 3)
+
+
+def test_the_last_batch_is_kept_or_dropped_by_name(tmp_path):
+    keep = load_recipe(write(tmp_path)).stages["one"]
+    drop = load_recipe(write(tmp_path, stage={"last_batch": "drop"})).stages["one"]
+    assert (derive(keep, 17, 1).steps, derive(drop, 17, 1).steps) == (3, 2)
+    with pytest.raises(UserError, match="7 samples do not fill one batch of 8"):
+        derive(drop, 7, 1)

@@ -1,0 +1,491 @@
+"""Records: the same conversation from every format, row by row, and a reason for each row that can't be used."""
+
+import base64
+import io
+import json
+import pickle
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from llava_llama31.trainer import json_rows, records
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.images import ImageRef
+from llava_llama31.trainer.recipe import DataSource
+from llava_llama31.trainer.records import REASONS, RecordError, data_files, open_records
+
+
+IMAGE = {"type": "image"}
+
+
+def text(value: str) -> dict:
+    return {"type": "text", "text": value}
+
+
+def user(*parts: dict) -> dict:
+    return {"role": "user", "content": list(parts)}
+
+
+def assistant(value: str) -> dict:
+    return {"role": "assistant", "content": [text(value)]}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Write rows as JSON lines and open them."""
+
+    def open_rows(*rows: object, format: str = "auto", **options):
+        path = tmp_path / "data.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return open_records(DataSource(name="data", path=str(path), format=format), **options)
+
+    return open_rows
+
+
+def turns(*values: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[n % 2], "value": value} for n, value in enumerate(values)]
+
+
+def chat(*values: object) -> list[dict]:
+    return [{"role": ("user", "assistant")[n % 2], "content": value} for n, value in enumerate(values)]
+
+
+def png(height: int = 4, width: int = 6) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+# formats
+
+
+def test_llava(read, tmp_path):
+    store = read(
+        {"id": 17, "image": "a/x.png", "conversations": turns("<image>\nWhat?\n", "A cat.", "Why?", "No.")},
+        {"image": ["x.png", "y.png"], "conversations": turns("<image>\n<image>\n\nSame?", "Yes")},
+        {"id": "t", "conversations": turns("Hi", "Hello"), "system": "Be brief."},
+        {"id": "", "image": "x.png", "conversations": turns("What?\n<image>", "Blue")},
+    )
+    assert store.format == "llava" and len(store) == 4
+    first, second, third, fourth = store
+    assert first.id == "17"
+    assert first.images == (ImageRef("a/x.png", path=tmp_path.resolve() / "a/x.png", root=tmp_path.resolve()),)
+    assert first.messages == [user(IMAGE, text("What?\n")), assistant("A cat."), user(text("Why?")), assistant("No.")]
+    assert second.id == "data:1" and [image.name for image in second.images] == ["x.png", "y.png"]
+    assert second.messages[0] == user(IMAGE, IMAGE, text("\nSame?"))
+    assert third.messages[0] == {"role": "system", "content": [text("Be brief.")]} and not third.images
+    assert fourth.id == "data:3" and fourth.messages[0] == user(text("What?\n"), IMAGE)
+
+
+def test_the_newline_after_the_marker_can_be_kept(read):
+    row = {"image": "x.png", "conversations": turns("<image>\nWhat?", "A")}
+    assert read(row, keep_data_newline=True)[0].messages[0] == user(IMAGE, text("\nWhat?"))
+
+
+def test_sharegpt(read):
+    row = {
+        "images": ["x.png"],
+        "conversations": [{"from": "system", "value": "S"}, *turns("See <image> there", "ok")],
+    }
+    store = read(row)
+    assert store.format == "sharegpt"
+    assert store[0].messages == [
+        {"role": "system", "content": [text("S")]},
+        user(text("See "), IMAGE, text(" there")),
+        assistant("ok"),
+    ]
+    roles = {"images": ["x.png"], "messages": chat("<image>q", "a")}
+    assert read(roles, format="sharegpt")[0].messages == [user(IMAGE, text("q")), assistant("a")]
+
+
+def test_messages(read, tmp_path):
+    uri = "data:image/png;base64," + base64.b64encode(png()).decode()
+    store = read(
+        {"image": "x.png", "messages": chat([text("a"), IMAGE, text("b")], [text("c")])},
+        {"images": ["x.png", "y.png"], "messages": chat("no places", "c")},
+        {"images": ["x.png"], "prompt": chat("<image>\nq"), "completion": [{"role": "assistant", "content": "a"}]},
+        {"prompt": "q", "completion": "a"},
+        {"messages": chat([{"type": "image_url", "image_url": {"url": "x.png"}}, text("q")], "a")},
+        {"messages": chat([{"type": "image_url", "image_url": uri}, {"type": "image", "image": "y.png"}], "a")},
+        {"images": ["b.png"], "messages": chat([{"type": "image", "path": "a.png", "text": None}, IMAGE], "a")},
+    )
+    assert store.format == "messages"
+    assert store[0].messages == [user(text("a"), IMAGE, text("b")), assistant("c")]
+    assert store[1].messages[0] == user(IMAGE, IMAGE, text("no places"))
+    assert store[2].messages == [user(IMAGE, text("q")), assistant("a")]
+    assert store[3].messages == [user(text("q")), assistant("a")]
+    assert store[4].images[0].path == tmp_path.resolve() / "x.png"
+    assert store[5].images[0].size() == (4, 6) and store[5].images[1].name == "y.png"
+    assert [image.name for image in store[6].images] == ["a.png", "b.png"]
+
+
+def test_cauldron(read):
+    store = read({"images": ["x.png"], "texts": [{"user": "q", "assistant": "a", "source": "s"}] * 2})
+    assert store.format == "cauldron"
+    assert store[0].messages == [user(IMAGE, text("q")), assistant("a"), user(text("q")), assistant("a")]
+
+
+# every format gives the same record
+
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
+    lambda value: value.strip() and "<image>" not in value and not value.startswith("\n")
+)
+names = st.text("abcé /", min_size=1, max_size=8).map(lambda value: f"f{value}.png")
+
+
+@st.composite
+def conversations(draw) -> tuple[list[str], list[dict]]:
+    messages = [{"role": "system", "content": [text(draw(words))]}] if draw(st.booleans()) else []
+    num_images = draw(st.integers(0, 3))
+    for turn in range(draw(st.integers(1, 3))):
+        messages += [
+            user(*[IMAGE] * (num_images if turn == 0 else 0), text(draw(words))),
+            assistant(draw(words)),
+        ]
+    return draw(st.lists(names, min_size=num_images, max_size=num_images)), messages
+
+
+def flat(message: dict) -> str:
+    return "".join("<image>\n" if part["type"] == "image" else part["text"] for part in message["content"])
+
+
+def as_llava(key: str, images: list[str], messages: list[dict]) -> dict:
+    speakers = {"user": "human", "assistant": "gpt", "system": "system"}
+    talk = [{"from": speakers[message["role"]], "value": flat(message)} for message in messages]
+    shown = {} if not images else {"image": images[0] if len(images) == 1 else images}
+    return {"id": key, "conversations": talk} | shown
+
+
+def as_sharegpt(key: str, images: list[str], messages: list[dict]) -> dict:
+    return {"id": key, "images": images, "conversations": as_llava(key, images, messages)["conversations"]}
+
+
+def as_messages(key: str, images: list[str], messages: list[dict]) -> dict:
+    return {"id": key, "images": images, "messages": messages}
+
+
+def as_plain_messages(key: str, images: list[str], messages: list[dict]) -> dict:
+    plain = [{"role": message["role"], "content": flat(message)} for message in messages]
+    return {"id": key, "images": images, "prompt": plain[:-1], "completion": plain[-1:]}
+
+
+def as_cauldron(key: str, images: list[str], messages: list[dict]) -> dict:
+    talk = [message for message in messages if message["role"] != "system"]
+    plain = ["".join(part.get("text", "") for part in message["content"]) for message in talk]
+    pairs = zip(plain[::2], plain[1::2], strict=True)
+    return {"id": key, "images": images, "texts": [{"user": q, "assistant": a, "source": "s"} for q, a in pairs]}
+
+
+WRITERS = {
+    "llava": (as_llava,),
+    "sharegpt": (as_sharegpt,),
+    "messages": (as_messages, as_plain_messages),
+    "cauldron": (as_cauldron,),
+}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(conversations(), min_size=1, max_size=4), st.booleans(), st.integers(0, 3))
+def test_round_trip_through_every_json_format(tmp_path, rows, as_array, indent):
+    for data_format, writers in WRITERS.items():
+        for write in writers:
+            values = [write(f"r{n}", *row) for n, row in enumerate(rows)]
+            path = tmp_path / ("data.json" if as_array else "data.jsonl")
+            lines = (json.dumps(value, ensure_ascii=indent == 1) + "\n" for value in values)
+            content = json.dumps(values, ensure_ascii=indent == 1, indent=indent) if as_array else "".join(lines)
+            path.write_bytes(content.encode())
+            store = open_records(DataSource(name="x", path=str(path), format=data_format))
+            for n, (record, (images, messages)) in enumerate(zip(store, rows, strict=True)):
+                kept = [m for m in messages if m["role"] != "system"] if data_format == "cauldron" else messages
+                assert record.id == f"r{n}" and record.messages == kept
+                assert [image.name for image in record.images] == images
+                assert [image.path for image in record.images] == [tmp_path.resolve() / name for name in images]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder of parquet", "save_to_disk", "splits on disk"])
+@pytest.mark.parametrize("data_format", ["messages", "cauldron", "sharegpt"])
+def test_datasets_keep_images_encoded(tmp_path, monkeypatch, data_format, kind):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    messages = [user(IMAGE, IMAGE, text("same?")), assistant("no")]
+    (write, *_) = WRITERS[data_format]
+    # the Image feature embeds files when it is written; plain parquet may hold paths
+    second = {"bytes": None, "path": "y.png"} if "parquet" in kind else {"bytes": png(8, 9), "path": "y.png"}
+    row = write("7", [], messages) | {"images": [{"bytes": png(5, 6), "path": None}, second]}
+    features = datasets.Dataset.from_list([row]).features
+    if "parquet" not in kind:
+        features["images"] = datasets.List(datasets.Image())
+    data = datasets.Dataset.from_list([row, row], features=features)
+    path = tmp_path / "data"
+    path.mkdir()
+    Image.new("RGB", (9, 8)).save((path if kind != "parquet" else tmp_path) / "y.png")
+    if kind == "parquet":
+        path = tmp_path / "data.parquet"
+        data.to_parquet(path)
+    elif kind == "folder of parquet":
+        data.to_parquet(path / "train-00000-of-00001.parquet")
+        data.select([0]).to_parquet(path / "validation-00000-of-00001.parquet")
+    elif kind == "save_to_disk":
+        data.save_to_disk(path)
+    else:
+        datasets.DatasetDict(train=data, other=data.select([0])).save_to_disk(path)
+    monkeypatch.setattr(datasets.Image, "decode_example", None)
+    source = DataSource(name="x", path=str(path))
+    store = open_records(source)
+    assert store.format == data_format and len(store) == 2
+    for record in (store[1], pickle.loads(pickle.dumps(store))[1]):
+        assert record.id == "7" and record.messages == messages
+        assert [image.size() for image in record.images] == [(5, 6), (8, 9)]
+    assert data_files(source) and all(file.is_file() for file in data_files(source))
+    assert json.loads(store.source_text(0))["images"][0]["bytes"] == base64.b64encode(png(5, 6)).decode()
+    if kind == "splits on disk":
+        with pytest.raises(UserError, match="no split 'test'"):
+            open_records(DataSource(name="x", path=str(path), split="test"))
+
+
+# rows that can't be used
+
+GOOD = {"id": "g", "conversations": turns("q", "a")}
+BAD_ROWS: list[tuple[str, object]] = [
+    ("malformed_record", [1]),
+    ("malformed_record", {"id": "x"}),
+    ("malformed_record", {"conversations": []}),
+    ("malformed_record", {"conversations": {"from": "human"}}),
+    ("malformed_record", {"conversations": ["hi", "ho"]}),
+    ("malformed_record", {"conversations": [{"from": "human"}]}),
+    ("malformed_record", {"conversations": [{"from": None, "value": "q"}]}),
+    ("malformed_record", {"conversations": [{"from": "human", "value": 3}]}),
+    ("malformed_record", {"conversations": [{"from": "human", "value": None}]}),
+    ("malformed_record", {"conversations": [{"from": "human", "value": [{"type": "video"}]}]}),
+    ("malformed_record", {"conversations": [{"from": "human", "value": [{"type": "text"}]}]}),
+    ("malformed_record", {"conversations": [{"from": "human", "value": ["text"]}]}),
+    ("malformed_record", {"image": 5, "conversations": turns("<image>q", "a")}),
+    ("malformed_record", {"image": {"path": None}, "conversations": turns("<image>q", "a")}),
+    ("malformed_record", {"image": "x.png", "images": ["x.png"], "conversations": turns("<image>q", "a")}),
+    ("unknown_role", {"conversations": [{"from": "tool", "value": "q"}]}),
+    ("unknown_role", {"conversations": [{"from": "Human", "value": "q"}]}),
+    ("invalid_text", {"conversations": turns("q\ud800", "a")}),
+    ("invalid_text", {"conversations": turns("é", "a\udfff")}),
+    ("non_alternating_turns", {"conversations": turns("q", "a", "q")}),
+    ("non_alternating_turns", {"conversations": turns("q", "a", "q", "a")[1:]}),
+    ("non_alternating_turns", {"conversations": turns("q", "a")[:1] * 2 + turns("q", "a")[1:]}),
+    ("non_alternating_turns", {"conversations": [*turns("q", "a"), {"from": "system", "value": "s"}]}),
+    ("empty_question", {"conversations": turns(" \n", "a")}),
+    ("empty_answer", {"conversations": turns("q", "")}),
+    ("empty_answer", {"conversations": turns("q", "a", "q", " \n")}),
+    ("no_supervised_token", {"conversations": turns("q")}),
+    ("no_supervised_token", {"system": "s", "conversations": turns("q")}),
+    ("image_count_mismatch", {"conversations": turns("<image>\nq", "a")}),
+    ("image_count_mismatch", {"image": "x.png", "conversations": turns("q", "a")}),
+    ("image_count_mismatch", {"image": "x.png", "conversations": turns("<image><image>q", "a")}),
+    ("image_count_mismatch", {"image": ["x.png", "y.png"], "conversations": turns("<image>q", "a")}),
+    ("misplaced_image", {"image": "x.png", "conversations": turns("q", "<image>a")}),
+    ("misplaced_image", {"image": "x.png", "system": "<image>", "conversations": turns("q", "a")}),
+    ("image_url", {"image": "http://h/x.png", "conversations": turns("<image>q", "a")}),
+    ("image_outside_root", {"image": "../x.png", "conversations": turns("<image>q", "a")}),
+    ("invalid_image_path", {"image": "x\0.png", "conversations": turns("<image>q", "a")}),
+    ("corrupt_image", {"image": "data:image/png;base64,%", "conversations": turns("<image>q", "a")}),
+]
+
+
+@pytest.mark.parametrize(("reason", "row"), BAD_ROWS)
+def test_a_bad_row_has_its_reason_and_spoils_no_other(read, reason, row):
+    store = read(GOOD, row, GOOD, format="llava")
+    with pytest.raises(RecordError) as caught:
+        store[1]
+    assert caught.value.reason == reason and caught.value.detail and reason in REASONS
+    assert store[0].id == store[2].id == "g"
+    assert store.row_id(1) == (row.get("id", "data:1") if isinstance(row, dict) else "data:1")
+    assert json.loads(store.source_text(1)) == row
+
+
+def test_url_in_messages_is_refused(read):
+    for part in (
+        {"type": "image_url", "image_url": {"url": "https://h/x.png"}},
+        {"type": "image_url", "image_url": "http://h/x.png"},
+        {"type": "image", "url": "http://h/x.png"},
+    ):
+        with pytest.raises(RecordError, match="image_url"):
+            read({"messages": chat([part, text("q")], "a")})[0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"nonsense",
+        b'{"id": "x", }',
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+        b'{"id": ' + b"9" * 5000 + b"}",
+        b'{"id": "' + b"x" * (17 * 2**20) + b'"}',
+        b'{"conversations": "\x01"}',
+        "\ufeff{}".encode(),
+    ],
+    ids=["open", "word", "comma", "deep array", "deep object", "digits", "17 MiB", "control", "inner BOM"],
+)
+@pytest.mark.parametrize("as_array", [False, True])
+def test_malformed_json_is_one_row(tmp_path, line, as_array):
+    good = json.dumps(GOOD).encode()
+    if as_array and len(line) > 2**24:
+        pytest.skip("an element without an end in reach is an error of the file, tested below")
+    if as_array and line == b"{":
+        line = b"{]"
+    path = tmp_path / "data.json"
+    path.write_bytes(b"[" + b",\n".join([good, line, good]) + b"]" if as_array else b"\n".join([good, line, good]))
+    store = open_records(DataSource(name="x", path=str(path)))
+    assert len(store) == 3 and store[0].id == store[2].id == "g"
+    with pytest.raises(RecordError) as caught:
+        store[1]
+    assert caught.value.reason == "malformed_json" and f"byte {len(good) + 1 + 2 * as_array}" in caught.value.detail
+    assert store.row_id(1) == "data:1"
+
+
+def test_bytes_that_are_not_utf8_spoil_one_row(tmp_path):
+    rows = [json.dumps({"id": n, "conversations": turns("qé", "a")}, ensure_ascii=False).encode() for n in range(3)]
+    rows[1] = rows[1].replace("é".encode(), b"\xe9")
+    for name, content in (("data.json", b"[" + b",".join(rows) + b"]"), ("data.jsonl", b"\n".join(rows))):
+        (tmp_path / name).write_bytes(content)
+        store = open_records(DataSource(name="x", path=str(tmp_path / name)))
+        assert (store[0].id, store[2].id) == ("0", "2")
+        with pytest.raises(RecordError, match="invalid_text"):
+            store[1]
+
+
+# files that can't be used
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "empty"),
+        (" \n ", "empty"),
+        ("[]", "no records"),
+        ("[", "byte 1"),
+        ('[{"a": 1}', "byte 9"),
+        ('[{"a": 1}, {"b": ', "byte 17"),
+        ('[{"a": "b}, {"c": 1}]', "byte 21"),
+        ('[{"a": 1} {"b": 2}]', "byte 10"),
+        ('[{"a": 1},]', "byte 10"),
+        ('[{"a": 1}] x', "byte 11"),
+        ('{"a":\n1}', "neither a JSON array nor JSON lines"),
+        ('{"data": [1]}', "none of the known shapes"),
+        ("[1, 2]", "is a JSON object"),
+        ('[{"é": "' + "x" * (17 * 2**20) + '"}]', "row 0, at byte 1, is longer than"),
+    ],
+)
+def test_a_file_that_is_no_data_is_named_with_the_byte(tmp_path, content, message):
+    path = tmp_path / "data.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        open_records(DataSource(name="x", path=str(path)))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_and_strange_paths_are_named(tmp_path):
+    (tmp_path / "x.txt").write_text("hello")
+    for path, message in [("none.json", "does not exist"), ("x.txt", "no data that can be read"), ("", "no data")]:
+        with pytest.raises(UserError, match=message):
+            open_records(DataSource(name="x", path=str(tmp_path / path)))
+    (tmp_path / "utf16.json").write_text("[]", encoding="utf-16")
+    with pytest.raises(UserError, match="UTF-16"):
+        open_records(DataSource(name="x", path=str(tmp_path / "utf16.json")))
+    (tmp_path / "x.jsonl").write_text(json.dumps(GOOD))
+    with pytest.raises(UserError, match="image_root .* is not a folder"):
+        open_records(DataSource(name="x", path=str(tmp_path / "x.jsonl"), image_root=str(tmp_path / "none")))
+
+
+def test_a_hub_id_goes_to_load_dataset(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return datasets.Dataset.from_list([as_cauldron("1", [], [user(text("q")), assistant("a")])])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    store = open_records(DataSource(name="x", path="owner/the_set:ai2d", split="test"))
+    assert store[0].messages == [user(text("q")), assistant("a")]
+    assert asked == [(("owner/the_set", "ai2d"), {"split": "test"})]
+
+
+# indexing
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=3), values, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(json_values, max_size=12), st.integers(2, 40), st.integers(0, 2), st.booleans(), st.booleans())
+def test_index_equals_json_load(tmp_path, monkeypatch, values, chunk_bytes, indent, ascii_only, bom):
+    monkeypatch.setattr(json_rows, "_CHUNK_BYTES", chunk_bytes)
+    content = json.dumps(values, ensure_ascii=ascii_only, indent=indent or None).encode("utf-8", "surrogatepass")
+    path = tmp_path / "values.json"
+    path.write_bytes(b"\xef\xbb\xbf" * bom + b" \r\n" * indent + content + b"\n")
+    rows = json_rows.JsonRows(path)
+    try:
+        expected = [json.dumps(value) for value in values]
+        assert [json.dumps(rows[row]) for row in range(len(rows))] == expected
+    except AssertionError:
+        assert "\\ud" in "".join(expected)  # a lone surrogate is not UTF-8
+    lines = [json.dumps({"": value}, ensure_ascii=ascii_only).encode("utf-8", "replace") for value in values]
+    path = tmp_path / "values.jsonl"
+    path.write_bytes(b"\n \r\n".join([b"{}", *lines]) + b"\n" * indent)
+    rows = json_rows.JsonRows(path)
+    assert [rows.text(row).strip().encode() for row in range(len(rows))] == [b"{}", *lines]
+
+
+def test_a_huge_line_is_never_held(tmp_path):
+    path = tmp_path / "data.jsonl"
+    with open(path, "wb") as file:
+        file.write(json.dumps(GOOD).encode() + b"\n")
+        file.seek(200 * 2**20, io.SEEK_CUR)
+        file.write(b"\n" + json.dumps(GOOD).encode())
+    tracemalloc.start()
+    store = open_records(DataSource(name="x", path=str(path)))
+    with pytest.raises(RecordError, match="longer than"):
+        store[1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(store) == 3 and store[2].id == "g" and store.source_text(1) == "" and peak < 48 * 2**20
+
+
+def test_a_store_pickles_and_reads_after_the_file_was_replaced(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(GOOD))
+    store = open_records(DataSource(name="x", path=str(path)))
+    assert pickle.loads(pickle.dumps(store))[0] == store[0]
+    path.with_suffix(".new").write_text("{}")
+    path.with_suffix(".new").replace(path)
+    assert store[0].id == "g"
+
+
+def test_digest_sees_images_and_words(read):
+    rows = [
+        {"id": n, "image": image, "conversations": turns(f"<image>{question}", "a")}
+        for n, (image, question) in enumerate([("x.png", "q"), ("x.png", "q"), ("y.png", "q"), ("x.png", "q ")])
+    ]
+    digests = [record.digest() for record in read(*rows)]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
+def test_the_readers_import_neither_torch_nor_datasets():
+    code = "import sys, llava_llama31.trainer.records; print([m for m in ('torch', 'datasets') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_reason_is_documented():
+    page = Path(__file__).parents[1] / "docs" / "data.md"
+    table = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    documented = {line.split("`")[1]: line.split("|")[2].strip() for line in table}
+    assert {reason: documented.get(reason) for reason in REASONS} == REASONS
+    assert records.REASONS is REASONS

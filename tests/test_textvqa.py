@@ -1,0 +1,563 @@
+"""Questions, batched greedy answers, prediction files, and the two commands."""
+
+import io
+import json
+import random
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation import textvqa
+from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, load_model, undisturbed
+from llava_llama31.trainer.evaluation.questions import Question, load_questions
+from llava_llama31.trainer.evaluation.textvqa import (
+    CARD_PROMPT,
+    derangement,
+    evaluate,
+    evaluate_command,
+    score_command,
+)
+from llava_llama31.trainer.images import ImageRef
+
+
+SIZES = [(28, 28), (20, 90), (90, 20), (60, 50), (5, 200), (120, 121), (33, 64)]
+STOP_IDS = list(range(200, 448, 7))
+ANSWERS = ("stop", "stop", "stop sign", "8", "8.", "stop", "no", "no", "stop", "halt")
+
+
+def encoded(image: Image.Image, form: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, form)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def questions(make_image):
+    """40 questions on 25 pictures of many shapes."""
+    draw = random.Random(0)
+    pictures = [ImageRef(f"p{i}", data=encoded(make_image(*SIZES[i % len(SIZES)], seed=i))) for i in range(25)]
+    words = ["what", "is", "the", "brand", "number", "word", "on", "this", "sign", "bottle", "clock", "left", "right"]
+    texts = [" ".join(draw.choices(words, k=draw.randint(1, 9))) + "?" for _ in range(40)]
+    return [Question(100 + i, f"p{i % 25}", pictures[i % 25], text, ANSWERS) for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def lively_model(tiny_model):
+    """Answers of differing length and content: larger random weights, and stop ids that it really reaches."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
+    tiny_model.generation_config.eos_token_id = STOP_IDS
+    return tiny_model
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
+
+
+def without_seconds(folder):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder)]
+
+
+def token_ids(folder):
+    return {row["question_id"]: row["token_ids"] for row in rows(folder)}
+
+
+# --- generation
+
+
+def test_answers_do_not_depend_on_batch_size_or_order(lively_model, processor, questions, tmp_path):
+    evaluate(lively_model, processor, questions, tmp_path / "1", revision="r", batch_size=1)
+    expected = token_ids(tmp_path / "1")
+    lengths = {len(ids) for ids in expected.values()}
+    assert len(expected) == 40 and len({tuple(ids) for ids in expected.values()}) > 20 and len(lengths) > 3
+    for batch_size in (3, 16):
+        evaluate(lively_model, processor, questions, tmp_path / str(batch_size), revision="r", batch_size=batch_size)
+        assert token_ids(tmp_path / str(batch_size)) == expected
+    # in the caller's own order, without the evaluator's sorting
+    answerer = GreedyAnswerer(lively_model, processor)
+    shuffled = random.Random(3).sample(questions, len(questions))
+    prompts = [
+        answerer.prompt(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt_of(question)}]}],
+            [question.image.open()],
+        )
+        for question in shuffled
+    ]
+    for start in range(0, 40, 7):
+        for question, ids in zip(
+            shuffled[start : start + 7], answerer.answer(prompts[start : start + 7]), strict=True
+        ):
+            assert ids == expected[question.question_id]
+
+
+def prompt_of(question):
+    return f"{question.question}\nAnswer the question using a single word or phrase."
+
+
+def test_answers_equal_stock_generation(lively_model, processor, questions, tmp_path):
+    stock_folder = tmp_path / "model"
+    lively_model.save_pretrained(stock_folder)
+    processor.save_pretrained(stock_folder)
+    stock = LlavaNextForConditionalGeneration.from_pretrained(stock_folder).eval()
+    stock_processor = LlavaNextProcessor.from_pretrained(stock_folder)
+    evaluate(lively_model, processor, questions[:8], tmp_path / "ours", revision="r", max_new_tokens=9)
+    ours = token_ids(tmp_path / "ours")
+    for question in questions[:8]:
+        content = [{"type": "image", "image": question.image.open()}, {"type": "text", "text": prompt_of(question)}]
+        inputs = stock_processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        output = stock.generate(**inputs, do_sample=False, max_new_tokens=9)
+        assert output[0, inputs["input_ids"].shape[1] :].tolist() == ours[question.question_id]
+
+
+def test_checkpoint_settings_cannot_bend_the_greedy_search(lively_model, processor, questions, tmp_path):
+    evaluate(lively_model, processor, questions[:9], tmp_path / "plain", revision="r")
+    lively_model.generation_config.update(
+        do_sample=True, temperature=3.0, top_p=0.5, repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=12
+    )
+    evaluate(lively_model, processor, questions[:9], tmp_path / "bent", revision="r")
+    assert token_ids(tmp_path / "bent") == token_ids(tmp_path / "plain")
+
+
+def test_a_training_run_is_left_as_it_was(lively_model, processor, questions, tmp_path):
+    model = lively_model
+    evaluate(model, processor, questions[:6], tmp_path / "eval", revision="r")
+    model.train()
+    model.model.vision_tower.eval()
+    model.config.use_cache = model.config.text_config.use_cache = False
+    model.config.text_config.attention_dropout = 0.5
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.activation_checkpointing_enable()
+    modes = [module.training for module in model.modules()]
+    config = model.config.to_dict()
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    evaluate(model, processor, questions[:6], tmp_path / "train", revision="r")
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+    assert model.config.to_dict() == config
+    assert token_ids(tmp_path / "train") == token_ids(tmp_path / "eval")
+    with pytest.raises(KeyError), undisturbed(model):
+        torch.rand(3)
+        raise KeyError
+    assert [module.training for module in model.modules()] == modes
+    assert torch.get_rng_state().tolist() == states[2]
+
+
+def test_other_tokenizers_go_by_their_own_chat_template(tiny_model, processor, questions):
+    vocabulary = processor.tokenizer.get_vocab()
+    stripped = type(processor)(
+        processor.image_processor,
+        without_tokens(processor.tokenizer, ("<|finetune_right_pad_id|>", "<|eom_id|>")),
+        patch_size=processor.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for m in messages %}USER: {% for p in m.content %}{% if p.type == 'image' %}<image>\n"
+        "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:",
+    )
+    assert len(stripped.tokenizer.get_vocab()) == len(vocabulary)
+    answerer = GreedyAnswerer(tiny_model, stripped)
+    image = questions[1].image.open()
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    expected = stripped(text=["USER: <image>\nwhat? ASSISTANT:"], images=[[image]])["input_ids"][0]
+    assert answerer.prompt(messages, [image]).input_ids == list(expected)
+    assert answerer.prompt([{"role": "user", "content": [{"type": "text", "text": "hm"}]}]).tiles.shape[0] == 0
+
+
+def without_tokens(tokenizer, names):
+    """The same tokenizer with those tokens renamed."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    text = tokenizer.backend_tokenizer.to_str()
+    for name in names:
+        text = text.replace(name, name.replace("|", "!"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(text),
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        additional_special_tokens=["<image>"],
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def test_answers_end_at_each_stop_token(tiny_model, processor):
+    tiny_model.generation_config.eos_token_id = 17
+    answerer = GreedyAnswerer(tiny_model, processor)
+    names = ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
+    assert set(answerer.stop_ids) == {17, *processor.tokenizer.convert_tokens_to_ids(names)}
+    assert answerer._until_stop([1, 2, 17, 9, 17]) == [1, 2, 17]
+    assert answerer._until_stop([1, 2]) == [1, 2]
+
+
+# --- evaluation
+
+
+def test_rows_hold_what_made_them(lively_model, processor, questions, tmp_path):
+    progress = []
+    evaluation = evaluate(
+        lively_model, processor, questions, tmp_path, revision="abc", on_progress=lambda *at: progress.append(at)
+    )
+    by_id = {question.question_id: question for question in questions}
+    written = rows(tmp_path)
+    assert [(row["image_id"]) for row in written] == sorted(
+        (row["image_id"] for row in written),
+        key=lambda image_id: (tokens_of(by_id, image_id, processor), image_id),
+    )
+    for row in written:
+        question = by_id[row["question_id"]]
+        assert (row["question"], row["image_id"], row["model"]) == (question.question, question.image_id, "abc")
+        assert row["prompt"] == prompt_of(question) and row["seconds"] > 0
+        ids = row["token_ids"][:-1] if row["token_ids"][-1] in STOP_IDS else row["token_ids"]
+        assert row["answer"] == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert progress == [(16, 40), (32, 40), (40, 40)]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["num_questions"] == 40 and scores["failed"] == scores["missing"] == 0
+    assert scores["protocols"] == evaluation.to_json()["protocols"]
+    assert scores["protocols_failed_as_zero"] == scores["protocols"]
+
+
+def tokens_of(by_id, image_id, processor):
+    image = next(question.image for question in by_id.values() if question.image_id == image_id)
+    return processor.num_image_tokens(image.size())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.55, 0.81, 0.999, 1.0])
+def test_a_killed_evaluation_goes_on_and_ends_the_same(lively_model, processor, questions, tmp_path, share):
+    """The file cut at any byte is what a kill leaves behind."""
+    asked = questions[:14]
+    evaluate(lively_model, processor, asked, tmp_path / "whole", revision="r", batch_size=4)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    file = tmp_path / "cut" / "predictions.jsonl"
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    calls = []
+    evaluate(
+        lively_model,
+        processor,
+        asked,
+        tmp_path / "cut",
+        revision="r",
+        batch_size=4,
+        on_progress=lambda done, _: calls.append(done),
+    )
+    assert without_seconds(tmp_path / "cut") == without_seconds(tmp_path / "whole")
+    assert calls == [done for done in (4, 8, 12, 14) if done > len(rows_before(tmp_path, share))]
+
+
+def rows_before(tmp_path, share):
+    content = (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    lines = content[: int(share * len(content))].count(b"\n")
+    return range(lines if lines == 14 else lines - lines % 4)
+
+
+def test_an_interrupted_evaluation_keeps_its_batches(lively_model, processor, questions, tmp_path):
+    def interrupt(done, total):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(lively_model, processor, questions, tmp_path, revision="r", batch_size=4, on_progress=interrupt)
+    assert len(rows(tmp_path)) == 8
+    evaluate(lively_model, processor, questions, tmp_path, revision="r", batch_size=4)
+    assert len(rows(tmp_path)) == 40
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"revision": "other"}, {"batch_size": 5}, {"max_new_tokens": 3}, {"prompt": "{question}"}, {"blind_seed": 1}],
+)
+def test_answers_of_different_settings_are_never_mixed(tiny_model, processor, questions, tmp_path, change):
+    settings = {"revision": "r", "batch_size": 4}
+    evaluate(tiny_model, processor, questions[:6], tmp_path, **settings)
+    named = {"max_new_tokens": "decoding"}.get(next(iter(change)), next(iter(change)))
+    with pytest.raises(UserError, match=f"another {named}.*fix: pass another --output"):
+        evaluate(tiny_model, processor, questions[:6], tmp_path, **settings | change)
+    with pytest.raises(UserError, match="another questions_sha256"):
+        evaluate(tiny_model, processor, questions[1:7], tmp_path, **settings)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(UserError, match="no settings.json"):
+        evaluate(tiny_model, processor, questions[:6], tmp_path, **settings)
+
+
+def test_failures_are_counted_and_named(lively_model, processor, questions, tmp_path, monkeypatch):
+    whole = encoded(questions[0].image.open())
+    asked = [
+        replace(questions[0], image_id="cut", image=ImageRef("cut", data=whole[: len(whole) // 2])),
+        replace(questions[1], image_id="no", image=ImageRef("no", path=tmp_path / "no.png", root=tmp_path)),
+        replace(questions[2], image_id="none", image=None),
+        *questions[3:12],
+    ]
+    answer, poison = GreedyAnswerer.answer, asked[7].image.size()
+
+    def answer_or_fail(self, prompts):
+        if any(prompt.image_sizes == (poison,) for prompt in prompts):
+            raise RuntimeError("CUDA out of memory")
+        return answer(self, prompts)
+
+    monkeypatch.setattr(GreedyAnswerer, "answer", answer_or_fail)
+    report = evaluate(lively_model, processor, asked, tmp_path / "out", revision="r", batch_size=5).report
+    unanswerable = {question.question_id for question in asked[3:] if question.image.size() == poison}
+    assert unanswerable and set(report.failed) == {100, 101, 102} | unanswerable and not report.complete
+    assert [report.failed[i].split(":")[0] for i in (100, 101, 102)] == [
+        "corrupt_image",
+        "missing_image",
+        "missing_image",
+    ]
+    assert all(report.failed[i] == "RuntimeError: CUDA out of memory" for i in unanswerable)
+    share = (12 - len(report.failed)) / 12
+    for name, score in report.protocols.items():
+        assert report.protocols_failed_as_zero[name].accuracy == pytest.approx(score.accuracy * share)
+    failed = [row for row in rows(tmp_path / "out") if row["answer"] is None]
+    assert {row["question_id"]: row["error"] for row in failed} == report.failed
+    with pytest.raises(UserError, match="not one of 3 questions is answered; question 102: missing_image"):
+        evaluate(lively_model, processor, asked[:3], tmp_path / "nothing", revision="r")
+
+
+@given(st.sets(st.text(max_size=5), min_size=2, max_size=40), st.integers(0, 5))
+def test_no_picture_keeps_its_place_in_a_derangement(image_ids, seed):
+    shown = derangement(image_ids, seed)
+    assert shown.keys() == set(shown.values()) == image_ids
+    assert all(shown[image_id] != image_id for image_id in image_ids)
+    assert shown == derangement(sorted(image_ids, reverse=True), seed)
+
+
+def test_blind_shows_each_question_another_picture(lively_model, processor, questions, tmp_path):
+    evaluate(lively_model, processor, questions, tmp_path / "blind", revision="r", blind_seed=2)
+    pictures = {question.image_id: question.image for question in questions}
+    blind = {row["question_id"]: row for row in rows(tmp_path / "blind")}
+    assert all(row["shown_image_id"] != row["image_id"] for row in blind.values())
+    swapped = [replace(q, image=pictures[blind[q.question_id]["shown_image_id"]]) for q in questions]
+    evaluate(lively_model, processor, swapped, tmp_path / "swapped", revision="r")
+    assert token_ids(tmp_path / "swapped") == token_ids(tmp_path / "blind")
+    with pytest.raises(UserError, match="at least two pictures"):
+        evaluate(lively_model, processor, questions[:1], tmp_path / "one", revision="r", blind_seed=2)
+
+
+def test_a_prompt_without_its_question_is_refused(tiny_model, processor, questions, tmp_path):
+    with pytest.raises(UserError, match="no {question}"):
+        evaluate(tiny_model, processor, questions, tmp_path, revision="r", prompt="Describe it.")
+    assert CARD_PROMPT == "{question}\nAnswer the question using a single word or phrase."
+
+
+# --- files
+
+
+@pytest.fixture(scope="module")
+def files(questions, tmp_path_factory):
+    """The same questions as JSON Lines, as TextVQA's JSON and in lmms-lab's parquet layout, pictures beside them."""
+    folder = tmp_path_factory.mktemp("textvqa")
+    for question in questions[:25]:
+        suffix = ".png" if question.question_id % 3 else ".jpg"
+        (folder / f"{question.image_id}{suffix}").write_bytes(question.image.data)
+    plain = [
+        {"question_id": q.question_id, "image_id": q.image_id, "question": q.question, "answers": list(q.answers)}
+        for q in questions
+    ]
+    (folder / "q.jsonl").write_text("\n".join(map(json.dumps, plain)) + "\n", encoding="utf-8")
+    named = [
+        row | {"image": f"{row['image_id']}{'.png' if i % 25 % 3 != 2 else '.jpg'}"} for i, row in enumerate(plain)
+    ]
+    (folder / "named.jsonl").write_text("\n".join(map(json.dumps, named)) + "\n", encoding="utf-8")
+    official = {"dataset_type": "val", "data": [row | {"ocr_tokens": []} for row in plain]}
+    (folder / "official.json").write_text(json.dumps(official), encoding="utf-8-sig")
+    (folder / "shards").mkdir()
+    for shard, part in enumerate((plain[:30], plain[30:])):
+        images = [{"bytes": questions[row["question_id"] - 100].image.data, "path": None} for row in part]
+        table = pyarrow.table(
+            {
+                "image_id": [row["image_id"] for row in part],
+                "question_id": [row["question_id"] for row in part],
+                "question": [row["question"] for row in part],
+                "image": images,
+                "answers": [row["answers"] for row in part],
+                "ocr_tokens": [["x"]] * len(part),
+            }
+        )
+        pyarrow.parquet.write_table(table, folder / "shards" / f"validation-0000{shard}-of-00002.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "named.jsonl", "official.json", "shards", "shards/validation-*.parquet"])
+def test_every_format_gives_the_same_questions(files, questions, name):
+    loaded = load_questions(files / name)
+    for ours, expected in zip(loaded, questions, strict=True):
+        assert replace(ours, image=None) == replace(expected, image=None)
+        assert np.array_equal(np.asarray(ours.image.open()), np.asarray(expected.image.open()))
+    assert len({id(question.image) for question in loaded}) == 25
+    assert [question.question_id for question in load_questions(files / name, limit=7)] == list(range(100, 107))
+    assert all(question.image is None for question in load_questions(files / name, with_images=False))
+
+
+GOOD = {"question_id": 1, "image_id": "p0", "question": "?", "answers": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", None, "x.jsonl: cannot be read: No such file"),
+        ("x.jsonl", "", "x.jsonl: no questions"),
+        ("x.jsonl", '{"question_id": 1', "x.jsonl:1: not JSON"),
+        ("x.jsonl", "[1]", "x.jsonl:1: not an object"),
+        ("x.jsonl", json.dumps(GOOD | {"answers": None}), "x.jsonl:1: no answers"),
+        ("x.jsonl", json.dumps(GOOD | {"answers": []}), "x.jsonl:1: answers is not a list of texts"),
+        ("x.jsonl", json.dumps(GOOD | {"answers": "a"}), "x.jsonl:1: answers is not a list of texts"),
+        ("x.jsonl", json.dumps(GOOD | {"question": 5}), "x.jsonl:1: question_id or question of a wrong type"),
+        ("x.jsonl", json.dumps(GOOD | {"image": 5}), "x.jsonl:1: image is a int"),
+        ("x.jsonl", json.dumps(GOOD | {"image": "../../etc/passwd"}), "x.jsonl:1: .*outside"),
+        ("x.jsonl", json.dumps(GOOD | {"image": "https://x.org/a.png"}), "x.jsonl:1: .*URLs are not fetched"),
+        ("x.jsonl", f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}", "x.jsonl:2: question_id 1 occurs twice"),
+        ("x.json", '{"rows": []}', "x.json: neither a list"),
+        ("x.json", "[1]", r"x.json\[0\]: not an object"),
+        ("x.parquet", "PAR1", "x.parquet: cannot be read"),
+        ("*.parquet", None, "no parquet file there"),
+    ],
+)
+def test_bad_question_files_are_named(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        load_questions(tmp_path / name)
+    assert "(fix: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_shards_of_several_splits_are_refused(files, tmp_path):
+    for split in ("train", "validation"):
+        shutil.copy(files / "shards" / "validation-00000-of-00002.parquet", tmp_path / f"{split}-0.parquet")
+    with pytest.raises(UserError, match=r"several splits \(train, validation\)"):
+        load_questions(tmp_path)
+
+
+# --- commands
+
+
+@pytest.fixture(scope="module")
+def folder(processor, tiny_config, tmp_path_factory):
+    from llava_llama31 import LlavaLlama31ForConditionalGeneration
+
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("model")
+    LlavaLlama31ForConditionalGeneration(tiny_config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_evaluate_and_score_commands_agree(folder, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_command(str(folder), data=str(files / "q.jsonl"), limit=9, json_output=True) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["num_questions"] == 9 and set(evaluated["protocols"]["m4c"]) == {"accuracy", "low", "high"}
+    assert evaluated["settings"]["revision"] == textvqa.weights_revision(folder)
+    lines = [line for number, line in enumerate((files / "q.jsonl").read_text().splitlines()) if number < 9]
+    (tmp_path / "nine.jsonl").write_text("\n".join(lines))
+    assert score_command(evaluated["predictions"], annotations="nine.jsonl", json_output=True) == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert scored == {key: evaluated[key] for key in scored}
+    # the second time there is nothing left to generate
+    monkeypatch.setattr(GreedyAnswerer, "answer", None)
+    assert evaluate_command(str(folder), data=str(files / "q.jsonl"), limit=9) == 0
+    out = capsys.readouterr().out
+    assert "9 of 9 questions answered" in out and "vlmevalkit-2024" in out and "unanswered" not in out
+
+
+def test_failed_questions_set_the_exit_code(folder, files, tmp_path, capsys):
+    lines = (files / "q.jsonl").read_text().splitlines()[:3]
+    for i in (0, 1):
+        shutil.copy(next(files.glob(f"p{i}.*")), tmp_path)
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    arguments = {"data": str(tmp_path / "q.jsonl"), "output": str(tmp_path / "out"), "max_new_tokens": 2}
+    assert evaluate_command(str(folder), **arguments) == textvqa.EXIT_INCOMPLETE == 3
+    out = capsys.readouterr().out
+    assert "2 of 3 questions answered" in out and "unanswered as 0" in out and "102 (missing_image" in out
+
+
+def write_lines(path, objects):
+    path.write_text("\n".join(map(json.dumps, objects)) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_score_counts_missing_failed_doubled_and_unknown_answers(tmp_path, capsys):
+    annotations = write_lines(
+        tmp_path / "a.jsonl",
+        [{"question_id": i, "image_id": f"p{i}", "question": "?", "answers": ["yes"] * 10} for i in range(6)],
+    )
+    predictions = write_lines(
+        tmp_path / "p.jsonl",
+        [
+            {"question_id": 0, "answer": "Yes."},
+            {"question_id": "1", "answer": "no"},
+            {"question_id": 2, "answer": None, "error": "corrupt_image: cut"},
+            {"question_id": 0, "answer": "no"},
+            {"question_id": 77, "answer": "yes"},
+            {"question_id": 4, "answer": "yes"},
+        ],
+    )
+    assert score_command(predictions, annotations=annotations, json_output=True) == 3
+    result = json.loads(capsys.readouterr().out)
+    counts = {key: result[key] for key in ("num_questions", "missing", "failed", "duplicates", "unknown")}
+    assert counts == {"num_questions": 6, "missing": 2, "failed": 1, "duplicates": 1, "unknown": 1}
+    assert (result["missing_ids"], result["failed_ids"]) == ([3, 5], {"2": "corrupt_image: cut"})
+    assert (result["duplicate_ids"], result["unknown_ids"]) == ([0], ["77"])
+    for name in ("vlmevalkit-2024", "vlmevalkit-2025", "m4c"):
+        assert result["protocols"][name]["accuracy"] == 2 / 3
+        assert result["protocols_failed_as_zero"][name]["accuracy"] == 2 / 6
+    assert score_command(predictions, annotations=annotations) == 3
+    out = capsys.readouterr().out
+    assert "missing: 2: 3, 5" in out and "not annotated: 1: 77" in out and "2 (corrupt_image: cut)" in out
+
+
+def test_score_reads_the_answers_that_llava_writes(tmp_path, capsys):
+    annotations = write_lines(
+        tmp_path / "a.jsonl",
+        [{"question_id": i, "image_id": f"p{i // 2}", "question": "?", "answers": [f"w{i}"] * 10} for i in range(4)],
+    )
+    theirs = [{"question_id": f"p{i // 2}", "prompt": "?", "text": f"W{i}"} for i in range(4)]
+    assert score_command(write_lines(tmp_path / "l.jsonl", theirs), annotations=annotations, json_output=True) == 0
+    assert json.loads(capsys.readouterr().out)["protocols"]["m4c"]["accuracy"] == 1
+    with pytest.raises(UserError, match="not the annotated pictures in the same order"):
+        score_command(write_lines(tmp_path / "l.jsonl", theirs[::-1]), annotations=annotations)
+    with pytest.raises(UserError, match=r"l.jsonl:1: no question_id, or no answer"):
+        score_command(write_lines(tmp_path / "l.jsonl", [{"question_id": 1}]), annotations=annotations)
+
+
+@pytest.mark.parametrize("wrong", ["nowhere", "empty", "not_a_model", "other_type"])
+def test_models_that_cannot_be_opened_are_named(folder, tmp_path, wrong):
+    path = tmp_path / wrong
+    if wrong != "nowhere":
+        path.mkdir()
+    if wrong == "not_a_model":
+        (path / "config.json").write_text("{}")
+    if wrong == "other_type":
+        shutil.copytree(folder, path, dirs_exist_ok=True)
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    with pytest.raises(UserError, match=wrong):
+        load_model(str(path))
+
+
+def test_a_checkpoint_without_some_weights_is_refused(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("lm_head.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 weights, the first lm_head.weight"):
+        load_model(str(tmp_path))
+    assert textvqa.weights_revision(tmp_path) != textvqa.weights_revision(folder)

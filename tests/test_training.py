@@ -1,0 +1,194 @@
+"""Whole runs of small recipes, in this process and in real ones: stages, hand-over, resume, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from llava_llama31.trainer.cli import main
+
+
+@pytest.fixture
+def train(tmp_path, recipe_content):
+    """Write a recipe, run it with the command line, return exit code and run folder."""
+
+    def run(content=None, *, output="run", overrides=()):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content or recipe_content, sort_keys=False))
+        folder = tmp_path / output
+        sets = [argument for override in overrides for argument in ("--set", override)]
+        return main(["train", str(path), "--output", str(folder), *sets]), folder
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_recipe_trains_hands_over_scores_and_exports(train, base_folder):
+    code, run = train()
+    assert code == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(summary["stages"]) == ["projector", "instruct"]
+    for stage in summary["stages"].values():
+        assert stage["steps"] == 6 and stage["loss"] > 0 and stage["supervised_tokens"] > 0
+    assert summary["num_questions"] == 6
+    for key in ("accuracy_before", "accuracy_after", "accuracy_blind"):
+        assert 0 <= summary[key] <= 1
+    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert {row["question_id"] for row in rows} == {1, 2, 3, 5, 6, 7} and all("answer" in row for row in rows)
+    assert (run / "export" / "README.md").read_text().startswith("---\n")
+
+    base, first, second = (
+        weights(base_folder),
+        weights(run / "stages/1-projector/final"),
+        weights(run / "stages/2-instruct/final"),
+    )
+    moved = {name for name in base if not torch.equal(base[name], first[name])}
+    assert moved == {name for name in base if "projector" in name or name == "model.image_newline"}
+    moved = {name for name in base if not torch.equal(first[name], second[name])}
+    assert moved and not any("vision_tower" in name for name in moved)
+    assert {"lm_head.weight", "model.image_newline", "model.language_model.norm.weight"} <= moved
+    exported = weights(run / "export")
+    assert all(torch.equal(exported[name], second[name]) for name in second)
+    names = {path.name for path in (run / "export").rglob("*")}
+    assert not any(name.endswith((".bin", ".pt", ".pth")) for name in names)
+
+
+def test_a_finished_run_says_so_and_a_changed_recipe_is_refused(train, recipe_content, capsys):
+    assert train()[0] == 0
+    capsys.readouterr()
+    assert train()[0] == 0
+    assert "test is done" in capsys.readouterr().err
+    recipe_content["stages"]["instruct"]["epochs"] = 2
+    assert train(recipe_content)[0] == 2
+    error = capsys.readouterr().err
+    assert "stages.instruct.epochs: 1.0 -> 2.0" in error and "Traceback" not in error
+
+
+def state(run: Path, stage: str) -> dict[str, torch.Tensor]:
+    """Weights, and the optimizer's tensors of the newest checkpoint, of a stage."""
+    newest = max((run / "stages" / stage).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return weights(run / "stages" / stage / "final") | load_file(newest / "optimizer.safetensors")
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(train, recipe_content, lora):
+    from llava_llama31.trainer.llava_trainer import StopOnSignal
+
+    del recipe_content["evaluation"]
+    recipe_content["stages"]["instruct"] |= {"group_by_length": True, "epochs": 2, "dataloader_workers": 1}
+    if lora:
+        recipe_content["stages"]["instruct"]["lora"] = {"r": 4, "alpha": 8.0, "dropout": 0.1}
+    assert train(output="whole")[0] == 0
+
+    # Ctrl-C three times in the first stage and once in the second
+    with pytest.MonkeyPatch.context() as patch:
+        for stop_at in (1, 3, 5, 4):
+            original = StopOnSignal.on_step_end
+
+            def on_step_end(self, args, state, control, _stop=stop_at, _original=original, **kwargs):
+                if state.global_step == _stop:
+                    self._receive(2, None)
+                _original(self, args, state, control, **kwargs)
+
+            with patch.context() as one:
+                one.setattr(StopOnSignal, "on_step_end", on_step_end)
+                code, _ = train(output="stopped")
+            assert code == 75, stop_at
+        code, _ = train(output="stopped")
+    assert code == 0
+    for stage in ("1-projector", "2-instruct"):
+        assert_same(state(Path(_).parent / "whole", stage), state(Path(_).parent / "stopped", stage))
+
+
+def launch(*arguments: str, processes: int = 1) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    script = str(Path(__file__).parents[1] / "examples" / "train.py")
+    command = [sys.executable, script, *arguments]
+    if processes > 1:
+        options = ["--multi_gpu", "--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher = ["-m", "accelerate.commands.launch", *options, "--num_machines", "1", "--main_process_port", "0"]
+        command = [sys.executable, *launcher, script, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+@pytest.fixture
+def recipe_file(tmp_path, recipe_content):
+    del recipe_content["evaluation"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_content, sort_keys=False))
+    return path
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_weights_of_one(recipe_file, tmp_path):
+    # every fourth row has no picture, and micro-batches of 1 leave some ranks without any
+    micro = ["--set", "stages.projector.micro_batch=1", "--set", "stages.instruct.micro_batch=1"]
+    runs = {}
+    for processes in (1, 2):
+        runs[processes] = tmp_path / f"{processes}"
+        job = launch(str(recipe_file), "--output", str(runs[processes]), *micro, processes=processes)
+        output, _ = job.communicate(timeout=240)
+        assert job.returncode == 0, output
+    record = json.loads((runs[2] / "stages/2-instruct/final/stage.json").read_text())
+    assert record["num_processes"] == 2 and record["gradient_accumulation"] == 4
+    one, two = (weights(run / "stages/2-instruct/final") for run in (runs[1], runs[2]))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-6, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_real_signal_loses_nothing(recipe_file, tmp_path, number):
+    run = tmp_path / "run"
+    arguments = [str(recipe_file), "--output", str(run), "--set", "stages.projector.max_steps=400"]
+    arguments += ["--set", "stages.projector.epochs=null"]
+    job = launch(*arguments)
+    while not list((run / "stages").glob("1-projector/checkpoint-*")):
+        assert job.poll() is None, job.stdout.read()
+        time.sleep(0.05)
+    job.send_signal(number)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == (-number if number == signal.SIGKILL else 75), output
+    assert "Traceback" not in output
+    again = launch(*arguments)
+    output, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, output
+    assert "going on from" in output and "step 2 of 400" in output or "of 400" in output
+
+
+BAD = [
+    (["no-such-recipe"], "no-such-recipe: there is no such recipe"),
+    (["RECIPE", "--set", "stages.projector.lerning_rate=1"], "stages.projector.lerning_rate: unknown key"),
+    (["RECIPE", "--set", "stages.projector.data.0.path=gone.json"], "gone.json"),
+    (["RECIPE", "--set", "model.checkpoint=nowhere"], "there is no folder 'nowhere'"),
+    (["RECIPE", "--set", "stages.projector.micro_batch=3"], "not a multiple of micro_batch 3"),
+    (["RECIPE", "--set", "stages.projector.trainer_args={learning_rate: 1.0}"], "set learning_rate instead"),
+    (["RECIPE", "--set", "stages.projector.trainer_args={optimm: adafactor}"], "did you mean optim?"),
+    (["RECIPE", "--set", "stages.instruct.init_from=/dev/null"], "/dev/null"),
+    (["RECIPE", "--set", "evaluation.data=gone.jsonl"], "gone.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(recipe_file, tmp_path, capsys, arguments, message):
+    given = [str(recipe_file) if argument == "RECIPE" else argument for argument in arguments]
+    assert main(["train", *given, "--output", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error and "(fix: " in error

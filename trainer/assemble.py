@@ -1,0 +1,171 @@
+"""Vision tower + projector + Llama -> one checkpoint with its processor, from the command line or from Python."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_llama31.trainer.errors import UserError
+
+
+if TYPE_CHECKING:
+    from llava_llama31.checkpoint_parts import Vocabulary
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("auto", "bfloat16", "float32")
+
+
+def assemble(
+    vision_tower: str | Path,
+    language_model: str | Path,
+    output: str | Path,
+    *,
+    projector: str | Path | None = None,
+    image_size: int | None = None,
+    image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
+    vision_feature_layer: int | list[int] | None = None,
+    add_chat_tokens: bool = False,
+    dtype: str = "auto",
+    seed: int = 0,
+) -> dict[str, int]:
+    """Join the parts into one checkpoint folder with processor, and return the number of parameters of each part.
+
+    Args:
+        vision_tower: folder of a LLaVA checkpoint (any layout), a CLIP or a DINOv2.
+        language_model: folder of a Llama-family model with its tokenizer.
+        output: new folder; it appears when it is complete.
+        projector: folder of a LLaVA checkpoint, or a projector's safetensors file; default: a fresh one.
+        image_size: side of a tile in pixels; default: the tower's own.
+        image_grid_pinpoints: (height, width) in pixels; default: the LLaVA checkpoint's, else LLaVA-1.6's five shapes.
+        vision_feature_layer: hidden state(s) that the projector reads; default: the LLaVA checkpoint's, else -2.
+        add_chat_tokens: give a tokenizer that lacks them Llama 3.1's turn tokens, as new rows of the embedding.
+        dtype: `auto` (the language model's), `bfloat16` or `float32`.
+        seed: of a fresh projector.
+
+    Raises:
+        UserError: naming every wrong part, before anything is written.
+    """
+    import torch
+    from llava_llama31.assembly import AssemblyError, collecting, plan_assembly, staged_folder, write_model_files
+    from llava_llama31.processing import build_processor
+
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}", fix=f"one of {', '.join(DTYPES)}")
+    try:
+        tokenizer, vocabulary, problems = prepare_tokenizer(language_model, add_chat_tokens)
+        with collecting(problems):
+            plan = plan_assembly(
+                vision_tower,
+                language_model,
+                vocabulary=vocabulary,
+                projector=projector,
+                image_size=image_size,
+                image_grid_pinpoints=image_grid_pinpoints,
+                vision_feature_layer=vision_feature_layer,
+                dtype={"bfloat16": torch.bfloat16, "float32": torch.float32}.get(dtype),
+                seed=seed,
+            )
+        if problems:
+            raise AssemblyError(*problems)
+        for note in plan.notes:
+            logger.info("%s", note)
+        processor = build_processor(
+            tokenizer,
+            image_size=plan.config.vision_config.image_size,
+            patch_size=plan.config.vision_config.patch_size,
+            image_mean=plan.image_mean,
+            image_std=plan.image_std,
+            image_grid_pinpoints=plan.config.image_grid_pinpoints,
+        )
+        with staged_folder(output) as folder:
+            write_model_files(plan, folder)
+            processor.save_pretrained(folder)
+    except AssemblyError as error:
+        raise UserError(str(error)) from error
+    logger.info("wrote %s: %.2f GB, %s", output, plan.num_bytes / 1e9, plan.dtype)
+    return plan.parameter_counts()
+
+
+def convert_original(folder: str | Path, output: str | Path, *, add_chat_tokens: bool = False) -> dict[str, int]:
+    """Rewrite a LLaVA-1.6 checkpoint of the original layout (`liuhaotian/...`) in Transformers' native keys."""
+    return assemble(folder, folder, output, projector=folder, add_chat_tokens=add_chat_tokens)
+
+
+def prepare_tokenizer(
+    folder: str | Path, add_chat_tokens: bool
+) -> "tuple[PreTrainedTokenizerBase, Vocabulary, list[str]]":
+    """The language model's tokenizer with `<image>`, what it means for the embedding, and what is wrong with it.
+
+    Added chat tokens start where the model can read them: `<|eot_id|>` as a copy of the token that ends its answers
+    now, `<|begin_of_text|>` as a copy of its bos token, the others at the mean.
+    """
+    from llava_llama31.checkpoint_parts import AssemblyError, Vocabulary
+    from llava_llama31.processing import CHAT_TOKENS, IMAGE_TOKEN, STOP_TOKENS
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise AssemblyError(f"{folder}: no tokenizer: {reason} (fix: download the tokenizer's files too)") from error
+    known = tokenizer.get_vocab()
+    missing = [token for token in CHAT_TOKENS if token not in known]
+    problems = []
+    if missing and not add_chat_tokens:
+        problems.append(
+            f"{folder}: the tokenizer lacks {', '.join(missing)} (fix: a Llama-3.1 tokenizer, or add_chat_tokens to "
+            f"make them as new tokens)"
+        )
+    elif missing:
+        logger.info("%s: new chat tokens %s mean nothing before they are trained", folder, ", ".join(missing))
+    predecessors = {"<|eot_id|>": tokenizer.eos_token_id, "<|begin_of_text|>": tokenizer.bos_token_id}
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [*missing, IMAGE_TOKEN]}, replace_extra_special_tokens=False
+    )
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*CHAT_TOKENS, IMAGE_TOKEN)}
+    new_ids = [token_id for token, token_id in ids.items() if token not in known]
+    vocabulary = Vocabulary(
+        size=max(*known.values(), *ids.values()) + 1,
+        first_new_id=min(new_ids, default=None),
+        image_token_id=ids[IMAGE_TOKEN],
+        bos_token_id=ids["<|begin_of_text|>"],
+        pad_token_id=ids["<|finetune_right_pad_id|>"],
+        eos_token_ids=tuple(ids[token] for token in STOP_TOKENS),
+        copies={ids[new]: old for new, old in predecessors.items() if new in missing and old is not None},
+    )
+    return tokenizer, vocabulary, problems
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `llava-llama31 assemble`."""
+    parser.add_argument("--vision-tower", required=True, metavar="DIR", help="a LLaVA checkpoint, a CLIP or a DINOv2")
+    parser.add_argument(
+        "--language-model", required=True, metavar="DIR", help="a Llama-family model and its tokenizer"
+    )
+    parser.add_argument("--projector", metavar="DIR", help="a LLaVA checkpoint or a safetensors file; default: fresh")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder; it appears when it is complete")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the language model's")
+    parser.add_argument("--image-size", type=int, metavar="PX", help="side of a tile; default: the tower's own")
+    parser.add_argument("--vision-feature-layer", type=int, metavar="N", help="hidden state to project; default: -2")
+    parser.add_argument(
+        "--add-chat-tokens", action="store_true", help="make Llama 3.1's turn tokens if they are missing"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of a fresh projector")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, int]:
+    """`llava-llama31 assemble`; returns the number of parameters of each part."""
+    return assemble(
+        arguments.vision_tower,
+        arguments.language_model,
+        arguments.output,
+        projector=arguments.projector,
+        image_size=arguments.image_size,
+        vision_feature_layer=arguments.vision_feature_layer,
+        add_chat_tokens=arguments.add_chat_tokens,
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+    )

@@ -1,0 +1,68 @@
+"""`llava-llama31 check-data` on a recipe or on data files."""
+
+import argparse
+from pathlib import Path
+
+from llava_llama31.trainer.check_data import Limits, parse_policy, run_check
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.hub import local_checkpoint
+from llava_llama31.trainer.images import MAX_PIXELS
+from llava_llama31.trainer.recipe import DataSource, load_recipe
+
+
+def check_recipe(options: argparse.Namespace, output: Path) -> int:
+    """Check the data of every stage with the processor of the recipe's model.
+
+    Raises:
+        UserError: when records can't be used and the stage's policy is `error`.
+    """
+    from rich.console import Console
+
+    from llava_llama31.processing import LlavaLlama31Processor
+    from llava_llama31.trainer.run import base_of, prepare
+    from llava_llama31.trainer.stage_data import keeps_data_newline, stage_limits
+
+    recipe = load_recipe(options.data[0], output=output, overrides=options.overrides)
+    prepare(recipe, output, Console(stderr=True))
+    processor = LlavaLlama31Processor.from_pretrained(base_of(recipe, output))
+    failures = []
+    for name, stage in recipe.stages.items():
+        try:
+            run_check(
+                stage.data,
+                processor,
+                limits=stage_limits(stage),
+                policy=parse_policy(options.on_bad) if options.on_bad else stage.on_bad_record,
+                rejects=Path(options.rejects) if options.rejects else None,
+                decode=not options.no_decode,
+                keep_data_newline=keeps_data_newline(stage),
+                json_output=options.json_output,
+            )
+        except UserError as error:
+            failures.append(f"stage {name}: {error}")
+    if failures:
+        raise UserError("; ".join(failures))
+    return 0
+
+
+def check_files(options: argparse.Namespace) -> int:
+    """Check data files; tokens are counted where a processor is named."""
+    sources = [
+        DataSource(name=Path(path).stem, path=path, image_root=options.image_root, format=options.format)
+        for path in options.data
+    ]
+    processor = None
+    if options.processor:
+        from llava_llama31.processing import LlavaLlama31Processor
+
+        processor = LlavaLlama31Processor.from_pretrained(local_checkpoint(options.processor, where="--processor"))
+    run_check(
+        sources,
+        processor,
+        limits=Limits(max_tokens=options.max_tokens, max_pixels=options.max_pixels or MAX_PIXELS),
+        policy=parse_policy(options.on_bad) if options.on_bad else None,
+        rejects=Path(options.rejects) if options.rejects else None,
+        decode=not options.no_decode,
+        json_output=options.json_output,
+    )
+    return 0

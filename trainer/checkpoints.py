@@ -1,0 +1,174 @@
+"""Folders that are complete or invisible: staged, fsynced, listed in a manifest, then renamed.
+
+`manifest.json` holds the name, size and sha256 of every file and is written last; a folder whose manifest does not
+verify is not a checkpoint. Training state that is ours to write is JSON and safetensors: nothing is unpickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+
+MANIFEST = "manifest.json"
+STAGING = ".staging-"
+
+
+def stage(final: Path) -> Path:
+    """Empty folder beside `final` to write into; leftovers of a killed save are removed."""
+    staging = final.with_name(STAGING + final.name)
+    remove(staging)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder if it is there."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def publish(staging: Path, final: Path, facts: dict[str, Any]) -> None:
+    """Give a staged folder its manifest and its name, durably.
+
+    Args:
+        facts: goes into the manifest as it is, e.g. step, world size, versions.
+    """
+    entries = []
+    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        name = path.relative_to(staging).as_posix()
+        entries.append({"name": name, "size": path.stat().st_size, "sha256": sha256(path)})
+    write_json(staging / MANIFEST, {**facts, "files": entries})
+    for folder in {path.parent for path in staging.rglob("*")} | {staging}:
+        _fsync_folder(folder)
+    remove(final)  # a damaged one of the same name: verify() has refused it
+    os.replace(staging, final)
+    _fsync_folder(final.parent)
+
+
+def verify(folder: Path) -> str | None:
+    """Why a folder is not a whole checkpoint, or None."""
+    try:
+        manifest = read_manifest(folder)
+        for entry in manifest["files"]:
+            path = folder / entry["name"]
+            if not path.is_file():
+                return f"{entry['name']} is missing"
+            if path.stat().st_size != entry["size"]:
+                return f"{entry['name']} has {path.stat().st_size} bytes, not {entry['size']}"
+            if sha256(path) != entry["sha256"]:
+                return f"{entry['name']} does not have the checksum it was saved with"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    return read_json(folder / MANIFEST)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """`checkpoint-N` folders, newest (highest step) first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that verifies, and those that were skipped with the reason."""
+    skipped = []
+    for path in checkpoints(folder):
+        fault = verify(path)
+        if fault is None:
+            return path, skipped
+        skipped.append((path, fault))
+    return None, skipped
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for path in checkpoints(folder)[keep:]:
+        shutil.rmtree(path)
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Write nested dicts, lists, tuples, numbers, strings and tensors as `path`.json and `path`.safetensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    content = _encode(tree, tensors)
+    save_file(tensors, path.with_suffix(".safetensors"))
+    write_json(path.with_suffix(".json"), content)
+
+
+def load_tree(path: Path) -> Any:
+    """What `save_tree` wrote; tensors are on the CPU."""
+    tensors = load_file(path.with_suffix(".safetensors"))
+    return _decode(read_json(path.with_suffix(".json")), tensors)
+
+
+def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor | np.ndarray):
+        tensor = torch.as_tensor(value).detach().cpu().clone()
+        tensors[str(len(tensors))] = tensor.contiguous()
+        return {"tensor" if isinstance(value, torch.Tensor) else "array": str(len(tensors) - 1)}
+    if isinstance(value, dict):
+        return {"dict": [[_encode(k, tensors), _encode(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item, tensors) for item in value]}
+    if isinstance(value, list):
+        return [_encode(item, tensors) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"training state holds a {type(value).__name__}, which has no place in a checkpoint")
+
+
+def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    (kind, content), *_ = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "array":
+        return tensors[content].numpy()
+    if kind == "tuple":
+        return tuple(_decode(item, tensors) for item in content)
+    return {_decode(key, tensors): _decode(item, tensors) for key, item in content}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON durably and in one piece; NaN is refused."""
+    staging = path.with_name(STAGING + path.name)
+    with staging.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, allow_nan=False, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staging, path)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,240 @@
+"""`llava-llama31`: train, check data, plan, assemble, evaluate, score, export.
+
+llava-llama31 train tiny
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llava_llama31 import __version__
+from llava_llama31.trainer.errors import UserError
+
+
+EXIT_USER, EXIT_INTERRUPTED, EXIT_KEYBOARD = 2, 75, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run one command, and return its exit code: 0, 2 for what the user can mend, 75 for saved and stopped."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(given)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after the tokenizer was used
+    try:
+        return options.run(options)
+    except UserError as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_USER
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
+        return EXIT_KEYBOARD
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llava-llama31", description="LLaVA-NeXT on Llama 3.1, from parts to score.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = _command(commands, "train", _train, "run a recipe's stages, evaluate and export")
+    _recipe_arguments(train)
+
+    plan = _command(commands, "plan", _plan, "what a recipe will do, without doing it")
+    _recipe_arguments(plan)
+    plan.add_argument("--devices", type=int, default=1, metavar="N")
+    _json_argument(plan)
+
+    recipes = _command(commands, "recipes", _recipes, "list the shipped recipes, or copy one out")
+    recipes.add_argument("copy", nargs="?", metavar="NAME", help="recipe to print as YAML")
+
+    check = _command(commands, "check-data", _check_data, "go over all records and images before training")
+    check.add_argument("data", nargs="+", metavar="RECIPE|FILE", help="one recipe, or data files")
+    check.add_argument("--image-root", metavar="DIR", help="default: the folder of each file")
+    check.add_argument("--processor", metavar="DIR", help="checkpoint whose processor counts the tokens of FILES")
+    check.add_argument("--format", default="auto", choices=("auto", "llava", "sharegpt", "messages", "cauldron"))
+    check.add_argument("--max-tokens", type=int, metavar="N", help="longest record, image tokens counted")
+    check.add_argument("--max-pixels", type=int, metavar="N", help="largest image, height x width")
+    check.add_argument("--on-bad", metavar="POLICY", help="error, skip or quarantine; or REASON=POLICY,...")
+    check.add_argument("--rejects", metavar="FILE", help="where the unusable records are listed (JSON lines)")
+    check.add_argument("--no-decode", action="store_true", help="read image headers only")
+    check.add_argument("--output", metavar="DIR", help="the recipe's run folder; default: runs/RECIPE")
+    check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    _json_argument(check)
+
+    parts = _command(commands, "assemble", _assemble, "vision tower + projector + Llama -> one checkpoint")
+    parts.add_argument("--vision-tower", required=True, metavar="DIR", help="a LLaVA checkpoint, a CLIP or a DINOv2")
+    parts.add_argument("--language-model", required=True, metavar="DIR", help="a Llama-family model with tokenizer")
+    parts.add_argument("--projector", metavar="DIR", help="a LLaVA checkpoint or safetensors file; default: fresh")
+    parts.add_argument("--output", required=True, metavar="DIR", help="new folder; it appears when it is complete")
+    parts.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    parts.add_argument("--image-size", type=int, metavar="PX", help="side of a tile; default: the tower's own")
+    parts.add_argument("--vision-feature-layer", type=int, metavar="N", help="hidden state to project; default: -2")
+    parts.add_argument("--add-chat-tokens", action="store_true", help="make Llama 3.1's turn tokens if missing")
+    parts.add_argument("--seed", type=int, default=0, help="of a fresh projector")
+
+    evaluate = _command(commands, "evaluate", _evaluate, "ask a model the questions of a TextVQA-format file")
+    evaluate.add_argument("model", metavar="MODEL", help="a folder that stock Transformers opens as LlavaNext")
+    evaluate.add_argument("--data", required=True, metavar="FILE", help="JSON lines, official JSON, or parquet")
+    evaluate.add_argument("--image-root", metavar="DIR", help="default: the folder of FILE")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="ask only the first N questions")
+    evaluate.add_argument("--batch-size", type=int, default=16, metavar="N")
+    evaluate.add_argument("--max-new-tokens", type=int, default=16, metavar="N")
+    evaluate.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    evaluate.add_argument("--device", metavar="NAME", help="torch's name; default: the GPU where there is one")
+    evaluate.add_argument("--blind", action="store_true", help="shuffle the pictures between questions")
+    evaluate.add_argument("--output", metavar="DIR", help="default: a folder under runs/evaluate")
+    _json_argument(evaluate)
+
+    score = _command(commands, "score", _score, "score a predictions file; no model needed")
+    score.add_argument("predictions", metavar="PREDICTIONS")
+    score.add_argument("--annotations", required=True, metavar="FILE")
+    _json_argument(score)
+
+    export = _command(commands, "export", _export, "write a finished run's two-door folder again, with its card")
+    export.add_argument("folder", metavar="RUN", help="folder of a finished run")
+    export.add_argument("--output", metavar="DIR", help="default: RUN/export")
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    help_text: str,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help_text, description=help_text)
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(run=run)
+    return command
+
+
+def _json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", dest="json_output", help="print one JSON object on stdout")
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or a YAML file")
+    parser.add_argument("--output", metavar="DIR", help="folder of the run; default: runs/RECIPE")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="e.g. stages.projector.epochs=2",
+    )
+
+
+def _run_folder(options: argparse.Namespace, recipe: str) -> Path:
+    return Path(options.output) if options.output else Path("runs", Path(recipe).stem)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from llava_llama31.trainer.recipe import load_recipe
+
+    output = _run_folder(options, options.recipe)
+    recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
+    from llava_llama31.trainer.run import Interrupted, run_recipe
+
+    command = " ".join(["llava-llama31", "train", options.recipe, *(f"--set {o}" for o in options.overrides)])
+    try:
+        run_recipe(recipe, output, command=command)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from llava_llama31.trainer.plan import plan_recipe, print_plan
+    from llava_llama31.trainer.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, output=_run_folder(options, options.recipe), overrides=options.overrides)
+    plan = plan_recipe(recipe, num_processes=options.devices)
+    if options.json_output:
+        sys.stdout.write(json.dumps(plan) + "\n")
+    else:
+        print_plan(plan)
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from llava_llama31.trainer.recipe import SHIPPED, load_recipe, read_recipe_text
+
+    if options.copy:
+        sys.stdout.write(read_recipe_text(options.copy)[0])
+    else:
+        for name in SHIPPED:
+            sys.stdout.write(f"{name:28}{load_recipe(name).description}\n")
+    return 0
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from llava_llama31.trainer.check_command import check_files, check_recipe
+    from llava_llama31.trainer.recipe import SHIPPED
+
+    is_recipe = options.data[0] in SHIPPED or Path(options.data[0]).suffix in (".yaml", ".yml")
+    if is_recipe and len(options.data) > 1:
+        raise UserError("a recipe is checked alone", where=options.data[1], fix="give one recipe, or data files")
+    return check_recipe(options, _run_folder(options, options.data[0])) if is_recipe else check_files(options)
+
+
+def _assemble(options: argparse.Namespace) -> int:
+    from llava_llama31.trainer.assemble import assemble
+    from llava_llama31.trainer.hub import local_checkpoint
+
+    logging.getLogger("llava_llama31").setLevel(logging.INFO)
+    assemble(
+        local_checkpoint(options.vision_tower, where="--vision-tower"),
+        local_checkpoint(options.language_model, where="--language-model"),
+        options.output,
+        projector=local_checkpoint(options.projector, where="--projector") if options.projector else None,
+        image_size=options.image_size,
+        vision_feature_layer=options.vision_feature_layer,
+        add_chat_tokens=options.add_chat_tokens,
+        dtype=options.dtype,
+        seed=options.seed,
+    )
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from llava_llama31.trainer.evaluation.textvqa import evaluate_command
+
+    return evaluate_command(
+        options.model,
+        data=options.data,
+        image_root=options.image_root,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        dtype=options.dtype,
+        device=options.device,
+        blind=options.blind,
+        output=options.output,
+        json_output=options.json_output,
+    )
+
+
+def _score(options: argparse.Namespace) -> int:
+    from llava_llama31.trainer.evaluation.textvqa import score_command
+
+    return score_command(options.predictions, annotations=options.annotations, json_output=options.json_output)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from llava_llama31.trainer.finish import export_again
+
+    folder = export_again(Path(options.folder), Path(options.output) if options.output else None)
+    print(folder, file=sys.stderr)  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

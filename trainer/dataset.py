@@ -1,0 +1,58 @@
+"""Accepted records of a stage as a map-style data set of samples."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.data import Dataset
+
+from llava_llama31.processing import IGNORE_INDEX, LlavaLlama31Processor
+from llava_llama31.trainer.collator import Sample
+from llava_llama31.trainer.records import RecordError, RecordStore
+
+
+class StageDataset(Dataset):
+    """Samples by position; a negative index -1 - i is sample i with no supervised token (see `RankBatches`).
+
+    Args:
+        stores: one per source.
+        rows: (source, row) of every sample.
+        processor: makes ids, labels and tiles.
+        pixel_dtype: of the tiles that are handed to the model.
+
+    Raises:
+        RuntimeError: naming the record that can no longer be read; all were checked before training.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[RecordStore],
+        rows: Sequence[tuple[int, int]],
+        processor: LlavaLlama31Processor,
+        pixel_dtype: torch.dtype = torch.float32,
+    ):
+        self.stores, self.rows, self.processor, self.pixel_dtype = stores, rows, processor, pixel_dtype
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        source, row = self.rows[index if index >= 0 else -1 - index]
+        store = self.stores[source]
+        try:
+            record = store[row]
+            images = [image.open() for image in record.images]
+        except RecordError as error:
+            raise RuntimeError(
+                f"record {store.row_id(row)} passed the check but can't be read any more: {error}; "
+                "run check-data again"
+            ) from error
+        sizes = [(image.height, image.width) for image in images]
+        encoding = self.processor.encode(record.messages, sizes)
+        tiles = [torch.from_numpy(self.processor.tiles(image)) for image in images]
+        return Sample(
+            record_id=record.id,
+            input_ids=encoding.input_ids,
+            labels=encoding.labels if index >= 0 else [IGNORE_INDEX] * len(encoding.labels),
+            pixel_values=torch.cat(tiles).to(self.pixel_dtype) if tiles else None,
+            image_sizes=sizes,
+        )

@@ -1,0 +1,1 @@
+"""Scorers and the TextVQA evaluator."""

@@ -1,0 +1,234 @@
+"""After the last stage: score the model, export the two-door folder with its card, and sum the run up."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from llava_llama31.model_card.card import licence_files, render_card
+from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.generation import load_model
+from llava_llama31.trainer.evaluation.questions import Question, load_questions
+from llava_llama31.trainer.evaluation.textvqa import CARD_PROMPT, Evaluation, evaluate, weights_revision
+from llava_llama31.trainer.module_groups import GROUPS, group_parameters
+from llava_llama31.trainer.recipe import Recipe
+
+
+PROTOCOL = "vlmevalkit-2024"
+EXPORT, RECORD, PREDICTIONS = "export", "record.json", "predictions.jsonl"
+NUM_SAMPLES = 6
+PACKAGES = ("llava-llama31", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "pillow")
+
+
+def finish(
+    recipe: Recipe,
+    output: Path,
+    base: Path,
+    final: Path,
+    stages: Sequence[dict[str, Any]],
+    console: Console,
+    *,
+    command: str,
+    started: float,
+) -> dict[str, Any]:
+    """Evaluate, export and sum up; returns the summary.
+
+    Args:
+        base: checkpoint before the first stage.
+        final: checkpoint of the last stage.
+        stages: the stages' records.
+        started: `time.monotonic()` at the start of the run.
+    """
+    model, processor = load_model(str(final), dtype=recipe.model.dtype)
+    record: dict[str, Any] = {
+        "name": recipe.name,
+        "recipe": recipe.model_dump(mode="json"),
+        "command": command,
+        "commit": _commit(),
+        "licence": recipe.model.licence,
+        "base_models": _base_models(recipe),
+        "parameters": {group: sum(p.numel() for _, p in group_parameters(model, group)) for group in GROUPS},
+        "stages": list(stages),
+        "environment": _environment(),
+    }
+    summary: dict[str, Any] = {"recipe": recipe.name, "stages": {stage["name"]: stage for stage in stages}}
+    if recipe.evaluation is not None:
+        scores, questions, answers = _evaluate(recipe, output, base, model, processor, console)
+        record["evaluation"] = scores
+        record["samples"] = _samples(questions, answers)
+        for key in ("accuracy_before", "accuracy_after", "accuracy_blind", "num_questions"):
+            if key in scores:
+                summary[key] = scores[key]
+        shutil.copyfile(output / "evaluation" / "after" / PREDICTIONS, output / PREDICTIONS)
+    checkpoints.write_json(output / RECORD, record)
+    write_export(output / EXPORT, model, processor, record)
+    summary["export"], summary["card"] = str(output / EXPORT), str(output / EXPORT / "README.md")
+    summary["minutes"] = round((time.monotonic() - started) / 60, 2)
+    print_summary(console, summary, record)
+    return summary
+
+
+def write_export(
+    folder: Path, model: torch.nn.Module, processor: LlavaLlama31Processor, record: dict[str, Any]
+) -> None:
+    """The folder that opens through two doors, with its card and what its licences ask for."""
+    card, licences = render_card(record), licence_files(record["base_models"])
+    staging = checkpoints.stage(folder)
+    model.save_pretrained(staging, max_shard_size="5GB")
+    processor.save_pretrained(staging)
+    (staging / "README.md").write_text(card, encoding="utf-8")
+    for name, text in licences.items():
+        (staging / name).write_text(text, encoding="utf-8")
+    checkpoints.publish(staging, folder, {})
+
+
+def _evaluate(
+    recipe: Recipe,
+    output: Path,
+    base: Path,
+    model: torch.nn.Module,
+    processor: LlavaLlama31Processor,
+    console: Console,
+) -> tuple[dict[str, Any], list[Question], list[dict[str, Any]]]:
+    spec = recipe.evaluation
+    questions = load_questions(spec.data, image_root=spec.image_root, limit=spec.limit)
+
+    def ask(name: str, weights: torch.nn.Module, revision: str, blind_seed: int | None = None) -> Evaluation:
+        return evaluate(
+            weights,
+            processor,
+            questions,
+            output / "evaluation" / name,
+            revision=revision,
+            batch_size=spec.batch_size,
+            max_new_tokens=spec.max_new_tokens,
+            blind_seed=blind_seed,
+        )
+
+    final_stage = list(recipe.stages)[-1]
+    revision = weights_revision(output / "stages" / f"{len(recipe.stages)}-{final_stage}" / "final") or "unknown"
+    after = ask("after", model, revision)
+    scores = after.report.to_json()
+    scores |= {
+        "dataset": spec.name,
+        "prompt": "<image>\n" + CARD_PROMPT,
+        "decoding": after.settings["decoding"],
+        "accuracy_after": scores["protocols"][PROTOCOL]["accuracy"],
+    }
+    if spec.baselines:
+        before, _ = load_model(str(base), dtype=recipe.model.dtype)
+        for name, done in (
+            ("before", ask("before", before, weights_revision(base) or "unknown")),
+            ("blind", ask("blind", model, revision, blind_seed=recipe.seed)),
+        ):
+            scores[f"accuracy_{name}"] = done.report.to_json()["protocols"][PROTOCOL]["accuracy"]
+    with after.predictions.open(encoding="utf-8") as file:
+        answers = [json.loads(line) for line in file]
+    return scores, questions, answers
+
+
+def _samples(questions: Sequence[Question], answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Some questions spread over the set, with what was answered and what is true."""
+    given = {row["question_id"]: row.get("answer") for row in answers}
+    step = max(1, len(questions) // NUM_SAMPLES)
+    return [
+        {
+            "question": question.question,
+            "prediction": given.get(question.question_id),
+            "answers": list(question.answers),
+            "image": question.image.name,
+        }
+        for question in questions[::step][:NUM_SAMPLES]
+    ]
+
+
+def print_summary(console: Console, summary: dict[str, Any], record: dict[str, Any]) -> None:
+    """Stages, scores, samples and where everything lies."""
+    console.rule(f"[bold]{summary['recipe']}")
+    table = Table("stage", "steps", "loss", "supervised tokens", "tokens/s", "minutes", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stage in record["stages"]:
+        table.add_row(
+            stage["name"],
+            f"{stage['steps']:,}",
+            f"{stage['loss_first']:.3f} -> {stage['loss']:.3f}" if stage["loss"] is not None else "",
+            f"{stage['supervised_tokens']:,}",
+            f"{stage['supervised_tokens_per_second'] or 0:,.0f}",
+            f"{stage['minutes']:.1f}",
+        )
+    console.print(table)
+    for key, label in (
+        ("accuracy_before", "before training"),
+        ("accuracy_after", "after training"),
+        ("accuracy_blind", "blind (pictures shuffled between questions)"),
+    ):
+        if key in summary:
+            console.print(f"accuracy {label}: {summary[key]:.1%} of {summary['num_questions']} questions ({PROTOCOL})")
+    if "samples" in record:
+        samples = Table("picture", "question", "answer", "truth", box=None, pad_edge=False)
+        for sample in record["samples"]:
+            truth = max(set(sample["answers"]), key=sample["answers"].count)
+            samples.add_row(sample["image"], sample["question"], sample["prediction"], truth)
+        console.print(samples)
+    console.print(f"model: {summary['export']}\ncard: {summary['card']}\n{summary['minutes']:.1f} minutes")
+
+
+def _base_models(recipe: Recipe) -> list[dict[str, Any]]:
+    model = recipe.model
+    if model.checkpoint is not None:
+        return [{"role": "checkpoint", "id": model.checkpoint, "licence": model.licence}]
+    return [
+        {"role": "vision_tower", "id": model.vision_tower, "licence": None},
+        {"role": "language_model", "id": model.language_model, "licence": model.licence},
+    ]
+
+
+def _commit() -> str | None:
+    """Commit of the project when it runs from a checkout."""
+    folder = Path(__file__).parent
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip()
+
+
+def _environment() -> dict[str, Any]:
+    if torch.cuda.is_available():
+        hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    else:
+        hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in PACKAGES}
+    return {"hardware": hardware, "python": platform.python_version(), **versions}
+
+
+def export_again(run: Path, output: Path | None = None) -> Path:
+    """Write the two-door folder of a finished run anew from its last stage and its record.
+
+    Raises:
+        UserError: when the run is not finished.
+    """
+    if not (run / RECORD).is_file():
+        raise UserError("this is not a finished run", where=str(run), fix=f"train it to its end: {RECORD} is missing")
+    record = checkpoints.read_json(run / RECORD)
+    last = len(record["stages"])
+    final = run / "stages" / f"{last}-{record['stages'][-1]['name']}" / "final"
+    model, processor = load_model(str(final), dtype=record["recipe"]["model"]["dtype"])
+    folder = output or run / EXPORT
+    write_export(folder, model, processor, record)
+    return folder

@@ -1,0 +1,36 @@
+"""Checkpoints by folder or by Hub id."""
+
+import re
+from pathlib import Path
+
+from llava_llama31.trainer.errors import UserError
+
+
+# weights as safetensors only: nothing is unpickled
+CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+def local_checkpoint(name: str, *, where: str) -> Path:
+    """Folder of a checkpoint; a Hub id (`OWNER/NAME`, or `OWNER/NAME@REVISION`) is downloaded into the Hub's cache.
+
+    Raises:
+        UserError: when there is neither such a folder nor such a repository.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    repo_id, _, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or repo_id.startswith("."):
+        raise UserError(f"there is no folder {name!r}", where=where, fix="name a checkpoint folder or a Hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(CHECKPOINT_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{name} is neither a folder nor can it be downloaded: {reason}",
+            where=where,
+            fix="download it and name the folder, or log in with `hf auth login` if it is gated",
+        ) from error

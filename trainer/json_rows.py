@@ -1,0 +1,226 @@
+"""Rows of a JSON array or of JSON lines, found once by byte offset and parsed one at a time, in bounded memory."""
+
+import json
+import os
+import re
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.reasons import RecordError
+
+
+MAX_ROW_BYTES = 16 * 2**20
+
+_CHUNK_BYTES = 4 * 2**20
+_BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\r\n]*")
+_NOT_SPACE = re.compile(rb"[^ \t\r\n]")
+_STRUCTURE = re.compile(rb'["{}\[\],]')
+_STRING_END = re.compile(rb'["\\]')
+_DECODE = json.JSONDecoder().raw_decode
+
+
+class JsonRows:
+    """The values of a JSON array, or of a file with one JSON value a line, as a sequence.
+
+    Opening it reads the file once and keeps 12 bytes a row; `rows[i]` reads and parses that row alone. Pickles
+    without its file handle.
+
+    Raises:
+        UserError: when the file as a whole can't be read (truncated array, not JSON, not UTF-8), with the byte offset.
+        RecordError: from `rows[i]`, malformed_json, when that row alone is bad.
+    """
+
+    _file_descriptor = -1
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._starts = array("Q")
+        self._sizes = array("I")
+        self._file_descriptor = os.open(path, os.O_RDONLY)
+        head = self.read(0, len(_BOM))
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UserError("the file is UTF-16", where=str(path), fix="convert it to UTF-8")
+        start = _next_not_space(self, len(_BOM) if head == _BOM else 0)
+        byte = self.read(start, 1)
+        if not byte:
+            raise UserError("the file is empty", where=str(path))
+        for begin, end in _array_rows(self, start) if byte == b"[" else _line_rows(self, start):
+            self._starts.append(begin)
+            # a longer row is refused by its size alone
+            self._sizes.append(min(end - begin, MAX_ROW_BYTES + 1))
+        if byte != b"[" and path.suffix == ".json":
+            self._check_lines()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, row: int) -> object:
+        start = self._starts[row]
+        try:
+            return json.loads(self.text(row))
+        except json.JSONDecodeError as error:
+            raise RecordError("malformed_json", f"{error.msg} in the row at byte {start}") from None
+        except RecursionError:
+            raise RecordError("malformed_json", f"nested too deeply in the row at byte {start}") from None
+        except ValueError as error:  # a number with thousands of digits
+            raise RecordError("malformed_json", f"{error} in the row at byte {start}") from None
+
+    def text(self, row: int) -> str:
+        """The row as it stands in the file; bytes that are not UTF-8 become lone surrogates.
+
+        Raises:
+            RecordError: malformed_json, when the row is longer than MAX_ROW_BYTES.
+        """
+        start, size = self._starts[row], self._sizes[row]
+        if size > MAX_ROW_BYTES:
+            raise RecordError("malformed_json", f"the row at byte {start} is longer than {MAX_ROW_BYTES} bytes")
+        return self.read(start, size).decode("utf-8", "surrogateescape")
+
+    def read(self, start: int, size: int) -> bytes:
+        """Up to `size` bytes of the file from byte `start` on."""
+        # pread, not mmap: the pages of a mapped file would count as this process's memory
+        return os.pread(self._file_descriptor, size, start)
+
+    def _check_lines(self) -> None:
+        try:
+            self[0]
+        except RecordError as error:
+            raise UserError(
+                f"neither a JSON array nor JSON lines ({error.detail})",
+                where=str(self.path),
+                fix="store the records as one array, or one a line in a .jsonl file",
+            ) from None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_file_descriptor": -1}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._file_descriptor = os.open(self.path, os.O_RDONLY)
+
+    def __del__(self):
+        if self._file_descriptor >= 0:
+            os.close(self._file_descriptor)
+
+
+def _line_rows(rows: JsonRows, start: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of every line from byte `start` on that is not blank."""
+    line_start = position = start
+    while chunk := rows.read(position, _CHUNK_BYTES):
+        found = chunk.find(b"\n")
+        while found >= 0:
+            end = position + found
+            if line_start >= position:
+                blank = not chunk[line_start - position : found].strip()
+            else:
+                blank = end - line_start < 4096 and not rows.read(line_start, end - line_start).strip()
+            if not blank:
+                yield line_start, end
+            line_start = end + 1
+            found = chunk.find(b"\n", found + 1)
+        position += len(chunk)
+    if rows.read(line_start, min(position - line_start, 4096)).strip():
+        yield line_start, position
+
+
+def _next_not_space(rows: JsonRows, position: int) -> int:
+    """Byte offset of the next byte that is not JSON white space; the file's size where there is none."""
+    while chunk := rows.read(position, _CHUNK_BYTES):
+        if match := _NOT_SPACE.search(chunk):
+            return position + match.start()
+        position += len(chunk)
+    return position
+
+
+def _array_rows(rows: JsonRows, start: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of every element of the array that opens at byte `start`."""
+    position = _next_not_space(rows, start + 1)
+    closed = rows.read(position, 1) == b"]"
+    while not closed:
+        ends = yield from _whole_elements(rows, position)
+        position = _next_not_space(rows, ends)
+        separator = rows.read(position, 1)
+        closed = separator == b"]"
+        if separator == b",":
+            position = _next_not_space(rows, position + 1)
+        elif not closed:
+            raise _broken_array(rows, position, separator)
+    garbage = _next_not_space(rows, position + 1)
+    if rows.read(garbage, 1):
+        raise UserError(f"text after the end of the JSON array, at byte {garbage}", where=str(rows.path))
+
+
+def _whole_elements(rows: JsonRows, position: int):
+    """Elements from byte `position` on, as many as one chunk holds or else one; returns where the last one ends."""
+    text = rows.read(position, _CHUNK_BYTES).decode("utf-8", "surrogateescape")
+    num_bytes = len if text.isascii() else _num_bytes
+    begin = end = 0
+    while True:
+        try:
+            _, stop = _DECODE(text, begin)
+        except (ValueError, RecursionError):
+            stop = len(text)
+        if stop == len(text):
+            # cut by the chunk's end, or malformed
+            break
+        start = position + num_bytes(text[end:begin])
+        position = start + num_bytes(text[begin:stop])
+        yield start, position
+        end = stop
+        comma = _SPACE.match(text, end).end()
+        begin = _SPACE.match(text, comma + 1).end()
+        if text[comma : comma + 1] != "," or begin >= len(text):
+            return position
+    start = position + num_bytes(text[end:begin])
+    position = _skip_element(rows, start)
+    yield start, position
+    return position
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogateescape"))
+
+
+def _skip_element(rows: JsonRows, start: int) -> int:
+    """Where the array's element ends that starts at byte `start`, by its brackets and quotes alone."""
+    data = rows.read(start, MAX_ROW_BYTES + 1)
+    depth = position = 0
+    while match := _STRUCTURE.search(data, position):
+        position = match.end()
+        byte = match.group()
+        if byte == b'"':
+            while (match := _STRING_END.search(data, position)) and match.group() == b"\\":
+                position = match.end() + 1
+            if not match:
+                break
+            position = match.end()
+        elif depth == 0 and byte in b",]}":
+            if match.start() == 0:
+                what = f"expected a value, found {byte.decode()} at byte {start}"
+                raise UserError(what, where=str(rows.path), fix="mend the JSON there")
+            return start + match.start()
+        elif byte in b"{[":
+            depth += 1
+        elif byte in b"}]":
+            depth -= 1
+            if depth == 0:
+                return start + position
+    if len(data) > MAX_ROW_BYTES:
+        raise UserError(
+            f"row {len(rows)}, at byte {start}, is longer than {MAX_ROW_BYTES} bytes or never ends",
+            where=str(rows.path),
+            fix="mend the row, or store large images as files",
+        )
+    raise _broken_array(rows, start + len(data), b"")
+
+
+def _broken_array(rows: JsonRows, position: int, found: bytes) -> UserError:
+    if found:
+        character = ascii(found.decode("latin-1"))
+        what = f"expected `,` or `]` after row {len(rows) - 1}, found {character} at byte {position}"
+    else:
+        what = f"the JSON array breaks off at byte {position}, in or after row {max(len(rows) - 1, 0)}"
+    return UserError(what, where=str(rows.path), fix="the file is incomplete or damaged: fetch or write it again")

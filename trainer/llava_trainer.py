@@ -1,0 +1,375 @@
+"""The one Trainer: learning rate per module group, exact data order, checkpoints that are complete or invisible."""
+
+import logging
+import math
+import random
+import signal
+import time
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    PreTrainedModel,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.collator import Collator
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.module_groups import group_parameters
+from llava_llama31.trainer.order import BatchOrder, RankBatches
+
+
+logger = logging.getLogger(__name__)
+
+TRAINABLE_WEIGHTS = "trainable.safetensors"
+
+
+class LlavaTrainer(Trainer):
+    """Transformers' Trainer for one stage.
+
+    Args:
+        model: the model, or a PEFT model around it, already frozen as the stage wants it.
+        learning_rates: peak learning rate of each trainable module group.
+        order: global batches of the training set.
+        num_supervised_tokens: per training sample, for the meters.
+        decay_all_parameters: apply weight decay to norms and biases too.
+        only_trainable: save the trainable parameters alone (adapters); the rest comes from the stage's origin.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        collator: Collator,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        processor: ProcessorMixin,
+        learning_rates: Mapping[str, float],
+        order: BatchOrder,
+        num_supervised_tokens: np.ndarray,
+        decay_all_parameters: bool = False,
+        only_trainable: bool = False,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.learning_rates, self.order = dict(learning_rates), order
+        self.num_supervised_tokens = num_supervised_tokens
+        self.decay_all_parameters, self.only_trainable = decay_all_parameters, only_trainable
+        self.saving_to: Path | None = None
+        super().__init__(
+            model,
+            args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processor,
+            callbacks=[_Epochs(self), *(callbacks or [])],
+        )
+
+    # data
+
+    def get_train_dataloader(self) -> DataLoader:
+        batches = RankBatches(
+            self.order,
+            micro_batch=self.args.per_device_train_batch_size,
+            rank=self.args.process_index,
+            num_processes=self.args.world_size,
+        )
+        return self._loader(self.train_dataset, batches)
+
+    def _loader(self, dataset: Dataset, batches: RankBatches) -> DataLoader:
+        # not through accelerator.prepare: it would split the batches among the ranks a second time
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and not self.args.use_cpu,
+            worker_init_fn=_quiet_worker,
+            persistent_workers=False,
+        )
+
+    # optimisation
+
+    def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
+        target = self.model if model is None else model
+        decay = set(self.get_decay_parameter_names(target))
+        name_of = {id(parameter): name for name, parameter in target.named_parameters()}
+        base = self.accelerator.unwrap_model(target)
+        base = base.get_base_model() if self.only_trainable else base
+        groups = []
+        for group, learning_rate in self.learning_rates.items():
+            trained = [p for _, p in group_parameters(base, group) if p.requires_grad]
+            for decays in (True, False):
+                chosen = [p for p in trained if (self.decay_all_parameters or name_of[id(p)] in decay) == decays]
+                if chosen:
+                    weight_decay = self.args.weight_decay if decays else 0.0
+                    groups.append({"params": chosen, "lr": learning_rate, "weight_decay": weight_decay})
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+        self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    # meters
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add seconds of training so far, and supervised tokens per second since the last log."""
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise UserError(
+                    f"the loss is {logs['loss']}",
+                    where=f"step {self.state.global_step}",
+                    fix="lower the learning rate, or go back to a checkpoint before it and look at the data there",
+                )
+            now, step = time.monotonic(), self.state.global_step
+            tokens = self.num_supervised_tokens_trained(step)
+            seconds = now - self._last_log[0]
+            logs["supervised_tokens"] = tokens
+            logs["supervised_tokens_per_second"] = round((tokens - self._last_log[1]) / max(seconds, 1e-9), 1)
+            logs["seconds"] = round(self._seconds_before + now - self._started, 3)
+            self._last_log = (now, tokens)
+        super().log(logs, start_time)
+
+    def num_supervised_tokens_trained(self, step: int) -> int:
+        """Supervised tokens of the first `step` steps: the order is known, nothing is counted at run time."""
+        epochs, rest = divmod(step, self.order.steps_per_epoch)
+        total = sum(int(self._epoch_tokens(epoch)[-1]) for epoch in range(epochs))
+        return total + (int(self._epoch_tokens(epochs)[rest - 1]) if rest else 0)
+
+    @lru_cache(maxsize=4)  # noqa: B019 (one trainer a stage)
+    def _epoch_tokens(self, epoch: int) -> np.ndarray:
+        return np.cumsum([self.num_supervised_tokens[batch].sum() for batch in self.order.batches(epoch)])
+
+    def start_clock(self) -> None:
+        earlier = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
+        self._seconds_before = earlier[-1] if earlier else 0.0
+        self._started = time.monotonic()
+        self._last_log = (self._started, self.num_supervised_tokens_trained(self.state.global_step))
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean loss over the supervised tokens of the validation rows, all ranks together."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        order = BatchOrder(
+            np.zeros(len(dataset)),
+            global_batch=self.args.per_device_eval_batch_size * self.args.world_size,
+            seed=0,
+            keep_last=True,
+            group_by_length=False,
+        )
+        batches = RankBatches(
+            order,
+            micro_batch=self.args.per_device_eval_batch_size,
+            rank=self.args.process_index,
+            num_processes=self.args.world_size,
+        )
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        totals = torch.zeros(2, dtype=torch.float64)
+        for batch in self._loader(dataset, batches):
+            count = int((batch["labels"][:, 1:] != -100).sum())
+            with self.compute_loss_context_manager():
+                loss = model(**self._prepare_inputs(batch), num_items_in_batch=1).loss
+            totals += torch.tensor([loss.item(), count], dtype=torch.float64)
+        if self.args.world_size > 1:
+            totals = totals.to(self.args.device)
+            dist.all_reduce(totals)
+        model.train(was_training)
+        metrics = {f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # checkpoints
+
+    def _get_output_dir(self, trial: object | None) -> str:
+        return str(self.saving_to or self.args.output_dir)
+
+    def _save_checkpoint(self, model: PreTrainedModel, trial: object | None) -> None:
+        final = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        staging = final.parent / checkpoints.STAGING / final.name
+        if self.args.should_save:
+            for leftover in final.parent.glob(checkpoints.STAGING + "*"):
+                checkpoints.remove(leftover)
+            staging.mkdir(parents=True)
+        self._barrier()
+        self.saving_to = staging.parent
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.saving_to = None
+        self._barrier()
+        if self.args.should_save:
+            facts = {"step": self.state.global_step, "num_processes": self.args.world_size}
+            checkpoints.publish(staging, final, facts)
+            checkpoints.remove(staging.parent)
+            checkpoints.rotate(final.parent, self.args.save_total_limit)
+        self._barrier()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Weights and processor; no pickled arguments, which would hold the Hub token."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.only_trainable:
+            trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            source = state_dict if state_dict is not None else trained
+            save_file({n: source[n].detach().cpu().contiguous() for n in trained}, folder / TRAINABLE_WEIGHTS)
+        else:
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        """Restore every weight or fail: the parent loads with strict=False and only warns (transformers #43701)."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        folder = Path(resume_from_checkpoint)
+        if self.only_trainable:
+            saved = load_file(folder / TRAINABLE_WEIGHTS)
+            expected = {n for n, p in self.model.named_parameters() if p.requires_grad}
+        else:
+            saved = {}
+            for file in sorted(folder.glob("model*.safetensors")):
+                saved.update(load_file(file))
+            expected = set(self.model.state_dict())
+            if self.model.config.tie_word_embeddings:
+                expected -= set(self.model.all_tied_weights_keys)
+        if set(saved) != expected:
+            wrong = sorted(set(saved) ^ expected)
+            raise ValueError(f"{folder}: {len(wrong)} tensors do not belong to this stage, e.g. {wrong[0]}")
+        self.model.load_state_dict(saved, strict=False)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take weights and state of a checkpoint without training on."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.start_clock()
+
+    def _owns_optimizer_files(self) -> bool:
+        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._owns_optimizer_files():
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+            checkpoints.save_tree(Path(output_dir, "optimizer"), state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._owns_optimizer_files():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = checkpoints.load_tree(Path(checkpoint, "optimizer"))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        checkpoints.save_tree(Path(output_dir, f"rng_state_{self.args.process_index}"), state)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        path = Path(checkpoint or "", f"rng_state_{self.args.process_index}")
+        if checkpoint is None or not path.with_suffix(".json").is_file():
+            logger.warning("no random state of rank %d in %s: randomness starts anew", self.args.process_index, path)
+            return
+        state = checkpoints.load_tree(path)
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+
+    def _barrier(self) -> None:
+        if self.args.world_size > 1:
+            dist.barrier()
+
+
+class _Epochs(TrainerCallback):
+    """Tells the batches which epoch it is, and starts the clock."""
+
+    def __init__(self, trainer: LlavaTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.trainer.start_clock()
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        train_dataloader: DataLoader,
+        **kwargs: object,
+    ) -> None:
+        train_dataloader.batch_sampler.set_epoch(state.global_step // self.trainer.order.steps_per_epoch)
+
+
+class StopOnSignal(TrainerCallback):
+    """The first Ctrl-C or SIGTERM saves and stops at the next step, on all ranks; the second one stops at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._former: dict[int, object] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._former[number] = signal.signal(number, self._receive)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        received = self.signal or 0
+        if args.world_size > 1:
+            flag = torch.tensor(received, device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            received = int(flag)
+        if received and state.global_step < state.max_steps:
+            self.signal = received
+            control.should_save = control.should_training_stop = True
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+        logger.warning("%s: saving at the end of this step; once more stops at once", signal.Signals(number).name)
+
+
+def _quiet_worker(worker_id: int) -> None:
+    # Ctrl-C reaches the whole process group; the main process decides when its workers end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,398 @@
+"""A recipe: one YAML file that names the model's parts, the stages and the evaluation.
+
+Every object is frozen and checked when it is made; what is wrong is named by file, key and nearest right key.
+"""
+
+import difflib
+import importlib.resources
+import math
+import re
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from llava_llama31.trainer.errors import UserError
+
+
+ModuleGroup = Literal["vision_tower", "multi_modal_projector", "language_model"]
+Policy = Literal["error", "skip", "quarantine"]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+SHIPPED = ("tiny", "smol", "llama31-8b", "llama31-8b-card", "llama31-8b-card-commands")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class DataSource(_Frozen):
+    """One set of records: a LLaVA JSON/JSONL file, parquet files, a saved Hugging Face dataset or a Hub id."""
+
+    name: str
+    path: str
+    image_root: str | None = None
+    """Folder that image paths are relative to and may not leave; default: the folder of `path`."""
+    format: Literal["auto", "llava", "sharegpt", "messages", "cauldron"] = "auto"
+    split: str = "train"
+    sample: PositiveInt | None = None
+    """Number of rows to draw, without replacement, seeded; default: all."""
+    sample_when: Literal["before_filtering", "after_filtering"] = "after_filtering"
+    images_only: bool = False
+    """Reject rows without a picture, by the reason `text_only`."""
+    license: str | None = None
+
+
+class Model(_Frozen):
+    """Where the first stage starts: an assembled checkpoint, or the parts to assemble."""
+
+    checkpoint: str | None = None
+    vision_tower: str | None = None
+    language_model: str | None = None
+    projector: str | None = None
+    """Checkpoint to take the projector from; default: a fresh one, N(0, 0.02)."""
+    vision_feature_layer: int = -2
+    image_grid_pinpoints: list[list[PositiveInt]] | None = None
+    """(height, width) in pixels; default: LLaVA-1.6's five shapes in units of the tile."""
+    add_chat_tokens: bool = False
+    """Give a tokenizer that lacks them Llama 3.1's turn tokens, as new rows of the embedding."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    licence: str | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Model":
+        parts = self.vision_tower is not None and self.language_model is not None
+        if (self.checkpoint is not None) == parts:
+            raise ValueError("give either checkpoint, or both vision_tower and language_model")
+        return self
+
+
+class Lora(_Frozen):
+    """Low-rank adapters on the language model's linear layers (Hu et al., 2021), through PEFT."""
+
+    r: PositiveInt = 64
+    alpha: PositiveFloat = 128.0
+    dropout: Fraction = 0.0
+    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    dora: bool = False
+
+
+class Stage(_Frozen):
+    """What is trained, on what data, from what weights; lengths in tokens, batches in samples."""
+
+    trainable: list[ModuleGroup] = Field(min_length=1)
+    learning_rate: PositiveFloat | dict[ModuleGroup, PositiveFloat]
+    data: list[DataSource] = Field(min_length=1)
+    global_batch: PositiveInt
+    """Samples of one optimizer step, over all devices and accumulation."""
+    micro_batch: PositiveInt = 1
+    """Samples that one device forwards at once."""
+    epochs: PositiveFloat | None = None
+    max_steps: PositiveInt | None = None
+    last_batch: Literal["keep", "drop"] = "keep"
+    """What becomes of an epoch's incomplete last batch."""
+    group_by_length: bool = False
+    """Bring samples of like length together within shuffled windows of 64 batches: less padding, same samples."""
+    init_from: str = "previous"
+    """`previous` (the former stage, or the model for the first) or a checkpoint."""
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Fraction = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat = 1.0
+    precision: Literal["float32", "bfloat16", "bfloat16-weights"] = "bfloat16"
+    """float32; bfloat16 autocast over float32 weights; or weights, gradients and optimizer in bfloat16 as well."""
+    activation_checkpointing: bool = False
+    lora: Lora | None = None
+    deepspeed: str | None = None
+    """A DeepSpeed JSON file, or the name of a shipped one."""
+    max_text_tokens: PositiveInt | None = None
+    """Longest row, image placeholders not counted."""
+    max_tokens: PositiveInt | None = None
+    """Longest row, image placeholders counted."""
+    on_bad_record: dict[str, Policy] = {"default": "error"}
+    """Policy per reject reason (`llava-llama31 check-data` lists them) and `default`."""
+    validation_fraction: Fraction = 0.0
+    eval_steps: PositiveInt | None = None
+    save_steps: PositiveInt = 200
+    save_total_limit: PositiveInt = 2
+    logging_steps: PositiveInt = 10
+    dataloader_workers: Annotated[int, Field(ge=0)] = 2
+    quirks: list[Literal["frozen_image_newline", "double_newline_after_image", "decay_all_parameters"]] = []
+    """Named departures of the model card's commands from what a reader would expect."""
+    trainer_args: dict[str, Any] = {}
+    """Further fields of Transformers' TrainingArguments; those that the stage owns are refused."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Stage":
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give exactly one of epochs and max_steps")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}: "
+                f"use a micro_batch that divides it"
+            )
+        if isinstance(self.learning_rate, dict) and set(self.learning_rate) != set(self.trainable):
+            raise ValueError(
+                f"learning_rate names {sorted(self.learning_rate)} but trainable names {sorted(self.trainable)}"
+            )
+        if len(set(self.trainable)) < len(self.trainable):
+            raise ValueError(f"trainable names a group twice: {self.trainable}")
+        if self.lora is not None and "language_model" not in self.trainable:
+            raise ValueError("lora adapts the language_model: add it to trainable or remove lora")
+        if self.eval_steps is not None and self.validation_fraction == 0:
+            raise ValueError("eval_steps needs a validation_fraction above 0")
+        names = [source.name for source in self.data]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data names a source twice: {names}")
+        return self
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rate of each trainable group."""
+        if isinstance(self.learning_rate, dict):
+            return {group: self.learning_rate[group] for group in self.trainable}
+        return dict.fromkeys(self.trainable, self.learning_rate)
+
+
+class Evaluation(_Frozen):
+    """TextVQA-format questions on which the finished model is scored."""
+
+    data: str
+    image_root: str | None = None
+    name: str = "validation"
+    limit: PositiveInt | None = None
+    batch_size: PositiveInt = 16
+    max_new_tokens: PositiveInt = 16
+    baselines: bool = False
+    """Also score the untrained model, and the trained one with pictures shuffled between questions."""
+
+
+class Recipe(_Frozen):
+    """All of a run; see `trainer/recipes/` for complete ones."""
+
+    name: str
+    description: str = ""
+    seed: Annotated[int, Field(ge=0)] = 42
+    prepare: Literal["tiny", "smol"] | None = None
+    """Parts and data that have to be made first: `tiny` by the run itself, `smol` by examples/prepare_smol.py."""
+    model: Model
+    stages: dict[str, Stage] = Field(min_length=1)
+    evaluation: Evaluation | None = None
+
+    @model_validator(mode="after")
+    def _names(self) -> "Recipe":
+        for name in self.stages:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                raise ValueError(f"stage name {name!r}: use letters, digits, - and _")
+        return self
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What follows from a stage, its number of training samples and the number of devices."""
+
+    num_samples: int
+    num_processes: int
+    gradient_accumulation: int
+    steps_per_epoch: int
+    steps: int
+    warmup_steps: int
+
+
+def derive(stage: Stage, num_samples: int, num_processes: int, *, where: str = "") -> Derived:
+    """Accumulation and steps of a stage.
+
+    Raises:
+        UserError: when the global batch does not divide among the devices, or no step remains.
+    """
+    per_pass = stage.micro_batch * num_processes
+    if stage.global_batch % per_pass:
+        raise UserError(
+            f"global_batch {stage.global_batch} is not a multiple of micro_batch {stage.micro_batch} x "
+            f"{num_processes} devices = {per_pass}",
+            where=where,
+            fix="change micro_batch or the number of devices",
+        )
+    whole, rest = divmod(num_samples, stage.global_batch)
+    steps_per_epoch = whole + (rest > 0 and stage.last_batch == "keep")
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"{num_samples} samples do not fill one batch of {stage.global_batch}",
+            where=where,
+            fix="add data, lower global_batch, or set last_batch: keep",
+        )
+    steps = stage.max_steps or math.ceil(stage.epochs * steps_per_epoch)
+    return Derived(
+        num_samples=num_samples,
+        num_processes=num_processes,
+        gradient_accumulation=stage.global_batch // per_pass,
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        warmup_steps=math.ceil(steps * stage.warmup_ratio),
+    )
+
+
+def load_recipe(name_or_path: str, *, output: Path | None = None, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name or a YAML file by path; `{output}` in it stands for the run's folder.
+
+    Args:
+        overrides: `stages.NAME.key=value` and the like; values are YAML.
+
+    Raises:
+        UserError: naming file, key and fix.
+    """
+    text, where = read_recipe_text(name_or_path)
+    try:
+        content = yaml.load(text, Loader=_Yaml12Loader)
+    except yaml.YAMLError as error:
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"not valid YAML: {error}", where=f"{where}{line}", fix="mend the syntax there") from None
+    if not isinstance(content, dict):
+        raise UserError("a recipe is a mapping with name, model and stages", where=where, fix="see a shipped recipe")
+    for override in overrides:
+        _apply_override(content, override)
+    if output is not None:
+        content = _substitute(content, "{output}", str(output))
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def read_recipe_text(name_or_path: str) -> tuple[str, str]:
+    """Text of a recipe and the name to call it by in messages."""
+    if name_or_path in SHIPPED:
+        file = importlib.resources.files("llava_llama31.trainer.recipes") / f"{name_or_path}.yaml"
+        return file.read_text(encoding="utf-8"), f"{name_or_path}.yaml"
+    path = Path(name_or_path).expanduser()
+    if not path.is_file():
+        near = difflib.get_close_matches(name_or_path, SHIPPED, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"name a YAML file, or one of {', '.join(SHIPPED)}"
+        raise UserError("there is no such recipe", where=name_or_path, fix=hint)
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(path), fix="give a readable UTF-8 file") from None
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-5 as a number (as YAML 1.2 does) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", node.value[i][0].start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+
+_Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _apply_override(content: dict, override: str) -> None:
+    path, separator, value = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise UserError(f"{override!r} is not KEY=VALUE", where="--set", fix="--set stages.NAME.key=value")
+    target = content
+    for depth, key in enumerate(keys[:-1]):
+        if depth == 1 and keys[0] == "stages" and key not in target:
+            raise UserError(
+                f"there is no stage {key!r}", where=f"--set {path}", fix=_nearest(key, list(target)) or "name a stage"
+            )
+        if isinstance(target, list):
+            target = _list_item(target, key, path)
+        else:
+            target = target.setdefault(key, {})
+        if not isinstance(target, dict | list):
+            raise UserError(f"{key!r} holds a single value", where=f"--set {path}", fix="set it as a whole")
+    parsed = yaml.load(value, Loader=_Yaml12Loader)
+    if isinstance(target, list):
+        _list_item(target, keys[-1], path)
+        target[int(keys[-1])] = parsed
+    else:
+        target[keys[-1]] = parsed
+
+
+def _list_item(target: list, key: str, path: str) -> Any:
+    if not key.isdigit() or int(key) >= len(target):
+        raise UserError(
+            f"{key!r} is no position in a list of {len(target)}", where=f"--set {path}", fix="count from 0"
+        )
+    return target[int(key)]
+
+
+def _substitute(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _substitute(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_substitute(item, old, new) for item in value]
+    return value.replace(old, new) if isinstance(value, str) else value
+
+
+def _explain(error: ValidationError, where: str) -> UserError:
+    """First fault of a recipe as one line: file, key, what, nearest right key."""
+    errors = error.errors(include_url=False)
+    first, location = errors[0], _location(errors[0]["loc"])
+    key = ".".join(str(part) for part in location)
+    others = len({tuple(_location(one["loc"])) for one in errors}) - 1
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        return UserError(
+            "unknown key" + _and_others(others), where=f"{where}: {key}", fix=_nearest(str(location[-1]), known)
+        )
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return UserError("this key is missing" + _and_others(others), where=f"{where}: {key}", fix="add it")
+    if first["type"] == "value_error":
+        return UserError(message + _and_others(others), where=f"{where}: {key}" if key else where)
+    got = f", not {first['input']!r}"
+    return UserError(message + got + _and_others(others), where=f"{where}: {key}", fix="give a value of that type")
+
+
+def _location(parts: tuple[str | int, ...]) -> list[str | int]:
+    """Where a fault is, without pydantic's names for the members of a union."""
+    return [part for part in parts if not re.fullmatch(r"constrained-\w+|\w+\[.*", str(part))]
+
+
+def _and_others(count: int) -> str:
+    return f" (and {count} more faults)" if count else ""
+
+
+def _fields_at(location: list) -> list[str]:
+    """Fields of the object at a location of a recipe, for the nearest right key."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            continue  # the name of a stage: its mapping was stepped into already
+        field = model.model_fields.get(part)
+        if field is None:
+            continue
+        model = _object_type(field.annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _object_type(annotation: Any) -> Any:
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return annotation
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else (f"one of {', '.join(known)}" if known else "")

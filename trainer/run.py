@@ -1,0 +1,167 @@
+"""A recipe from its parts to an evaluated, exported model: every stage in turn, resumed where it stopped."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from rich.console import Console
+
+from llava_llama31.processing import CHAT_TEMPLATE
+from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.assemble import assemble
+from llava_llama31.trainer.console import make_console
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.finish import finish
+from llava_llama31.trainer.hub import local_checkpoint
+from llava_llama31.trainer.recipe import Recipe
+from llava_llama31.trainer.stages import FINAL, Interrupted, StageRun, finished_record, run_stage
+
+
+__all__ = ["Interrupted", "run_recipe"]
+
+RECIPE, SUMMARY, BASE = "recipe.json", "summary.json", "base"
+
+
+def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] | None:
+    """Run what is left of a recipe in `output`; returns the summary on the main process.
+
+    Raises:
+        Interrupted: after a signal; the checkpoint is written.
+        UserError: naming what to mend.
+    """
+    if torch.cuda.device_count() > 1 and "RANK" not in os.environ:
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process",
+            fix="start it with `accelerate launch examples/train.py RECIPE`, or set CUDA_VISIBLE_DEVICES",
+        )
+    # preparation and checks of the main process may take hours, during which the others wait
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
+    console, started = make_console(), time.monotonic()
+    transformers.utils.logging.disable_progress_bar()
+    with _claimed(recipe, output, state.is_main_process):
+        if (output / SUMMARY).is_file():
+            console.print(f"{recipe.name} is done: {output / SUMMARY}")
+            return checkpoints.read_json(output / SUMMARY) if state.is_main_process else None
+        if state.is_main_process:
+            prepare(recipe, output, console)
+        state.wait_for_everyone()
+        base = base_of(recipe, output)
+        origin, records = base, []
+        for number, (name, stage) in enumerate(recipe.stages.items(), start=1):
+            folder = output / "stages" / f"{number}-{name}"
+            if stage.init_from != "previous":
+                origin = local_checkpoint(stage.init_from, where=f"stages.{name}.init_from")
+            record = finished_record(folder)
+            if record is None:
+                folder.mkdir(parents=True, exist_ok=True)
+                run = StageRun(
+                    name, stage, folder, origin, recipe.seed, state.num_processes, state.is_main_process, console
+                )
+                record = run_stage(run)
+            else:
+                console.print(f"stage {name} is done: {folder / FINAL}")
+            records.append(record)
+            origin = folder / FINAL
+        if not state.is_main_process:
+            return None
+        summary = finish(recipe, output, base, origin, records, console, command=command, started=started)
+        checkpoints.write_json(output / SUMMARY, summary)
+        return summary
+
+
+def prepare(recipe: Recipe, output: Path, console: Console) -> None:
+    """Make the parts that a recipe makes by itself, and the checkpoint that the first stage starts from."""
+    if recipe.prepare == "tiny":
+        from llava_llama31.trainer.demo.parts import prepare as prepare_tiny  # needs the `demo` extra
+
+        prepare_tiny(output / "prepared", seed=recipe.seed, progress=console.print)
+    model, base = recipe.model, output / BASE
+    if base.exists() or (model.checkpoint and _is_ours(local_checkpoint(model.checkpoint, where="model.checkpoint"))):
+        return
+    if model.checkpoint is not None:  # llava-hf's or LLaVA's own layout: the same parts, our processor
+        tower = language = projector = local_checkpoint(model.checkpoint, where="model.checkpoint")
+    else:
+        tower = local_checkpoint(model.vision_tower, where="model.vision_tower")
+        language = local_checkpoint(model.language_model, where="model.language_model")
+        projector = local_checkpoint(model.projector, where="model.projector") if model.projector else None
+    counts = assemble(
+        tower,
+        language,
+        base,
+        projector=projector,
+        image_grid_pinpoints=model.image_grid_pinpoints,
+        vision_feature_layer=model.vision_feature_layer,
+        add_chat_tokens=model.add_chat_tokens,
+        dtype=model.dtype,
+        seed=recipe.seed,
+    )
+    console.print(f"assembled {base}: " + ", ".join(f"{part} {count:,}" for part, count in counts.items()))
+
+
+def base_of(recipe: Recipe, output: Path) -> Path:
+    """The checkpoint that the first stage starts from; `prepare` has made it."""
+    base = output / BASE
+    return base if base.exists() else local_checkpoint(recipe.model.checkpoint, where="model.checkpoint")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a checkpoint has our processor, so that a stage can start from it as it is."""
+    template = folder / "chat_template.jinja"
+    own_code = folder / "processing_llava_llama31.py"
+    return template.is_file() and own_code.is_file() and template.read_text(encoding="utf-8") == CHAT_TEMPLATE
+
+
+@contextmanager
+def _claimed(recipe: Recipe, output: Path, is_main: bool) -> Iterator[None]:
+    """Hold the run's folder for this run alone, and refuse one that belongs to another recipe."""
+    if not is_main:
+        yield
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"cannot be written: {error.strerror}", where=str(output), fix="choose another --output"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                "another run works in this folder", where=str(output), fix="wait for it, or choose another --output"
+            ) from None
+        now = recipe.model_dump(mode="json")
+        if (output / RECIPE).is_file():
+            _refuse_changes(checkpoints.read_json(output / RECIPE), now, output)
+        else:
+            checkpoints.write_json(output / RECIPE, now)
+        yield
+
+
+def _refuse_changes(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
+    changes = [change for change in _differences(before, now) if change[0] not in ("description",)]
+    if changes:
+        listed = "; ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in changes[:5])
+        more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
+        raise UserError(
+            f"this run began with another recipe: {listed}{more}",
+            where=str(output),
+            fix="choose another --output, or undo the change",
+        )
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in {**before, **now}:
+            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif before != now:
+        yield key, before, now

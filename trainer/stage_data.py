@@ -1,0 +1,92 @@
+"""The rows of a stage: checked, sampled, split into training and validation."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+
+from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.trainer.check_data import DataReport, Limits, check_sources, default_cache_dir, select_rows
+from llava_llama31.trainer.recipe import Stage
+from llava_llama31.trainer.records import RecordStore, open_records
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Rows as (source, row); `num_tokens` and `num_supervised_tokens` run along `train_rows`.
+
+    `summary` has one entry per source: name, rows, usable, dropped by reason, trained, license.
+    """
+
+    stores: list[RecordStore]
+    train_rows: list[tuple[int, int]]
+    eval_rows: list[tuple[int, int]]
+    num_tokens: np.ndarray
+    num_supervised_tokens: np.ndarray
+    summary: list[dict[str, Any]]
+
+
+def check_stage(stage: Stage, processor: LlavaLlama31Processor, rejects: Path, *, progress: bool = True) -> DataReport:
+    """Check all records of a stage under its limits and policy; findings are cached over runs.
+
+    Raises:
+        UserError: when records can't be used and their policy is `error`.
+    """
+    return check_sources(
+        stage.data,
+        processor,
+        limits=stage_limits(stage),
+        policy=stage.on_bad_record,
+        cache_dir=default_cache_dir(),
+        rejects=rejects,
+        keep_data_newline=keeps_data_newline(stage),
+        progress=progress,
+    )
+
+
+def stage_limits(stage: Stage) -> Limits:
+    return Limits(max_tokens=stage.max_tokens, max_text_tokens=stage.max_text_tokens)
+
+
+def keeps_data_newline(stage: Stage) -> bool:
+    return "double_newline_after_image" in stage.quirks
+
+
+def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, folder: Path, seed: int) -> StageData:
+    """Check the data (the first process of a machine does, the others find its result) and choose the rows."""
+    state = PartialState()
+    with state.local_main_process_first():
+        report = check_stage(stage, processor, folder / "rejects.jsonl", progress=state.is_main_process)
+    rows: list[tuple[int, int]] = []
+    counts: dict[str, list[np.ndarray]] = {"num_tokens": [], "num_supervised_tokens": []}
+    summary = []
+    for i, (source, found) in enumerate(zip(stage.data, report.sources, strict=True)):
+        chosen = select_rows(found, source.sample, source.sample_when, seed)
+        rows += [(i, int(row)) for row in found.rows[chosen]]
+        for name, parts in counts.items():
+            parts.append(found.counts[name][chosen])
+        summary.append(
+            {
+                "name": source.name,
+                "rows": found.num_rows,
+                "usable": len(found.rows),
+                "dropped": dict(found.dropped),
+                "selected": len(chosen),
+                "license": source.license,
+            }
+        )
+    order = np.random.default_rng([seed, len(rows)]).permutation(len(rows))
+    num_eval = int(len(rows) * stage.validation_fraction)
+    if stage.validation_fraction and num_eval == 0:
+        num_eval = 1
+    held_out, trained = np.sort(order[:num_eval]), np.sort(order[num_eval:])
+    return StageData(
+        stores=[open_records(source, keep_data_newline=keeps_data_newline(stage)) for source in stage.data],
+        train_rows=[rows[i] for i in trained],
+        eval_rows=[rows[i] for i in held_out],
+        num_tokens=np.concatenate(counts["num_tokens"])[trained],
+        num_supervised_tokens=np.concatenate(counts["num_supervised_tokens"])[trained],
+        summary=summary,
+    )

@@ -1,0 +1,238 @@
+"""One stage from its origin's weights to a published folder of weights: check data, freeze, train or resume, hand over."""
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from transformers import PreTrainedModel, PrinterCallback
+
+from llava_llama31 import LlavaLlama31ForConditionalGeneration
+from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.collator import Collator
+from llava_llama31.trainer.console import StageProgress, print_stage_start
+from llava_llama31.trainer.dataset import StageDataset
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.llava_trainer import LlavaTrainer, StopOnSignal
+from llava_llama31.trainer.module_groups import GroupReport, freeze, lora_target_pattern
+from llava_llama31.trainer.order import BatchOrder
+from llava_llama31.trainer.recipe import Derived, Stage, derive
+from llava_llama31.trainer.stage_data import StageData, load_stage_data
+from llava_llama31.trainer.training_args import training_arguments
+
+
+logger = logging.getLogger(__name__)
+
+FINAL = "final"
+RECORD = "stage.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "bfloat16-weights": torch.bfloat16}
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after a checkpoint; running the same command again goes on there."""
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """Where a stage runs and what it starts from."""
+
+    name: str
+    stage: Stage
+    folder: Path
+    origin: Path
+    seed: int
+    num_processes: int
+    is_main: bool
+    console: Console
+
+    @property
+    def final(self) -> Path:
+        return self.folder / FINAL
+
+
+def finished_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a stage whose weights are published and whole, or None."""
+    final = folder / FINAL
+    if not (final / RECORD).is_file():
+        return None
+    fault = checkpoints.verify(final)
+    if fault is not None:
+        logger.warning("%s is damaged (%s): the stage goes on from its newest whole checkpoint", final, fault)
+        return None
+    return checkpoints.read_json(final / RECORD)
+
+
+def run_stage(run: StageRun) -> dict[str, Any]:
+    """Train a stage to its end and publish its weights in `final/`; returns its record.
+
+    Raises:
+        Interrupted: after a checkpoint, when a signal came.
+        UserError: naming what to mend.
+    """
+    stage = run.stage
+    processor = LlavaLlama31Processor.from_pretrained(run.origin)
+    data = load_stage_data(stage, processor, run.folder, run.seed)
+    derived = derive(stage, len(data.train_rows), run.num_processes, where=f"stages.{run.name}")
+    # before the model: DeepSpeed's configuration must be alive when the weights are loaded
+    args = training_arguments(stage, derived, output_dir=run.folder, seed=run.seed, where=f"stages.{run.name}")
+    transformers.set_seed(run.seed)
+    model = _load_model(run)
+    report = _freeze(model, stage)
+    print_stage_start(run.console, run.name, stage, derived, report, str(run.origin))
+    stop = StopOnSignal()
+    trainer = _trainer(run, model, args, processor, data, stop)
+    _train(run, trainer, derived, stop)
+    record = _record(run, data, derived, report, trainer)
+    _publish(run, trainer, record)
+    return record
+
+
+def _load_model(run: StageRun) -> PreTrainedModel:
+    dtype = DTYPES[run.stage.precision]
+    model = LlavaLlama31ForConditionalGeneration.from_pretrained(run.origin, dtype=dtype)
+    if run.stage.lora is None:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UserError(
+            "lora needs peft", where=f"stages.{run.name}.lora", fix="pip install 'llava-llama31[peft]'"
+        ) from None
+    lora = run.stage.lora
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_dora=lora.dora,
+        target_modules=lora_target_pattern(lora.targets),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def _base(model: PreTrainedModel, stage: Stage) -> LlavaLlama31ForConditionalGeneration:
+    return model if stage.lora is None else model.get_base_model()
+
+
+def _freeze(model: PreTrainedModel, stage: Stage) -> list[GroupReport]:
+    return freeze(
+        _base(model, stage),
+        stage.learning_rates(),
+        freeze_image_newline="frozen_image_newline" in stage.quirks,
+    )
+
+
+def _trainer(
+    run: StageRun,
+    model: PreTrainedModel,
+    args: transformers.TrainingArguments,
+    processor: LlavaLlama31Processor,
+    data: StageData,
+    stop: StopOnSignal,
+) -> LlavaTrainer:
+    stage = run.stage
+    order = BatchOrder(
+        data.num_tokens,
+        global_batch=stage.global_batch,
+        seed=run.seed,
+        keep_last=stage.last_batch == "keep",
+        group_by_length=stage.group_by_length,
+    )
+    pixel_dtype = torch.float32 if stage.precision == "float32" else torch.bfloat16
+    trainer = LlavaTrainer(
+        model,
+        args,
+        collator=Collator(processor.tokenizer.pad_token_id, processor.image_token_id),
+        train_dataset=StageDataset(data.stores, data.train_rows, processor, pixel_dtype),
+        eval_dataset=StageDataset(data.stores, data.eval_rows, processor, pixel_dtype) if data.eval_rows else None,
+        processor=processor,
+        learning_rates=stage.learning_rates(),
+        order=order,
+        num_supervised_tokens=data.num_supervised_tokens,
+        decay_all_parameters="decay_all_parameters" in stage.quirks,
+        only_trainable=stage.lora is not None,
+        callbacks=[StageProgress(run.console, run.name), stop],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived, stop: StopOnSignal) -> None:
+    checkpoint, skipped = checkpoints.newest_whole(run.folder)
+    for path, fault in skipped:
+        run.console.print(f"[yellow]{path} is not whole and is passed over: {fault}")
+    if checkpoint is None:
+        trainer.train()
+    else:
+        step = checkpoints.read_manifest(checkpoint)["step"]
+        run.console.print(f"going on from {checkpoint}, step {step} of {derived.steps}")
+        if step >= derived.steps:  # Trainer would take one step more
+            trainer.restore(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+    if stop.signal is not None:
+        raise Interrupted(
+            f"stage {run.name} stopped at step {trainer.state.global_step} of {derived.steps} and is saved; "
+            "run the same command again to go on"
+        )
+
+
+def _record(
+    run: StageRun, data: StageData, derived: Derived, report: list[GroupReport], trainer: LlavaTrainer
+) -> dict[str, Any]:
+    """What the model card and the summary tell of the stage."""
+    stage, history = run.stage, trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    validation = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
+    seconds = next((entry["seconds"] for entry in reversed(history) if "seconds" in entry), 0.0)
+    tokens = trainer.num_supervised_tokens_trained(derived.steps)
+    return {
+        "name": run.name,
+        "trainable": [line.group for line in report if line.num_trainable],
+        "groups": [asdict(line) for line in report],
+        "learning_rate": stage.learning_rates(),
+        "data": data.summary,
+        "epochs": stage.epochs or round(derived.steps / derived.steps_per_epoch, 3),
+        "steps": derived.steps,
+        "global_batch": stage.global_batch,
+        "micro_batch": stage.micro_batch,
+        "gradient_accumulation": derived.gradient_accumulation,
+        "num_processes": run.num_processes,
+        "num_samples": derived.num_samples,
+        "schedule": stage.schedule,
+        "warmup_steps": derived.warmup_steps,
+        "weight_decay": stage.weight_decay,
+        "precision": stage.precision,
+        "lora": stage.lora.model_dump() if stage.lora else None,
+        "init_from": str(run.origin),
+        "loss_first": losses[0] if losses else None,
+        "loss": float(np.mean(losses[-5:])) if losses else None,
+        "validation_loss": validation,
+        "supervised_tokens": tokens,
+        "supervised_tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+        "minutes": round(seconds / 60, 2),
+    }
+
+
+def _publish(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -> None:
+    """Weights that a next stage, or anyone, opens; adapters are merged, and kept beside in PEFT's format."""
+    staging = checkpoints.stage(run.final) if run.is_main else run.final
+    if run.stage.lora is not None:
+        if run.is_main:
+            trainer.model.save_pretrained(staging / "adapter")
+            trainer.model.merge_and_unload().save_pretrained(staging)
+            trainer.processing_class.save_pretrained(staging)
+    else:
+        trainer.save_model(str(staging))
+    if run.is_main:
+        checkpoints.write_json(staging / RECORD, record)
+        started = time.monotonic()
+        checkpoints.publish(staging, run.final, {"step": record["steps"], "num_processes": run.num_processes})
+        logger.info("published %s in %.1f s", run.final, time.monotonic() - started)
+    trainer.accelerator.wait_for_everyone()
