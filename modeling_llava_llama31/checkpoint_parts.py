@@ -143,11 +143,11 @@ class Checkpoint:
         headers: dict[str, PlannedTensor] = {}
         for file in _safetensors_files(path):
             headers |= _headers(file)
-        return cls(path, _read_json(path / "config.json"), headers)
+        return cls(path, read_json(path / "config.json"), headers)
 
     @property
     def is_original_llava(self) -> bool:
-        return "mm_vision_tower" in self.config
+        return is_original_llava(self.config)
 
     def settings(self) -> LlavaSettings:
         """How the parts of a LLaVA checkpoint work together, from either layout of its config."""
@@ -266,12 +266,17 @@ def projector_part(checkpoint: Checkpoint) -> Part:
 
 def image_statistics(folder: Path, tower_type: str) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
     """Mean and standard deviation per channel of a tower's pre-processing, and whether its folder says so."""
-    named = _read_json(folder / "preprocessor_config.json")
-    named = named or _read_json(folder / "processor_config.json").get("image_processor", {})
+    named = read_json(folder / "preprocessor_config.json")
+    named = named or read_json(folder / "processor_config.json").get("image_processor", {})
     if "image_mean" in named and "image_std" in named:
         return tuple(named["image_mean"]), tuple(named["image_std"]), True
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if tower_type == "dinov2" else (CLIP_MEAN, CLIP_STD)
     return mean, std, False
+
+
+def is_original_llava(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of LLaVA's own code and not of Transformers'."""
+    return "mm_vision_tower" in config
 
 
 def listed(names: Sequence[str], limit: int = 3) -> str:
@@ -285,7 +290,7 @@ def _safetensors_files(path: Path) -> list[Path]:
     if path.is_file():
         files = [path] if path.suffix == ".safetensors" else []
     else:
-        index = _read_json(path / "model.safetensors.index.json").get("weight_map", {})
+        index = read_json(path / "model.safetensors.index.json").get("weight_map", {})
         files = [path / name for name in sorted(set(index.values()))]
         if not files:
             single = path / "model.safetensors"
@@ -301,7 +306,8 @@ def _safetensors_files(path: Path) -> list[Path]:
     return files
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Contents of a JSON file that holds an object; empty where there is no such file."""
     if not file.is_file():
         return {}
     try:
@@ -336,7 +342,7 @@ def _read_tensor(file: Path, key: str) -> torch.Tensor:
         return source.get_tensor(key)
 
 
-_NOT_OF_THE_MODEL = {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "quantization_config"}
+_NOT_OF_THE_MODEL = {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 
 
 def _native_config(fields: Mapping[str, Any]) -> PreTrainedConfig:

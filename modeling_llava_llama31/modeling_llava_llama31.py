@@ -3,7 +3,7 @@
 What differs from `LlavaNextForConditionalGeneration` (transformers/models/llava_next/modeling_llava_next.py):
  - the loss and the logits under `labels` are computed at supervised positions only;
  - a frozen vision tower runs without a graph, and no tower runs the layers behind the one that is used;
- - a text-only micro-batch under a process group does a one-tile pass, so that all ranks call the same modules;
+ - a text-only micro-batch in training does a one-tile pass, so that all ranks call the same modules;
  - a wrong number of image placeholders is reported row by row, with both counts.
 
 Shapes: B rows, S positions, N supervised positions, I pictures, T tiles of all pictures, P patches of a tile,
@@ -120,11 +120,16 @@ class LlavaLlama31Model(LlavaNextModel):
             )
         return mask.unsqueeze(-1)
 
+    def _trains_projector(self) -> bool:
+        projector = self.multi_modal_projector.parameters()
+        return self.image_newline.requires_grad or any(parameter.requires_grad for parameter in projector)
+
     def _text_only_embeds(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """Embeddings of a text-only micro-batch, joined to a blank tile's features by a factor of zero.
 
         Under DDP, ZeRO and FSDP every rank must call the same modules in the same order (DeepSpeed #7170), so this
-        follows the order of the image path: embeddings, tower, projector, newline.
+        follows the order of the image path: embeddings, tower, projector, newline. With one process it gives a trained
+        projector its gradient of zero, so that the loss has a graph and every world size takes the same steps.
         """
         embeds = self.get_input_embeddings()(input_ids)
         size = self.config.vision_config.image_size
@@ -149,7 +154,7 @@ class LlavaLlama31Model(LlavaNextModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaNextModelOutputWithPast | tuple:
         text_only = input_ids is not None and pixel_values is None and mm_encoder_outputs is None
-        if text_only and self.training and _world_size() > 1:
+        if text_only and self.training and (_world_size() > 1 or self._trains_projector()):
             input_ids, inputs_embeds = None, self._text_only_embeds(input_ids)
         return super().forward(
             input_ids=input_ids,

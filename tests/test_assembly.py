@@ -1,6 +1,6 @@
 """`assemble`: every layout of every part against the modules that it came from, and every wrong part by name."""
 
-import argparse
+import copy
 import dataclasses
 import json
 import re
@@ -29,8 +29,8 @@ from transformers import (
 from llava_llama31.assembly import AssemblyError, plan_assembly, write_assembly
 from llava_llama31.checkpoint_parts import Vocabulary
 from llava_llama31.processing import CHAT_TOKENS, LlavaLlama31Processor
-from llava_llama31.trainer import assemble as command
 from llava_llama31.trainer.assemble import assemble, convert_original
+from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
 
 
@@ -141,8 +141,7 @@ def llava_folders(donor, tokenizer, tmp_path_factory):
     for layout, rules in LLAVA_RULES.items():
         config = original_config(donor.config) if layout == "LLaVA-1.6 original" else donor.config.to_dict()
         folders[layout] = write(root / layout.replace(" ", "_"), renamed(donor.state_dict(), *rules), config)
-        tokenizer.save_pretrained(folders[layout])
-        with_image = AutoTokenizer.from_pretrained(folders[layout])
+        with_image = copy.deepcopy(tokenizer)
         with_image.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
         with_image.save_pretrained(folders[layout])
     return folders
@@ -281,7 +280,7 @@ def test_dinov2_positions_are_resized_once(native, size, language_folder, tmp_pa
     assert model.model.vision_tower.embeddings.position_embeddings.shape[1] == (size // PATCH) ** 2 + 1
     assert_same_tower(model, tower, size)  # which interpolates at every forward
     processor = LlavaLlama31Processor.from_pretrained(tmp_path / "out")
-    assert processor.image_processor.image_mean == [0.485, 0.456, 0.406]
+    assert list(processor.image_processor.image_mean) == [0.485, 0.456, 0.406]
     content = [{"type": "image"}, {"type": "text", "text": "What?"}]
     ids = processor.encode_prompt([{"role": "user", "content": content}], [(30, 90)])
     tiles = torch.from_numpy(processor.tiles(make_image(30, 90)))
@@ -297,7 +296,9 @@ def test_tied_embeddings_stay_tied(clip_folder, tokenizer, tmp_path):
     tied.save_pretrained(tmp_path / "tied")
     tokenizer.save_pretrained(tmp_path / "tied")
     counts = assemble(clip_folder, tmp_path / "tied", tmp_path / "out")
-    assert counts["lm_head"] == 0 and "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    assert counts["lm_head"] == 0
+    assert sum(counts.values()) == sum(parameter.numel() for parameter in stock(tmp_path / "out").parameters())
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     model = stock(tmp_path / "out")
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert_same_language_model(model, tied)
@@ -333,7 +334,8 @@ def test_original_config_becomes_llamas_own(llava_folders, donor, tmp_path):
         assert config.text_config.to_dict()[field] == donor.config.text_config.to_dict()[field], field
     assert not [key for key in config.text_config.to_dict() if key.startswith("mm_")]
     ours, theirs = config.vision_config.to_dict(), donor.config.vision_config.to_dict()
-    assert {key: ours[key] for key in theirs if key != "dtype"} == {k: v for k, v in theirs.items() if k != "dtype"}
+    differing = {key for key in theirs if ours[key] != theirs[key]}
+    assert differing <= {"dtype", "architectures"}  # what the modules were built for, and not their shape
 
 
 def test_fresh_projector(clip_folder, language_folder, vocabulary):
@@ -367,6 +369,8 @@ def test_missing_chat_tokens_are_named_or_made(clip_folder, language_model, tmp_
     assert sorted(ids.values()) == list(range(100, 108))
     assert torch.equal(embedding[ids["<|eot_id|>"]], old[1])
     assert torch.equal(embedding[ids["<|begin_of_text|>"]], old[0])
+    stops = {ids["<|end_of_text|>"], ids["<|eom_id|>"], ids["<|eot_id|>"], 1}
+    assert set(GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id) == stops
     assert torch.equal(embedding[ids["<|start_header_id|>"]], old[:100].double().mean(0).float())
     assert torch.equal(embedding[:100], old[:100])
 
@@ -457,33 +461,65 @@ def lost_shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def nothing(folder):
+    pass
+
+
+def overwrite(folder):
+    save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+
+
+def spoil_json(folder):
+    (folder / "config.json").write_text("{")
+
+
 NORM = "model.norm.weight"
 SHAPE = r"linear_1.weight is \[48, 32\] and should be \[48, 64\].*vision tower is 64 wide, the language model 48"
-# part that is spoiled, how, further arguments, what the message says
+ROWS = r"embed_tokens.weight is \[\d+, 48\] and should be \[\d+, 48\]"
+PINPOINT = r"\[28, 50\] not .*tile of 28 px"
+SIGLIP = "siglip_vision_model"
+narrow, third = torch.zeros(48, 32), torch.zeros(2)
+int8 = torch.zeros(48, dtype=torch.int8)
+# which part is spoiled, how, further arguments, what the message says
 WRONG_PARTS = {
-    "projector of another width": ("projector", put(mm_projector__0__weight=torch.zeros(48, 32)), {}, SHAPE),
-    "deeper projector": ("projector", put(mm_projector__4__weight=torch.zeros(2)), {}, "mm_projector.4.weight is not of a two"),
-    "no projector inside": ("projector", lambda f: save_file({"x": torch.zeros(1)}, f / "model.safetensors"), {}, "no projector"),
-    "projector of another layer": ("projector", lambda f: None, {"vision_feature_layer": -1}, "trained on vision_feature_layer -2"),
-    "image size and patch": ("tower", configure(image_size=30), {}, "image_size 30 is not a multiple of patch_size 14"),
-    "pinpoints and tile": ("tower", lambda f: None, {"image_grid_pinpoints": [[28, 50]]}, r"\[28, 50\] not .*tile of 28 px"),
-    "feature layer": ("tower", lambda f: None, {"vision_feature_layer": 4}, "vision_feature_layer 4 of a tower with 3 layers"),
-    "image size of CLIP": ("tower", lambda f: None, {"image_size": 56}, "position embeddings are for 28 px, not for 56 px"),
-    "tower lacks a tensor": ("tower", drop("vision_model.pre_layrnorm.weight"), {}, "lacks model.vision_tower.pre_layrnorm.weight"),
-    "tower has a layer more": ("tower", configure(num_hidden_layers=2), {}, r"encoder.layers.2.* and \d+ more not in the model"),
-    "tower of another kind": ("tower", configure(model_type="siglip_vision_model"), {}, "vision tower of type 'siglip_vision_model'"),
-    "tower without weights": ("tower", lambda f: save_file({"x": torch.zeros(1)}, f / "model.safetensors"), {}, "holds no vision tower"),
+    "projector of another width": ("projector", put(model__mm_projector__0__weight=narrow), {}, SHAPE),
+    "deeper projector": ("projector", put(mm_projector__4__weight=third), {}, "mm_projector.4.weight is not of a two"),
+    "no projector inside": ("projector", overwrite, {}, "no projector"),
+    "projector of another layer": ("projector", nothing, {"vision_feature_layer": -1}, "on vision_feature_layer -2"),
+    "image size and patch": (
+        "tower",
+        configure(image_size=30),
+        {},
+        "image_size 30 is not a multiple of patch_size 14",
+    ),
+    "pinpoints and tile": ("tower", nothing, {"image_grid_pinpoints": [[28, 50]]}, PINPOINT),
+    "feature layer": (
+        "tower",
+        nothing,
+        {"vision_feature_layer": 4},
+        "vision_feature_layer 4 of a tower with 3 layers",
+    ),
+    "image size of CLIP": ("tower", nothing, {"image_size": 56}, "embeddings are for 28 px, not for 56 px"),
+    "tower lacks a tensor": ("tower", drop("vision_model.pre_layrnorm.weight"), {}, "lacks .*pre_layrnorm.weight"),
+    "tower has a layer more": (
+        "tower",
+        configure(num_hidden_layers=2),
+        {},
+        r"layers.2.* and \d+ more not in the model",
+    ),
+    "tower of another kind": ("tower", configure(model_type=SIGLIP), {}, f"vision tower of type '{SIGLIP}'"),
+    "tower without weights": ("tower", overwrite, {}, "holds no vision tower"),
     "language model lacks a tensor": ("language", drop(NORM), {}, "lacks model.language_model.norm.weight"),
-    "language model of another family": ("language", configure(model_type="qwen2"), {}, "language model of type 'qwen2'"),
-    "language model's rows": ("language", configure(vocab_size=300), {}, r"embed_tokens.weight is \[\d+, 48\] and should be \[\d+, 48\]"),
+    "language model of another family": ("language", configure(model_type="qwen2"), {}, "model of type 'qwen2'"),
+    "language model's rows": ("language", configure(vocab_size=300), {}, ROWS),
     "cut file": ("language", truncate, {}, "model.safetensors: unreadable"),
-    "config that is no JSON": ("language", lambda f: (f / "config.json").write_text("{"), {}, "config.json: unreadable"),
-    "quantised weights": ("language", put(model__norm__weight=torch.zeros(48, dtype=torch.int8)), {}, "holds I8 tensors"),
+    "config that is no JSON": ("language", spoil_json, {}, "config.json: unreadable"),
+    "quantised weights": ("language", put(model__norm__weight=int8), {}, "holds I8 tensors"),
     "pickle only": ("language", only_pickle, {}, "holds no safetensors file; pickles .* are refused"),
     "lost shard": ("language", lost_shard, {}, "model-00002-of-00002.safetensors is in the index but not there"),
-    "no tokenizer": ("language", lambda f: (f / "tokenizer.json").unlink(), {}, "no tokenizer"),
+    "no tokenizer": ("language", lambda folder: (folder / "tokenizer.json").unlink(), {}, "no tokenizer"),
     "no such folder": ("language", shutil.rmtree, {}, "language"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG_PARTS)
@@ -537,14 +573,14 @@ def test_full_disk_is_named_before_writing(clip_folder, language_folder, vocabul
     assert list((tmp_path / "parent").iterdir()) == []
 
 
-def test_command_line(clip_folder, language_folder, tmp_path):
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    line = f"--vision-tower {clip_folder} --language-model {language_folder} --dtype bfloat16 --seed 3"
-    counts = command.run(parser.parse_args([*line.split(), "--output", str(tmp_path / "out")]))
-    model = stock(tmp_path / "out")
-    assert model.dtype == torch.bfloat16
-    assert sum(counts.values()) == sum(parameter.numel() for parameter in model.parameters())
+def test_command_line(clip_folder, language_folder, tmp_path, capsys):
+    parts = ["assemble", "--vision-tower", str(clip_folder), "--language-model", str(language_folder)]
+    assert main([*parts, "--dtype", "bfloat16", "--output", str(tmp_path / "out")]) == 0
+    assert stock(tmp_path / "out").dtype == torch.bfloat16
+    capsys.readouterr()
+    assert main([*parts, "--image-size", "70", "--output", str(tmp_path / "other")]) == 2
+    assert "px, not for 70 px" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "other").exists()
 
 
 def sparse_safetensors(file, shapes, dtype="BF16"):

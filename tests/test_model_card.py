@@ -17,8 +17,12 @@ from markdown_it import MarkdownIt
 from llava_llama31.model_card import CardError, licence_files, licence_problems, render_card
 
 
+MARKDOWN = MarkdownIt("commonmark").enable("table")
 AGREEMENT = "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n(text of the agreement, made up for this test)\n"
-NOTICE = "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."
+NOTICE = (
+    "Llama 3.1 is licensed under the Llama 3.1 Community License, "
+    "Copyright © Meta Platforms, Inc. All Rights Reserved."
+)
 STAGE = {
     "name": "projector",
     "trainable": ["multi_modal_projector"],
@@ -98,7 +102,7 @@ def body(card: str) -> str:
 def tables(card: str) -> list[list[list[list]]]:
     """Tables of a card as rows of cells of inline tokens."""
     found: list = []
-    for token in MarkdownIt("commonmark").enable("table").parse(body(card)):
+    for token in MARKDOWN.parse(body(card)):
         if token.type == "table_open":
             found.append([])
         elif token.type == "tr_open":
@@ -304,24 +308,23 @@ def replaced(value, hostile):
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_strings_stay_text(hostile):
-    card = render_card(replaced(RECORD, hostile))
+    record = RECORD | {"samples": [{key: RECORD["samples"][0][key] for key in ("question", "prediction", "answers")}]}
+    card = render_card(replaced(record, hostile))
     card.encode()
-    reference = MarkdownIt("commonmark").enable("table").parse(body(render_card(replaced(RECORD, "x"))))
-    tokens = MarkdownIt("commonmark").enable("table").parse(body(card))
+    reference = MARKDOWN.parse(body(render_card(replaced(record, "x"))))
+    tokens = MARKDOWN.parse(body(card))
     assert [token.type for token in tokens] == [token.type for token in reference]
+    inline = [token for token in tokens if token.children]
     kinds = {"text", "strong_open", "strong_close", "softbreak", "code_inline"}
-    assert {child.type for token in tokens for child in token.children or []} <= kinds
-    assert shown(hostile) == table_starting(card, "picture")[1][1]
-    assert ModelCard(card).data.license == "other" and ModelCard(card).data["license_name"] == shown(hostile)
-    assert ModelCard(card).data.model_name == shown(hostile)
-    assert "<script" not in card and "www.evil" not in body(card).replace(fenced_blocks(card), "")
+    assert {child.type for token in inline for child in token.children} <= kinds
+    # renderers that make links of bare addresses must find none
+    assert not any(re.search(r"www\.|[a-z]://", token.content) for token in inline)
+    assert table_starting(card, "picture")[1] == ["not recorded", *[shown(hostile)] * 3]
+    data = ModelCard(card).data
+    assert (data.license, data["license_name"], data.model_name) == ("other", shown(hostile), shown(hostile))
 
 
-def fenced_blocks(card: str) -> str:
-    return next(iter(re.findall(r"```text\n.*?\n```", card, re.DOTALL)), "\0")
-
-
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.one_of(st.text(max_size=30), st.text(alphabet="\\`*_{}[]()#+-.!|~<>&$^=:/@\n 1a'\"w", max_size=14)))
 def test_any_cell_reads_back_as_it_was(value):
     card = render_card({"name": "n", "samples": [{"question": value, "prediction": "after", "answers": ["last"]}]})

@@ -86,9 +86,9 @@ def test_loss_gradients_and_logits_equal_stock(pair, make_batch, names):
     exact.backward()
     got.loss.backward()
     for (name, a), b in zip(ours.named_parameters(), stock.parameters(), strict=True):
-        assert (a.grad is None) == (b.grad is None), name
-        if a.grad is not None:
-            torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-10, msg=name)
+        # where stock has no gradient, ours is none or, after the one-tile pass of a text-only batch, zero
+        grad = torch.zeros_like(a) if a.grad is None else a.grad
+        torch.testing.assert_close(grad, torch.zeros_like(b) if b.grad is None else b.grad, rtol=0, atol=1e-10, msg=name)
 
 
 def test_the_stock_processors_padded_pictures_give_the_same_logits(pair, make_batch, processor, make_image):

@@ -122,7 +122,15 @@ def launch(*arguments: str, processes: int = 1) -> subprocess.Popen:
     script = str(Path(__file__).parents[1] / "examples" / "train.py")
     command = [sys.executable, script, *arguments]
     if processes > 1:
-        options = ["--multi_gpu", "--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+        options = [
+            "--multi_gpu",
+            "--num_processes",
+            str(processes),
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+        ]
         launcher = ["-m", "accelerate.commands.launch", *options, "--num_machines", "1", "--main_process_port", "0"]
         command = [sys.executable, *launcher, script, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)

@@ -1,6 +1,5 @@
-"""Vision tower + projector + Llama -> one checkpoint with its processor, from the command line or from Python."""
+"""Vision tower + projector + Llama -> one checkpoint with its processor: `llava-llama31 assemble`."""
 
-import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ from llava_llama31.trainer.errors import UserError
 
 
 if TYPE_CHECKING:
-    from llava_llama31.checkpoint_parts import Vocabulary
     from transformers import PreTrainedTokenizerBase
+
+    from llava_llama31.checkpoint_parts import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ def assemble(
         UserError: naming every wrong part, before anything is written.
     """
     import torch
+
     from llava_llama31.assembly import AssemblyError, collecting, plan_assembly, staged_folder, write_model_files
     from llava_llama31.processing import build_processor
 
@@ -99,15 +100,18 @@ def prepare_tokenizer(
 ) -> "tuple[PreTrainedTokenizerBase, Vocabulary, list[str]]":
     """The language model's tokenizer with `<image>`, what it means for the embedding, and what is wrong with it.
 
-    Added chat tokens start where the model can read them: `<|eot_id|>` as a copy of the token that ends its answers
-    now, `<|begin_of_text|>` as a copy of its bos token, the others at the mean.
+    Added chat tokens start where the model can use them: `<|eot_id|>` as a copy of the token that ends its answers
+    now, which stays a stop id, `<|begin_of_text|>` as a copy of its bos token, the others at the mean.
     """
-    from llava_llama31.checkpoint_parts import AssemblyError, Vocabulary
-    from llava_llama31.processing import CHAT_TOKENS, IMAGE_TOKEN, STOP_TOKENS
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LlamaConfig
 
+    from llava_llama31.checkpoint_parts import AssemblyError, Vocabulary, is_original_llava, read_json
+    from llava_llama31.processing import CHAT_TOKENS, IMAGE_TOKEN, STOP_TOKENS
+
+    # LLaVA's own config.json is of a model type that Transformers does not know
+    config = LlamaConfig() if is_original_llava(read_json(Path(folder, "config.json"))) else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise AssemblyError(f"{folder}: no tokenizer: {reason} (fix: download the tokenizer's files too)") from error
@@ -121,51 +125,22 @@ def prepare_tokenizer(
         )
     elif missing:
         logger.info("%s: new chat tokens %s mean nothing before they are trained", folder, ", ".join(missing))
-    predecessors = {"<|eot_id|>": tokenizer.eos_token_id, "<|begin_of_text|>": tokenizer.bos_token_id}
+    old_eos, old_bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    predecessors = {"<|eot_id|>": old_eos, "<|begin_of_text|>": old_bos}
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [*missing, IMAGE_TOKEN]}, replace_extra_special_tokens=False
     )
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*CHAT_TOKENS, IMAGE_TOKEN)}
     new_ids = [token_id for token, token_id in ids.items() if token not in known]
+    copies = {ids[new]: old for new, old in predecessors.items() if new in missing and old is not None}
+    stop_ids = [ids[token] for token in STOP_TOKENS]
     vocabulary = Vocabulary(
         size=max(*known.values(), *ids.values()) + 1,
         first_new_id=min(new_ids, default=None),
         image_token_id=ids[IMAGE_TOKEN],
         bos_token_id=ids["<|begin_of_text|>"],
         pad_token_id=ids["<|finetune_right_pad_id|>"],
-        eos_token_ids=tuple(ids[token] for token in STOP_TOKENS),
-        copies={ids[new]: old for new, old in predecessors.items() if new in missing and old is not None},
+        eos_token_ids=(*stop_ids, old_eos) if ids["<|eot_id|>"] in copies else tuple(stop_ids),
+        copies=copies,
     )
     return tokenizer, vocabulary, problems
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `llava-llama31 assemble`."""
-    parser.add_argument("--vision-tower", required=True, metavar="DIR", help="a LLaVA checkpoint, a CLIP or a DINOv2")
-    parser.add_argument(
-        "--language-model", required=True, metavar="DIR", help="a Llama-family model and its tokenizer"
-    )
-    parser.add_argument("--projector", metavar="DIR", help="a LLaVA checkpoint or a safetensors file; default: fresh")
-    parser.add_argument("--output", required=True, metavar="DIR", help="new folder; it appears when it is complete")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the language model's")
-    parser.add_argument("--image-size", type=int, metavar="PX", help="side of a tile; default: the tower's own")
-    parser.add_argument("--vision-feature-layer", type=int, metavar="N", help="hidden state to project; default: -2")
-    parser.add_argument(
-        "--add-chat-tokens", action="store_true", help="make Llama 3.1's turn tokens if they are missing"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of a fresh projector")
-
-
-def run(arguments: argparse.Namespace) -> dict[str, int]:
-    """`llava-llama31 assemble`; returns the number of parameters of each part."""
-    return assemble(
-        arguments.vision_tower,
-        arguments.language_model,
-        arguments.output,
-        projector=arguments.projector,
-        image_size=arguments.image_size,
-        vision_feature_layer=arguments.vision_feature_layer,
-        add_chat_tokens=arguments.add_chat_tokens,
-        dtype=arguments.dtype,
-        seed=arguments.seed,
-    )

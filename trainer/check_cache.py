@@ -134,15 +134,16 @@ def fingerprint(files: Iterable[Path], processor: "LlavaLlama31Processor | None"
 
 
 def file_signature(path: Path) -> list:
-    """Path, size, modification time and a hash of the content: of all of it, or of 64 MiB spread over a large file."""
+    """Path, size and a hash of the content; of a large file, of 64 MiB spread over it, and its modification time."""
     size, modified = stat_signature(os.fspath(path))
+    if size <= _WHOLE_FILE_BYTES:
+        modified = 0
+        offsets: Iterable[int] = range(0, size, _SAMPLE_BYTES)
+    else:
+        last = _WHOLE_FILE_BYTES // _SAMPLE_BYTES - 1
+        offsets = (number * (size - _SAMPLE_BYTES) // last for number in range(last + 1))
     digest = hashlib.blake2b(digest_size=16)
-    num_samples = _WHOLE_FILE_BYTES // _SAMPLE_BYTES
     with open(path, "rb") as file:
-        if size <= _WHOLE_FILE_BYTES:
-            offsets: Iterable[int] = range(0, size, _SAMPLE_BYTES)
-        else:
-            offsets = (number * (size - _SAMPLE_BYTES) // (num_samples - 1) for number in range(num_samples))
         for offset in offsets:
             file.seek(offset)
             digest.update(file.read(_SAMPLE_BYTES))

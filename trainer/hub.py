@@ -17,10 +17,10 @@ def local_checkpoint(name: str, *, where: str) -> Path:
         UserError: when there is neither such a folder nor such a repository.
     """
     path = Path(name).expanduser()
-    if path.exists():
+    if path.is_dir():
         return path
     repo_id, _, revision = name.partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or repo_id.startswith("."):
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo_id):
         raise UserError(f"there is no folder {name!r}", where=where, fix="name a checkpoint folder or a Hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

@@ -66,7 +66,9 @@ class Model(_Frozen):
     def _one_origin(self) -> "Model":
         parts = self.vision_tower is not None and self.language_model is not None
         if (self.checkpoint is not None) == parts:
-            raise ValueError("give either checkpoint, or both vision_tower and language_model")
+            raise ValueError(
+                "the model's origin is not clear (fix: give either checkpoint, or both vision_tower and language_model)"
+            )
         return self
 
 
@@ -131,25 +133,26 @@ class Stage(_Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
         if (self.epochs is None) == (self.max_steps is None):
-            raise ValueError("give exactly one of epochs and max_steps")
+            raise ValueError("the stage's length is not clear (fix: give exactly one of epochs and max_steps)")
         if self.global_batch % self.micro_batch:
             raise ValueError(
-                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}: "
-                f"use a micro_batch that divides it"
+                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} "
+                f"(fix: use a micro_batch that divides it)"
             )
         if isinstance(self.learning_rate, dict) and set(self.learning_rate) != set(self.trainable):
             raise ValueError(
-                f"learning_rate names {sorted(self.learning_rate)} but trainable names {sorted(self.trainable)}"
+                f"learning_rate names {sorted(self.learning_rate)} but trainable names {sorted(self.trainable)} "
+                f"(fix: give each trainable group its rate, or one rate for all)"
             )
         if len(set(self.trainable)) < len(self.trainable):
-            raise ValueError(f"trainable names a group twice: {self.trainable}")
+            raise ValueError(f"trainable names a group twice: {self.trainable} (fix: name it once)")
         if self.lora is not None and "language_model" not in self.trainable:
-            raise ValueError("lora adapts the language_model: add it to trainable or remove lora")
+            raise ValueError("lora adapts the language_model (fix: add language_model to trainable, or remove lora)")
         if self.eval_steps is not None and self.validation_fraction == 0:
-            raise ValueError("eval_steps needs a validation_fraction above 0")
+            raise ValueError("eval_steps needs validation rows (fix: set validation_fraction above 0)")
         names = [source.name for source in self.data]
         if len(set(names)) < len(names):
-            raise ValueError(f"data names a source twice: {names}")
+            raise ValueError(f"data names a source twice: {names} (fix: rename one)")
         return self
 
     def learning_rates(self) -> dict[str, float]:
@@ -188,7 +191,7 @@ class Recipe(_Frozen):
     def _names(self) -> "Recipe":
         for name in self.stages:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-                raise ValueError(f"stage name {name!r}: use letters, digits, - and _")
+                raise ValueError(f"{name!r} is no name for a stage (fix: use letters, digits, - and _)")
         return self
 
 

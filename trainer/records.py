@@ -60,8 +60,12 @@ class Record:
 
     def digest(self) -> bytes:
         """16 bytes that are equal for records with the same images (path or bytes) and the same conversation."""
-        images = [str(image.path) if image.path else blake2b(image.data).hexdigest() for image in self.images]
-        return blake2b(json.dumps([images, self.messages]).encode(), digest_size=16).digest()
+        pieces = [str(image.path) if image.path else blake2b(image.data).hexdigest() for image in self.images]
+        for message in self.messages:
+            pieces.append(message["role"])
+            # no text holds the marker itself
+            pieces += [part.get("text", IMAGE_MARKER) for part in message["content"]]
+        return blake2b(repr(pieces).encode(), digest_size=16).digest()
 
 
 class _Rows(Protocol):
@@ -270,7 +274,7 @@ class _Converter:
         if not text.isascii():
             _check_unicode(text)
         first, *others = text.split(IMAGE_MARKER)
-        parts: list[dict] = [{"type": "text", "text": first}] if first else []
+        parts = [{"type": "text", "text": first}] if first else []
         for piece in others:
             sources.append(None)
             parts.append({"type": "image"})
@@ -371,18 +375,20 @@ def _check_turns(messages: list[dict]) -> None:
     talk = roles[1:] if roles[0] == "system" else roles
     if "assistant" not in talk:
         raise RecordError("no_supervised_token", "there is no assistant turn")
-    for number, role in enumerate(talk):
-        if role != ("user", "assistant")[number % 2]:
-            raise RecordError("non_alternating_turns", f"turn {number + 1} is the {role}'s")
+    expected = ["user", "assistant"] * (len(talk) // 2 + 1)
+    if talk != expected[: len(talk)]:
+        turn = next(turn for turn, (role, right) in enumerate(zip(talk, expected, strict=False)) if role != right)
+        raise RecordError("non_alternating_turns", f"turn {turn + 1} is the {talk[turn]}'s")
     if talk[-1] != "assistant":
         raise RecordError("non_alternating_turns", "the last question has no answer")
     for number, message in enumerate(messages):
-        if message["role"] == "system" or any(
-            part["type"] == "image" or part["text"].strip() for part in message["content"]
-        ):
-            continue
-        reason = "empty_answer" if message["role"] == "assistant" else "empty_question"
-        raise RecordError(reason, f"turn {number + 1} of {len(messages)} holds no text")
+        if message["role"] != "system" and not _says_something(message["content"]):
+            reason = "empty_answer" if message["role"] == "assistant" else "empty_question"
+            raise RecordError(reason, f"turn {number + 1} of {len(messages)} holds no text")
+
+
+def _says_something(content: list[dict]) -> bool:
+    return any(part["type"] == "image" or not part["text"].isspace() for part in content)
 
 
 def _check_unicode(text: str) -> None:

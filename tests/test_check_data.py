@@ -1,0 +1,489 @@
+"""The check of all data: every reason found and acted on, exact counts, a cache that sees every change."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+from llava_llama31.trainer import check_cache, check_data, check_rows
+from llava_llama31.trainer.check_data import Limits, check_sources, parse_policy, run_check, select_rows
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.reasons import REASONS
+from llava_llama31.trainer.recipe import DataSource
+from llava_llama31.trainer.records import open_records
+
+
+SKIP = {"default": "skip"}
+
+
+def row(key: str, image: str | None = None, question: str = "What?", answer: str = "That", **more) -> dict:
+    talk = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    if image is None:
+        return {"id": key, "conversations": talk} | more
+    talk[0]["value"] = "<image>\n" + question
+    return {"id": key, "image": image, "conversations": talk} | more
+
+
+@pytest.fixture
+def folder(tmp_path, make_image):
+    """An image root with good.png (20 x 30), wide.png (20 x 70) and a file outside of it."""
+    root = tmp_path / "data"
+    root.mkdir()
+    make_image(20, 30).save(root / "good.png")
+    make_image(20, 70).save(root / "wide.png")
+    make_image(4, 4).save(tmp_path / "secret.png")
+    return root
+
+
+@pytest.fixture
+def write(folder):
+    """Write rows (dicts, or text for what is no JSON) as JSON lines; returns the source."""
+
+    def write_rows(*rows: dict | str, name: str = "data") -> DataSource:
+        path = folder / f"{name}.jsonl"
+        lines = [line if isinstance(line, str) else json.dumps(line) for line in rows]
+        path.write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+        return DataSource(name=name, path=str(path))
+
+    return write_rows
+
+
+@pytest.fixture
+def check(tmp_path, processor):
+    """`check_sources` with this process's processor and a cache folder."""
+
+    def run(*sources: DataSource, **options):
+        options = {"processor": processor, "cache_dir": tmp_path / "cache", "num_workers": 0} | options
+        return check_sources(sources, options.pop("processor"), **options)
+
+    return run
+
+
+def bad_row(reason: str, folder) -> dict | str:
+    """A row that must be refused for `reason`, with the bad file that it takes."""
+    image = folder / "bad.png"
+    question = row("bad", "bad.png")
+    match reason:
+        case "malformed_json":
+            return '{"id": "bad", "conversations": ['
+        case "malformed_record":
+            return {"id": "bad"}
+        case "invalid_text":
+            return json.dumps(row("bad", question="caf\udce9"), ensure_ascii=False)
+        case "unknown_role":
+            return {"id": "bad", "conversations": [{"from": "observation", "value": "x"}]}
+        case "non_alternating_turns":
+            return {"id": "bad", "conversations": row("bad")["conversations"][::-1]}
+        case "empty_question":
+            return row("bad", question="")
+        case "empty_answer":
+            return row("bad", answer=" ")
+        case "no_supervised_token":
+            return {"id": "bad", "conversations": row("bad")["conversations"][:1]}
+        case "image_count_mismatch":
+            return row("bad", question="<image>\nWhat?")
+        case "misplaced_image":
+            return row("bad", answer="<image>") | {"image": "good.png"}
+        case "image_url":
+            return row("bad", "https://host/bad.png")
+        case "invalid_image_path":
+            return row("bad", "bad\0.png")
+        case "image_outside_root":
+            return row("bad", "../secret.png")
+        case "image_symlink_escape":
+            image.symlink_to(folder.parent / "secret.png")
+        case "image_not_a_file":
+            os.mkfifo(image)
+        case "missing_image":
+            pass
+        case "unreadable_image":
+            image.symlink_to("bad.png")
+        case "unsupported_image_format":
+            image.write_text("<html>404</html>")
+        case "corrupt_image":
+            image.write_bytes((folder / "good.png").read_bytes()[:-200])
+        case "oversized_image":
+            Image.new("1", (7000, 7000)).save(image)
+        case "too_thin_image":
+            Image.new("RGB", (700, 3)).save(image)
+        case "too_long":
+            return row("bad", "good.png", question="why? " * 200)
+        case "duplicate":
+            return row("bad", "good.png", question="the first")
+    return question
+
+
+@pytest.mark.parametrize("action", ["skip", "quarantine", "error"])
+@pytest.mark.parametrize("reason", REASONS)
+def test_every_reason_is_found_and_acted_on(folder, write, check, reason, action, tmp_path):
+    bad = bad_row(reason, folder)
+    source = write(row("first", "good.png", question="the first"), bad, row("last", "wide.png"))
+    policy = {"default": "error", reason: action}
+    if action == "error":
+        with pytest.raises(UserError) as caught:
+            check(source, limits=Limits(max_tokens=300), policy=policy)
+        message = str(caught.value)
+        assert f"1 of 3 records can't be used: {reason} 1 (" in message and source.path in message
+        assert str(tmp_path / "cache" / "rejects.jsonl") in message and "\n" not in message
+    else:
+        report = check(source, limits=Limits(max_tokens=300), policy=policy)
+        (found,) = report.sources
+        assert found.num_rows == 3 and found.rows.tolist() == [0, 2] and found.dropped == {reason: 1}
+        assert all(len(counts) == 2 for counts in found.counts.values())
+        assert (report.quarantine is None) == (action == "skip")
+    (reject,) = map(json.loads, (tmp_path / "cache" / "rejects.jsonl").read_text().splitlines())
+    expected = {"source": "data", "row": 1, "reason": reason, "action": action}
+    assert expected.items() <= reject.items() and reject["detail"]
+    assert list(reject) == ["source", "row", "id", "image", "reason", "detail", "action"]
+    assert reject["id"] == ("data:1" if reason == "malformed_json" else "bad")
+    names_image = reason.endswith(("_image", "_path", "_root", "_escape", "_url", "_format", "_file"))
+    assert (reject["image"] is not None) == (names_image and reason != "misplaced_image")
+    if action == "quarantine":
+        (kept,) = map(json.loads, report.quarantine.read_text().splitlines())
+        assert (kept["source"], kept["row"], kept["id"], kept["reason"]) == ("data", 1, reject["id"], reason)
+        as_written = bad if isinstance(bad, dict) or reason == "malformed_json" else json.loads(bad)
+        assert kept["record"] == as_written
+
+
+def test_counts_equal_encoding_one_by_one(write, check, processor):
+    rows = [
+        row("a", "good.png", question="Why?"),
+        row("b", "wide.png", answer="a longer answer"),
+        row("c", question="no image"),
+        row("d", "gone.png"),
+        row("e")
+        | {"image": ["good.png", "wide.png"]}
+        | {"conversations": row("", "", "<image> two?")["conversations"]},
+    ]
+    source = write(*rows)
+    (found,) = check(source, policy=SKIP).sources
+    assert found.rows.tolist() == [0, 1, 2, 4] and found.rows.dtype == np.int64
+    assert {counts.dtype for counts in found.counts.values()} == {np.dtype(np.int32)}
+    store = open_records(source)
+    for position, index in enumerate(found.rows):
+        record = store[index]
+        sizes = [image.size() for image in record.images]
+        encoding = processor.encode(record.messages, sizes)
+        assert found.counts["num_tokens"][position] == len(encoding.input_ids)
+        assert found.counts["num_image_tokens"][position] == encoding.input_ids.count(processor.image_token_id)
+        assert found.counts["num_supervised_tokens"][position] == sum(label != -100 for label in encoding.labels)
+        assert found.counts["num_tiles"][position] == sum(len(processor.tiles(i.open())) for i in record.images)
+    tokens = sorted(found.counts["num_tokens"].tolist())
+    statistics = found.statistics()["num_tokens"]
+    assert statistics["p5"] == tokens[0] and statistics["max"] == tokens[-1] and statistics["total"] == sum(tokens)
+    assert tokens[0] <= statistics["p50"] <= statistics["p95"] <= tokens[-1]
+
+
+def test_headers_alone_let_a_truncated_image_pass(folder, write, check):
+    source = write(bad_row("corrupt_image", folder))
+    assert check(source, decode=False).sources[0].rows.tolist() == [0]
+    with pytest.raises(UserError, match="corrupt_image"):
+        check(source)
+
+
+def test_limits(write, check):
+    source = write(row("short", "good.png"), row("text", question="why? " * 60), row("image", "wide.png"))
+    counts = check(source).sources[0].counts
+    tokens, images = counts["num_tokens"].tolist(), counts["num_image_tokens"].tolist()
+    text = [total - image for total, image in zip(tokens, images, strict=True)]
+    assert check(source, limits=Limits(max_tokens=max(tokens))).dropped == {}
+    assert check(source, limits=Limits(max_tokens=max(tokens) - 1), policy=SKIP).dropped == {"too_long": 1}
+    only_text = check(source, limits=Limits(max_text_tokens=text[0]), policy=SKIP).sources[0]
+    assert only_text.rows.tolist() == [0, 2] and only_text.first_ids == {"too_long": ["text"]}
+    pixels = check(source, limits=Limits(max_pixels=20 * 30), policy=SKIP).sources[0]
+    assert pixels.rows.tolist() == [0, 1] and pixels.dropped == {"oversized_image": 1}
+
+
+def test_duplicates_keep_the_first(write, check):
+    same = [row(str(n), "good.png") for n in range(3)]
+    others = [row("3", "wide.png"), row("4"), row("5", "good.png", answer="this"), row("4")]
+    source = write(same[0], others[0], same[1], others[1], same[2], others[2], others[3])
+    report = check(source, policy=SKIP)
+    assert report.sources[0].rows.tolist() == [0, 1, 3, 5] and report.dropped == {"duplicate": 3}
+    details = {reject["row"]: reject["detail"] for reject in report.sources[0].rejected()}
+    assert {number: detail.split()[-2] for number, detail in details.items()} == {2: "0", 4: "0", 6: "3"}
+
+
+def test_first_of_equal_digests_against_a_dictionary():
+    random = np.random.default_rng(0)
+    digests = [bytes(random.integers(0, 2, 16, dtype=np.uint8)) for _ in range(500)]
+    digests += [bytes(8) + bytes([n % 3] * 8) for n in range(100)]
+    seen: dict[bytes, int] = {}
+    expected = [seen.setdefault(digest, position) for position, digest in enumerate(digests)]
+    assert check_data._first_equal(bytearray(b"".join(digests))).tolist() == expected
+
+
+@pytest.mark.slow
+def test_workers_find_what_one_process_finds(folder, write, check, monkeypatch, tmp_path):
+    monkeypatch.setattr(check_rows, "_CHUNK_ROWS", 7)
+    rows = [row(str(n), ("good.png", "gone.png", None)[n % 3], question=f"q{n // 2}") for n in range(60)]
+    source = write(*rows, '{"broken')
+    alone = check(source, policy=SKIP).sources[0]
+    pooled = check(source, policy=SKIP, num_workers=2, cache_dir=tmp_path / "other").sources[0]
+    assert not pooled.cached and pooled.dropped == alone.dropped and pooled.first_ids == alone.first_ids
+    assert pooled.rows.tolist() == alone.rows.tolist() and list(pooled.rejected()) == list(alone.rejected())
+    for name, counts in alone.counts.items():
+        assert pooled.counts[name].tolist() == counts.tolist()
+
+
+def test_a_source_without_a_usable_record_stops_under_every_policy(write, check):
+    with pytest.raises(UserError, match="no record can be used"):
+        check(write(row("a", "gone.png")), policy=SKIP)
+    assert check(write(row("a", "gone.png")), policy=SKIP, enforce=False).to_dict()["ok"] is False
+
+
+def test_errors_of_all_sources_are_reported_together(write, check):
+    bad = [row(f"m{n}", "gone.png", question=f"{n}") for n in range(7)]
+    one, two = write(*bad, name="one"), write(row("x"), row("y", answer=""), name="two")
+    with pytest.raises(UserError) as caught:
+        check(one, two)
+    message = str(caught.value)
+    assert "8 of 9 records" in message and "missing_image 7 (m0, m1, m2, m3, m4, ...)" in message
+    assert "empty_answer 1 (y)" in message and one.path in message and two.path in message
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("skip", {"default": "skip"}),
+        ("error, duplicate=quarantine", {"default": "error", "duplicate": "quarantine"}),
+        ("missing_image=skip", {"missing_image": "skip"}),
+    ],
+)
+def test_policy_is_parsed(text, policy):
+    assert parse_policy(text) == policy
+
+
+@pytest.mark.parametrize("text", ["drop", "missing=skip", "missing_image=", "", "default=skip,corrupt_image=ignore"])
+def test_unknown_policies_are_named(text):
+    with pytest.raises(UserError, match="unknown (reason|action)"):
+        parse_policy(text)
+
+
+# the cache
+
+
+@pytest.fixture
+def cached(folder, write, check, monkeypatch, processor):
+    """Check a source; the function checks it again and says whether that came from the cache, with no image opened."""
+    source = write(row("a", "good.png"), row("b", "gone.png"), row("c", "wide.png"))
+    first = check(source, policy=SKIP)
+
+    def again(**options) -> bool:
+        opened = []
+        with monkeypatch.context() as patch:
+            open_image = Image.open
+            patch.setattr(Image, "open", lambda *args, **kw: opened.append(args) or open_image(*args, **kw))
+            report = check(source, policy=SKIP, **options)
+        assert report.sources[0].cached == (not opened)
+        if report.sources[0].cached:
+            assert report.sources[0].rows.tolist() == first.sources[0].rows.tolist()
+            assert report.dropped == first.dropped and len(report.rejects.read_text().splitlines()) == 1
+        return report.sources[0].cached
+
+    return again
+
+
+def test_the_second_check_opens_no_image(cached):
+    assert cached() and cached(decode=False)
+
+
+def test_a_check_of_headers_does_not_serve_for_decoding(write, check):
+    source = write(row("a", "good.png"))
+    check(source, decode=False)
+    assert not check(source).sources[0].cached and check(source, decode=False).sources[0].cached
+
+
+def test_cache_sees_a_data_file_with_its_old_size_and_time(cached, folder):
+    path = folder / "data.jsonl"
+    before = path.stat()
+    path.write_text(path.read_text().replace("That", "This"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert not cached() and cached()
+
+
+@pytest.mark.parametrize("change", ["rewritten", "removed", "appeared", "touched"])
+def test_cache_sees_images_that_change(cached, folder, make_image, write, check, change):
+    match change:
+        case "rewritten":
+            make_image(20, 31).save(folder / "good.png")
+        case "removed":
+            (folder / "wide.png").unlink()
+        case "appeared":
+            make_image(9, 9).save(folder / "gone.png")
+        case "touched":
+            os.utime(folder / "good.png", ns=(1, 1))
+    source = DataSource(name="data", path=str(folder / "data.jsonl"))
+    report = check(source, policy=SKIP).sources[0]
+    assert not report.cached
+    assert len(report.rows) == {"removed": 1, "appeared": 3}.get(change, 2)
+    assert check(source, policy=SKIP).sources[0].cached
+
+
+def test_cache_sees_settings_and_processor(cached, processor, tmp_path):
+    assert not cached(limits=Limits(max_tokens=4000)) and cached(limits=Limits(max_tokens=4000))
+    assert not cached(keep_data_newline=True) and cached()
+    processor.tokenizer(["a", "bb"], padding=True)
+    assert cached(), "what the tokenizer was last asked to do changes nothing"
+    for change in (
+        lambda changed: changed.image_processor.image_grid_pinpoints.append([84, 84]),
+        lambda changed: setattr(changed, "chat_template", "{{ messages }}"),
+        lambda changed: changed.tokenizer.add_tokens(["sign"]),
+    ):
+        changed = copy.deepcopy(processor)
+        change(changed)
+        assert not cached(processor=changed) and cached(processor=changed)
+    assert cached()
+
+
+def test_cache_sees_the_code(cached, monkeypatch, tmp_path):
+    copies = tmp_path / "code"
+    copies.mkdir()
+    original = Path(check_cache.__file__)
+    for module in check_cache._MODULES:
+        (copies / f"{module}.py").write_bytes(original.with_name(f"{module}.py").read_bytes())
+    monkeypatch.setattr(check_cache, "__file__", str(copies / "check_cache.py"))
+    assert cached()
+    for module in check_cache._MODULES:
+        with open(copies / f"{module}.py", "a") as file:
+            file.write("# changed\n")
+        assert not cached() and cached()
+
+
+@pytest.mark.parametrize("suffix", [".json", ".npz", ".jsonl"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "empty"])
+def test_a_damaged_cache_entry_counts_as_absent(cached, tmp_path, suffix, damage):
+    (path,) = (path for path in (tmp_path / "cache").glob(f"*{suffix}") if path.name != "rejects.jsonl")
+    if damage == "gone":
+        path.unlink()
+    elif suffix != ".jsonl":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if damage == "cut" else 0])
+    else:
+        return
+    assert not cached() and cached()
+    assert len(list((tmp_path / "cache").iterdir())) == 4, "the old entry's files are gone"
+
+
+def test_a_check_that_dies_leaves_no_entry(write, check, monkeypatch, tmp_path):
+    source = write(row("a", "good.png"))
+    monkeypatch.setattr(np, "savez", lambda *args, **arrays: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        check(source)
+    monkeypatch.undo()
+    assert not list((tmp_path / "cache").glob("*.json")) and not check(source).sources[0].cached
+
+
+# sampling
+
+
+@pytest.fixture
+def thousand(write, check):
+    rows = (row(str(n), question=f"{n}", answer="" if n % 4 == 0 else "a") for n in range(1000))
+    return check(write(*rows), policy=SKIP)
+
+
+def test_sample_after_filtering_has_exactly_that_many_usable_rows(thousand):
+    (report,) = thousand.sources
+    drawn = select_rows(report, 300, "after_filtering", seed=1)
+    assert len(set(drawn)) == 300 and drawn.tolist() == sorted(drawn) and drawn.max() < 750
+    assert select_rows(report, None).tolist() == list(range(750))
+
+
+def test_sample_before_filtering_loses_the_unusable(thousand):
+    (report,) = thousand.sources
+    drawn = select_rows(report, 300, "before_filtering", seed=1)
+    assert 195 < len(drawn) < 255
+    assert len(select_rows(report, 1000, "before_filtering")) == 750
+
+
+def test_samples_are_seeded_nested_and_spread(thousand):
+    (report,) = thousand.sources
+    for when in ("before_filtering", "after_filtering"):
+        small, large = (select_rows(report, n, when, seed=5) for n in (100, 400))
+        assert set(small) < set(large) and small.tolist() == select_rows(report, 100, when, seed=5).tolist()
+        assert len(set(small) & set(select_rows(report, 100, when, seed=6))) < 40
+        assert 300 < report.rows[large].mean() < 700
+
+
+def test_the_sample_is_that_of_splitmix64(thousand):
+    def key(number: int) -> int:
+        mixed = (number + 43 * 0x9E3779B97F4A7C15) % 2**64
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+        return mixed ^ mixed >> 31
+
+    (report,) = thousand.sources
+    rows = [number for number in range(1000) if number % 4]
+    expected = sorted(sorted(rows, key=key)[:50])
+    assert report.rows[select_rows(report, 50, seed=42)].tolist() == expected
+
+
+def test_a_sample_larger_than_the_data_is_refused(thousand):
+    (report,) = thousand.sources
+    with pytest.raises(UserError, match="can't draw 751 rows, there are 750 usable ones"):
+        select_rows(report, 751)
+    with pytest.raises(UserError, match="can't draw 1001 rows, there are 1000 ones"):
+        select_rows(report, 1001, "before_filtering")
+
+
+# thin images
+
+
+def test_tiles_vanish_exactly_where_the_model_unpads_them_away():
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    random = np.random.default_rng(0)
+    vanished = 0
+    for _ in range(3000):
+        size = tuple(int(side) for side in np.exp(random.uniform(0, 9, 2)).astype(int))
+        rows, columns = (side // 14 for side in select_best_resolution(size, pinpoints))
+        left = unpad_image(torch.zeros(1, rows, columns), torch.tensor(size)).numel()
+        assert check_rows.tiles_vanish(size, pinpoints, 14) == (left == 0), size
+        vanished += left == 0
+    assert vanished > 50
+
+
+# the command
+
+
+def test_one_json_object_on_stdout(write, tmp_path, capsys, processor):
+    source = write(row("a", "good.png"), row("b", "gone.png"))
+    with pytest.raises(UserError):
+        run_check([source], processor, cache_dir=tmp_path / "c", json_output=True)
+    out, err = capsys.readouterr()
+    printed = json.loads(out)
+    assert out.count("\n") == 1 and err == ""
+    assert (printed["ok"], printed["rows"], printed["usable"]) == (False, 2, 1)
+    assert printed["dropped"] == {"missing_image": 1} and printed["sources"][0]["tokens_counted"]
+    assert printed["sources"][0]["statistics"]["num_tokens"]["max"] > 0
+
+
+def test_tables(write, tmp_path, capsys, processor):
+    good, bad = row("a", "good.png"), row("evil\x1b[31m[red]", "gone.png")
+    run_check([write(good, bad)], processor, cache_dir=tmp_path / "c", policy=SKIP)
+    out, err = capsys.readouterr()
+    assert "1 of 2 records usable" in out and "missing_image" in out and "supervised tokens" in out
+    assert "\x1b" not in out and "[red]" in "".join(out.split()) and "rejects.jsonl" in out and err == ""
+    run_check([write(good, bad)], processor, cache_dir=tmp_path / "c", policy=SKIP)
+    assert "checked before" in capsys.readouterr().out
+
+
+def test_without_a_processor_tokens_are_left_out_and_said_so(write, tmp_path, capsys):
+    report = run_check([write(row("a", "good.png"))], cache_dir=tmp_path / "c")
+    assert report.sources[0].counts == {} and report.sources[0].rows.tolist() == [0]
+    assert "Tokens were not counted" in capsys.readouterr().out
+
+
+def test_rejects_go_where_they_are_asked_to(write, tmp_path, check):
+    rejects = tmp_path / "run" / "why.jsonl"
+    report = check(write(row("a"), row("b", "x.png")), policy={"default": "quarantine"}, rejects=rejects)
+    assert report.rejects == rejects and report.quarantine == rejects.with_name("quarantine.jsonl")
+    assert rejects.is_file() and report.quarantine.is_file()
+    assert not list(rejects.parent.glob(".*"))
