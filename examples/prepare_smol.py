@@ -133,14 +133,21 @@ def convert_vision_tower(onnx_file: Path, folder: Path, image_size: int) -> None
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
 
 
-def easy_vqa_pictures() -> tuple[list[Picture], list[Picture]]:
-    """The pictures of easy-VQA (Victor Zhou, MIT), split into train and validation as its author did."""
+def easy_vqa_pictures(seed: int) -> tuple[list[Picture], list[Picture]]:
+    """The pictures of easy-VQA (Victor Zhou, MIT), split into train and validation as its author did.
+
+    A picture's questions are shuffled: the file has all open questions before all yes/no questions, so that later
+    answers of a conversation could be read off the earlier ones and first turns would never be yes/no questions.
+    """
     data = package_folder("easy_vqa") / "data"
+    order = random.Random(seed)
     splits = []
     for split in ("train", "test"):
         turns: dict[int, list[tuple[str, str]]] = {}
-        for question, answer, image_id in json.loads((data / split / "questions.json").read_text()):
+        for question, answer, image_id in json.loads((data / split / "questions.json").read_text(encoding="utf-8")):
             turns.setdefault(image_id, []).append((question, answer))
+        for image_id in sorted(turns):
+            order.shuffle(turns[image_id])
         folder = data / split / "images"
         splits.append([Picture(f"{split}/{i}.png", folder / f"{i}.png", turns[i]) for i in sorted(turns)])
     return splits[0], splits[1]
@@ -179,11 +186,11 @@ def copy_images(pictures: Iterable[Picture], folder: Path) -> None:
 
 
 def llava_row(picture: Picture) -> dict:
+    """One row with all questions of a picture; as in LLaVA's own mixture only the first asks for a short answer."""
     conversations = []
     for position, (question, answer) in enumerate(picture.turns):
-        marker = "<image>\n" if position == 0 else ""
-        conversations.append({"from": "human", "value": f"{marker}{question}{SHORT_ANSWER}"})
-        conversations.append({"from": "gpt", "value": answer})
+        asked = question if position else f"<image>\n{question}{SHORT_ANSWER}"
+        conversations += [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
     return {"id": picture.name, "image": f"images/{picture.name}", "conversations": conversations}
 
 
@@ -220,7 +227,7 @@ def parse_arguments() -> argparse.Namespace:
         "--image-size", type=int, default=84, metavar="PX", help="side of a tile, a multiple of 14; 336 to read print"
     )
     parser.add_argument("--held-out", type=float, default=0.1, help="share of the file's pictures kept for validation")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of the held-out pictures")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of questions and the held-out pictures")
     arguments = parser.parse_args()
     if (arguments.data is None) != (arguments.image_root is None):
         parser.error("--data and --image-root go together")
@@ -233,7 +240,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = parse_arguments()
     if arguments.data is None:
-        train, validation = easy_vqa_pictures()
+        train, validation = easy_vqa_pictures(arguments.seed)
     else:
         train, validation = llava_pictures(arguments.data, arguments.image_root, arguments.held_out, arguments.seed)
     with staged_folder(arguments.output) as folder:

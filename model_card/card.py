@@ -82,8 +82,7 @@ EVALUATION_FACTS = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_SUFFIX = re.compile(r"\.(jsonl?|parquet|ya?ml|csv|tsv|tar|zip|txt)$", re.IGNORECASE)
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\~<-])(?:(?:file://|~)?/|[A-Za-z]:[\\/])[^\s'\",;=<>|]+")
-_MARKDOWN = re.compile(r"([\\`*_\[\]~$^])")
-_MARKDOWN_AT_START = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[-+=#]))")
+_MARKDOWN = re.compile(r"([\\`*_\[\]~$^#])")
 _JOINERS = "\u200c\u200d"
 
 
@@ -207,6 +206,7 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
             for key, label in (STAGE_FACTS | OPTIONAL_STAGE_FACTS).items()
             if any(stage.get(key) is not None for stage in stages)
         ],
+        "accuracy_protocol": evaluation.get("accuracy_protocol"),
         "evaluation": {key: evaluation[key] for key in EVALUATION_FACTS if evaluation.get(key) is not None},
         "scores": [
             [name, f"{100 * score['accuracy']:.3f} %", f"{_percent(score['low'])} to {_percent(score['high'])}"]
@@ -371,10 +371,8 @@ def _escaped(value: object) -> Markup:
     if isinstance(value, Markup):
         return value
     text = _MARKDOWN.sub(r"\\\1", html.escape(_line(value), quote=False))
-    text = _MARKDOWN_AT_START.sub(r"\1\\", text).replace("|", "&#124;")
     # GitHub-flavoured Markdown makes links of bare addresses
-    text = text.replace("://", ":\\//").replace("www.", "www\\.")
-    return Markup(text)
+    return Markup(text.replace("|", "&#124;").replace("://", ":\\//").replace("www.", "www\\."))
 
 
 def _fenced(code: object, language: str = "") -> Markup:
@@ -389,11 +387,10 @@ def _fenced(code: object, language: str = "") -> Markup:
     return Markup(f"{fence}{language}\n{text}\n{fence}")
 
 
-def _table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> Markup:
-    header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    cells = [[c if number == 1 else _escaped(c) for c in line] for number, line in enumerate(lines)]
-    return Markup("\n".join(f"| {' | '.join(map(str, line))} |" for line in cells))
+def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
+    lines = [f"| {' | '.join(map(_escaped, row))} |" for row in (header, *rows)]
+    lines.insert(1, f"|{' --- |' * len(header)}")
+    return Markup("\n".join(lines))
 
 
 @cache

@@ -23,6 +23,7 @@ from .checkpoint_parts import (
     AssemblyError,
     Checkpoint,
     LlavaSettings,
+    ModelPart,
     Part,
     PlannedTensor,
     Vocabulary,
@@ -115,39 +116,22 @@ def plan_assembly(
         AssemblyError: with one line for each wrong part.
     """
     problems: list[str] = []
-    tower = language = given = None
     with collecting(problems):
         tower = vision_part(Checkpoint.open(vision_tower), image_size)
     with collecting(problems):
         language = language_part(Checkpoint.open(language_model), vocabulary)
     with collecting(problems):
-        given = None if projector is None else projector_part(Checkpoint.open(projector))
+        given = projector_part(Checkpoint.open(projector)) if projector is not None else None
     if problems:
         raise AssemblyError(*problems)
-
-    pinpoints = image_grid_pinpoints or tower.settings.image_grid_pinpoints or _scaled_grid(tower.config.image_size)
-    layer = vision_feature_layer if vision_feature_layer is not None else tower.settings.vision_feature_layer
-    settings = replace(
-        LlavaSettings() if given is None else given.settings,
-        vision_feature_layer=-2 if layer is None else layer,
-        image_grid_pinpoints=[list(pinpoint) for pinpoint in pinpoints],
-    )
-    problems += _grid_problems(tower, settings) + _projector_problems(given, settings)
-    if problems:
-        raise AssemblyError(*problems)
-
+    settings = _chosen_settings(tower, given, image_grid_pinpoints, vision_feature_layer)
     config = _assembled_config(tower, language, settings, vocabulary)
-    tensors = {
-        **tower.tensors,
-        **_fresh_projector(config, seed, keep={} if given is None else given.tensors),
-        **language.tensors,
-    }
-    shapes = _native_shapes(config)
-    problems += _tensor_problems(shapes, tensors, tower, given, language)
-    if problems:
-        raise AssemblyError(*problems)
+    tensors = _checked_tensors(config, tower, given, language, seed)
     mean, std, stated = image_statistics(tower.path, tower.config.model_type)
-    config.dtype = dtype or language.tensors["model.language_model.embed_tokens.weight"].dtype
+    config.dtype = dtype or tensors["model.language_model.embed_tokens.weight"].dtype
+    notes = [*tower.notes, *language.notes, *_projector_notes(given, seed)]
+    if not stated:
+        notes.append(f"{tower.path}: names no image mean and standard deviation; those of its family are taken")
     return AssemblyPlan(
         config=config,
         generation_config=GenerationConfig(
@@ -155,20 +139,12 @@ def plan_assembly(
             eos_token_id=list(vocabulary.eos_token_ids),
             pad_token_id=vocabulary.pad_token_id,
         ),
-        tensors={name: tensors[name] for name in shapes},
+        tensors=tensors,
         dtype=config.dtype,
         image_mean=mean,
         image_std=std,
-        notes=(
-            *tower.notes,
-            *language.notes,
-            *_projector_notes(given, seed),
-            *([] if stated else [_ASSUMED_STATISTICS]),
-        ),
+        notes=tuple(notes),
     )
-
-
-_ASSUMED_STATISTICS = "image mean and standard deviation: the tower's folder names none, those of its family are taken"
 
 
 def write_assembly(plan: AssemblyPlan, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -244,18 +220,53 @@ def _scaled_grid(image_size: int) -> list[tuple[int, int]]:
     return [(rows * image_size, columns * image_size) for rows, columns in GRID_SHAPES]
 
 
-def _assembled_config(tower: Part, language: Part, settings: LlavaSettings, vocabulary: Vocabulary) -> LlavaNextConfig:
+def _chosen_settings(
+    tower: ModelPart,
+    given: Part | None,
+    pinpoints: Sequence[Sequence[int]] | None,
+    layer: int | list[int] | None,
+) -> LlavaSettings:
+    """What the caller asks for, else what the tower's LLaVA checkpoint says, else LLaVA-1.6's; checked."""
+    stated = tower.settings or LlavaSettings()
+    pinpoints = pinpoints or stated.image_grid_pinpoints or _scaled_grid(tower.config.image_size)
+    settings = replace(
+        (given and given.settings) or LlavaSettings(),
+        vision_feature_layer=stated.vision_feature_layer if layer is None else layer,
+        image_grid_pinpoints=[list(pinpoint) for pinpoint in pinpoints],
+    )
+    problems = _grid_problems(tower, settings) + _projector_problems(given, settings)
+    if problems:
+        raise AssemblyError(*problems)
+    return settings
+
+
+def _assembled_config(
+    tower: ModelPart, language: ModelPart, settings: LlavaSettings, vocabulary: Vocabulary
+) -> LlavaNextConfig:
     return LlavaNextConfig(
         vision_config=tower.config,
         text_config=language.config,
         image_token_index=vocabulary.image_token_id,
         vision_feature_layer=settings.vision_feature_layer,
-        image_grid_pinpoints=settings.image_grid_pinpoints,
+        image_grid_pinpoints=[list(pinpoint) for pinpoint in settings.image_grid_pinpoints],
         image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
         projector_hidden_act=settings.projector_hidden_act,
         multimodal_projector_bias=settings.multimodal_projector_bias,
         tie_word_embeddings=language.config.tie_word_embeddings,
     )
+
+
+def _checked_tensors(
+    config: LlavaNextConfig, tower: ModelPart, given: Part | None, language: ModelPart, seed: int
+) -> dict[str, PlannedTensor]:
+    """The parts' tensors and the fresh ones in the model's order, compared with the model itself."""
+    shapes = _native_shapes(config)
+    kept = {} if given is None else dict(given.tensors)
+    tensors = {**tower.tensors, **_fresh_tensors(shapes, kept, seed), **kept, **language.tensors}
+    problems = _tensor_problems(shapes, tensors, tower, given, language)
+    if problems:
+        raise AssemblyError(*problems)
+    return {name: tensors[name] for name in shapes}
 
 
 def _native_shapes(config: LlavaNextConfig) -> dict[str, tuple[int, ...]]:
@@ -267,21 +278,20 @@ def _native_shapes(config: LlavaNextConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _fresh_projector(
-    config: LlavaNextConfig, seed: int, keep: Mapping[str, PlannedTensor]
+def _fresh_tensors(
+    shapes: Mapping[str, tuple[int, ...]], kept: Mapping[str, PlannedTensor], seed: int
 ) -> dict[str, PlannedTensor]:
-    """Projector and newline: those of `keep`, and what is missing as Transformers initialises it."""
-    if any(name.startswith("model.multi_modal_projector.") for name in keep):
-        prefixes: tuple[str, ...] = ("model.image_newline",)
-    else:
-        prefixes = ("model.multi_modal_projector.", "model.image_newline")
-    stds = {"model.image_newline": config.text_config.hidden_size**-0.5}
-    shapes = {name: shape for name, shape in _native_shapes(config).items() if name.startswith(prefixes)}
-    fresh = {
-        name: _normal(shape, 0.0 if name.endswith(".bias") else stds.get(name, INITIALIZER_STD), seed + i)
-        for i, (name, shape) in enumerate(shapes.items())
+    """Projector (unless one is kept) and newline, initialised as Transformers does."""
+    prefixes: tuple[str, ...] = ("model.image_newline",)
+    if not any(name.startswith("model.multi_modal_projector.") for name in kept):
+        prefixes = ("model.multi_modal_projector.", *prefixes)
+    hidden = shapes["model.image_newline"][0]
+    stds = {"model.image_newline": hidden**-0.5}
+    names = [name for name in shapes if name.startswith(prefixes)]
+    return {
+        name: _normal(shapes[name], 0.0 if name.endswith(".bias") else stds.get(name, INITIALIZER_STD), seed + i)
+        for i, name in enumerate(names)
     }
-    return fresh | dict(keep)
 
 
 def _normal(shape: tuple[int, ...], std: float, seed: int) -> PlannedTensor:
@@ -291,7 +301,7 @@ def _normal(shape: tuple[int, ...], std: float, seed: int) -> PlannedTensor:
     return PlannedTensor(shape, torch.float32, read)
 
 
-def _grid_problems(tower: Part, settings: LlavaSettings) -> list[str]:
+def _grid_problems(tower: ModelPart, settings: LlavaSettings) -> list[str]:
     config, problems = tower.config, []
     size, patch = config.image_size, config.patch_size
     if size % patch:
@@ -319,8 +329,10 @@ def _grid_problems(tower: Part, settings: LlavaSettings) -> list[str]:
 
 
 def _projector_problems(given: Part | None, settings: LlavaSettings) -> list[str]:
-    trained_on = None if given is None else given.settings.vision_feature_layer
-    if trained_on is None or trained_on == settings.vision_feature_layer:
+    if given is None or given.settings is None:
+        return []
+    trained_on = given.settings.vision_feature_layer
+    if trained_on == settings.vision_feature_layer:
         return []
     return [
         f"{given.path}: this projector was trained on vision_feature_layer {trained_on}, not "
@@ -339,9 +351,9 @@ def _projector_notes(given: Part | None, seed: int) -> list[str]:
 def _tensor_problems(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Mapping[str, PlannedTensor],
-    tower: Part,
+    tower: ModelPart,
     given: Part | None,
-    language: Part,
+    language: ModelPart,
 ) -> list[str]:
     """What of the model is missing from the parts, has another shape, or has no place in the model."""
     widths = f"the vision tower is {tower.config.hidden_size} wide, the language model {language.config.hidden_size}"
@@ -400,9 +412,9 @@ def _write_safetensors(file: Path, tensors: Mapping[str, PlannedTensor], dtype: 
     with file.open("wb") as output:
         output.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, planned in tensors.items():
-            tensor = planned.read().to(dtype).contiguous()
-            assert tuple(tensor.shape) == planned.shape, name
-            output.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            data = planned.read().to(dtype).contiguous()
+            assert tuple(data.shape) == planned.shape, name
+            output.write(data.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _fsync(path: Path) -> None:

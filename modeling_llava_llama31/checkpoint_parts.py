@@ -100,23 +100,29 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class LlavaSettings:
-    """What a LLaVA checkpoint's config says about how its parts work together; None: it does not say."""
+    """How the parts of a LLaVA model work together; no pinpoints: LLaVA-1.5, which has none."""
 
-    vision_feature_layer: int | list[int] | None = None
-    image_grid_pinpoints: list[list[int]] | None = None
+    vision_feature_layer: int | list[int] = -2
+    image_grid_pinpoints: Sequence[Sequence[int]] = ()
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the model: its tensors under native keys, its config, and what its checkpoint says besides."""
+    """One part of the model: its tensors under native keys, and what its checkpoint says if that is a LLaVA."""
 
     path: Path
     tensors: Mapping[str, PlannedTensor]
-    config: PreTrainedConfig | None
-    settings: LlavaSettings
-    notes: tuple[str, ...] = ()
+    settings: LlavaSettings | None
+
+
+@dataclass(frozen=True)
+class ModelPart(Part):
+    """A part with a config of its own: the vision tower or the language model."""
+
+    config: PreTrainedConfig
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -149,8 +155,8 @@ class Checkpoint:
     def is_original_llava(self) -> bool:
         return is_original_llava(self.config)
 
-    def settings(self) -> LlavaSettings:
-        """How the parts of a LLaVA checkpoint work together, from either layout of its config."""
+    def settings(self) -> LlavaSettings | None:
+        """From either layout of a LLaVA checkpoint's config; None for any other checkpoint."""
         config = self.config
         if self.is_original_llava:
             strategy = config.get("mm_vision_select_feature", "patch")
@@ -160,9 +166,9 @@ class Checkpoint:
                     f"{self.path}: mm_projector_type {kind!r} on {strategy!r} features; LLaVA-1.6 has 'mlp2x_gelu' on "
                     f"'patch' features (fix: another checkpoint)"
                 )
-            return LlavaSettings(config.get("mm_vision_select_layer"), config.get("image_grid_pinpoints"))
+            return LlavaSettings(config.get("mm_vision_select_layer", -2), config.get("image_grid_pinpoints") or ())
         if "vision_config" not in config or "text_config" not in config or config.get("model_type") == "clip":
-            return LlavaSettings()
+            return None
         strategy = config.get("vision_feature_select_strategy", "default")
         if strategy != "default":
             raise AssemblyError(
@@ -171,13 +177,13 @@ class Checkpoint:
             )
         return LlavaSettings(
             config.get("vision_feature_layer", -2),
-            config.get("image_grid_pinpoints"),
+            config.get("image_grid_pinpoints") or (),
             config.get("projector_hidden_act", "gelu"),
             config.get("multimodal_projector_bias", True),
         )
 
 
-def vision_part(checkpoint: Checkpoint, image_size: int | None = None) -> Part:
+def vision_part(checkpoint: Checkpoint, image_size: int | None = None) -> ModelPart:
     """The vision tower of a LLaVA, CLIP or DINOv2 checkpoint.
 
     Args:
@@ -208,10 +214,10 @@ def vision_part(checkpoint: Checkpoint, image_size: int | None = None) -> Part:
         if positions in tensors and tensors[positions].shape[1] != grid**2 + 1:
             notes.append(f"position embeddings resized to {grid}x{grid} patches (bicubic)")
             tensors[positions] = _resized_positions(tensors[positions], grid)
-    return Part(checkpoint.path, tensors, config, checkpoint.settings(), tuple(notes))
+    return ModelPart(checkpoint.path, tensors, checkpoint.settings(), config, tuple(notes))
 
 
-def language_part(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Part:
+def language_part(checkpoint: Checkpoint, vocabulary: Vocabulary) -> ModelPart:
     """The Llama-family language model of a checkpoint, its embedding (and head) grown to the vocabulary.
 
     Raises:
@@ -237,7 +243,7 @@ def language_part(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Part:
     config.vocab_size = rows
     config.bos_token_id, config.pad_token_id = vocabulary.bos_token_id, vocabulary.pad_token_id
     config.eos_token_id = list(vocabulary.eos_token_ids)
-    return Part(checkpoint.path, tensors, config, LlavaSettings(), tuple(notes))
+    return ModelPart(checkpoint.path, tensors, None, config, tuple(notes))
 
 
 def projector_part(checkpoint: Checkpoint) -> Part:
@@ -261,7 +267,7 @@ def projector_part(checkpoint: Checkpoint) -> Part:
             f"{checkpoint.path}: {found} (fix: a LLaVA-1.5 or 1.6 checkpoint, or leave the projector out to get a "
             f"fresh one)"
         )
-    return Part(checkpoint.path, tensors, None, checkpoint.settings())
+    return Part(checkpoint.path, tensors, checkpoint.settings())
 
 
 def image_statistics(folder: Path, tower_type: str) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
@@ -321,7 +327,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _headers(file: Path) -> dict[str, PlannedTensor]:
     try:
-        with safe_open(file, "pt") as source:
+        with safe_open(str(file), "pt") as source:
             slices = {key: source.get_slice(key) for key in source.keys()}  # noqa: SIM118 (not a mapping)
             heads = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
     except (SafetensorError, OSError) as error:
@@ -338,7 +344,7 @@ def _headers(file: Path) -> dict[str, PlannedTensor]:
 
 def _read_tensor(file: Path, key: str) -> torch.Tensor:
     # opened anew for every tensor: pages of a closed file do not stay mapped
-    with safe_open(file, "pt") as source:
+    with safe_open(str(file), "pt") as source:
         return source.get_tensor(key)
 
 

@@ -291,9 +291,12 @@ def test_dinov2_positions_are_resized_once(native, size, language_folder, tmp_pa
     )
 
 
-def test_tied_embeddings_stay_tied(clip_folder, tokenizer, tmp_path):
+@pytest.mark.parametrize("head_in_file", [False, True])
+def test_tied_embeddings_stay_tied(head_in_file, clip_folder, tokenizer, tmp_path):
     tied = randomized(LlamaForCausalLM(text_config(len(tokenizer), tie_word_embeddings=True)), 4)
     tied.save_pretrained(tmp_path / "tied")
+    if head_in_file:
+        put(lm_head__weight=tied.lm_head.weight.detach().clone())(tmp_path / "tied")
     tokenizer.save_pretrained(tmp_path / "tied")
     counts = assemble(clip_folder, tmp_path / "tied", tmp_path / "out")
     assert counts["lm_head"] == 0

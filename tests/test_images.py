@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from llava_llama31.trainer.images import FORMATS, ImageRef, image_at
 from llava_llama31.trainer.reasons import RecordError
@@ -59,8 +60,10 @@ def test_orientation_behind_the_pixels_or_broken_changes_nothing(make_image):
     start = png.index(b"eXIf") - 4
     chunk = png[start : start + 12 + int.from_bytes(png[start : start + 4], "big")]
     late = png.replace(chunk, b"").replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND")
-    broken = encoded(make_image(8, 20), "JPEG", exif=b"Exif\0\0rubbish")
-    for data in (late, broken):
+    rubbish = PngInfo()
+    rubbish.add_text("Raw profile type exif", "a\nb\nc\nno hexadecimal digits")
+    broken = encoded(make_image(8, 20), pnginfo=rubbish)
+    for data in (late, broken, encoded(make_image(8, 20), "JPEG", exif=b"Exif\0\0rubbish")):
         ref = ImageRef("x", data=data)
         assert ref.size() == (8, 20) and ref.open().size == (20, 8)
 
@@ -115,6 +118,13 @@ def test_bomb_is_refused_by_its_header():
     assert ImageRef("x", data=data, max_pixels=9000 * 9000).size() == (9000, 9000)
     huge = data.replace((9000).to_bytes(4, "big") * 2, (60_000).to_bytes(4, "big") * 2)
     assert reason_of(ImageRef("x", data=huge, max_pixels=10**12).size) in ("oversized_image", "corrupt_image")
+
+
+def test_a_bomb_in_the_metadata_is_refused(make_image):
+    bomb = PngInfo()
+    bomb.add_text("comment", "0" * 50_000_000, zip=True)
+    ref = ImageRef("x", data=encoded(make_image(4, 4), pnginfo=bomb))
+    assert len(ref.data) < 100_000 and reason_of(ref.size) == reason_of(ref.open) == "corrupt_image"
 
 
 @pytest.mark.parametrize(

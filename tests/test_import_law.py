@@ -67,7 +67,7 @@ def test_layers_import_downwards_only(path):
             "llava_llama31.trainer",
             "llava_llama31.model_card",
             "llava_llama31.modeling",
-            "llava_llama31.assembly",
+            "llava_llama31.assembly", "llava_llama31.checkpoint_parts",
         ),
         "trainer": (),
         "model_card": ("llava_llama31.processing", "llava_llama31.modeling", "torch"),

@@ -75,6 +75,7 @@ RECORD = {
             "vlmevalkit-2024": {"accuracy": 0.60482, "low": 0.5912, "high": 0.6188},
             "m4c": {"accuracy": 0.61, "low": 0.5964, "high": 0.6234},
         },
+        "accuracy_protocol": "m4c",
         "accuracy_before": 0.0131,
         "accuracy_blind": 0.0842,
     },
@@ -163,8 +164,8 @@ def test_every_fact_stands_in_its_place():
         "- questions: 5,000",
         "- failed questions, left out of the scores: 2",
         "- decoding: greedy, at most 16 new tokens",
-        "- accuracy before training: 1.31 %",
-        "- accuracy with the pictures shuffled between the questions (blind): 8.42 %",
+        "- accuracy before training (m4c): 1.31 %",
+        "- accuracy with the pictures shuffled between the questions (blind) (m4c): 8.42 %",
         "Commit of the code: 0123abcd",
     ):
         assert line in card
@@ -220,6 +221,7 @@ def test_missing_facts_are_named_and_never_made_up():
     assert "of stage one: trainable parts, learning rate, schedule" in missing
     assert table_starting(card, "stage")[1] == ["one", "made-up", "8", *["not recorded"] * 3]
     for heading in (
+        "## Training\n",
         "## Evaluation",
         "## Sample",
         "## Environment",
@@ -277,6 +279,7 @@ HOSTILE = [
     "a | b || c \\| d \\",
     "](https://evil.example) [x](javascript:alert(1)) ![i](x)",
     "`code` ``` fence ~~~~",
+    "x\n```\n# out of the block\n````\n",
     "# heading\n\n---\n\n- list\n1. one\n> quote",
     "*bold* _it_ **b** __b__ ~~s~~ $m$ ^x^",
     "{{ 7 * 7 }} {% raw %} {# c #}",

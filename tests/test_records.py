@@ -473,6 +473,8 @@ def test_digest_sees_images_and_words(read):
     ]
     digests = [record.digest() for record in read(*rows)]
     assert digests[0] == digests[1] and len(set(digests)) == 3
+    two_parts = read({"messages": chat([text("s"), text("q")], "a")})[0]
+    assert two_parts.digest() != read({"system": "s", "conversations": turns("q", "a")})[0].digest()
 
 
 def test_the_readers_import_neither_torch_nor_datasets():

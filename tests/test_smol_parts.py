@@ -72,7 +72,7 @@ def test_records_are_read_by_the_project_itself(smol, llava_file, tmp_path):
         assert [part["type"] for part in question["content"]] == ["image", "text"]
         assert question["content"][1]["text"] == "Which?\nAnswer the question using a single word or phrase."
         assert answer["content"] == [{"type": "text", "text": f"number {number}"}]
-        assert [part["type"] for part in second["content"]] == ["text"]
+        assert second["content"] == [{"type": "text", "text": "How tall?"}]
     for question in questions:
         assert question.question in ("Which?", "How tall?")  # the evaluation adds its own prompt
         assert len(question.answers) == 10 and len(set(question.answers)) == 1
@@ -93,14 +93,17 @@ def test_easy_vqa_keeps_its_authors_split(smol, tmp_path, monkeypatch):
         (folder / "images").mkdir(parents=True)
         for i in range(count):
             Image.new("RGB", (64, 64), (i, i, i)).save(folder / "images" / f"{i}.png")
-        asked = [[f"what shape is {split} {i}?", "circle", i] for i in range(count)] + [["again?", "yes", 0]]
+        asked = [[f"what shape is {split} {i}?", "circle", i] for i in range(count)]
+        asked += [[f"is it {j}?", "no", 0] for j in range(20)]
         (folder / "questions.json").write_text(json.dumps(asked))
     (tmp_path / "easy_vqa" / "__init__.py").write_text("raise ImportError('the package itself is not needed')")
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
-    train, validation = smol.easy_vqa_pictures()
+    train, validation = smol.easy_vqa_pictures(seed=0)
     assert [picture.name for picture in train] == ["train/0.png", "train/1.png", "train/2.png"]
-    assert validation[0].turns == [("what shape is test 0?", "circle"), ("again?", "yes")]
+    in_order = [("what shape is test 0?", "circle"), *((f"is it {j}?", "no") for j in range(20))]
+    assert sorted(validation[0].turns) == sorted(in_order) and validation[0].turns != in_order
+    assert smol.easy_vqa_pictures(seed=0) == (train, validation)
     assert all(picture.path.is_file() for picture in train + validation)
 
 

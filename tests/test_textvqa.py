@@ -14,7 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedTokenizerFast
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation import textvqa
@@ -161,39 +163,40 @@ def test_a_training_run_is_left_as_it_was(lively_model, processor, questions, tm
     assert torch.get_rng_state().tolist() == states[2]
 
 
-def test_other_tokenizers_go_by_their_own_chat_template(tiny_model, processor, questions):
-    vocabulary = processor.tokenizer.get_vocab()
-    stripped = type(processor)(
+@pytest.mark.parametrize("start", ["", "<|begin_of_text|>"])
+def test_other_tokenizers_go_by_their_own_chat_template(tiny_model, processor, questions, start):
+    theirs = type(processor)(
         processor.image_processor,
-        without_tokens(processor.tokenizer, ("<|finetune_right_pad_id|>", "<|eom_id|>")),
+        without_llama31_tokens(processor.tokenizer),
         patch_size=processor.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template="{% for m in messages %}USER: {% for p in m.content %}{% if p.type == 'image' %}<image>\n"
+        chat_template=start
+        + "{% for m in messages %}USER: {% for p in m.content %}{% if p.type == 'image' %}<image>\n"
         "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:",
     )
-    assert len(stripped.tokenizer.get_vocab()) == len(vocabulary)
-    answerer = GreedyAnswerer(tiny_model, stripped)
+    answerer = GreedyAnswerer(tiny_model, theirs)
     image = questions[1].image.open()
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
-    expected = stripped(text=["USER: <image>\nwhat? ASSISTANT:"], images=[[image]])["input_ids"][0]
-    assert answerer.prompt(messages, [image]).input_ids == list(expected)
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]}]
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    ids = answerer.prompt(messages, [image]).input_ids
+    assert ids == list(expected["input_ids"][0]) and ids.count(theirs.tokenizer.bos_token_id) == 1
     assert answerer.prompt([{"role": "user", "content": [{"type": "text", "text": "hm"}]}]).tiles.shape[0] == 0
 
 
-def without_tokens(tokenizer, names):
-    """The same tokenizer with those tokens renamed."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
+def without_llama31_tokens(tokenizer):
+    """The same tokenizer with two of Llama 3.1's tokens renamed; like many, it puts a BOS before what it encodes."""
     text = tokenizer.backend_tokenizer.to_str()
-    for name in names:
+    for name in ("<|finetune_right_pad_id|>", "<|eom_id|>"):
         text = text.replace(name, name.replace("|", "!"))
+    backend = Tokenizer.from_str(text)
+    backend.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", tokenizer.bos_token_id)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(text),
+        tokenizer_object=backend,
         bos_token="<|begin_of_text|>",
         eos_token="<|eot_id|>",
-        additional_special_tokens=["<image>"],
         extra_special_tokens={"image_token": "<image>"},
     )
 
@@ -212,9 +215,12 @@ def test_answers_end_at_each_stop_token(tiny_model, processor):
 
 def test_rows_hold_what_made_them(lively_model, processor, questions, tmp_path):
     progress = []
-    evaluation = evaluate(
-        lively_model, processor, questions, tmp_path, revision="abc", on_progress=lambda *at: progress.append(at)
-    )
+
+    def on_progress(done, total):
+        assert len(rows(tmp_path)) == done  # out of the process: a kill loses no more than one batch
+        progress.append((done, total))
+
+    evaluation = evaluate(lively_model, processor, questions, tmp_path, revision="abc", on_progress=on_progress)
     by_id = {question.question_id: question for question in questions}
     written = rows(tmp_path)
     assert [(row["image_id"]) for row in written] == sorted(

@@ -45,6 +45,8 @@ WHERE_THEY_AGREE = {
     "hyphen-ated": "hyphen ated",
     "beside - space and re-do": "beside space and redo",  # one mark beside a space deletes all of its kind
     "a/b c": "b c",
+    "cost -5 re-do": "cost 5 redo",
+    "x;y": "x y",
     'say "stop" (now)': "say stop now",
     "x=y+z": "x y z",
     "c:\\dir_name": "c: dir name",
@@ -127,6 +129,7 @@ def test_bad_arguments_are_named():
         score_all([])
 
 
+MARKS = set(';/[]"{}()=+\\_-><@`,?!')
 PIECES = st.sampled_from(
     [
         *CONTRACTIONS,
@@ -145,20 +148,17 @@ ANSWERS = st.one_of(st.text(max_size=20), st.lists(PIECES, max_size=8).map("".jo
 
 
 @settings(max_examples=2000, deadline=None)
-@given(
-    prediction=ANSWERS, wrong=st.lists(ANSWERS, min_size=10, max_size=10), matches=st.integers(0, 10), data=st.data()
-)
-def test_any_string_scores_one_of_five_values_in_any_order(prediction, wrong, matches, data):
+@given(prediction=ANSWERS, wrong=st.lists(ANSWERS, min_size=10, max_size=10), matches=st.integers(0, 10))
+def test_any_string_scores_one_of_five_values_in_any_order(prediction, wrong, matches):
     answers = [prediction] * matches + wrong[matches:]
-    shuffled = data.draw(st.permutations(answers))
+    shuffled = random.Random(len(prediction)).sample(answers, len(answers))
     for protocol in PROTOCOLS:
         score = vqa_accuracy(prediction, answers, protocol)
         assert score in (0, 0.3, 0.6, 0.9, 1)
         assert score >= (0, 0.3, 0.6, 0.9, 1)[min(matches, 4)]
         assert score == vqa_accuracy(prediction, shuffled, protocol)
         normalized = normalize(prediction, protocol)
-        assert normalized == normalized.strip() and "  " not in normalized
-        assert not set(normalized) & set(';/[]"{}()=+\\_-><@`,?!')
+        assert normalized == " ".join(normalized.split()) and not set(normalized) & MARKS
 
 
 @settings(max_examples=2000, deadline=None)

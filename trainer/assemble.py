@@ -130,12 +130,13 @@ def prepare_tokenizer(
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [*missing, IMAGE_TOKEN]}, replace_extra_special_tokens=False
     )
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*CHAT_TOKENS, IMAGE_TOKEN)}
+    grown = tokenizer.get_vocab()
+    ids = {token: grown[token] for token in (*CHAT_TOKENS, IMAGE_TOKEN)}
     new_ids = [token_id for token, token_id in ids.items() if token not in known]
     copies = {ids[new]: old for new, old in predecessors.items() if new in missing and old is not None}
     stop_ids = [ids[token] for token in STOP_TOKENS]
     vocabulary = Vocabulary(
-        size=max(*known.values(), *ids.values()) + 1,
+        size=max(grown.values()) + 1,
         first_new_id=min(new_ids, default=None),
         image_token_id=ids[IMAGE_TOKEN],
         bos_token_id=ids["<|begin_of_text|>"],

@@ -7,22 +7,25 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from llava_llama31.model_card.card import licence_files, render_card
+from llava_llama31.model_card.card import CardError, licence_files, render_card
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.generation import load_model
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.textvqa import CARD_PROMPT, Evaluation, evaluate, weights_revision
+from llava_llama31.trainer.hub import local_checkpoint
 from llava_llama31.trainer.module_groups import GROUPS, group_parameters
+from llava_llama31.trainer.reasons import RecordError
 from llava_llama31.trainer.recipe import Recipe
 
 
@@ -58,22 +61,23 @@ def finish(
         "command": command,
         "commit": _commit(),
         "licence": recipe.model.licence,
-        "base_models": _base_models(recipe),
+        "base_models": base_models_of(recipe),
         "parameters": {group: sum(p.numel() for _, p in group_parameters(model, group)) for group in GROUPS},
         "stages": list(stages),
         "environment": _environment(),
     }
     summary: dict[str, Any] = {"recipe": recipe.name, "stages": {stage["name"]: stage for stage in stages}}
+    pictures: dict[str, Image.Image] = {}
     if recipe.evaluation is not None:
-        scores, questions, answers = _evaluate(recipe, output, base, model, processor, console)
+        scores, questions, answers = _evaluate(recipe, output, base, model, processor)
         record["evaluation"] = scores
-        record["samples"] = _samples(questions, answers)
+        record["samples"], pictures = _samples(questions, answers)
         for key in ("accuracy_before", "accuracy_after", "accuracy_blind", "num_questions"):
             if key in scores:
                 summary[key] = scores[key]
         shutil.copyfile(output / "evaluation" / "after" / PREDICTIONS, output / PREDICTIONS)
     checkpoints.write_json(output / RECORD, record)
-    write_export(output / EXPORT, model, processor, record)
+    write_export(output / EXPORT, model, processor, record, pictures)
     summary["export"], summary["card"] = str(output / EXPORT), str(output / EXPORT / "README.md")
     summary["minutes"] = round((time.monotonic() - started) / 60, 2)
     print_summary(console, summary, record)
@@ -81,17 +85,45 @@ def finish(
 
 
 def write_export(
-    folder: Path, model: torch.nn.Module, processor: LlavaLlama31Processor, record: dict[str, Any]
+    folder: Path,
+    model: torch.nn.Module,
+    processor: LlavaLlama31Processor,
+    record: dict[str, Any],
+    pictures: Mapping[str, Image.Image],
 ) -> None:
-    """The folder that opens through two doors, with its card and what its licences ask for."""
-    card, licences = render_card(record), licence_files(record["base_models"])
+    """The folder that opens through two doors, with its card and what its licences ask for.
+
+    Args:
+        pictures: relative path in the folder -> picture, for the card's samples.
+    """
     staging = checkpoints.stage(folder)
     model.save_pretrained(staging, max_shard_size="5GB")
     processor.save_pretrained(staging)
-    (staging / "README.md").write_text(card, encoding="utf-8")
-    for name, text in licences.items():
+    for name, picture in pictures.items():
+        (staging / name).parent.mkdir(exist_ok=True)
+        picture.save(staging / name)
+    for name, text in {"README.md": _card(record), **licence_texts(record["base_models"])}.items():
         (staging / name).write_text(text, encoding="utf-8")
     checkpoints.publish(staging, folder, {})
+
+
+def licence_texts(base_models: list[dict[str, Any]]) -> dict[str, str]:
+    """Licence files that must go with a model made from these.
+
+    Raises:
+        UserError: when an agreement is due and its text is not with the base model.
+    """
+    try:
+        return licence_files(base_models)
+    except CardError as error:
+        raise UserError(str(error)) from error
+
+
+def _card(record: dict[str, Any]) -> str:
+    try:
+        return render_card(record)
+    except CardError as error:
+        raise UserError(str(error)) from error
 
 
 def _evaluate(
@@ -100,7 +132,6 @@ def _evaluate(
     base: Path,
     model: torch.nn.Module,
     processor: LlavaLlama31Processor,
-    console: Console,
 ) -> tuple[dict[str, Any], list[Question], list[dict[str, Any]]]:
     spec = recipe.evaluation
     questions = load_questions(spec.data, image_root=spec.image_root, limit=spec.limit)
@@ -125,6 +156,7 @@ def _evaluate(
         "dataset": spec.name,
         "prompt": "<image>\n" + CARD_PROMPT,
         "decoding": after.settings["decoding"],
+        "accuracy_protocol": PROTOCOL,
         "accuracy_after": scores["protocols"][PROTOCOL]["accuracy"],
     }
     if spec.baselines:
@@ -139,19 +171,28 @@ def _evaluate(
     return scores, questions, answers
 
 
-def _samples(questions: Sequence[Question], answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Some questions spread over the set, with what was answered and what is true."""
+def _samples(
+    questions: Sequence[Question], answers: Sequence[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[str, Image.Image]]:
+    """Some questions spread over the set, with what was answered and what is true, and their pictures."""
     given = {row["question_id"]: row.get("answer") for row in answers}
     step = max(1, len(questions) // NUM_SAMPLES)
-    return [
-        {
-            "question": question.question,
-            "prediction": given.get(question.question_id),
-            "answers": list(question.answers),
-            "image": question.image.name,
-        }
-        for question in questions[::step][:NUM_SAMPLES]
-    ]
+    samples, pictures = [], {}
+    for number, question in enumerate(questions[::step][:NUM_SAMPLES], start=1):
+        name = f"samples/{number}.png"
+        try:
+            pictures[name] = question.image.open()
+        except RecordError:  # counted and named by the evaluation
+            continue
+        samples.append(
+            {
+                "question": question.question,
+                "prediction": given.get(question.question_id),
+                "answers": list(question.answers),
+                "image": name,
+            }
+        )
+    return samples, pictures
 
 
 def print_summary(console: Console, summary: dict[str, Any], record: dict[str, Any]) -> None:
@@ -181,18 +222,24 @@ def print_summary(console: Console, summary: dict[str, Any], record: dict[str, A
         samples = Table("picture", "question", "answer", "truth", box=None, pad_edge=False)
         for sample in record["samples"]:
             truth = max(set(sample["answers"]), key=sample["answers"].count)
-            samples.add_row(sample["image"], sample["question"], sample["prediction"], truth)
+            samples.add_row(sample["image"], sample["question"], sample["prediction"] or "", truth)
         console.print(samples)
     console.print(f"model: {summary['export']}\ncard: {summary['card']}\n{summary['minutes']:.1f} minutes")
 
 
-def _base_models(recipe: Recipe) -> list[dict[str, Any]]:
+def base_models_of(recipe: Recipe) -> list[dict[str, Any]]:
+    """What the model is made from, for the card and the licences."""
     model = recipe.model
     if model.checkpoint is not None:
-        return [{"role": "checkpoint", "id": model.checkpoint, "licence": model.licence}]
+        named = [("checkpoint", model.checkpoint, model.licence)]
+    else:
+        named = [
+            ("vision_tower", model.vision_tower, model.vision_tower_licence),
+            ("language_model", model.language_model, model.licence),
+        ]
     return [
-        {"role": "vision_tower", "id": model.vision_tower, "licence": None},
-        {"role": "language_model", "id": model.language_model, "licence": model.licence},
+        {"role": role, "id": name, "licence": licence, "folder": str(local_checkpoint(name, where=f"model.{role}"))}
+        for role, name, licence in named
     ]
 
 
@@ -230,5 +277,9 @@ def export_again(run: Path, output: Path | None = None) -> Path:
     final = run / "stages" / f"{last}-{record['stages'][-1]['name']}" / "final"
     model, processor = load_model(str(final), dtype=record["recipe"]["model"]["dtype"])
     folder = output or run / EXPORT
-    write_export(folder, model, processor, record)
+    pictures = {}
+    for sample in record.get("samples", []):
+        with Image.open(run / EXPORT / sample["image"]) as picture:
+            pictures[sample["image"]] = picture.copy()
+    write_export(folder, model, processor, record, pictures)
     return folder

@@ -69,7 +69,6 @@ class ImageRef:
         """The upright image in RGB, fully decoded; of an animation, the first frame."""
         with self._header() as image:
             orientation = _orientation(image)
-            image.load()
             rgb = _rgb(image)
             return rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
 

@@ -25,8 +25,8 @@ _DECODE = json.JSONDecoder().raw_decode
 class JsonRows:
     """The values of a JSON array, or of a file with one JSON value a line, as a sequence.
 
-    Opening it reads the file once and keeps 12 bytes a row; `rows[i]` reads and parses that row alone. Pickles
-    without its file handle.
+    Opening it reads the file once and keeps 12 bytes a row; `rows[i]` reads and parses that row alone. A pickled copy
+    opens the file again.
 
     Raises:
         UserError: when the file as a whole can't be read (truncated array, not JSON, not UTF-8), with the byte offset.
@@ -93,9 +93,6 @@ class JsonRows:
                 where=str(self.path),
                 fix="store the records as one array, or one a line in a .jsonl file",
             ) from None
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_file_descriptor": -1}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -185,7 +182,7 @@ def _num_bytes(text: str) -> int:
 
 
 def _skip_element(rows: JsonRows, start: int) -> int:
-    """Where the array's element ends that starts at byte `start`, by its brackets and quotes alone."""
+    """Where the array's element that starts at byte `start` ends, by its brackets and quotes alone, or the file."""
     data = rows.read(start, MAX_ROW_BYTES + 1)
     depth = position = 0
     while match := _STRUCTURE.search(data, position):
@@ -214,7 +211,7 @@ def _skip_element(rows: JsonRows, start: int) -> int:
             where=str(rows.path),
             fix="mend the row, or store large images as files",
         )
-    raise _broken_array(rows, start + len(data), b"")
+    return start + len(data)
 
 
 def _broken_array(rows: JsonRows, position: int, found: bytes) -> UserError:

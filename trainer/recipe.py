@@ -61,6 +61,8 @@ class Model(_Frozen):
     """Give a tokenizer that lacks them Llama 3.1's turn tokens, as new rows of the embedding."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     licence: str | None = None
+    """Licence of the language model, which the finished model inherits, as the Hub names it."""
+    vision_tower_licence: str | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Model":

@@ -21,7 +21,7 @@ from llava_llama31.trainer.check_data import check_policy
 from llava_llama31.trainer.console import make_console
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.questions import load_questions
-from llava_llama31.trainer.finish import finish
+from llava_llama31.trainer.finish import base_models_of, finish, licence_texts
 from llava_llama31.trainer.hub import local_checkpoint
 from llava_llama31.trainer.recipe import Recipe, derive
 from llava_llama31.trainer.stage_data import check_stage
@@ -101,7 +101,8 @@ def preflight(recipe: Recipe, num_processes: int) -> None:
 
 
 def _check_all(recipe: Recipe, output: Path) -> None:
-    """Check the data of all stages, and the questions, before the first step of any."""
+    """Check licences, the data of all stages, and the questions, before the first step of any."""
+    licence_texts(base_models_of(recipe))
     processor = LlavaLlama31Processor.from_pretrained(base_of(recipe, output))
     for number, (name, stage) in enumerate(recipe.stages.items(), start=1):
         check_stage(stage, processor, output / "stages" / f"{number}-{name}" / "rejects.jsonl")

@@ -112,7 +112,7 @@ class GreedyAnswerer:
                 "pixel_values": tiles.to(device, self.model.dtype),
                 "image_sizes": torch.tensor(image_sizes),  # on the CPU: the model reads its numbers one by one
             }
-        generated = self.model.generate(
+        generated = self.model.generate(  # type: ignore[misc]
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
             generation_config=self._settings,
@@ -159,9 +159,9 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
 
 
 def load_model(
-    folder: str, *, dtype: str = "auto", device: str | None = None
+    folder: str | Path, *, dtype: str = "auto", device: str | None = None
 ) -> tuple[LlavaLlama31ForConditionalGeneration, LlavaLlama31Processor]:
-    """Open any folder (or Hub id) that stock Transformers opens as LlavaNext.
+    """Open any folder that stock Transformers opens as LlavaNext.
 
     Args:
         folder: what `save_pretrained` wrote, here or elsewhere.
@@ -171,25 +171,23 @@ def load_model(
     Raises:
         UserError: there is no such model, or it is not a LlavaNext.
     """
-    place = Path(folder)
-    if place.exists() and not (place / "config.json").is_file():
-        raise UserError("no config.json", where=folder, fix="name a folder that save_pretrained or export wrote")
-    try:
-        model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-    except OSError as error:
-        raise UserError(f"no such model: {error}", where=folder, fix="check the path") from error
+    where = str(folder)
+    if not Path(folder, "config.json").is_file():
+        raise UserError("no config.json", where=where, fix="name a folder that save_pretrained or export wrote")
+    model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
     if model_type != "llava_next":
-        raise UserError(f"model_type is {model_type}, not llava_next", where=folder, fix="assemble or export it first")
+        raise UserError(f"model_type is {model_type}, not llava_next", where=where, fix="assemble or export it first")
     try:
-        model, info = LlavaLlama31ForConditionalGeneration.from_pretrained(
+        loaded: Any = LlavaLlama31ForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, output_loading_info=True
         )
         processor = LlavaLlama31Processor.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot be opened as LlavaNext: {error}", where=folder, fix="check the path") from error
+        raise UserError(f"cannot be opened as LlavaNext: {error}", where=where, fix="check the path") from error
+    model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise UserError(f"lacks {len(missing)} weights, the first {missing[0]}", where=folder, fix="export it again")
+        raise UserError(f"lacks {len(missing)} weights, the first {missing[0]}", where=where, fix="export it again")
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
 
 

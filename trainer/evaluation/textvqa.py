@@ -17,6 +17,7 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.predictions import PREDICTIONS, PredictionsFile, read_predictions
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS, Score, mean_score, vqa_accuracy
+from llava_llama31.trainer.hub import local_checkpoint
 from llava_llama31.trainer.images import ImageRef
 from llava_llama31.trainer.reasons import RecordError
 
@@ -113,7 +114,7 @@ def evaluate(
     Args:
         model: LlavaNext, unwrapped.
         output: folder for predictions.jsonl, settings.json and scores.json.
-        revision: what names these weights: a hash, a Hub commit, a run's step.
+        revision: what names these weights: a hash, a run's step.
         prompt: the text after the picture, with `{question}` where the question goes.
         blind_seed: show each question another question's picture, by a derangement of the pictures with this seed.
         on_progress: called with (questions done, all questions) after each batch.
@@ -245,8 +246,9 @@ def evaluate_command(
 
     from llava_llama31.trainer.evaluation.generation import load_model
 
-    loaded, processor = load_model(model, dtype=dtype, device=device)
-    revision = weights_revision(model) or str(loaded.config._commit_hash)
+    folder = local_checkpoint(model, where="MODEL")
+    loaded, processor = load_model(folder, dtype=dtype, device=device)
+    revision = weights_revision(folder) or "unknown"
     if output is None:
         asked = _digest([revision, data, limit, batch_size, max_new_tokens, str(loaded.dtype), blind])
         output = str(Path("runs", "evaluate", f"{Path(model).name}-{Path(data).stem}-{asked[:8]}"))
