@@ -1,6 +1,6 @@
 """Run the demo for several seeds and hold it to its bar: at least 60 % accuracy, untrained and blind below 15 %.
 
-    python benchmarks/demo_seeds.py --seeds 1 2 3
+python benchmarks/demo_seeds.py --seeds 1 2 3
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Ask a model about a picture.
 
-    python examples/chat.py runs/tiny/export picture.png "what does the sign say?"
+python examples/chat.py runs/tiny/export picture.png "what does the sign say?"
 """
 
 import argparse

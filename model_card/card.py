@@ -197,7 +197,9 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         "notice": LLAMA31_NOTICE,
         "policy_link": Markup(LLAMA31_POLICY),
         "licence": record.get("licence"),
-        "base_models": [[m.get("role"), m.get("id"), m.get("licence")] for m in record.get("base_models") or []],
+        "base_models": [
+            [m.get("role"), m.get("id"), m.get("licence") or "not stated"] for m in record.get("base_models") or []
+        ],
         "parameters": [[group, _text(count)] for group, count in (record.get("parameters") or {}).items()],
         "data": [_data_row(stage, source) for stage in stages for source in stage.get("data") or []],
         "stage_names": [_text(stage.get("name")) for stage in stages],

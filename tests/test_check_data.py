@@ -91,6 +91,8 @@ def bad_row(reason: str, folder) -> dict | str:
             return row("bad", question="<image>\nWhat?")
         case "misplaced_image":
             return row("bad", answer="<image>") | {"image": "good.png"}
+        case "text_only":
+            return row("bad")
         case "image_url":
             return row("bad", "https://host/bad.png")
         case "invalid_image_path":
@@ -125,6 +127,8 @@ def bad_row(reason: str, folder) -> dict | str:
 def test_every_reason_is_found_and_acted_on(folder, write, check, reason, action, tmp_path):
     bad = bad_row(reason, folder)
     source = write(row("first", "good.png", question="the first"), bad, row("last", "wide.png"))
+    if reason == "text_only":
+        source = source.model_copy(update={"images_only": True})
     policy = {"default": "error", reason: action}
     if action == "error":
         with pytest.raises(UserError) as caught:

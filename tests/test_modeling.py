@@ -88,7 +88,8 @@ def test_loss_gradients_and_logits_equal_stock(pair, make_batch, names):
     for (name, a), b in zip(ours.named_parameters(), stock.parameters(), strict=True):
         # where stock has no gradient, ours is none or, after the one-tile pass of a text-only batch, zero
         grad = torch.zeros_like(a) if a.grad is None else a.grad
-        torch.testing.assert_close(grad, torch.zeros_like(b) if b.grad is None else b.grad, rtol=0, atol=1e-10, msg=name)
+        expected = torch.zeros_like(b) if b.grad is None else b.grad
+        torch.testing.assert_close(grad, expected, rtol=0, atol=1e-10, msg=name)
 
 
 def test_the_stock_processors_padded_pictures_give_the_same_logits(pair, make_batch, processor, make_image):
@@ -216,31 +217,45 @@ def test_opens_every_key_dialect(tiny_model, tmp_path, dialect):
 
 
 DOOR = """
-import json, sys, numpy as np, torch
+import importlib.abc, json, sys
+import numpy as np, torch
 from PIL import Image
-assert not any(m.startswith("llava_llama31") for m in sys.modules)
-import importlib.abc
+
 class NoPackage(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "llava_llama31": raise ImportError("the package must not be needed")
+        if name.split(".")[0] == "llava_llama31":
+            raise ImportError("the package must not be needed")
+
 sys.meta_path.insert(0, NoPackage())
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
-folder, auto, remote = sys.argv[1:]
-remote = remote == "remote"
-cls = {"AutoModel": AutoModel, "AutoModelForImageTextToText": AutoModelForImageTextToText}[auto]
-model = cls.from_pretrained(folder, trust_remote_code=remote)
+import transformers
+from transformers import AutoProcessor
+
+folder, auto, remote = sys.argv[1], sys.argv[2], sys.argv[3] == "remote"
+model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=remote)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=remote)
-images = [Image.fromarray(np.random.default_rng(i).integers(0, 256, s, dtype=np.uint8)) for i, s in enumerate([(40, 80, 3), (90, 30, 3)])]
-def chat(*parts): return [{"role": "user", "content": list(parts)}]
-rows = [chat({"type": "image", "image": images[0]}, {"type": "text", "text": "what?"}),
-        chat({"type": "image", "image": images[1]}, {"type": "text", "text": "what does the sign say?"}),
-        chat({"type": "text", "text": "no picture"})]
-batch = processor.apply_chat_template(rows, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True, processor_kwargs={"padding": True})
+
+def picture(seed, *size):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return {"type": "image", "image": Image.fromarray(pixels)}
+
+def chat(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+rows = [
+    chat(picture(0, 40, 80), {"type": "text", "text": "what?"}),
+    chat(picture(1, 90, 30), {"type": "text", "text": "what does the sign say?"}),
+    chat({"type": "text", "text": "no picture"}),
+]
+batch = processor.apply_chat_template(
+    rows, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True,
+    processor_kwargs={"padding": True},
+)
 with torch.no_grad():
     logits = model(**batch).logits
-torch.save({"logits": logits, "input_ids": batch["input_ids"]}, folder + f"/../{auto}-{remote}.pt")
-tokens = model.generate(**batch, max_new_tokens=8, do_sample=False)
-print(json.dumps({"model": type(model).__name__, "module": type(model).__module__, "processor": type(processor).__name__, "text": processor.batch_decode(tokens)}))
+torch.save({"logits": logits, "input_ids": batch["input_ids"]}, f"{folder}/../{auto}-{remote}.pt")
+text = processor.batch_decode(model.generate(**batch, max_new_tokens=8, do_sample=False))
+names = {"model": type(model).__name__, "module": type(model).__module__, "processor": type(processor).__name__}
+print(json.dumps({**names, "text": text}))
 """
 
 

@@ -1,10 +1,12 @@
 """`llava-llama31 check-data` on a recipe or on data files."""
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
-from llava_llama31.trainer.check_data import Limits, parse_policy, run_check
-from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.check_data import Limits, check_sources, default_cache_dir, parse_policy, run_check
+from llava_llama31.trainer.check_report import print_report
 from llava_llama31.trainer.hub import local_checkpoint
 from llava_llama31.trainer.images import MAX_PIXELS
 from llava_llama31.trainer.recipe import DataSource, load_recipe
@@ -19,29 +21,34 @@ def check_recipe(options: argparse.Namespace, output: Path) -> int:
     from rich.console import Console
 
     from llava_llama31.processing import LlavaLlama31Processor
-    from llava_llama31.trainer.run import base_of, prepare
+    from llava_llama31.trainer.run import base_of, prepare, stage_folder
     from llava_llama31.trainer.stage_data import keeps_data_newline, stage_limits
 
     recipe = load_recipe(options.data[0], output=output, overrides=options.overrides)
     prepare(recipe, output, Console(stderr=True))
     processor = LlavaLlama31Processor.from_pretrained(base_of(recipe, output))
-    failures = []
-    for name, stage in recipe.stages.items():
-        try:
-            run_check(
-                stage.data,
-                processor,
-                limits=stage_limits(stage),
-                policy=parse_policy(options.on_bad) if options.on_bad else stage.on_bad_record,
-                rejects=Path(options.rejects) if options.rejects else None,
-                decode=not options.no_decode,
-                keep_data_newline=keeps_data_newline(stage),
-                json_output=options.json_output,
-            )
-        except UserError as error:
-            failures.append(f"stage {name}: {error}")
-    if failures:
-        raise UserError("; ".join(failures))
+    reports = {
+        name: check_sources(
+            stage.data,
+            processor,
+            limits=stage_limits(stage),
+            policy=parse_policy(options.on_bad) if options.on_bad else stage.on_bad_record,
+            cache_dir=default_cache_dir(),
+            rejects=Path(options.rejects) if options.rejects else stage_folder(output, recipe, name) / "rejects.jsonl",
+            decode=not options.no_decode,
+            keep_data_newline=keeps_data_newline(stage),
+            enforce=False,
+        )
+        for name, stage in recipe.stages.items()
+    }
+    if options.json_output:
+        stages = {name: report.to_dict() for name, report in reports.items()}
+        sys.stdout.write(json.dumps({"ok": not any(r.errors() for r in reports.values()), "stages": stages}) + "\n")
+    else:
+        for report in reports.values():
+            print_report(report)
+    for report in reports.values():
+        report.raise_for_policy()
     return 0
 
 

@@ -173,7 +173,7 @@ class _Check:
         return replace(_report(source, summary, arrays, rejects), cached=False)
 
     def _key(self, source: "DataSource", decode: bool) -> str:
-        place = [source.path, source.image_root, source.format, source.split]
+        place = [source.path, source.image_root, source.format, source.split, source.images_only]
         settings = asdict(self.limits) | {"newline": self.keep_data_newline, "decode": decode, "source": place}
         return fingerprint(data_files(source), self.processor, settings)
 

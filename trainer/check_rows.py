@@ -26,7 +26,7 @@ COUNTS = ("num_tokens", "num_image_tokens", "num_supervised_tokens", "num_tiles"
 
 _CHUNK_ROWS = 256
 # a process takes seconds to start
-_ROWS_PER_WORKER = {"decode": 1000, "header": 20_000, "skip": 50_000}
+_ROWS_PER_WORKER = {"decode": 2500, "header": 20_000, "skip": 50_000}
 
 
 @dataclass(frozen=True)

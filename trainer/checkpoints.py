@@ -42,6 +42,7 @@ def publish(staging: Path, final: Path, facts: dict[str, Any]) -> None:
     """
     entries = []
     for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+        path.chmod(path.stat().st_mode | 0o444)  # safetensors writes for the owner alone
         with path.open("rb") as file:
             os.fsync(file.fileno())
         name = path.relative_to(staging).as_posix()

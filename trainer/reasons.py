@@ -11,6 +11,7 @@ REASONS: dict[str, str] = {
     "no_supervised_token": "there is no assistant turn, so nothing to learn from",
     "image_count_mismatch": "places for images (`<image>` markers or image parts) and images differ in number",
     "misplaced_image": "an image stands in a system or assistant turn",
+    "text_only": "the record has no image, and its source is `images_only`",
     "image_url": "the image is a URL; images are read from disk only",
     "invalid_image_path": "the image's path is empty, too long, or holds a NUL or a lone surrogate",
     "image_outside_root": "the image's path is absolute or holds `..`, and leaves the image root",

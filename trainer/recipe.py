@@ -69,7 +69,7 @@ class Model(_Frozen):
         parts = self.vision_tower is not None and self.language_model is not None
         if (self.checkpoint is not None) == parts:
             raise ValueError(
-                "the model's origin is not clear (fix: give either checkpoint, or both vision_tower and language_model)"
+                "no clear origin of the model (fix: give either checkpoint, or both vision_tower and language_model)"
             )
         return self
 
@@ -317,10 +317,7 @@ def _apply_override(content: dict, override: str) -> None:
             raise UserError(
                 f"there is no stage {key!r}", where=f"--set {path}", fix=_nearest(key, list(target)) or "name a stage"
             )
-        if isinstance(target, list):
-            target = _list_item(target, key, path)
-        else:
-            target = target.setdefault(key, {})
+        target = _list_item(target, key, path) if isinstance(target, list) else target.setdefault(key, {})
         if not isinstance(target, dict | list):
             raise UserError(f"{key!r} holds a single value", where=f"--set {path}", fix="set it as a whole")
     parsed = yaml.load(value, Loader=_Yaml12Loader)

@@ -147,7 +147,7 @@ def open_records(
     root = Path(source.image_root) if source.image_root else folder
     if source.image_root and not root.is_dir():
         raise UserError(f"image_root {root} is not a folder", where=source.path, fix="name the folder of the images")
-    convert = _Converter(data_format, Path(os.path.realpath(root)), max_pixels, keep_data_newline)
+    convert = _Converter(data_format, Path(os.path.realpath(root)), max_pixels, keep_data_newline, source.images_only)
     return RecordStore(rows, data_format, path.stem, convert)
 
 
@@ -234,6 +234,7 @@ class _Converter:
     root: Path
     max_pixels: int
     keep_data_newline: bool
+    images_only: bool
 
     def __call__(self, raw: dict, record_id: str) -> Record:
         column = _image_column(raw)
@@ -249,6 +250,8 @@ class _Converter:
         num_open = sources.count(None)
         if num_open != len(column):
             raise RecordError("image_count_mismatch", f"{num_open} places for {len(column)} images")
+        if self.images_only and not sources:
+            raise RecordError("text_only", "the source asks for records with images")
         remaining = iter(column)
         images = tuple(self._image(next(remaining) if given is None else given) for given in sources)
         return Record(record_id, images, messages)

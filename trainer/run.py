@@ -61,8 +61,8 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] 
         state.wait_for_everyone()
         base = base_of(recipe, output)
         origin, records = base, []
-        for number, (name, stage) in enumerate(recipe.stages.items(), start=1):
-            folder = output / "stages" / f"{number}-{name}"
+        for name, stage in recipe.stages.items():
+            folder = stage_folder(output, recipe, name)
             if stage.init_from != "previous":
                 origin = local_checkpoint(stage.init_from, where=f"stages.{name}.init_from")
             record = finished_record(folder)
@@ -104,8 +104,8 @@ def _check_all(recipe: Recipe, output: Path) -> None:
     """Check licences, the data of all stages, and the questions, before the first step of any."""
     licence_texts(base_models_of(recipe))
     processor = LlavaLlama31Processor.from_pretrained(base_of(recipe, output))
-    for number, (name, stage) in enumerate(recipe.stages.items(), start=1):
-        check_stage(stage, processor, output / "stages" / f"{number}-{name}" / "rejects.jsonl")
+    for name, stage in recipe.stages.items():
+        check_stage(stage, processor, stage_folder(output, recipe, name) / "rejects.jsonl")
     if recipe.evaluation is not None:
         spec = recipe.evaluation
         load_questions(spec.data, image_root=spec.image_root, limit=spec.limit)
@@ -138,6 +138,10 @@ def prepare(recipe: Recipe, output: Path, console: Console) -> None:
         seed=recipe.seed,
     )
     console.print(f"assembled {base}: " + ", ".join(f"{part} {count:,}" for part, count in counts.items()))
+
+
+def stage_folder(output: Path, recipe: Recipe, name: str) -> Path:
+    return output / "stages" / f"{list(recipe.stages).index(name) + 1}-{name}"
 
 
 def base_of(recipe: Recipe, output: Path) -> Path:

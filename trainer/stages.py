@@ -1,4 +1,4 @@
-"""One stage from its origin's weights to a published folder of weights: check data, freeze, train or resume, hand over."""
+"""One stage, from its origin's weights to a published folder of weights: check data, freeze, train, hand over."""
 
 import logging
 import time

@@ -1,0 +1,230 @@
+"""The demo's pictures, questions and stand-in parts: honest splits, true labels, whole or absent, repeatable."""
+
+import hashlib
+import json
+import queue
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, GenerationConfig, LlamaForCausalLM
+from transformers.image_processing_utils import select_best_resolution
+
+from llava_llama31.trainer.demo import parts, pictures
+
+
+SMALL = parts.Settings(
+    captions=6,
+    dialogues=6,
+    validation_pictures=5,
+    tower=parts.TowerSettings(hidden_size=32, intermediate_size=32, layers=1, heads=2, sheets=2, steps=2, batch=4),
+    language_model=parts.LanguageModelSettings(
+        hidden_size=32, intermediate_size=32, layers=1, heads=2, scenes=40, line_steps=2, page_steps=2, batch=4
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    rng = random.Random(5)
+    return {split: [pictures.make_scene(rng, split) for _ in range(3000)] for split in ("train", "validation")}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "parts"
+    said = []
+    parts.prepare(folder, seed=3, progress=said.append, settings=SMALL)
+    return folder, said
+
+
+def digests(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_no_words_and_layout_pair_is_in_both_splits(scenes):
+    pairs = {split: {(scene.words, scene.layout) for scene in made} for split, made in scenes.items()}
+    assert not pairs["train"] & pairs["validation"]
+    assert len(pairs["validation"]) > 2000
+
+
+def test_layout_is_kind_shape_and_words_per_cell():
+    scene = pictures.Scene("receipt", "square", (("KORA",), ("ICE CREAM", "2.50")), "", ())
+    assert scene.words == ("KORA", "ICE", "CREAM", "2.50")
+    assert scene.layout == ("receipt", "square", ((1,), (2, 1)))
+    moved = pictures.Scene("receipt", "square", (("KORA ICE",), ("CREAM", "2.50")), "another caption", ())
+    assert moved.words == scene.words and moved.layout != scene.layout
+
+
+def test_words_of_validation_are_known_from_training_in_other_pictures(scenes):
+    words = {split: {w for s in made if s.kind == "sign" for w in s.words} for split, made in scenes.items()}
+    assert words["validation"] <= words["train"]
+
+
+def test_every_anyres_grid_is_needed(scenes):
+    rng = random.Random(1)
+    grids = set()
+    for scene in scenes["train"][:200]:
+        picture, _ = pictures.paint(scene, rng)
+        grids.add(select_best_resolution((picture.height, picture.width), pictures.GRID_PINPOINTS))
+    assert grids == {tuple(grid) for grid in pictures.GRID_PINPOINTS}
+
+
+def test_glyphs_stand_where_the_ink_is(scenes):
+    rng = random.Random(2)
+    for scene in scenes["train"][:100]:
+        picture, glyphs = pictures.paint(scene, rng)
+        assert "".join(glyph.character for glyph in glyphs) == "".join(scene.words)
+        grey = np.asarray(picture.convert("L"), dtype=np.int64)
+        ground = np.bincount(grey.ravel()).argmax()
+        for glyph in glyphs:
+            x, y = glyph.x * picture.width, glyph.y * picture.height
+            near = grey[max(0, int(y) - 14) : int(y) + 15, max(0, int(x) - 4) : int(x) + 5]
+            assert abs(near - ground).max() > 60, (scene, glyph)
+
+
+def test_text_lies_inside_the_picture_and_is_large_enough(scenes):
+    rng = random.Random(4)
+    for scene in scenes["train"][:300] + scenes["validation"][:300]:
+        _, glyphs = pictures.paint(scene, rng)
+        assert all(0.02 < glyph.x < 0.98 and 0.02 < glyph.y < 0.98 for glyph in glyphs), scene
+
+
+def test_answers_are_in_the_picture(scenes):
+    for scene in scenes["train"]:
+        for question in scene.questions:
+            assert set(question.answer.split()) <= set(scene.words)
+        assert set(scene.words) <= set(scene.caption.replace(",", " ").replace(":", " ").split()) | {
+            word for word in scene.caption.replace(", ", " ").removesuffix(".").split()
+        }
+
+
+def test_ten_answers_of_which_most_are_true(scenes):
+    rng = random.Random(6)
+    seen_others = set()
+    for scene in scenes["validation"][:500]:
+        for question in scene.questions:
+            answers = parts.human_answers(question, rng)
+            assert len(answers) == 10 and answers.count(question.answer) >= 6
+            seen_others |= {answer for answer in answers if answer != question.answer}
+    assert "unanswerable" in seen_others and len(seen_others) > 100
+
+
+def test_page_holds_the_text_in_reading_order(scenes):
+    rng = random.Random(7)
+    same = 0
+    for scene in scenes["train"][:200]:
+        _, glyphs = pictures.paint(scene, rng)
+        width, height = pictures.SHAPES[scene.shape]
+        page = parts.lay_out(glyphs, width // pictures.PATCH, height // pictures.PATCH, "\n")
+        assert len(page.splitlines()) == height // pictures.PATCH
+        same += "".join(page.split()) == "".join(scene.words)
+    assert same >= 195
+
+
+def test_tiles_are_labelled_with_the_character_centred_in_each_patch():
+    rng = random.Random(8)
+    sheet = parts.draw_sheet(rng)
+    tiles, targets = parts.cut_tiles([sheet], random.Random(9), 20)
+    replay = random.Random(9)
+    for tile, target in zip(tiles, targets, strict=True):
+        replay.choice([sheet])
+        left, top = replay.randrange(parts.SHEET - 48), replay.randrange(parts.SHEET - 48)
+        pixels = (tile * parts.PIXEL_STD + parts.PIXEL_MEAN) * 255
+        assert torch.allclose(
+            pixels.permute(1, 2, 0),
+            torch.tensor(sheet.pixels[top : top + 48, left : left + 48]).float(),
+            atol=1e-3,
+        )
+        for row in range(6):
+            for column in range(6):
+                here = {
+                    character
+                    for character, x, y in zip(sheet.characters, sheet.x - left, sheet.y - top, strict=True)
+                    if 8 * column <= x < 8 * column + 8 and 8 * row <= y < 8 * row + 8
+                }
+                found = target[6 * row + column].item()
+                assert found == 0 if not here else found - 1 in here
+    assert (targets > 0).float().mean() > 0.1
+
+
+def test_tokenizer_keeps_the_text_of_pictures_in_single_characters(scenes):
+    tokenizer = parts.train_tokenizer(scenes["train"][:600], 383)
+    assert len(tokenizer) == 383
+    assert len(tokenizer.encode("MILK 12.50", add_special_tokens=False)) == len("MILK 12.50")
+    assert len(tokenizer.encode(pictures.PROMPT_SUFFIX, add_special_tokens=False)) < 14
+    assert [tokenizer.decode(tokenizer.convert_tokens_to_ids(t)) for t in parts.SPECIAL_TOKENS] == list(
+        parts.SPECIAL_TOKENS
+    )
+    text = "Crème brûlée, 3 €\n<|eot_id|>"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_parts_open_and_fit_together(prepared):
+    folder, said = prepared
+    assert any("tower: reads" in line for line in said)
+    tower = CLIPVisionModel.from_pretrained(folder / "vision_tower")
+    assert tower.config.num_hidden_layers == SMALL.tower.layers + 1
+    assert (tower.config.image_size, tower.config.patch_size) == (pictures.TILE, pictures.PATCH)
+    preprocessor = CLIPImageProcessor.from_pretrained(folder / "vision_tower")
+    pixels = preprocessor(Image.new("RGB", (90, 70), "white"), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 48, 48) and torch.allclose(pixels, torch.tensor(2.0))
+    model = LlamaForCausalLM.from_pretrained(folder / "language_model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "language_model")
+    stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"])
+    assert GenerationConfig.from_pretrained(folder / "language_model").eos_token_id == stops
+    assert model.config.vocab_size == len(tokenizer) and tokenizer.pad_token == "<|finetune_right_pad_id|>"
+
+
+def test_data_is_in_llava_and_textvqa_form(prepared):
+    data = prepared[0] / "data"
+    for name in ("captions", "instruct"):
+        rows = json.loads((data / f"{name}.json").read_text())
+        assert len(rows) == 6 and len({row["id"] for row in rows}) == 6
+        for row in rows:
+            turns = row["conversations"]
+            assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+            assert [("<image>" in turn["value"]) for turn in turns] == [True] + [False] * (len(turns) - 1)
+            assert turns[0]["value"].startswith("<image>\n")
+            if name == "instruct":
+                assert all(turn["value"].endswith(pictures.PROMPT_SUFFIX) for turn in turns[::2])
+            Image.open(data / "images" / row["image"]).verify()
+    rows = [json.loads(line) for line in (data / "validation.jsonl").read_text().splitlines()]
+    assert len({row["question_id"] for row in rows}) == len(rows) >= SMALL.validation_pictures
+    assert all(len(row["answers"]) == 10 and (data / "images" / row["image"]).is_file() for row in rows)
+
+
+def test_finished_folder_is_left_alone_and_another_seed_replaces_it(prepared, monkeypatch):
+    folder, _ = prepared
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    monkeypatch.setattr(parts, "_train_parts", lambda *_: pytest.fail("prepared twice"))
+    parts.prepare(folder, seed=3, progress=lambda _: None, settings=SMALL)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert SMALL.fingerprint(3) != SMALL.fingerprint(4) != parts.Settings().fingerprint(4)
+
+
+def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(folder, *_):
+        (folder / "vision_tower").mkdir()
+        raise RuntimeError("out of paper")
+
+    monkeypatch.setattr(parts, "_train_parts", fail)
+    with pytest.raises(RuntimeError, match="out of paper"):
+        parts.prepare(tmp_path / "parts", seed=0, progress=lambda _: None, settings=SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_same_seed_makes_the_same_files(prepared, tmp_path):
+    said = queue.Queue()
+    parts.train_tower(tmp_path / "vision_tower", SMALL.tower, 3, said)
+    parts.train_language_model(tmp_path / "language_model", SMALL.language_model, 3, said)
+    parts.write_data(tmp_path / "data", SMALL, 3)
+    first = digests(prepared[0])
+    assert first.pop("fingerprint.txt")
+    assert digests(tmp_path) == first
