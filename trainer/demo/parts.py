@@ -97,7 +97,7 @@ class LanguageModelSettings:
     heads: int = 4
     vocabulary: int = 383
     scenes: int = 4000
-    line_steps: int = 700
+    line_steps: int = 500
     page_steps: int = 300
     batch: int = 16
     learning_rate: float = 3e-3
@@ -108,7 +108,7 @@ class Settings:
     """Everything that, with the seed, decides what `prepare` makes."""
 
     captions: int = 2400
-    dialogues: int = 2400
+    dialogues: int = 3000
     validation_pictures: int = 180
     tower: TowerSettings = field(default_factory=TowerSettings)
     language_model: LanguageModelSettings = field(default_factory=LanguageModelSettings)
@@ -463,7 +463,7 @@ class _Reader:
         return self._row(page, self._turns(scene, rng, PROMPT_SUFFIX))
 
     def _turns(self, scene: Scene, rng: random.Random, suffix: str) -> list[tuple[str, str]]:
-        if rng.random() < 0.4:
+        if rng.random() < 0.25:
             return [(rng.choice(CAPTION_PROMPTS), scene.caption)]
         return _question_turns(scene, rng, suffix)
 
