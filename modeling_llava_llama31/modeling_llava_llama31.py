@@ -260,13 +260,21 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        **kwargs,
     ) -> None:
         """Save in native keys with the code files, so that stock Transformers and this class both open the folder."""
         if push_to_hub:
             raise ValueError("push a saved folder with `llava-llama31 publish`, which checks it first")
         kwargs["save_original_format"] = False  # Trainer restores native keys only (transformers #43701)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(
+            save_directory, is_main_process, state_dict=state_dict, max_shard_size=max_shard_size, **kwargs
+        )
         if is_main_process:
             shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
 

@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import LlavaNextImageProcessor, LlavaNextProcessor, PreTrainedTokenizerBase
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_transforms import normalize, rescale
+from transformers.image_utils import ChannelDimension
 
 
 IGNORE_INDEX = -100
@@ -160,11 +161,10 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         ip = self.image_processor
         levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
         if ip.do_rescale:
-            levels = rescale(
-                levels, ip.rescale_factor, data_format="channels_first", input_data_format="channels_first"
-            )
+            first = ChannelDimension.FIRST
+            levels = rescale(levels, ip.rescale_factor, data_format=first, input_data_format=first)
         if ip.do_normalize:
-            levels = normalize(levels, ip.image_mean, ip.image_std, input_data_format="channels_first")
+            levels = normalize(levels, ip.image_mean, ip.image_std, input_data_format=ChannelDimension.FIRST)
         return np.asarray(levels, np.float32)[:, 0]
 
     @cached_property
@@ -185,7 +185,7 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         num_images = sum(segment is None for turn in segments for segment in turn)
         if num_images != len(image_sizes):
             raise ValueError(f"the messages hold {num_images} images, but {len(image_sizes)} image sizes were given")
-        sizes = iter(image_sizes)
+        sizes = iter([(height, width) for height, width in image_sizes])
         input_ids = [self._ids["<|begin_of_text|>"]]
         labels = [IGNORE_INDEX]
         for message, turn in zip(messages, segments, strict=True):
@@ -193,7 +193,7 @@ class LlavaLlama31Processor(LlavaNextProcessor):
             content: list[int] = []
             for segment in turn:
                 if segment is None:
-                    content += [self.image_token_id] * self.num_image_tokens(tuple(next(sizes)))
+                    content += [self.image_token_id] * self.num_image_tokens(next(sizes))
                 elif segment:
                     content += texts[segment]
             content.append(self._ids[END_OF_TURN])

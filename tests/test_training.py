@@ -118,6 +118,31 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, recipe_content, l
         assert_same(state(Path(_).parent / "whole", stage), state(Path(_).parent / "stopped", stage))
 
 
+@pytest.mark.parametrize("micro_batch", [1, 8])
+def test_accumulation_does_not_change_the_weights(train, recipe_content, micro_batch):
+    del recipe_content["evaluation"]
+    ends = {}
+    for micro in (4, micro_batch):
+        overrides = [f"stages.{stage}.micro_batch={micro}" for stage in recipe_content["stages"]]
+        code, run = train(output=str(micro), overrides=overrides)
+        assert code == 0
+        ends[micro] = weights(run / "stages/2-instruct/final")
+    for name, tensor in ends[4].items():
+        torch.testing.assert_close(ends[micro_batch][name], tensor, rtol=0, atol=2e-6, msg=name)
+
+
+def test_bfloat16_keeps_frozen_weights_bit_by_bit_and_trains_in_float32(train, recipe_content, base_folder):
+    del recipe_content["evaluation"]
+    for stage in recipe_content["stages"].values():
+        stage["precision"] = "bfloat16"
+    code, run = train()
+    assert code == 0
+    base, end = weights(base_folder), weights(run / "stages/2-instruct/final")
+    assert all(torch.equal(end[name], base[name]) for name in base if "vision_tower" in name)
+    trained = end["model.multi_modal_projector.linear_1.weight"]
+    assert trained.dtype == torch.float32 and not torch.equal(trained.bfloat16().float(), trained)
+
+
 def launch(*arguments: str, processes: int = 1) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     script = str(Path(__file__).parents[1] / "examples" / "train.py")

@@ -97,7 +97,7 @@ class CheckCache:
         """Keep an entry, taking over the file `rejects`; returns where the rejects lie from now on."""
         name = f"{key}-{uuid4().hex[:8]}"
         kept = rejects.replace(self.folder / f"{name}.jsonl")
-        np.savez(self.folder / f"{name}.npz", **arrays)
+        np.savez(self.folder / f"{name}.npz", allow_pickle=False, **arrays)
         summary |= {"arrays": f"{name}.npz", "rejects": kept.name}
         write_atomically(self.folder / f"{key}.json", [json.dumps(summary)])
         for old in self.folder.glob(f"{key}-*"):

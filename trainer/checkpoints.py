@@ -88,7 +88,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, and those that were skipped with the reason."""
-    skipped = []
+    skipped: list[tuple[Path, str]] = []
     for path in checkpoints(folder):
         fault = verify(path)
         if fault is None:

@@ -150,6 +150,12 @@ def _array_rows(rows: JsonRows, start: int) -> Iterator[tuple[int, int]]:
         raise UserError(f"text after the end of the JSON array, at byte {garbage}", where=str(rows.path))
 
 
+def _after_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    assert match is not None  # no space is a match too
+    return match.end()
+
+
 def _whole_elements(rows: JsonRows, position: int):
     """Elements from byte `position` on, as many as one chunk holds or else one; returns where the last one ends."""
     text = rows.read(position, _CHUNK_BYTES).decode("utf-8", "surrogateescape")
@@ -167,8 +173,8 @@ def _whole_elements(rows: JsonRows, position: int):
         position = start + num_bytes(text[begin:stop])
         yield start, position
         end = stop
-        comma = _SPACE.match(text, end).end()
-        begin = _SPACE.match(text, comma + 1).end()
+        comma = _after_space(text, end)
+        begin = _after_space(text, comma + 1)
         if text[comma : comma + 1] != "," or begin >= len(text):
             return position
     start = position + num_bytes(text[end:begin])

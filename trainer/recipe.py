@@ -231,7 +231,7 @@ def derive(stage: Stage, num_samples: int, num_processes: int, *, where: str = "
             where=where,
             fix="add data, lower global_batch, or set last_batch: keep",
         )
-    steps = stage.max_steps or math.ceil(stage.epochs * steps_per_epoch)
+    steps = stage.max_steps or math.ceil((stage.epochs or 0) * steps_per_epoch)
     return Derived(
         num_samples=num_samples,
         num_processes=num_processes,

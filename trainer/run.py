@@ -97,7 +97,13 @@ def preflight(recipe: Recipe, num_processes: int) -> None:
         if stage.deepspeed:
             deepspeed_file(stage.deepspeed, where)
         if stage.init_from != "previous":
-            local_checkpoint(stage.init_from, where=f"{where}.init_from")
+            folder = local_checkpoint(stage.init_from, where=f"{where}.init_from")
+            if not _is_ours(folder):
+                raise UserError(
+                    f"{folder} has another processor than ours",
+                    where=f"{where}.init_from",
+                    fix="join its parts with `llava-llama31 assemble` first, or name it as model.checkpoint",
+                )
 
 
 def _check_all(recipe: Recipe, output: Path) -> None:

@@ -128,8 +128,9 @@ def _freeze(model: PreTrainedModel, stage: Stage) -> list[GroupReport]:
     )
     if stage.precision == "bfloat16" and stage.deepspeed is None:  # DeepSpeed keeps its own copies
         for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
+            half = parameter.data.to(torch.bfloat16)
+            if not parameter.requires_grad and torch.equal(half.to(parameter.dtype), parameter.data):
+                parameter.data = half
     return report
 
 
