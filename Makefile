@@ -22,13 +22,13 @@ test: $(VENV)/.dev ## style, types and all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -P -m pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: $(VENV)/.dev ## style, types and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -P -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 bench: $(VENV)/.dev ## the benchmarks that run anywhere
 	$(BIN)/python benchmarks/check_data.py

@@ -22,7 +22,7 @@ def main() -> int:
     print(f"{'seed':>6}{'before':>10}{'after':>10}{'blind':>10}{'questions':>11}{'minutes':>9}")
     for seed in options.seeds:
         run = options.output / str(seed)
-        command = [sys.executable, "-P", "-m", "llava_llama31.trainer.cli", "train", "tiny"]
+        command = [sys.executable, "-I", "-m", "llava_llama31.trainer.cli", "train", "tiny"]
         subprocess.run([*command, "--output", str(run), "--set", f"seed={seed}"], check=True)
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         before, after, blind = (summary[f"accuracy_{name}"] for name in ("before", "after", "blind"))

@@ -27,7 +27,9 @@ class LlavaLlama31Config(LlavaNextConfig):
         return output
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        if push_to_hub:
+            raise ValueError("push the saved folder: huggingface_hub.upload_folder takes it as it is")
+        super().save_pretrained(save_directory, **kwargs)
         shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
 
 

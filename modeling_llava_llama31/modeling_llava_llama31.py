@@ -3,7 +3,7 @@
 What differs from `LlavaNextForConditionalGeneration` (transformers/models/llava_next/modeling_llava_next.py):
  - the loss and the logits under `labels` are computed at supervised positions only;
  - a frozen vision tower runs without a graph, and no tower runs the layers behind the one that is used;
- - a text-only micro-batch in training does a one-tile pass, so that all ranks call the same modules;
+ - a text-only micro-batch with labels does a one-tile pass, so that all ranks call the same modules;
  - a wrong number of image placeholders is reported row by row, with both counts.
 
 Shapes: B rows, S positions, N supervised positions, I pictures, T tiles of all pictures, P patches of a tile,
@@ -154,7 +154,8 @@ class LlavaLlama31Model(LlavaNextModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaNextModelOutputWithPast | tuple:
         text_only = input_ids is not None and pixel_values is None and mm_encoder_outputs is None
-        if text_only and self.training and (_world_size() > 1 or self._trains_projector()):
+        # no cache: a row with labels, in training or in validation, which all ranks run side by side
+        if text_only and use_cache is False and (_world_size() > 1 or self._trains_projector()):
             input_ids, inputs_embeds = None, self._text_only_embeds(input_ids)
         return super().forward(
             input_ids=input_ids,
@@ -270,7 +271,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
     ) -> None:
         """Save in native keys with the code files, so that stock Transformers and this class both open the folder."""
         if push_to_hub:
-            raise ValueError("push a saved folder with `llava-llama31 publish`, which checks it first")
+            raise ValueError("push the saved folder: huggingface_hub.upload_folder takes it as it is")
         kwargs["save_original_format"] = False  # Trainer restores native keys only (transformers #43701)
         super().save_pretrained(
             save_directory, is_main_process, state_dict=state_dict, max_shard_size=max_shard_size, **kwargs

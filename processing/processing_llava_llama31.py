@@ -219,7 +219,7 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
         if push_to_hub:
-            raise ValueError("push a saved folder with `llava-llama31 publish`, which checks it first")
+            raise ValueError("push the saved folder: huggingface_hub.upload_folder takes it as it is")
         return files
 
 

@@ -98,11 +98,11 @@ def test_setup_cfg_lists_every_package():
 def test_the_command_line_starts_without_the_heavy_libraries():
     modules = "llava_llama31.trainer.cli, llava_llama31.model_card.card, llava_llama31.trainer.evaluation.vqa_accuracy"
     code = f"import sys, {modules}; assert not {{'torch', 'transformers', 'datasets', 'pyarrow'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    subprocess.run([sys.executable, "-I", "-c", code], check=True)
 
 
 def test_the_folders_are_not_importable_by_their_own_names():
     code = (
         "import importlib.util as u; assert not [n for n in ('trainer', 'processing', 'model_card') if u.find_spec(n)]"
     )
-    subprocess.run([sys.executable, "-P", "-c", code], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=ROOT)

@@ -279,7 +279,7 @@ def test_two_doors_open_in_clean_processes_with_equal_logits(tiny_model, process
             "OMP_NUM_THREADS": "1",
         }
         run = subprocess.run(
-            [sys.executable, "-P", str(script), str(folder), auto, door],
+            [sys.executable, "-I", str(script), str(folder), auto, door],
             capture_output=True,
             text=True,
             env=environment,

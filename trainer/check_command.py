@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llava_llama31.trainer.check_data import Limits, check_sources, default_cache_dir, parse_policy, run_check
 from llava_llama31.trainer.check_report import print_report
+from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.hub import local_checkpoint
 from llava_llama31.trainer.images import MAX_PIXELS
 from llava_llama31.trainer.recipe import DataSource, load_recipe
@@ -21,11 +22,15 @@ def check_recipe(options: argparse.Namespace, output: Path) -> int:
     from rich.console import Console
 
     from llava_llama31.processing import LlavaLlama31Processor
-    from llava_llama31.trainer.run import base_of, prepare, stage_folder
+    from llava_llama31.trainer.run import base_of, claimed, prepare, stage_folder
     from llava_llama31.trainer.stage_data import keeps_data_newline, stage_limits
 
+    for name in ("image_root", "processor", "max_tokens", "max_pixels"):
+        if getattr(options, name) is not None:
+            raise UserError("belongs to data files", where=f"--{name.replace('_', '-')}", fix="set it in the recipe")
     recipe = load_recipe(options.data[0], output=output, overrides=options.overrides)
-    prepare(recipe, output, Console(stderr=True))
+    with claimed(recipe, output, True):
+        prepare(recipe, output, Console(stderr=True))
     processor = LlavaLlama31Processor.from_pretrained(base_of(recipe, output))
     reports = {
         name: check_sources(
@@ -34,7 +39,7 @@ def check_recipe(options: argparse.Namespace, output: Path) -> int:
             limits=stage_limits(stage),
             policy=parse_policy(options.on_bad) if options.on_bad else stage.on_bad_record,
             cache_dir=default_cache_dir(),
-            rejects=Path(options.rejects) if options.rejects else stage_folder(output, recipe, name) / "rejects.jsonl",
+            rejects=_rejects(options.rejects, name) or stage_folder(output, recipe, name) / "rejects.jsonl",
             decode=not options.no_decode,
             keep_data_newline=keeps_data_newline(stage),
             enforce=False,
@@ -43,13 +48,19 @@ def check_recipe(options: argparse.Namespace, output: Path) -> int:
     }
     if options.json_output:
         stages = {name: report.to_dict() for name, report in reports.items()}
-        sys.stdout.write(json.dumps({"ok": not any(r.errors() for r in reports.values()), "stages": stages}) + "\n")
+        ok = all(stage["ok"] for stage in stages.values())
+        sys.stdout.write(json.dumps({"ok": ok, "stages": stages}) + "\n")
     else:
         for report in reports.values():
             print_report(report)
     for report in reports.values():
         report.raise_for_policy()
     return 0
+
+
+def _rejects(given: str | None, stage: str) -> Path | None:
+    """One file per stage."""
+    return Path(given).with_stem(f"{Path(given).stem}-{stage}") if given else None
 
 
 def check_files(options: argparse.Namespace) -> int:

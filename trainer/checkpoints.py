@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 
 MANIFEST = "manifest.json"
+PACKAGES = ("llava-llama31", "torch", "transformers", "accelerate", "safetensors")
 STAGING = ".staging-"
 
 
@@ -38,7 +40,7 @@ def publish(staging: Path, final: Path, facts: dict[str, Any]) -> None:
     """Give a staged folder its manifest and its name, durably.
 
     Args:
-        facts: goes into the manifest as it is, e.g. step, world size, versions.
+        facts: goes into the manifest as it is, e.g. step and number of processes.
     """
     entries = []
     for path in sorted(path for path in staging.rglob("*") if path.is_file()):
@@ -47,7 +49,8 @@ def publish(staging: Path, final: Path, facts: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         name = path.relative_to(staging).as_posix()
         entries.append({"name": name, "size": path.stat().st_size, "sha256": sha256(path)})
-    write_json(staging / MANIFEST, {**facts, "files": entries})
+    versions = {name: version(name) for name in PACKAGES}
+    write_json(staging / MANIFEST, {**facts, "versions": versions, "files": entries})
     for folder in {path.parent for path in staging.rglob("*")} | {staging}:
         _fsync_folder(folder)
     remove(final)  # a damaged one of the same name: verify() has refused it

@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_USER
+    except OSError as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)  # noqa: T201
+        return EXIT_USER
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
         return EXIT_KEYBOARD
@@ -48,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = _command(commands, "plan", _plan, "what a recipe will do, without doing it")
     _recipe_arguments(plan)
-    plan.add_argument("--devices", type=int, default=1, metavar="N")
+    plan.add_argument("--devices", type=_positive, default=1, metavar="N")
     _json_argument(plan)
 
     recipes = _command(commands, "recipes", _recipes, "list the shipped recipes, or copy one out")
@@ -115,6 +121,13 @@ def _command(
     return command
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def _json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", dest="json_output", help="print one JSON object on stdout")
 
@@ -143,7 +156,8 @@ def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
     from llava_llama31.trainer.run import Interrupted, run_recipe
 
-    command = " ".join(["llava-llama31", "train", options.recipe, *(f"--set {o}" for o in options.overrides)])
+    sets = [argument for override in options.overrides for argument in ("--set", override)]
+    command = shlex.join(["llava-llama31", "train", options.recipe, *sets])
     try:
         run_recipe(recipe, output, command=command)
     except Interrupted as stopped:

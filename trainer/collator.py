@@ -20,6 +20,7 @@ class Sample(NamedTuple):
     labels: list[int]  # (S,)
     pixel_values: torch.Tensor | None  # (T, 3, H, W)
     image_sizes: list[tuple[int, int]]  # I times (height, width) in pixels
+    num_image_tokens: int  # placeholders that the pictures fill
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,13 @@ class Collator:
     image_token_id: int
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        for sample in samples:
+            num_placeholders = sample.input_ids.count(self.image_token_id)
+            if num_placeholders != sample.num_image_tokens:
+                raise ValueError(
+                    f"record {sample.record_id} has {num_placeholders} image placeholders, but its pictures give "
+                    f"{sample.num_image_tokens} features"
+                )
         length = max(len(sample.input_ids) for sample in samples)
         input_ids = torch.full((len(samples), length), self.pad_token_id)
         labels = torch.full_like(input_ids, IGNORE_INDEX)

@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 
 from llava_llama31.processing import IGNORE_INDEX, LlavaLlama31Processor
 from llava_llama31.trainer.collator import Sample
+from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.records import RecordError, RecordStore
 
 
@@ -20,7 +21,7 @@ class StageDataset(Dataset):
         pixel_dtype: of the tiles that are handed to the model.
 
     Raises:
-        RuntimeError: naming the record that can no longer be read; all were checked before training.
+        UserError: naming the record that can no longer be read; all were checked before training.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class StageDataset(Dataset):
             record = store[row]
             images = [image.open() for image in record.images]
         except RecordError as error:
-            raise RuntimeError(
-                f"record {store.row_id(row)} passed the check but can't be read any more: {error}; "
-                "run check-data again"
+            raise UserError(
+                f"passed the check but can't be read any more: {error}",
+                where=f"record {store.row_id(row)}",
+                fix="put the file back and run again",
             ) from error
         sizes = [(image.height, image.width) for image in images]
         encoding = self.processor.encode(record.messages, sizes)
@@ -55,4 +57,5 @@ class StageDataset(Dataset):
             labels=encoding.labels if index >= 0 else [IGNORE_INDEX] * len(encoding.labels),
             pixel_values=torch.cat(tiles).to(self.pixel_dtype) if tiles else None,
             image_sizes=sizes,
+            num_image_tokens=sum(self.processor.num_image_tokens(size) for size in sizes),
         )

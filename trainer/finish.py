@@ -6,8 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def finish(
     console: Console,
     *,
     command: str,
-    started: float,
+    minutes: Callable[[], float],
 ) -> dict[str, Any]:
     """Evaluate, export and sum up; returns the summary.
 
@@ -52,7 +51,7 @@ def finish(
         base: checkpoint before the first stage.
         final: checkpoint of the last stage.
         stages: the stages' records.
-        started: `time.monotonic()` at the start of the run.
+        minutes: that the run has taken so far.
     """
     model, processor = load_model(str(final), dtype=recipe.model.dtype)
     record: dict[str, Any] = {
@@ -76,10 +75,13 @@ def finish(
             if key in scores:
                 summary[key] = scores[key]
         shutil.copyfile(output / "evaluation" / "after" / PREDICTIONS, output / PREDICTIONS)
+    for name, picture in pictures.items():
+        (output / name).parent.mkdir(exist_ok=True)
+        picture.save(output / name)
     checkpoints.write_json(output / RECORD, record)
     write_export(output / EXPORT, model, processor, record, pictures)
     summary["export"], summary["card"] = str(output / EXPORT), str(output / EXPORT / "README.md")
-    summary["minutes"] = round((time.monotonic() - started) / 60, 2)
+    summary["minutes"] = round(minutes(), 2)
     print_summary(console, summary, record)
     return summary
 
@@ -238,7 +240,13 @@ def base_models_of(recipe: Recipe) -> list[dict[str, Any]]:
             ("language_model", model.language_model, model.licence),
         ]
     return [
-        {"role": role, "id": name, "licence": licence, "folder": str(local_checkpoint(name, where=f"model.{role}"))}
+        {
+            "role": role,
+            # a local folder is called by its name: a card has no paths
+            "id": Path(name).name if Path(name).exists() else name,
+            "licence": licence,
+            "folder": str(local_checkpoint(name, where=f"model.{role}")),
+        }
         for role, name, licence in named
     ]
 
@@ -275,11 +283,13 @@ def export_again(run: Path, output: Path | None = None) -> Path:
     record = checkpoints.read_json(run / RECORD)
     last = len(record["stages"])
     final = run / "stages" / f"{last}-{record['stages'][-1]['name']}" / "final"
+    folder = (output or run / EXPORT).resolve()
+    if folder.exists() and not (folder / checkpoints.MANIFEST).is_file():
+        raise UserError("is there and is not an export", where=str(folder), fix="choose a new folder")
     model, processor = load_model(str(final), dtype=record["recipe"]["model"]["dtype"])
-    folder = output or run / EXPORT
     pictures = {}
     for sample in record.get("samples", []):
-        with Image.open(run / EXPORT / sample["image"]) as picture:
+        with Image.open(run / sample["image"]) as picture:
             pictures[sample["image"]] = picture.copy()
     write_export(folder, model, processor, record, pictures)
     return folder

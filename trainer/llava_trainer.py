@@ -6,7 +6,6 @@ import random
 import signal
 import time
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 
@@ -69,6 +68,7 @@ class LlavaTrainer(Trainer):
         self.num_supervised_tokens = num_supervised_tokens
         self.decay_all_parameters, self.only_trainable = decay_all_parameters, only_trainable
         self.saving_to: Path | None = None
+        self._tokens: dict[int, np.ndarray] = {}
         super().__init__(
             model,
             args,
@@ -129,9 +129,12 @@ class LlavaTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add seconds of training so far, and supervised tokens per second since the last log."""
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
+            wrong = [
+                f"{name} is {logs[name]}" for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0))
+            ]
+            if wrong:
                 raise UserError(
-                    f"the loss is {logs['loss']}",
+                    f"not finite: {', '.join(wrong)}",
                     where=f"step {self.state.global_step}",
                     fix="lower the learning rate, or go back to a checkpoint before it and look at the data there",
                 )
@@ -150,9 +153,10 @@ class LlavaTrainer(Trainer):
         total = sum(int(self._epoch_tokens(epoch)[-1]) for epoch in range(epochs))
         return total + (int(self._epoch_tokens(epochs)[rest - 1]) if rest else 0)
 
-    @lru_cache(maxsize=4)  # noqa: B019 (one trainer a stage)
     def _epoch_tokens(self, epoch: int) -> np.ndarray:
-        return np.cumsum([self.num_supervised_tokens[batch].sum() for batch in self.order.batches(epoch)])
+        if epoch not in self._tokens:
+            self._tokens[epoch] = np.cumsum([self.num_supervised_tokens[b].sum() for b in self.order.batches(epoch)])
+        return self._tokens[epoch]
 
     def start_clock(self) -> None:
         earlier = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
@@ -262,8 +266,10 @@ class LlavaTrainer(Trainer):
         self.model.load_state_dict(saved, strict=False)
 
     def restore(self, checkpoint: Path) -> None:
-        """Take weights and state of a checkpoint without training on."""
-        self._load_from_checkpoint(str(checkpoint))
+        """Take weights and state of a checkpoint, wrapped as for training, without training on."""
+        if self._owns_optimizer_files():
+            self._load_from_checkpoint(str(checkpoint))
+        self._prepare_for_training(self.args.max_steps, self.get_train_dataloader(), str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self.start_clock()
 
@@ -309,7 +315,7 @@ class LlavaTrainer(Trainer):
 
 
 class _Epochs(TrainerCallback):
-    """Tells the batches which epoch it is, and starts the clock."""
+    """Tells the batches which epoch it is, starts the clock, and logs before every save and at the end."""
 
     def __init__(self, trainer: LlavaTrainer):
         self.trainer = trainer
@@ -330,12 +336,19 @@ class _Epochs(TrainerCallback):
     ) -> None:
         train_dataloader.batch_sampler.set_epoch(state.global_step // self.trainer.order.steps_per_epoch)
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True  # a loss that is not finite stops the run before it is saved
+
 
 class StopOnSignal(TrainerCallback):
     """The first Ctrl-C or SIGTERM saves and stops at the next step, on all ranks; the second one stops at once."""
 
     def __init__(self):
-        self.signal: int | None = None
+        self.signal: int | None = None  # received by this process
+        self.agreed = False  # received by any, and acted on by all
         self._former: dict[int, object] = {}
 
     def on_train_begin(
@@ -359,8 +372,8 @@ class StopOnSignal(TrainerCallback):
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             received = int(flag)
         if received and state.global_step < state.max_steps:
-            self.signal = received
-            control.should_save = control.should_training_stop = True
+            self.agreed = True
+            control.should_log = control.should_save = control.should_training_stop = True
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
@@ -371,5 +384,6 @@ class StopOnSignal(TrainerCallback):
 
 
 def _quiet_worker(worker_id: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process decides when its workers end
+    # signals reach the whole process group; the main process decides when its workers end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

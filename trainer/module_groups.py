@@ -3,12 +3,15 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from torch import nn
 from transformers import LlavaNextForConditionalGeneration
 
+from llava_llama31.trainer.recipe import ModuleGroup
 
-GROUPS = ("vision_tower", "multi_modal_projector", "language_model")
+
+GROUPS: tuple[str, ...] = get_args(ModuleGroup)
 
 
 def group_parameters(model: LlavaNextForConditionalGeneration, group: str) -> Iterator[tuple[str, nn.Parameter]]:

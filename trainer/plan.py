@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipe import DataSource, Recipe, derive
+from llava_llama31.trainer.recipe import DataSource, Recipe, derive, num_held_out
 from llava_llama31.trainer.records import open_records
 
 
@@ -20,8 +20,7 @@ def plan_recipe(recipe: Recipe, *, num_processes: int) -> dict[str, Any]:
     for name, stage in recipe.stages.items():
         rows = [_num_rows(source) for source in stage.data]
         num_rows = None if None in rows else sum(row for row in rows if row is not None)
-        held_out = int((num_rows or 0) * stage.validation_fraction)
-        samples = stage.global_batch if num_rows is None else num_rows - held_out
+        samples = stage.global_batch if num_rows is None else num_rows - num_held_out(stage, num_rows)
         derived = derive(stage, samples, num_processes, where=f"stages.{name}")
         stages.append(
             {

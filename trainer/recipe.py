@@ -148,6 +148,8 @@ class Stage(_Frozen):
             )
         if len(set(self.trainable)) < len(self.trainable):
             raise ValueError(f"trainable names a group twice: {self.trainable} (fix: name it once)")
+        if self.lora is not None and self.deepspeed is not None:
+            raise ValueError("lora under DeepSpeed is not there yet (fix: remove deepspeed or lora)")
         if self.lora is not None and "language_model" not in self.trainable:
             raise ValueError("lora adapts the language_model (fix: add language_model to trainable, or remove lora)")
         if self.eval_steps is not None and self.validation_fraction == 0:
@@ -207,6 +209,11 @@ class Derived:
     steps_per_epoch: int
     steps: int
     warmup_steps: int
+
+
+def num_held_out(stage: Stage, num_rows: int) -> int:
+    """Validation rows: the stage's fraction, but one at least where there is a fraction."""
+    return max(1, int(num_rows * stage.validation_fraction)) if stage.validation_fraction else 0
 
 
 def derive(stage: Stage, num_samples: int, num_processes: int, *, where: str = "") -> Derived:
@@ -320,7 +327,12 @@ def _apply_override(content: dict, override: str) -> None:
         target = _list_item(target, key, path) if isinstance(target, list) else target.setdefault(key, {})
         if not isinstance(target, dict | list):
             raise UserError(f"{key!r} holds a single value", where=f"--set {path}", fix="set it as a whole")
-    parsed = yaml.load(value, Loader=_Yaml12Loader)
+    try:
+        parsed = yaml.load(value, Loader=_Yaml12Loader)
+    except yaml.YAMLError:
+        raise UserError(
+            f"{value!r} is not YAML", where=f"--set {path}", fix="quote it, or close its brackets"
+        ) from None
     if isinstance(target, list):
         _list_item(target, keys[-1], path)
         target[int(keys[-1])] = parsed

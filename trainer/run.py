@@ -3,7 +3,7 @@
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -26,12 +26,12 @@ from llava_llama31.trainer.hub import local_checkpoint
 from llava_llama31.trainer.recipe import Recipe, derive
 from llava_llama31.trainer.stage_data import check_stage
 from llava_llama31.trainer.stages import FINAL, Interrupted, StageRun, finished_record, run_stage
-from llava_llama31.trainer.training_args import check_trainer_args, deepspeed_file
+from llava_llama31.trainer.training_args import check_deepspeed, check_trainer_args
 
 
 __all__ = ["Interrupted", "run_recipe"]
 
-RECIPE, SUMMARY, BASE = "recipe.json", "summary.json", "base"
+RECIPE, SUMMARY, ELAPSED, BASE = "recipe.json", "summary.json", "elapsed.json", "base"
 
 
 def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] | None:
@@ -48,9 +48,9 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] 
         )
     # preparation and checks of the main process may take hours, during which the others wait
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
-    console, started = make_console(), time.monotonic()
+    console = make_console()
     transformers.utils.logging.disable_progress_bar()
-    with _claimed(recipe, output, state.is_main_process):
+    with claimed(recipe, output, state.is_main_process), _clocked(output, state.is_main_process) as minutes:
         if (output / SUMMARY).is_file():
             console.print(f"{recipe.name} is done: {output / SUMMARY}")
             return checkpoints.read_json(output / SUMMARY) if state.is_main_process else None
@@ -78,9 +78,25 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] 
             origin = folder / FINAL
         if not state.is_main_process:
             return None
-        summary = finish(recipe, output, base, origin, records, console, command=command, started=started)
+        summary = finish(recipe, output, base, origin, records, console, command=command, minutes=minutes)
         checkpoints.write_json(output / SUMMARY, summary)
         return summary
+
+
+@contextmanager
+def _clocked(output: Path, is_main: bool) -> Iterator[Callable[[], float]]:
+    """Gives the minutes that a run has taken, over all the times that it was started."""
+    file, started = output / ELAPSED, time.monotonic()
+    before = checkpoints.read_json(file)["minutes"] if file.is_file() else 0.0
+
+    def minutes() -> float:
+        return before + (time.monotonic() - started) / 60
+
+    try:
+        yield minutes
+    finally:
+        if is_main:
+            checkpoints.write_json(file, {"minutes": minutes()})
 
 
 def preflight(recipe: Recipe, num_processes: int) -> None:
@@ -95,7 +111,7 @@ def preflight(recipe: Recipe, num_processes: int) -> None:
         check_trainer_args(stage.trainer_args, where)
         check_policy(stage.on_bad_record)
         if stage.deepspeed:
-            deepspeed_file(stage.deepspeed, where)
+            check_deepspeed(stage, where)
         if stage.init_from != "previous":
             folder = local_checkpoint(stage.init_from, where=f"{where}.init_from")
             if not _is_ours(folder):
@@ -164,7 +180,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 @contextmanager
-def _claimed(recipe: Recipe, output: Path, is_main: bool) -> Iterator[None]:
+def claimed(recipe: Recipe, output: Path, is_main: bool) -> Iterator[None]:
     """Hold the run's folder for this run alone, and refuse one that belongs to another recipe."""
     if not is_main:
         yield
@@ -183,12 +199,19 @@ def _claimed(recipe: Recipe, output: Path, is_main: bool) -> Iterator[None]:
             raise UserError(
                 "another run works in this folder", where=str(output), fix="wait for it, or choose another --output"
             ) from None
-        now = recipe.model_dump(mode="json")
-        if (output / RECIPE).is_file():
-            _refuse_changes(checkpoints.read_json(output / RECIPE), now, output)
-        else:
-            checkpoints.write_json(output / RECIPE, now)
+        _settle_recipe(recipe, output)
         yield
+
+
+def _settle_recipe(recipe: Recipe, output: Path) -> None:
+    """Write down what the folder is for; before the first checkpoint of a run it may still change."""
+    now = recipe.model_dump(mode="json")
+    before = checkpoints.read_json(output / RECIPE) if (output / RECIPE).is_file() else now
+    if any(output.glob("stages/*/checkpoint-*")) or any(output.glob(f"stages/*/{FINAL}")):
+        _refuse_changes(before, now, output)
+    elif before["model"] != now["model"] or before["seed"] != now["seed"]:
+        checkpoints.remove(output / BASE)
+    checkpoints.write_json(output / RECIPE, now)
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:

@@ -9,7 +9,7 @@ from accelerate import PartialState
 
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.check_data import DataReport, Limits, check_sources, default_cache_dir, select_rows
-from llava_llama31.trainer.recipe import Stage
+from llava_llama31.trainer.recipe import Stage, num_held_out
 from llava_llama31.trainer.records import RecordStore, open_records
 
 
@@ -78,9 +78,7 @@ def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, folder: Path
             }
         )
     order = np.random.default_rng([seed, len(rows)]).permutation(len(rows))
-    num_eval = int(len(rows) * stage.validation_fraction)
-    if stage.validation_fraction and num_eval == 0:
-        num_eval = 1
+    num_eval = num_held_out(stage, len(rows))
     held_out, trained = np.sort(order[:num_eval]), np.sort(order[num_eval:])
     return StageData(
         stores=[open_records(source, keep_data_newline=keeps_data_newline(stage)) for source in stage.data],

@@ -1,5 +1,6 @@
 """One stage, from its origin's weights to a published folder of weights: check data, freeze, train, hand over."""
 
+import gc
 import logging
 import time
 from dataclasses import asdict, dataclass
@@ -8,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
+from accelerate.state import AcceleratorState
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PrinterCallback
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
@@ -20,7 +24,7 @@ from llava_llama31.trainer.console import StageProgress, print_stage_start
 from llava_llama31.trainer.dataset import StageDataset
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.llava_trainer import LlavaTrainer, StopOnSignal
-from llava_llama31.trainer.module_groups import GroupReport, freeze, lora_target_pattern
+from llava_llama31.trainer.module_groups import GroupReport, freeze, group_parameters, lora_target_pattern
 from llava_llama31.trainer.order import BatchOrder
 from llava_llama31.trainer.recipe import Derived, Stage, derive
 from llava_llama31.trainer.stage_data import StageData, load_stage_data
@@ -90,12 +94,38 @@ def run_stage(run: StageRun) -> dict[str, Any]:
     _train(run, trainer, derived, stop)
     record = _record(run, data, derived, report, trainer)
     _publish(run, trainer, record)
+    _release(stage)
     return record
+
+
+def _release(stage: Stage) -> None:
+    """Forget what Accelerate and DeepSpeed hold of a stage; its model goes with the last name that it has."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    if stage.deepspeed is not None:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _load_model(run: StageRun) -> PreTrainedModel:
     dtype = DTYPES[run.stage.precision]
-    model = LlavaLlama31ForConditionalGeneration.from_pretrained(run.origin, dtype=dtype)
+    try:
+        model, info = LlavaLlama31ForConditionalGeneration.from_pretrained(
+            run.origin, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"cannot be loaded: {reason}", where=str(run.origin), fix="make or download it again"
+        ) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(
+            f"lacks {len(missing)} weights, the first {missing[0]}", where=str(run.origin), fix="make it again"
+        )
     if run.stage.lora is None:
         return model
     try:
@@ -127,11 +157,16 @@ def _freeze(model: PreTrainedModel, stage: Stage) -> list[GroupReport]:
         freeze_image_newline="frozen_image_newline" in stage.quirks,
     )
     if stage.precision == "bfloat16" and stage.deepspeed is None:  # DeepSpeed keeps its own copies
-        for parameter in model.parameters():
-            half = parameter.data.to(torch.bfloat16)
-            if not parameter.requires_grad and torch.equal(half.to(parameter.dtype), parameter.data):
-                parameter.data = half
+        for line in report:
+            parameters = [parameter for _, parameter in group_parameters(_base(model, stage), line.group)]
+            if line.num_trainable == 0 and all(_fits_bfloat16(parameter) for parameter in parameters):
+                for parameter in parameters:
+                    parameter.data = parameter.data.to(torch.bfloat16)
     return report
+
+
+def _fits_bfloat16(parameter: torch.nn.Parameter) -> bool:
+    return torch.equal(parameter.data.to(torch.bfloat16).to(parameter.dtype), parameter.data)
 
 
 def _trainer(
@@ -170,9 +205,7 @@ def _trainer(
 
 
 def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived, stop: StopOnSignal) -> None:
-    checkpoint, skipped = checkpoints.newest_whole(run.folder)
-    for path, fault in skipped:
-        run.console.print(f"[yellow]{path} is not whole and is passed over: {fault}")
+    checkpoint = _newest_checkpoint(run)
     if checkpoint is None:
         trainer.train()
     else:
@@ -182,11 +215,26 @@ def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived, stop: StopOnS
             trainer.restore(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint))
-    if stop.signal is not None:
+    if stop.agreed:
         raise Interrupted(
             f"stage {run.name} stopped at step {trainer.state.global_step} of {derived.steps} and is saved; "
             "run the same command again to go on"
         )
+
+
+def _newest_checkpoint(run: StageRun) -> Path | None:
+    """The main process looks, so that all agree; damaged ones are set aside and don't count in the rotation."""
+    found: list[Path | None] = [None]
+    if run.is_main:
+        found[0], skipped = checkpoints.newest_whole(run.folder)
+        for path, fault in skipped:
+            aside = path.with_name(f"damaged-{path.name}")
+            checkpoints.remove(aside)
+            path.rename(aside)
+            run.console.print(f"[yellow]{path} is not whole, it is set aside as {aside.name}: {fault}")
+    if run.num_processes > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def _record(

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib.resources
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ OWNED_BY_STAGE = {
     "remove_unused_columns": "nothing: the collator names what the model gets",
     "label_names": "nothing: the labels come from the processor",
     "logging_nan_inf_filter": "nothing: a loss that is not finite stops the run",
+    "save_only_model": "nothing: a checkpoint is complete",
+    "load_best_model_at_end": "nothing: a stage ends with its last step",
+    "push_to_hub": "nothing: a run is published from its export",
+    "auto_find_batch_size": "micro_batch",
+    "ignore_data_skip": "nothing: a resumed run sees the samples that are left",
+    "save_on_each_node": "nothing: one process writes",
+    "fsdp": "accelerate's configuration",
+    "bf16_full_eval": "precision",
+    "fp16_full_eval": "precision",
+    "dataloader_prefetch_factor": "dataloader_workers",
+    "dataloader_persistent_workers": "dataloader_workers",
     "average_tokens_across_devices": "nothing: the loss is that of the global batch",
 }
 
@@ -114,6 +126,33 @@ def check_trainer_args(trainer_args: dict[str, Any], where: str) -> None:
                 where=f"{where}.trainer_args.{key}",
                 fix=f"did you mean {near[0]}?" if near else "see Transformers' TrainingArguments",
             )
+
+
+def check_deepspeed(stage: Stage, where: str) -> None:
+    """Refuse a DeepSpeed file whose own optimizer would undo what the stage says.
+
+    Raises:
+        UserError: naming the key.
+    """
+    file = deepspeed_file(stage.deepspeed or "", where)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", where=str(file), fix="mend the file") from None
+    if "optimizer" not in content:
+        return
+    if len(set(stage.learning_rates().values())) > 1:
+        raise UserError(
+            f"{file.name} has an optimizer of its own, with one learning rate for all groups",
+            where=f"{where}.learning_rate",
+            fix="give one rate, or a DeepSpeed file without optimizer",
+        )
+    if "decay_all_parameters" not in stage.quirks:
+        raise UserError(
+            f"{file.name} has an optimizer of its own, which decays norms and biases too",
+            where=f"{where}.quirks",
+            fix="add decay_all_parameters, or give a DeepSpeed file without optimizer",
+        )
 
 
 def deepspeed_file(name: str, where: str) -> Path:

@@ -191,7 +191,7 @@ def _row(name: str, turns: list[tuple[str, str]]) -> dict:
         part for asked, said in turns for part in ({"from": "human", "value": asked}, {"from": "gpt", "value": said})
     ]
     conversations[0]["value"] = "<image>\n" + conversations[0]["value"]
-    return {"id": name, "image": f"{name}.png", "conversations": conversations}
+    return {"id": name, "image": f"images/{name}.png", "conversations": conversations}
 
 
 def _caption_row(folder: Path, name: str, seed: int) -> dict:
@@ -215,7 +215,7 @@ def _validation_rows(folder: Path, name: str, seed: int) -> list[dict]:
         {
             "question_id": f"{name}-{number}",
             "image_id": name,
-            "image": f"{name}.png",
+            "image": f"images/{name}.png",
             "question": question.text,
             "answers": human_answers(question, rng),
         }

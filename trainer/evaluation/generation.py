@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import GenerationConfig, LlavaNextForConditionalGeneration, PreTrainedConfig
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
@@ -182,7 +183,7 @@ def load_model(
             folder, dtype=dtype, output_loading_info=True
         )
         processor = LlavaLlama31Processor.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot be opened as LlavaNext: {error}", where=where, fix="check the path") from error
     model, info = loaded
     if info["missing_keys"]:
