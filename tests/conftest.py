@@ -1,5 +1,6 @@
 """Tiny models, processors and pictures, made offline."""
 
+import copy
 import json
 import os
 
@@ -54,7 +55,7 @@ def processor():
 
 
 @pytest.fixture(scope="session")
-def tiny_config(processor):
+def pristine_config(processor):
     stop_ids = processor.tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
     text = LlamaConfig(
         vocab_size=448,
@@ -87,6 +88,12 @@ def tiny_config(processor):
 
 
 @pytest.fixture
+def tiny_config(pristine_config):
+    """A copy of its own for every test: models write into their configuration."""
+    return copy.deepcopy(pristine_config)
+
+
+@pytest.fixture
 def tiny_model(tiny_config):
     torch.manual_seed(0)
     model = LlavaLlama31ForConditionalGeneration(tiny_config)
@@ -105,10 +112,11 @@ def make_image():
 
 
 @pytest.fixture(scope="session")
-def base_folder(tmp_path_factory, tiny_config, processor):
+def base_folder(tmp_path_factory, pristine_config, processor):
     """A checkpoint to train from, as `assemble` would leave it."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
+    tiny_config = copy.deepcopy(pristine_config)
     model = LlavaLlama31ForConditionalGeneration(tiny_config)
     model.generation_config.eos_token_id = list(tiny_config.text_config.eos_token_id)
     model.generation_config.pad_token_id = tiny_config.text_config.pad_token_id

@@ -1,5 +1,6 @@
 """Questions, batched greedy answers, prediction files, and the two commands."""
 
+import copy
 import io
 import json
 import random
@@ -454,12 +455,12 @@ def test_shards_of_several_splits_are_refused(files, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def folder(processor, tiny_config, tmp_path_factory):
+def folder(processor, pristine_config, tmp_path_factory):
     from llava_llama31 import LlavaLlama31ForConditionalGeneration
 
     torch.manual_seed(3)
     folder = tmp_path_factory.mktemp("model")
-    LlavaLlama31ForConditionalGeneration(tiny_config).save_pretrained(folder)
+    LlavaLlama31ForConditionalGeneration(copy.deepcopy(pristine_config)).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 

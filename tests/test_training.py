@@ -109,7 +109,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_a_run_that_was_stopped_ends_with_the_same_bits(train, recipe_content, lora):
+def test_a_run_that_was_stopped_ends_with_the_same_bits(train, recipe_content, base_folder, lora):
     from llava_llama31.trainer.llava_trainer import StopOnSignal
 
     del recipe_content["evaluation"]
@@ -130,12 +130,15 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, recipe_content, l
 
             with patch.context() as one:
                 one.setattr(StopOnSignal, "on_step_end", on_step_end)
-                code, _ = train(output="stopped")
+                code, run = train(output="stopped")
             assert code == 75, stop_at
-        code, _ = train(output="stopped")
+        code, run = train(output="stopped")
     assert code == 0
+    final = run / "stages/2-instruct/final"
+    assert weights(final).keys() == weights(base_folder).keys()  # adapters are merged
+    assert (final / "adapter/adapter_model.safetensors").is_file() == lora
     for stage in ("1-projector", "2-instruct"):
-        assert_same(state(Path(_).parent / "whole", stage), state(Path(_).parent / "stopped", stage))
+        assert_same(state(run.parent / "whole", stage), state(run, stage))
 
 
 @pytest.mark.parametrize("micro_batch", [1, 8])
