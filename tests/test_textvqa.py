@@ -23,13 +23,8 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation import textvqa
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, load_model, undisturbed
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
-from llava_llama31.trainer.evaluation.textvqa import (
-    CARD_PROMPT,
-    derangement,
-    evaluate,
-    evaluate_command,
-    score_command,
-)
+from llava_llama31.trainer.evaluation.scoring import score_command
+from llava_llama31.trainer.evaluation.textvqa import CARD_PROMPT, derangement, evaluate, evaluate_command
 from llava_llama31.trainer.images import ImageRef
 
 

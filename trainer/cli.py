@@ -238,7 +238,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.evaluation.textvqa import score_command
+    from llava_llama31.trainer.evaluation.scoring import score_command
 
     return score_command(options.predictions, annotations=options.annotations, json_output=options.json_output)
 
