@@ -24,6 +24,7 @@ class Question:
         image: the picture, or None where only scores are wanted.
         question: text as the file has it.
         answers: what the annotators said, ten in TextVQA.
+        ocr_tokens: words that a reader found in the picture, in its order; None where the file has none.
     """
 
     question_id: int | str
@@ -31,6 +32,7 @@ class Question:
     image: ImageRef | None
     question: str
     answers: tuple[str, ...]
+    ocr_tokens: tuple[str, ...] | None = None
 
 
 def load_questions(
@@ -38,10 +40,10 @@ def load_questions(
 ) -> list[Question]:
     """Read questions in the order of the file.
 
-    Formats, told apart by the suffix: `.jsonl` with one {question_id, image_id, question, answers, image?} a line;
-    `.json` with a list of them, alone or under "data" (TextVQA's official files); `.parquet` in lmms-lab's layout (the
-    picture inside), one file, or a folder or pattern of the shards of one split. A picture is `image_root / image`, or
-    without `image` the file `image_root / image_id` + .jpg, .png or .jpeg.
+    Formats, told apart by the suffix: `.jsonl` with one {question_id, image_id, question, answers} a line, and `image`
+    and `ocr_tokens` where there are any; `.json` with a list of them, alone or under "data" (TextVQA's official files);
+    `.parquet` in lmms-lab's layout (the picture inside), one file, or a folder or pattern of the shards of one split. A
+    picture is `image_root / image`, or without `image` the file `image_root / image_id` + .jpg, .png or .jpeg.
 
     Args:
         data: file, folder or pattern.
@@ -116,7 +118,9 @@ def _parquet_rows(path: Path, with_images: bool) -> Iterator[tuple[str, dict[str
         try:
             table = pyarrow.parquet.ParquetFile(file)
             columns = [
-                name for name in table.schema_arrow.names if name in _COLUMNS or with_images and name == "image"
+                name
+                for name in table.schema_arrow.names
+                if name in (*_REQUIRED, "ocr_tokens") or with_images and name == "image"
             ]
             number = 0
             for batch in table.iter_batches(batch_size=64, columns=columns):
@@ -127,19 +131,34 @@ def _parquet_rows(path: Path, with_images: bool) -> Iterator[tuple[str, dict[str
             raise UserError(f"cannot be read: {error}", where=str(file), fix="download it again") from error
 
 
-_COLUMNS = ("question_id", "image_id", "question", "answers")
+_REQUIRED = ("question_id", "image_id", "question", "answers")
 
 
 def _question(row: dict[str, Any], where: str) -> Question:
-    missing = [field for field in _COLUMNS if row.get(field) is None]
+    missing = [field for field in _REQUIRED if row.get(field) is None]
     if missing:
-        raise UserError(f"no {', '.join(missing)}", where=where, fix=f"each row needs {', '.join(_COLUMNS)}")
+        raise UserError(f"no {', '.join(missing)}", where=where, fix=f"each row needs {', '.join(_REQUIRED)}")
     question_id, answers = row["question_id"], row["answers"]
     if not isinstance(question_id, int | str) or not isinstance(row["question"], str):
         raise UserError("question_id or question of a wrong type", where=where, fix="question_id: number or text")
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise UserError("answers is not a list of texts", where=where, fix="give the annotators' answers as a list")
-    return Question(question_id, str(row["image_id"]), None, row["question"], tuple(answers))
+    return Question(
+        question_id,
+        str(row["image_id"]),
+        None,
+        row["question"],
+        tuple(answers),
+        _ocr_tokens(row.get("ocr_tokens"), where),
+    )
+
+
+def _ocr_tokens(tokens: Any, where: str) -> tuple[str, ...] | None:
+    if tokens is None:
+        return None
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise UserError("ocr_tokens is not a list of texts", where=where, fix="give a list, or leave the field out")
+    return tuple(tokens)
 
 
 def _picture(row: dict[str, Any], image_id: str, root: Path, where: str) -> ImageRef:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.evaluation.predictions import read_predictions
+from llava_llama31.trainer.evaluation.answer_files import read_predictions
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS, Score, mean_score, vqa_accuracy
 
