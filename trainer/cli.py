@@ -1,4 +1,4 @@
-"""`llava-llama31`: train, check data, plan, assemble, evaluate, score, export.
+"""`llava-llama31`: train, check data, plan, assemble, evaluate, score, browse, export.
 
 llava-llama31 train tiny
 """
@@ -102,6 +102,14 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("predictions", metavar="PREDICTIONS")
     score.add_argument("--annotations", required=True, metavar="FILE")
     _json_argument(score)
+
+    browse = _command(commands, "browse", _browse, "one HTML file with every question, picture, answer and score")
+    browse.add_argument("predictions", metavar="PREDICTIONS")
+    browse.add_argument("--data", required=True, metavar="FILE", help="JSON lines, official JSON, or parquet")
+    browse.add_argument("--image-root", metavar="DIR", help="default: the folder of FILE")
+    browse.add_argument("--output", metavar="FILE.html", help="default: beside PREDICTIONS, with its name")
+    browse.add_argument("--limit", type=_positive, metavar="N", help="show only the first N questions")
+    browse.add_argument("--image-side", type=_positive, default=512, metavar="PX", help="longest side of a picture")
 
     export = _command(commands, "export", _export, "write a finished run's two-door folder again, with its card")
     export.add_argument("folder", metavar="RUN", help="folder of a finished run")
@@ -241,6 +249,19 @@ def _score(options: argparse.Namespace) -> int:
     from llava_llama31.trainer.evaluation.scoring import score_command
 
     return score_command(options.predictions, annotations=options.annotations, json_output=options.json_output)
+
+
+def _browse(options: argparse.Namespace) -> int:
+    from llava_llama31.trainer.evaluation.browser import browse_command
+
+    return browse_command(
+        options.predictions,
+        data=options.data,
+        image_root=options.image_root,
+        output=options.output,
+        limit=options.limit,
+        image_side=options.image_side,
+    )
 
 
 def _export(options: argparse.Namespace) -> int:

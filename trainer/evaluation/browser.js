@@ -1,0 +1,236 @@
+"use strict";
+
+// The data's strings reach the page only through text nodes and attribute values: there is no markup to inject into.
+
+const PAGE_SIZE = 50;
+const byId = (id) => document.getElementById(id);
+const { title, protocols, pictures, questions, unknown } = JSON.parse(byId("data").textContent);
+const state = { filter: "all", protocol: 0, sort: "file", search: "", page: 0 };
+let shown = questions;
+
+const score = (entry) => entry.scores?.[state.protocol];
+const whole = (number) => number.toLocaleString("en");
+const counted = (number, noun) => `${whole(number)} ${noun}${number === 1 ? "" : "s"}`;
+const collator = new Intl.Collator("en", { numeric: true });
+
+const FILTERS = {
+  all: () => true,
+  wrong: (entry) => score(entry) < 1,
+  zero: (entry) => score(entry) === 0,
+  disagree: (entry) => entry.compared !== undefined,
+  unanswered: (entry) => entry.scores === undefined,
+};
+// sorting is stable, so equals stay in the order of the file; questions without an answer come last
+const SORTS = {
+  file: () => 0,
+  lowest: (a, b) => (score(a) ?? 2) - (score(b) ?? 2),
+  highest: (a, b) => (score(b) ?? -1) - (score(a) ?? -1),
+  shortest: (a, b) => a.question.length - b.question.length,
+  longest: (a, b) => b.question.length - a.question.length,
+  picture: (a, b) => collator.compare(pictures[a.picture].id, pictures[b.picture].id),
+};
+
+for (const entry of questions) {
+  const texts = [entry.id, pictures[entry.picture].id, entry.question, entry.prediction ?? ""];
+  entry.haystack = [...texts, ...entry.answers.map((answer) => answer.text)].join("\n").toLowerCase();
+}
+
+function make(tag, attributes, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+/** Text of the data: isolated, so that right-to-left marks in it cannot reorder what stands around it. */
+function quoted(text) {
+  return text === "" ? make("em", {}, "empty") : make("bdi", {}, text);
+}
+
+function grouped(answers, matches) {
+  const list = make("ul", { class: "answers" });
+  for (const answer of answers) {
+    const match = matches(answer);
+    const item = make("li", match ? { class: "match" } : {}, quoted(answer.text));
+    if (answer.count > 1) item.append(make("span", { class: "times" }, ` × ${answer.count}`));
+    if (match) item.append(make("span", { class: "hidden" }, " (as predicted)"));
+    list.append(item);
+  }
+  return list;
+}
+
+function scoreClass(value) {
+  return value === 1 ? "full" : value === 0 ? "none" : "part";
+}
+
+function scoreList(entry) {
+  const list = make("dl", { class: "scores" });
+  entry.scores.forEach((value, i) => {
+    const group = make("div", { class: i === state.protocol ? `${scoreClass(value)} chosen` : scoreClass(value) });
+    group.append(make("dt", {}, protocols[i]), make("dd", {}, String(Math.round(value * 1000) / 1000)));
+    list.append(group);
+  });
+  return list;
+}
+
+function comparedTable(entry) {
+  const columns = ["Protocol", "Prediction as compared", "Answers as compared"];
+  const body = entry.compared.map((forms, i) =>
+    make(
+      "tr",
+      {},
+      make("th", { scope: "row" }, protocols[i]),
+      make("td", {}, quoted(forms.prediction)),
+      make("td", {}, grouped(forms.answers, (answer) => answer.text === forms.prediction)),
+    ),
+  );
+  const head = make("tr", {}, ...columns.map((name) => make("th", { scope: "col" }, name)));
+  return make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
+}
+
+function pictureOf(index, alt) {
+  const picture = pictures[index];
+  if (picture.error !== undefined) return make("p", { class: "unreadable" }, "Picture not shown. ", quoted(picture.error));
+  const src = `data:image/jpeg;base64,${byId(`picture-${index}`).textContent}`;
+  const image = make("img", { src, alt, width: picture.width, height: picture.height, decoding: "async" });
+  const button = make("button", { type: "button", class: "picture", "aria-pressed": "false", title: "Enlarge" }, image);
+  button.addEventListener("click", () => {
+    const large = button.closest("article").classList.toggle("large");
+    button.setAttribute("aria-pressed", String(large));
+  });
+  return button;
+}
+
+function picturesOf(entry) {
+  const own = pictures[entry.picture];
+  const figure = make("figure", {}, pictureOf(entry.picture, `Picture ${own.id}`));
+  const caption = make("figcaption", {}, "picture ", quoted(own.id));
+  figure.append(caption);
+  if (entry.shown === undefined) return figure;
+  const other = make("figure", { class: "other" });
+  if (entry.shown.picture !== null) other.append(pictureOf(entry.shown.picture, `Picture ${entry.shown.id}, shown instead`));
+  other.append(make("figcaption", {}, "the model was shown picture ", quoted(entry.shown.id), " instead"));
+  return make("div", {}, figure, other);
+}
+
+function prediction(entry) {
+  if (entry.scores === undefined) return make("dd", { class: "error" }, "No answer. ", quoted(entry.error));
+  const text = make("dd", { class: `prediction ${scoreClass(score(entry))}` }, quoted(entry.prediction));
+  if (entry.cut) text.append(make("span", { class: "note" }, "cut at the token limit"));
+  if (entry.times) text.append(make("span", { class: "note" }, `first of ${entry.times} answers`));
+  return text;
+}
+
+function card(entry, place) {
+  const heading = make("h2", { id: `question-${place}` }, quoted(entry.question));
+  const facts = make("dl", { class: "facts" }, make("dt", {}, "Prediction"), prediction(entry), make("dt", {}, "Answers"));
+  facts.append(make("dd", {}, grouped(entry.answers, (answer) => answer.matches?.[state.protocol])));
+  const text = make("div", { class: "text" }, make("p", { class: "id" }, quoted(entry.id)), heading, facts);
+  if (entry.scores !== undefined) text.append(scoreList(entry));
+  if (entry.compared !== undefined) text.append(comparedTable(entry));
+  const article = make("article", { tabindex: "-1", "aria-labelledby": heading.id }, picturesOf(entry), text);
+  return make("li", {}, article);
+}
+
+function meanOf(entries) {
+  const answered = entries.filter((entry) => entry.scores !== undefined);
+  if (answered.length === 0) return "no answer to score";
+  const sum = answered.reduce((total, entry) => total + score(entry), 0);
+  const percent = (number) => `${((100 * sum) / number).toFixed(3)} %`;
+  const mean = `accuracy ${percent(answered.length)}`;
+  if (answered.length === entries.length) return mean;
+  return `${mean}, ${percent(entries.length)} with ${counted(entries.length - answered.length, "unanswered question")} as 0`;
+}
+
+function showPage(page) {
+  const start = page * PAGE_SIZE;
+  const cards = shown.slice(start, start + PAGE_SIZE).map((entry, i) => card(entry, start + i));
+  state.page = page;
+  byId("questions").replaceChildren(...cards);
+  byId("questions").start = start + 1;
+  byId("pages").hidden = shown.length <= PAGE_SIZE;
+  byId("range").textContent = `${whole(start + 1)} to ${whole(start + cards.length)} of ${whole(shown.length)}`;
+  byId("previous").disabled = page === 0;
+  byId("next").disabled = start + PAGE_SIZE >= shown.length;
+}
+
+function update() {
+  const found = questions.filter((entry) => entry.haystack.includes(state.search));
+  for (const radio of document.querySelectorAll("#filters input")) {
+    radio.parentElement.querySelector(".count").textContent = whole(found.filter(FILTERS[radio.value]).length);
+  }
+  shown = found.filter(FILTERS[state.filter]).sort(SORTS[state.sort]);
+  byId("status").textContent = shown.length === 0 ? "No question fits." : `${counted(shown.length, "question")}, ${meanOf(shown)}`;
+  showPage(0);
+}
+
+/** Another page, if there is one, with the focus on its first question or its last. */
+function turn(step, last = false) {
+  const page = state.page + step;
+  if (page < 0 || page * PAGE_SIZE >= shown.length) return;
+  showPage(page);
+  focusCard(last ? byId("questions").children.length - 1 : 0);
+}
+
+function focusCard(index) {
+  const article = byId("questions").children[index].firstElementChild;
+  article.focus({ preventScroll: true });
+  article.scrollIntoView({ block: "nearest" });
+}
+
+/** The question before or after the one that has the focus, over the ends of pages too. */
+function move(step) {
+  const cards = [...byId("questions").children];
+  const at = cards.indexOf(document.activeElement.closest("#questions > li"));
+  const to = at + step;
+  if (to >= 0 && to < cards.length) return focusCard(to);
+  return at < 0 ? false : turn(step, step < 0);
+}
+
+function search(text) {
+  byId("search").value = text;
+  state.search = text.trim().toLowerCase();
+  update();
+}
+
+function focusSearch() {
+  byId("search").focus();
+  byId("search").select();
+}
+
+function onKey(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const searching = event.target === byId("search");
+  const choosing = event.target.matches("select, [type=radio]");
+  const actions = {
+    "/": () => !searching && focusSearch(),
+    Escape: () => searching && search(""),
+    ArrowDown: () => !choosing && move(1),
+    ArrowUp: () => !choosing && move(-1),
+    ArrowRight: () => !choosing && !searching && turn(1),
+    ArrowLeft: () => !choosing && !searching && turn(-1),
+  };
+  // an action that says false did not apply: the key stays the browser's
+  if (actions[event.key] !== undefined && actions[event.key]() !== false) event.preventDefault();
+}
+
+function summary() {
+  const unreadable = pictures.filter((picture) => picture.error !== undefined).length;
+  const parts = [`${counted(questions.length, "question")} on ${counted(pictures.length, "picture")}`];
+  if (unreadable > 0) parts.push(`${counted(unreadable, "picture")} not shown`);
+  if (unknown.length > 0) parts.push(`answers to ids that are not in the data left out: ${unknown.slice(0, 5).join(", ")}`);
+  if (unknown.length > 5) parts.push(`and ${whole(unknown.length - 5)} more`);
+  return parts.join("; ");
+}
+
+document.title = byId("title").textContent = title;
+byId("summary").textContent = summary();
+byId("protocol").append(...protocols.map((name, i) => make("option", { value: i }, name)));
+byId("search").addEventListener("input", (event) => search(event.target.value));
+byId("protocol").addEventListener("change", (event) => { state.protocol = Number(event.target.value); update(); });
+byId("sort").addEventListener("change", (event) => { state.sort = event.target.value; update(); });
+byId("filters").addEventListener("change", (event) => { state.filter = event.target.value; update(); });
+byId("previous").addEventListener("click", () => turn(-1));
+byId("next").addEventListener("click", () => turn(1));
+document.addEventListener("keydown", onKey);
+update();

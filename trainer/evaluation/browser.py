@@ -1,0 +1,293 @@
+"""The wrong-answer browser: one HTML file that holds an evaluation's questions, pictures, answers and scores.
+
+The file needs nothing else and asks for nothing: its Content-Security-Policy allows only its own style, its own script
+and `data:` pictures. What the data says enters the page as escaped JSON and leaves it as text nodes, never as markup.
+"""
+
+import json
+import os
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import resources
+from io import BytesIO
+from pathlib import Path
+from string import Template
+from typing import Any, TextIO
+
+from PIL import Image
+
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.answer_files import read_predictions
+from llava_llama31.trainer.evaluation.questions import Question, load_questions
+from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS, normalize, vqa_accuracy
+from llava_llama31.trainer.images import ImageRef
+from llava_llama31.trainer.reasons import RecordError
+
+
+IMAGE_SIDE = 512
+JPEG_QUALITY = 80
+CUT = "length"  # what a row's `finish` says of an answer that ran into the token limit
+
+
+@dataclass(frozen=True)
+class Browser:
+    """A written browser, and what it could not show.
+
+    Args:
+        path: the HTML file.
+        num_questions: questions in it, answered or not.
+        num_unanswered: those of them whose answer is missing or failed.
+        num_pictures: pictures in it, unreadable ones not counted.
+        unreadable: image_id -> why its picture is not shown.
+        unknown: answered question_ids that are not among the questions, so not shown.
+    """
+
+    path: Path
+    num_questions: int
+    num_unanswered: int
+    num_pictures: int
+    unreadable: Mapping[str, str]
+    unknown: tuple[str, ...]
+
+
+def write_browser(
+    questions: Sequence[Question],
+    rows: Iterable[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    title: str = "",
+    image_side: int = IMAGE_SIDE,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Browser:
+    """Write the browser of one evaluation; the file appears when it is complete.
+
+    One picture at a time is in memory, and each is stored once however many questions it has.
+
+    Args:
+        questions: with their pictures; they are listed in this order.
+        rows: `{question_id, answer}` or `{question_id, answer: null, error}`, as in predictions.jsonl; of several rows
+            to one question the first counts, as in the score. Also shown where a row has them: `finish` ("length": the
+            answer was cut) and `shown_image_id` (the picture that a blind evaluation showed instead).
+        path: the HTML file; its folder is made if it is not there.
+        title: what the page is called; by default the file's name.
+        image_side: longest side of a stored picture, in pixels.
+        on_progress: called with (pictures done, all pictures) after each picture.
+
+    Raises:
+        UserError: there are no questions, `image_side` is not positive, or the file cannot be written.
+    """
+    if not questions:
+        raise UserError("there are no questions to browse", fix="pass at least one")
+    if image_side < 1:
+        raise UserError(f"a picture cannot be {image_side} pixels long", where="image_side", fix="pass 1 or more")
+    path, pictures = Path(path), _pictures(questions)
+    entries, unknown = _entries(questions, rows, {image_id: i for i, image_id in enumerate(pictures)})
+    head, tail = _page()
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(head)
+                described = _write_pictures(file, pictures, image_side, on_progress)
+                data = {
+                    "title": title or path.stem,
+                    "protocols": list(PROTOCOLS),
+                    "pictures": described,
+                    "questions": entries,
+                    "unknown": unknown,
+                }
+                file.write(f'<script type="application/json" id="data">{_json(data)}</script>\n{tail}')
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        fix = "free some space, or pass another --output"
+        raise UserError(f"cannot be written: {error.strerror or error}", where=str(path), fix=fix) from error
+    unreadable = {picture["id"]: picture["error"] for picture in described if "error" in picture}
+    return Browser(
+        path,
+        num_questions=len(entries),
+        num_unanswered=sum("scores" not in entry for entry in entries),
+        num_pictures=len(pictures) - len(unreadable),
+        unreadable=unreadable,
+        unknown=tuple(unknown),
+    )
+
+
+def browse_command(
+    predictions: str,
+    *,
+    data: str,
+    image_root: str | None = None,
+    output: str | None = None,
+    limit: int | None = None,
+    image_side: int = IMAGE_SIDE,
+) -> int:
+    """`llava-llama31 browse`: exit code 0 once the file is written."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    # all questions, whatever the limit: answers to those beyond it are not unknown
+    questions = load_questions(data, image_root=image_root)
+    rows = read_predictions(predictions, questions)
+    shown, beyond = questions[:limit], {str(question.question_id) for question in questions[len(questions[:limit]) :]}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("pictures", total=None)
+        browser = write_browser(
+            shown,
+            [row for row in rows if str(row["question_id"]) not in beyond],
+            output or Path(predictions).with_suffix(".html"),
+            title=f"{Path(predictions).name} on {Path(data).name}",
+            image_side=image_side,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    _print_browser(browser)
+    return 0
+
+
+def _print_browser(browser: Browser) -> None:
+    from rich.console import Console
+
+    console, megabytes = Console(), browser.path.stat().st_size / 1e6
+    counted = f"{browser.num_questions} questions, {browser.num_pictures} pictures, {megabytes:.1f} MB"
+    lines = [f"{browser.path}: {counted}"]
+    if browser.num_unanswered:
+        lines.append(f"without an answer: {browser.num_unanswered}")
+    named = {
+        "pictures not shown": [f"{image_id} ({reason})" for image_id, reason in browser.unreadable.items()],
+        "answers left out, as their questions are not in the data": browser.unknown,
+    }
+    for what, ids in named.items():
+        if ids:
+            more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+            lines.append(f"{what}: {len(ids)}: {', '.join(ids[:5])}{more}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _pictures(questions: Sequence[Question]) -> dict[str, ImageRef | None]:
+    """The picture of every image_id, in the order of the questions."""
+    pictures: dict[str, ImageRef | None] = {}
+    for question in questions:
+        if pictures.get(question.image_id) is None:
+            pictures[question.image_id] = question.image
+    return pictures
+
+
+def _write_pictures(
+    file: TextIO,
+    pictures: Mapping[str, ImageRef | None],
+    side: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> list[dict[str, Any]]:
+    """Write each thumbnail into an element of its own; (id, width, height) or (id, error) of each."""
+    described: list[dict[str, Any]] = []
+    for index, (image_id, image) in enumerate(pictures.items()):
+        try:
+            if image is None:
+                raise RecordError("missing_image", "the question has no picture")
+            jpeg, (width, height) = _thumbnail(image, side)
+        except RecordError as error:
+            described.append({"id": image_id, "error": str(error)})
+        else:
+            # base64 holds no `<`; a type that is no script's keeps it inert text, decoded when it is looked at
+            file.write(f'<script type="text/plain" id="picture-{index}">{b64encode(jpeg).decode()}</script>\n')
+            described.append({"id": image_id, "width": width, "height": height})
+        if on_progress is not None:
+            on_progress(index + 1, len(pictures))
+    return described
+
+
+def _thumbnail(image: ImageRef, side: int) -> tuple[bytes, tuple[int, int]]:
+    """(JPEG, (width, height)) with no side longer than `side`; a smaller picture keeps its size.
+
+    Raises:
+        RecordError: the picture cannot be read.
+    """
+    picture = image.open()
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = BytesIO()
+    # a comment in the original would come along
+    picture.save(file, "JPEG", quality=JPEG_QUALITY, optimize=True, comment=b"")
+    return file.getvalue(), picture.size
+
+
+def _entries(
+    questions: Sequence[Question], rows: Iterable[Mapping[str, Any]], picture_index: Mapping[str, int]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What the page says of each question, and the ids that are answered but not among the questions."""
+    first: dict[str, Mapping[str, Any]] = {}
+    times: Counter[str] = Counter()
+    for row in rows:
+        key = str(row["question_id"])
+        times[key] += 1
+        first.setdefault(key, row)
+    entries, known = [], set()
+    for question in questions:
+        key = str(question.question_id)
+        known.add(key)
+        entry = {
+            "id": key,  # as text: a number above 2**53 would not survive JavaScript
+            "picture": picture_index[question.image_id],
+            "question": question.question,
+            **_answered(question, first.get(key)),
+        }
+        if times[key] > 1:
+            entry["times"] = times[key]
+        shown = first.get(key, {}).get("shown_image_id")
+        if shown is not None:
+            entry["shown"] = {"id": str(shown), "picture": picture_index.get(str(shown))}
+        entries.append(entry)
+    return entries, [key for key in first if key not in known]
+
+
+def _answered(question: Question, row: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The prediction of one row, or why there is none, and the annotators' answers grouped, the commonest first."""
+    answers = Counter(question.answers).most_common()
+    if row is None or row.get("answer") is None:
+        error = "no row answers this question" if row is None else str(row.get("error", "no answer"))
+        return {"error": error, "answers": [{"text": text, "count": count} for text, count in answers]}
+    prediction = str(row["answer"])
+    scores = [vqa_accuracy(prediction, question.answers, name) for name in PROTOCOLS]
+    compared = [normalize(prediction, name) for name in PROTOCOLS]
+    grouped = []
+    for text, count in answers:
+        matches = [normalize(text, name) == wanted for name, wanted in zip(PROTOCOLS, compared, strict=True)]
+        grouped.append({"text": text, "count": count, "matches": matches})
+    entry = {"prediction": prediction, "scores": scores, "answers": grouped}
+    if row.get("finish") == CUT:
+        entry["cut"] = True
+    if len(set(scores)) > 1:
+        forms = [Counter(normalize(text, name) for text in question.answers).most_common() for name in PROTOCOLS]
+        entry["compared"] = [
+            {"prediction": wanted, "answers": [{"text": text, "count": count} for text, count in form]}
+            for wanted, form in zip(compared, forms, strict=True)
+        ]
+    return entry
+
+
+def _json(value: Any) -> str:
+    """JSON in ASCII that no HTML parser can take for markup."""
+    # U+2028, U+2029 and lone surrogates are escapes in ASCII; without `<` no tag or comment can begin
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _page() -> tuple[str, str]:
+    """The page before and after the data; the policy allows style and script by their hashes alone."""
+    folder = resources.files(__package__)
+    style, script, page = (
+        folder.joinpath(f"browser.{suffix}").read_text(encoding="utf-8") for suffix in ("css", "js", "html")
+    )
+    filled = Template(page).substitute(
+        style=style, style_hash=_source_hash(style), script=script, script_hash=_source_hash(script)
+    )
+    head, _, tail = filled.partition("<!-- data -->\n")
+    return head, tail
+
+
+def _source_hash(text: str) -> str:
+    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
