@@ -1,6 +1,7 @@
 """Questions, batched greedy answers, prediction files, and the two commands."""
 
 import copy
+import hashlib
 import io
 import json
 import random
@@ -24,7 +25,7 @@ from llava_llama31.trainer.evaluation import textvqa
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, load_model, undisturbed
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.scoring import score_command
-from llava_llama31.trainer.evaluation.textvqa import CARD_PROMPT, derangement, evaluate, evaluate_command
+from llava_llama31.trainer.evaluation.textvqa import PRESETS, Preset, derangement, evaluate, evaluate_command
 from llava_llama31.trainer.images import ImageRef
 
 
@@ -47,6 +48,18 @@ def questions(make_image):
     words = ["what", "is", "the", "brand", "number", "word", "on", "this", "sign", "bottle", "clock", "left", "right"]
     texts = [" ".join(draw.choices(words, k=draw.randint(1, 9))) + "?" for _ in range(40)]
     return [Question(100 + i, f"p{i % 25}", pictures[i % 25], text, ANSWERS) for i, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def many_questions(questions):
+    """500 questions on those pictures, the last ones on few of them."""
+    draw = random.Random(1)
+    texts = [
+        " ".join(draw.choices(["what", "brand", "is", "7", "left", "to", "Stop"], k=draw.randint(1, 12)))
+        for _ in range(500)
+    ]
+    shown = [questions[i % 25 if i < 400 else i % 3] for i in range(500)]
+    return [replace(q, question_id=i, question=text) for i, (q, text) in enumerate(zip(shown, texts, strict=True))]
 
 
 @pytest.fixture
@@ -75,29 +88,88 @@ def token_ids(folder):
 # --- generation
 
 
-def test_answers_do_not_depend_on_batch_size_or_order(lively_model, processor, questions, tmp_path):
-    evaluate(lively_model, processor, questions, tmp_path / "1", revision="r", batch_size=1)
+def test_answers_do_not_depend_on_batch_size_or_order(lively_model, processor, many_questions, tmp_path):
+    evaluate(lively_model, processor, many_questions, tmp_path / "1", revision="r", batch_size=1, max_new_tokens=16)
     expected = token_ids(tmp_path / "1")
     lengths = {len(ids) for ids in expected.values()}
-    assert len(expected) == 40 and len({tuple(ids) for ids in expected.values()}) > 20 and len(lengths) > 3
-    for batch_size in (3, 16):
-        evaluate(lively_model, processor, questions, tmp_path / str(batch_size), revision="r", batch_size=batch_size)
-        assert token_ids(tmp_path / str(batch_size)) == expected
+    assert len(expected) == 500 and len({tuple(ids) for ids in expected.values()}) > 200 and len(lengths) > 8
+    shuffled = random.Random(3).sample(many_questions, 500)
+    for batch_size, asked in ((3, many_questions), (16, many_questions), (7, shuffled)):
+        folder = tmp_path / str(batch_size)
+        evaluate(lively_model, processor, asked, folder, revision="r", batch_size=batch_size, max_new_tokens=16)
+        assert token_ids(folder) == expected
     # in the caller's own order, without the evaluator's sorting
-    answerer = GreedyAnswerer(lively_model, processor)
-    shuffled = random.Random(3).sample(questions, len(questions))
-    prompts = [
-        answerer.prompt(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt_of(question)}]}],
-            [question.image.open()],
-        )
-        for question in shuffled
-    ]
-    for start in range(0, 40, 7):
-        for question, ids in zip(
-            shuffled[start : start + 7], answerer.answer(prompts[start : start + 7]), strict=True
-        ):
-            assert ids == expected[question.question_id]
+    answerer = GreedyAnswerer(lively_model, processor, max_new_tokens=16)
+    prompts = [prompt_for(answerer, question) for question in shuffled[:49]]
+    for start in range(0, 49, 7):
+        answers = answerer.answer(prompts[start : start + 7])
+        assert answers == [expected[question.question_id] for question in shuffled[start : start + 7]]
+
+
+def prompt_for(answerer, question):
+    content = [{"type": "image"}, {"type": "text", "text": prompt_of(question)}]
+    return answerer.prompt([{"role": "user", "content": content}], [question.image.open()])
+
+
+def test_batch_invariant_answers_are_the_same_bits_in_bfloat16(lively_model, processor, many_questions, tmp_path):
+    model = lively_model.to(torch.bfloat16)
+    asked = many_questions[:100]
+    shuffled = random.Random(5).sample(asked, 100)
+    logits = {}
+
+    def record(name):
+        def hook(module, args, output):
+            logits.setdefault(name, []).append(output[:, -1])
+
+        return hook
+
+    for name, batch_size, questions in (("1", 1, asked), ("16", 16, asked), ("s", 5, shuffled)):
+        handle = model.lm_head.register_forward_hook(record(name))
+        evaluate(model, processor, questions, tmp_path / name, revision="r", batch_size=batch_size,
+                 max_new_tokens=8, batch_invariant=True)  # fmt: skip
+        handle.remove()
+    assert token_ids(tmp_path / "1") == token_ids(tmp_path / "16") == token_ids(tmp_path / "s")
+    # not just the ids: the sorted rows of all logits, bit by bit
+    bits = {
+        name: sorted(row.view(torch.int16).numpy().tobytes() for row in torch.cat(x)) for name, x in logits.items()
+    }
+    assert set(bits["1"]) == set(bits["16"]) == set(bits["s"])
+
+
+def test_each_picture_is_encoded_once(lively_model, processor, questions, tmp_path):
+    calls = []
+    handle = lively_model.model.vision_tower.embeddings.register_forward_hook(lambda *_: calls.append(1))
+    for batch_size in (1, 4, 16):
+        calls.clear()
+        folder = tmp_path / str(batch_size)
+        evaluate(lively_model, processor, questions, folder, revision="r", batch_size=batch_size, max_new_tokens=3)
+        assert len(calls) == 25  # 40 questions
+    handle.remove()
+
+
+# Transformers' eager attention takes its softmax in float32
+@pytest.mark.parametrize(("attention", "tolerance"), [("sdpa", 1e-10), ("eager", 1e-5)])
+def test_branches_equal_rows_of_their_own(lively_model, processor, questions, attention, tolerance):
+    """Logits of shared prefixes, padding and all, against a forward pass over each whole row; float64."""
+    model = lively_model.double()
+    model.set_attn_implementation(attention)
+    answerer = GreedyAnswerer(model, processor, max_new_tokens=5)
+    prompts = [prompt_for(answerer, question) for question in (*questions[:5], questions[25])]
+    prompts.append(answerer.prompt([{"role": "user", "content": "no picture"}]))
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[:, -1]))
+    answers = answerer.answer(prompts)
+    handle.remove()
+    steps = torch.stack(seen[7:], dim=1)  # behind those of the seven prefixes
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ids = torch.tensor([prompt.input_ids + answer])
+        images = {}
+        if prompt.tiles:
+            tiles = torch.from_numpy(np.concatenate(prompt.tiles)).double()
+            images = {"pixel_values": tiles, "image_sizes": torch.tensor(prompt.image_sizes)}
+        with torch.no_grad():
+            whole = model(input_ids=ids, use_cache=True, **images).logits[0, len(prompt.input_ids) - 1 : -1]
+        assert torch.allclose(steps[row, : len(answer)], whole, rtol=0, atol=tolerance)
 
 
 def prompt_of(question):
@@ -177,7 +249,7 @@ def test_other_tokenizers_go_by_their_own_chat_template(tiny_model, processor, q
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     ids = answerer.prompt(messages, [image]).input_ids
     assert ids == list(expected["input_ids"][0]) and ids.count(theirs.tokenizer.bos_token_id) == 1
-    assert answerer.prompt([{"role": "user", "content": [{"type": "text", "text": "hm"}]}]).tiles.shape[0] == 0
+    assert answerer.prompt([{"role": "user", "content": [{"type": "text", "text": "hm"}]}]).tiles == ()
 
 
 def without_llama31_tokens(tokenizer):
@@ -216,29 +288,29 @@ def test_rows_hold_what_made_them(lively_model, processor, questions, tmp_path):
         assert len(rows(tmp_path)) == done  # out of the process: a kill loses no more than one batch
         progress.append((done, total))
 
-    evaluation = evaluate(lively_model, processor, questions, tmp_path, revision="abc", on_progress=on_progress)
+    evaluation = evaluate(
+        lively_model, processor, questions, tmp_path, revision="abc", max_new_tokens=9, on_progress=on_progress
+    )
+    answerer = GreedyAnswerer(lively_model, processor)
     by_id = {question.question_id: question for question in questions}
     written = rows(tmp_path)
-    assert [(row["image_id"]) for row in written] == sorted(
-        (row["image_id"] for row in written),
-        key=lambda image_id: (tokens_of(by_id, image_id, processor), image_id),
-    )
+    assert [row["question_id"] for row in written] == [question.question_id for question in questions]
     for row in written:
         question = by_id[row["question_id"]]
         assert (row["question"], row["image_id"], row["model"]) == (question.question, question.image_id, "abc")
         assert row["prompt"] == prompt_of(question) and row["seconds"] > 0
+        assert row["image_sha256"] == hashlib.sha256(question.image.data).hexdigest()
+        assert (row["ended"] == "stop") == (row["token_ids"][-1] in STOP_IDS)
+        prompt = json.dumps(prompt_for(answerer, question).input_ids).encode()
+        assert row["prompt_sha256"] == hashlib.sha256(prompt).hexdigest()
         ids = row["token_ids"][:-1] if row["token_ids"][-1] in STOP_IDS else row["token_ids"]
         assert row["answer"] == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    assert progress == [(16, 40), (32, 40), (40, 40)]
+    assert {row["ended"] for row in written} == {"stop", "length"}
+    assert progress[-1] == (40, 40) and len(progress) == 3
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["num_questions"] == 40 and scores["failed"] == scores["missing"] == 0
     assert scores["protocols"] == evaluation.to_json()["protocols"]
     assert scores["protocols_failed_as_zero"] == scores["protocols"]
-
-
-def tokens_of(by_id, image_id, processor):
-    image = next(question.image for question in by_id.values() if question.image_id == image_id)
-    return processor.num_image_tokens(image.size())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.55, 0.81, 0.999, 1.0])
@@ -260,30 +332,35 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(lively_model, processor, 
         on_progress=lambda done, _: calls.append(done),
     )
     assert without_seconds(tmp_path / "cut") == without_seconds(tmp_path / "whole")
-    assert calls == [done for done in (4, 8, 12, 14) if done > len(rows_before(tmp_path, share))]
-
-
-def rows_before(tmp_path, share):
-    content = (tmp_path / "whole" / "predictions.jsonl").read_bytes()
-    lines = content[: int(share * len(content))].count(b"\n")
-    return range(lines if lines == 14 else lines - lines % 4)
+    assert len(calls) <= 4 and (bool(calls) == (share < 1.0))
 
 
 def test_an_interrupted_evaluation_keeps_its_batches(lively_model, processor, questions, tmp_path):
-    def interrupt(done, total):
-        if done == 8:
+    done = []
+
+    def interrupt(count, total):
+        done.append(count)
+        if len(done) == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(lively_model, processor, questions, tmp_path, revision="r", batch_size=4, on_progress=interrupt)
-    assert len(rows(tmp_path)) == 8
+    assert len(rows(tmp_path)) == done[-1] >= 9
+    before = rows(tmp_path)
     evaluate(lively_model, processor, questions, tmp_path, revision="r", batch_size=4)
-    assert len(rows(tmp_path)) == 40
+    assert len(rows(tmp_path)) == 40 and all(row in rows(tmp_path) for row in before)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"revision": "other"}, {"batch_size": 5}, {"max_new_tokens": 3}, {"prompt": "{question}"}, {"blind_seed": 1}],
+    [
+        {"revision": "other"},
+        {"batch_size": 5},
+        {"max_new_tokens": 3},
+        {"preset": PRESETS["lmms-eval"]},
+        {"blind_seed": 1},
+        {"jpeg_rounds": 2},
+    ],
 )
 def test_answers_of_different_settings_are_never_mixed(tiny_model, processor, questions, tmp_path, change):
     settings = {"revision": "r", "batch_size": 4}
@@ -328,7 +405,7 @@ def test_failures_are_counted_and_named(lively_model, processor, questions, tmp_
         assert report.protocols_failed_as_zero[name].accuracy == pytest.approx(score.accuracy * share)
     failed = [row for row in rows(tmp_path / "out") if row["answer"] is None]
     assert {row["question_id"]: row["error"] for row in failed} == report.failed
-    with pytest.raises(UserError, match="not one of 3 questions is answered; question 102: missing_image"):
+    with pytest.raises(UserError, match="not one of 3 questions is answered; question 100: corrupt_image"):
         evaluate(lively_model, processor, asked[:3], tmp_path / "nothing", revision="r")
 
 
@@ -352,10 +429,35 @@ def test_blind_shows_each_question_another_picture(lively_model, processor, ques
         evaluate(lively_model, processor, questions[:1], tmp_path / "one", revision="r", blind_seed=2)
 
 
-def test_a_prompt_without_its_question_is_refused(tiny_model, processor, questions, tmp_path):
+def test_presets_word_the_question_as_their_evaluators_do(lively_model, processor, questions, tmp_path):
+    asked = replace(questions[0], question="what is NASA's {ocr_tokens}?", ocr_tokens=("NASA", "{question}"))
+    ending = "\nAnswer the question using a single word or phrase."
+    assert PRESETS["card"].text(asked) == "what is NASA's {ocr_tokens}?" + ending
+    assert PRESETS["lmms-eval"].text(asked) == "What is nasa's {ocr_tokens}?" + ending
+    told = "what is NASA's {ocr_tokens}?\nReference OCR token: NASA, {question}" + ending
+    assert PRESETS["llava"].text(asked) == told
     with pytest.raises(UserError, match="no {question}"):
-        evaluate(tiny_model, processor, questions, tmp_path, revision="r", prompt="Describe it.")
-    assert CARD_PROMPT == "{question}\nAnswer the question using a single word or phrase."
+        Preset("mine", "Describe it.")
+    with pytest.raises(
+        UserError, match="question 100: the prompt of llava tells OCR tokens, and 40 questions have no"
+    ):
+        evaluate(lively_model, processor, questions, tmp_path, revision="r", preset=PRESETS["llava"])
+    with_tokens = [replace(question, ocr_tokens=("a",)) for question in questions[:3]]
+    evaluate(lively_model, processor, with_tokens, tmp_path, revision="r", preset=PRESETS["llava"], max_new_tokens=2)
+    assert all("\nReference OCR token: a\n" in row["prompt"] for row in rows(tmp_path))
+
+
+def test_jpeg_rounds_are_what_the_model_sees(lively_model, processor, questions, tmp_path):
+    evaluate(lively_model, processor, questions, tmp_path / "2", revision="r", jpeg_rounds=2, max_new_tokens=8)
+    twice = []
+    for question in questions:
+        image = question.image.open()
+        for _ in range(2):
+            image = Image.open(io.BytesIO(encoded(image, "JPEG"))).convert("RGB")
+        twice.append(replace(question, image=ImageRef(question.image_id, data=encoded(image))))
+    evaluate(lively_model, processor, twice, tmp_path / "once", revision="r", max_new_tokens=8)
+    evaluate(lively_model, processor, questions, tmp_path / "0", revision="r", max_new_tokens=8)
+    assert token_ids(tmp_path / "2") == token_ids(tmp_path / "once") != token_ids(tmp_path / "0")
 
 
 # --- files
@@ -478,7 +580,7 @@ def test_evaluate_and_score_commands_agree(folder, files, tmp_path, monkeypatch,
     monkeypatch.setattr(GreedyAnswerer, "answer", None)
     assert evaluate_command(str(folder), data=str(files / "q.jsonl"), limit=9) == 0
     out = capsys.readouterr().out
-    assert "9 of 9 questions answered" in out and "vlmevalkit-2024" in out and "unanswered" not in out
+    assert "9 of 9 questions" in out and "vlmevalkit-2024" in out and "unanswered" not in out
 
 
 def test_failed_questions_set_the_exit_code(folder, files, tmp_path, capsys):

@@ -21,7 +21,7 @@ from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.generation import load_model
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
-from llava_llama31.trainer.evaluation.textvqa import CARD_PROMPT, Evaluation, evaluate, weights_revision
+from llava_llama31.trainer.evaluation.textvqa import PRESETS, Evaluation, evaluate, weights_revision
 from llava_llama31.trainer.hub import local_checkpoint
 from llava_llama31.trainer.module_groups import GROUPS, group_parameters
 from llava_llama31.trainer.reasons import RecordError
@@ -145,6 +145,7 @@ def _evaluate(
             questions,
             output / "evaluation" / name,
             revision=revision,
+            preset=PRESETS[spec.preset],
             batch_size=spec.batch_size,
             max_new_tokens=spec.max_new_tokens,
             blind_seed=blind_seed,
@@ -156,7 +157,7 @@ def _evaluate(
     scores = after.report.to_json()
     scores |= {
         "dataset": spec.name,
-        "prompt": "<image>\n" + CARD_PROMPT,
+        "prompt": "<image>\n" + after.settings["prompt"],
         "decoding": after.settings["decoding"],
         "accuracy_protocol": PROTOCOL,
         "accuracy_after": scores["protocols"][PROTOCOL]["accuracy"],

@@ -1,5 +1,6 @@
 """Images that records name: kept under the image root, measured by their header, decoded whole or refused."""
 
+import hashlib
 import os
 import re
 import stat
@@ -71,6 +72,12 @@ class ImageRef:
             orientation = _orientation(image)
             rgb = _rgb(image)
             return rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
+
+    def sha256(self) -> str:
+        """Hash of the encoded image."""
+        if self.data is not None:
+            return hashlib.sha256(self.data).hexdigest()
+        return hashlib.sha256(Path(self._regular_file()).read_bytes()).hexdigest()
 
     def stat(self) -> tuple[int, int]:
         """(bytes, modification time in ns) of the file, (-1, -1) where there is none."""

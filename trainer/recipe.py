@@ -173,8 +173,11 @@ class Evaluation(_Frozen):
     image_root: str | None = None
     name: str = "validation"
     limit: PositiveInt | None = None
-    batch_size: PositiveInt = 16
-    max_new_tokens: PositiveInt = 16
+    preset: Literal["card", "llava", "lmms-eval"] = "card"
+    """Whose prompt: docs/evaluation.md."""
+    batch_size: PositiveInt | None = None
+    """Default: by the device's memory."""
+    max_new_tokens: PositiveInt = 64
     baselines: bool = False
     """Also score the untrained model, and the trained one with pictures shuffled between questions."""
 

@@ -1,9 +1,16 @@
-"""Batched greedy answers to questions about pictures, on Transformers' own `generate`.
+"""Greedy answers to questions about pictures: each picture read once, its questions as branches of one prefix.
 
-Shapes: B rows, S positions of the longest prompt, T tiles of all pictures of a batch, H W a tile in pixels.
+A prompt is cut behind its last image placeholder. What is before, the prefix, is the same for all questions about a
+picture: it goes through the vision tower and the language model once, by itself, so its keys and values depend on the
+picture alone. The questions then go on from copies of them in batches. Exact: every position sees what it would see in
+a row of its own, and masked positions weigh zero.
+
+Shapes: B rows, P positions of the longest prefix, S of the longest question, N new tokens, T tiles, H W a tile in
+pixels.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +20,18 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import GenerationConfig, LlavaNextForConditionalGeneration, PreTrainedConfig
+from transformers import Cache, DynamicCache, LlavaNextForConditionalGeneration, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import CHAT_TOKENS, STOP_TOKENS, LlavaLlama31Processor
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.hub import local_checkpoint
+
+
+STEPS_BETWEEN_SYNCS = 4
+BATCH_SIZE_ON_CPU, LARGEST_BATCH_SIZE, POSITIONS_OF_A_QUESTION = 16, 64, 256
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,24 +40,26 @@ class Prompt:
 
     Args:
         input_ids: token ids, image placeholders expanded, ending with the assistant's header.
-        tiles: float32 (tiles of its pictures, 3, H, W).
+        tiles: float32 (tiles, 3, H, W) of each picture; prompts that share these very arrays share their prefix.
         image_sizes: (height, width) in pixels of each picture.
     """
 
     input_ids: list[int]
-    tiles: np.ndarray
+    tiles: tuple[np.ndarray, ...]
     image_sizes: tuple[tuple[int, int], ...]
 
 
 class GreedyAnswerer:
-    """Answers prompts in batches: left-padded, greedy whatever the checkpoint's own sampling settings say.
+    """Answers prompts, greedy whatever the checkpoint's own sampling settings say.
 
     Args:
         model: LlavaNext in eval mode (see `undisturbed`), on one device.
         processor: for prompts with Llama-3.1's special tokens its own ids; other tokenizers go by their chat template.
         max_new_tokens: length at which an answer is cut.
+        batch_invariant: answer the rows one by one, so that no sum depends on what stands beside a row.
+        forward: what to call instead of `model`: its sharded form, whose ranks must all answer the same prompts.
 
-    Source: `transformers.generation.GenerationMixin.generate`.
+    Source: the search is that of `transformers.generation.GenerationMixin.generate` with `do_sample=False`.
     """
 
     def __init__(
@@ -51,31 +67,26 @@ class GreedyAnswerer:
         model: LlavaNextForConditionalGeneration,
         processor: LlavaLlama31Processor,
         *,
-        max_new_tokens: int = 16,
+        max_new_tokens: int = 64,
+        batch_invariant: bool = False,
+        forward: torch.nn.Module | None = None,
     ):
         vocabulary = processor.tokenizer.get_vocab()
         self.model = model
         self.processor = processor
+        self.max_new_tokens = max_new_tokens
+        self.batch_invariant = batch_invariant
         self.stop_ids = _stop_ids(model, processor)
+        self._forward = forward or model
+        # ranks of a sharded model must call it equally often, whatever each of them reads out of its numbers
+        self._stops_early = forward is None
         self._encodes_llama31 = all(token in vocabulary for token in CHAT_TOKENS)
-        pad_id = processor.tokenizer.pad_token_id
-        self.pad_id = min(self.stop_ids) if pad_id is None else pad_id
-        # every setting that bends a greedy search is named: `generate` fills what is None from the checkpoint
-        self._settings = GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=0,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            temperature=1.0,
-            top_k=50,
-            top_p=1.0,
-            use_cache=True,
-            return_dict_in_generate=False,
-            eos_token_id=self.stop_ids,
-            pad_token_id=self.pad_id,
-        )
+        self._stop = torch.tensor(self.stop_ids, device=model.device)
+        self._last_prefix: tuple[Hashable, Prompt, DynamicCache] | None = None
+        window = model.config.text_config.to_dict().get("sliding_window")
+        if window is not None and window < model.config.text_config.max_position_embeddings:
+            what = f"the language model has a sliding window of {window} positions, which branches do not respect"
+            raise UserError(what, fix="evaluate a model with full attention")
 
     def prompt(self, messages: list[dict[str, Any]], images: Sequence[Image.Image] = ()) -> Prompt:
         """Tokens and tiles of a conversation whose image parts are `images`, in order."""
@@ -91,40 +102,122 @@ class GreedyAnswerer:
         """`prompt` for pictures that are already cut into tiles."""
         sizes = tuple(image_sizes)
         encode = self.processor.encode_prompt if self._encodes_llama31 else self._encode_by_template
-        size = self.processor.image_processor.crop_size
-        empty = np.zeros((0, 3, size["height"], size["width"]), np.float32)
-        return Prompt(encode(messages, sizes), np.concatenate([empty, *tiles]), sizes)
+        return Prompt(encode(messages, sizes), tuple(tiles), sizes)
 
+    def auto_batch_size(self, num_image_tokens: int) -> int:
+        """Prompts to answer at once: what half the memory beside the weights holds of keys and values, 64 at most."""
+        if self.model.device.type != "cuda":
+            return BATCH_SIZE_ON_CPU
+        text = self.model.config.text_config
+        positions = num_image_tokens + POSITIONS_OF_A_QUESTION + self.max_new_tokens
+        per_position = (
+            2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * self.model.dtype.itemsize
+        )
+        # twice: the prefix of a picture and its copy in the batch
+        row = 2 * positions * per_position
+        free = torch.cuda.get_device_properties(self.model.device).total_memory - self.model.get_memory_footprint()
+        return max(1, min(LARGEST_BATCH_SIZE, int(free / 2 / row)))
+
+    @torch.no_grad()
     def answer(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Generated ids of each prompt, the stop id included where one was reached."""
-        longest = max(len(prompt.input_ids) for prompt in prompts)
-        input_ids = torch.full((len(prompts), longest), self.pad_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):
-            start = longest - len(prompt.input_ids)
-            input_ids[row, start:] = torch.tensor(prompt.input_ids)
-            attention_mask[row, start:] = 1
-        device = self.model.device
-        images: dict[str, Any] = {}
-        image_sizes = [size for prompt in prompts for size in prompt.image_sizes]
-        if image_sizes:
-            tiles = torch.from_numpy(np.concatenate([prompt.tiles for prompt in prompts]))
-            images = {
-                "pixel_values": tiles.to(device, self.model.dtype),
-                "image_sizes": torch.tensor(image_sizes),  # on the CPU: the model reads its numbers one by one
-            }
-        generated = self.model.generate(  # type: ignore[misc]
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            generation_config=self._settings,
-            **images,
-        )
-        return [self._until_stop(row) for row in generated[:, longest:].tolist()]
+        prefixes: dict[Hashable, DynamicCache] = {}
+        for prompt in prompts:
+            key = self._prefix_key(prompt)
+            if key not in prefixes:
+                prefixes[key] = self._prefix(key, prompt)
+        caches = [prefixes[self._prefix_key(prompt)] for prompt in prompts]
+        rows = 1 if self.batch_invariant else len(prompts)
+        answers: list[list[int]] = []
+        for start in range(0, len(prompts), rows):
+            answers += self._branches(prompts[start : start + rows], caches[start : start + rows])
+        return answers
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Answer as text, stripped, without stop and special tokens."""
         ids = [token_id for token_id in token_ids if token_id not in self.stop_ids]
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def _prefix_length(self, prompt: Prompt) -> int:
+        """Positions up to the last image placeholder; without a picture all but the last."""
+        if not prompt.tiles:
+            return len(prompt.input_ids) - 1
+        return len(prompt.input_ids) - prompt.input_ids[::-1].index(self.processor.image_token_id)
+
+    def _prefix_key(self, prompt: Prompt) -> Hashable:
+        return tuple(map(id, prompt.tiles)), tuple(prompt.input_ids[: self._prefix_length(prompt)])
+
+    def _prefix(self, key: Hashable, prompt: Prompt) -> DynamicCache:
+        """Keys and values of the prefix; the last one is kept, for the questions of a picture that fills a batch."""
+        if self._last_prefix is not None and self._last_prefix[0] == key:
+            return self._last_prefix[2]
+        self._last_prefix = None
+        device = self.model.device
+        images: dict[str, Any] = {}
+        if prompt.tiles:
+            tiles = torch.from_numpy(np.concatenate(prompt.tiles))
+            images = {
+                "pixel_values": tiles.to(device, self.model.dtype),
+                "image_sizes": torch.tensor(prompt.image_sizes),  # on the CPU: the model reads its numbers one by one
+            }
+        cache = DynamicCache()
+        ids = torch.tensor([prompt.input_ids[: self._prefix_length(prompt)]])
+        self._forward(input_ids=ids.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1, **images)
+        self._last_prefix = key, prompt, cache  # with the prompt, lest its arrays' ids be given to others
+        return cache
+
+    def _branches(self, prompts: Sequence[Prompt], prefixes: Sequence[DynamicCache]) -> list[list[int]]:
+        """Answers of prompts whose prefixes have been read: columns of P prefix, S question and N new positions."""
+        device = self.model.device
+        past = [cache.get_seq_length() for cache in prefixes]
+        questions = [prompt.input_ids[length:] for prompt, length in zip(prompts, past, strict=True)]
+        num_past, num_asked = max(past), max(map(len, questions))
+        input_ids = torch.zeros((len(prompts), num_asked), dtype=torch.long)
+        position_ids = torch.zeros_like(input_ids)
+        visible = torch.ones((len(prompts), num_past + num_asked + self.max_new_tokens), dtype=torch.bool)
+        for row, (length, ids) in enumerate(zip(past, questions, strict=True)):
+            start = num_asked - len(ids)
+            input_ids[row, start:] = torch.tensor(ids)
+            position_ids[row, start:] = torch.arange(length, length + len(ids))
+            visible[row, length : num_past + start] = False
+        input_ids, position_ids, visible = input_ids.to(device), position_ids.to(device), visible.to(device)
+        cache = _fork(prefixes, num_past, num_asked + self.max_new_tokens)
+        finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        answers: list[torch.Tensor] = []
+        for step in range(self.max_new_tokens):
+            num_keys = num_past + num_asked + step
+            output = self._forward(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=self._mask(visible[:, :num_keys], input_ids.shape[1]),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            token_ids = output.logits[:, -1].float().argmax(dim=-1)
+            answers.append(token_ids)
+            finished |= torch.isin(token_ids, self._stop)
+            if self._is_done(finished, step):
+                break
+            input_ids, position_ids = token_ids[:, None], position_ids[:, -1:] + 1
+        return [self._until_stop(row) for row in torch.stack(answers, dim=1).tolist()]
+
+    def _mask(self, visible: torch.Tensor, num_queries: int) -> torch.Tensor:
+        """Attention mask of the last `num_queries` columns: (B, 1, queries, keys), or (B, keys) for other backends.
+
+        Ready-made for sdpa: given the two-dimensional form, Transformers asks the device whether it is all ones.
+        """
+        if self.model.config.text_config._attn_implementation != "sdpa":
+            return visible.long()
+        num_keys = visible.shape[1]
+        causal = torch.ones((num_queries, num_keys), dtype=torch.bool, device=visible.device)
+        return visible[:, None, None] & causal.tril(num_keys - num_queries)
+
+    def _is_done(self, finished: torch.Tensor, step: int) -> bool:
+        # a GPU is asked now and then: each question makes the host wait
+        if not self._stops_early or (finished.is_cuda and (step + 1) % STEPS_BETWEEN_SYNCS):
+            return False
+        return bool(finished.all())
 
     def _until_stop(self, token_ids: list[int]) -> list[int]:
         for position, token_id in enumerate(token_ids):
@@ -145,6 +238,36 @@ class GreedyAnswerer:
         return ids
 
 
+class _BranchLayer(DynamicLayer):
+    """Keys and values of one layer in tensors that have room for all that will come."""
+
+    def __init__(self, prefixes: Sequence[DynamicLayer], num_past: int, room: int):
+        super().__init__()
+        first = prefixes[0].keys
+        shape = (len(prefixes), first.shape[1], num_past + room, first.shape[3])
+        # zeros: a masked key weighs zero only if it is finite
+        self._keys, self._values = first.new_zeros(shape), first.new_zeros(shape)
+        for row, prefix in enumerate(prefixes):
+            self._keys[row, :, : prefix.keys.shape[2]] = prefix.keys[0]
+            self._values[row, :, : prefix.keys.shape[2]] = prefix.values[0]
+        self.dtype, self.device, self.is_initialized = first.dtype, first.device, True
+        self.keys, self.values = self._keys[:, :, :num_past], self._values[:, :, :num_past]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        self._keys[:, :, start:end], self._values[:, :, start:end] = key_states, value_states
+        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+        return self.keys, self.values
+
+
+def _fork(prefixes: Sequence[DynamicCache], num_past: int, room: int) -> Cache:
+    """One row per prefix, each padded on the right to `num_past` positions, with room for more."""
+    layers = zip(*(cache.layers for cache in prefixes), strict=True)
+    return Cache(layers=[_BranchLayer(row_layers, num_past, room) for row_layers in layers])
+
+
 @contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Put a model into eval mode; afterwards every module's mode and torch's random state are what they were."""
@@ -160,9 +283,11 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
 
 
 def load_model(
-    folder: str | Path, *, dtype: str = "auto", device: str | None = None
+    folder: str | Path, *, dtype: str = "auto", device: str | torch.device | None = None
 ) -> tuple[LlavaLlama31ForConditionalGeneration, LlavaLlama31Processor]:
-    """Open any folder that stock Transformers opens as LlavaNext.
+    """Open any folder that stock Transformers opens as LlavaNext, or a folder of PEFT adapters for one.
+
+    Adapters stay beside the weights, unmerged: merging rounds in half precision.
 
     Args:
         folder: what `save_pretrained` wrote, here or elsewhere.
@@ -170,8 +295,25 @@ def load_model(
         device: torch's name of a device; by default the GPU where there is one.
 
     Raises:
-        UserError: there is no such model, or it is not a LlavaNext.
+        UserError: there is no such model, it is not a LlavaNext, or it lacks weights.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not Path(folder, ADAPTER_CONFIG).is_file():
+        model = _load_whole(folder, dtype)
+        processor_folder = Path(folder)
+    else:
+        base = _adapted_base(folder)
+        model = _load_adapters(_load_whole(base, dtype), folder)
+        processor_folder = Path(folder if Path(folder, "processor_config.json").is_file() else base)
+    try:
+        processor = LlavaLlama31Processor.from_pretrained(processor_folder)
+    except (OSError, ValueError) as error:
+        what = f"has no processor of a LlavaNext: {error}"
+        raise UserError(what, where=str(processor_folder), fix="export it again") from error
+    return model.to(device).eval(), processor
+
+
+def _load_whole(folder: str | Path, dtype: str) -> LlavaLlama31ForConditionalGeneration:
     where = str(folder)
     if not Path(folder, "config.json").is_file():
         raise UserError("no config.json", where=where, fix="name a folder that save_pretrained or export wrote")
@@ -182,14 +324,37 @@ def load_model(
         loaded: Any = LlavaLlama31ForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, output_loading_info=True
         )
-        processor = LlavaLlama31Processor.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot be opened as LlavaNext: {error}", where=where, fix="check the path") from error
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"lacks {len(missing)} weights, the first {missing[0]}", where=where, fix="export it again")
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+    return model
+
+
+def _adapted_base(folder: str | Path) -> str:
+    """Folder of the model that adapters were made for."""
+    where = str(Path(folder, ADAPTER_CONFIG))
+    try:
+        base = json.loads(Path(where).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"names no base model: {error}", where=where, fix="save the adapters again") from error
+    return str(local_checkpoint(base, where=f"{where}: base_model_name_or_path"))
+
+
+def _load_adapters(
+    model: LlavaLlama31ForConditionalGeneration, folder: str | Path
+) -> LlavaLlama31ForConditionalGeneration:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UserError("adapters need peft", where=str(folder), fix="pip install 'llava-llama31[peft]'") from error
+    try:
+        return PeftModel.from_pretrained(model, folder).get_base_model()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        what = f"the adapters do not fit their base model: {error}"
+        raise UserError(what, where=str(folder), fix="name the base model they were trained on") from error
 
 
 def _stop_ids(model: LlavaNextForConditionalGeneration, processor: LlavaLlama31Processor) -> list[int]:

@@ -5,9 +5,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_llama31.trainer.errors import UserError
+
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
@@ -16,36 +20,63 @@ PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
 class PredictionsFile:
     """The answers of one evaluation, in a folder with the settings they were made with.
 
-    Opening it drops a batch that a kill cut short, so that an evaluation that goes on asks in the same batches.
+    Answers are written a batch at a time, and only whole batches outlive a kill. Batches do not depend on the number
+    of processes, so an evaluation that goes on with more or fewer of them asks in the same ones. The first process
+    writes to predictions.jsonl, each other one to a file beside it, and `finish` merges them.
 
     Args:
         folder: made if it is not there.
         settings: everything that the answers depend on.
-        batch_size: rows that are appended together.
+        batches: question ids that are answered together.
+        processes: those that evaluate together; all of them have to come here. Default: this one alone.
 
     Raises:
         UserError: the folder holds answers made with other settings.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any], batch_size: int):
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: dict[str, Any],
+        batches: Sequence[Sequence[int | str]],
+        processes: "PartialState | None" = None,
+    ):
         self.path = Path(folder, PREDICTIONS)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._check_settings(settings)
-        self.rows: list[dict[str, Any]] = []
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n")]
-        if len(whole) < settings["num_questions"]:
-            whole = whole[: len(whole) - len(whole) % batch_size]
-        self.rows = [json.loads(line) for line in whole]
-        # a lone surrogate is written as its JSON escape
-        self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
-        self._file.truncate(sum(map(len, whole)))
+        self._batches, self._processes = batches, processes
+        self._rank = processes.process_index if processes else 0
+        if self._rank == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._check_settings(settings)
+            rows = self._rows()
+            whole = [batch for batch in batches if all(question_id in rows for question_id in batch)]
+            self._write([rows[question_id] for batch in whole for question_id in batch])
+        self._wait()
+        rows = self._rows()
+        self.num_answered = sum(len(batch) for batch in batches if batch[0] in rows)
+        # every other process reads before the first one appends
+        self._wait()
+        left = [batch for batch in batches if batch[0] not in rows]
+        self.left = left[self._rank :: processes.num_processes] if processes else left
+        path = self.path.with_name(f"predictions.{self._rank}.jsonl") if self._rank else self.path
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write one batch of rows, out of the process before the next batch begins."""
-        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self._file.write(_lines(rows))
         self._file.flush()
-        self.rows += rows
+        self.num_answered += len(rows)
+
+    def finish(self, question_ids: Sequence[int | str]) -> list[dict[str, Any]]:
+        """All rows in the order of `question_ids`, in the file too, once every process has written its own."""
+        self._file.close()
+        self._wait()
+        rows = self._rows()
+        ordered = [rows[question_id] for question_id in question_ids]
+        self._wait()
+        if self._rank == 0:
+            self._write(ordered)
+        self._wait()
+        return ordered
 
     def __enter__(self) -> "PredictionsFile":
         return self
@@ -54,6 +85,27 @@ class PredictionsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._file.close()
+
+    def _rows(self) -> dict[int | str, dict[str, Any]]:
+        """Whole lines of all processes by question id."""
+        rows = {}
+        for path in (self.path, *self.path.parent.glob("predictions.*.jsonl")):
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            for row in (json.loads(line) for line in lines if line.endswith(b"\n")):
+                rows[row["question_id"]] = row
+        return rows
+
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Make `rows` all there is; whenever it is killed, nothing that was there is lost."""
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(_lines(rows), encoding="utf-8", errors="backslashreplace")
+        os.replace(partial, self.path)
+        for path in self.path.parent.glob("predictions.*.jsonl"):
+            path.unlink()
+
+    def _wait(self) -> None:
+        if self._processes is not None:
+            self._processes.wait_for_everyone()
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.path.with_name(SETTINGS)
@@ -69,3 +121,8 @@ class PredictionsFile:
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             os.replace(partial, path)
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> str:
+    # a lone surrogate is written as its JSON escape
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
