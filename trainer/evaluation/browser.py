@@ -258,7 +258,7 @@ def _answered(question: Question, row: Mapping[str, Any] | None) -> dict[str, An
     for text, count in answers:
         matches = [normalize(text, name) == wanted for name, wanted in zip(PROTOCOLS, compared, strict=True)]
         grouped.append({"text": text, "count": count, "matches": matches})
-    entry = {"prediction": prediction, "scores": scores, "answers": grouped}
+    entry: dict[str, Any] = {"prediction": prediction, "scores": scores, "answers": grouped}
     if row.get("finish") == CUT:
         entry["cut"] = True
     if len(set(scores)) > 1:

@@ -1,0 +1,707 @@
+"""The wrong-answer browser: what the file holds, and what a real Chromium makes of it.
+
+The tests that need Chromium are skipped where it or its driver is missing, unless REQUIRE_BROWSER is set, as in CI.
+"""
+
+import base64
+import configparser
+import http.server
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+import urllib.request
+from dataclasses import replace
+from hashlib import sha256
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation import browser as browser_module
+from llava_llama31.trainer.evaluation.browser import write_browser
+from llava_llama31.trainer.evaluation.questions import Question
+from llava_llama31.trainer.evaluation.scoring import score_answers
+from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS, vqa_accuracy
+from llava_llama31.trainer.images import ImageRef
+
+
+HOSTILE = (
+    '</script><img src=x onerror="window.owned=1">\'`\\',
+    "<!--<script>window.owned=1</script>",
+    '"><svg onload="window.owned=1"></svg>&lt;&amp;${1}',
+    "line\u2028paragraph\u2029nul\0tab\tend\r\n.",
+    "lone \ud800 and \udfff surrogates",
+    "\u202eright to left\u2066 שלום",
+    "  spaces at both ends  ",
+)
+
+
+def encoded(image, form="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def make_question(number, text="what is it?", answers=("stop",) * 10, image_id="p0", image=None):
+    return Question(number, image_id, image, text, tuple(answers))
+
+
+@pytest.fixture(scope="module")
+def picture(make_image):
+    return ImageRef("p0", data=encoded(make_image(30, 40)))
+
+
+@pytest.fixture(scope="module")
+def evaluation(make_image):
+    """(questions, rows) with one question for each thing that can be said of an answer."""
+    pictures = {name: ImageRef(name, data=encoded(make_image(30, 40, seed=i))) for i, name in enumerate("ab")}
+    pictures["cut"] = ImageRef("cut", data=pictures["a"].data[:400])
+    asked = [
+        (1, "a", "right?", ["stop"] * 10),
+        (2, "a", "the wrong one?", ["stop"] * 10),
+        (3, "b", "in part?", ["stop"] * 8 + ["halt"] * 2),
+        (4, "b", "period?", ["8"] * 10),
+        (5, "cut", "comma here?", ["new yorkny"] * 9 + ["NY"]),
+        (6, "a", "failed?", ["Übergröße"] * 10),
+        (7, "a", "missing?", ["stop"] * 10),
+        (2**60 + 1, "b", "which?", ["no"] * 10),
+    ]
+    questions = [make_question(id_, text, answers, key, pictures[key]) for id_, key, text, answers in asked]
+    rows = [
+        {"question_id": 4, "answer": "8."},
+        {"question_id": 1, "answer": "Stop."},
+        {"question_id": 2, "answer": "go", "finish": "length"},
+        {"question_id": 2, "answer": "stop"},
+        {"question_id": 3, "answer": "halt", "finish": "stop"},
+        {"question_id": 5, "answer": "New York,NY"},
+        {"question_id": 6, "answer": None, "error": "RuntimeError: CUDA out of memory"},
+        {"question_id": 2**60 + 1, "answer": "", "shown_image_id": "a"},
+        {"question_id": 77, "answer": "stop"},
+    ]
+    return questions, rows
+
+
+class Elements(HTMLParser):
+    """Tags of a page, and the text of its scripts and styles by id, or by tag where there is none."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=False)
+        self.tags, self.texts, self._name = [], {}, ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._name = dict(attributes).get("id", tag)
+
+    def handle_endtag(self, tag):
+        self._name = ""
+
+    def handle_data(self, data):
+        self.texts[self._name] = self.texts.get(self._name, "") + data
+
+
+def read(path):
+    elements = Elements(path.read_text(encoding="utf-8"))
+    return elements, json.loads(elements.texts["data"])
+
+
+# --- the file
+
+
+def test_the_file_holds_what_was_asked_answered_and_scored(evaluation, tmp_path):
+    questions, rows = evaluation
+    written = write_browser(questions, rows, tmp_path / "deep" / "b.html", title="mine")
+    _, data = read(written.path)
+    entries = {entry["id"]: entry for entry in data["questions"]}
+    assert list(entries) == [str(question.question_id) for question in questions]
+    assert (data["title"], data["protocols"], data["unknown"]) == ("mine", list(PROTOCOLS), ["77"])
+    for question in questions:
+        entry = entries[str(question.question_id)]
+        assert entry["question"] == question.question
+        assert data["pictures"][entry["picture"]]["id"] == question.image_id
+        assert sorted(a["text"] for a in entry["answers"] for _ in range(a["count"])) == sorted(question.answers)
+        counts = [answer["count"] for answer in entry["answers"]]
+        assert counts == sorted(counts, reverse=True)
+        if "scores" in entry:
+            assert entry["scores"] == [vqa_accuracy(entry["prediction"], question.answers, name) for name in PROTOCOLS]
+    assert entries["2"]["prediction"] == "go" and entries["2"]["times"] == 2 and entries["2"]["cut"]
+    assert "cut" not in entries["3"] and entries["3"]["answers"][1]["matches"] == [True] * 3
+    assert entries["6"]["error"] == "RuntimeError: CUDA out of memory"
+    assert entries["7"]["error"] == "no row answers this question"
+    assert entries[str(2**60 + 1)]["shown"] == {"id": "a", "picture": 0}
+    assert {id_ for id_, entry in entries.items() if "compared" in entry} == {"4", "5"}
+    assert [forms["prediction"] for forms in entries["4"]["compared"]] == ["8", "8.", "8"]
+    assert entries["5"]["compared"][2] == {
+        "prediction": "new yorkny",
+        "answers": [{"text": "new yorkny", "count": 9}, {"text": "ny", "count": 1}],
+    }
+    assert (written.num_questions, written.num_unanswered, written.num_pictures) == (8, 2, 2)
+    assert written.unknown == ("77",) and list(written.unreadable) == ["cut"]
+
+
+def test_means_are_those_of_the_score(evaluation, tmp_path):
+    questions, rows = evaluation
+    _, data = read(write_browser(questions, rows, tmp_path / "b.html").path)
+    report = score_answers(questions, rows)
+    scores = [entry["scores"] for entry in data["questions"] if "scores" in entry]
+    for i, name in enumerate(data["protocols"]):
+        assert sum(score[i] for score in scores) / len(scores) == pytest.approx(report.protocols[name].accuracy)
+
+
+def test_an_evaluation_without_one_answer_can_be_browsed(evaluation, tmp_path):
+    questions, _ = evaluation
+    assert write_browser(questions, [], tmp_path / "b.html").num_unanswered == 8
+
+
+def hostile_evaluation(picture):
+    questions = [
+        make_question(text, text, (text, "a") * 5, text, replace(picture, name=text) if i else None)
+        for i, text in enumerate(HOSTILE)
+    ]
+    rows = [{"question_id": text, "answer": text, "shown_image_id": HOSTILE[i - 1]} for i, text in enumerate(HOSTILE)]
+    rows[1] |= {"answer": None, "error": HOSTILE[0]}
+    return questions, [*rows, {"question_id": HOSTILE[0] + "?", "answer": "x"}]
+
+
+def test_hostile_text_stays_text_in_the_file(picture, tmp_path):
+    questions, rows = hostile_evaluation(picture)
+    path = write_browser(questions, rows, tmp_path / "b.html", title=HOSTILE[0] + HOSTILE[4]).path
+    elements, data = read(path)
+    expected, _ = read(write_browser([make_question(1, image=picture)], [], tmp_path / "plain.html").path)
+    plain_tags = [tag for tag, attributes in expected.tags if not attributes.get("id", "").startswith("picture-")]
+    assert [tag for tag, a in elements.tags if not a.get("id", "").startswith("picture-")] == plain_tags
+    assert [entry["question"] for entry in data["questions"]] == list(HOSTILE)
+    assert [entry["id"] for entry in data["questions"]] == list(HOSTILE)
+    assert data["title"] == HOSTILE[0] + HOSTILE[4] and data["unknown"] == [HOSTILE[0] + "?"]
+    island = elements.texts["data"]
+    assert island.isascii() and "<" not in island
+
+
+def test_only_the_own_style_and_script_are_allowed(evaluation, tmp_path):
+    elements, _ = read(write_browser(*evaluation, tmp_path / "b.html").path)
+    policy = next(a["content"] for tag, a in elements.tags if tag == "meta" and "http-equiv" in a)
+    directives = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+    assert directives["default-src"] == "'none'" and directives["img-src"] == "data:"
+    for name in ("style", "script"):
+        digest = base64.b64encode(sha256(elements.texts[name].encode()).digest()).decode()
+        assert directives[f"{name}-src"] == f"'sha256-{digest}'"
+    assert not [a for _, a in elements.tags if any(name.startswith("on") or name in ("src", "style") for name in a)]
+    assert "innerHTML" not in elements.texts["script"] and "http" not in elements.texts["script"]
+
+
+def stored_pictures(path):
+    elements, data = read(path)
+    found = {}
+    for index, picture in enumerate(data["pictures"]):
+        text = elements.texts.get(f"picture-{index}")
+        found[picture["id"]] = Image.open(io.BytesIO(base64.b64decode(text))) if text else picture["error"]
+        if text:
+            assert found[picture["id"]].size == (picture["width"], picture["height"])
+    return found
+
+
+def test_each_picture_is_stored_once_and_small(make_image, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sources = {
+        "wide": encoded(make_image(200, 900)),
+        "small": encoded(make_image(20, 30)),
+        "thin": encoded(make_image(700, 1)),
+        "turned": encoded(make_image(100, 300), "JPEG", exif=exif, comment=b"private"),
+        "clear": encoded(make_image(20, 30).convert("RGBA")),
+    }
+    pictures = {name: ImageRef(name, data=data) for name, data in sources.items()}
+    questions = [
+        make_question(10 * i + j, "?", "a", n, p) for i in range(4) for j, (n, p) in enumerate(pictures.items())
+    ]
+    calls = []
+    path = tmp_path / "b.html"
+    write_browser(questions, [], path, image_side=128, on_progress=lambda done, total: calls.append((done, total)))
+    stored = stored_pictures(path)
+    sizes = {name: picture.size for name, picture in stored.items()}
+    assert sizes == {"wide": (128, 28), "small": (30, 20), "thin": (1, 128), "turned": (43, 128), "clear": (30, 20)}
+    assert {picture.format for picture in stored.values()} == {"JPEG"} and "comment" not in stored["turned"].info
+    assert calls == [(done, 5) for done in range(1, 6)]
+    assert path.read_text().count('id="picture-') == 5
+
+
+def test_unreadable_pictures_are_named(picture, tmp_path):
+    questions = [
+        make_question(1, image_id="cut", image=replace(picture, data=picture.data[:400])),
+        make_question(2, image_id="gone", image=ImageRef("gone", path=tmp_path / "no.png", root=tmp_path)),
+        make_question(3, image_id="none"),
+        make_question(4, image_id="late"),
+        make_question(5, image_id="late", image=picture),
+    ]
+    written = write_browser(questions, [], tmp_path / "b.html")
+    stored = stored_pictures(written.path)
+    assert {key: reason.split(":")[0] for key, reason in written.unreadable.items()} == {
+        "cut": "corrupt_image",
+        "gone": "missing_image",
+        "none": "missing_image",
+    }
+    assert {key: stored[key] for key in written.unreadable} == written.unreadable
+    assert stored["late"].size == (40, 30) and written.num_pictures == 1
+
+
+def test_a_broken_off_write_leaves_the_old_file(evaluation, tmp_path):
+    path = tmp_path / "b.html"
+    path.write_text("old")
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_browser(*evaluation, path, on_progress=stop)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_is_said(evaluation, tmp_path):
+    questions, rows = evaluation
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.html").mkdir()
+    for path in (tmp_path / "file" / "b.html", tmp_path / "folder.html"):
+        with pytest.raises(UserError, match="cannot be written.*fix: "):
+            write_browser(questions, rows, path)
+    with pytest.raises(UserError, match="no questions"):
+        write_browser([], rows, tmp_path / "b.html")
+    with pytest.raises(UserError, match="0 pixels"):
+        write_browser(questions, rows, tmp_path / "b.html", image_side=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.html"]
+
+
+def test_the_page_is_shipped():
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    patterns = config["options.package_data"]["llava_llama31.trainer.evaluation"].split(", ")
+    folder = Path(browser_module.__file__).parent
+    assert {path.name for pattern in patterns for path in folder.glob(pattern)} >= {
+        "browser.html",
+        "browser.css",
+        "browser.js",
+    }
+
+
+def contrast(one, other):
+    """WCAG 2's contrast ratio of two colours `#rrggbb`."""
+
+    def luminance(colour):
+        levels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [level / 12.92 if level <= 0.04045 else ((level + 0.055) / 1.055) ** 2.4 for level in levels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    lighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_text_stands_out_in_light_and_dark():
+    style = Path(browser_module.__file__).with_name("browser.css").read_text()
+    schemes = [dict(re.findall(r"--(\w+): (#\w{6});", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)]
+    pairs = [(ink, paper) for ink in ("ink", "quiet") for paper in ("page", "card", "tint")]
+    pairs += [(ink, "card") for ink in ("full", "part", "none", "accent")] + [("full", "match"), ("accent", "page")]
+    assert len(schemes) == 2
+    for scheme in schemes:
+        for ink, paper in pairs:
+            assert contrast(scheme[ink], scheme[paper]) >= 4.5, (ink, paper)
+
+
+def write_files(folder, questions, rows):
+    """(predictions, data) on disk; pictures that cannot be read are not there at all."""
+    lines = []
+    for question in questions:
+        if question.image_id != "cut":
+            (folder / f"{question.image_id}.png").write_bytes(question.image.data)
+        fields = ("question_id", "image_id", "question", "answers")
+        lines.append(json.dumps({field: getattr(question, field) for field in fields}))
+    (folder / "questions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(folder / "predictions.jsonl"), str(folder / "questions.jsonl")
+
+
+def test_browse_command(evaluation, tmp_path, capsys):
+    predictions, data = write_files(tmp_path, *evaluation)
+    assert main(["browse", predictions, "--data", data]) == 0
+    out = capsys.readouterr().out
+    assert "8 questions, 2 pictures" in out and "without an answer: 2" in out
+    assert "pictures not shown: 1: cut (missing_image" in out and "not in the data: 1: 77" in out
+    assert read(tmp_path / "predictions.html")[1]["title"] == "predictions.jsonl on questions.jsonl"
+    output = tmp_path / "three.html"
+    assert main(["browse", predictions, "--data", data, "--limit", "3", "--output", str(output)]) == 0
+    limited = read(output)[1]
+    assert [entry["id"] for entry in limited["questions"]] == ["1", "2", "3"] and limited["unknown"] == ["77"]
+    assert main(["browse", predictions, "--data", str(tmp_path / "no.jsonl")]) == 2
+    assert "no.jsonl: cannot be read" in capsys.readouterr().err
+
+
+# --- Chromium
+
+
+CHROMIUM_ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--window-size=1280,900",
+]
+KEYS = {"Escape": "\ue00c", "ArrowLeft": "\ue012", "ArrowUp": "\ue013", "ArrowRight": "\ue014", "ArrowDown": "\ue015"}
+KEYS |= {"Tab": "\ue004", "Enter": "\ue007"}
+
+
+class Chromium:
+    """One browser window, driven over the W3C WebDriver protocol."""
+
+    def __init__(self, port, binary, profile):
+        self._http = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._address = f"http://127.0.0.1:{port}/session"
+        options = {"binary": binary, "args": [*CHROMIUM_ARGUMENTS, f"--user-data-dir={profile}"]}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        session = self.call("POST", "", {"capabilities": {"alwaysMatch": wanted}})
+        self._address += f"/{session['sessionId']}"
+
+    def call(self, method, path, body=None):
+        data = None if method != "POST" else json.dumps(body or {}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self._address + path, data, headers, method=method)
+        with self._http.open(request, timeout=60) as response:
+            return json.load(response)["value"]
+
+    def open(self, path):
+        self.call("POST", "/url", {"url": path.as_uri()})
+
+    def run(self, script, *arguments):
+        return self.call("POST", "/execute/sync", {"script": script, "args": arguments})
+
+    def find(self, selector):
+        """A reference to the element, as WebDriver passes it."""
+        found = self.call("POST", "/element", {"using": "css selector", "value": selector})
+        return next(iter(found.values()))
+
+    def click(self, selector):
+        self.call("POST", f"/element/{self.find(selector)}/click")
+
+    def press(self, *keys):
+        codes = [KEYS.get(key, key) for key in keys]
+        presses = [{"type": kind, "value": code} for code in codes for kind in ("keyDown", "keyUp")]
+        self.call("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": presses}]})
+
+    def role_and_name(self, selector):
+        element = self.find(selector)
+        return tuple(self.call("GET", f"/element/{element}/computed{what}") for what in ("role", "label"))
+
+    def console(self):
+        """What the page has said or failed at since the last call."""
+        return [entry["message"] for entry in self.call("POST", "/se/log", {"type": "browser"})]
+
+    def requests(self):
+        """URLs that were asked for since the last call, `data:` ones left out."""
+        entries = self.call("POST", "/se/log", {"type": "performance"})
+        events = [json.loads(entry["message"])["message"] for entry in entries]
+        urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        return [url for url in urls if not url.startswith("data:")]
+
+    # what the page shows
+
+    def ids(self):
+        return self.run("return [...document.querySelectorAll('#questions .id')].map((id) => id.textContent)")
+
+    def text(self, selector):
+        return self.run("return document.querySelector(arguments[0]).textContent", selector)
+
+    def focused(self):
+        """Id of the question that has the focus, or of another element."""
+        return self.run("const e = document.activeElement; return e.querySelector('.id')?.textContent ?? e.id")
+
+    def choose(self, name, value):
+        self.click(f"#{name} option[value='{value}']")
+
+    def show(self, name):
+        self.click(f"#filters label:has([value={name}])")
+
+    def search(self, text):
+        self.click("#search")
+        self.run("document.getElementById('search').select()")
+        self.press(*text)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if binary is None or driver is None:
+        missing = "no chromium" if binary is None else "no chromedriver"
+        assert "REQUIRE_BROWSER" not in os.environ, missing
+        pytest.skip(f"{missing}: install Debian's packages chromium and chromium-driver")
+    process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        ports = (re.search(r"started successfully on port (\d+)", line) for line in process.stdout)
+        port = next(match for match in ports if match)[1]
+        window = Chromium(port, binary, tmp_path_factory.mktemp("profile"))
+        window.call("POST", "/url", {"url": "about:blank"})  # the page for a new tab asks for its own parts
+        yield window
+        window.call("DELETE", "")
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=20)
+        process.stdout.close()
+
+
+@pytest.fixture
+def window(chromium):
+    """Chromium; whatever the test does, no page may err or ask for anything but its own file."""
+    chromium.console(), chromium.requests()
+    yield chromium
+    assert chromium.console() == []
+    assert {re.sub(r"#.*", "", url) for url in chromium.requests()} == {chromium.run("return location.href")}
+
+
+@pytest.fixture
+def page(window, evaluation, tmp_path):
+    window.open(write_browser(*evaluation, tmp_path / "b.html", title="mine").path)
+    return window
+
+
+BIG = str(2**60 + 1)
+
+
+def test_filters_show_the_right_questions(page):
+    assert page.run("return location.protocol") == "file:" and page.text("h1") == "mine"
+    assert page.ids() == ["1", "2", "3", "4", "5", "6", "7", BIG]
+    expected = {
+        "vlmevalkit-2024": {"wrong": ["2", "3", "5", BIG], "zero": ["2", "5", BIG]},
+        "vlmevalkit-2025": {"wrong": ["2", "3", "4", "5", BIG], "zero": ["2", "4", "5", BIG]},
+        "m4c": {"wrong": ["2", "3", BIG], "zero": ["2", BIG]},
+    }
+    for i, shown in enumerate(expected.values()):
+        page.choose("protocol", i)
+        for name, ids in (shown | {"disagree": ["4", "5"], "unanswered": ["6", "7"]}).items():
+            page.show(name)
+            assert page.ids() == ids
+            assert page.text(f"#filters label:has([value={name}]) .count") == str(len(ids))
+        page.show("all")
+        assert len(page.ids()) == 8
+
+
+def test_the_mean_follows_protocol_and_filter(page, evaluation):
+    report = score_answers(*evaluation)
+    for i, name in enumerate(PROTOCOLS):
+        page.choose("protocol", i)
+        answered = 100 * report.protocols[name].accuracy
+        as_zero = 100 * report.protocols_failed_as_zero[name].accuracy
+        assert page.text("#status") == (
+            f"8 questions, accuracy {answered:.3f} %, {as_zero:.3f} % with 2 unanswered questions as 0"
+        )
+    assert len({score.accuracy for score in report.protocols.values()}) == 3
+    page.show("disagree")
+    assert page.text("#status") == "2 questions, accuracy 100.000 %"
+    page.show("unanswered")
+    assert page.text("#status") == "2 questions, no answer to score"
+
+
+def test_search_looks_in_question_prediction_answers_and_ids(page):
+    found = {"THE WRONG": ["2"], "yorkny": ["5"], "New York,": ["5"], "übergröße": ["6"], BIG: [BIG], "cut": ["5"]}
+    for text, ids in found.items():
+        page.search(text)
+        assert page.ids() == ids
+    page.search("stop")
+    assert page.ids() == ["1", "2", "3", "7"]
+    page.show("wrong")
+    assert page.ids() == ["2", "3"]
+    page.search("nowhere")
+    assert page.ids() == [] and page.text("#status") == "No question fits."
+
+
+def test_sorting(page):
+    orders = {
+        "lowest": ["2", "5", BIG, "3", "1", "4", "6", "7"],
+        "highest": ["1", "4", "3", "2", "5", BIG, "6", "7"],
+        "shortest": ["1", BIG, "4", "6", "3", "7", "5", "2"],
+        "longest": ["2", "5", "3", "7", "4", "6", "1", BIG],
+        "picture": ["1", "2", "6", "7", "3", "4", BIG, "5"],
+        "file": ["1", "2", "3", "4", "5", "6", "7", BIG],
+    }
+    for name, ids in orders.items():
+        page.choose("sort", name)
+        assert page.ids() == ids, name
+
+
+def test_a_card_shows_all_there_is_to_an_answer(page):
+    cards = page.run("return [...document.querySelectorAll('article')].map((card) => card.textContent)")
+    texts = dict(zip(page.ids(), cards, strict=True))
+    assert "cut at the token limit" in texts["2"] and "first of 2 answers" in texts["2"]
+    assert "stop × 8" in texts["3"] and "halt × 2 (as predicted)" in texts["3"] and "0.6" in texts["3"]
+    assert "Answers as compared" in texts["4"] and "Answers as compared" not in texts["3"]
+    assert "Picture not shown. corrupt_image" in texts["5"]
+    assert "No answer. RuntimeError: CUDA out of memory" in texts["6"]
+    assert "No answer. no row answers this question" in texts["7"]
+    assert "shown picture a instead" in texts[BIG] and "empty" in texts[BIG]
+    alts = page.run("return [...document.images].map((image) => image.alt)")
+    assert alts == ["Picture a"] * 2 + ["Picture b"] * 2 + ["Picture a"] * 2 + [
+        "Picture b",
+        "Picture a, shown instead",
+    ]
+    script = (
+        "return Promise.all([...document.images].map((i) => i.decode())).then(() => document.images[0].naturalWidth)"
+    )
+    assert page.run(script) == 40
+    page.click("article .picture")
+    assert page.run("return document.querySelector('article').classList.contains('large')")
+
+
+def test_the_keyboard_is_enough(page):
+    page.press("ArrowDown")
+    assert page.focused() == "1"
+    page.press("ArrowDown", "ArrowDown", "ArrowUp")
+    assert page.focused() == "2"
+    page.press("/")
+    assert page.focused() == "search"
+    page.press(*"stop/", "ArrowLeft")
+    assert page.run("return document.activeElement.value") == "stop/" and page.ids() == []
+    page.press("Escape")
+    assert len(page.ids()) == 8
+    page.press(*"halt", "ArrowDown")
+    assert page.focused() == "3"
+    page.run("document.querySelector('#filters [value=all]').focus()")
+    page.press("ArrowRight")
+    assert page.run("return document.querySelector('#filters :checked').value") == "wrong"
+    page.press("Tab", "ArrowDown", "Enter")
+    assert page.run("return document.activeElement.className") != "", "Tab reaches the cards' buttons"
+
+
+def test_arrows_go_over_the_ends_of_pages(window, picture, tmp_path):
+    questions = [make_question(i, image=picture) for i in range(120)]
+    window.open(write_browser(questions, [], tmp_path / "b.html").path)
+    assert window.ids() == [str(i) for i in range(50)] and window.text("#range") == "1 to 50 of 120"
+    window.run("document.querySelector('#questions li:last-child article').focus()")
+    window.press("ArrowDown")
+    assert window.focused() == "50" and window.ids()[-1] == "99"
+    window.press("ArrowUp")
+    assert window.focused() == "49"
+    window.press("ArrowRight", "ArrowRight", "ArrowRight")
+    assert window.focused() == "100" and window.ids() == [str(i) for i in range(100, 120)]
+    window.click("#previous")
+    assert window.ids()[0] == "50"
+    window.show("unanswered")
+    assert window.ids()[0] == "0", "another filter starts on its first page"
+
+
+def test_every_control_has_a_name(page):
+    named = {
+        "#search": ("searchbox", "Search"),
+        "#protocol": ("combobox", "Protocol"),
+        "#sort": ("combobox", "Sort"),
+        "#filters": ("group", "Questions to show"),
+        "#filters [value=disagree]": ("radio", "Protocols disagree 2"),
+        "#status": ("status", ""),
+        "#tools": ("search", ""),
+        "article": ("article", "right?"),
+        "article img": ("image", "Picture a"),
+        "article .picture": ("button", "Picture a"),
+        "#questions": ("list", "Questions"),
+    }
+    assert {selector: page.role_and_name(selector) for selector in named} == named
+
+
+def code_units(text):
+    return list(memoryview(text.encode("utf-16-le", "surrogatepass")).cast("H"))
+
+
+def test_hostile_text_is_shown_and_never_run(window, picture, tmp_path):
+    questions, rows = hostile_evaluation(picture)
+    window.open(write_browser(questions, rows, tmp_path / "b.html", title=HOSTILE[0]).path)
+    units = (
+        "return [...document.querySelectorAll(arguments[0])].map("
+        "(element) => Array.from({ length: element.textContent.length }, (_, i) => element.textContent.charCodeAt(i)))"
+    )
+    texts = [code_units(text) for text in HOSTILE]
+    assert window.run(units, "h2") == texts and window.run(units, "#questions .id") == texts
+    assert window.run(units, "li.match bdi") == [texts[0], *texts[2:]]
+    assert window.run(units, ".prediction > bdi:first-child") == [texts[0], *texts[2:]]
+    assert window.run(units, ".error bdi") == [texts[0]]
+    assert window.text("h1") == HOSTILE[0] and HOSTILE[0] in window.text("#summary")
+    assert window.run("return [window.owned, document.querySelectorAll('svg, iframe, [src=x], bdi *').length]") == [
+        None,
+        0,
+    ]
+    # a right-to-left override ends with the text that holds it
+    assert window.run("return getComputedStyle(document.querySelector('h2 bdi')).unicodeBidi") == "isolate"
+
+
+@pytest.fixture
+def listener():
+    """(address, paths that were asked for) of a server on this machine."""
+    paths = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            paths.append(self.path)
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", paths
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+LEAK = """
+const [address, done] = arguments;
+document.body.append(Object.assign(document.createElement("img"), { src: address + "/image" }));
+document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href: address + "/style" }));
+navigator.sendBeacon(address + "/beacon", "x");
+let injected = "let through";
+try { document.body.innerHTML = "<img src=" + address + "/markup>"; } catch (error) { injected = error.name; }
+fetch(address + "/fetch", { mode: "no-cors" }).then(() => "let through", (error) => error.name)
+  .then((fetched) => setTimeout(() => done([fetched, injected]), 300));
+"""
+
+
+def test_the_policy_lets_nothing_out(chromium, evaluation, listener, tmp_path):
+    """Even a script that runs in the page reaches no server; without the policy the same script does."""
+    address, paths = listener
+    path = write_browser(*evaluation, tmp_path / "b.html").path
+    chromium.open(path)
+    leak = {"script": LEAK, "args": [address]}
+    assert chromium.call("POST", "/execute/async", leak) == ["TypeError", "TypeError"]
+    assert paths == []
+    open_page = tmp_path / "open.html"
+    open_page.write_text(re.sub(r"<meta http-equiv=.*", "", path.read_text()))
+    chromium.open(open_page)
+    assert chromium.call("POST", "/execute/async", leak) == ["let through", "let through"]
+    assert {"/image", "/style", "/fetch", "/markup"} <= set(paths)
+
+
+def test_five_thousand_questions_load(window, make_image, tmp_path):
+    pictures = [ImageRef(f"p{i}", data=encoded(make_image(60, 80, seed=i))) for i in range(300)]
+    questions = [
+        make_question(i, f"what is number {i}?", ("stop", "halt") * 5, f"p{i % 300}", pictures[i % 300])
+        for i in range(5000)
+    ]
+    rows = [{"question_id": i, "answer": ("stop", "go", "a stop,sign")[i % 3]} for i in range(5000)]
+    path = write_browser(questions, rows, tmp_path / "b.html").path
+    started = time.perf_counter()
+    window.open(path)
+    loaded = time.perf_counter()
+    window.search("number 49")
+    searched = time.perf_counter()
+    assert len(window.ids()) == 50 and window.text("#status").startswith("111 questions")
+    assert window.run("return document.querySelectorAll('article').length") == 50
+    print(f"5,000 questions: loaded in {loaded - started:.2f} s, searched in {searched - loaded:.2f} s")  # noqa: T201
