@@ -575,6 +575,7 @@ def test_evaluate_and_score_commands_agree(folder, files, tmp_path, monkeypatch,
     (tmp_path / "nine.jsonl").write_text("\n".join(lines))
     assert score_command(evaluated["predictions"], annotations="nine.jsonl", json_output=True) == 0
     scored = json.loads(capsys.readouterr().out)
+    assert scored.pop("layout") == "question ids and answers"
     assert scored == {key: evaluated[key] for key in scored}
     # the second time there is nothing left to generate
     monkeypatch.setattr(GreedyAnswerer, "answer", None)

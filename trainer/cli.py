@@ -98,9 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", metavar="DIR", help="default: a folder under runs/evaluate")
     _json_argument(evaluate)
 
-    score = _command(commands, "score", _score, "score a predictions file; no model needed")
-    score.add_argument("predictions", metavar="PREDICTIONS")
-    score.add_argument("--annotations", required=True, metavar="FILE")
+    score = _command(commands, "score", _score, "score a predictions file, or compare two; no model needed")
+    score.add_argument(
+        "predictions", metavar="PREDICTIONS", help="ours, LLaVA's answers, lmms-eval's JSON, VLMEvalKit's TSV or xlsx"
+    )
+    score.add_argument("other", nargs="?", metavar="OTHER", help="a second file, compared with the first")
+    score.add_argument("--annotations", required=True, metavar="FILE", help="JSON lines, JSON, TSV or parquet")
+    score.add_argument("--questions", metavar="FILE", help="the questions that go with VQA-style annotations")
     _json_argument(score)
 
     browse = _command(commands, "browse", _browse, "one HTML file with every question, picture, answer and score")
@@ -248,7 +252,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _score(options: argparse.Namespace) -> int:
     from llava_llama31.trainer.evaluation.scoring import score_command
 
-    return score_command(options.predictions, annotations=options.annotations, json_output=options.json_output)
+    return score_command(
+        options.predictions,
+        options.other,
+        annotations=options.annotations,
+        questions=options.questions,
+        json_output=options.json_output,
+    )
 
 
 def _browse(options: argparse.Namespace) -> int:

@@ -1,17 +1,32 @@
 """Questions with annotated answers, read from the files in which TextVQA is handed around."""
 
-import json
+import ast
+from base64 import b64decode
+from binascii import Error as Base64Error
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.row_files import (
+    Row,
+    json_lines,
+    json_objects,
+    json_value,
+    parquet_rows,
+    tsv_rows,
+)
 from llava_llama31.trainer.images import ImageRef, image_at
 from llava_llama31.trainer.reasons import RecordError
 
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
+# VLMEvalKit's own line between a picture in base64 and the index of the row that holds it
+LONGEST_IMAGE_INDEX = 64
+LONGEST_ANSWER_LIST = 100_000
+
+_REQUIRED = ("question_id", "image_id", "question", "answers")
 
 
 @dataclass(frozen=True)
@@ -36,17 +51,29 @@ class Question:
 
 
 def load_questions(
-    data: str | Path, *, image_root: str | Path | None = None, limit: int | None = None, with_images: bool = True
+    data: str | Path,
+    *,
+    questions: str | Path | None = None,
+    image_root: str | Path | None = None,
+    limit: int | None = None,
+    with_images: bool = True,
 ) -> list[Question]:
-    """Read questions in the order of the file.
+    """Read annotated questions in the order of the file.
 
-    Formats, told apart by the suffix: `.jsonl` with one {question_id, image_id, question, answers} a line, and `image`
-    and `ocr_tokens` where there are any; `.json` with a list of them, alone or under "data" (TextVQA's official files);
-    `.parquet` in lmms-lab's layout (the picture inside), one file, or a folder or pattern of the shards of one split. A
-    picture is `image_root / image`, or without `image` the file `image_root / image_id` + .jpg, .png or .jpeg.
+    | suffix     | what it holds                                                                                    |
+    |------------|--------------------------------------------------------------------------------------------------|
+    | `.jsonl`   | one {question_id, image_id, question, answers} a line                                            |
+    | `.json`    | a list of them, alone or under "data" (TextVQA's official files); or VQA's annotations, with      |
+    |            | their questions in a file of their own                                                           |
+    | `.tsv`     | VLMEvalKit's {index, image, question, answer}, the picture in base64 or as another row's index    |
+    | `.parquet` | lmms-lab's rows, the picture inside: a file, or a folder or pattern of the shards of one split    |
+
+    JSON rows may also have `image`, a path under `image_root`; without it the picture is `image_root / image_id` with
+    .jpg, .png or .jpeg. JSON and parquet rows may have `ocr_tokens`.
 
     Args:
         data: file, folder or pattern.
+        questions: the questions file that goes with VQA's annotations, and with no other format.
         image_root: folder of the pictures; by default the folder of `data`.
         limit: read no more than this many.
         with_images: False leaves the pictures out, as scoring needs none.
@@ -56,11 +83,11 @@ def load_questions(
     """
     path = Path(data)
     root = Path(path.parent if image_root is None else image_root).resolve()
-    questions: list[Question] = []
+    loaded: list[Question] = []
     pictures: dict[str, ImageRef] = {}
     seen: set[str] = set()
-    for where, row in _rows(path, with_images):
-        if limit is not None and len(questions) >= limit:
+    for where, row in _rows(path, questions, with_images):
+        if limit is not None and len(loaded) >= limit:
             break
         question = _question(row, where)
         if str(question.question_id) in seen:
@@ -70,68 +97,120 @@ def load_questions(
             if question.image_id not in pictures:
                 pictures[question.image_id] = _picture(row, question.image_id, root, where)
             question = replace(question, image=pictures[question.image_id])
-        questions.append(question)
-    if not questions:
+        loaded.append(question)
+    if not loaded:
         raise UserError("no questions", where=str(data), fix="name a file with at least one question")
-    return questions
+    return loaded
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects of a JSON Lines file, each with the place it stands at."""
-    with _open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}:{number}", _object(line, f"{path}:{number}")
-
-
-def _rows(path: Path, with_images: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    if path.suffix == ".parquet" or path.is_dir() or "*" in path.name:
-        yield from _parquet_rows(path, with_images)
+def _rows(path: Path, questions: str | Path | None, with_images: bool) -> Iterator[Row]:
+    content = json_value(path) if path.suffix == ".json" else None
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        yield from _vqa_rows(content["annotations"], path, questions)
+    elif questions is not None:
+        what = "questions in a file of their own go with VQA-style annotations, which this is not"
+        raise UserError(what, where=str(path), fix='name a .json file with a list under "annotations"')
     elif path.suffix == ".json":
-        with _open_text(path) as file:
-            content = _json(file.read(), str(path))
-        rows = content.get("data") if isinstance(content, dict) else content
-        if not isinstance(rows, list):
-            raise UserError("neither a list nor an object with a list under 'data'", where=str(path), fix="see --help")
-        for number, row in enumerate(rows):
-            if not isinstance(row, dict):
-                raise UserError("not an object", where=f"{path}[{number}]", fix="give one object per question")
-            yield f"{path}[{number}]", row
+        yield from json_objects(_listed(content, "data", path), path)
+    elif path.suffix == ".parquet" or path.is_dir() or "*" in path.name:
+        yield from parquet_rows(path, (*_REQUIRED, "ocr_tokens", *(["image"] if with_images else [])))
+    elif path.suffix == ".tsv":
+        yield from _vlmevalkit_rows(path, with_images)
     else:
         yield from json_lines(path)
 
 
-def _parquet_rows(path: Path, with_images: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    files = sorted(path.parent.glob(path.name) if "*" in path.name else path.glob("*.parquet"))
-    files = [path] if path.is_file() else files
-    if not files:
-        raise UserError("no parquet file there", where=str(path), fix="name a .parquet file, a folder or a pattern")
-    splits = sorted({file.name.split("-")[0] for file in files})
-    if len(splits) > 1:
-        raise UserError(
-            f"parquet files of several splits ({', '.join(splits)})", where=str(path), fix=f"'{path}/{splits[-1]}-*'"
-        )
-    for file in files:
-        try:
-            table = pyarrow.parquet.ParquetFile(file)
-            columns = [
-                name
-                for name in table.schema_arrow.names
-                if name in (*_REQUIRED, "ocr_tokens") or with_images and name == "image"
-            ]
-            number = 0
-            for batch in table.iter_batches(batch_size=64, columns=columns):
-                for row in batch.to_pylist():
-                    yield f"{file}[{number}]", row
-                    number += 1
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"cannot be read: {error}", where=str(file), fix="download it again") from error
+def _listed(content: Any, key: str, path: Path) -> list[Any]:
+    rows = content.get(key) if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        keys = f"; it has {', '.join(content)}" if isinstance(content, dict) and content else ""
+        fix = "docs/evaluation.md lists the formats"
+        raise UserError(f"neither a list nor an object with a list under '{key}'{keys}", where=str(path), fix=fix)
+    return rows
 
 
-_REQUIRED = ("question_id", "image_id", "question", "answers")
+def _vqa_rows(annotations: list[Any], path: Path, questions: str | Path | None) -> Iterator[Row]:
+    """VQA's pair of files (visualqa.org): {question_id, image_id, question} and, under the same id, the answers."""
+    if questions is None:
+        raise UserError("annotations without their questions", where=str(path), fix="name the file with --questions")
+    source = Path(questions)
+    asked: dict[str, dict[str, Any]] = {}
+    for where, row in json_objects(_listed(json_value(source), "questions", source), source):
+        if "question_id" not in row or str(row["question_id"]) in asked:
+            raise UserError("no question_id, or one that occurs twice", where=where, fix="make ids unique")
+        asked[str(row["question_id"])] = row
+    for where, annotation in json_objects(annotations, path):
+        question = asked.pop(str(annotation.get("question_id")), None)
+        if question is None:
+            what = f"question_id {annotation.get('question_id')} is not in {source.name}"
+            raise UserError(what, where=where, fix="pass the two files of one split")
+        if annotation.get("image_id") != question.get("image_id"):
+            what = f"image_id {annotation.get('image_id')}, but {question.get('image_id')} in {source.name}"
+            raise UserError(what, where=where, fix="pass the two files of one split")
+        answers = annotation.get("answers")
+        if isinstance(answers, list):
+            answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
+        yield where, question | {"answers": answers}
+    if asked:
+        what = f"{len(asked)} questions have no annotation, the first {next(iter(asked))}"
+        raise UserError(what, where=str(source), fix="pass the two files of one split")
+
+
+def _vlmevalkit_rows(path: Path, with_images: bool) -> Iterator[Row]:
+    """VLMEvalKit's table (`vlmeval/dataset/image_base.py`); in its TextVQA_VAL the index is TextVQA's question_id."""
+    read: list[tuple[str, dict[str, Any], str]] = []
+    pictures: dict[str, bytes] = {}
+    for where, cells in tsv_rows(path):
+        index, image = cells.get("index") or cells.get("question_id"), cells.get("image") or ""
+        if not index or not cells.get("answer"):
+            fix = "VLMEvalKit's tables have index, image, question and answer"
+            raise UserError("no index, or no answer", where=where, fix=fix)
+        # a picture is stored once, and the other rows that show it name that row
+        holder = image if 0 < len(image) <= LONGEST_IMAGE_INDEX else index
+        if with_images and image and holder == index:
+            pictures[index] = _base64(image, where)
+        read.append((where, _vlmevalkit_row(cells, index, holder, where), holder if image else ""))
+    for where, row, holder in read:
+        if with_images and holder:
+            if holder not in pictures:
+                raise UserError(f"image names row {holder}, which has none", where=where, fix="download it again")
+            row["image"] = {"bytes": pictures[holder]}
+        yield where, row
+
+
+def _vlmevalkit_row(cells: dict[str, str], index: str, holder: str, where: str) -> dict[str, Any]:
+    path = cells.get("image_path")
+    return {
+        "question_id": plain_number(cells.get("question_id") or index),
+        "image_id": cells.get("image_id") or (Path(path).stem if path and not cells.get("image") else holder),
+        "question": cells.get("question"),
+        "answers": _answer_list(cells["answer"], where),
+        "image": path,
+    }
+
+
+def plain_number(text: str) -> int | str:
+    """A number that is written as a number is, and any other text as it stands."""
+    return int(text) if text.isascii() and text.isdigit() and str(int(text)) == text else text
+
+
+def _answer_list(text: str, where: str) -> Any:
+    """What a Python list of texts says; nothing is executed."""
+    try:
+        if len(text) > LONGEST_ANSWER_LIST:
+            raise ValueError(f"{len(text)} characters")
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        fix = "write them as Python does: ['one', 'two']"
+        raise UserError(f"answer is not a list of texts: {error}", where=where, fix=fix) from error
+
+
+def _base64(text: str, where: str) -> bytes:
+    try:
+        return b64decode(text, validate=True)
+    except (Base64Error, ValueError) as error:
+        what = f"image is neither base64 nor the index of another row: {error}"
+        raise UserError(what, where=where, fix="download it again") from error
 
 
 def _question(row: dict[str, Any], where: str) -> Question:
@@ -175,24 +254,3 @@ def _picture(row: dict[str, Any], image_id: str, root: Path, where: str) -> Imag
         raise UserError(f"{names[0]}: {error}", where=where, fix="keep all pictures under --image-root") from None
     # a picture that is not there is a question that fails and is counted, not a file that cannot be read
     return next((image for image in images if image.path is not None and image.path.is_file()), images[0])
-
-
-def _open_text(path: Path) -> Any:
-    try:
-        return path.open(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix="check the path") from error
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"not JSON: {error}", where=where, fix="repair or remove it") from error
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    value = _json(text, where)
-    if not isinstance(value, dict):
-        raise UserError("not an object", where=where, fix="give one JSON object per line")
-    return value

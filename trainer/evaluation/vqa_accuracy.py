@@ -64,6 +64,7 @@ _SPELLINGS = {
     "you're": "youre", "you've": "youve",
 }  # fmt: skip
 CONTRACTIONS = MappingProxyType({spelling: form for form, row in _SPELLINGS.items() for spelling in row.split()})
+_CONTRACTED = frozenset(_SPELLINGS)
 
 
 @dataclass(frozen=True)
@@ -115,19 +116,35 @@ def normalize(answer: str, protocol: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[str], protocol: str) -> float:
+def is_normalized(answer: str, protocol: str) -> bool:
+    """Whether `answer` can be what `normalize` made of another one.
+
+    A contraction is not looked at: `m4c` sets `'s` apart before it makes `that's` from `thats`, so its own outcome
+    would not survive a second round.
+    """
+    words = [word for word in answer.split(" ") if word not in _CONTRACTED]
+    return normalize(" ".join(words), protocol) == " ".join(words)
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str], protocol: str, *, normalized: bool = False) -> float:
     """Score one prediction against the annotators' answers: 0, 0.3, 0.6, 0.9 or 1 for ten of them.
 
     With n annotators the prediction earns, for each of them, `min(1, matches among the other n - 1 / 3)`, and the n
     values are averaged. Where the other annotators are fewer than three, all of them have to agree for a full score
     (the divisor is n - 1), and a single annotator is compared with directly; the public definition has always ten.
 
+    Args:
+        prediction: the model's answer.
+        answers: what the annotators said.
+        protocol: one of PROTOCOLS.
+        normalized: the prediction is in the protocol's normal form already, and is compared as it stands.
+
     Raises:
         ValueError: `answers` is empty, or no protocol has that name.
     """
     if not answers:
         raise ValueError("a question without answers cannot be scored")
-    wanted, count = normalize(prediction, protocol), len(answers)
+    wanted, count = prediction if normalized else normalize(prediction, protocol), len(answers)
     matches = sum(normalize(answer, protocol) == wanted for answer in answers)
     if count == 1:
         return float(matches)
