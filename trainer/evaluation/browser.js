@@ -63,49 +63,47 @@ function scoreClass(value) {
   return value === 1 ? "full" : value === 0 ? "none" : "part";
 }
 
+const rounded = (value) => String(Math.round(value * 1000) / 1000);
+const chosen = (i) => (i === state.protocol ? { class: "chosen" } : {});
+
 function scoreList(entry) {
-  const list = make("dl", { class: "scores" });
-  entry.scores.forEach((value, i) => {
-    const group = make("div", { class: i === state.protocol ? `${scoreClass(value)} chosen` : scoreClass(value) });
-    group.append(make("dt", {}, protocols[i]), make("dd", {}, String(Math.round(value * 1000) / 1000)));
-    list.append(group);
-  });
-  return list;
+  const row = (value, i) =>
+    make("div", chosen(i), make("dt", {}, protocols[i]), make("dd", { class: scoreClass(value) }, rounded(value)));
+  return make("dl", { class: "scores" }, ...entry.scores.map(row));
 }
 
-function comparedTable(entry) {
-  const columns = ["Protocol", "Prediction as compared", "Answers as compared"];
-  const body = entry.compared.map((forms, i) =>
+/** What each protocol compared, for a question that they score differently. */
+function scoreTable(entry) {
+  const columns = ["Protocol", "Score", "Prediction as compared", "Answers as compared"];
+  const head = make("tr", {}, ...columns.map((name) => make("th", { scope: "col" }, name)));
+  const row = ({ prediction, answers }, i) =>
     make(
       "tr",
-      {},
+      chosen(i),
       make("th", { scope: "row" }, protocols[i]),
-      make("td", {}, quoted(forms.prediction)),
-      make("td", {}, grouped(forms.answers, (answer) => answer.text === forms.prediction)),
-    ),
-  );
-  const head = make("tr", {}, ...columns.map((name) => make("th", { scope: "col" }, name)));
-  return make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
+      make("td", { class: `score ${scoreClass(entry.scores[i])}` }, rounded(entry.scores[i])),
+      make("td", {}, quoted(prediction)),
+      make("td", {}, grouped(answers, (answer) => answer.text === prediction)),
+    );
+  return make("table", {}, make("thead", {}, head), make("tbody", {}, ...entry.compared.map(row)));
 }
 
 function pictureOf(index, alt) {
   const picture = pictures[index];
-  if (picture.error !== undefined) return make("p", { class: "unreadable" }, "Picture not shown. ", quoted(picture.error));
+  if (picture.error !== undefined) return make("p", { class: "unreadable" }, "Picture not shown: ", quoted(picture.error));
   const src = `data:image/jpeg;base64,${byId(`picture-${index}`).textContent}`;
   const image = make("img", { src, alt, width: picture.width, height: picture.height, decoding: "async" });
   const button = make("button", { type: "button", class: "picture", "aria-pressed": "false", title: "Enlarge" }, image);
   button.addEventListener("click", () => {
-    const large = button.closest("article").classList.toggle("large");
-    button.setAttribute("aria-pressed", String(large));
+    button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") === "false"));
   });
   return button;
 }
 
 function picturesOf(entry) {
   const own = pictures[entry.picture];
-  const figure = make("figure", {}, pictureOf(entry.picture, `Picture ${own.id}`));
   const caption = make("figcaption", {}, "picture ", quoted(own.id));
-  figure.append(caption);
+  const figure = make("figure", {}, pictureOf(entry.picture, `Picture ${own.id}`), caption);
   if (entry.shown === undefined) return figure;
   const other = make("figure", { class: "other" });
   if (entry.shown.picture !== null) other.append(pictureOf(entry.shown.picture, `Picture ${entry.shown.id}, shown instead`));
@@ -114,7 +112,7 @@ function picturesOf(entry) {
 }
 
 function prediction(entry) {
-  if (entry.scores === undefined) return make("dd", { class: "error" }, "No answer. ", quoted(entry.error));
+  if (entry.scores === undefined) return make("dd", { class: "error" }, "No answer: ", quoted(entry.error));
   const text = make("dd", { class: `prediction ${scoreClass(score(entry))}` }, quoted(entry.prediction));
   if (entry.cut) text.append(make("span", { class: "note" }, "cut at the token limit"));
   if (entry.times) text.append(make("span", { class: "note" }, `first of ${entry.times} answers`));
@@ -125,9 +123,8 @@ function card(entry, place) {
   const heading = make("h2", { id: `question-${place}` }, quoted(entry.question));
   const facts = make("dl", { class: "facts" }, make("dt", {}, "Prediction"), prediction(entry), make("dt", {}, "Answers"));
   facts.append(make("dd", {}, grouped(entry.answers, (answer) => answer.matches?.[state.protocol])));
-  const text = make("div", { class: "text" }, make("p", { class: "id" }, quoted(entry.id)), heading, facts);
-  if (entry.scores !== undefined) text.append(scoreList(entry));
-  if (entry.compared !== undefined) text.append(comparedTable(entry));
+  const text = make("div", { class: "text" }, make("p", { class: "id" }, "question ", quoted(entry.id)), heading, facts);
+  if (entry.scores !== undefined) text.append(entry.compared === undefined ? scoreList(entry) : scoreTable(entry));
   const article = make("article", { tabindex: "-1", "aria-labelledby": heading.id }, picturesOf(entry), text);
   return make("li", {}, article);
 }
@@ -139,7 +136,7 @@ function meanOf(entries) {
   const percent = (number) => `${((100 * sum) / number).toFixed(3)} %`;
   const mean = `accuracy ${percent(answered.length)}`;
   if (answered.length === entries.length) return mean;
-  return `${mean}, ${percent(entries.length)} with ${counted(entries.length - answered.length, "unanswered question")} as 0`;
+  return `${mean} (${percent(entries.length)} with ${whole(entries.length - answered.length)} unanswered as 0)`;
 }
 
 function showPage(page) {
