@@ -3,6 +3,9 @@
 import copy
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
@@ -181,3 +184,21 @@ def recipe_content(base_folder, data_folder):
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's caches."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """Start a script of examples/ in a process of its own, or in several through `accelerate launch`."""
+
+    def start(script: str, *arguments: str, processes: int = 1) -> subprocess.Popen:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+        command = [str(Path(__file__).parents[1] / "examples" / script), *arguments]
+        if processes > 1:
+            options = f"--multi_gpu --num_machines 1 --num_processes {processes} --main_process_port 0"
+            options += " --mixed_precision no --dynamo_backend no"
+            command = ["-m", "accelerate.commands.launch", *options.split(), *command]
+        return subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+
+    return start

@@ -1,12 +1,9 @@
 """Whole runs of small recipes, in this process and in real ones: stages, hand-over, resume, refusals."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -175,25 +172,6 @@ def test_bfloat16_keeps_frozen_weights_bit_by_bit(train, recipe_content, base_fo
     assert trained.dtype == torch.float32 and not torch.equal(trained.bfloat16().float(), trained)
 
 
-def launch(*arguments: str, processes: int = 1) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    script = str(Path(__file__).parents[1] / "examples" / "train.py")
-    command = [sys.executable, script, *arguments]
-    if processes > 1:
-        options = [
-            "--multi_gpu",
-            "--num_processes",
-            str(processes),
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-        ]
-        launcher = ["-m", "accelerate.commands.launch", *options, "--num_machines", "1", "--main_process_port", "0"]
-        command = [sys.executable, *launcher, script, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
 @pytest.fixture
 def recipe_file(tmp_path, recipe_content):
     del recipe_content["evaluation"]
@@ -203,13 +181,13 @@ def recipe_file(tmp_path, recipe_content):
 
 
 @pytest.mark.slow
-def test_two_processes_end_with_the_weights_of_one(recipe_file, tmp_path, base_folder):
+def test_two_processes_end_with_the_weights_of_one(launch, recipe_file, tmp_path, base_folder):
     # every fourth row has no picture, and micro-batches of 1 leave some ranks without any
     micro = ["--set", "stages.projector.micro_batch=1", "--set", "stages.instruct.micro_batch=1"]
     runs = {}
     for processes in (1, 2):
         runs[processes] = tmp_path / f"{processes}"
-        job = launch(str(recipe_file), "--output", str(runs[processes]), *micro, processes=processes)
+        job = launch("train.py", str(recipe_file), "--output", str(runs[processes]), *micro, processes=processes)
         output, _ = job.communicate(timeout=240)
         assert job.returncode == 0, output
     record = json.loads((runs[2] / "stages/2-instruct/final/stage.json").read_text())
@@ -220,12 +198,12 @@ def test_two_processes_end_with_the_weights_of_one(recipe_file, tmp_path, base_f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_real_signal_loses_nothing(recipe_file, tmp_path, number):
+def test_a_real_signal_loses_nothing(launch, recipe_file, tmp_path, number):
     run = tmp_path / "run"
     arguments = [str(recipe_file), "--output", str(run)]
     for override in ("max_steps=120", "epochs=null", "save_steps=10", "logging_steps=20"):
         arguments += ["--set", f"stages.projector.{override}"]
-    job = launch(*arguments)
+    job = launch("train.py", *arguments)
     while not list((run / "stages").glob("1-projector/checkpoint-*")):
         assert job.poll() is None, job.stdout.read()
         time.sleep(0.05)
@@ -233,7 +211,7 @@ def test_a_real_signal_loses_nothing(recipe_file, tmp_path, number):
     output, _ = job.communicate(timeout=60)
     assert job.returncode == (-number if number == signal.SIGKILL else 75), output
     assert "Traceback" not in output
-    again = launch(*arguments)
+    again = launch("train.py", *arguments)
     output, _ = again.communicate(timeout=200)
     assert again.returncode == 0, output
     assert re.search(r"going on from \S+, step [1-9]\d* of 120", output)

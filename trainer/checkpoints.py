@@ -100,10 +100,11 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     return None, skipped
 
 
-def rotate(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
+def rotate(folder: Path, keep: int, spare: Path | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints and `spare`."""
     for path in checkpoints(folder)[keep:]:
-        shutil.rmtree(path)
+        if path != spare:
+            shutil.rmtree(path)
 
 
 def save_tree(path: Path, tree: Any) -> None:

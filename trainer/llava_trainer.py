@@ -23,16 +23,20 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.collator import Collator
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.module_groups import group_parameters
 from llava_llama31.trainer.order import BatchOrder, RankBatches
 
 
 logger = logging.getLogger(__name__)
 
+PROTOCOL = "vlmevalkit-2024"
 TRAINABLE_WEIGHTS = "trainable.safetensors"
 
 
@@ -46,6 +50,7 @@ class LlavaTrainer(Trainer):
         num_supervised_tokens: per training sample, for the meters.
         decay_all_parameters: apply weight decay to norms and biases too.
         only_trainable: save the trainable parameters alone (adapters); the rest comes from the stage's origin.
+        questions: asked at every evaluation, beside the loss on the validation rows.
     """
 
     def __init__(
@@ -55,18 +60,20 @@ class LlavaTrainer(Trainer):
         *,
         collator: Collator,
         train_dataset: Dataset,
-        eval_dataset: Dataset | None,
+        eval_dataset: Dataset,
         processor: ProcessorMixin,
         learning_rates: Mapping[str, float],
         order: BatchOrder,
         num_supervised_tokens: np.ndarray,
         decay_all_parameters: bool = False,
         only_trainable: bool = False,
+        questions: TrainingQuestions | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.learning_rates, self.order = dict(learning_rates), order
         self.num_supervised_tokens = num_supervised_tokens
         self.decay_all_parameters, self.only_trainable = decay_all_parameters, only_trainable
+        self.questions = questions
         self.saving_to: Path | None = None
         self._tokens: dict[int, np.ndarray] = {}
         super().__init__(
@@ -171,8 +178,27 @@ class LlavaTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean loss over the supervised tokens of the validation rows, all ranks together."""
+        """Mean loss over the supervised tokens of the validation rows and accuracy on the questions, where given."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        metrics = {f"{metric_key_prefix}_loss": self._validation_loss(dataset)} if len(dataset) else {}
+        if self.questions is not None:
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            base = self.accelerator.unwrap_model(self.model)
+            report = self.questions.ask(
+                base.get_base_model() if self.only_trainable else base,
+                self.processing_class,
+                step=self.state.global_step,
+                sharded=self.model_wrapped if sharded else None,
+                autocast=self.compute_loss_context_manager(),
+            )
+            scores = report.protocols_failed_as_zero[PROTOCOL]
+            metrics[f"{metric_key_prefix}_accuracy"] = scores.accuracy
+            metrics[f"{metric_key_prefix}_unanswered"] = len(report.failed)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _validation_loss(self, dataset: Dataset) -> float:
         order = BatchOrder(
             np.zeros(len(dataset)),
             global_batch=self.args.per_device_eval_batch_size * self.args.world_size,
@@ -199,10 +225,43 @@ class LlavaTrainer(Trainer):
             totals = totals.to(self.args.device)
             dist.all_reduce(totals)
         model.train(was_training)
-        metrics = {f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return (totals[0] / totals[1]).item()
+
+    def final_metrics(self) -> dict[str, float]:
+        """Those of the weights that the stage ends with; evaluated now unless an evaluation chose them."""
+        step = self.state.best_global_step
+        for entry in self.state.log_history:
+            if step and entry["step"] == step and f"{self.args.metric_for_best_model}" in entry:
+                return entry
+        return self.evaluate() if len(self.eval_dataset) or self.questions is not None else {}
+
+    def restore_best(self) -> None:
+        """Take the weights of the best evaluation, where the stage looks for them.
+
+        Raises:
+            UserError: their checkpoint is damaged.
+        """
+        best = self.best_checkpoint
+        if best is None or self.state.best_global_step == self.state.global_step:
+            return
+        fault = checkpoints.verify(best)
+        if fault is not None:
+            raise UserError(
+                f"holds the best weights and is not whole: {fault}",
+                where=str(best),
+                fix="set the stage's keep to last, or go back to an earlier checkpoint",
+            )
+        logger.info("taking the weights of step %d: %s", self.state.best_global_step, self.state.best_metric)
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(self.model_wrapped, str(best), load_module_strict=True)
+        else:
+            self._load_from_checkpoint(str(best), self.model_wrapped)
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the best metric, if one is looked for."""
+        step = self.state.best_global_step
+        return Path(self.args.output_dir, f"checkpoint-{step}") if step else None
 
     # checkpoints
 
@@ -224,10 +283,13 @@ class LlavaTrainer(Trainer):
             self.saving_to = None
         self._barrier()
         if self.args.should_save:
+            # the parent noted the staging folder; best_checkpoint owns this fact
+            self.state.best_model_checkpoint = None
+            self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
             facts = {"step": self.state.global_step, "num_processes": self.args.world_size}
             checkpoints.publish(staging, final, facts)
             checkpoints.remove(staging.parent)
-            checkpoints.rotate(final.parent, self.args.save_total_limit)
+            checkpoints.rotate(final.parent, self.args.save_total_limit, spare=self.best_checkpoint)
         self._barrier()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:

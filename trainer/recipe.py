@@ -123,6 +123,10 @@ class Stage(_Frozen):
     """Policy per reject reason (`llava-llama31 check-data` lists them) and `default`."""
     validation_fraction: Fraction = 0.0
     eval_steps: PositiveInt | None = None
+    eval_questions: PositiveInt | None = None
+    """How many of the recipe's evaluation questions to ask at every `eval_steps`; logged as eval_accuracy."""
+    keep: Literal["last", "best_loss", "best_accuracy"] = "last"
+    """The weights that the stage ends with: its last, or those of the evaluation with the best metric."""
     save_steps: PositiveInt = 200
     save_total_limit: PositiveInt = 2
     logging_steps: PositiveInt = 10
@@ -152,12 +156,31 @@ class Stage(_Frozen):
             raise ValueError("lora under DeepSpeed is not there yet (fix: remove deepspeed or lora)")
         if self.lora is not None and "language_model" not in self.trainable:
             raise ValueError("lora adapts the language_model (fix: add language_model to trainable, or remove lora)")
-        if self.eval_steps is not None and self.validation_fraction == 0:
-            raise ValueError("eval_steps needs validation rows (fix: set validation_fraction above 0)")
+        self._check_evaluations()
         names = [source.name for source in self.data]
         if len(set(names)) < len(names):
             raise ValueError(f"data names a source twice: {names} (fix: rename one)")
         return self
+
+    def _check_evaluations(self) -> None:
+        if self.eval_questions is not None and self.eval_steps is None:
+            raise ValueError("eval_questions are asked at no step (fix: set eval_steps)")
+        if self.eval_steps is not None and self.validation_fraction == 0 and self.eval_questions is None:
+            raise ValueError(
+                "eval_steps has nothing to evaluate (fix: set validation_fraction above 0, or eval_questions)"
+            )
+        if self.keep == "last":
+            return
+        needed = {"best_loss": "validation_fraction", "best_accuracy": "eval_questions"}[self.keep]
+        if self.eval_steps is None or not (
+            self.validation_fraction if self.keep == "best_loss" else self.eval_questions
+        ):
+            raise ValueError(f"keep: {self.keep} compares evaluations (fix: set eval_steps and {needed})")
+        if self.eval_steps % self.save_steps:
+            raise ValueError(
+                f"eval_steps {self.eval_steps} is not a multiple of save_steps {self.save_steps}, so the best "
+                f"evaluation may have no checkpoint (fix: set save_steps to {self.eval_steps} or a part of it)"
+            )
 
     def learning_rates(self) -> dict[str, float]:
         """Learning rate of each trainable group."""
@@ -199,6 +222,9 @@ class Recipe(_Frozen):
         for name in self.stages:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ValueError(f"{name!r} is no name for a stage (fix: use letters, digits, - and _)")
+        for name, stage in self.stages.items():
+            if stage.eval_questions is not None and self.evaluation is None:
+                raise ValueError(f"stage {name} has eval_questions, but there is no evaluation (fix: add one)")
         return self
 
 

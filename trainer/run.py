@@ -69,7 +69,15 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] 
             if record is None:
                 folder.mkdir(parents=True, exist_ok=True)
                 run = StageRun(
-                    name, stage, folder, origin, recipe.seed, state.num_processes, state.is_main_process, console
+                    name,
+                    stage,
+                    folder,
+                    origin,
+                    recipe.seed,
+                    state.num_processes,
+                    state.is_main_process,
+                    console,
+                    recipe.evaluation,
                 )
                 record = run_stage(run)
             else:

@@ -23,10 +23,13 @@ from llava_llama31.trainer.collator import Collator
 from llava_llama31.trainer.console import StageProgress, print_stage_start
 from llava_llama31.trainer.dataset import StageDataset
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
+from llava_llama31.trainer.evaluation.questions import load_questions
+from llava_llama31.trainer.evaluation.textvqa import PRESETS
 from llava_llama31.trainer.llava_trainer import LlavaTrainer, StopOnSignal
 from llava_llama31.trainer.module_groups import GroupReport, freeze, group_parameters, lora_target_pattern
 from llava_llama31.trainer.order import BatchOrder
-from llava_llama31.trainer.recipe import Derived, Stage, derive
+from llava_llama31.trainer.recipe import Derived, Evaluation, Stage, derive
 from llava_llama31.trainer.stage_data import StageData, load_stage_data
 from llava_llama31.trainer.training_args import training_arguments
 
@@ -54,6 +57,7 @@ class StageRun:
     num_processes: int
     is_main: bool
     console: Console
+    evaluation: Evaluation | None = None
 
     @property
     def final(self) -> Path:
@@ -92,6 +96,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
     stop = StopOnSignal()
     trainer = _trainer(run, model, args, processor, data, stop)
     _train(run, trainer, derived, stop)
+    trainer.restore_best()
     record = _record(run, data, derived, report, trainer)
     _publish(run, trainer, record)
     _release(stage)
@@ -191,17 +196,31 @@ def _trainer(
         args,
         collator=Collator(processor.tokenizer.pad_token_id, processor.image_token_id),
         train_dataset=StageDataset(data.stores, data.train_rows, processor, pixel_dtype),
-        eval_dataset=StageDataset(data.stores, data.eval_rows, processor, pixel_dtype) if data.eval_rows else None,
+        eval_dataset=StageDataset(data.stores, data.eval_rows, processor, pixel_dtype),
         processor=processor,
         learning_rates=stage.learning_rates(),
         order=order,
         num_supervised_tokens=data.num_supervised_tokens,
         decay_all_parameters="decay_all_parameters" in stage.quirks,
         only_trainable=stage.lora is not None,
+        questions=_questions(run),
         callbacks=[StageProgress(run.console, run.name), stop],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _questions(run: StageRun) -> TrainingQuestions | None:
+    spec, limit = run.evaluation, run.stage.eval_questions
+    if spec is None or limit is None:
+        return None
+    return TrainingQuestions(
+        load_questions(spec.data, image_root=spec.image_root, limit=limit),
+        preset=PRESETS[spec.preset],
+        max_new_tokens=spec.max_new_tokens,
+        batch_size=spec.batch_size,
+        folder=run.folder / "evaluation",
+    )
 
 
 def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived, stop: StopOnSignal) -> None:
@@ -243,7 +262,7 @@ def _record(
     """What the model card and the summary tell of the stage."""
     stage, history = run.stage, trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    validation = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
+    metrics = trainer.final_metrics()
     seconds = next((entry["seconds"] for entry in reversed(history) if "seconds" in entry), 0.0)
     tokens = trainer.num_supervised_tokens_trained(derived.steps)
     return {
@@ -267,7 +286,9 @@ def _record(
         "init_from": str(run.origin),
         "loss_first": losses[0] if losses else None,
         "loss": float(np.mean(losses[-5:])) if losses else None,
-        "validation_loss": validation,
+        "weights_of_step": trainer.state.best_global_step or derived.steps,
+        "validation_loss": metrics.get("eval_loss"),
+        "validation_accuracy": metrics.get("eval_accuracy"),
         "supervised_tokens": tokens,
         "supervised_tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "minutes": round(seconds / 60, 2),

@@ -1,0 +1,75 @@
+"""Questions asked while a stage trains, by one process or many, on a model that is whole or sharded."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, undisturbed
+from llava_llama31.trainer.evaluation.questions import Question
+from llava_llama31.trainer.evaluation.scoring import Report, score_answers
+from llava_llama31.trainer.evaluation.textvqa import Asker, Preset
+
+
+@dataclass(frozen=True)
+class TrainingQuestions:
+    """What is asked, and how.
+
+    Args:
+        questions: the first ones of the evaluation.
+        folder: gets one file of answers per evaluation, step-N.jsonl.
+    """
+
+    questions: Sequence[Question]
+    preset: Preset
+    max_new_tokens: int
+    batch_size: int | None
+    folder: Path
+
+    def ask(
+        self,
+        model: torch.nn.Module,
+        processor: LlavaLlama31Processor,
+        *,
+        step: int,
+        sharded: torch.nn.Module | None = None,
+        autocast: AbstractContextManager[Any] | None = None,
+    ) -> Report:
+        """Scores of the answers that the weights give now; every process calls this and gets the same.
+
+        Training is left as it was: modes, random states, order of the data.
+
+        Args:
+            model: the model without wrappers.
+            sharded: its wrapper, where the weights are spread over the processes; then all of them answer all
+                questions in step, for each call gathers what the next one needs. Else they share the questions.
+            autocast: what the model's calls run under.
+        """
+        num_processes = dist.get_world_size() if dist.is_initialized() else 1
+        rank = dist.get_rank() if num_processes > 1 else 0
+        answerer = GreedyAnswerer(model, processor, max_new_tokens=self.max_new_tokens, forward=sharded)
+        pictures = {question.image_id: question.image for question in self.questions if question.image is not None}
+        asker = Asker(answerer, pictures, {image_id: image_id for image_id in pictures}, self.preset, f"step-{step}")
+        longest = max(asker.num_image_tokens.values(), default=0)
+        batches = asker.plan(self.questions, self.batch_size or answerer.auto_batch_size(longest))
+        mine = batches if sharded is not None else batches[rank::num_processes]
+        with undisturbed(sharded or model), autocast or contextlib.nullcontext():
+            rows = [row for batch in asker.ask_all(mine) for row in batch]
+        if sharded is None and num_processes > 1:
+            gathered: list[list[dict[str, Any]]] = [[]] * num_processes
+            dist.all_gather_object(gathered, rows)
+            rows = [row for part in gathered for row in part]
+        by_id = {row["question_id"]: row for row in rows}
+        rows = [by_id[question.question_id] for question in self.questions]
+        if rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (self.folder / f"step-{step}.jsonl").write_text(lines, encoding="utf-8")
+        return score_answers(self.questions, rows)
