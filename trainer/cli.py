@@ -115,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     browse.add_argument("--limit", type=_positive, metavar="N", help="show only the first N questions")
     browse.add_argument("--image-side", type=_positive, default=512, metavar="PX", help="longest side of a picture")
 
+    metric = _command(commands, "export-metric", _export_metric, "write the score as a Hugging Face `evaluate` metric")
+    metric.add_argument("--output", default="textvqa_accuracy", metavar="DIR", help="default: textvqa_accuracy")
+
     export = _command(commands, "export", _export, "write a finished run's two-door folder again, with its card")
     export.add_argument("folder", metavar="RUN", help="folder of a finished run")
     export.add_argument("--output", metavar="DIR", help="default: RUN/export")
@@ -272,6 +275,13 @@ def _browse(options: argparse.Namespace) -> int:
         limit=options.limit,
         image_side=options.image_side,
     )
+
+
+def _export_metric(options: argparse.Namespace) -> int:
+    from llava_llama31.trainer.evaluation.metric import export_metric
+
+    print(export_metric(options.output), file=sys.stderr)  # noqa: T201
+    return 0
 
 
 def _export(options: argparse.Namespace) -> int:
