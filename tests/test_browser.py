@@ -30,7 +30,8 @@ from llava_llama31.trainer.evaluation import browser as browser_module
 from llava_llama31.trainer.evaluation.browser import write_browser
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.scoring import score_answers
-from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS, vqa_accuracy
+from llava_llama31.trainer.evaluation.textvqa import evaluate
+from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS, normalize, vqa_accuracy
 from llava_llama31.trainer.images import ImageRef
 
 
@@ -79,9 +80,9 @@ def evaluation(make_image):
     rows = [
         {"question_id": 4, "answer": "8."},
         {"question_id": 1, "answer": "Stop."},
-        {"question_id": 2, "answer": "go", "finish": "length"},
+        {"question_id": 2, "answer": "go", "ended": "length"},
         {"question_id": 2, "answer": "stop"},
-        {"question_id": 3, "answer": "halt", "finish": "stop"},
+        {"question_id": 3, "answer": "halt", "ended": "stop"},
         {"question_id": 5, "answer": "New York,NY"},
         {"question_id": 6, "answer": None, "error": "RuntimeError: CUDA out of memory"},
         {"question_id": 2**60 + 1, "answer": "", "shown_image_id": "a"},
@@ -160,6 +161,30 @@ def test_means_are_those_of_the_score(evaluation, tmp_path):
 def test_an_evaluation_without_one_answer_can_be_browsed(evaluation, tmp_path):
     questions, _ = evaluation
     assert write_browser(questions, [], tmp_path / "b.html").num_unanswered == 8
+
+
+def test_an_answer_in_normal_form_is_compared_as_it_stands(tmp_path):
+    # m4c makes `thats` of `that's`, and something else of that again
+    questions = [make_question(1, answers=["thats"] * 10)]
+    rows = [{"question_id": 1, "answer": normalize("thats", "m4c"), "normalized": "m4c"}]
+    _, data = read(write_browser(questions, rows, tmp_path / "b.html", note="read this").path)
+    report = score_answers(questions, rows)
+    scores = data["questions"][0]["scores"]
+    assert scores == [report.protocols[name].accuracy for name in PROTOCOLS] and scores[2] == 1
+    assert all(data["questions"][0]["answers"][0]["matches"]) and data["note"] == "read this"
+    _, plain = read(write_browser(questions, [{"question_id": 1, "answer": "that's"}], tmp_path / "b.html").path)
+    assert plain["questions"][0]["scores"][2] == 0
+
+
+def test_rows_of_an_evaluation_say_what_was_cut_and_shown(tiny_model, processor, picture, tmp_path):
+    other = replace(picture, name="p1")
+    questions = [make_question(0, image=picture), make_question(1, image_id="p1", image=other)]
+    evaluate(tiny_model, processor, questions, tmp_path, revision="r", max_new_tokens=1, blind_seed=0)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    _, data = read(write_browser(questions, rows, tmp_path / "b.html").path)
+    stop_ids = tiny_model.generation_config.eos_token_id
+    assert not any(row["token_ids"][-1] in stop_ids for row in rows)
+    assert [(entry["cut"], entry["shown"]["id"]) for entry in data["questions"]] == [(True, "p1"), (True, "p0")]
 
 
 def hostile_evaluation(picture):
@@ -334,6 +359,11 @@ def test_browse_command(evaluation, tmp_path, capsys):
     assert "8 questions, 2 pictures" in out and "without an answer: 2" in out
     assert "pictures not shown: 1: cut (missing_image" in out and "not in the data: 1: 77" in out
     assert read(tmp_path / "predictions.html")[1]["title"] == "predictions.jsonl on questions.jsonl"
+    submission = tmp_path / "textvqa_submission.json"
+    submission.write_text(json.dumps([{"question_id": i, "answer": "stop"} for i in (1, 2)]))
+    assert main(["browse", str(submission), "--data", data]) == 0
+    assert "note: these answers are in m4c's normal form" in capsys.readouterr().out
+    assert read(submission.with_suffix(".html"))[1]["note"].startswith("these answers")
     output = tmp_path / "three.html"
     assert main(["browse", predictions, "--data", data, "--limit", "3", "--output", str(output)]) == 0
     limited = read(output)[1]
@@ -624,7 +654,7 @@ def code_units(text):
 
 def test_hostile_text_is_shown_and_never_run(window, picture, tmp_path):
     questions, rows = hostile_evaluation(picture)
-    window.open(write_browser(questions, rows, tmp_path / "b.html", title=HOSTILE[0]).path)
+    window.open(write_browser(questions, rows, tmp_path / "b.html", title=HOSTILE[0], note=HOSTILE[1]).path)
     units = (
         "return [...document.querySelectorAll(arguments[0])].map("
         "(element) => Array.from({ length: element.textContent.length }, (_, i) => element.textContent.charCodeAt(i)))"
@@ -634,7 +664,11 @@ def test_hostile_text_is_shown_and_never_run(window, picture, tmp_path):
     assert window.run(units, "li.match bdi") == [texts[0], *texts[2:]]
     assert window.run(units, ".prediction > bdi:first-child") == [texts[0], *texts[2:]]
     assert window.run(units, ".error bdi") == [texts[0]]
-    assert window.text("h1") == HOSTILE[0] and HOSTILE[0] in window.text("#summary")
+    assert (
+        window.text("#note") == HOSTILE[1]
+        and window.text("h1") == HOSTILE[0]
+        and HOSTILE[0] in window.text("#summary")
+    )
     assert window.run("return [window.owned, document.querySelectorAll('svg, iframe, [src=x], bdi *').length]") == [
         None,
         0,

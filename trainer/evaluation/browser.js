@@ -4,7 +4,7 @@
 
 const PAGE_SIZE = 50;
 const byId = (id) => document.getElementById(id);
-const { title, protocols, pictures, questions, unknown } = JSON.parse(byId("data").textContent);
+const { title, note, protocols, pictures, questions, unknown } = JSON.parse(byId("data").textContent);
 const state = { filter: "all", protocol: 0, sort: "file", search: "", page: 0 };
 let shown = questions;
 
@@ -222,6 +222,7 @@ function summary() {
 
 document.title = byId("title").textContent = title;
 byId("summary").textContent = summary();
+byId("note").textContent = note;
 byId("protocol").append(...protocols.map((name, i) => make("option", { value: i }, name)));
 byId("search").addEventListener("input", (event) => search(event.target.value));
 byId("protocol").addEventListener("change", (event) => { state.protocol = Number(event.target.value); update(); });

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from PIL import Image
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.evaluation.answer_files import read_predictions
+from llava_llama31.trainer.evaluation.answer_files import read_answers
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS, normalize, vqa_accuracy
 from llava_llama31.trainer.images import ImageRef
@@ -29,7 +29,7 @@ from llava_llama31.trainer.reasons import RecordError
 
 IMAGE_SIDE = 512
 JPEG_QUALITY = 80
-CUT = "length"  # what a row's `finish` says of an answer that ran into the token limit
+CUT = "length"  # what a row's `ended` says of an answer that ran into the token limit
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def write_browser(
     path: str | Path,
     *,
     title: str = "",
+    note: str = "",
     image_side: int = IMAGE_SIDE,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Browser:
@@ -69,10 +70,12 @@ def write_browser(
     Args:
         questions: with their pictures; they are listed in this order.
         rows: `{question_id, answer}` or `{question_id, answer: null, error}`, as in predictions.jsonl; of several rows
-            to one question the first counts, as in the score. Also shown where a row has them: `finish` ("length": the
-            answer was cut) and `shown_image_id` (the picture that a blind evaluation showed instead).
+            to one question the first counts, as in the score. Heeded where a row has them: `ended` ("length": the
+            answer was cut), `shown_image_id` (the picture that a blind evaluation showed instead) and `normalized`
+            (the protocol whose normal form the answer is in already).
         path: the HTML file; its folder is made if it is not there.
         title: what the page is called; by default the file's name.
+        note: what has to be known about all of the scores.
         image_side: longest side of a stored picture, in pixels.
         on_progress: called with (pictures done, all pictures) after each picture.
 
@@ -95,6 +98,7 @@ def write_browser(
                 described = _write_pictures(file, pictures, image_side, on_progress)
                 data = {
                     "title": title or path.stem,
+                    "note": note,
                     "protocols": list(PROTOCOLS),
                     "pictures": described,
                     "questions": entries,
@@ -133,23 +137,24 @@ def browse_command(
 
     # all questions, whatever the limit: answers to those beyond it are not unknown
     questions = load_questions(data, image_root=image_root)
-    rows = read_predictions(predictions, questions)
+    answers = read_answers(predictions, questions)
     shown, beyond = questions[:limit], {str(question.question_id) for question in questions[len(questions[:limit]) :]}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("pictures", total=None)
         browser = write_browser(
             shown,
-            [row for row in rows if str(row["question_id"]) not in beyond],
+            [row for row in answers.rows if str(row["question_id"]) not in beyond],
             output or Path(predictions).with_suffix(".html"),
             title=f"{Path(predictions).name} on {Path(data).name}",
+            note=answers.note,
             image_side=image_side,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    _print_browser(browser)
+    _print_browser(browser, answers.note)
     return 0
 
 
-def _print_browser(browser: Browser) -> None:
+def _print_browser(browser: Browser, note: str) -> None:
     from rich.console import Console
 
     console, megabytes = Console(), browser.path.stat().st_size / 1e6
@@ -165,7 +170,7 @@ def _print_browser(browser: Browser) -> None:
         if ids:
             more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
             lines.append(f"{what}: {len(ids)}: {', '.join(ids[:5])}{more}")
-    for line in lines:
+    for line in [*lines, f"note: {note}"] if note else lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -251,15 +256,15 @@ def _answered(question: Question, row: Mapping[str, Any] | None) -> dict[str, An
     if row is None or row.get("answer") is None:
         error = "no row answers this question" if row is None else str(row.get("error", "no answer"))
         return {"error": error, "answers": [{"text": text, "count": count} for text, count in answers]}
-    prediction = str(row["answer"])
-    scores = [vqa_accuracy(prediction, question.answers, name) for name in PROTOCOLS]
-    compared = [normalize(prediction, name) for name in PROTOCOLS]
+    prediction, done = str(row["answer"]), row.get("normalized")
+    scores = [vqa_accuracy(prediction, question.answers, name, normalized=name == done) for name in PROTOCOLS]
+    compared = [prediction if name == done else normalize(prediction, name) for name in PROTOCOLS]
     grouped = []
     for text, count in answers:
         matches = [normalize(text, name) == wanted for name, wanted in zip(PROTOCOLS, compared, strict=True)]
         grouped.append({"text": text, "count": count, "matches": matches})
     entry: dict[str, Any] = {"prediction": prediction, "scores": scores, "answers": grouped}
-    if row.get("finish") == CUT:
+    if row.get("ended") == CUT:
         entry["cut"] = True
     if len(set(scores)) > 1:
         forms = [Counter(normalize(text, name) for text in question.answers).most_common() for name in PROTOCOLS]
