@@ -416,7 +416,7 @@ ROW = {"index": 1, "question": "?", "prediction": "a"}
         ("p.tsv", [ROW | {"index": i} for i in range(11)], "p.tsv: the indices .* in order: 11 rows for 10 questions"),
         ("p.tsv", [ROW | {"index": 34602}], "p.tsv:2: the indices are not the annotated question_ids"),
         ("p.xlsx", [ROW], "p.xlsx, row 2: the indices are not the annotated question_ids"),
-        ("p.xlsx", None, "p.xlsx: cannot be read"),
+        ("p.xlsx", None, "p.xlsx: cannot be read: No such file"),
     ],
 )
 def test_bad_answer_files_are_named(questions, tmp_path, name, content, message):
@@ -439,7 +439,7 @@ def test_excel_files(questions, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="two.xlsx: has 2 sheets"):
         read_answers(tmp_path / "two.xlsx", questions)
     (tmp_path / "text.xlsx").write_text("index,prediction")
-    with pytest.raises(UserError, match="text.xlsx: cannot be read"):
+    with pytest.raises(UserError, match="text.xlsx: not an Excel file"):
         read_answers(tmp_path / "text.xlsx", questions)
     # numbers, as a hand that edited the file leaves them
     edited = [row | {"index": float(row["index"]), "prediction": 8} for row in predictions_of(PREDICTIONS)]

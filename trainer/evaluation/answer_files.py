@@ -28,8 +28,8 @@ ANSWERS, LLAVA, SAMPLES, SUBMISSION, VLMEVALKIT = (
 # what VLMEvalKit writes in the place of an answer (`INFER_FAIL_MSG` in its vlmeval/smp/file.py)
 VLMEVALKIT_FAILED = "Failed to obtain answer"
 NORMALIZED_NOTE = (
-    "these answers are in m4c's normal form already, as lmms-eval writes them: m4c compares them as they stand, but "
-    "under the other protocols the model's own words may score otherwise (lmms-eval's --log_samples keeps those)"
+    "these answers are in m4c's normal form already, as lmms-eval writes them: m4c compares them as they stand; the "
+    "scores under the other protocols are not those of the model's own words, which lmms-eval's --log_samples keeps"
 )
 
 

@@ -82,8 +82,10 @@ def xlsx_rows(path: Path) -> Iterator[Row]:
 
     try:
         book = openpyxl.load_workbook(path, read_only=True)
-    except (OSError, BadZipFile, KeyError, ValueError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(path), fix="check the path and the file") from error
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix="check the path") from error
+    except (BadZipFile, KeyError, ValueError) as error:
+        raise UserError(f"not an Excel file: {error}", where=str(path), fix="check the file") from error
     try:
         if len(book.sheetnames) != 1:
             what = f"has {len(book.sheetnames)} sheets ({', '.join(book.sheetnames)})"

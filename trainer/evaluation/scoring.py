@@ -333,7 +333,7 @@ def print_comparison(comparison: Comparison, title: str) -> None:
     from rich.table import Table
 
     compared = f"{comparison.num_compared} of {comparison.num_questions} questions answered by both"
-    console, table = Console(), Table()
+    console, table = Console(), Table(box=None, pad_edge=False)  # narrow enough for 80 columns
     console.print(f"{title}: {compared}", markup=False, highlight=False, soft_wrap=True)
     table.add_column("protocol")
     for column in ("A %", "B %", "B - A", "95 % interval", "gained", "lost", "tied"):
