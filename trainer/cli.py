@@ -88,14 +88,28 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "evaluate", _evaluate, "ask a model the questions of a TextVQA-format file")
     evaluate.add_argument("model", metavar="MODEL", help="a folder that stock Transformers opens as LlavaNext")
     evaluate.add_argument("--data", required=True, metavar="FILE", help="JSON lines, official JSON, or parquet")
+    evaluate.add_argument("--questions", metavar="FILE", help="the questions that go with VQA-style annotations")
     evaluate.add_argument("--image-root", metavar="DIR", help="default: the folder of FILE")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="ask only the first N questions")
-    evaluate.add_argument("--batch-size", type=int, default=16, metavar="N")
-    evaluate.add_argument("--max-new-tokens", type=int, default=16, metavar="N")
+    evaluate.add_argument(
+        "--preset", choices=("card", "llava", "lmms-eval"), default="card", help="whose prompt; default: card"
+    )
+    evaluate.add_argument("--ocr", choices=("rapidocr",), help="read OCR tokens for --preset llava from the pictures")
+    evaluate.add_argument(
+        "--jpeg-rounds", type=int, default=0, metavar="N", help="re-encode each picture N times; the card did it twice"
+    )
+    evaluate.add_argument("--limit", type=_positive, metavar="N", help="ask only the first N questions")
+    evaluate.add_argument(
+        "--batch-size", type=_number_or_auto, metavar="N|auto", help="default: auto, by the device's memory"
+    )
+    evaluate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    evaluate.add_argument(
+        "--batch-invariant", action="store_true", help="bfloat16 answers that no batch size changes; slower"
+    )
     evaluate.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     evaluate.add_argument("--device", metavar="NAME", help="torch's name; default: the GPU where there is one")
     evaluate.add_argument("--blind", action="store_true", help="shuffle the pictures between questions")
     evaluate.add_argument("--output", metavar="DIR", help="default: a folder under runs/evaluate")
+    evaluate.add_argument("--no-browser", action="store_true", help="write no HTML file to browse")
     _json_argument(evaluate)
 
     score = _command(commands, "score", _score, "score a predictions file, or compare two; no model needed")
@@ -141,6 +155,10 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ValueError
     return number
+
+
+def _number_or_auto(text: str) -> int | None:
+    return None if text == "auto" else _positive(text)
 
 
 def _json_argument(parser: argparse.ArgumentParser) -> None:
@@ -235,19 +253,25 @@ def _assemble(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.evaluation.textvqa import evaluate_command
+    from llava_llama31.trainer.evaluation.evaluate_command import evaluate_command
 
     return evaluate_command(
         options.model,
         data=options.data,
+        questions_file=options.questions,
         image_root=options.image_root,
+        preset=options.preset,
+        ocr=options.ocr,
+        jpeg_rounds=options.jpeg_rounds,
         limit=options.limit,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
+        batch_invariant=options.batch_invariant,
         dtype=options.dtype,
         device=options.device,
         blind=options.blind,
         output=options.output,
+        browser=not options.no_browser,
         json_output=options.json_output,
     )
 

@@ -20,8 +20,9 @@ from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.generation import load_model
+from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
-from llava_llama31.trainer.evaluation.textvqa import PRESETS, Evaluation, evaluate, weights_revision
+from llava_llama31.trainer.evaluation.textvqa import Evaluation, evaluate, weights_revision
 from llava_llama31.trainer.hub import local_checkpoint
 from llava_llama31.trainer.module_groups import GROUPS, group_parameters
 from llava_llama31.trainer.reasons import RecordError

@@ -24,8 +24,8 @@ from llava_llama31.trainer.console import StageProgress, print_stage_start
 from llava_llama31.trainer.dataset import StageDataset
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
+from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import load_questions
-from llava_llama31.trainer.evaluation.textvqa import PRESETS
 from llava_llama31.trainer.llava_trainer import LlavaTrainer, StopOnSignal
 from llava_llama31.trainer.module_groups import GroupReport, freeze, group_parameters, lora_target_pattern
 from llava_llama31.trainer.order import BatchOrder

@@ -83,8 +83,9 @@ class GreedyAnswerer:
         self._encodes_llama31 = all(token in vocabulary for token in CHAT_TOKENS)
         self._stop = torch.tensor(self.stop_ids, device=model.device)
         self._last_prefix: tuple[Hashable, Prompt, DynamicCache] | None = None
-        window = model.config.text_config.to_dict().get("sliding_window")
-        if window is not None and window < model.config.text_config.max_position_embeddings:
+        text = model.config.get_text_config()
+        window = text.to_dict().get("sliding_window")
+        if window is not None and window < text.max_position_embeddings:
             what = f"the language model has a sliding window of {window} positions, which branches do not respect"
             raise UserError(what, fix="evaluate a model with full attention")
 
@@ -108,7 +109,7 @@ class GreedyAnswerer:
         """Prompts to answer at once: what half the memory beside the weights holds of keys and values, 64 at most."""
         if self.model.device.type != "cuda":
             return BATCH_SIZE_ON_CPU
-        text = self.model.config.text_config
+        text = self.model.config.get_text_config()
         positions = num_image_tokens + POSITIONS_OF_A_QUESTION + self.max_new_tokens
         per_position = (
             2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * self.model.dtype.itemsize
@@ -207,7 +208,7 @@ class GreedyAnswerer:
 
         Ready-made for sdpa: given the two-dimensional form, Transformers asks the device whether it is all ones.
         """
-        if self.model.config.text_config._attn_implementation != "sdpa":
+        if self.model.config.get_text_config()._attn_implementation != "sdpa":
             return visible.long()
         num_keys = visible.shape[1]
         causal = torch.ones((num_queries, num_keys), dtype=torch.bool, device=visible.device)
@@ -239,33 +240,44 @@ class GreedyAnswerer:
 
 
 class _BranchLayer(DynamicLayer):
-    """Keys and values of one layer in tensors that have room for all that will come."""
+    """Keys and values of one layer in tensors that have room for all that will come.
 
-    def __init__(self, prefixes: Sequence[DynamicLayer], num_past: int, room: int):
+    Args:
+        prefixes: keys and values, each (1, heads, positions, head size), of every row.
+        num_past: positions that the longest prefix has.
+        room: positions that will be added.
+    """
+
+    def __init__(self, prefixes: Sequence[tuple[torch.Tensor, torch.Tensor]], num_past: int, room: int):
         super().__init__()
-        first = prefixes[0].keys
+        first = prefixes[0][0]
         shape = (len(prefixes), first.shape[1], num_past + room, first.shape[3])
         # zeros: a masked key weighs zero only if it is finite
         self._keys, self._values = first.new_zeros(shape), first.new_zeros(shape)
-        for row, prefix in enumerate(prefixes):
-            self._keys[row, :, : prefix.keys.shape[2]] = prefix.keys[0]
-            self._values[row, :, : prefix.keys.shape[2]] = prefix.values[0]
+        for row, (keys, values) in enumerate(prefixes):
+            self._keys[row, :, : keys.shape[2]], self._values[row, :, : keys.shape[2]] = keys[0], values[0]
         self.dtype, self.device, self.is_initialized = first.dtype, first.device, True
-        self.keys, self.values = self._keys[:, :, :num_past], self._values[:, :, :num_past]
+        self._grow_to(num_past)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        start, end = self._length, self._length + key_states.shape[2]
         self._keys[:, :, start:end], self._values[:, :, start:end] = key_states, value_states
-        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+        return self._grow_to(end)
+
+    def _grow_to(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self._length = length
+        self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
         return self.keys, self.values
 
 
 def _fork(prefixes: Sequence[DynamicCache], num_past: int, room: int) -> Cache:
     """One row per prefix, each padded on the right to `num_past` positions, with room for more."""
-    layers = zip(*(cache.layers for cache in prefixes), strict=True)
-    return Cache(layers=[_BranchLayer(row_layers, num_past, room) for row_layers in layers])
+    layers: Any = zip(*(cache.layers for cache in prefixes), strict=True)
+    return Cache(
+        layers=[_BranchLayer([(layer.keys, layer.values) for layer in row], num_past, room) for row in layers]
+    )
 
 
 @contextmanager

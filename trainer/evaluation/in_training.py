@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 
 from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.trainer.evaluation.asker import Asker
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, undisturbed
+from llava_llama31.trainer.evaluation.presets import Preset
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.scoring import Report, score_answers
-from llava_llama31.trainer.evaluation.textvqa import Asker, Preset
 
 
 @dataclass(frozen=True)

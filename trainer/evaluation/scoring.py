@@ -33,6 +33,7 @@ class Report:
         missing: ids of questions that the predictions leave out.
         duplicates: ids that are answered more than once; the first answer counts.
         unknown: ids that are answered but not annotated.
+        cut: ids whose answer reached the length limit, where the file tells; it is scored as it is.
     """
 
     num_questions: int
@@ -42,6 +43,7 @@ class Report:
     missing: tuple[int | str, ...] = ()
     duplicates: tuple[int | str, ...] = ()
     unknown: tuple[int | str, ...] = ()
+    cut: tuple[int | str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -56,12 +58,14 @@ class Report:
             "failed": len(self.failed),
             "duplicates": len(self.duplicates),
             "unknown": len(self.unknown),
+            "cut": len(self.cut),
             "protocols": {name: asdict(score) for name, score in self.protocols.items()},
             "protocols_failed_as_zero": {name: asdict(score) for name, score in self.protocols_failed_as_zero.items()},
             "missing_ids": list(self.missing),
             "failed_ids": {str(question_id): reason for question_id, reason in self.failed.items()},
             "duplicate_ids": list(self.duplicates),
             "unknown_ids": list(self.unknown),
+            "cut_ids": list(self.cut),
         }
 
 
@@ -276,6 +280,7 @@ def _report(matched: _Matched) -> Report:
         missing=tuple(question.question_id for key, question in annotated.items() if key not in times),
         duplicates=tuple(annotated[key].question_id for key in times if times[key] > 1 and key in annotated),
         unknown=tuple(key for key in times if key not in annotated),
+        cut=tuple(annotated[key].question_id for key, row in matched.answered.items() if row.get("ended") == "length"),
     )
 
 
@@ -363,6 +368,7 @@ def _unaccounted(report: Report) -> dict[str, Sequence[int | str]]:
         "missing": report.missing,
         "answered more than once": report.duplicates,
         "not annotated": report.unknown,
+        "cut at the length limit": report.cut,
     }
 
 

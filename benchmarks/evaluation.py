@@ -1,0 +1,224 @@
+"""Questions per second of our evaluator beside the way VLMEvalKit and lmms-eval drive the same model.
+
+Their way: one question at a time, its picture through processor and vision tower each time, `generate` on stock
+Transformers. Both get the same folder, a small LlavaNext with random weights whose answers have a few tokens, and the
+same questions with TextVQA's ratio of questions to pictures (5,000 : 3,166) and its size of pictures. Each driver runs in
+a process of its own, turn by turn.
+
+python benchmarks/evaluation.py --dtype float32 bfloat16
+"""
+
+import argparse
+import json
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+NUM_QUESTIONS, NUM_PICTURES = 95, 60
+MAX_NEW_TOKENS = 16
+SIZES = [(768, 1024), (1024, 768), (683, 1024), (1024, 683), (576, 1024), (1024, 1024), (1024, 577)]  # height, width
+DRIVERS = ("theirs", "ours")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--drive", choices=DRIVERS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.drive:
+        print(json.dumps(drive(options.drive, options.folder, options.dtype[0], options.batch_size)))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder, "model"))
+        make_questions(Path(folder))
+        print(f"{platform.machine()}, {NUM_QUESTIONS} questions on {NUM_PICTURES} pictures, best of {options.rounds}")
+        return max(compare(Path(folder), dtype, options.rounds, options.batch_size) for dtype in options.dtype)
+
+
+def compare(folder: Path, dtype: str, rounds: int, batch_size: int) -> int:
+    """Print one table; 1 if float32 answers differ."""
+    results = {driver: [] for driver in DRIVERS}
+    for _ in range(rounds):
+        for driver in DRIVERS:
+            command = [sys.executable, __file__, "--drive", driver, "--folder", str(folder), "--dtype", dtype]
+            command += ["--batch-size", str(batch_size)]
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            results[driver].append(json.loads(run.stdout.splitlines()[-1]))
+    peak = matmul_peak(dtype)
+    print(f"\n{dtype}; a {dtype} matrix product reaches {peak / 1e9:.0f} GFLOP/s")
+    print(f"{'':8}{'questions/s':>13}{'seconds':>9}{'memory':>11}{'GFLOP':>9}{'of the floor':>14}")
+    for driver in DRIVERS:
+        best = min(results[driver], key=lambda result: result["seconds"])
+        speed, share = NUM_QUESTIONS / best["seconds"], best["flops"] / peak / best["seconds"]
+        print(
+            f"{driver:8}{speed:13.2f}{best['seconds']:9.2f}{best['memory'] / 2**20:8.0f} MiB{best['flops'] / 1e9:9.0f}"
+            f"{share:14.0%}"
+        )
+    ratio = [a["seconds"] / b["seconds"] for a, b in zip(results["theirs"], results["ours"], strict=True)]
+    theirs, ours = (results[driver][0]["answers"] for driver in DRIVERS)
+    same = sum(a == b for a, b in zip(theirs, ours, strict=True))
+    mean_length = statistics.mean(map(len, ours))
+    print(
+        f"{statistics.median(ratio):.2f} times as fast (by round: {', '.join(f'{x:.2f}' for x in ratio)}); "
+        f"{same} of {NUM_QUESTIONS} answers identical, {mean_length:.1f} tokens each"
+    )
+    return int(dtype == "float32" and same < NUM_QUESTIONS)
+
+
+def drive(driver: str, folder: Path, dtype: str, batch_size: int) -> dict:
+    """Token ids of the answers, seconds without loading, floating-point operations, and peak memory in bytes."""
+    import torch
+
+    ask = {"theirs": ask_one_by_one, "ours": ask_together}[driver](folder, getattr(torch, dtype), batch_size)
+    ask(4)  # warm
+    started = time.perf_counter()
+    answers = ask(None)
+    seconds = time.perf_counter() - started
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        ask(None)
+    flops = counter.get_total_flops()
+    return {"answers": answers, "seconds": seconds, "memory": memory, "flops": flops}
+
+
+def ask_one_by_one(folder: Path, dtype, batch_size: int):
+    import torch
+    from PIL import Image
+    from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+
+    model = LlavaNextForConditionalGeneration.from_pretrained(folder / "model", dtype=dtype).eval()
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+
+    def ask(limit):
+        answers = []
+        for row in rows[:limit]:
+            text = f"{row['question']}\nAnswer the question using a single word or phrase."
+            messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+            prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+            image = Image.open(folder / row["image"]).convert("RGB")
+            # the template has the BOS already
+            inputs = processor(images=image, text=prompt, return_tensors="pt", add_special_tokens=False).to(dtype)
+            with torch.inference_mode():
+                output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+            answers.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+        return answers
+
+    return ask
+
+
+def ask_together(folder: Path, dtype, batch_size: int):
+    from llava_llama31.trainer.evaluation.generation import load_model
+    from llava_llama31.trainer.evaluation.questions import load_questions
+    from llava_llama31.trainer.evaluation.textvqa import evaluate
+
+    model, processor = load_model(folder / "model", dtype=str(dtype).removeprefix("torch."))
+    questions = load_questions(folder / "questions.jsonl")
+
+    def ask(limit):
+        with tempfile.TemporaryDirectory() as output:
+            done = evaluate(
+                model, processor, questions[:limit], output, revision="", batch_size=batch_size,
+                max_new_tokens=MAX_NEW_TOKENS,
+            )  # fmt: skip
+            rows = [json.loads(line) for line in done.predictions.read_text().splitlines()]
+        return [row["token_ids"] for row in rows]
+
+    return ask
+
+
+def matmul_peak(dtype: str) -> float:
+    """Floating-point operations per second of a large matrix product, the best of ten."""
+    import torch
+
+    size = 2048
+    a, b = (torch.randn(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def make_questions(folder: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    draw = random.Random(0)
+    for i in range(NUM_PICTURES):
+        height, width = SIZES[i % len(SIZES)]
+        coarse = np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+    rows = []
+    for i in range(NUM_QUESTIONS):
+        words = draw.choices(["what", "is", "the", "brand", "of", "this", "camera", "number", "sign"], k=7)
+        rows.append({"question_id": i, "image_id": str(i % NUM_PICTURES), "image": f"{i % NUM_PICTURES}.jpg"})
+        rows[-1] |= {"question": f"{' '.join(words)}?", "answers": ["stop"] * 10}
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_model(folder: Path) -> None:
+    """CLIP of 12 layers x 384 at 168 px and Llama of 12 layers x 576, with random weights and a byte tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+
+    from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
+    from llava_llama31.processing import CHAT_TOKENS, build_processor
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words = ["Answer the question using a single word or phrase.", "what is the brand of this camera number sign"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=list(CHAT_TOKENS), initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(words * 2, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
+    )
+    grid = [[168, 336], [336, 168], [336, 336], [504, 168], [168, 504]]
+    processor = build_processor(
+        tokenizer, image_size=168, patch_size=14, image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28],
+        image_grid_pinpoints=grid,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=8192, hidden_size=576, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=4096, pad_token_id=processor.tokenizer.pad_token_id,
+        # one id in four ends an answer, so that answers are about as short as TextVQA's
+        eos_token_id=list(range(3, 8192, 4)), tie_word_embeddings=False,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6, image_size=168,
+        patch_size=14, projection_dim=384,
+    )  # fmt: skip
+    config = LlavaLlama31Config(
+        vision_config=vision, text_config=text, image_token_index=processor.image_token_id, image_grid_pinpoints=grid
+    )
+    torch.manual_seed(0)
+    model = LlavaLlama31ForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:  # larger than a fresh model's, or all pictures look the same to it
+            parameter.data.mul_(4)
+    model.generation_config.eos_token_id = text.eos_token_id
+    model.generation_config.pad_token_id = text.pad_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

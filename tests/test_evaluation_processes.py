@@ -1,0 +1,160 @@
+"""Evaluations in real processes: killed, shared by two, and of adapters."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.evaluation.generation import load_model
+
+
+SIZES = [(28, 28), (20, 90), (90, 20), (60, 50), (5, 200), (120, 121), (33, 64)]
+NUM_QUESTIONS, NUM_PICTURES = 500, 320
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, make_image) -> Path:
+    """500 questions on 320 pictures of many shapes, TextVQA's ratio."""
+    folder, draw = tmp_path_factory.mktemp("questions"), random.Random(0)
+    for i in range(NUM_PICTURES):
+        make_image(*SIZES[i % len(SIZES)], seed=i).save(folder / f"p{i}.png")
+    rows = []
+    for i in range(NUM_QUESTIONS):
+        text = " ".join(draw.choices(["what", "is", "the", "brand", "number", "clock", "left"], k=draw.randint(1, 9)))
+        image_id = f"p{i % NUM_PICTURES}"
+        rows.append({"question_id": i, "image_id": image_id, "question": text, "answers": ["stop"] * 10})
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "questions.jsonl"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, base_folder) -> Path:
+    """Larger random weights than a fresh model's, so that its answers differ in length and content."""
+    folder = tmp_path_factory.mktemp("lively")
+    weights, processor = load_model(base_folder)
+    torch.manual_seed(1)
+    for parameter in weights.parameters():
+        parameter.data = 0.25 * torch.randn_like(parameter)
+    weights.generation_config.eos_token_id = list(range(200, 448, 7))
+    weights.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def arguments(model: Path, data: Path, output: Path) -> list[str]:
+    return [str(model), "--data", str(data), "--output", str(output), "--max-new-tokens", "12"]
+
+
+def answers(folder: Path, *, order: bool = True) -> list[str]:
+    """The lines of the file without their times."""
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
+    return [json.dumps({key: value for key, value in row.items() if key != "seconds"}) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(model, data, tmp_path_factory) -> list[str]:
+    output = tmp_path_factory.mktemp("whole")
+    assert main(["evaluate", *arguments(model, data, output), "--batch-size", "8"]) == 0
+    lines = answers(output)
+    assert len(lines) == NUM_QUESTIONS and len({json.loads(line)["answer"] for line in lines}) > 100
+    return lines
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_file_of_one(launch, model, data, whole, tmp_path):
+    output = tmp_path / "two"
+    job = launch("evaluate.py", *arguments(model, data, output), "--batch-size", "8", "--json", processes=2)
+    printed, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, printed
+    assert answers(output) == whole
+    assert [path.name for path in sorted(output.iterdir())] == ["predictions.jsonl", "scores.json", "settings.json"]
+    assert json.loads((output / "scores.json").read_text())["num_questions"] == NUM_QUESTIONS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_9_at_any_moment_changes_nothing(launch, model, data, whole, tmp_path, processes):
+    """Five times each; with two processes one after the other, so that what was left belongs to another number."""
+    output, draw = tmp_path / "killed", random.Random(processes)
+    kills = 0
+    while kills < 5:
+        started = sum(1 for file in output.glob("predictions*.jsonl") for _ in file.open())
+        job = launch("evaluate.py", *arguments(model, data, output), "--batch-size", "8", processes=processes)
+        wait_for_more(job, output, started)
+        time.sleep(draw.random() * 0.3)
+        if job.poll() is not None:
+            break
+        kill_group(job)
+        kills += 1
+        processes = 3 - processes if processes == 2 else processes
+    job = launch("evaluate.py", *arguments(model, data, output), "--batch-size", "8")
+    printed, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, printed
+    assert kills >= 3 and answers(output) == whole
+
+
+def wait_for_more(job, output: Path, before: int) -> None:
+    """Until a batch more is written than there was, or the process has ended."""
+    deadline = time.monotonic() + 120
+    while job.poll() is None and time.monotonic() < deadline:
+        if sum(1 for file in output.glob("predictions*.jsonl") for _ in file.open()) > before:
+            return
+        time.sleep(0.02)
+
+
+def kill_group(job) -> None:
+    """SIGKILL for the launcher and what it launched."""
+    import psutil
+
+    family = [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family, timeout=30)
+    job.communicate()
+
+
+def test_adapters_answer_like_the_model_they_are_merged_into(model, data, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    weights, processor = load_model(model)
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|up_proj)", init_lora_weights=False)
+    adapted = get_peft_model(weights, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(model)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    processor.save_pretrained(tmp_path / "merged")
+    texts = {}
+    for name, folder in (("adapter", tmp_path / "adapter"), ("merged", tmp_path / "merged"), ("base", model)):
+        output = tmp_path / f"{name}-answers"
+        assert main(["evaluate", *arguments(folder, data, output), "--limit", "30"]) == 0
+        texts[name] = [json.loads(line)["answer"] for line in answers(output)]
+    assert texts["adapter"] == texts["merged"] != texts["base"]
+
+
+def test_adapters_without_their_base_are_named(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "nowhere"}')
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"question_id": 1, "image_id": "a", "question": "?", "answers": ["a"]}')
+    assert main(["evaluate", str(tmp_path), "--data", str(questions)]) == 2
+    assert "base_model_name_or_path: there is no folder 'nowhere'" in capsys.readouterr().err
+
+
+def test_stock_checkpoints_are_evaluated_as_they_are(model, data, tmp_path):
+    """Saved by Transformers' own class and processor, without our code."""
+    from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+
+    LlavaNextForConditionalGeneration.from_pretrained(model).save_pretrained(tmp_path / "stock")
+    LlavaNextProcessor.from_pretrained(model).save_pretrained(tmp_path / "stock")
+    assert not list((tmp_path / "stock").glob("*.py"))
+    for name, folder in (("ours", model), ("stock", tmp_path / "stock")):
+        assert main(["evaluate", *arguments(folder, data, tmp_path / f"{name}-answers"), "--limit", "20"]) == 0
+    rows = {
+        name: [json.loads(x)["token_ids"] for x in answers(tmp_path / f"{name}-answers")] for name in ("ours", "stock")
+    }
+    assert rows["ours"] == rows["stock"]

@@ -1,0 +1,165 @@
+"""From questions to prediction rows: pictures decoded ahead, whole pictures to a batch, every failure named."""
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, Prompt
+from llava_llama31.trainer.evaluation.presets import Preset
+from llava_llama31.trainer.evaluation.questions import Question
+from llava_llama31.trainer.images import ImageRef
+from llava_llama31.trainer.reasons import RecordError
+
+
+JPEG_QUALITY = 75
+NUM_BATCHES_AHEAD = 2
+
+
+class Asker:
+    """Turns questions into prediction rows; a question that cannot be answered becomes a row that says why.
+
+    Args:
+        pictures: image id -> picture.
+        shown: image id -> image id of the picture that is shown for it.
+    """
+
+    def __init__(
+        self,
+        answerer: GreedyAnswerer,
+        pictures: Mapping[str, ImageRef],
+        shown: Mapping[str, str],
+        preset: Preset,
+        revision: str,
+        jpeg_rounds: int = 0,
+    ):
+        self.answerer, self.processor = answerer, answerer.processor
+        self.pictures, self.shown = pictures, shown
+        self.preset, self.revision, self.jpeg_rounds = preset, revision, jpeg_rounds
+        self.num_image_tokens: dict[str, int] = {}
+        """Image id -> placeholders, 0 where the header can't be read."""
+        for image_id, image in pictures.items():
+            try:
+                self.num_image_tokens[image_id] = self.processor.num_image_tokens(image.size())
+            except RecordError:
+                self.num_image_tokens[image_id] = 0
+
+    def plan(self, questions: Sequence[Question], batch_size: int) -> list[list[Question]]:
+        """Batches of whole pictures, like length beside like; the longest first, where memory that lacks shows early.
+
+        A picture with more questions than `batch_size` fills several batches.
+        """
+        by_picture: dict[str, list[Question]] = {}
+        for question in questions:
+            by_picture.setdefault(self.shown.get(question.image_id, ""), []).append(question)
+        batches: list[list[Question]] = []
+        for image_id in sorted(by_picture, key=lambda image_id: (-self.num_image_tokens.get(image_id, 0), image_id)):
+            asked = by_picture[image_id]
+            if batches and len(batches[-1]) + len(asked) <= batch_size:
+                batches[-1] += asked
+            else:
+                batches += [asked[start : start + batch_size] for start in range(0, len(asked), batch_size)]
+        return batches
+
+    def ask_all(self, batches: Sequence[Sequence[Question]]) -> Iterator[list[dict[str, Any]]]:
+        """Prediction rows batch by batch, while threads decode the pictures of the batches ahead."""
+        with ThreadPoolExecutor(NUM_BATCHES_AHEAD) as pool:
+            opened: dict[str, Future[_Picture | str]] = {}
+            for number, batch in enumerate(batches):
+                ahead = chain.from_iterable(batches[number : number + 1 + NUM_BATCHES_AHEAD])
+                image_ids = dict.fromkeys(self.shown[q.image_id] for q in ahead if q.image_id in self.shown)
+                # one object for all batches of a picture; what lies behind is let go
+                opened = {
+                    image_id: opened.get(image_id) or pool.submit(self._open, image_id) for image_id in image_ids
+                }
+                yield self._ask(batch, opened)
+
+    def _open(self, image_id: str) -> "_Picture | str":
+        """Tiles of a picture, or why there are none."""
+        try:
+            image = self.pictures[image_id].open()
+            for _ in range(self.jpeg_rounds):
+                image = _through_jpeg(image)
+            sha256 = self.pictures[image_id].sha256()
+            return _Picture(self.processor.tiles(image), (image.height, image.width), sha256)
+        except RecordError as error:
+            return str(error)
+
+    def _ask(self, batch: Sequence[Question], opened: "Mapping[str, Future[_Picture | str]]") -> list[dict[str, Any]]:
+        started = time.perf_counter()
+        results: list[list[int] | str] = [""] * len(batch)
+        prompts: dict[int, Prompt] = {}
+        facts: list[dict[str, Any]] = [{} for _ in batch]
+        for i, question in enumerate(batch):
+            if question.image_id not in self.shown:
+                results[i] = "missing_image: the question has no picture"
+                continue
+            picture = opened[self.shown[question.image_id]].result()
+            if isinstance(picture, str):
+                results[i] = picture
+            else:
+                prompts[i] = self._prompt(question, picture)
+                facts[i] = {"prompt_sha256": digest(prompts[i].input_ids), "image_sha256": picture.sha256}
+        for i, result in zip(prompts, self._answers(list(prompts.values())), strict=True):
+            results[i] = result
+        seconds = {"seconds": round((time.perf_counter() - started) / len(batch), 6)}
+        rows = zip(batch, results, facts, strict=True)
+        return [self._row(question, result) | fact | seconds for question, result, fact in rows]
+
+    def _prompt(self, question: Question, picture: "_Picture") -> Prompt:
+        content = [{"type": "image"}, {"type": "text", "text": self.preset.text(question)}]
+        messages = [{"role": "user", "content": content}]
+        return self.answerer.prompt_from_tiles(messages, [picture.tiles], [picture.size])
+
+    def _answers(self, prompts: list[Prompt]) -> list[list[int] | str]:
+        """Token ids of each answer; where generation fails, smaller batches, and in the end the reason."""
+        if not prompts:
+            return []
+        try:
+            return list(self.answerer.answer(prompts))
+        except (RuntimeError, ValueError, IndexError) as error:
+            if len(prompts) == 1:
+                return [f"{type(error).__name__}: {error}"]
+        half = len(prompts) // 2
+        return self._answers(prompts[:half]) + self._answers(prompts[half:])
+
+    def _row(self, question: Question, result: list[int] | str) -> dict[str, Any]:
+        row: dict[str, Any] = {"question_id": question.question_id, "image_id": question.image_id}
+        if self.shown.get(question.image_id, question.image_id) != question.image_id:
+            row["shown_image_id"] = self.shown[question.image_id]
+        row["question"] = question.question
+        if isinstance(result, str):
+            row |= {"answer": None, "error": result}
+        else:
+            ended = result[-1] in self.answerer.stop_ids
+            row |= {"answer": self.answerer.text(result), "token_ids": result, "ended": "stop" if ended else "length"}
+        return row | {"prompt": self.preset.text(question), "model": self.revision}
+
+
+@dataclass(frozen=True, eq=False)
+class _Picture:
+    """Tiles (T, 3, H, W) of a decoded picture, its (height, width) in pixels, and the hash of its file."""
+
+    tiles: np.ndarray
+    size: tuple[int, int]
+    sha256: str
+
+
+def _through_jpeg(image: Image.Image) -> Image.Image:
+    """The picture written as JPEG by Pillow's defaults (quality 75, 4:2:0) and read again."""
+    with io.BytesIO() as file:
+        image.save(file, "JPEG", quality=JPEG_QUALITY)
+        return Image.open(file).convert("RGB")
+
+
+def digest(values: Iterable[Any]) -> str:
+    """SHA-256 over the JSON list of values."""
+    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()

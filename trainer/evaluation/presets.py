@@ -1,0 +1,76 @@
+"""How published evaluators of TextVQA word their prompts."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.questions import Question
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a published evaluator words its prompt.
+
+    | preset      | definition read from                                                                          |
+    |-------------|-----------------------------------------------------------------------------------------------|
+    | `card`      | VLMEvalKit's TextVQA_VAL as the LLaVA-LLaMA-3.1 card ran it: `vlmeval/vlm` `build_prompt`      |
+    | `llava`     | LLaVA: `llava/eval/model_vqa_loader.py` on `llava_textvqa_val_v051_ocr.jsonl`                  |
+    | `lmms-eval` | lmms-eval: `lmms_eval/tasks/textvqa/utils.py`, `ocr: false`                                    |
+
+    Args:
+        name: what stands beside every score.
+        prompt: the text after the picture, with `{question}` and, where asked for, `{ocr_tokens}`.
+        capitalize: first letter upper case and, as Python's `str.capitalize` does it, all others lower.
+    """
+
+    name: str
+    prompt: str
+    capitalize: bool = False
+
+    def __post_init__(self) -> None:
+        if "{question}" not in self.prompt:
+            raise UserError("the prompt has no {question}", where=repr(self.prompt), fix="say where the question goes")
+
+    @property
+    def needs_ocr(self) -> bool:
+        """Whether the prompt tells the model what an OCR engine read."""
+        return "{ocr_tokens}" in self.prompt
+
+    def text(self, question: Question) -> str:
+        """The words after the picture."""
+        asked = question.question.capitalize() if self.capitalize else question.question
+        values = {"question": asked, "ocr_tokens": ", ".join(question.ocr_tokens or ())}
+        # one pass: a question that says {ocr_tokens} stays what it is
+        return re.sub(r"\{(question|ocr_tokens)\}", lambda match: values[match[1]], self.prompt)
+
+
+PRESETS: Mapping[str, "Preset"] = MappingProxyType(
+    {
+        preset.name: preset
+        for preset in (
+            Preset("card", "{question}\nAnswer the question using a single word or phrase."),
+            Preset(
+                "llava",
+                "{question}\nReference OCR token: {ocr_tokens}\nAnswer the question using a single word or phrase.",
+            ),
+            Preset("lmms-eval", "{question}\nAnswer the question using a single word or phrase.", capitalize=True),
+        )
+    }
+)
+
+
+def check_ocr(preset: Preset, questions: Sequence[Question]) -> None:
+    """Refuse a preset that tells OCR tokens where a question has none.
+
+    Raises:
+        UserError: naming the first such question.
+    """
+    lacking = [question.question_id for question in questions if question.ocr_tokens is None]
+    if preset.needs_ocr and lacking:
+        raise UserError(
+            f"the prompt of {preset.name} tells OCR tokens, and {len(lacking)} questions have none",
+            where=f"question {lacking[0]}",
+            fix="give annotations with ocr_tokens, or pass --ocr rapidocr",
+        )
