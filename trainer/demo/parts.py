@@ -97,7 +97,7 @@ class LanguageModelSettings:
     heads: int = 4
     vocabulary: int = 383
     scenes: int = 4000
-    line_steps: int = 500
+    line_steps: int = 700
     page_steps: int = 400
     batch: int = 16
     learning_rate: float = 3e-3
@@ -108,7 +108,7 @@ class Settings:
     """Everything that, with the seed, decides what `prepare` makes."""
 
     captions: int = 2400
-    dialogues: int = 3600
+    dialogues: int = 3000
     validation_pictures: int = 180
     tower: TowerSettings = field(default_factory=TowerSettings)
     language_model: LanguageModelSettings = field(default_factory=LanguageModelSettings)
