@@ -32,6 +32,7 @@ check: $(VENV)/.dev ## style, types and the fast tests
 
 bench: $(VENV)/.dev ## the benchmarks that run anywhere
 	$(BIN)/python benchmarks/check_data.py
+	$(BIN)/python benchmarks/evaluation.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
@@ -53,6 +54,9 @@ $(VENV)/.smol: $(VENV)/.demo
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) $(CONSTRAINTS) -e '.[dev,demo,peft]'
+	$(PIP) $(CONSTRAINTS) -e '.[dev,demo,ocr,peft,xlsx]'
+	# its build looks for torch, and would get a GPU build of its own
+	$(PIP) $(CONSTRAINTS) setuptools wheel
+	$(PIP) $(CONSTRAINTS) --no-build-isolation -e '.[deepspeed]'
 	$(PIP) --no-deps $(REFERENCES)
 	touch $@

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedTokenizerFast
@@ -671,3 +671,22 @@ def test_a_checkpoint_without_some_weights_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="lacks 1 weights, the first lm_head.weight"):
         load_model(str(tmp_path))
     assert textvqa.weights_revision(tmp_path) != textvqa.weights_revision(folder)
+
+
+# --- OCR
+
+
+def test_ocr_tokens_are_read_once(questions, tmp_path, monkeypatch):
+    from llava_llama31.trainer.evaluation import ocr
+
+    pytest.importorskip("rapidocr")
+    picture = Image.new("RGB", (400, 160), "white")
+    ImageDraw.Draw(picture).text((30, 40), "STOP 42", fill="black", font=ImageFont.load_default(72))
+    sign = replace(questions[0], image_id="sign", image=ImageRef("sign", data=encoded(picture)))
+    broken = replace(questions[1], image_id="broken", image=ImageRef("broken", data=b"no picture"))
+    cache = tmp_path / "ocr_tokens.jsonl"
+    read = ocr.with_ocr_tokens([sign, replace(sign, question_id=7), broken], cache)
+    assert [question.ocr_tokens for question in read] == [("STOP", "42"), ("STOP", "42"), ()]
+    cache.write_text(cache.read_text() + '{"image_id": "cut', encoding="utf-8")
+    monkeypatch.setattr(ocr, "_reader", None)  # all is in the cache
+    assert ocr.with_ocr_tokens([sign, broken], cache) == [read[0], read[2]]
