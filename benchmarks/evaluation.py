@@ -2,8 +2,8 @@
 
 Their way: one question at a time, its picture through processor and vision tower each time, `generate` on stock
 Transformers. Both get the same folder, a small LlavaNext with random weights whose answers have a few tokens, and the
-same questions with TextVQA's ratio of questions to pictures (5,000 : 3,166) and its size of pictures. Each driver runs in
-a process of its own, turn by turn.
+same questions with TextVQA's ratio of questions to pictures (5,000 : 3,166) and its sizes of pictures. Each driver
+runs in a process of its own, turn by turn.
 
 python benchmarks/evaluation.py --dtype float32 bfloat16
 """
