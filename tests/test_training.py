@@ -48,6 +48,7 @@ def test_a_recipe_trains_hands_over_scores_and_exports(train, base_folder, recip
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert {row["question_id"] for row in rows} == {1, 2, 3, 5, 6, 7} and all("answer" in row for row in rows)
     assert (run / "export" / "README.md").read_text().startswith("---\n")
+    assert summary["browser"] == str(run / "predictions.html") and (run / "predictions.html").is_file()
 
     groups = load_tree(run / "stages/2-instruct/checkpoint-6/optimizer")["optimizer"]["param_groups"]
     assert {(group["initial_lr"], group["weight_decay"]) for group in groups} == {

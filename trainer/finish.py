@@ -19,6 +19,7 @@ from llava_llama31.model_card.card import CardError, licence_files, render_card
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.browser import write_browser
 from llava_llama31.trainer.evaluation.generation import load_model
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
@@ -30,7 +31,7 @@ from llava_llama31.trainer.recipe import Recipe
 
 
 PROTOCOL = "vlmevalkit-2024"
-EXPORT, RECORD, PREDICTIONS = "export", "record.json", "predictions.jsonl"
+EXPORT, RECORD, PREDICTIONS, BROWSER = "export", "record.json", "predictions.jsonl", "predictions.html"
 NUM_SAMPLES = 6
 PACKAGES = ("llava-llama31", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "pillow")
 
@@ -76,6 +77,9 @@ def finish(
             if key in scores:
                 summary[key] = scores[key]
         shutil.copyfile(output / "evaluation" / "after" / PREDICTIONS, output / PREDICTIONS)
+        note = f"{recipe.name}, {scores['dataset']}: {100 * scores['accuracy_after']:.1f} % ({PROTOCOL})"
+        summary["browser"] = str(output / BROWSER)
+        write_browser(questions, answers, output / BROWSER, title=recipe.name, note=note)
     for name, picture in pictures.items():
         (output / name).parent.mkdir(exist_ok=True)
         picture.save(output / name)
@@ -228,6 +232,8 @@ def print_summary(console: Console, summary: dict[str, Any], record: dict[str, A
             truth = max(set(sample["answers"]), key=sample["answers"].count)
             samples.add_row(sample["image"], sample["question"], sample["prediction"] or "", truth)
         console.print(samples)
+    if "browser" in summary:
+        console.print(f"all answers, to browse: {summary['browser']}")
     console.print(f"model: {summary['export']}\ncard: {summary['card']}\n{summary['minutes']:.1f} minutes")
 
 

@@ -48,10 +48,13 @@ def evaluate_command(
     questions = load_questions(data, questions=questions_file, image_root=image_root, limit=limit)
     if ocr is None:
         check_ocr(PRESETS[preset], questions)
+    import transformers
+
     from llava_llama31.trainer.evaluation.asker import digest
     from llava_llama31.trainer.evaluation.generation import load_model
     from llava_llama31.trainer.evaluation.textvqa import evaluate, weights_revision
 
+    transformers.utils.logging.disable_progress_bar()  # ours is enough
     processes = _processes(device)
     folder = local_checkpoint(model, where="MODEL")
     loaded, processor = load_model(folder, dtype=dtype, device=processes.device if processes else device)
