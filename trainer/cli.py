@@ -242,7 +242,7 @@ def _assemble(options: argparse.Namespace) -> int:
         local_checkpoint(options.vision_tower, where="--vision-tower"),
         local_checkpoint(options.language_model, where="--language-model"),
         options.output,
-        projector=local_checkpoint(options.projector, where="--projector") if options.projector else None,
+        projector=local_checkpoint(options.projector, where="--projector", file=True) if options.projector else None,
         image_size=options.image_size,
         vision_feature_layer=options.vision_feature_layer,
         add_chat_tokens=options.add_chat_tokens,

@@ -10,14 +10,19 @@ from llava_llama31.trainer.errors import UserError
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
-def local_checkpoint(name: str, *, where: str) -> Path:
+def local_checkpoint(name: str, *, where: str, file: bool = False) -> Path:
     """Folder of a checkpoint; a Hub id (`OWNER/NAME`, or `OWNER/NAME@REVISION`) is downloaded into the Hub's cache.
+
+    Args:
+        name: folder or Hub id.
+        where: what a message calls it.
+        file: a single file will do, as for a projector.
 
     Raises:
         UserError: when there is neither such a folder nor such a repository.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (file and path.is_file()):
         return path
     repo_id, _, revision = name.partition("@")
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo_id):

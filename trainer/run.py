@@ -155,7 +155,7 @@ def prepare(recipe: Recipe, output: Path, console: Console) -> None:
     else:
         tower = local_checkpoint(model.vision_tower, where="model.vision_tower")
         language = local_checkpoint(model.language_model, where="model.language_model")
-        projector = local_checkpoint(model.projector, where="model.projector") if model.projector else None
+        projector = local_checkpoint(model.projector, where="model.projector", file=True) if model.projector else None
     counts = assemble(
         tower,
         language,
