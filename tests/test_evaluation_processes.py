@@ -71,8 +71,25 @@ def test_two_processes_write_the_file_of_one(launch, model, data, whole, tmp_pat
     printed, _ = job.communicate(timeout=240)
     assert job.returncode == 0, printed
     assert answers(output) == whole
-    assert [path.name for path in sorted(output.iterdir())] == ["predictions.jsonl", "scores.json", "settings.json"]
+    assert [path.name for path in sorted(output.iterdir())] == [
+        "predictions.html",
+        "predictions.jsonl",
+        "scores.json",
+        "settings.json",
+    ]
     assert json.loads((output / "scores.json").read_text())["num_questions"] == NUM_QUESTIONS
+
+
+@pytest.mark.slow
+def test_two_processes_report_a_picture_that_is_missing(launch, model, data, tmp_path):
+    lines = data.read_text().splitlines()[:40]
+    broken = json.dumps(json.loads(lines[7]) | {"image_id": "gone"})
+    (tmp_path / "q.jsonl").write_text("\n".join([*lines[:7], broken, *lines[8:]]))
+    output = [*arguments(model, tmp_path / "q.jsonl", tmp_path / "out"), "--image-root", str(data.parent)]
+    job = launch("evaluate.py", *output, "--json", processes=2)
+    printed, _ = job.communicate(timeout=240)
+    assert job.returncode == 1  # the launcher's own; a process ends with 3
+    assert '"failed": 1' in printed and "exitcode  : 3" in printed and (tmp_path / "out/predictions.html").is_file()
 
 
 @pytest.mark.slow
@@ -135,6 +152,21 @@ def test_adapters_answer_like_the_model_they_are_merged_into(model, data, tmp_pa
         assert main(["evaluate", *arguments(folder, data, output), "--limit", "30"]) == 0
         texts[name] = [json.loads(line)["answer"] for line in answers(output)]
     assert texts["adapter"] == texts["merged"] != texts["base"]
+
+
+def test_adapters_that_do_not_fit_are_refused(model, data, tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+
+    weights, _ = load_model(model)
+    adapted = get_peft_model(weights, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    adapted.peft_config["default"].base_model_name_or_path = str(model)
+    adapted.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    renamed = {name.replace("language_model", "llm"): tensor for name, tensor in load_file(file).items()}
+    save_file(renamed, file)
+    assert main(["evaluate", *arguments(tmp_path, data, tmp_path / "out")]) == 2
+    assert "the adapters do not fit their base model" in capsys.readouterr().err
 
 
 def test_adapters_without_their_base_are_named(tmp_path, capsys):

@@ -76,7 +76,8 @@ def lively_model(tiny_model):
 
 
 def rows(folder):
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
+    with (folder / "predictions.jsonl").open(encoding="utf-8") as file:  # splitlines would cut at U+2028 too
+        return [json.loads(line) for line in file]
 
 
 def without_seconds(folder):
@@ -249,6 +250,10 @@ def test_other_tokenizers_go_by_their_own_chat_template(tiny_model, processor, q
     image = questions[1].image.open()
     messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]}]
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    with pytest.raises(ValueError, match="holds an image placeholder"):
+        answerer.prompt(
+            [{"role": "user", "content": [*messages[0]["content"], {"type": "text", "text": "<image>"}]}], [image]
+        )
     ids = answerer.prompt(messages, [image]).input_ids
     assert ids == list(expected["input_ids"][0]) and ids.count(theirs.tokenizer.bos_token_id) == 1
     assert answerer.prompt([{"role": "user", "content": [{"type": "text", "text": "hm"}]}]).tiles == ()
@@ -409,6 +414,43 @@ def test_failures_are_counted_and_named(lively_model, processor, questions, tmp_
     assert {row["question_id"]: row["error"] for row in failed} == report.failed
     with pytest.raises(UserError, match="not one of 3 questions is answered; question 100: corrupt_image"):
         evaluate(lively_model, processor, asked[:3], tmp_path / "nothing", revision="r")
+
+
+def test_what_was_mended_is_asked_again_and_what_changed_is_refused(lively_model, processor, questions, tmp_path):
+    missing = ImageRef("p0", path=tmp_path / "p0.png", root=tmp_path)
+    asked = [replace(questions[0], image=missing), *questions[1:6]]
+    settings = {"revision": "r", "batch_size": 2, "max_new_tokens": 4}
+    first = evaluate(lively_model, processor, asked, tmp_path / "out", **settings).report
+    assert list(first.failed) == [100]
+    (tmp_path / "p0.png").write_bytes(questions[0].image.data)
+    again = evaluate(lively_model, processor, asked, tmp_path / "out", **settings).report
+    assert again.complete
+    evaluate(lively_model, processor, questions[:6], tmp_path / "whole", **settings)
+    assert without_seconds(tmp_path / "out") == without_seconds(tmp_path / "whole")
+    (tmp_path / "p0.png").write_bytes(questions[1].image.data)
+    with pytest.raises(UserError, match="question 100 was answered from another picture p0"):
+        evaluate(lively_model, processor, asked, tmp_path / "out", **settings)
+
+
+def test_one_bad_question_fails_alone(lively_model, processor, questions, tmp_path):
+    long = Image.new("RGB", (66000, 1000))
+    asked = [
+        replace(questions[0], image_id="long", image=ImageRef("long", data=encoded(long), max_pixels=10**9)),
+        replace(questions[1], question="lone \ud800 surrogate?"),
+        replace(questions[2], question="line\u2028and\x85ends?"),
+        *questions[3:6],
+    ]
+    report = evaluate(lively_model, processor, asked, tmp_path, revision="r", jpeg_rounds=1, max_new_tokens=3).report
+    assert 100 in report.failed and not set(report.failed) - {100, 101}
+    assert [row["question_id"] for row in rows(tmp_path)] == [100, 101, 102, 103, 104, 105]
+
+
+def test_two_evaluations_do_not_write_into_one_folder(lively_model, processor, questions, tmp_path):
+    def again(done, total):
+        with pytest.raises(UserError, match="another evaluation writes into this folder"):
+            evaluate(lively_model, processor, questions[:4], tmp_path, revision="r", max_new_tokens=2)
+
+    evaluate(lively_model, processor, questions[:4], tmp_path, revision="r", max_new_tokens=2, on_progress=again)
 
 
 @given(st.sets(st.text(max_size=5), min_size=2, max_size=40), st.integers(0, 5))

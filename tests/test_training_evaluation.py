@@ -1,12 +1,13 @@
 """Questions asked while a stage trains: what they find, and that training does not notice them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
@@ -54,6 +55,36 @@ def test_asking_leaves_training_as_it_was(recipe_path, tmp_path):
     assert record["validation_accuracy"] == scores[6] and record["weights_of_step"] == 6
     rows = [json.loads(line) for line in (asked / "evaluation" / "step-4.jsonl").read_text().splitlines()]
     assert [row["question_id"] for row in rows] == [1, 2, 3, 5, 6] and all(row["model"] == "step-4" for row in rows)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_questions_are_answered_in_bfloat16(recipe_path, recipe_content, base_folder, tmp_path, lora):
+    """Frozen groups are in bfloat16 then, adapters and trained groups in float32."""
+    start = tmp_path / "start"
+    shutil.copytree(base_folder, start)
+    base = {name: tensor.bfloat16() for name, tensor in load_file(base_folder / "model.safetensors").items()}
+    save_file(base, start / "model.safetensors", metadata={"format": "pt"})
+    recipe_content["model"]["checkpoint"] = str(start)
+    changes = {} if lora else {"lora": None}
+    stage = train(recipe_path(**ASKING, precision="bfloat16", validation_fraction=0.1, **changes), tmp_path / "run")
+    rows = [json.loads(line) for line in (stage / "evaluation" / "step-2.jsonl").read_text().splitlines()]
+    assert len(rows) == 5 and all(row["answer"] is not None for row in rows)
+
+
+def test_a_run_that_began_before_a_key_was_there_goes_on(recipe_path, tmp_path):
+    stage = train(recipe_path(), tmp_path / "run")
+    begun = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    del begun["stages"]["instruct"]["keep"], begun["evaluation"]["preset"]
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(begun))
+    (tmp_path / "run" / "summary.json").unlink()
+    assert train(recipe_path(), tmp_path / "run") == stage
+
+
+def test_a_preset_that_lacks_its_ocr_tokens_stops_before_training(recipe_path, recipe_content, tmp_path, capsys):
+    recipe_content["evaluation"]["preset"] = "llava"
+    assert main(["train", recipe_path(), "--output", str(tmp_path / "run")]) == 2
+    assert "6 questions have none" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("stages/*/checkpoint-*"))
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])

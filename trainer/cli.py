@@ -95,7 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--ocr", choices=("rapidocr",), help="read OCR tokens for --preset llava from the pictures")
     evaluate.add_argument(
-        "--jpeg-rounds", type=int, default=0, metavar="N", help="re-encode each picture N times; the card did it twice"
+        "--jpeg-rounds",
+        type=int,
+        choices=range(10),
+        default=0,
+        metavar="N",
+        help="re-encode each picture N times; the card did it twice",
     )
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="ask only the first N questions")
     evaluate.add_argument(

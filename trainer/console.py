@@ -57,10 +57,10 @@ class StageProgress(TrainerCallback):
         logs: dict[str, float],
         **kwargs: object,
     ) -> None:
-        if "eval_loss" in logs:
-            self.console.print(
-                f"{self.stage} {state.global_step:>6}/{state.max_steps}  validation loss {logs['eval_loss']:.4f}"
-            )
+        evaluated = [f"validation loss {logs['eval_loss']:.4f}"] if "eval_loss" in logs else []
+        evaluated += [f"validation accuracy {logs['eval_accuracy']:.1%}"] if "eval_accuracy" in logs else []
+        if evaluated:
+            self.console.print(f"{self.stage} {state.global_step:>6}/{state.max_steps}  {', '.join(evaluated)}")
         if "loss" not in logs:
             return
         done = state.global_step - self.first_step

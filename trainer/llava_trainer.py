@@ -36,7 +36,6 @@ from llava_llama31.trainer.order import BatchOrder, RankBatches
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = "vlmevalkit-2024"
 TRAINABLE_WEIGHTS = "trainable.safetensors"
 
 
@@ -184,16 +183,16 @@ class LlavaTrainer(Trainer):
         if self.questions is not None:
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
             base = self.accelerator.unwrap_model(self.model)
-            report = self.questions.ask(
+            accuracy, num_unanswered = self.questions.ask(
                 base.get_base_model() if self.only_trainable else base,
                 self.processing_class,
                 step=self.state.global_step,
                 sharded=self.model_wrapped if sharded else None,
-                autocast=self.compute_loss_context_manager(),
+                # the wrapped model's forward has its own; what is inside it has none
+                autocast=self.accelerator.autocast(),
             )
-            scores = report.protocols_failed_as_zero[PROTOCOL]
-            metrics[f"{metric_key_prefix}_accuracy"] = scores.accuracy
-            metrics[f"{metric_key_prefix}_unanswered"] = len(report.failed)
+            metrics[f"{metric_key_prefix}_accuracy"] = accuracy
+            metrics[f"{metric_key_prefix}_unanswered"] = num_unanswered
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from pydantic import ValidationError
 from rich.console import Console
 
 from llava_llama31.processing import CHAT_TEMPLATE, LlavaLlama31Processor
@@ -20,6 +21,7 @@ from llava_llama31.trainer.assemble import assemble
 from llava_llama31.trainer.check_data import check_policy
 from llava_llama31.trainer.console import make_console
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.presets import PRESETS, check_ocr
 from llava_llama31.trainer.evaluation.questions import load_questions
 from llava_llama31.trainer.finish import base_models_of, finish, licence_texts
 from llava_llama31.trainer.hub import local_checkpoint
@@ -138,7 +140,7 @@ def _check_all(recipe: Recipe, output: Path) -> None:
         check_stage(stage, processor, stage_folder(output, recipe, name) / "rejects.jsonl")
     if recipe.evaluation is not None:
         spec = recipe.evaluation
-        load_questions(spec.data, image_root=spec.image_root, limit=spec.limit)
+        check_ocr(PRESETS[spec.preset], load_questions(spec.data, image_root=spec.image_root, limit=spec.limit))
 
 
 def prepare(recipe: Recipe, output: Path, console: Console) -> None:
@@ -214,12 +216,21 @@ def claimed(recipe: Recipe, output: Path, is_main: bool) -> Iterator[None]:
 def _settle_recipe(recipe: Recipe, output: Path) -> None:
     """Write down what the folder is for; before the first checkpoint of a run it may still change."""
     now = recipe.model_dump(mode="json")
-    before = checkpoints.read_json(output / RECIPE) if (output / RECIPE).is_file() else now
+    before = _recipe_of(output) if (output / RECIPE).is_file() else now
     if any(output.glob("stages/*/checkpoint-*")) or any(output.glob(f"stages/*/{FINAL}")):
         _refuse_changes(before, now, output)
     elif before["model"] != now["model"] or before["seed"] != now["seed"]:
         checkpoints.remove(output / BASE)
     checkpoints.write_json(output / RECIPE, now)
+
+
+def _recipe_of(output: Path) -> dict[str, Any]:
+    """The recipe that a run began with; keys that it did not have yet have their defaults."""
+    before = checkpoints.read_json(output / RECIPE)
+    try:
+        return Recipe.model_validate(before).model_dump(mode="json")
+    except ValidationError:
+        return before
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, Prompt
 from llava_llama31.trainer.evaluation.presets import Preset
 from llava_llama31.trainer.evaluation.questions import Question
@@ -92,6 +93,23 @@ class Asker:
             return _Picture(self.processor.tiles(image), (image.height, image.width), sha256)
         except RecordError as error:
             return str(error)
+        except (OSError, ValueError, RuntimeError) as error:  # e.g. too long for JPEG, too thin for tiles
+            return f"{type(error).__name__}: {error}"
+
+    def check(self, row: dict[str, Any]) -> None:
+        """Whether the picture of an answered row is still the same.
+
+        Raises:
+            UserError: it is another one now, or gone.
+        """
+        shown = row.get("shown_image_id", row["image_id"])
+        try:
+            same = self.pictures[shown].sha256() == row["image_sha256"]
+        except (KeyError, RecordError):
+            same = False
+        if not same:
+            what = f"question {row['question_id']} was answered from another picture {shown}"
+            raise UserError(what, where="predictions.jsonl", fix="pass another --output, or bring the picture back")
 
     def _ask(self, batch: Sequence[Question], opened: "Mapping[str, Future[_Picture | str]]") -> list[dict[str, Any]]:
         started = time.perf_counter()
@@ -105,8 +123,12 @@ class Asker:
             picture = opened[self.shown[question.image_id]].result()
             if isinstance(picture, str):
                 results[i] = picture
+                continue
+            prompt = self._prompt(question, picture)
+            if isinstance(prompt, str):
+                results[i] = prompt
             else:
-                prompts[i] = self._prompt(question, picture)
+                prompts[i] = prompt
                 facts[i] = {"prompt_sha256": digest(prompts[i].input_ids), "image_sha256": picture.sha256}
         for i, result in zip(prompts, self._answers(list(prompts.values())), strict=True):
             results[i] = result
@@ -114,10 +136,13 @@ class Asker:
         rows = zip(batch, results, facts, strict=True)
         return [self._row(question, result) | fact | seconds for question, result, fact in rows]
 
-    def _prompt(self, question: Question, picture: "_Picture") -> Prompt:
+    def _prompt(self, question: Question, picture: "_Picture") -> Prompt | str:
         content = [{"type": "image"}, {"type": "text", "text": self.preset.text(question)}]
         messages = [{"role": "user", "content": content}]
-        return self.answerer.prompt_from_tiles(messages, [picture.tiles], [picture.size])
+        try:
+            return self.answerer.prompt_from_tiles(messages, [picture.tiles], [picture.size])
+        except (RuntimeError, TypeError, ValueError) as error:  # tokenizers refuse what is no text, each in its way
+            return f"{type(error).__name__}: {error}"
 
     def _answers(self, prompts: list[Prompt]) -> list[list[int] | str]:
         """Token ids of each answer; where generation fails, smaller batches, and in the end the reason."""
@@ -126,6 +151,8 @@ class Asker:
         try:
             return list(self.answerer.answer(prompts))
         except (RuntimeError, ValueError, IndexError) as error:
+            if self.answerer.in_step:
+                raise  # the other processes are waiting in the same call
             if len(prompts) == 1:
                 return [f"{type(error).__name__}: {error}"]
         half = len(prompts) // 2

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,13 +98,16 @@ def evaluate_command(
             console.print(f"answers: {evaluation.predictions} ({evaluation.seconds:.1f} s)", markup=False)
             if browser:
                 console.print(f"to browse: {page}", markup=False)
-    return 0 if evaluation.report.complete else EXIT_INCOMPLETE
+    if processes is not None:
+        processes.wait_for_everyone()  # a launcher ends all processes as soon as one ends with another code than 0
+    return 0 if evaluation.report.complete or not is_main else EXIT_INCOMPLETE
 
 
 def _write_browser(evaluation: "Evaluation", questions: Sequence[Question], progress: "Progress") -> Path:
     from llava_llama31.trainer.evaluation.browser import write_browser
 
-    rows = [json.loads(line) for line in evaluation.predictions.read_text(encoding="utf-8").splitlines()]
+    with evaluation.predictions.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
     page = evaluation.predictions.with_suffix(".html")
     task = progress.add_task("writing the browser")
     write_browser(
@@ -119,7 +123,8 @@ def _processes(device: str | None) -> "PartialState | None":
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    # the first process may read pictures by OCR for hours
+    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(hours=24))
 
 
 def _progress(shown: bool) -> "Progress":

@@ -79,7 +79,7 @@ class GreedyAnswerer:
         self.stop_ids = _stop_ids(model, processor)
         self._forward = forward or model
         # ranks of a sharded model must call it equally often, whatever each of them reads out of its numbers
-        self._stops_early = forward is None
+        self.in_step = forward is not None
         self._encodes_llama31 = all(token in vocabulary for token in CHAT_TOKENS)
         self._stop = torch.tensor(self.stop_ids, device=model.device)
         self._last_prefix: tuple[Hashable, Prompt, DynamicCache] | None = None
@@ -216,7 +216,7 @@ class GreedyAnswerer:
 
     def _is_done(self, finished: torch.Tensor, step: int) -> bool:
         # a GPU is asked now and then: each question makes the host wait
-        if not self._stops_early or (finished.is_cuda and (step + 1) % STEPS_BETWEEN_SYNCS):
+        if self.in_step or (finished.is_cuda and (step + 1) % STEPS_BETWEEN_SYNCS):
             return False
         return bool(finished.all())
 
@@ -231,11 +231,15 @@ class GreedyAnswerer:
         tokenizer = self.processor.tokenizer
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        sizes = iter(image_sizes)
+        placed: list[tuple[int, int]] = []
         ids: list[int] = []
         for token_id in tokenizer.encode(text, add_special_tokens=not has_bos):
             is_image = token_id == self.processor.image_token_id
-            ids += [token_id] * (self.processor.num_image_tokens(next(sizes)) if is_image else 1)
+            if is_image and len(placed) == len(image_sizes):
+                raise ValueError("the text itself holds an image placeholder")
+            if is_image:
+                placed.append(image_sizes[len(placed)])
+            ids += [token_id] * (self.processor.num_image_tokens(placed[-1]) if is_image else 1)
         return ids
 
 
@@ -314,7 +318,7 @@ def load_model(
         model = _load_whole(folder, dtype)
         processor_folder = Path(folder)
     else:
-        base = _adapted_base(folder)
+        base = adapted_base(folder)
         model = _load_adapters(_load_whole(base, dtype), folder)
         processor_folder = Path(folder if Path(folder, "processor_config.json").is_file() else base)
     try:
@@ -322,7 +326,13 @@ def load_model(
     except (OSError, ValueError) as error:
         what = f"has no processor of a LlavaNext: {error}"
         raise UserError(what, where=str(processor_folder), fix="export it again") from error
-    return model.to(device).eval(), processor
+    try:
+        return model.to(device).eval(), processor
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"cannot go to device {device}: {reason}", where=str(folder), fix="pass --device cpu"
+        ) from error
 
 
 def _load_whole(folder: str | Path, dtype: str) -> LlavaLlama31ForConditionalGeneration:
@@ -345,13 +355,19 @@ def _load_whole(folder: str | Path, dtype: str) -> LlavaLlama31ForConditionalGen
     return model
 
 
-def _adapted_base(folder: str | Path) -> str:
-    """Folder of the model that adapters were made for."""
+def adapted_base(folder: str | Path) -> str:
+    """Folder of the model that adapters were made for.
+
+    Raises:
+        UserError: they name none, or it is not there.
+    """
     where = str(Path(folder, ADAPTER_CONFIG))
     try:
-        base = json.loads(Path(where).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"names no base model: {error}", where=where, fix="save the adapters again") from error
+        base = json.loads(Path(where).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", where=where, fix="save the adapters again") from error
+    if not isinstance(base, str):
+        raise UserError("names no base_model_name_or_path", where=where, fix="add the base model's folder or Hub id")
     return str(local_checkpoint(base, where=f"{where}: base_model_name_or_path"))
 
 
@@ -359,11 +375,19 @@ def _load_adapters(
     model: LlavaLlama31ForConditionalGeneration, folder: str | Path
 ) -> LlavaLlama31ForConditionalGeneration:
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise UserError("adapters need peft", where=str(folder), fix="pip install 'llava-llama31[peft]'") from error
     try:
-        return PeftModel.from_pretrained(model, folder).get_base_model()
+        config = PeftConfig.from_pretrained(folder)
+        if config.is_prompt_learning:
+            raise UserError("these adapters are a prompt, not weights", where=str(folder), fix="evaluate LoRA or DoRA")
+        adapted = PeftModel(model, config)
+        result = adapted.load_adapter(folder, "default")
+        wrong = sorted([*result.missing_keys, *result.unexpected_keys])
+        if wrong:
+            raise ValueError(f"{len(wrong)} tensors are missing or unknown, the first {wrong[0]}")
+        return adapted.get_base_model()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         what = f"the adapters do not fit their base model: {error}"
         raise UserError(what, where=str(folder), fix="name the base model they were trained on") from error

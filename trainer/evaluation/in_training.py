@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +17,13 @@ from llava_llama31.trainer.evaluation.asker import Asker
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, undisturbed
 from llava_llama31.trainer.evaluation.presets import Preset
 from llava_llama31.trainer.evaluation.questions import Question
-from llava_llama31.trainer.evaluation.scoring import Report, score_answers
+from llava_llama31.trainer.evaluation.scoring import score_answers
+
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = "vlmevalkit-2024"
+BATCH_SIZE = 4  # beside optimizer and gradients there is little memory
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,8 @@ class TrainingQuestions:
         step: int,
         sharded: torch.nn.Module | None = None,
         autocast: AbstractContextManager[Any] | None = None,
-    ) -> Report:
-        """Scores of the answers that the weights give now; every process calls this and gets the same.
+    ) -> tuple[float, int]:
+        """Accuracy and number of unanswered questions now; every process calls this and gets the same.
 
         Training is left as it was: modes, random states, order of the data.
 
@@ -58,8 +65,7 @@ class TrainingQuestions:
         answerer = GreedyAnswerer(model, processor, max_new_tokens=self.max_new_tokens, forward=sharded)
         pictures = {question.image_id: question.image for question in self.questions if question.image is not None}
         asker = Asker(answerer, pictures, {image_id: image_id for image_id in pictures}, self.preset, f"step-{step}")
-        longest = max(asker.num_image_tokens.values(), default=0)
-        batches = asker.plan(self.questions, self.batch_size or answerer.auto_batch_size(longest))
+        batches = asker.plan(self.questions, self.batch_size or BATCH_SIZE)
         mine = batches if sharded is not None else batches[rank::num_processes]
         with undisturbed(sharded or model), autocast or contextlib.nullcontext():
             rows = [row for batch in asker.ask_all(mine) for row in batch]
@@ -73,4 +79,10 @@ class TrainingQuestions:
             self.folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (self.folder / f"step-{step}.jsonl").write_text(lines, encoding="utf-8")
-        return score_answers(self.questions, rows)
+        failed = [row for row in rows if row["answer"] is None]
+        if failed:
+            first = f"question {failed[0]['question_id']}: {failed[0]['error']}"
+            logger.warning("step %d: %d of %d questions unanswered; %s", step, len(failed), len(rows), first)
+        if len(failed) == len(rows):  # no reason to end a training of days
+            return 0.0, len(failed)
+        return score_answers(self.questions, rows).protocols_failed_as_zero[PROTOCOL].accuracy, len(failed)

@@ -1,11 +1,12 @@
 """Prediction files: JSON Lines that grow batch by batch and survive a kill."""
 
+import fcntl
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from llava_llama31.trainer.errors import UserError
 
@@ -29,9 +30,12 @@ class PredictionsFile:
         settings: everything that the answers depend on.
         batches: question ids that are answered together.
         processes: those that evaluate together; all of them have to come here. Default: this one alone.
+        check: called with each answered row that is kept; raises if it was made from something else.
+
+    A batch with a question that failed counts as not asked, so that what was mended is tried again.
 
     Raises:
-        UserError: the folder holds answers made with other settings.
+        UserError: the folder holds answers made with other settings, or another evaluation writes there now.
     """
 
     def __init__(
@@ -40,16 +44,21 @@ class PredictionsFile:
         settings: dict[str, Any],
         batches: Sequence[Sequence[int | str]],
         processes: "PartialState | None" = None,
+        check: Callable[[dict[str, Any]], None] | None = None,
     ):
         self.path = Path(folder, PREDICTIONS)
         self._batches, self._processes = batches, processes
         self._rank = processes.process_index if processes else 0
+        self._lock: IO[str] | None = None
         if self._rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._check_settings(settings)
-            rows = self._rows()
-            whole = [batch for batch in batches if all(question_id in rows for question_id in batch)]
-            self._write([rows[question_id] for batch in whole for question_id in batch])
+            self._lock = self._claim()
+            answered = {key: row for key, row in self._rows().items() if row["answer"] is not None}
+            for row in answered.values() if check is not None else ():
+                check(row)
+            whole = [batch for batch in batches if all(question_id in answered for question_id in batch)]
+            self._write([answered[question_id] for batch in whole for question_id in batch])
         self._wait()
         rows = self._rows()
         self.num_answered = sum(len(batch) for batch in batches if batch[0] in rows)
@@ -85,6 +94,18 @@ class PredictionsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._file.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _claim(self) -> IO[str]:
+        """A lock that this process holds until it ends."""
+        lock = self.path.with_name(SETTINGS).open()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = "another evaluation writes into this folder"
+            raise UserError(what, where=str(self.path.parent), fix="wait for it, or pass another --output") from None
+        return lock
 
     def _rows(self) -> dict[int | str, dict[str, Any]]:
         """Whole lines of all processes by question id."""

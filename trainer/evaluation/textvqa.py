@@ -10,16 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import LlavaNextForConditionalGeneration
 
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.asker import Asker, digest
-from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, undisturbed
+from llava_llama31.trainer.evaluation.generation import ADAPTER_CONFIG, GreedyAnswerer, adapted_base, undisturbed
 from llava_llama31.trainer.evaluation.predictions import PREDICTIONS, PredictionsFile
 from llava_llama31.trainer.evaluation.presets import PRESETS, Preset, check_ocr
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.scoring import Report, score_answers
+
+
+# beside the weights
+ANSWER_FILES = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,7 @@ def evaluate(
     answerer = GreedyAnswerer(model, processor, max_new_tokens=max_new_tokens, batch_invariant=batch_invariant)
     asker = Asker(answerer, pictures, shown, preset, revision, jpeg_rounds)
     batch_size = batch_size or answerer.auto_batch_size(max(asker.num_image_tokens.values(), default=0))
+    batch_size = _of_first_process(batch_size, processes)
     settings = {
         "revision": revision,
         "preset": preset.name,
@@ -89,6 +104,7 @@ def evaluate(
         "blind_seed": blind_seed,
         "decoding": f"greedy, at most {max_new_tokens} new tokens",
         "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
         "batch_size": None if batch_invariant else batch_size,
         "num_questions": len(questions),
         "questions_sha256": digest((q.question_id, q.image_id, preset.text(q)) for q in questions),
@@ -96,7 +112,9 @@ def evaluate(
     started = time.monotonic()
     batches = {batch[0].question_id: batch for batch in asker.plan(questions, batch_size)}
     ids = [[question.question_id for question in batch] for batch in batches.values()]
-    with PredictionsFile(output, settings, ids, processes) as file, undisturbed(model):
+    if _of_first_process(digest(ids), processes) != digest(ids):
+        raise UserError("this process reads other pictures than the first", fix="give all of them the same files")
+    with PredictionsFile(output, settings, ids, processes, asker.check) as file, undisturbed(model):
         for rows in asker.ask_all([batches[batch[0]] for batch in file.left]):
             file.append(rows)
             if on_progress is not None:
@@ -108,6 +126,10 @@ def evaluate(
         scores = json.dumps(evaluation.to_json() | {"predictions": PREDICTIONS}, indent=2)
         file.path.with_name("scores.json").write_text(scores + "\n", encoding="utf-8")
     return evaluation
+
+
+def _of_first_process(value: Any, processes: PartialState | None) -> Any:
+    return value if processes is None else broadcast_object_list([value])[0]
 
 
 def derangement(image_ids: Iterable[str], seed: int) -> dict[str, str]:
@@ -128,11 +150,11 @@ def derangement(image_ids: Iterable[str], seed: int) -> dict[str, str]:
 
 
 def weights_revision(folder: str | Path) -> str | None:
-    """SHA-256 over the weight files and the config of a folder; None where it has none."""
-    files = sorted(
-        p for p in Path(folder).glob("*") if p.suffix in (".safetensors", ".bin") or p.name == "config.json"
-    )
+    """SHA-256 over the files of a folder that answers depend on, and its adapters' base; None where it has none."""
+    files = sorted(p for p in Path(folder).glob("*") if p.suffix in (".safetensors", ".bin") or p.name in ANSWER_FILES)
     digest = hashlib.sha256()
+    if Path(folder, ADAPTER_CONFIG).is_file():
+        digest.update(str(weights_revision(adapted_base(folder))).encode())
     for path in files:
         digest.update(path.name.encode())
         with path.open("rb") as file:
