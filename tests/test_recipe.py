@@ -121,7 +121,7 @@ FAULTS = [
     ({"stage": {"max_steps": 3}}, r"stages\.one: .*give exactly one of epochs and max_steps"),
     ({"stage": {"learning_rate": {LANGUAGE: 1e-3}}}, r"learning_rate names .*language_model.* but trainable names"),
     ({"stage": {"data": [{"name": "a", "paht": "a.json"}]}}, r"stages\.one\.data\.0\.(path|paht): "),
-    ({"stage": {"eval_steps": 5}}, r"eval_steps needs .*validation_fraction"),
+    ({"stage": {"eval_steps": 5}}, r"eval_steps has nothing .*validation_fraction"),
     ({"stage": {"lora": {}}}, r"lora adapts the language_model"),
     ({"modle": {}}, r"mine\.yaml: modle: unknown key.*did you mean model\?"),
     ({"model": {"vision_tower": "x"}}, r"model: .*give either checkpoint, or both"),

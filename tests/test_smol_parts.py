@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from llava_llama31.trainer.evaluation.questions import load_questions
 from llava_llama31.trainer.recipe import DataSource
@@ -219,3 +227,42 @@ def test_real_language_model_answers(smol, tmp_path):
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
+
+
+def test_a_row_per_question_gives_no_answer_away(smol, llava_file):
+    train, _ = smol.llava_pictures(llava_file, llava_file.parent, held_out=0.2, seed=0)
+    single = smol.one_per_question(train, seed=1)
+    turns = [(picture.name, turn) for picture in train for turn in picture.turns]
+    assert sorted((picture.name, picture.turns[0]) for picture in single) == sorted(turns)
+    assert all(len(picture.turns) == 1 for picture in single)
+    assert [picture.turns[0] for picture in single] != [turn for _, turn in turns]
+
+
+def test_the_fresh_projector_gives_features_the_size_of_words(smol, llava_file, tmp_path):
+    torch.manual_seed(0)
+    vision = Dinov2Config(
+        hidden_size=16, num_hidden_layers=9, num_attention_heads=2, image_size=28, use_mask_token=False
+    )
+    Dinov2Model(vision).save_pretrained(tmp_path / "vision_tower")
+    text = LlamaConfig(vocab_size=50, hidden_size=24, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(text)
+    model.save_pretrained(tmp_path / "language_model")
+    train, validation = smol.llava_pictures(llava_file, llava_file.parent, held_out=0.2, seed=0)
+    smol.write_records(train, validation, tmp_path)
+    smol.fresh_projector(tmp_path, train, image_size=28, seed=0)
+    weights = load_file(tmp_path / "projector" / "model.safetensors")
+    assert weights["multi_modal_projector.linear_1.weight"].shape == (24, 16)
+    tower, features = Dinov2Model.from_pretrained(tmp_path / "vision_tower").eval(), []
+    for picture in train:
+        pixels = np.asarray(Image.open(tmp_path / "images" / picture.name).convert("RGB").resize((28, 28)), np.float32)
+        pixels = (pixels / 255 - np.float32(smol.IMAGENET_MEAN)) / np.float32(smol.IMAGENET_STD)
+        with torch.no_grad():
+            tiles = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+            features.append(tower(tiles, output_hidden_states=True).hidden_states[8][0, 1:])
+    names = [f"multi_modal_projector.linear_{i}" for i in (1, 2)]
+    first, second = ((weights[f"{name}.weight"], weights[f"{name}.bias"]) for name in names)
+    standard = torch.cat(features) @ first[0].T + first[1]
+    assert standard.mean(0).abs().max() < 1e-3 and 0.5 < standard.std() < 2
+    projected = torch.nn.functional.gelu(standard) @ second[0].T + second[1]
+    words = model.get_input_embeddings().weight
+    assert projected.std().item() == pytest.approx(words.std().item(), rel=0.05)
