@@ -55,8 +55,9 @@ class PredictionsFile:
             self._check_settings(settings)
             self._lock = self._claim()
             answered = {key: row for key, row in self._rows().items() if row["answer"] is not None}
-            for row in answered.values() if check is not None else ():
-                check(row)
+            if check is not None:
+                for row in answered.values():
+                    check(row)
             whole = [batch for batch in batches if all(question_id in answered for question_id in batch)]
             self._write([answered[question_id] for batch in whole for question_id in batch])
         self._wait()
