@@ -68,10 +68,9 @@ def compare(folder: Path, dtype: str, rounds: int, batch_size: int) -> int:
         ratio = [before["seconds"] / after["seconds"] for before, after in rounds_of]
         answers = results[driver][0]["answers"]
         same = sum(a == b for a, b in zip(theirs, answers, strict=True))
-        print(
-            f"{driver}: {statistics.median(ratio):.2f} times as fast as theirs "
-            f"(by round: {', '.join(f'{x:.2f}' for x in ratio)}); {same} of {NUM_QUESTIONS} answers identical, {statistics.mean(map(len, answers)):.1f} tokens each"
-        )
+        rounds_named, length = ", ".join(f"{x:.2f}" for x in ratio), statistics.mean(map(len, answers))
+        print(f"{driver}: {statistics.median(ratio):.2f} times as fast as theirs (by round: {rounds_named});")
+        print(f"  {same} of {NUM_QUESTIONS} answers identical, {length:.1f} tokens each")
     return int(dtype == "float32" and any(run["answers"] != theirs for driver in DRIVERS for run in results[driver]))
 
 

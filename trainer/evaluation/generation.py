@@ -379,11 +379,11 @@ def _load_adapters(
     except ImportError as error:
         raise UserError("adapters need peft", where=str(folder), fix="pip install 'llava-llama31[peft]'") from error
     try:
-        config = PeftConfig.from_pretrained(folder)
+        config = PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:
             raise UserError("these adapters are a prompt, not weights", where=str(folder), fix="evaluate LoRA or DoRA")
         adapted = PeftModel(model, config)
-        result = adapted.load_adapter(folder, "default")
+        result = adapted.load_adapter(str(folder), "default")
         wrong = sorted([*result.missing_keys, *result.unexpected_keys])
         if wrong:
             raise ValueError(f"{len(wrong)} tensors are missing or unknown, the first {wrong[0]}")

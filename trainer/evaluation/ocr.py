@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ def _reader() -> Callable[[np.ndarray], list[str]]:
         from rapidocr import RapidOCR
     except ImportError as error:
         raise UserError("--ocr rapidocr needs rapidocr", fix="pip install 'llava-llama31[ocr]'") from error
-    engine = RapidOCR(params={"Global.log_level": "error"})
+    engine: Any = RapidOCR(params={"Global.log_level": "error"})
 
     def read(rgb: np.ndarray) -> list[str]:
         lines = engine(np.ascontiguousarray(rgb[..., ::-1])).txts or ()  # it takes OpenCV's order of channels
