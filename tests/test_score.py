@@ -372,11 +372,12 @@ def test_vlmevalkit_rows_are_told_apart_by_what_they_ask(annotations, questions,
 
 def test_a_cell_keeps_its_lines(questions, tmp_path):
     texts = ["two\r\nlines", 'a "quoted"\tword', *PREDICTIONS[2:]]
-    for path in (
-        write_tsv(tmp_path / "p.tsv", predictions_of(texts)),
-        write_xlsx(tmp_path / "p.xlsx", predictions_of(texts)),
-    ):
-        assert [row["answer"] for row in read_answers(path, questions).rows] == texts
+    table = write_tsv(tmp_path / "p.tsv", predictions_of(texts))
+    assert [row["answer"] for row in read_answers(table, questions).rows] == texts
+    # XML knows one end of line
+    texts[0] = "two\nlines"
+    workbook = write_xlsx(tmp_path / "p.xlsx", predictions_of(texts))
+    assert [row["answer"] for row in read_answers(workbook, questions).rows] == texts
 
 
 def test_what_vlmevalkit_could_not_answer_has_failed(annotations, tmp_path, capsys):

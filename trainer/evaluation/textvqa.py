@@ -83,7 +83,7 @@ def evaluate(
         jpeg_rounds: times that each picture is written and read as JPEG first; the card's pictures went through two.
         blind_seed: show each question another question's picture, by a derangement of the pictures with this seed.
         processes: those that evaluate together, each with the whole model; all of them call this. Default: this alone.
-        on_progress: called with (questions done by this process and before, all questions) after each batch.
+        on_progress: called with (questions done, all questions) after each batch, other processes guessed.
 
     Raises:
         UserError: `output` holds the answers of another evaluation, not one question could be answered, or the preset
@@ -115,10 +115,12 @@ def evaluate(
     if _of_first_process(digest(ids), processes) != digest(ids):
         raise UserError("this process reads other pictures than the first", fix="give all of them the same files")
     with PredictionsFile(output, settings, ids, processes, asker.check) as file, undisturbed(model):
+        before = file.num_answered
         for rows in asker.ask_all([batches[batch[0]] for batch in file.left]):
             file.append(rows)
-            if on_progress is not None:
-                on_progress(file.num_answered, len(questions))
+            if on_progress is not None:  # the other processes are about as far
+                done = before + (file.num_answered - before) * (processes.num_processes if processes else 1)
+                on_progress(min(done, len(questions)), len(questions))
         rows = file.finish([question.question_id for question in questions])
     report = score_answers(questions, rows)
     evaluation = Evaluation(report, file.path, time.monotonic() - started, settings)
