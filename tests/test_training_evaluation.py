@@ -80,10 +80,19 @@ def test_a_run_that_began_before_a_key_was_there_goes_on(recipe_path, tmp_path):
     assert train(recipe_path(), tmp_path / "run") == stage
 
 
-def test_a_preset_that_lacks_its_ocr_tokens_stops_before_training(recipe_path, recipe_content, tmp_path, capsys):
-    recipe_content["evaluation"]["preset"] = "llava"
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "llava"}, "6 questions have none"),
+        ({"baselines": True, "limit": 1}, "the blind baseline needs at least two pictures"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_stops_before_training(
+    recipe_path, recipe_content, tmp_path, capsys, changes, message
+):
+    recipe_content["evaluation"] |= changes
     assert main(["train", recipe_path(), "--output", str(tmp_path / "run")]) == 2
-    assert "6 questions have none" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("stages/*/checkpoint-*"))
 
 

@@ -23,6 +23,7 @@ from llava_llama31.trainer.console import make_console
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.presets import PRESETS, check_ocr
 from llava_llama31.trainer.evaluation.questions import load_questions
+from llava_llama31.trainer.evaluation.textvqa import derangement
 from llava_llama31.trainer.finish import base_models_of, finish, licence_texts
 from llava_llama31.trainer.hub import local_checkpoint
 from llava_llama31.trainer.recipe import Recipe, derive
@@ -140,7 +141,10 @@ def _check_all(recipe: Recipe, output: Path) -> None:
         check_stage(stage, processor, stage_folder(output, recipe, name) / "rejects.jsonl")
     if recipe.evaluation is not None:
         spec = recipe.evaluation
-        check_ocr(PRESETS[spec.preset], load_questions(spec.data, image_root=spec.image_root, limit=spec.limit))
+        questions = load_questions(spec.data, image_root=spec.image_root, limit=spec.limit)
+        check_ocr(PRESETS[spec.preset], questions)
+        if spec.baselines:
+            derangement({question.image_id for question in questions}, recipe.seed)
 
 
 def prepare(recipe: Recipe, output: Path, console: Console) -> None:
