@@ -129,6 +129,22 @@ def base_folder(tmp_path_factory, pristine_config, processor):
 
 
 @pytest.fixture(scope="session")
+def lively_folder(tmp_path_factory, base_folder) -> Path:
+    """A checkpoint with larger random weights than a fresh one's, so that its answers differ in length and content."""
+    from llava_llama31.trainer.evaluation.generation import load_model
+
+    folder = tmp_path_factory.mktemp("lively")
+    weights, processor = load_model(base_folder)
+    torch.manual_seed(1)
+    for parameter in weights.parameters():
+        parameter.data = 0.25 * torch.randn_like(parameter)
+    weights.generation_config.eos_token_id = list(range(200, 448, 7))
+    weights.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def data_folder(tmp_path_factory, make_image):
     """44 LLaVA records, every fourth without a picture, and 6 TextVQA-format questions."""
     folder = tmp_path_factory.mktemp("data")

@@ -31,20 +31,6 @@ def data(tmp_path_factory, make_image) -> Path:
     return folder / "questions.jsonl"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, base_folder) -> Path:
-    """Larger random weights than a fresh model's, so that its answers differ in length and content."""
-    folder = tmp_path_factory.mktemp("lively")
-    weights, processor = load_model(base_folder)
-    torch.manual_seed(1)
-    for parameter in weights.parameters():
-        parameter.data = 0.25 * torch.randn_like(parameter)
-    weights.generation_config.eos_token_id = list(range(200, 448, 7))
-    weights.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 def arguments(model: Path, data: Path, output: Path) -> list[str]:
     return [str(model), "--data", str(data), "--output", str(output), "--max-new-tokens", "12"]
 
@@ -56,18 +42,18 @@ def answers(folder: Path, *, order: bool = True) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(model, data, tmp_path_factory) -> list[str]:
+def whole(lively_folder, data, tmp_path_factory) -> list[str]:
     output = tmp_path_factory.mktemp("whole")
-    assert main(["evaluate", *arguments(model, data, output), "--batch-size", "8"]) == 0
+    assert main(["evaluate", *arguments(lively_folder, data, output), "--batch-size", "8"]) == 0
     lines = answers(output)
     assert len(lines) == NUM_QUESTIONS and len({json.loads(line)["answer"] for line in lines}) > 100
     return lines
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_file_of_one(launch, model, data, whole, tmp_path):
+def test_two_processes_write_the_file_of_one(launch, lively_folder, data, whole, tmp_path):
     output = tmp_path / "two"
-    job = launch("evaluate.py", *arguments(model, data, output), "--batch-size", "8", "--json", processes=2)
+    job = launch("evaluate.py", *arguments(lively_folder, data, output), "--batch-size", "8", "--json", processes=2)
     printed, _ = job.communicate(timeout=240)
     assert job.returncode == 0, printed
     assert answers(output) == whole
@@ -81,11 +67,11 @@ def test_two_processes_write_the_file_of_one(launch, model, data, whole, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_report_a_picture_that_is_missing(launch, model, data, tmp_path):
+def test_two_processes_report_a_picture_that_is_missing(launch, lively_folder, data, tmp_path):
     lines = data.read_text().splitlines()[:40]
     broken = json.dumps(json.loads(lines[7]) | {"image_id": "gone"})
     (tmp_path / "q.jsonl").write_text("\n".join([*lines[:7], broken, *lines[8:]]))
-    output = [*arguments(model, tmp_path / "q.jsonl", tmp_path / "out"), "--image-root", str(data.parent)]
+    output = [*arguments(lively_folder, tmp_path / "q.jsonl", tmp_path / "out"), "--image-root", str(data.parent)]
     job = launch("evaluate.py", *output, "--json", processes=2)
     printed, _ = job.communicate(timeout=240)
     assert job.returncode == 1  # the launcher's own; a process ends with 3
@@ -94,13 +80,13 @@ def test_two_processes_report_a_picture_that_is_missing(launch, model, data, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_kill_9_at_any_moment_changes_nothing(launch, model, data, whole, tmp_path, processes):
+def test_kill_9_at_any_moment_changes_nothing(launch, lively_folder, data, whole, tmp_path, processes):
     """Five times each; with two processes one after the other, so that what was left belongs to another number."""
     output, draw = tmp_path / "killed", random.Random(processes)
     kills = 0
     while kills < 5:
         started = sum(1 for file in output.glob("predictions*.jsonl") for _ in file.open())
-        job = launch("evaluate.py", *arguments(model, data, output), "--batch-size", "8", processes=processes)
+        job = launch("evaluate.py", *arguments(lively_folder, data, output), "--batch-size", "8", processes=processes)
         wait_for_more(job, output, started)
         time.sleep(draw.random() * 0.3)
         if job.poll() is not None:
@@ -108,7 +94,7 @@ def test_kill_9_at_any_moment_changes_nothing(launch, model, data, whole, tmp_pa
         kill_group(job)
         kills += 1
         processes = 3 - processes if processes == 2 else processes
-    job = launch("evaluate.py", *arguments(model, data, output), "--batch-size", "8")
+    job = launch("evaluate.py", *arguments(lively_folder, data, output), "--batch-size", "8")
     printed, _ = job.communicate(timeout=240)
     assert job.returncode == 0, printed
     assert kills >= 3 and answers(output) == whole
@@ -134,33 +120,33 @@ def kill_group(job) -> None:
     job.communicate()
 
 
-def test_adapters_answer_like_the_model_they_are_merged_into(model, data, tmp_path):
+def test_adapters_answer_like_the_model_they_are_merged_into(lively_folder, data, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    weights, processor = load_model(model)
+    weights, processor = load_model(lively_folder)
     torch.manual_seed(3)
     config = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|up_proj)", init_lora_weights=False)
     adapted = get_peft_model(weights, config)
-    adapted.peft_config["default"].base_model_name_or_path = str(model)
+    adapted.peft_config["default"].base_model_name_or_path = str(lively_folder)
     adapted.save_pretrained(tmp_path / "adapter")
     merged = adapted.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     processor.save_pretrained(tmp_path / "merged")
     texts = {}
-    for name, folder in (("adapter", tmp_path / "adapter"), ("merged", tmp_path / "merged"), ("base", model)):
+    for name, folder in (("adapter", tmp_path / "adapter"), ("merged", tmp_path / "merged"), ("base", lively_folder)):
         output = tmp_path / f"{name}-answers"
         assert main(["evaluate", *arguments(folder, data, output), "--limit", "30"]) == 0
         texts[name] = [json.loads(line)["answer"] for line in answers(output)]
     assert texts["adapter"] == texts["merged"] != texts["base"]
 
 
-def test_adapters_that_do_not_fit_are_refused(model, data, tmp_path, capsys):
+def test_adapters_that_do_not_fit_are_refused(lively_folder, data, tmp_path, capsys):
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
 
-    weights, _ = load_model(model)
+    weights, _ = load_model(lively_folder)
     adapted = get_peft_model(weights, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
-    adapted.peft_config["default"].base_model_name_or_path = str(model)
+    adapted.peft_config["default"].base_model_name_or_path = str(lively_folder)
     adapted.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     renamed = {name.replace("language_model", "llm"): tensor for name, tensor in load_file(file).items()}
@@ -177,14 +163,14 @@ def test_adapters_without_their_base_are_named(tmp_path, capsys):
     assert "base_model_name_or_path: there is no folder 'nowhere'" in capsys.readouterr().err
 
 
-def test_stock_checkpoints_are_evaluated_as_they_are(model, data, tmp_path):
+def test_stock_checkpoints_are_evaluated_as_they_are(lively_folder, data, tmp_path):
     """Saved by Transformers' own class and processor, without our code."""
     from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
-    LlavaNextForConditionalGeneration.from_pretrained(model).save_pretrained(tmp_path / "stock")
-    LlavaNextProcessor.from_pretrained(model).save_pretrained(tmp_path / "stock")
+    LlavaNextForConditionalGeneration.from_pretrained(lively_folder).save_pretrained(tmp_path / "stock")
+    LlavaNextProcessor.from_pretrained(lively_folder).save_pretrained(tmp_path / "stock")
     assert not list((tmp_path / "stock").glob("*.py"))
-    for name, folder in (("ours", model), ("stock", tmp_path / "stock")):
+    for name, folder in (("ours", lively_folder), ("stock", tmp_path / "stock")):
         assert main(["evaluate", *arguments(folder, data, tmp_path / f"{name}-answers"), "--limit", "20"]) == 0
     rows = {
         name: [json.loads(x)["token_ids"] for x in answers(tmp_path / f"{name}-answers")] for name in ("ours", "stock")

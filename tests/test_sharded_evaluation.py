@@ -5,10 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 
 from llava_llama31.trainer.evaluation.generation import load_model
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
@@ -62,33 +60,19 @@ dist.destroy_process_group()
 """
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, base_folder) -> Path:
-    """Random weights whose answers differ and end at different lengths."""
-    folder = tmp_path_factory.mktemp("lively")
-    weights, processor = load_model(base_folder)
-    torch.manual_seed(1)
-    for parameter in weights.parameters():
-        parameter.data = 0.25 * torch.randn_like(parameter)
-    weights.generation_config.eos_token_id = list(range(200, 448, 6))
-    weights.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
-def test_sharded_weights_answer_as_whole_ones(model, data_folder, tmp_path, engine):
+def test_sharded_weights_answer_as_whole_ones(lively_folder, data_folder, tmp_path, engine):
     if engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     data = str(data_folder / "questions.jsonl")
-    weights, processor = load_model(model)
+    weights, processor = load_model(lively_folder)
     asked = TrainingQuestions(load_questions(data), PRESETS["card"], 6, 2, tmp_path / "whole")
     asked.ask(weights, processor, step=7)
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
-    command = [sys.executable, *launcher, engine, str(model), data, str(tmp_path / engine)]
+    command = [sys.executable, *launcher, engine, str(lively_folder), data, str(tmp_path / engine)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stdout + run.stderr

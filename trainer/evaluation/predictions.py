@@ -47,7 +47,7 @@ class PredictionsFile:
         check: Callable[[dict[str, Any]], None] | None = None,
     ):
         self.path = Path(folder, PREDICTIONS)
-        self._batches, self._processes = batches, processes
+        self._processes = processes
         self._rank = processes.process_index if processes else 0
         self._lock: IO[str] | None = None
         if self._rank == 0:
