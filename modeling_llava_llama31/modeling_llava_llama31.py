@@ -2,6 +2,7 @@
 
 What differs from `LlavaNextForConditionalGeneration` (transformers/models/llava_next/modeling_llava_next.py):
  - the loss and the logits under `labels` are computed at supervised positions only;
+ - rows may be packed, and samples about one picture share it (packed_llama_llava_llama31.py);
  - a frozen vision tower runs without a graph, and no tower runs the layers behind the one that is used;
  - a text-only micro-batch with labels does a one-tile pass, so that all ranks call the same modules;
  - a wrong number of image placeholders is reported row by row, with both counts.
@@ -12,12 +13,13 @@ V vocabulary, D hidden size, H W height and width of a tile.
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Cache, LlavaNextForConditionalGeneration, LlavaNextModel
+from transformers import AutoModel, Cache, LlavaNextForConditionalGeneration, LlavaNextModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -26,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import (
     LlavaNextCausalLMOutputWithPast,
     LlavaNextModelOutputWithPast,
+    LlavaNextMultiModalProjector,
     image_size_to_num_patches,
 )
 from transformers.processing_utils import Unpack
@@ -33,6 +36,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 
 from .configuration_llava_llama31 import LlavaLlama31Config
+from .packed_llama_llava_llama31 import LlavaLlama31TextModel, Packing, SupervisedHead
 
 
 IGNORE_INDEX = -100
@@ -42,6 +46,17 @@ class LlavaLlama31Model(LlavaNextModel):
     """Vision tower, projector and Llama without the head; see `LlavaLlama31ForConditionalGeneration`."""
 
     config: LlavaLlama31Config
+
+    def __init__(self, config: LlavaLlama31Config):
+        super(LlavaNextModel, self).__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaNextMultiModalProjector(config)
+        self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size, dtype=self.dtype))
+        self.vocab_size = config.text_config.vocab_size
+        is_llama = config.text_config.model_type == "llama"
+        self.language_model = (LlavaLlama31TextModel if is_llama else AutoModel.from_config)(config.text_config)
+        self._layouts: dict[tuple[int, int], torch.Tensor] = {}
+        self.post_init()
 
     @merge_with_config_defaults
     @can_return_tuple
@@ -138,6 +153,61 @@ class LlavaLlama31Model(LlavaNextModel):
         # means and not sums: a factor of zero keeps only finite values out
         return embeds + ((features.float().mean() + self.image_newline.float().mean()) * 0.0).to(embeds.dtype)
 
+    def packed_embeds(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor | None,
+        image_sizes: Sequence[tuple[int, int]],
+        image_positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Embeddings (1, S, D) of a packed row with its pictures' features at `image_positions`.
+
+        Only patches that survive the unpadding are projected.
+        """
+        if pixel_values is None:
+            if _world_size() > 1 or self._trains_projector():
+                return self._text_only_embeds(input_ids)
+            return self.get_input_embeddings()(input_ids)
+        layout = self._layout_of([(int(height), int(width)) for height, width in image_sizes], len(pixel_values))
+        if len(layout) != len(image_positions):
+            raise ValueError(
+                f"the row has {len(image_positions)} image placeholders but the pictures give {len(layout)} features: "
+                "expand <image> with the processor, and cut no image tokens"
+            )
+        embeds = self.get_input_embeddings()(input_ids)
+        is_newline = layout < 0
+        where = [(~is_newline).nonzero()[:, 0], is_newline.nonzero()[:, 0]]
+        patches = layout[where[0]].to(embeds.device, non_blocking=True)
+        patch_positions, newline_positions = (
+            image_positions.index_select(0, index.to(embeds.device, non_blocking=True)) for index in where
+        )
+        features = self._tower_features(pixel_values, self.config.vision_feature_layer)
+        if self.config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]
+        features = self.multi_modal_projector(features.flatten(0, 1).index_select(0, patches)).to(embeds.dtype)
+        newlines = self.image_newline.to(embeds.dtype).expand(len(newline_positions), -1)
+        row = embeds[0].index_copy(0, patch_positions, features).index_copy(0, newline_positions, newlines)
+        return row[None]
+
+    def _layout_of(self, image_sizes: Sequence[tuple[int, int]], num_tiles: int) -> torch.Tensor:
+        """For each feature of the pictures in turn, its patch among those of all tiles, or -1 for a newline."""
+        vision, strategy = self.config.vision_config, self.config.vision_feature_select_strategy
+        num_patches = (vision.image_size // vision.patch_size) ** 2 + (strategy != "default")
+        layouts, tiles = [], 0
+        for size in image_sizes:
+            own = image_size_to_num_patches(size, self.config.image_grid_pinpoints, vision.image_size)
+            if size not in self._layouts:
+                # stock packing, of the patches' numbers instead of their features
+                numbers = torch.arange(own * num_patches).view(own, num_patches, 1)
+                packed, _ = self.pack_image_features([numbers], [size], strategy, torch.tensor([-1]))
+                self._layouts[size] = packed[0][:, 0]
+            layout = self._layouts[size]
+            layouts.append(torch.where(layout < 0, layout, layout + tiles * num_patches))
+            tiles += own
+        if tiles != num_tiles:
+            raise ValueError(f"pixel_values has {num_tiles} tiles, but the {len(image_sizes)} pictures need {tiles}")
+        return torch.cat(layouts)
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -181,10 +251,15 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
     that predict a supervised token, in row order; without labels the logits are the stock ones.
 
     Packing: one row of whole samples with `position_ids` that restart at each sample, no `attention_mask`, no cache.
+    With `packing`, the lengths of the row's trees (packed_llama_llava_llama31.py), and labels, only the loss is
+    computed, no logits. To spare a GPU all waiting for the host, give too:
+        image_sizes: as a list, not a tensor.
+        image_positions: (number of image features,) row positions of the placeholders.
+        supervised_positions: ascending row positions i whose label i + 1 is not -100, as a list.
 
     Raises:
         ValueError: from `forward`, when placeholders and image features differ in number, or no label is supervised
-            and `num_items_in_batch` is not given.
+            and `num_items_in_batch` is not given, or a row is packed for another language model than Llama.
 
     Source: LLaVA-NeXT (Liu et al., 2024); Transformers' models/llava_next.
     """
@@ -195,7 +270,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         # not the parent's: it would build the stock inner model first
         super(LlavaNextForConditionalGeneration, self).__init__(config)
         self.model = LlavaLlama31Model(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = SupervisedHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -215,8 +290,19 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        packing: Packing | None = None,
+        image_positions: torch.LongTensor | None = None,
+        supervised_positions: Sequence[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaNextCausalLMOutputWithPast | tuple:
+        if packing is not None:
+            if image_positions is None:
+                image_positions = (input_ids[0] == self.config.image_token_id).nonzero()[:, 0]
+            if supervised_positions is None:
+                supervised_positions = (labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0].tolist()
+            embeds = self.model.packed_embeds(input_ids, pixel_values, image_sizes, image_positions)
+            loss = self._packed_loss(embeds, position_ids, packing, labels, supervised_positions, num_items_in_batch)
+            return LlavaNextCausalLMOutputWithPast(loss=loss)
         targets = None
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -248,6 +334,30 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
             output.loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
         return output
 
+    def _packed_loss(
+        self,
+        embeds: torch.Tensor,
+        position_ids: torch.LongTensor,
+        packing: Packing,
+        labels: torch.LongTensor,
+        supervised: Sequence[int],
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        language = self.model.language_model
+        if self.config.text_config.model_type != "llama":
+            raise ValueError(f"packing needs a Llama language model, not {self.config.text_config.model_type}")
+        num_positions = sum(map(sum, packing))
+        if num_positions != embeds.shape[1]:
+            raise ValueError(f"packing speaks of {num_positions} positions, but the row has {embeds.shape[1]}")
+        if not supervised and num_items_in_batch is None:
+            raise ValueError("no label of the batch is supervised: every label is -100")
+        # a row that counts for nothing still goes through every layer: other processes wait for its gradients
+        positions = list(supervised) or [embeds.shape[1] - 2]
+        hidden = language.packed(embeds, position_ids, packing, positions)
+        targets = labels[0].index_select(0, torch.tensor(positions, device=labels.device) + 1)
+        total = self.lm_head(hidden[0], targets)
+        return total / (len(supervised) if num_items_in_batch is None else num_items_in_batch)
+
     def _supports_mm_encoder_outputs(self) -> bool:
         # generate would call get_image_features outside forward, where ZeRO-3 has not gathered image_newline
         return False
@@ -277,7 +387,8 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
             save_directory, is_main_process, state_dict=state_dict, max_shard_size=max_shard_size, **kwargs
         )
         if is_main_process:
-            shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
+            for file in (Path(__file__), Path(__file__).with_name("packed_llama_llava_llama31.py")):
+                shutil.copyfile(file, Path(save_directory, file.name))
 
 
 def _world_size() -> int:

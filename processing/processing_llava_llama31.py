@@ -67,10 +67,15 @@ Message = dict  # {"role": str, "content": str | list[{"type": "image"} | {"type
 
 
 class Encoding(NamedTuple):
-    """Token ids of one conversation and their labels: -100 except in assistant turns and their `<|eot_id|>`."""
+    """Token ids of one conversation and their labels: -100 except in assistant turns and their `<|eot_id|>`.
+
+    `num_prefix_tokens` reach to the end of the last picture, before anything supervised: conversations about the same
+    pictures begin alike up to there. 0 without pictures, or with one in a later turn.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    num_prefix_tokens: int = 0
 
     @property
     def num_supervised_tokens(self) -> int:
@@ -188,19 +193,25 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         sizes = iter([(height, width) for height, width in image_sizes])
         input_ids = [self._ids["<|begin_of_text|>"]]
         labels = [IGNORE_INDEX]
+        num_prefix_tokens, num_images_left = 0, num_images
         for message, turn in zip(messages, segments, strict=True):
             header = self._header(message["role"], texts)
             content: list[int] = []
             for segment in turn:
                 if segment is None:
                     content += [self.image_token_id] * self.num_image_tokens(next(sizes))
+                    num_images_left -= 1
+                    if num_images_left == 0:
+                        num_prefix_tokens = len(input_ids) + len(header) + len(content)
                 elif segment:
                     content += texts[segment]
             content.append(self._ids[END_OF_TURN])
+            if message["role"] == "assistant" and num_images_left:
+                num_images_left = 0
             input_ids += header + content
             labels += [IGNORE_INDEX] * len(header)
             labels += content if message["role"] == "assistant" else [IGNORE_INDEX] * len(content)
-        return Encoding(input_ids, labels)
+        return Encoding(input_ids, labels, num_prefix_tokens)
 
     def to_dict(self) -> dict:
         output = super().to_dict()

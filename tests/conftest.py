@@ -15,7 +15,14 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import CHAT_TOKENS, STOP_TOKENS, build_processor
@@ -103,6 +110,25 @@ def tiny_model(tiny_config):
     model.generation_config.eos_token_id = list(tiny_config.text_config.eos_token_id)
     model.generation_config.pad_token_id = tiny_config.text_config.pad_token_id
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def make_stock():
+    """Stock LlavaNext in float64 with a model's weights; its norms, which stock rounds to float32, are exact."""
+
+    class ExactNorm(LlamaRMSNorm):
+        def forward(self, hidden):
+            return self.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    def make(model: LlavaLlama31ForConditionalGeneration) -> LlavaNextForConditionalGeneration:
+        stock = LlavaNextForConditionalGeneration(LlavaNextConfig.from_dict(model.config.to_dict())).double()
+        stock.load_state_dict(model.state_dict())
+        for module in stock.modules():
+            if isinstance(module, LlamaRMSNorm):
+                module.__class__ = ExactNorm
+        return stock
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def imports(path: Path) -> list[tuple[int, str, list[str]]]:
 
 
 def test_there_are_files_to_check():
-    assert len(HUB_FILES) == 3 and len(SOURCES) > 20
+    assert len(HUB_FILES) == 4 and len(SOURCES) > 20
 
 
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.name)

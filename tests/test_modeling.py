@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 import torch
-from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import LlavaNextConfig
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 
@@ -61,13 +61,11 @@ def make_batch(processor, make_image):
 
 
 @pytest.fixture
-def pair(tiny_config):
+def pair(tiny_config, make_stock):
     """Our model and the stock one with the same weights, in float64."""
     torch.manual_seed(0)
     ours = LlavaLlama31ForConditionalGeneration(tiny_config).double()
-    stock = LlavaNextForConditionalGeneration(LlavaNextConfig.from_dict(tiny_config.to_dict())).double()
-    stock.load_state_dict(ours.state_dict())
-    return ours, stock
+    return ours, make_stock(ours)
 
 
 @pytest.mark.parametrize("names", MIXES, ids="+".join)
@@ -107,11 +105,10 @@ def test_the_stock_processors_padded_pictures_give_the_same_logits(pair, make_ba
 
 
 @pytest.mark.parametrize("layer", [-1, -2, 1, 2, [-3, -1]])
-def test_every_feature_layer_equals_stock(tiny_config, make_batch, layer):
+def test_every_feature_layer_equals_stock(tiny_config, make_batch, make_stock, layer):
     config = LlavaNextConfig.from_dict({**tiny_config.to_dict(), "vision_feature_layer": layer})
-    stock = LlavaNextForConditionalGeneration(config).double()
     ours = LlavaLlama31ForConditionalGeneration(type(tiny_config).from_dict(config.to_dict())).double()
-    ours.load_state_dict(stock.state_dict())
+    stock = make_stock(ours)
     batch = make_batch([ROWS["wide"], ROWS["tall"]])
     batch.pop("labels")
     with torch.no_grad():

@@ -111,7 +111,12 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, recipe_content, b
     from llava_llama31.trainer.llava_trainer import StopOnSignal
 
     del recipe_content["evaluation"]
-    recipe_content["stages"]["instruct"] |= {"group_by_length": True, "epochs": 2, "dataloader_workers": 1}
+    recipe_content["stages"]["instruct"] |= {
+        "packing": False,
+        "group_by_length": True,
+        "epochs": 2,
+        "dataloader_workers": 1,
+    }
     if lora:
         recipe_content["stages"]["instruct"]["lora"] = {"r": 4, "alpha": 8.0, "dropout": 0.1}
     assert train(output="whole")[0] == 0

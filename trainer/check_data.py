@@ -183,12 +183,14 @@ class _Check:
         num_counts = 0 if self.processor is None else len(COUNTS)
         rows: list[np.ndarray] = []
         counts: list[np.ndarray] = []
+        prefixes: list[np.ndarray] = []
         watched, digests = WatchedFiles(), bytearray()
         with open(spool, "w", encoding="utf-8") as file:
             rejected = _RejectWriter(file)
             for found in self._shown(check_rows(checker, self.num_workers), name, len(store)):
                 rows.append(np.array(found.rows, np.int64))
                 counts.append(np.array(found.counts, np.int32).reshape(len(found.rows), num_counts))
+                prefixes.append(np.array(found.prefixes, np.uint64))
                 digests += found.digests
                 for path, signature in found.files.items():
                     watched.add(path, signature)
@@ -200,7 +202,7 @@ class _Check:
             for position in np.flatnonzero(~is_first):
                 rejected.add(_duplicate(store, int(all_rows[position]), int(all_rows[first[position]])))
         arrays = {name: all_counts[is_first, number] for number, name in enumerate(COUNTS[:num_counts])}
-        arrays |= {"rows": all_rows[is_first]} | watched.to_arrays()
+        arrays |= {"rows": all_rows[is_first], "prefixes": np.concatenate(prefixes)[is_first]} | watched.to_arrays()
         summary = {"format": store.format, "num_rows": len(store)}
         return summary | {"dropped": rejected.counts, "first_ids": rejected.first_ids}, arrays
 
@@ -259,6 +261,7 @@ def _report(source: "DataSource", summary: dict, arrays: dict[str, np.ndarray], 
         first_ids=summary["first_ids"],
         rows=arrays["rows"],
         counts={name: arrays[name] for name in COUNTS if name in arrays},
+        prefixes=arrays["prefixes"],
         rejects=rejects,
         cached=True,
     )

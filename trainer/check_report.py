@@ -32,7 +32,9 @@ class SourceReport:
         first_ids: per reason, the ids of the first unusable rows.
         rows: int64 (N,), the usable rows, ascending.
         counts: int32 (N,) each, per usable row: num_tokens (image tokens included), num_image_tokens,
-            num_supervised_tokens, num_tiles; empty where no processor was given.
+            num_supervised_tokens, num_tiles, num_prefix_tokens (to the end of the last image, if that is in the
+            first turn); empty where no processor was given.
+        prefixes: uint64 (N,), equal where rows begin with the same turns and images; 0 without an image.
         rejects: JSON lines with row, id, image, reason and detail of every unusable row.
         cached: whether an earlier check of the same data was found again.
     """
@@ -45,6 +47,7 @@ class SourceReport:
     first_ids: dict[str, list[str]]
     rows: np.ndarray
     counts: dict[str, np.ndarray]
+    prefixes: np.ndarray
     rejects: Path
     cached: bool = False
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 Size = tuple[int, int]  # (height, width) in pixels
-_Readable = tuple[int, bytes, list[dict], list[Size]]  # row, digest, messages, image sizes
+_Readable = tuple[int, tuple[bytes, int], list[dict], list[Size]]  # row, digests, messages, image sizes
 
-COUNTS = ("num_tokens", "num_image_tokens", "num_supervised_tokens", "num_tiles")
+COUNTS = ("num_tokens", "num_image_tokens", "num_supervised_tokens", "num_tiles", "num_prefix_tokens")
 
 _CHUNK_ROWS = 256
 # a process takes seconds to start
@@ -52,6 +52,7 @@ class Findings:
         num_rows: of the chunk.
         rows: the usable ones.
         digests: 16 bytes each, of the usable rows.
+        prefixes: of each usable row, equal where rows begin with the same turns and images; 0 without an image.
         counts: COUNTS of the usable rows; empty tuples without a processor.
         rejects: row, id, image, reason and detail of the others.
         files: size and modification time of every image file that was looked for.
@@ -60,6 +61,7 @@ class Findings:
     num_rows: int
     rows: list[int] = field(default_factory=list)
     digests: bytearray = field(default_factory=bytearray)
+    prefixes: list[int] = field(default_factory=list)
     counts: list[tuple[int, ...]] = field(default_factory=list)
     rejects: list[dict] = field(default_factory=list)
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -95,13 +97,15 @@ class RowChecker:
                 self._reject(found, row, error)
             else:
                 # not the record: its images may be megabytes
-                readable.append((row, record.digest(), record.messages, sizes))
-        for row, digest, counts in self._counted(readable):
+                digests = record.digest(), record.prefix_digest()
+                readable.append((row, digests, record.messages, sizes))
+        for row, (digest, prefix), counts in self._counted(readable):
             if isinstance(counts, RecordError):
                 self._reject(found, row, counts)
             else:
                 found.rows.append(row)
                 found.digests += digest
+                found.prefixes.append(prefix)
                 found.counts.append(counts)
         found.rejects.sort(key=lambda reject: reject["row"])
         return found
@@ -134,19 +138,22 @@ class RowChecker:
                 return RecordError("too_thin_image", f"{size[0]} x {size[1]} pixels", image.name)
         return size
 
-    def _counted(self, readable: list[_Readable]) -> Iterator[tuple[int, bytes, tuple[int, ...] | RecordError]]:
+    def _counted(
+        self, readable: list[_Readable]
+    ) -> Iterator[tuple[int, tuple[bytes, int], tuple[int, ...] | RecordError]]:
         if self.processor is None:
-            yield from ((row, digest, ()) for row, digest, _, _ in readable)
+            yield from ((row, digests, ()) for row, digests, _, _ in readable)
             return
         encodings = self.processor.encode_batch(
             [messages for _, _, messages, _ in readable], [sizes for _, _, _, sizes in readable]
         )
-        for (row, digest, _, sizes), encoding in zip(readable, encodings, strict=True):
+        for (row, digests, _, sizes), encoding in zip(readable, encodings, strict=True):
             measures = [self._measure(size) for size in sizes]
             num_image_tokens, num_tiles = (sum(column) for column in zip((0, 0), *measures, strict=True))
             num_tokens = len(encoding.input_ids)
             num_supervised = num_tokens - encoding.labels.count(-100)
-            yield row, digest, self._within_limits(num_tokens, num_image_tokens, num_supervised, num_tiles)
+            counts = (num_tokens, num_image_tokens, num_supervised, num_tiles, encoding.num_prefix_tokens)
+            yield row, digests, self._within_limits(counts)
 
     def _measure(self, size: Size) -> tuple[int, int]:
         assert self.processor is not None
@@ -154,9 +161,8 @@ class RowChecker:
             self._measures[size] = self.processor.num_image_tokens(size), self.processor.num_tiles(size)
         return self._measures[size]
 
-    def _within_limits(
-        self, num_tokens: int, num_image_tokens: int, num_supervised: int, num_tiles: int
-    ) -> tuple[int, ...] | RecordError:
+    def _within_limits(self, counts: tuple[int, ...]) -> tuple[int, ...] | RecordError:
+        num_tokens, num_image_tokens, num_supervised = counts[:3]
         longest, longest_text = self.limits.max_tokens, self.limits.max_text_tokens
         num_text = num_tokens - num_image_tokens
         if longest is not None and num_tokens > longest:
@@ -166,7 +172,7 @@ class RowChecker:
             return RecordError("too_long", f"{num_text} text tokens; at most {longest_text}")
         if not num_supervised:
             return RecordError("no_supervised_token", "no token of the record is learnt from")
-        return num_tokens, num_image_tokens, num_supervised, num_tiles
+        return counts
 
     def _reject(self, found: Findings, row: int, error: RecordError) -> None:
         found.rejects.append(

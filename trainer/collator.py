@@ -1,19 +1,20 @@
-"""Samples -> one right-padded batch, with the tiles of all its pictures as one 4-D tensor."""
+"""Samples -> one micro-batch: a packed row without padding, or right-padded rows; tiles as one 4-D tensor.
+
+Shapes: B rows, S positions, I pictures, T tiles of all pictures, H W height and width of a tile, F image features.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from llava_llama31.processing import IGNORE_INDEX
 
 
 class Sample(NamedTuple):
-    """One conversation, ready for the model.
-
-    Shapes: S tokens, I pictures, T tiles of all pictures, H W height and width of a tile.
-    """
+    """One conversation, ready for the model; S is its own number of tokens."""
 
     record_id: str
     input_ids: list[int]  # (S,)
@@ -21,14 +22,19 @@ class Sample(NamedTuple):
     pixel_values: torch.Tensor | None  # (T, 3, H, W)
     image_sizes: list[tuple[int, int]]  # I times (height, width) in pixels
     num_image_tokens: int  # placeholders that the pictures fill
+    num_prefix_tokens: int = 0  # up to the end of the last picture
+    images: tuple[str, ...] = ()  # what the pictures are known by
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads on the right to the longest sample; image placeholders are checked before any model sees them.
+    """Checks image placeholders before any model sees them, then packs or pads.
 
     Args:
         pad_token_id, image_token_id: from the processor's tokenizer.
+        packed: one row of whole samples, for the model's `packing`; else rows padded on the right.
+        share_prefix: samples that begin with the same tokens and pictures become branches of one trunk.
+        multiple_of: a packed row ends with padding, as a sample of its own, up to a multiple of this.
 
     Raises:
         ValueError: naming the record whose placeholders and pictures do not agree.
@@ -36,8 +42,11 @@ class Collator:
 
     pad_token_id: int
     image_token_id: int
+    packed: bool = False
+    share_prefix: bool = False
+    multiple_of: int = 1
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         for sample in samples:
             num_placeholders = sample.input_ids.count(self.image_token_id)
             if num_placeholders != sample.num_image_tokens:
@@ -45,6 +54,9 @@ class Collator:
                     f"record {sample.record_id} has {num_placeholders} image placeholders, but its pictures give "
                     f"{sample.num_image_tokens} features"
                 )
+        return self._pack(samples) if self.packed else self._pad(samples)
+
+    def _pad(self, samples: Sequence[Sample]) -> dict[str, Any]:
         length = max(len(sample.input_ids) for sample in samples)
         input_ids = torch.full((len(samples), length), self.pad_token_id)
         labels = torch.full_like(input_ids, IGNORE_INDEX)
@@ -57,8 +69,56 @@ class Collator:
         batch = {"input_ids": input_ids, "labels": labels}
         if not attention_mask.all():  # without a mask attention takes its causal path
             batch["attention_mask"] = attention_mask
-        tiles = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
-        if tiles:
-            batch["pixel_values"] = torch.cat(tiles)
-            batch["image_sizes"] = torch.tensor([size for sample in samples for size in sample.image_sizes])
-        return batch
+        return batch | _pictures(samples)
+
+    def _pack(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """One row, with all that the model would else have to ask a GPU for; see the model's `forward`."""
+        trees = self._trees(samples)
+        packing: list[list[int]] = []
+        ids: list[int] = []
+        labels: list[int] = []
+        positions: list[np.ndarray] = []
+        for tree in trees:
+            trunk = tree[0].num_prefix_tokens if len(tree) > 1 else 0
+            if trunk:
+                ids += tree[0].input_ids[:trunk]
+                labels += tree[0].labels[:trunk]
+                positions.append(np.arange(trunk))
+            for sample in tree:
+                ids += sample.input_ids[trunk:]
+                labels += sample.labels[trunk:]
+                positions.append(np.arange(trunk, len(sample.input_ids)))
+            branches = [len(sample.input_ids) - trunk for sample in tree]
+            packing.append([trunk, *branches] if trunk else branches)
+        if padding := -len(ids) % self.multiple_of:
+            ids += [self.pad_token_id] * padding
+            labels += [IGNORE_INDEX] * padding
+            positions.append(np.arange(padding))
+            packing.append([padding])
+        row, targets = np.array(ids), np.array(labels)
+        return {
+            "input_ids": torch.from_numpy(row)[None],
+            "labels": torch.from_numpy(targets)[None],
+            "position_ids": torch.from_numpy(np.concatenate(positions))[None],
+            "packing": packing,
+            "image_positions": torch.from_numpy(np.flatnonzero(row == self.image_token_id)),
+            "supervised_positions": np.flatnonzero(targets[1:] != IGNORE_INDEX).tolist(),
+        } | _pictures([tree[0] for tree in trees], as_list=True)
+
+    def _trees(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """Samples by their trunk, in order of first appearance."""
+        trees: dict[object, list[Sample]] = {}
+        for number, sample in enumerate(samples):
+            key: object = number
+            if self.share_prefix and sample.num_prefix_tokens:
+                key = sample.images, tuple(sample.input_ids[: sample.num_prefix_tokens])
+            trees.setdefault(key, []).append(sample)
+        return list(trees.values())
+
+
+def _pictures(samples: Sequence[Sample], *, as_list: bool = False) -> dict[str, Any]:
+    tiles = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    if not tiles:
+        return {}
+    sizes = [size for sample in samples for size in sample.image_sizes]
+    return {"pixel_values": torch.cat(tiles), "image_sizes": sizes if as_list else torch.tensor(sizes)}

@@ -8,7 +8,10 @@ from torch.utils.data import Dataset
 from llava_llama31.processing import IGNORE_INDEX, LlavaLlama31Processor
 from llava_llama31.trainer.collator import Sample
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.records import RecordError, RecordStore
+from llava_llama31.trainer.records import Record, RecordError, RecordStore
+
+
+Pictures = tuple[list[tuple[int, int]], torch.Tensor | None]  # (height, width) of each, and the tiles of all
 
 
 class StageDataset(Dataset):
@@ -37,25 +40,42 @@ class StageDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
+        return self._sample(index, {})
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples of one micro-batch; a picture that several of them show is read once."""
+        known: dict[tuple[str, ...], Pictures] = {}
+        return [self._sample(index, known) for index in indices]
+
+    def _sample(self, index: int, known: dict[tuple[str, ...], Pictures]) -> Sample:
         source, row = self.rows[index if index >= 0 else -1 - index]
         store = self.stores[source]
         try:
             record = store[row]
-            images = [image.open() for image in record.images]
+            key = tuple(image.key() for image in record.images)
+            if key not in known:
+                known[key] = self._pictures(record)
         except RecordError as error:
             raise UserError(
                 f"passed the check but can't be read any more: {error}",
                 where=f"record {store.row_id(row)}",
                 fix="put the file back and run again",
             ) from error
-        sizes = [(image.height, image.width) for image in images]
+        sizes, tiles = known[key]
         encoding = self.processor.encode(record.messages, sizes)
-        tiles = [torch.from_numpy(self.processor.tiles(image)) for image in images]
         return Sample(
             record_id=record.id,
             input_ids=encoding.input_ids,
             labels=encoding.labels if index >= 0 else [IGNORE_INDEX] * len(encoding.labels),
-            pixel_values=torch.cat(tiles).to(self.pixel_dtype) if tiles else None,
+            pixel_values=tiles,
             image_sizes=sizes,
             num_image_tokens=sum(self.processor.num_image_tokens(size) for size in sizes),
+            num_prefix_tokens=encoding.num_prefix_tokens,
+            images=key,
         )
+
+    def _pictures(self, record: Record) -> Pictures:
+        images = [image.open() for image in record.images]
+        tiles = [torch.from_numpy(self.processor.tiles(image)) for image in images]
+        sizes = [(image.height, image.width) for image in images]
+        return sizes, torch.cat(tiles).to(self.pixel_dtype) if tiles else None

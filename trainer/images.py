@@ -79,6 +79,10 @@ class ImageRef:
             return hashlib.sha256(self.data).hexdigest()
         return hashlib.sha256(Path(self._regular_file()).read_bytes()).hexdigest()
 
+    def key(self) -> str:
+        """Equal for the same image: its path, or a digest of its bytes."""
+        return str(self.path) if self.data is None else hashlib.blake2b(self.data, digest_size=16).hexdigest()
+
     def stat(self) -> tuple[int, int]:
         """(bytes, modification time in ns) of the file, (-1, -1) where there is none."""
         assert self.path is not None

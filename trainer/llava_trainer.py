@@ -31,7 +31,7 @@ from llava_llama31.trainer.collator import Collator
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.module_groups import group_parameters
-from llava_llama31.trainer.order import BatchOrder, RankBatches
+from llava_llama31.trainer.order import BatchOrder, Lengths, RankBatches
 
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ class LlavaTrainer(Trainer):
         model: the model, or a PEFT model around it, already frozen as the stage wants it.
         learning_rates: peak learning rate of each trainable module group.
         order: global batches of the training set.
-        num_supervised_tokens: per training sample, for the meters.
+        eval_lengths: of the validation rows.
+        packed: micro-batches are packed rows.
         decay_all_parameters: apply weight decay to norms and biases too.
         only_trainable: save the trainable parameters alone (adapters); the rest comes from the stage's origin.
         questions: asked at every evaluation, beside the loss on the validation rows.
@@ -63,14 +64,15 @@ class LlavaTrainer(Trainer):
         processor: ProcessorMixin,
         learning_rates: Mapping[str, float],
         order: BatchOrder,
-        num_supervised_tokens: np.ndarray,
+        eval_lengths: Lengths,
+        packed: bool,
         decay_all_parameters: bool = False,
         only_trainable: bool = False,
         questions: TrainingQuestions | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.learning_rates, self.order = dict(learning_rates), order
-        self.num_supervised_tokens = num_supervised_tokens
+        self.eval_lengths, self.packed = eval_lengths, packed
         self.decay_all_parameters, self.only_trainable = decay_all_parameters, only_trainable
         self.questions = questions
         self.saving_to: Path | None = None
@@ -93,6 +95,7 @@ class LlavaTrainer(Trainer):
             micro_batch=self.args.per_device_train_batch_size,
             rank=self.args.process_index,
             num_processes=self.args.world_size,
+            packed=self.packed,
         )
         return self._loader(self.train_dataset, batches)
 
@@ -105,6 +108,8 @@ class LlavaTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and not self.args.use_cpu,
             worker_init_fn=_quiet_worker,
+            # a forked worker would keep a copy of all weights that the training goes on to change
+            multiprocessing_context="forkserver" if self.args.dataloader_num_workers else None,
             persistent_workers=False,
         )
 
@@ -161,7 +166,8 @@ class LlavaTrainer(Trainer):
 
     def _epoch_tokens(self, epoch: int) -> np.ndarray:
         if epoch not in self._tokens:
-            self._tokens[epoch] = np.cumsum([self.num_supervised_tokens[b].sum() for b in self.order.batches(epoch)])
+            counts = self.order.lengths.num_supervised_tokens
+            self._tokens[epoch] = np.cumsum([counts[batch].sum() for batch in self.order.batches(epoch)])
         return self._tokens[epoch]
 
     def start_clock(self) -> None:
@@ -199,17 +205,17 @@ class LlavaTrainer(Trainer):
 
     def _validation_loss(self, dataset: Dataset) -> float:
         order = BatchOrder(
-            np.zeros(len(dataset)),
+            self.eval_lengths,
             global_batch=self.args.per_device_eval_batch_size * self.args.world_size,
             seed=0,
             keep_last=True,
-            group_by_length=False,
         )
         batches = RankBatches(
             order,
             micro_batch=self.args.per_device_eval_batch_size,
             rank=self.args.process_index,
             num_processes=self.args.world_size,
+            packed=self.packed,
         )
         model = self.model_wrapped
         was_training = model.training

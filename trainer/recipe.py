@@ -99,7 +99,13 @@ class Stage(_Frozen):
     last_batch: Literal["keep", "drop"] = "keep"
     """What becomes of an epoch's incomplete last batch."""
     group_by_length: bool = False
-    """Bring samples of like length together within shuffled windows of 64 batches: less padding, same samples."""
+    """Bring samples of like length together within shuffled windows of 64 batches: for rows that are not packed."""
+    packing: bool = True
+    """One row of whole samples a micro-batch, without padding; the loss is the same."""
+    share_prefix: PositiveInt = 8
+    """Conversations about one picture come together, this many at most, and compute it once; 1: not at all."""
+    max_row_tokens: PositiveInt | None = None
+    """Longest packed row; micro_batch becomes the largest that keeps within it."""
     init_from: str = "previous"
     """`previous` (the former stage, or the model for the first) or a checkpoint."""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
@@ -145,6 +151,10 @@ class Stage(_Frozen):
                 f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} "
                 f"(fix: use a micro_batch that divides it)"
             )
+        if self.packing and self.group_by_length:
+            raise ValueError("packed rows have no padding (fix: remove group_by_length, or set packing: false)")
+        if self.max_row_tokens is not None and not self.packing:
+            raise ValueError("max_row_tokens is a limit of packed rows (fix: remove it, or set packing: true)")
         if isinstance(self.learning_rate, dict) and set(self.learning_rate) != set(self.trainable):
             raise ValueError(
                 f"learning_rate names {sorted(self.learning_rate)} but trainable names {sorted(self.trainable)} "

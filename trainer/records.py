@@ -60,12 +60,26 @@ class Record:
 
     def digest(self) -> bytes:
         """16 bytes that are equal for records with the same images (path or bytes) and the same conversation."""
-        pieces = [str(image.path) if image.path else blake2b(image.data).hexdigest() for image in self.images]
+        pieces = [image.key() for image in self.images]
         for message in self.messages:
             pieces.append(message["role"])
             # no text holds the marker itself
             pieces += [part.get("text", IMAGE_MARKER) for part in message["content"]]
         return blake2b(repr(pieces).encode(), digest_size=16).digest()
+
+    def prefix_digest(self) -> int:
+        """Equal, and not 0, for records that begin with the same turns and images up to their last image."""
+        if not self.images:
+            return 0
+        pieces = [image.key() for image in self.images]
+        parts = [
+            (message["role"], part.get("text", IMAGE_MARKER))
+            for message in self.messages
+            for part in message["content"]
+        ]
+        last = max(place for place, (_, text) in enumerate(parts) if text == IMAGE_MARKER)
+        digest = blake2b(repr((pieces, parts[: last + 1])).encode(), digest_size=8).digest()
+        return int.from_bytes(digest) | 1
 
 
 class _Rows(Protocol):

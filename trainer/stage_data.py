@@ -9,13 +9,14 @@ from accelerate import PartialState
 
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.check_data import DataReport, Limits, check_sources, default_cache_dir, select_rows
+from llava_llama31.trainer.order import Lengths
 from llava_llama31.trainer.recipe import Stage, num_held_out
 from llava_llama31.trainer.records import RecordStore, open_records
 
 
 @dataclass(frozen=True)
 class StageData:
-    """Rows as (source, row); `num_tokens` and `num_supervised_tokens` run along `train_rows`.
+    """Rows as (source, row); `lengths` and `eval_lengths` run along `train_rows` and `eval_rows`.
 
     `summary` has one entry per source: name, rows, usable, dropped by reason, trained, license.
     """
@@ -23,8 +24,8 @@ class StageData:
     stores: list[RecordStore]
     train_rows: list[tuple[int, int]]
     eval_rows: list[tuple[int, int]]
-    num_tokens: np.ndarray
-    num_supervised_tokens: np.ndarray
+    lengths: Lengths
+    eval_lengths: Lengths
     summary: list[dict[str, Any]]
 
 
@@ -60,13 +61,14 @@ def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, folder: Path
     with state.local_main_process_first():
         report = check_stage(stage, processor, folder / "rejects.jsonl", progress=state.is_main_process)
     rows: list[tuple[int, int]] = []
-    counts: dict[str, list[np.ndarray]] = {"num_tokens": [], "num_supervised_tokens": []}
+    lengths = []
     summary = []
     for i, (source, found) in enumerate(zip(stage.data, report.sources, strict=True)):
         chosen = select_rows(found, source.sample, source.sample_when, seed)
         rows += [(i, int(row)) for row in found.rows[chosen]]
-        for name, parts in counts.items():
-            parts.append(found.counts[name][chosen])
+        names = ("num_tokens", "num_supervised_tokens", "num_prefix_tokens")
+        counts = [found.counts[name][chosen] for name in names]
+        lengths.append((*counts, np.where(counts[2] > 0, found.prefixes[chosen], 0)))
         summary.append(
             {
                 "name": source.name,
@@ -80,11 +82,12 @@ def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, folder: Path
     order = np.random.default_rng([seed, len(rows)]).permutation(len(rows))
     num_eval = num_held_out(stage, len(rows))
     held_out, trained = np.sort(order[:num_eval]), np.sort(order[num_eval:])
+    found_lengths = Lengths(*(np.concatenate(column) for column in zip(*lengths, strict=True)))
     return StageData(
         stores=[open_records(source, keep_data_newline=keeps_data_newline(stage)) for source in stage.data],
         train_rows=[rows[i] for i in trained],
         eval_rows=[rows[i] for i in held_out],
-        num_tokens=np.concatenate(counts["num_tokens"])[trained],
-        num_supervised_tokens=np.concatenate(counts["num_supervised_tokens"])[trained],
+        lengths=found_lengths[trained],
+        eval_lengths=found_lengths[held_out],
         summary=summary,
     )

@@ -2,8 +2,9 @@
 
 import gc
 import logging
+import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import load_questions
 from llava_llama31.trainer.llava_trainer import LlavaTrainer, StopOnSignal
 from llava_llama31.trainer.module_groups import GroupReport, freeze, group_parameters, lora_target_pattern
-from llava_llama31.trainer.order import BatchOrder
+from llava_llama31.trainer.order import BatchOrder, Lengths, RankBatches
 from llava_llama31.trainer.recipe import Derived, Evaluation, Stage, derive
 from llava_llama31.trainer.stage_data import StageData, load_stage_data
 from llava_llama31.trainer.training_args import training_arguments
@@ -86,6 +87,8 @@ def run_stage(run: StageRun) -> dict[str, Any]:
     stage = run.stage
     processor = LlavaLlama31Processor.from_pretrained(run.origin)
     data = load_stage_data(stage, processor, run.folder, run.seed)
+    stage = within_row_limit(stage, data.lengths, run.seed, run.num_processes, where=f"stages.{run.name}")
+    run = replace(run, stage=stage)
     derived = derive(stage, len(data.train_rows), run.num_processes, where=f"stages.{run.name}")
     # before the model: DeepSpeed's configuration must be alive when the weights are loaded
     args = training_arguments(stage, derived, output_dir=run.folder, seed=run.seed, where=f"stages.{run.name}")
@@ -174,6 +177,41 @@ def _fits_bfloat16(parameter: torch.nn.Parameter) -> bool:
     return torch.equal(parameter.data.to(torch.bfloat16).to(parameter.dtype), parameter.data)
 
 
+def batch_order(stage: Stage, lengths: Lengths, seed: int) -> BatchOrder:
+    """The stage's global batches."""
+    return BatchOrder(
+        lengths,
+        global_batch=stage.global_batch,
+        seed=seed,
+        keep_last=stage.last_batch == "keep",
+        group_by_length=stage.group_by_length,
+        share_prefix=stage.share_prefix if stage.packing else 1,
+    )
+
+
+def within_row_limit(stage: Stage, lengths: Lengths, seed: int, num_processes: int, *, where: str) -> Stage:
+    """The stage with the largest micro-batch whose packed rows all keep within `max_row_tokens`.
+
+    Raises:
+        UserError: when even rows of one sample are longer.
+    """
+    limit, order = stage.max_row_tokens, batch_order(stage, lengths, seed)
+    if limit is None:
+        return stage
+    epochs = math.ceil(stage.epochs or (stage.max_steps or 0) / max(1, order.steps_per_epoch))
+    batches = [batch for epoch in range(epochs) for batch in order.batches(epoch)]
+    samples = stage.global_batch // num_processes
+    for micro_batch in (size for size in range(samples, 0, -1) if samples % size == 0):
+        rows = RankBatches(order, micro_batch=micro_batch, rank=0, num_processes=num_processes, packed=True)
+        if all(order.row_length(row) <= limit for batch in batches for row in rows.micro_batches(batch)[:1]):
+            return stage.model_copy(update={"micro_batch": micro_batch})
+    raise UserError(
+        f"a sample has {int(lengths.num_tokens.max())} tokens, more than a row of {limit} holds",
+        where=f"{where}.max_row_tokens",
+        fix="raise max_row_tokens, or set max_tokens and a policy for too_long records",
+    )
+
+
 def _trainer(
     run: StageRun,
     model: PreTrainedModel,
@@ -183,24 +221,26 @@ def _trainer(
     stop: StopOnSignal,
 ) -> LlavaTrainer:
     stage = run.stage
-    order = BatchOrder(
-        data.num_tokens,
-        global_batch=stage.global_batch,
-        seed=run.seed,
-        keep_last=stage.last_batch == "keep",
-        group_by_length=stage.group_by_length,
-    )
+    order = batch_order(stage, data.lengths, run.seed)
     pixel_dtype = torch.float32 if stage.precision == "float32" else torch.bfloat16
     trainer = LlavaTrainer(
         model,
         args,
-        collator=Collator(processor.tokenizer.pad_token_id, processor.image_token_id),
+        collator=Collator(
+            processor.tokenizer.pad_token_id,
+            processor.image_token_id,
+            packed=stage.packing,
+            share_prefix=stage.packing and stage.share_prefix > 1,
+            # CPU kernels for bfloat16 are built anew for every shape
+            multiple_of=128 if args.use_cpu and stage.precision != "float32" else 1,
+        ),
         train_dataset=StageDataset(data.stores, data.train_rows, processor, pixel_dtype),
         eval_dataset=StageDataset(data.stores, data.eval_rows, processor, pixel_dtype),
         processor=processor,
         learning_rates=stage.learning_rates(),
         order=order,
-        num_supervised_tokens=data.num_supervised_tokens,
+        eval_lengths=data.eval_lengths,
+        packed=stage.packing,
         decay_all_parameters="decay_all_parameters" in stage.quirks,
         only_trainable=stage.lora is not None,
         questions=_questions(run),

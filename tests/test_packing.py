@@ -1,0 +1,244 @@
+"""Packed rows and shared prefixes compute what each sample computes alone: loss and gradients."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from llava_llama31 import LlavaLlama31ForConditionalGeneration
+from llava_llama31.trainer.collator import Collator, Sample
+
+
+def user(*parts):
+    return {
+        "role": "user",
+        "content": [{"type": "image"} if p is None else {"type": "text", "text": p} for p in parts],
+    }
+
+
+def answer(text):
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+SYSTEM = {"role": "system", "content": [{"type": "text", "text": "be short"}]}
+# name of the pictures -> their (height, width); turns of each conversation about them
+PICTURES = {"wide": [(20, 90)], "tall": [(130, 25)], "both": [(40, 60), (90, 30)], "tiny": [(3, 2)], "": []}
+ROWS = [
+    ("wide", [user(None, "what is wide?"), answer("this"), user("and?"), answer("no more than this one")]),
+    ("wide", [user(None, "how wide?"), answer("very")]),
+    ("wide", [user(None, "what is wide?"), answer("that")]),
+    ("tall", [user("look: ", None), answer("a tree")]),
+    ("tall", [SYSTEM, user(None, "tall?"), answer("yes")]),
+    ("tall", [SYSTEM, user(None, "really?"), answer("yes, it is"), user("sure?"), answer("quite")]),
+    ("both", [user(None, None, "which?"), answer("both"), user("why?"), answer("so")]),
+    ("both", [user(None, None, "same?"), answer("no")]),
+    ("tiny", [user(None, "tiny?"), answer("yes")]),
+    ("", [user("no picture"), answer("none")]),
+    ("", [user("no picture"), answer("none at all")]),
+]
+GROUPS = [[0, 1, 2], [3, 4, 5], [6, 7], [8], [9, 10]]
+
+
+@pytest.fixture
+def samples(processor, make_image):
+    def sample(number):
+        name, messages = ROWS[number]
+        sizes = PICTURES[name]
+        encoding = processor.encode(messages, sizes)
+        tiles = [torch.from_numpy(processor.tiles(make_image(*size, seed=sum(size)))).double() for size in sizes]
+        return Sample(
+            record_id=f"r{number}",
+            input_ids=encoding.input_ids,
+            labels=encoding.labels,
+            pixel_values=torch.cat(tiles) if tiles else None,
+            image_sizes=sizes,
+            num_image_tokens=sum(processor.num_image_tokens(size) for size in sizes),
+            num_prefix_tokens=encoding.num_prefix_tokens,
+            images=(name,) * len(sizes),
+        )
+
+    return [sample(number) for number in range(len(ROWS))]
+
+
+@pytest.fixture
+def collate(processor):
+    def collate(samples, **options):
+        return Collator(processor.tokenizer.pad_token_id, processor.image_token_id, **options)(samples)
+
+    return collate
+
+
+def stock_gradients(stock, batch):
+    """Loss and gradients of stock Transformers, with the mean of the loss taken in float64."""
+    labels = batch.pop("labels")
+    logits = stock(**batch).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in stock.named_parameters() if p.grad is not None}
+
+
+def gradients(model, batch):
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(got, expected, tolerance, relative=0.0):
+    (loss, grads), (expected_loss, expected_grads) = got, expected
+    torch.testing.assert_close(loss, expected_loss, rtol=relative, atol=tolerance)
+    assert set(expected_grads) <= set(grads)
+    # the bias of a key projection has no gradient but rounding
+    least = 1e-4 * max(float(grad.norm()) for grad in expected_grads.values())
+    for name, grad in grads.items():
+        expected_grad = expected_grads.get(name, torch.zeros_like(grad))
+        scale = max(float(expected_grad.norm()), least)
+        assert float((grad - expected_grad).norm()) <= max(relative * 10, tolerance) * scale, name
+
+
+OPTIONS = [
+    {"packed": True},
+    {"packed": True, "share_prefix": True},
+    {"packed": True, "share_prefix": True, "multiple_of": 64},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["packed", "shared", "shared, padded to 64"])
+@pytest.mark.parametrize("chosen", [*GROUPS, list(range(len(ROWS)))], ids=str)
+def test_loss_and_gradients_equal_stock_transformers(tiny_config, samples, collate, make_stock, chosen, options):
+    torch.manual_seed(0)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config).double()
+    chosen = [samples[i] for i in chosen]
+    expected = stock_gradients(make_stock(model), collate(chosen))
+    assert_equal(gradients(model, collate(chosen, **options)), expected, 1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=["packed", "shared"])
+def test_in_float32(tiny_config, samples, collate, make_stock, options):
+    torch.manual_seed(0)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config)
+    single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
+    exact = stock_gradients(make_stock(model), collate(samples))
+    got = gradients(model, collate(single, **options))
+    assert_equal((got[0].double(), {n: g.double() for n, g in got[1].items()}), exact, 0.0, relative=1e-6)
+
+
+def test_conversations_about_a_picture_share_its_trunk(samples, collate):
+    row = collate(samples, packed=True, share_prefix=True)
+    branches = [len(tree) - 1 for tree in row["packing"]]
+    #                  wide x 3, tall after words, tall under a system turn x 2, both x 2, tiny, two without pictures
+    assert branches == [3, 0, 2, 2, 0, 0, 0]
+    plain = collate(samples, packed=True)
+    assert [len(tree) for tree in plain["packing"]] == [1] * len(samples)
+    assert row["input_ids"].shape[1] < 0.8 * plain["input_ids"].shape[1]
+    assert len(row["pixel_values"]) == sum(
+        len(samples[i].pixel_values) for i in (0, 3, 4, 6, 8)
+    )  # each trunk's tiles once
+
+
+@pytest.mark.parametrize("changed", range(len(ROWS)))
+def test_a_sample_does_not_see_its_neighbours(tiny_model, samples, collate, processor, changed):
+    """Bit for bit: another token in one sample leaves the hidden states of all others as they were."""
+    single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
+
+    def hidden(samples):
+        row = collate(samples, packed=True, share_prefix=True)
+        owners = []
+        for number, tree in enumerate(row["packing"]):
+            owners += [(number, branch) for branch, length in enumerate(tree) for _ in range(length)]
+        with torch.no_grad():
+            embeds = tiny_model.model.packed_embeds(
+                row["input_ids"], row["pixel_values"], row["image_sizes"], row["image_positions"]
+            )
+            everywhere = range(embeds.shape[1])
+            states = tiny_model.model.language_model.packed(embeds, row["position_ids"], row["packing"], everywhere)
+        return states[0], owners
+
+    before, owners = hidden(single)
+    ids = list(single[changed].input_ids)
+    ids[-2] = (ids[-2] + 1) % 300
+    after, same_owners = hidden([*single[:changed], single[changed]._replace(input_ids=ids), *single[changed + 1 :]])
+    assert owners == same_owners
+    moved = {owner for owner, a, b in zip(owners, before, after, strict=True) if not torch.equal(a, b)}
+    assert len(moved) == 1
+
+
+@pytest.mark.parametrize("group", ["multi_modal_projector", "vision_tower", "language_model"])
+def test_frozen_groups_and_activation_checkpointing(tiny_config, samples, collate, group):
+    torch.manual_seed(0)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config).double().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(group in name or (group == "language_model" and "lm_head" in name))
+    row = collate(samples, packed=True, share_prefix=True)
+    expected = gradients(model, row)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_equal(gradients(model, row), expected, 1e-12)
+    assert expected[1] and all(group in name or "lm_head" in name for name in expected[1])
+
+
+def test_a_row_that_counts_for_nothing_has_gradients_of_zero_everywhere(tiny_config, samples, collate):
+    model = LlavaLlama31ForConditionalGeneration(tiny_config).double()
+    silent = samples[1]._replace(labels=[-100] * len(samples[1].labels))
+    row = collate([silent], packed=True) | {"num_items_in_batch": 7}
+    loss, grads = gradients(model, row)
+    assert loss == 0
+    for name, parameter in model.model.language_model.named_parameters():
+        assert name.startswith("embed") or torch.equal(grads[f"model.language_model.{name}"], 0 * parameter)
+
+
+def test_the_head_s_loss_is_the_same_in_chunks_and_under_autocast(monkeypatch):
+    from llava_llama31 import packed_llama_llava_llama31 as packed
+
+    torch.manual_seed(0)
+    head = packed.SupervisedHead(16, 50, bias=False).double()
+    hidden = torch.randn(37, 16, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 50, (37,))
+    targets[5] = -100
+
+    def run(loss):
+        hidden.grad = head.weight.grad = None
+        (3 * loss).backward()
+        return loss.detach(), hidden.grad, head.weight.grad
+
+    expected = run(torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum"))
+    for limit in (2**26, 50 * 4, 1):
+        monkeypatch.setattr(packed, "_MAX_LOGITS", limit)
+        for got, wanted in zip(run(head(hidden, targets)), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    loss = head(hidden, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # its gradients are given away once
+        loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = head.float()(hidden.float(), targets)
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), expected[0], rtol=1e-2, atol=0)
+
+
+def test_a_wrong_row_is_refused(tiny_model, samples, collate):
+    single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
+    row = collate(single[:2], packed=True)
+    with pytest.raises(ValueError, match="packing speaks of"):
+        tiny_model(**{**row, "packing": [[3]]})
+    with pytest.raises(ValueError, match="image placeholders but the pictures give"):
+        tiny_model(**{**row, "image_positions": row["image_positions"][:-1]})
+    with pytest.raises(ValueError, match="tiles, but the 2 pictures need"):
+        tiny_model(**{**row, "pixel_values": row["pixel_values"][:-1]})
+    with pytest.raises(ValueError, match="no label"):
+        tiny_model(**{**row, "supervised_positions": []})
+    wrong = single[0]._replace(input_ids=single[0].input_ids[:-1] + [single[0].input_ids[8]], num_image_tokens=1)
+    with pytest.raises(ValueError, match="record r0 has"):
+        collate([wrong], packed=True)
+
+
+def test_the_model_finds_positions_by_itself(tiny_model, samples, collate):
+    single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
+    row = collate(single, packed=True, share_prefix=True)
+    bare = {key: value for key, value in row.items() if key not in ("image_positions", "supervised_positions")}
+    bare["image_sizes"] = torch.tensor(bare["image_sizes"])
+    assert torch.equal(tiny_model(**bare).loss, tiny_model(**row).loss)
+
+
+def test_collator_is_frozen(processor):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Collator(0, 1).packed = True
