@@ -351,11 +351,12 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
             raise ValueError(f"packing speaks of {num_positions} positions, but the row has {embeds.shape[1]}")
         if not supervised and num_items_in_batch is None:
             raise ValueError("no label of the batch is supervised: every label is -100")
-        # a row that counts for nothing still goes through every layer: other processes wait for its gradients
-        positions = list(supervised) or [embeds.shape[1] - 2]
+        positions = list(supervised) or [0]
         hidden = language.packed(embeds, position_ids, packing, positions)
         targets = labels[0].index_select(0, torch.tensor(positions, device=labels.device) + 1)
-        total = self.lm_head(hidden[0], targets)
+        total = self.lm_head(hidden[0], targets.clamp_min(0))
+        if not supervised:  # every layer has run all the same: other processes wait for its gradients
+            total = total * 0
         return total / (len(supervised) if num_items_in_batch is None else num_items_in_batch)
 
     def _supports_mm_encoder_outputs(self) -> bool:

@@ -25,7 +25,6 @@ from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -36,6 +35,9 @@ Positions = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, S, head 
 
 # logits that exist at once: 256 MiB in float32
 _MAX_LOGITS = 2**26
+# on a CPU: queries of one block, and the keys up to which blocks beat the fused kernel
+_BLOCK_QUERIES = 256
+_MAX_BLOCK_KEYS = 1024
 
 
 class Segment(NamedTuple):
@@ -49,6 +51,37 @@ class Segment(NamedTuple):
     @property
     def num_keys(self) -> int:
         return self.own[1] - self.own[0] + self.trunk[1] - self.trunk[0]
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.query_begin, self.query_begin + self.num_queries)
+
+    def keys(self, x: torch.Tensor) -> torch.Tensor:
+        """What the segment sees of keys or values (..., S, head size)."""
+        own = x[..., slice(*self.own), :]
+        if self.trunk[0] == self.trunk[1]:
+            return own
+        return torch.cat([x[..., slice(*self.trunk), :], own], dim=-2)
+
+    def add(self, x: torch.Tensor, part: torch.Tensor) -> None:
+        """Add to (..., S, head size) what belongs to the segment's keys."""
+        length = self.trunk[1] - self.trunk[0]
+        x[..., slice(*self.own), :] += part[..., length:, :]
+        if length:
+            x[..., slice(*self.trunk), :] += part[..., :length, :]
+
+    def blocks(self, size: int) -> list["Segment"]:
+        """The segment cut into blocks of queries, each of which sees the keys up to its last query alone."""
+        after = self.own[1] - self.num_queries
+        return [
+            Segment(
+                self.query_begin + begin,
+                min(size, self.num_queries - begin),
+                (self.own[0], after + min(begin + size, self.num_queries)),
+                self.trunk,
+            )
+            for begin in range(0, self.num_queries, size)
+        ]
 
 
 @dataclass
@@ -131,26 +164,80 @@ def packed_attention(
 ) -> torch.Tensor:
     """Attention (1, Q, H, head size) of queries (1, H, Q, head size) over the row's keys (1, key heads, S, head size).
 
-    A GPU in half precision runs one varlen kernel over all segments; elsewhere the segments run one by one, since a
-    block mask would cost more than padding does.
+    A GPU in half precision runs one varlen kernel over all segments. Elsewhere the segments run one by one, since a
+    mask over the whole row would cost more than padding does.
     """
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         return _varlen_attention(query, key, value, plan, scaling)
+    if query.device.type == "cpu" and max(segment.num_keys for segment in plan.segments) <= _MAX_BLOCK_KEYS:
+        return _BlockAttention.apply(query, key, value, plan, scaling)
     outputs = []
     for segment in plan.segments:
-        own, trunk = slice(*segment.own), slice(*segment.trunk)
-        keys, values = key[:, :, own], value[:, :, own]
-        if trunk.start < trunk.stop:
-            keys, values = (torch.cat([x[:, :, trunk], y], dim=2) for x, y in ((key, keys), (value, values)))
-        queries = query[:, :, segment.query_begin : segment.query_begin + segment.num_queries]
         is_square = segment.num_queries == segment.num_keys
         mask = None if is_square else plan.mask(segment, query)
+        queries, keys, values = query[:, :, segment.queries], segment.keys(key), segment.keys(value)
         outputs.append(
             F.scaled_dot_product_attention(
                 queries, keys, values, mask, is_causal=is_square, scale=scaling, enable_gqa=True
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Attention in blocks of queries, as plain matrix products.
+
+    In bfloat16 a CPU's fused kernel takes as long as in float32, while its matrix products are several times faster;
+    and gradients add up in place, where slices would each fill a tensor of the whole row's size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan: AttentionPlan,
+        scaling: float,
+    ) -> torch.Tensor:
+        groups = query.shape[1] // key.shape[1]
+        blocks = [block for segment in plan.segments for block in segment.blocks(_BLOCK_QUERIES)]
+        output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+        weights = []
+        for block in blocks:
+            queries = _fold(query[0, :, block.queries], groups)
+            mask = plan.mask(block, query).repeat(groups, 1)
+            scores = torch.baddbmm(mask, queries, block.keys(key[0]).transpose(1, 2), alpha=scaling)
+            weights.append(torch.softmax(scores, dim=-1, out=scores))
+            output[0, block.queries] = _unfold(torch.bmm(scores, block.keys(value[0])), groups).transpose(0, 1)
+        ctx.save_for_backward(query, key, value, output, *weights)
+        ctx.blocks, ctx.groups, ctx.scaling = blocks, groups, scaling
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, output, *weights = ctx.saved_tensors
+        along = (grad * output).sum(-1, keepdim=True)
+        query_grad = torch.empty_like(query)
+        key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
+        for block, weight in zip(ctx.blocks, weights, strict=True):
+            grads, mean = (_fold(x[0, block.queries].transpose(0, 1), ctx.groups) for x in (grad, along))
+            block.add(value_grad[0], torch.bmm(weight.transpose(1, 2), grads))
+            scores = torch.bmm(grads, block.keys(value[0]).transpose(1, 2))
+            scores.sub_(mean).mul_(weight).mul_(ctx.scaling)
+            query_grad[0, :, block.queries] = _unfold(torch.bmm(scores, block.keys(key[0])), ctx.groups)
+            block.add(key_grad[0], torch.bmm(scores.transpose(1, 2), _fold(query[0, :, block.queries], ctx.groups)))
+        return query_grad, key_grad, value_grad, None, None
+
+
+def _fold(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """(H, Q, size) -> (key heads, groups x Q, size): the query heads of a key head below each other."""
+    return x.unflatten(0, (-1, groups)).flatten(1, 2)
+
+
+def _unfold(x: torch.Tensor, groups: int) -> torch.Tensor:
+    return x.unflatten(1, (groups, -1)).flatten(0, 1)
 
 
 def _varlen_attention(
@@ -187,13 +274,38 @@ class LlavaLlama31Attention(LlamaAttention):
         )
         cos, sin = positions
         query_cos, query_sin = (x if plan.queries is None else x[:, plan.queries] for x in positions)
-        query, key = _rotate(query, query_cos, query_sin), _rotate(key, cos, sin)
+        query, key = _Rotary.apply(query, query_cos, query_sin), _Rotary.apply(key, cos, sin)
         output = packed_attention(query, key, value, plan, self.scaling).flatten(2)
         return self.o_proj(output if plan.kept is None else output[:, plan.kept])
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return apply_rotary_pos_emb(x, x[:, :0], cos, sin)[0]
+class _Rotary(torch.autograd.Function):
+    """Rotary embedding of x (1, H, Q, head size) by `cos` and `sin` (1, Q, head size), as Llama pairs the halves.
+
+    The products have the wider type, the output has that of x; a rotation's way back is the opposite rotation.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        half = x.shape[-1] // 2
+        cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    output = torch.empty_like(x)
+    output_first, output_second = output.chunk(2, dim=-1)
+    output_first.copy_((first * cos).sub_(second * sin))
+    output_second.copy_((second * cos).add_(first * sin))
+    return output
 
 
 class LlavaLlama31RMSNorm(LlamaRMSNorm):
@@ -334,34 +446,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        device = hidden.device.type
+        ctx.hidden_dtype, device = hidden.dtype, hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         exact = torch.promote_types(dtype, torch.float32)
+        hidden_grad = torch.empty_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
+        weight_grad = None
         with torch.autocast(device, enabled=False):
-            narrow_hidden, narrow_weight = hidden.to(dtype), weight.to(dtype)
+            hidden, narrow_weight = hidden.to(dtype), weight.to(dtype)
             total = torch.zeros((), dtype=exact, device=hidden.device)
-            hidden_grad = torch.empty_like(narrow_hidden) if ctx.needs_input_grad[0] else None
-            weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-            chunk = max(1, _MAX_LOGITS // weight.shape[0])
-            for begin in range(0, len(targets), chunk):
-                part = slice(begin, begin + chunk)
-                logits = (narrow_hidden[part] @ narrow_weight.T).to(exact)
-                target = targets[part, None]
-                normaliser = logits.logsumexp(dim=-1, keepdim=True)
-                counted = (target != -100).to(exact)
-                index = target.clamp_min(0)
-                total += ((normaliser - logits.gather(1, index)) * counted).sum()
-                if hidden_grad is None and weight_grad is None:
-                    continue
-                grad = logits.sub_(normaliser).exp_()
-                grad.scatter_add_(1, index, -counted)
-                grad = grad.mul_(counted).to(dtype)
+            rows = min(len(targets), max(1, _MAX_LOGITS // weight.shape[0]))
+            # written over chunk by chunk: fresh memory of this size costs as much as the products
+            logits = hidden.new_empty(rows, weight.shape[0])
+            wide = logits if dtype == exact else torch.empty_like(logits, dtype=exact)
+            for begin in range(0, len(targets), rows):
+                part = slice(begin, min(begin + rows, len(targets)))
+                chunk = slice(0, part.stop - begin)
+                torch.mm(hidden[part], narrow_weight.T, out=logits[chunk])
+                total += _cross_entropy(logits[chunk], wide[chunk], targets[part])
                 if hidden_grad is not None:
-                    torch.mm(grad, narrow_weight, out=hidden_grad[part])
-                if weight_grad is not None:
-                    weight_grad += grad.T @ narrow_hidden[part]
+                    torch.mm(logits[chunk], narrow_weight, out=hidden_grad[part])
+                if ctx.needs_input_grad[1]:
+                    grad = logits[chunk].T @ hidden[part]
+                    weight_grad = grad.to(weight.dtype) if weight_grad is None else weight_grad.add_(grad)
         ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.hidden_dtype = hidden.dtype
         return total
 
     @staticmethod
@@ -373,6 +480,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if weight_grad is None else weight_grad.mul_(grad.to(weight_grad.dtype)),
             None,
         )
+
+
+def _cross_entropy(logits: torch.Tensor, wide: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropies of logits (N, V), which become its gradient; `wide` (N, V) is room to work in."""
+    index = targets[:, None]
+    wanted, largest = (x.to(wide.dtype) for x in (logits.gather(1, index), logits.amax(dim=1, keepdim=True)))
+    wide.copy_(logits)
+    torch.softmax(wide, dim=1, out=wide)
+    # the logarithm of the sum of exponentials, from the one probability that can't be too small
+    normaliser = largest - wide.amax(dim=1, keepdim=True).log()
+    logits.copy_(wide.scatter_add_(1, index, torch.full_like(wanted, -1)))
+    return (normaliser - wanted).sum()
 
 
 __all__ = ["LlavaLlama31TextModel", "SupervisedHead"]

@@ -193,7 +193,6 @@ def test_the_head_s_loss_is_the_same_in_chunks_and_under_autocast(monkeypatch):
     head = packed.SupervisedHead(16, 50, bias=False).double()
     hidden = torch.randn(37, 16, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 50, (37,))
-    targets[5] = -100
 
     def run(loss):
         hidden.grad = head.weight.grad = None
