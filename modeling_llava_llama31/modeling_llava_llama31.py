@@ -168,7 +168,11 @@ class LlavaLlama31Model(LlavaNextModel):
             if _world_size() > 1 or self._trains_projector():
                 return self._text_only_embeds(input_ids)
             return self.get_input_embeddings()(input_ids)
-        layout = self._layout_of([(int(height), int(width)) for height, width in image_sizes], len(pixel_values))
+        layout, num_tiles = self.feature_layout([(int(height), int(width)) for height, width in image_sizes])
+        if num_tiles != len(pixel_values):
+            raise ValueError(
+                f"pixel_values has {len(pixel_values)} tiles, but the {len(image_sizes)} pictures need {num_tiles}"
+            )
         if len(layout) != len(image_positions):
             raise ValueError(
                 f"the row has {len(image_positions)} image placeholders but the pictures give {len(layout)} features: "
@@ -189,8 +193,12 @@ class LlavaLlama31Model(LlavaNextModel):
         row = embeds[0].index_copy(0, patch_positions, features).index_copy(0, newline_positions, newlines)
         return row[None]
 
-    def _layout_of(self, image_sizes: Sequence[tuple[int, int]], num_tiles: int) -> torch.Tensor:
-        """For each feature of the pictures in turn, its patch among those of all tiles, or -1 for a newline."""
+    def feature_layout(self, image_sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, int]:
+        """For each feature of the pictures in turn its patch among those of all tiles, -1 for a newline; all tiles.
+
+        Args:
+            image_sizes: (height, width) of each picture in pixels.
+        """
         vision, strategy = self.config.vision_config, self.config.vision_feature_select_strategy
         num_patches = (vision.image_size // vision.patch_size) ** 2 + (strategy != "default")
         layouts, tiles = [], 0
@@ -204,9 +212,7 @@ class LlavaLlama31Model(LlavaNextModel):
             layout = self._layouts[size]
             layouts.append(torch.where(layout < 0, layout, layout + tiles * num_patches))
             tiles += own
-        if tiles != num_tiles:
-            raise ValueError(f"pixel_values has {num_tiles} tiles, but the {len(image_sizes)} pictures need {tiles}")
-        return torch.cat(layouts)
+        return torch.cat(layouts), tiles
 
     def forward(
         self,

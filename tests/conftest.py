@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import CHAT_TOKENS, STOP_TOKENS, build_processor
+from llava_llama31.trainer.collator import Collator, Sample
 
 
 TILE = 28
@@ -244,3 +245,61 @@ def launch():
         )
 
     return start
+
+
+def user(*parts):
+    return {
+        "role": "user",
+        "content": [{"type": "image"} if p is None else {"type": "text", "text": p} for p in parts],
+    }
+
+
+def answer(text):
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+SYSTEM = {"role": "system", "content": [{"type": "text", "text": "be short"}]}
+# name of the pictures -> their (height, width); turns of each conversation about them
+PICTURES = {"wide": [(20, 90)], "tall": [(130, 25)], "both": [(40, 60), (90, 30)], "tiny": [(3, 2)], "": []}
+ROWS = [
+    ("wide", [user(None, "what is wide?"), answer("this"), user("and?"), answer("no more than this one")]),
+    ("wide", [user(None, "how wide?"), answer("very")]),
+    ("wide", [user(None, "what is wide?"), answer("that")]),
+    ("tall", [user("look: ", None), answer("a tree")]),
+    ("tall", [SYSTEM, user(None, "tall?"), answer("yes")]),
+    ("tall", [SYSTEM, user(None, "really?"), answer("yes, it is"), user("sure?"), answer("quite")]),
+    ("both", [user(None, None, "which?"), answer("both"), user("why?"), answer("so")]),
+    ("both", [user(None, None, "same?"), answer("no")]),
+    ("tiny", [user(None, "tiny?"), answer("yes")]),
+    ("", [user("no picture"), answer("none")]),
+    ("", [user("no picture"), answer("none at all")]),
+]
+
+
+@pytest.fixture
+def samples(processor, make_image):
+    def sample(number):
+        name, messages = ROWS[number]
+        sizes = PICTURES[name]
+        encoding = processor.encode(messages, sizes)
+        tiles = [torch.from_numpy(processor.tiles(make_image(*size, seed=sum(size)))).double() for size in sizes]
+        return Sample(
+            record_id=f"r{number}",
+            input_ids=encoding.input_ids,
+            labels=encoding.labels,
+            pixel_values=torch.cat(tiles) if tiles else None,
+            image_sizes=sizes,
+            num_image_tokens=sum(processor.num_image_tokens(size) for size in sizes),
+            num_prefix_tokens=encoding.num_prefix_tokens,
+            images=(name,) * len(sizes),
+        )
+
+    return [sample(number) for number in range(len(ROWS))]
+
+
+@pytest.fixture
+def collate(processor):
+    def collate(samples, **options):
+        return Collator(processor.tokenizer.pad_token_id, processor.image_token_id, **options)(samples)
+
+    return collate

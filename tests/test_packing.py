@@ -6,66 +6,12 @@ import pytest
 import torch
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
-from llava_llama31.trainer.collator import Collator, Sample
+from llava_llama31.trainer.collator import Collator
 
 
-def user(*parts):
-    return {
-        "role": "user",
-        "content": [{"type": "image"} if p is None else {"type": "text", "text": p} for p in parts],
-    }
-
-
-def answer(text):
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
-
-
-SYSTEM = {"role": "system", "content": [{"type": "text", "text": "be short"}]}
-# name of the pictures -> their (height, width); turns of each conversation about them
-PICTURES = {"wide": [(20, 90)], "tall": [(130, 25)], "both": [(40, 60), (90, 30)], "tiny": [(3, 2)], "": []}
-ROWS = [
-    ("wide", [user(None, "what is wide?"), answer("this"), user("and?"), answer("no more than this one")]),
-    ("wide", [user(None, "how wide?"), answer("very")]),
-    ("wide", [user(None, "what is wide?"), answer("that")]),
-    ("tall", [user("look: ", None), answer("a tree")]),
-    ("tall", [SYSTEM, user(None, "tall?"), answer("yes")]),
-    ("tall", [SYSTEM, user(None, "really?"), answer("yes, it is"), user("sure?"), answer("quite")]),
-    ("both", [user(None, None, "which?"), answer("both"), user("why?"), answer("so")]),
-    ("both", [user(None, None, "same?"), answer("no")]),
-    ("tiny", [user(None, "tiny?"), answer("yes")]),
-    ("", [user("no picture"), answer("none")]),
-    ("", [user("no picture"), answer("none at all")]),
-]
+# the rows of the fixture `samples` by their picture
 GROUPS = [[0, 1, 2], [3, 4, 5], [6, 7], [8], [9, 10]]
-
-
-@pytest.fixture
-def samples(processor, make_image):
-    def sample(number):
-        name, messages = ROWS[number]
-        sizes = PICTURES[name]
-        encoding = processor.encode(messages, sizes)
-        tiles = [torch.from_numpy(processor.tiles(make_image(*size, seed=sum(size)))).double() for size in sizes]
-        return Sample(
-            record_id=f"r{number}",
-            input_ids=encoding.input_ids,
-            labels=encoding.labels,
-            pixel_values=torch.cat(tiles) if tiles else None,
-            image_sizes=sizes,
-            num_image_tokens=sum(processor.num_image_tokens(size) for size in sizes),
-            num_prefix_tokens=encoding.num_prefix_tokens,
-            images=(name,) * len(sizes),
-        )
-
-    return [sample(number) for number in range(len(ROWS))]
-
-
-@pytest.fixture
-def collate(processor):
-    def collate(samples, **options):
-        return Collator(processor.tokenizer.pad_token_id, processor.image_token_id, **options)(samples)
-
-    return collate
+NUM_ROWS = sum(map(len, GROUPS))
 
 
 def stock_gradients(stock, batch):
@@ -104,7 +50,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["packed", "shared", "shared, padded to 64"])
-@pytest.mark.parametrize("chosen", [*GROUPS, list(range(len(ROWS)))], ids=str)
+@pytest.mark.parametrize("chosen", [*GROUPS, list(range(NUM_ROWS))], ids=str)
 def test_loss_and_gradients_equal_stock_transformers(tiny_config, samples, collate, make_stock, chosen, options):
     torch.manual_seed(0)
     model = LlavaLlama31ForConditionalGeneration(tiny_config).double()
@@ -136,7 +82,7 @@ def test_conversations_about_a_picture_share_its_trunk(samples, collate):
     )  # each trunk's tiles once
 
 
-@pytest.mark.parametrize("changed", range(len(ROWS)))
+@pytest.mark.parametrize("changed", range(NUM_ROWS))
 def test_a_sample_does_not_see_its_neighbours(tiny_model, samples, collate, processor, changed):
     """Bit for bit: another token in one sample leaves the hidden states of all others as they were."""
     single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]

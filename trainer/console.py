@@ -67,6 +67,6 @@ class StageProgress(TrainerCallback):
         left = (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
         self.console.print(
             f"{self.stage} {state.global_step:>6}/{state.max_steps}  loss {logs['loss']:.4f}  "
-            f"lr {logs['learning_rate']:.2e}  {logs['supervised_tokens_per_second']:,.0f} supervised tokens/s  "
+            f"lr {logs['learning_rate']:.2e}  {logs['samples_per_second']:.2f} samples/s  MFU {logs['mfu']:.0%}  "
             f"{int(left) // 60}:{int(left) % 60:02d} left"
         )

@@ -5,9 +5,10 @@ import math
 import random
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.collator import Collator
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
+from llava_llama31.trainer.meter import Meter
 from llava_llama31.trainer.module_groups import group_parameters
 from llava_llama31.trainer.order import BatchOrder, Lengths, RankBatches
 
@@ -37,6 +39,7 @@ from llava_llama31.trainer.order import BatchOrder, Lengths, RankBatches
 logger = logging.getLogger(__name__)
 
 TRAINABLE_WEIGHTS = "trainable.safetensors"
+_COUNTED = ("tokens", "supervised_tokens", "samples")
 
 
 class LlavaTrainer(Trainer):
@@ -48,6 +51,7 @@ class LlavaTrainer(Trainer):
         order: global batches of the training set.
         eval_lengths: of the validation rows.
         packed: micro-batches are packed rows.
+        meter: counts what the steps need.
         decay_all_parameters: apply weight decay to norms and biases too.
         only_trainable: save the trainable parameters alone (adapters); the rest comes from the stage's origin.
         questions: asked at every evaluation, beside the loss on the validation rows.
@@ -66,6 +70,7 @@ class LlavaTrainer(Trainer):
         order: BatchOrder,
         eval_lengths: Lengths,
         packed: bool,
+        meter: Meter,
         decay_all_parameters: bool = False,
         only_trainable: bool = False,
         questions: TrainingQuestions | None = None,
@@ -76,7 +81,8 @@ class LlavaTrainer(Trainer):
         self.decay_all_parameters, self.only_trainable = decay_all_parameters, only_trainable
         self.questions = questions
         self.saving_to: Path | None = None
-        self._tokens: dict[int, np.ndarray] = {}
+        self.meter = meter
+        self._counts: dict[int, np.ndarray] = {}
         super().__init__(
             model,
             args,
@@ -138,7 +144,7 @@ class LlavaTrainer(Trainer):
     # meters
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add seconds of training so far, and supervised tokens per second since the last log."""
+        """Add seconds of training so far, and the meters since the last log."""
         if "loss" in logs:
             wrong = [
                 f"{name} is {logs[name]}" for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0))
@@ -150,31 +156,48 @@ class LlavaTrainer(Trainer):
                     fix="lower the learning rate, or go back to a checkpoint before it and look at the data there",
                 )
             now, step = time.monotonic(), self.state.global_step
-            tokens = self.num_supervised_tokens_trained(step)
-            seconds = now - self._last_log[0]
-            logs["supervised_tokens"] = tokens
-            logs["supervised_tokens_per_second"] = round((tokens - self._last_log[1]) / max(seconds, 1e-9), 1)
+            trained = self.trained(step)
+            seconds, meters = self.meter.read()
+            logs["supervised_tokens"] = int(trained[1])
+            for name, count in zip(_COUNTED, trained - self._last_log, strict=True):
+                logs[f"{name}_per_second"] = round(float(count) / seconds, 2)
+            logs |= meters
             logs["seconds"] = round(self._seconds_before + now - self._started, 3)
-            self._last_log = (now, tokens)
+            self._last_log = trained
         super().log(logs, start_time)
 
-    def num_supervised_tokens_trained(self, step: int) -> int:
-        """Supervised tokens of the first `step` steps: the order is known, nothing is counted at run time."""
+    def trained(self, step: int) -> np.ndarray:
+        """Tokens, supervised tokens and samples of the first `step` steps, from the order, which is known."""
         epochs, rest = divmod(step, self.order.steps_per_epoch)
-        total = sum(int(self._epoch_tokens(epoch)[-1]) for epoch in range(epochs))
-        return total + (int(self._epoch_tokens(epochs)[rest - 1]) if rest else 0)
+        total = sum((self._epoch_counts(epoch)[-1] for epoch in range(epochs)), np.zeros(3, np.int64))
+        return total + self._epoch_counts(epochs)[rest - 1] if rest else total
 
-    def _epoch_tokens(self, epoch: int) -> np.ndarray:
-        if epoch not in self._tokens:
-            counts = self.order.lengths.num_supervised_tokens
-            self._tokens[epoch] = np.cumsum([counts[batch].sum() for batch in self.order.batches(epoch)])
-        return self._tokens[epoch]
+    def _epoch_counts(self, epoch: int) -> np.ndarray:
+        if epoch not in self._counts:
+            lengths = self.order.lengths
+            counts = [
+                (lengths.num_tokens[batch].sum(), lengths.num_supervised_tokens[batch].sum(), len(batch))
+                for batch in self.order.batches(epoch)
+            ]
+            self._counts[epoch] = np.cumsum(counts, axis=0, dtype=np.int64)
+        return self._counts[epoch]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
+        """The micro-batches of a step, still on the host, for the meters."""
+        with self.meter.waiting():
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self.meter.add(batch)
+        return batches, num_items
 
     def start_clock(self) -> None:
         earlier = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = earlier[-1] if earlier else 0.0
         self._started = time.monotonic()
-        self._last_log = (self._started, self.num_supervised_tokens_trained(self.state.global_step))
+        self._last_log = self.trained(self.state.global_step)
+        self.meter.restart()
 
     @torch.no_grad()
     def evaluate(
@@ -184,7 +207,10 @@ class LlavaTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Mean loss over the supervised tokens of the validation rows and accuracy on the questions, where given."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        with self.meter.aside():
+            return self._evaluate(self.eval_dataset if eval_dataset is None else eval_dataset, metric_key_prefix)
+
+    def _evaluate(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
         metrics = {f"{metric_key_prefix}_loss": self._validation_loss(dataset)} if len(dataset) else {}
         if self.questions is not None:
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -274,6 +300,10 @@ class LlavaTrainer(Trainer):
         return str(self.saving_to or self.args.output_dir)
 
     def _save_checkpoint(self, model: PreTrainedModel, trial: object | None) -> None:
+        with self.meter.aside():
+            self._save_whole(model, trial)
+
+    def _save_whole(self, model: PreTrainedModel, trial: object | None) -> None:
         final = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         staging = final.parent / checkpoints.STAGING / final.name
         if self.args.should_save:

@@ -4,6 +4,7 @@ import gc
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import load_questions
+from llava_llama31.trainer.flops import ModelShape
 from llava_llama31.trainer.llava_trainer import LlavaTrainer, StopOnSignal
+from llava_llama31.trainer.meter import Meter
 from llava_llama31.trainer.module_groups import GroupReport, freeze, group_parameters, lora_target_pattern
 from llava_llama31.trainer.order import BatchOrder, Lengths, RankBatches
 from llava_llama31.trainer.recipe import Derived, Evaluation, Stage, derive
@@ -241,6 +244,7 @@ def _trainer(
         order=order,
         eval_lengths=data.eval_lengths,
         packed=stage.packing,
+        meter=_meter(_base(model, stage), stage, processor, args.device),
         decay_all_parameters="decay_all_parameters" in stage.quirks,
         only_trainable=stage.lora is not None,
         questions=_questions(run),
@@ -248,6 +252,27 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _meter(
+    model: LlavaLlama31ForConditionalGeneration, stage: Stage, processor: LlavaLlama31Processor, device: torch.device
+) -> Meter:
+    def num_patch_features(sizes: Sequence[tuple[int, int]]) -> int:
+        return int((model.model.feature_layout(sizes)[0] >= 0).sum())
+
+    options: dict[str, Any] = {"checkpointing": stage.activation_checkpointing}
+    if stage.lora is not None:
+        options |= {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
+    return Meter(
+        ModelShape.of(model.config),
+        stage.trainable,
+        processor.image_token_id,
+        processor.tokenizer.pad_token_id,
+        num_patch_features,
+        device,
+        torch.float32 if stage.precision == "float32" else torch.bfloat16,
+        options,
+    )
 
 
 def _questions(run: StageRun) -> TrainingQuestions | None:
@@ -304,7 +329,7 @@ def _record(
     losses = [entry["loss"] for entry in history if "loss" in entry]
     metrics = trainer.final_metrics()
     seconds = next((entry["seconds"] for entry in reversed(history) if "seconds" in entry), 0.0)
-    tokens = trainer.num_supervised_tokens_trained(derived.steps)
+    tokens = int(trainer.trained(derived.steps)[1])
     return {
         "name": run.name,
         "trainable": [line.group for line in report if line.num_trainable],

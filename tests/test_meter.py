@@ -1,0 +1,103 @@
+"""The meters count what the step computes, and nothing of what stands beside it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava_llama31.trainer import meter as meters
+from llava_llama31.trainer.flops import ModelShape
+from llava_llama31.trainer.meter import Meter
+
+
+@pytest.fixture
+def make_meter(tiny_model, processor, monkeypatch):
+    monkeypatch.setattr(meters, "matrix_peak", lambda dtype, device: 1e9)
+
+    def make(trainable=("multi_modal_projector", "language_model"), **options):
+        return Meter(
+            ModelShape.of(tiny_model.config),
+            trainable,
+            processor.image_token_id,
+            processor.tokenizer.pad_token_id,
+            lambda sizes: int((tiny_model.model.feature_layout(sizes)[0] >= 0).sum()),
+            torch.device("cpu"),
+            torch.float32,
+            options,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("trainable", [["multi_modal_projector"], ["multi_modal_projector", "language_model"]])
+@pytest.mark.parametrize("share", [False, True])
+def test_needed_flops_are_those_of_a_packed_step(tiny_model, samples, collate, make_meter, trainable, share):
+    """PyTorch counts the products; of attention it knows only other forms, so that is counted apart (test_flops)."""
+    from llava_llama31.trainer.flops import Work, needed_flops
+
+    for name, parameter in tiny_model.named_parameters():
+        is_projector = "multi_modal_projector" in name or "image_newline" in name
+        language = ("language_model" in name or "lm_head" in name) and "language_model" in trainable
+        parameter.requires_grad_(is_projector or language)
+    tiny_model.set_attn_implementation("eager")
+    row = collate(samples, packed=True, share_prefix=share)
+    row["pixel_values"] = row["pixel_values"].float()
+    with FlopCounterMode(display=False) as counter:
+        tiny_model(**row).loss.backward()
+    pictures = {
+        "num_tiles": len(row["pixel_values"]),
+        "num_image_features": int((tiny_model.model.feature_layout(row["image_sizes"])[0] >= 0).sum()),
+    }
+    work = Work.pruned(row["packing"], row["supervised_positions"], to_segment_end=True, **pictures)
+    flops = needed_flops(ModelShape.of(tiny_model.config), work, trainable)
+    attention = sum(
+        count for operation, count in counter.get_flop_counts()["Global"].items() if "bmm" in str(operation)
+    )
+    # the tower's attention, and blocks of the packed row's, are batched products
+    tower = 2 * 2 * work.num_tiles * 5 * 5 * 32 * 2
+    counted = counter.get_total_flops() - attention + tower
+    expected = flops.total.needed - flops.attention.needed
+    assert abs(counted / expected - 1) < 0.02
+
+
+def test_packed_and_padded_rows_need_the_same(samples, collate, make_meter):
+    meter = make_meter()
+    meter.add(collate(samples))
+    padded_seconds, padded = meter.read()
+    meter.add(collate(samples, packed=True))
+    packed_seconds, packed = meter.read()
+    assert padded["padding"] > 0.3 and packed["padding"] == 0
+    assert packed["mfu"] * packed_seconds == pytest.approx(padded["mfu"] * padded_seconds, rel=1e-2)
+    length = sum(len(sample.input_ids) for sample in samples)
+    meter.add(collate(samples, packed=True, multiple_of=1000))
+    assert meter.read()[1]["padding"] == pytest.approx(1 - length / 1000, abs=1e-3)
+
+
+def test_recomputation_is_no_use(samples, collate, make_meter):
+    batch = collate(samples, packed=True)
+    plain, recomputing = make_meter(), make_meter(checkpointing=True)
+    plain.add(batch)
+    recomputing.add(batch)
+    assert torch.equal(plain._sums[0], recomputing._sums[0]) and recomputing._sums[1] > 1.2 * plain._sums[1]
+    assert "hfu" not in plain.read()[1] and "hfu" in recomputing.read()[1]
+
+
+def test_waiting_counts_and_evaluating_does_not(make_meter, monkeypatch):
+    clock = iter([100.0, 100.0, 103.0, 103.0, 113.0, 116.0, 116.0])
+    monkeypatch.setattr(meters.time, "monotonic", lambda: next(clock))
+    meter = make_meter()
+    with meter.waiting():
+        pass  # 3 seconds
+    with meter.aside():
+        pass  # 10 seconds
+    seconds, read = meter.read()
+    assert seconds == 6 and read["data_wait"] == 0.5
+
+
+def test_the_command_line_asks_for_huge_pages():
+    code = "import os; from llava_llama31.trainer.cli import main; main(['recipes'])"
+    code += "; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "1"
