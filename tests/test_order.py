@@ -39,18 +39,20 @@ orders = st.builds(
     st.booleans(),
 )
 sharing = st.builds(
-    lambda number, batch, seed, keep, most: BatchOrder(
+    lambda number, batch, seed, keep, most, equal: BatchOrder(
         with_pictures(number, max(1, number // 3), seed),
         global_batch=batch,
         seed=seed,
         keep_last=keep,
         share_prefix=most,
+        equal_tokens=equal,
     ),
     st.integers(1, 400),
     st.sampled_from([4, 8, 12]),
     st.integers(0, 5),
     st.booleans(),
     st.integers(1, 5),
+    st.booleans(),
 )
 
 
@@ -62,7 +64,10 @@ def test_an_epoch_has_every_sample_once(order, epoch):
     seen = np.concatenate(batches) if batches else np.array([], int)
     number = len(order.lengths)
     assert len(set(seen)) == len(seen)
-    assert len(seen) == (number if order.keep_last else number // order.global_batch * order.global_batch)
+    if order.equal_tokens:
+        assert len(seen) == (number if batches else 0) and all(map(len, batches))
+    else:
+        assert len(seen) == (number if order.keep_last else number // order.global_batch * order.global_batch)
     again = order.batches(epoch)
     assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
 
@@ -75,7 +80,7 @@ def test_an_epoch_has_every_sample_once(order, epoch):
     packed=st.booleans(),
 )
 def test_ranks_share_every_global_batch(order, num_processes, micro, packed):
-    if order.global_batch % (num_processes * micro):
+    if order.global_batch % (num_processes * micro) or (order.equal_tokens and not packed):
         return
     options = {"micro_batch": micro, "num_processes": num_processes, "packed": packed}
     ranks = [RankBatches(order, rank=rank, **options) for rank in range(num_processes)]
@@ -84,7 +89,7 @@ def test_ranks_share_every_global_batch(order, num_processes, micro, packed):
     accumulation = order.global_batch // (num_processes * micro)
     position = 0
     for batch in order.batches(0):
-        slices = -(-len(batch) // (num_processes * micro))
+        slices = accumulation if order.equal_tokens else -(-len(batch) // (num_processes * micro))
         assert slices == accumulation or len(batch) < order.global_batch
         got = [i for stream in streams for part in stream[position : position + slices] for i in part]
         assert sorted(i for i in got if i >= 0) == sorted(batch)
@@ -180,3 +185,15 @@ def test_a_picture_is_never_shared_by_more_than_asked_for():
     for batch in order.batches(0):
         assert [len(unit) for unit in order._units(batch)] == [4, 4, 4, 4]
         assert [order.row_length(row) for row in order.rows(batch, 2)] == [2 * (5 + 4 * 4)] * 2
+
+
+def test_batches_of_equal_supervised_tokens():
+    lengths = samples_of(np.random.default_rng(0).lognormal(5, 1, 4096).astype(int))
+    order = BatchOrder(lengths, global_batch=32, seed=0, keep_last=True, equal_tokens=True)
+    tokens = np.array([lengths.num_supervised_tokens[batch].sum() for batch in order.batches(0)])
+    assert len(tokens) == 128 and tokens.std() / tokens.mean() < 0.06
+    by_samples = BatchOrder(lengths, global_batch=32, seed=0, keep_last=True)
+    assert np.std([lengths.num_supervised_tokens[b].sum() for b in by_samples.batches(0)]) > 3 * tokens.std()
+    # one sample worth many batches leaves none without a sample
+    lengths.num_supervised_tokens[:3] = 10**6
+    assert all(map(len, order.batches(0)))

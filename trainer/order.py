@@ -47,6 +47,7 @@ class BatchOrder:
         global_batch: samples of one optimizer step.
         keep_last: whether an epoch's incomplete last batch is trained on.
         group_by_length: batch samples of like length within shuffled windows of 64 batches.
+        equal_tokens: cut the epoch into as many batches of nearly as many supervised tokens each, instead of samples.
         share_prefix: bring samples of equal prefix together, this many at most; 1: none. Groups are shuffled as
             single samples are, and drawn anew every epoch; a group may be cut where a batch ends.
     """
@@ -59,11 +60,13 @@ class BatchOrder:
         seed: int,
         keep_last: bool,
         group_by_length: bool = False,
+        equal_tokens: bool = False,
         share_prefix: int = 1,
     ):
         self.lengths = lengths
         self.global_batch, self.seed = global_batch, seed
-        self.keep_last, self.group_by_length, self.share_prefix = keep_last, group_by_length, share_prefix
+        self.keep_last, self.group_by_length = keep_last, group_by_length
+        self.equal_tokens, self.share_prefix = equal_tokens, share_prefix
 
     @property
     def steps_per_epoch(self) -> int:
@@ -76,6 +79,8 @@ class BatchOrder:
         order = rng.permutation(len(self.lengths))
         if self.share_prefix > 1:
             order = self._grouped(order, rng)
+        if self.equal_tokens:
+            return self._of_equal_tokens(order)
         whole = len(order) // self.global_batch * self.global_batch
         body, rest = order[:whole], order[whole:]
         if self.group_by_length:
@@ -90,6 +95,17 @@ class BatchOrder:
             return batches
         # sorted within the step: micro-batches, and so ranks, get samples of like length
         return [self._by_length(batch) for batch in batches]
+
+    def _of_equal_tokens(self, order: np.ndarray) -> list[np.ndarray]:
+        steps = np.arange(1, self.steps_per_epoch)
+        counts = self.lengths.num_supervised_tokens[order].astype(np.int64)
+        # a sample belongs where its middle token does
+        middles = np.cumsum(counts) - counts / 2
+        cuts = np.searchsorted(middles, steps * counts.sum() / (len(steps) + 1))
+        # every batch holds a sample, however long its neighbours' are
+        cuts = np.maximum.accumulate(np.maximum(cuts, steps) - steps) + steps
+        cuts = np.minimum(cuts, len(order) - (len(steps) + 1) + steps)
+        return np.split(order, cuts) if self.steps_per_epoch else []
 
     def _by_length(self, indices: np.ndarray) -> np.ndarray:
         return indices[np.argsort(self.lengths.num_tokens[indices], kind="stable")]
@@ -153,7 +169,7 @@ class RankBatches(Sampler[list[int]]):
     """Micro-batches of one rank: parts of the global batches, so that accumulation x ranks x micro is the batch.
 
     Packed, a global batch becomes rows of nearly equal length; else it is cut into slices of `micro_batch` samples. In
-    an incomplete last batch every rank still gets the same number of micro-batches; where there are more ranks than
+    an incomplete last batch every rank still gets the same number of micro-batches; where there are more of them than
     samples, a rank repeats a sample whose index is given negative, -1 - index: it counts for nothing.
     """
 
@@ -166,10 +182,13 @@ class RankBatches(Sampler[list[int]]):
         self.epoch = epoch
 
     def _num_accumulation(self, num_samples: int) -> int:
+        num_samples = self.order.global_batch if self.order.equal_tokens else num_samples
         return -(-num_samples // (self.micro_batch * self.num_processes))
 
     def __len__(self) -> int:
         order = self.order
+        if order.equal_tokens:
+            return order.steps_per_epoch * self._num_accumulation(order.global_batch)
         whole, rest = divmod(len(order.lengths), order.global_batch)
         last = self._num_accumulation(rest) if rest and order.keep_last else 0
         return whole * self._num_accumulation(order.global_batch) + last

@@ -92,6 +92,8 @@ class Stage(_Frozen):
     data: list[DataSource] = Field(min_length=1)
     global_batch: PositiveInt
     """Samples of one optimizer step, over all devices and accumulation."""
+    batch_by: Literal["samples", "supervised_tokens"] = "samples"
+    """Steps of so many samples; or as many steps, of nearly the same number of supervised tokens each."""
     micro_batch: PositiveInt = 1
     """Samples that one device forwards at once."""
     epochs: PositiveFloat | None = None
@@ -153,6 +155,8 @@ class Stage(_Frozen):
             )
         if self.packing and self.group_by_length:
             raise ValueError("packed rows have no padding (fix: remove group_by_length, or set packing: false)")
+        if self.batch_by == "supervised_tokens" and not self.packing:
+            raise ValueError("batches of equal tokens need packed rows (fix: set packing: true, or batch_by: samples)")
         if self.max_row_tokens is not None and not self.packing:
             raise ValueError("max_row_tokens is a limit of packed rows (fix: remove it, or set packing: true)")
         if isinstance(self.learning_rate, dict) and set(self.learning_rate) != set(self.trainable):

@@ -188,6 +188,7 @@ def batch_order(stage: Stage, lengths: Lengths, seed: int) -> BatchOrder:
         seed=seed,
         keep_last=stage.last_batch == "keep",
         group_by_length=stage.group_by_length,
+        equal_tokens=stage.batch_by == "supervised_tokens",
         share_prefix=stage.share_prefix if stage.packing else 1,
     )
 
