@@ -33,8 +33,8 @@ from transformers.utils import TransformersKwargs
 Packing = Sequence[Sequence[int]]
 Positions = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, S, head size) each
 
-# logits that exist at once: 256 MiB in float32
-_MAX_LOGITS = 2**26
+# positions whose logits exist at once: few enough to be no memory, enough for a full matrix product
+_HEAD_ROWS = 256
 # on a CPU: queries of one block, and the keys up to which blocks beat the fused kernel
 _BLOCK_QUERIES = 256
 _MAX_BLOCK_KEYS = 1024
@@ -454,7 +454,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             hidden, narrow_weight = hidden.to(dtype), weight.to(dtype)
             total = torch.zeros((), dtype=exact, device=hidden.device)
-            rows = min(len(targets), max(1, _MAX_LOGITS // weight.shape[0]))
+            rows = min(len(targets), _HEAD_ROWS)
             # written over chunk by chunk: fresh memory of this size costs as much as the products
             logits = hidden.new_empty(rows, weight.shape[0])
             wide = logits if dtype == exact else torch.empty_like(logits, dtype=exact)
