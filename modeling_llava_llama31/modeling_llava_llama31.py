@@ -159,19 +159,23 @@ class LlavaLlama31Model(LlavaNextModel):
         pixel_values: torch.Tensor | None,
         image_sizes: Sequence[tuple[int, int]],
         image_positions: torch.Tensor,
+        image_features: torch.Tensor | None = None,
+        has_features: Sequence[bool] | None = None,
     ) -> torch.Tensor:
         """Embeddings (1, S, D) of a packed row with its pictures' features at `image_positions`.
 
         Only patches that survive the unpadding are projected.
         """
-        if pixel_values is None:
+        if pixel_values is None and image_features is None:
             if _world_size() > 1 or self._trains_projector():
                 return self._text_only_embeds(input_ids)
             return self.get_input_embeddings()(input_ids)
-        layout, num_tiles = self.feature_layout([(int(height), int(width)) for height, width in image_sizes])
-        if num_tiles != len(pixel_values):
+        sizes = [(int(height), int(width)) for height, width in image_sizes]
+        layout, num_tiles = self.feature_layout(sizes, has_features)
+        given = (0 if pixel_values is None else len(pixel_values), 0 if image_features is None else len(image_features))
+        if num_tiles != given:
             raise ValueError(
-                f"pixel_values has {len(pixel_values)} tiles, but the {len(image_sizes)} pictures need {num_tiles}"
+                f"pixel_values and image_features have {given} tiles, but the {len(sizes)} pictures need {num_tiles}"
             )
         if len(layout) != len(image_positions):
             raise ValueError(
@@ -185,34 +189,50 @@ class LlavaLlama31Model(LlavaNextModel):
         patch_positions, newline_positions = (
             image_positions.index_select(0, index.to(embeds.device, non_blocking=True)) for index in where
         )
-        features = self._tower_features(pixel_values, self.config.vision_feature_layer)
-        if self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]
+        computed = [] if pixel_values is None else [self.tile_features(pixel_values)]
+        known = [] if image_features is None else [image_features]
+        features = torch.cat(computed + known) if computed and known else (computed + known)[0]
         features = self.multi_modal_projector(features.flatten(0, 1).index_select(0, patches)).to(embeds.dtype)
         newlines = self.image_newline.to(embeds.dtype).expand(len(newline_positions), -1)
         row = embeds[0].index_copy(0, patch_positions, features).index_copy(0, newline_positions, newlines)
         return row[None]
 
-    def feature_layout(self, image_sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, int]:
-        """For each feature of the pictures in turn its patch among those of all tiles, -1 for a newline; all tiles.
+    def tile_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the projector gets of tiles (T, 3, H, W): (T, P, D) of the tower's chosen layers."""
+        features = self._tower_features(pixel_values, self.config.vision_feature_layer)
+        return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
+
+    def feature_layout(
+        self, image_sizes: Sequence[tuple[int, int]], has_features: Sequence[bool] | None = None
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        """For each feature of the pictures in turn its patch among those of all tiles, -1 for a newline.
+
+        Behind it the number of tiles of pictures without and with features.
 
         Args:
             image_sizes: (height, width) of each picture in pixels.
+            has_features: whose tiles come behind all the others'; default: nobody's.
         """
         vision, strategy = self.config.vision_config, self.config.vision_feature_select_strategy
         num_patches = (vision.image_size // vision.patch_size) ** 2 + (strategy != "default")
-        layouts, tiles = [], 0
-        for size in image_sizes:
-            own = image_size_to_num_patches(size, self.config.image_grid_pinpoints, vision.image_size)
+        has_features = [False] * len(image_sizes) if has_features is None else has_features
+        counts = [
+            image_size_to_num_patches(size, self.config.image_grid_pinpoints, vision.image_size)
+            for size in image_sizes
+        ]
+        num_without = sum(own for own, known in zip(counts, has_features, strict=True) if not known)
+        tiles = [0, num_without]  # the next one of pictures without and with features
+        layouts = []
+        for size, own, known in zip(image_sizes, counts, has_features, strict=True):
             if size not in self._layouts:
                 # stock packing, of the patches' numbers instead of their features
                 numbers = torch.arange(own * num_patches).view(own, num_patches, 1)
                 packed, _ = self.pack_image_features([numbers], [size], strategy, torch.tensor([-1]))
                 self._layouts[size] = packed[0][:, 0]
             layout = self._layouts[size]
-            layouts.append(torch.where(layout < 0, layout, layout + tiles * num_patches))
-            tiles += own
-        return torch.cat(layouts), tiles
+            layouts.append(torch.where(layout < 0, layout, layout + tiles[known] * num_patches))
+            tiles[known] += own
+        return torch.cat(layouts), (num_without, sum(counts) - num_without)
 
     def forward(
         self,
@@ -258,14 +278,19 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
 
     Packing: one row of whole samples with `position_ids` that restart at each sample, no `attention_mask`, no cache.
     With `packing`, the lengths of the row's trees (packed_llama_llava_llama31.py), and labels, only the loss is
-    computed, no logits. To spare a GPU all waiting for the host, give too:
+    computed, no logits; without labels `past_key_values` takes the row's keys and values, and nothing else is
+    computed. To spare a GPU all waiting for the host, give too:
         image_sizes: as a list, not a tensor.
         image_positions: (number of image features,) row positions of the placeholders.
         supervised_positions: ascending row positions i whose label i + 1 is not -100, as a list.
+    Where the vision tower's features of some pictures are known (`tile_features`), give them instead of their tiles:
+        image_features: (T, P, D) of all tiles of those pictures; `pixel_values` has the tiles of the others.
+        has_features: for each of `image_sizes`, whether it is one of those pictures.
 
     Raises:
         ValueError: from `forward`, when placeholders and image features differ in number, or no label is supervised
-            and `num_items_in_batch` is not given, or a row is packed for another language model than Llama.
+            and `num_items_in_batch` is not given, or a row is packed for another language model than Llama, or
+            `image_features` are given without `packing`.
 
     Source: LLaVA-NeXT (Liu et al., 2024); Transformers' models/llava_next.
     """
@@ -299,16 +324,26 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         packing: Packing | None = None,
         image_positions: torch.LongTensor | None = None,
         supervised_positions: Sequence[int] | None = None,
+        image_features: torch.Tensor | None = None,
+        has_features: Sequence[bool] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaNextCausalLMOutputWithPast | tuple:
         if packing is not None:
             if image_positions is None:
                 image_positions = (input_ids[0] == self.config.image_token_id).nonzero()[:, 0]
+            embeds = self.model.packed_embeds(
+                input_ids, pixel_values, image_sizes, image_positions, image_features, has_features
+            )
+            if labels is None:
+                self._check_packing(packing, embeds)
+                self.model.language_model.packed(embeds, position_ids, packing, [], past_key_values)
+                return LlavaNextCausalLMOutputWithPast(past_key_values=past_key_values)
             if supervised_positions is None:
                 supervised_positions = (labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0].tolist()
-            embeds = self.model.packed_embeds(input_ids, pixel_values, image_sizes, image_positions)
             loss = self._packed_loss(embeds, position_ids, packing, labels, supervised_positions, num_items_in_batch)
             return LlavaNextCausalLMOutputWithPast(loss=loss)
+        if image_features is not None:
+            raise ValueError("image_features are for packed rows only: give packing, or pixel_values")
         targets = None
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -349,21 +384,24 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         supervised: Sequence[int],
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        language = self.model.language_model
-        if self.config.text_config.model_type != "llama":
-            raise ValueError(f"packing needs a Llama language model, not {self.config.text_config.model_type}")
-        num_positions = sum(map(sum, packing))
-        if num_positions != embeds.shape[1]:
-            raise ValueError(f"packing speaks of {num_positions} positions, but the row has {embeds.shape[1]}")
+        self._check_packing(packing, embeds)
         if not supervised and num_items_in_batch is None:
             raise ValueError("no label of the batch is supervised: every label is -100")
         positions = list(supervised) or [0]
-        hidden = language.packed(embeds, position_ids, packing, positions)
+        hidden = self.model.language_model.packed(embeds, position_ids, packing, positions)
         targets = labels[0].index_select(0, torch.tensor(positions, device=labels.device) + 1)
         total = self.lm_head(hidden[0], targets.clamp_min(0))
         if not supervised:  # every layer has run all the same: other processes wait for its gradients
             total = total * 0
         return total / (len(supervised) if num_items_in_batch is None else num_items_in_batch)
+
+    def _check_packing(self, packing: Packing, embeds: torch.Tensor) -> None:
+        text, num_positions = self.config.text_config, sum(map(sum, packing))
+        if text.model_type != "llama" or text.attention_dropout:
+            what = f"{text.model_type} with attention_dropout {text.attention_dropout}"
+            raise ValueError(f"packing needs a Llama language model without attention dropout, not {what}")
+        if num_positions != embeds.shape[1]:
+            raise ValueError(f"packing speaks of {num_positions} positions, but the row has {embeds.shape[1]}")
 
     def _supports_mm_encoder_outputs(self) -> bool:
         # generate would call get_image_features outside forward, where ZeRO-3 has not gathered image_newline

@@ -138,7 +138,7 @@ def plan_last_layer(row: AttentionPlan, supervised: Sequence[int], device: torch
     They end with their segment, so that its last query sees its last key, as varlen kernels want it.
 
     Args:
-        supervised: ascending row positions whose output is read, one at least.
+        supervised: ascending row positions whose output is read.
     """
     segments: list[Segment] = []
     queries: list[int] = []
@@ -155,7 +155,7 @@ def plan_last_layer(row: AttentionPlan, supervised: Sequence[int], device: torch
         while position is not None and position < end:
             kept.append(offset + position)
             position = next(positions, None)
-    indices = (torch.tensor(values, device=device) for values in (queries, kept))
+    indices = (torch.tensor(values, device=device, dtype=torch.long) for values in (queries, kept))
     return AttentionPlan(segments, *indices)
 
 
@@ -265,9 +265,14 @@ class LlavaLlama31Attention(LlamaAttention):
     """Llama's attention, with a way through for packed rows."""
 
     def packed(
-        self, hidden: torch.Tensor, queries: torch.Tensor, positions: Positions, plan: AttentionPlan
+        self,
+        hidden: torch.Tensor,
+        queries: torch.Tensor,
+        positions: Positions,
+        plan: AttentionPlan,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
-        """Attention of `queries` (1, Q, D) over `hidden` (1, S, D), before the output projection's rows are cut."""
+        """Attention (1, N, D) of `queries` (1, Q, D) over `hidden` (1, S, D), whose keys and values `cache` keeps."""
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection, x in ((self.q_proj, queries), (self.k_proj, hidden), (self.v_proj, hidden))
@@ -275,6 +280,10 @@ class LlavaLlama31Attention(LlamaAttention):
         cos, sin = positions
         query_cos, query_sin = (x if plan.queries is None else x[:, plan.queries] for x in positions)
         query, key = _Rotary.apply(query, query_cos, query_sin), _Rotary.apply(key, cos, sin)
+        if cache is not None:
+            cache.update(key, value, self.layer_idx)
+        if not plan.segments:
+            return hidden[:, :0]
         output = packed_attention(query, key, value, plan, self.scaling).flatten(2)
         return self.o_proj(output if plan.kept is None else output[:, plan.kept])
 
@@ -381,7 +390,8 @@ class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
         if plan.queries is not None and plan.kept is not None:
             queries = normed[:, plan.queries]
             hidden_states = hidden_states[:, plan.queries[plan.kept]]
-        hidden_states = hidden_states + self.self_attn.packed(normed, queries, position_embeddings, plan)
+        attended = self.self_attn.packed(normed, queries, position_embeddings, plan, past_key_values)
+        hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -408,6 +418,7 @@ class LlavaLlama31TextModel(LlamaModel):
         position_ids: torch.Tensor,
         packing: Packing,
         supervised: Sequence[int],
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """Normed hidden states (1, N, D) of a packed row at its supervised positions.
 
@@ -415,7 +426,8 @@ class LlavaLlama31TextModel(LlamaModel):
             inputs_embeds: (1, S, D).
             position_ids: (1, S), restarting at each tree and going on from the trunk in each branch.
             packing: lengths of the trees, S in all.
-            supervised: ascending row positions, one at least.
+            supervised: ascending row positions.
+            cache: takes the keys and values of all positions.
         """
         positions = self.rotary_emb(inputs_embeds, position_ids)
         plan = plan_row(packing)
@@ -423,7 +435,9 @@ class LlavaLlama31TextModel(LlamaModel):
         hidden = inputs_embeds
         for i, layer in enumerate(self.layers):
             is_last = i == len(self.layers) - 1
-            hidden = layer(hidden, position_embeddings=positions, plan=last if is_last else plan)
+            hidden = layer(
+                hidden, position_embeddings=positions, plan=last if is_last else plan, past_key_values=cache
+            )
         return self.norm(hidden)
 
 

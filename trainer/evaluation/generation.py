@@ -84,6 +84,11 @@ class GreedyAnswerer:
         self._stop = torch.tensor(self.stop_ids, device=model.device)
         self._last_prefix: tuple[Hashable, Prompt, DynamicCache] | None = None
         text = model.config.get_text_config()
+        self._reads_packed = (
+            isinstance(model, LlavaLlama31ForConditionalGeneration)
+            and text.model_type == "llama"
+            and not text.attention_dropout
+        )
         window = text.to_dict().get("sliding_window")
         if window is not None and window < text.max_position_embeddings:
             what = f"the language model has a sliding window of {window} positions, which branches do not respect"
@@ -163,7 +168,12 @@ class GreedyAnswerer:
             }
         cache = DynamicCache()
         ids = torch.tensor([prompt.input_ids[: self._prefix_length(prompt)]])
-        self._forward(input_ids=ids.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1, **images)
+        if self._reads_packed:  # the last layer then gives its keys and values alone
+            positions = torch.arange(ids.shape[1], device=device)[None]
+            images |= {"packing": [[ids.shape[1]]], "position_ids": positions}
+        else:
+            images |= {"use_cache": True, "logits_to_keep": 1}
+        self._forward(input_ids=ids.to(device), past_key_values=cache, **images)
         self._last_prefix = key, prompt, cache  # with the prompt, lest its arrays' ids be given to others
         return cache
 
