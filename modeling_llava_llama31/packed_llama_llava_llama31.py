@@ -97,7 +97,7 @@ class AttentionPlan:
     segments: list[Segment]
     queries: torch.Tensor | None = None
     kept: torch.Tensor | None = None
-    _masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
     _varlen: tuple[torch.Tensor, ...] | None = None
 
     def mask(self, segment: Segment, query: torch.Tensor) -> torch.Tensor:
@@ -107,6 +107,11 @@ class AttentionPlan:
             hidden = torch.full(shape, float("-inf"), dtype=query.dtype, device=query.device)
             self._masks[shape] = hidden.triu_(1 + shape[1] - shape[0])
         return self._masks[shape]
+
+    def diagonal(self, num_queries: int, query: torch.Tensor) -> torch.Tensor:
+        """Additive mask of `num_queries` queries over the keys of their own positions."""
+        square = Segment(0, num_queries, (0, num_queries), (0, 0))
+        return self.mask(square, query)
 
     def varlen(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Key positions, and cumulative lengths of queries and keys, as varlen kernels take them."""
@@ -204,10 +209,10 @@ class _BlockAttention(torch.autograd.Function):
         blocks = [block for segment in plan.segments for block in segment.blocks(_BLOCK_QUERIES)]
         output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         weights = []
+        query = query * scaling
         for block in blocks:
-            queries = _fold(query[0, :, block.queries], groups)
-            mask = plan.mask(block, query).repeat(groups, 1)
-            scores = torch.baddbmm(mask, queries, block.keys(key[0]).transpose(1, 2), alpha=scaling)
+            scores = torch.bmm(_fold(query[0, :, block.queries], groups), block.keys(key[0]).transpose(1, 2))
+            _unfold(scores, groups)[..., -block.num_queries :] += plan.diagonal(block.num_queries, query)
             weights.append(torch.softmax(scores, dim=-1, out=scores))
             output[0, block.queries] = _unfold(torch.bmm(scores, block.keys(value[0])), groups).transpose(0, 1)
         ctx.save_for_backward(query, key, value, output, *weights)
@@ -225,10 +230,10 @@ class _BlockAttention(torch.autograd.Function):
             grads, mean = (_fold(x[0, block.queries].transpose(0, 1), ctx.groups) for x in (grad, along))
             block.add(value_grad[0], torch.bmm(weight.transpose(1, 2), grads))
             scores = torch.bmm(grads, block.keys(value[0]).transpose(1, 2))
-            scores.sub_(mean).mul_(weight).mul_(ctx.scaling)
+            scores.sub_(mean).mul_(weight)
             query_grad[0, :, block.queries] = _unfold(torch.bmm(scores, block.keys(key[0])), ctx.groups)
             block.add(key_grad[0], torch.bmm(scores.transpose(1, 2), _fold(query[0, :, block.queries], ctx.groups)))
-        return query_grad, key_grad, value_grad, None, None
+        return query_grad.mul_(ctx.scaling), key_grad, value_grad, None, None
 
 
 def _fold(x: torch.Tensor, groups: int) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The order of samples is a pure function of seed, epoch and step, whatever the ranks."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -197,3 +199,15 @@ def test_batches_of_equal_supervised_tokens():
     # one sample worth many batches leaves none without a sample
     lengths.num_supervised_tokens[:3] = 10**6
     assert all(map(len, order.batches(0)))
+
+
+def test_the_order_does_not_depend_on_where_the_pictures_lie():
+    lengths = with_pictures(200, 60)
+    batches = []
+    for seed in (0, 1):
+        hashes = np.random.default_rng(seed).integers(1, 2**63, 100, dtype=np.uint64)
+        hashes[0] = 0
+        moved = dataclasses.replace(lengths, prefixes=hashes[lengths.prefixes.astype(int)])
+        order = BatchOrder(moved, global_batch=8, seed=5, keep_last=True, share_prefix=3)
+        batches.append([batch.tolist() for batch in order.batches(0)])
+    assert batches[0] == batches[1]
