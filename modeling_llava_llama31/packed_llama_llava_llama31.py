@@ -11,7 +11,7 @@ Shapes: S positions of the row, N supervised positions, Q queries of the last la
 vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ from transformers.utils import TransformersKwargs
 
 Packing = Sequence[Sequence[int]]
 Positions = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, S, head size) each
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys, values
 
 # positions whose logits exist at once: few enough to be no memory, enough for a full matrix product
 _HEAD_ROWS = 256
@@ -71,7 +72,8 @@ class Segment(NamedTuple):
             x[..., slice(*self.trunk), :] += part[..., :length, :]
 
     def blocks(self, size: int) -> list["Segment"]:
-        """The segment cut into blocks of queries, each of which sees the keys up to its last query alone."""
+        """The segment cut into equal blocks of queries, each of which sees the keys up to its last query alone."""
+        size = -(-self.num_queries // -(-self.num_queries // size))
         after = self.own[1] - self.num_queries
         return [
             Segment(
@@ -269,28 +271,26 @@ def _varlen_attention(
 class LlavaLlama31Attention(LlamaAttention):
     """Llama's attention, with a way through for packed rows."""
 
-    def packed(
-        self,
-        hidden: torch.Tensor,
-        queries: torch.Tensor,
-        positions: Positions,
-        plan: AttentionPlan,
-        cache: Cache | None = None,
-    ) -> torch.Tensor:
-        """Attention (1, N, D) of `queries` (1, Q, D) over `hidden` (1, S, D), whose keys and values `cache` keeps."""
+    def project(self, hidden: torch.Tensor, positions: Positions, queries: torch.Tensor | None) -> Heads:
+        """Rotated queries (1, H, Q, head size), rotated keys and values (1, key heads, S, head size) of (1, S, D)."""
+        asking = hidden if queries is None else hidden[:, queries]
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection, x in ((self.q_proj, queries), (self.k_proj, hidden), (self.v_proj, hidden))
+            for projection, x in ((self.q_proj, asking), (self.k_proj, hidden), (self.v_proj, hidden))
         )
         cos, sin = positions
-        query_cos, query_sin = (x if plan.queries is None else x[:, plan.queries] for x in positions)
-        query, key = _Rotary.apply(query, query_cos, query_sin), _Rotary.apply(key, cos, sin)
+        query_cos, query_sin = (x if queries is None else x[:, queries] for x in positions)
+        return _Rotary.apply(query, query_cos, query_sin), _Rotary.apply(key, cos, sin), value
+
+    def packed(self, heads: Heads, plan: AttentionPlan, cache: Cache | None = None) -> torch.Tensor:
+        """What the output projection takes (1, N, H x head size); `cache` keeps keys and values."""
+        query, key, value = heads
         if cache is not None:
             cache.update(key, value, self.layer_idx)
         if not plan.segments:
-            return hidden[:, :0]
+            return query.transpose(1, 2).flatten(2)
         output = packed_attention(query, key, value, plan, self.scaling).flatten(2)
-        return self.o_proj(output if plan.kept is None else output[:, plan.kept])
+        return output if plan.kept is None else output[:, plan.kept]
 
 
 class _Rotary(torch.autograd.Function):
@@ -368,6 +368,7 @@ class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
         self.self_attn = LlavaLlama31Attention(config, layer_idx)
         self.input_layernorm = LlavaLlama31RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlavaLlama31RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.token_wise = EAGER
 
     def forward(
         self,
@@ -390,14 +391,33 @@ class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        normed = self.input_layernorm(hidden_states)
-        queries = normed
+        before, after = self.token_wise if self.training else EAGER
+        heads = before(self, hidden_states, position_embeddings, plan.queries)
+        attended = self.self_attn.packed(heads, plan, past_key_values)
         if plan.queries is not None and plan.kept is not None:
-            queries = normed[:, plan.queries]
             hidden_states = hidden_states[:, plan.queries[plan.kept]]
-        attended = self.self_attn.packed(normed, queries, position_embeddings, plan, past_key_values)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return after(self, hidden_states, attended)
+
+
+class TokenWise(NamedTuple):
+    """What a layer computes position by position, before and after its attention: these parts can be compiled."""
+
+    before: Callable[[LlavaLlama31DecoderLayer, torch.Tensor, Positions, torch.Tensor | None], Heads]
+    after: Callable[[LlavaLlama31DecoderLayer, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _before_attention(
+    layer: LlavaLlama31DecoderLayer, hidden: torch.Tensor, positions: Positions, queries: torch.Tensor | None
+) -> Heads:
+    return layer.self_attn.project(layer.input_layernorm(hidden), positions, queries)
+
+
+def _after_attention(layer: LlavaLlama31DecoderLayer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    hidden = hidden + layer.self_attn.o_proj(attended)
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+EAGER = TokenWise(_before_attention, _after_attention)
 
 
 class LlavaLlama31TextModel(LlamaModel):
@@ -416,6 +436,15 @@ class LlavaLlama31TextModel(LlamaModel):
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def compile_token_wise(self) -> None:
+        """Compile the layers' norms, projections and MLPs for training on packed rows, once for all row lengths.
+
+        Attention is left out: its plan is made of Python lists, and it would be compiled anew for every row.
+        """
+        compiled = TokenWise(*(torch.compile(function, dynamic=True) for function in EAGER))
+        for layer in self.layers:
+            layer.token_wise = compiled
 
     def packed(
         self,

@@ -158,7 +158,12 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         grid = grid.transpose(0, 2, 4, 1, 3).reshape(-1, 3, size, size)
         base = np.asarray(image.resize((size, size), resample)).transpose(2, 0, 1)[None]
         tiles = np.concatenate([base, grid])
-        return np.stack([self._pixel_values[c][tiles[:, c]] for c in range(3)], axis=1)
+        values = np.empty(tiles.shape, np.float32)
+        for tile in range(len(tiles)):
+            for channel, table in enumerate(self._pixel_values):
+                # no uint8 is out of range: `clip` only spares a slow check
+                np.take(table, tiles[tile, channel], out=values[tile, channel], mode="clip")
+        return values
 
     @cached_property
     def _pixel_values(self) -> np.ndarray:

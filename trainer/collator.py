@@ -1,6 +1,7 @@
 """Samples -> one micro-batch: a packed row without padding, or right-padded rows; tiles as one 4-D tensor.
 
-Shapes: B rows, S positions, I pictures, T tiles of all pictures, H W height and width of a tile, F image features.
+Shapes: B rows, S positions, I pictures, T tiles of all pictures, H W height and width of a tile, P patches of a tile,
+D width of the vision tower's features.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ class Sample(NamedTuple):
     num_image_tokens: int  # placeholders that the pictures fill
     num_prefix_tokens: int = 0  # up to the end of the last picture
     images: tuple[str, ...] = ()  # what the pictures are known by
+    image_features: torch.Tensor | None = None  # (T, P, D) of pictures that have no tiles in pixel_values
+    has_features: Sequence[bool] = ()  # for each picture; empty: no picture has
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,17 @@ class Collator:
 
 
 def _pictures(samples: Sequence[Sample], *, as_list: bool = False) -> dict[str, Any]:
-    tiles = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
-    if not tiles:
-        return {}
     sizes = [size for sample in samples for size in sample.image_sizes]
-    return {"pixel_values": torch.cat(tiles), "image_sizes": sizes if as_list else torch.tensor(sizes)}
+    if not sizes:
+        return {}
+    batch: dict[str, Any] = {"image_sizes": sizes if as_list else torch.tensor(sizes)}
+    tiles = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    if tiles:
+        batch["pixel_values"] = torch.cat(tiles)
+    features = [sample.image_features for sample in samples if sample.image_features is not None]
+    if features:
+        batch["image_features"] = torch.cat(features)
+        batch["has_features"] = [
+            known for sample in samples for known in sample.has_features or [False] * len(sample.image_sizes)
+        ]
+    return batch

@@ -1,6 +1,7 @@
 """Accepted records of a stage as a map-style data set of samples."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -8,10 +9,17 @@ from torch.utils.data import Dataset
 from llava_llama31.processing import IGNORE_INDEX, LlavaLlama31Processor
 from llava_llama31.trainer.collator import Sample
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.feature_cache import FeatureCache
 from llava_llama31.trainer.records import Record, RecordError, RecordStore
 
 
-Pictures = tuple[list[tuple[int, int]], torch.Tensor | None]  # (height, width) of each, and the tiles of all
+class Pictures(NamedTuple):
+    """Those of a record; tiles and features of all that have the one or the other."""
+
+    sizes: list[tuple[int, int]]  # height and width in pixels
+    has_features: list[bool]
+    tiles: torch.Tensor | None  # (T, 3, H, W)
+    features: torch.Tensor | None  # (T, P, D)
 
 
 class StageDataset(Dataset):
@@ -22,6 +30,7 @@ class StageDataset(Dataset):
         rows: (source, row) of every sample.
         processor: makes ids, labels and tiles.
         pixel_dtype: of the tiles that are handed to the model.
+        features: where a picture's features are, the picture itself is not read.
 
     Raises:
         UserError: naming the record that can no longer be read; all were checked before training.
@@ -33,8 +42,10 @@ class StageDataset(Dataset):
         rows: Sequence[tuple[int, int]],
         processor: LlavaLlama31Processor,
         pixel_dtype: torch.dtype = torch.float32,
+        features: FeatureCache | None = None,
     ):
         self.stores, self.rows, self.processor, self.pixel_dtype = stores, rows, processor, pixel_dtype
+        self.features = features
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -47,21 +58,23 @@ class StageDataset(Dataset):
         known: dict[tuple[str, ...], Pictures] = {}
         return [self._sample(index, known) for index in indices]
 
-    def _sample(self, index: int, known: dict[tuple[str, ...], Pictures]) -> Sample:
+    def record(self, index: int) -> Record:
+        """The record of a sample."""
         source, row = self.rows[index if index >= 0 else -1 - index]
-        store = self.stores[source]
         try:
-            record = store[row]
-            key = tuple(image.key() for image in record.images)
+            return self.stores[source][row]
+        except RecordError as error:
+            raise self._unreadable(index, error) from error
+
+    def _sample(self, index: int, known: dict[tuple[str, ...], Pictures]) -> Sample:
+        record = self.record(index)
+        key = tuple(image.key() for image in record.images)
+        try:
             if key not in known:
                 known[key] = self._pictures(record)
         except RecordError as error:
-            raise UserError(
-                f"passed the check but can't be read any more: {error}",
-                where=f"record {store.row_id(row)}",
-                fix="put the file back and run again",
-            ) from error
-        sizes, tiles = known[key]
+            raise self._unreadable(index, error) from error
+        sizes, has_features, tiles, features = known[key]
         encoding = self.processor.encode(record.messages, sizes)
         return Sample(
             record_id=record.id,
@@ -72,10 +85,30 @@ class StageDataset(Dataset):
             num_image_tokens=sum(self.processor.num_image_tokens(size) for size in sizes),
             num_prefix_tokens=encoding.num_prefix_tokens,
             images=key,
+            image_features=features,
+            has_features=has_features,
         )
 
     def _pictures(self, record: Record) -> Pictures:
-        images = [image.open() for image in record.images]
-        tiles = [torch.from_numpy(self.processor.tiles(image)) for image in images]
-        sizes = [(image.height, image.width) for image in images]
-        return sizes, torch.cat(tiles).to(self.pixel_dtype) if tiles else None
+        sizes, has_features, tiles, features = [], [], [], []
+        for image in record.images:
+            found = self.features.load(image) if self.features is not None else None
+            if found is None:
+                picture = image.open()
+                sizes.append((picture.height, picture.width))
+                tiles.append(torch.from_numpy(self.processor.tiles(picture)).to(self.pixel_dtype))
+            else:
+                sizes.append(found[0])
+                features.append(found[1])
+            has_features.append(found is not None)
+        return Pictures(
+            sizes, has_features, torch.cat(tiles) if tiles else None, torch.cat(features) if features else None
+        )
+
+    def _unreadable(self, index: int, error: RecordError) -> UserError:
+        source, row = self.rows[index if index >= 0 else -1 - index]
+        return UserError(
+            f"passed the check but can't be read any more: {error}",
+            where=f"record {self.stores[source].row_id(row)}",
+            fix="put the file back and run again",
+        )

@@ -286,7 +286,7 @@ def needed_flops(
     work: Work,
     trainable: Collection[str],
     *,
-    checkpointing: bool = False,
+    checkpointing: int = 0,
     lora_rank: int = 0,
     lora_targets: Collection[str] = LORA_TARGETS,
 ) -> FlopsByPart:
@@ -297,7 +297,8 @@ def needed_flops(
 
     Args:
         trainable: module groups that are trained.
-        checkpointing: every transformer layer that has a backward pass computes its forward pass twice.
+        checkpointing: which transformer layers of tower and decoder compute their forward pass twice, where they have
+            a backward pass: every so manieth from the first; 1 (or True): all, 0: none.
         lora_rank: of adapters that are trained in place of the language model's weights; 0: no adapters. Their
             dropout is not counted, nor the weight norms of DoRA.
         lora_targets: linear layers of the decoder that have an adapter.
@@ -365,7 +366,7 @@ def _projector(model: ModelShape, n: int, trains: bool, trains_tower: bool) -> F
     )
 
 
-def _tower(tower: TowerShape, num_tiles: int, *, trains: bool, checkpointing: bool) -> Flops:
+def _tower(tower: TowerShape, num_tiles: int, *, trains: bool, checkpointing: int) -> Flops:
     hidden, num_positions = tower.hidden_size, tower.num_patches + 1
     # pixels need no gradient
     embedding = _linear(
@@ -377,10 +378,13 @@ def _tower(tower: TowerShape, num_tiles: int, *, trains: bool, checkpointing: bo
     ]
     scores = 2 * 2 * num_tiles * num_positions**2 * hidden
     layer = _sum([*linears, Flops(scores, 2 * scores * trains)])
-    if checkpointing and trains:
-        repeated = layer.forward - (0 if tower.saves_output else linears[-1].forward)
-        layer += Flops(recompute=repeated)
-    return _sum([embedding, *[layer] * tower.num_layers])
+    repeated = Flops(recompute=layer.forward - (0 if tower.saves_output else linears[-1].forward))
+    num_repeated = sum(_is_repeated(i, checkpointing) for i in range(tower.num_layers)) if trains else 0
+    return _sum([embedding, *[layer] * tower.num_layers, *[repeated] * num_repeated])
+
+
+def _is_repeated(layer: int, checkpointing: int) -> bool:
+    return checkpointing > 0 and layer % checkpointing == 0
 
 
 @dataclass(frozen=True)
@@ -391,7 +395,7 @@ class _Decoder:
     trains_weights: bool
     lora_rank: int
     lora_targets: frozenset[str]
-    checkpointing: bool
+    checkpointing: int
 
     def count(self, work: Work, *, has_grad: bool) -> tuple[Flops, Flops, bool]:
         """Linear layers, attention, and whether the output has a gradient; `has_grad` is the input's."""
@@ -400,12 +404,13 @@ class _Decoder:
         last = (work.num_last_layer_queries, work.num_last_layer_pairs, work.num_last_layer_outputs)
         for i in range(self.model.num_layers):
             queries, pairs, outputs = last if i == self.model.num_layers - 1 else everywhere
-            layer, scores, has_grad = self._layer(work.num_tokens, queries, pairs, outputs, has_grad)
+            repeats = _is_repeated(i, self.checkpointing)
+            layer, scores, has_grad = self._layer(work.num_tokens, queries, pairs, outputs, has_grad, repeats)
             linears, attention = linears + layer, attention + scores
         return linears, attention, has_grad
 
     def _layer(
-        self, num_tokens: int, num_queries: int, num_pairs: int, num_outputs: int, has_grad: bool
+        self, num_tokens: int, num_queries: int, num_pairs: int, num_outputs: int, has_grad: bool, repeats: bool
     ) -> tuple[Flops, Flops, bool]:
         model = self.model
         hidden, inner = model.hidden_size, model.intermediate_size
@@ -431,7 +436,7 @@ class _Decoder:
         # by queries and by keys
         product = 2 * num_pairs * wide
         scores = Flops(2 * product, product * (v_grad + (q_grad or k_grad) + q_grad + k_grad))
-        if self.checkpointing and out_grad:
+        if repeats and out_grad:
             last_product = 2 * num_outputs * self.lora_rank * hidden if self._adapts("down_proj") else down.forward
             # the backward pass reads nothing that comes after the last product's inputs, so PyTorch stops before it
             linears += Flops(recompute=linears.forward - last_product)

@@ -78,10 +78,10 @@ class Meter:
         """A micro-batch's needed work, as if nothing were padded, and how much of it is padding."""
         ids, labels = batch["input_ids"], batch["labels"]
         pictures: dict[str, int] = {}
-        if "pixel_values" in batch:
+        if "image_sizes" in batch:
             sizes = [(int(height), int(width)) for height, width in batch["image_sizes"]]
             pictures["num_image_features"] = self.num_patch_features(sizes)
-            pictures["num_tiles"] = len(batch["pixel_values"])
+            pictures["num_tiles"] = len(batch.get("pixel_values", ()))  # those with known features need no tower
         if "packing" in batch:
             packing = batch["packing"]
             if int(ids[0, -1]) == self.pad_token_id:  # a row ends with its padding

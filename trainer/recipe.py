@@ -139,6 +139,8 @@ class Stage(_Frozen):
     save_total_limit: PositiveInt = 2
     logging_steps: PositiveInt = 10
     dataloader_workers: Annotated[int, Field(ge=0)] = 2
+    feature_cache_gb: PositiveFloat | None = None
+    """Quota (10^9 bytes, per machine) for features of the frozen vision tower kept on disk; default: none are kept."""
     quirks: list[Literal["frozen_image_newline", "double_newline_after_image", "decay_all_parameters"]] = []
     """Named departures of the model card's commands from what a reader would expect."""
     trainer_args: dict[str, Any] = {}
@@ -166,6 +168,8 @@ class Stage(_Frozen):
             )
         if len(set(self.trainable)) < len(self.trainable):
             raise ValueError(f"trainable names a group twice: {self.trainable} (fix: name it once)")
+        if self.feature_cache_gb is not None:
+            self._check_feature_cache()
         if self.lora is not None and self.deepspeed is not None:
             raise ValueError("lora under DeepSpeed is not there yet (fix: remove deepspeed or lora)")
         if self.lora is not None and "language_model" not in self.trainable:
@@ -175,6 +179,14 @@ class Stage(_Frozen):
         if len(set(names)) < len(names):
             raise ValueError(f"data names a source twice: {names} (fix: rename one)")
         return self
+
+    def _check_feature_cache(self) -> None:
+        if "vision_tower" in self.trainable:
+            raise ValueError("features of a trained vision_tower change (fix: remove feature_cache_gb, or freeze it)")
+        if not self.packing:
+            raise ValueError("feature_cache_gb is for packed rows (fix: remove it, or set packing: true)")
+        if self.deepspeed is not None:
+            raise ValueError("feature_cache_gb under DeepSpeed is not there yet (fix: remove one of the two)")
 
     def _check_evaluations(self) -> None:
         if self.eval_questions is not None and self.eval_steps is None:

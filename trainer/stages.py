@@ -3,6 +3,7 @@
 import gc
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from rich.console import Console
 from safetensors import SafetensorError
@@ -28,6 +30,7 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import load_questions
+from llava_llama31.trainer.feature_cache import FeatureCache, cache_key, default_folder, fill
 from llava_llama31.trainer.flops import ModelShape
 from llava_llama31.trainer.llava_trainer import LlavaTrainer, StopOnSignal
 from llava_llama31.trainer.meter import Meter
@@ -42,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 FINAL = "final"
 RECORD = "stage.json"
+# of a tower's configuration: what makes its features random in training
+_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "dropout", "drop_path_rate")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "bfloat16-weights": torch.bfloat16}
 
 
@@ -99,8 +104,9 @@ def run_stage(run: StageRun) -> dict[str, Any]:
     model = _load_model(run)
     report = _freeze(model, stage)
     print_stage_start(run.console, run.name, stage, derived, report, str(run.origin))
+    features = _features(run, _base(model, stage), processor, data, args.device)
     stop = StopOnSignal()
-    trainer = _trainer(run, model, args, processor, data, stop)
+    trainer = _trainer(run, model, args, processor, data, features, stop)
     _train(run, trainer, derived, stop)
     trainer.restore_best()
     record = _record(run, data, derived, report, trainer)
@@ -216,17 +222,68 @@ def within_row_limit(stage: Stage, lengths: Lengths, seed: int, num_processes: i
     )
 
 
+def _pixel_dtype(stage: Stage) -> torch.dtype:
+    return torch.float32 if stage.precision == "float32" else torch.bfloat16
+
+
+def _features(
+    run: StageRun,
+    model: LlavaLlama31ForConditionalGeneration,
+    processor: LlavaLlama31Processor,
+    data: StageData,
+    device: torch.device,
+) -> FeatureCache | None:
+    """The features of the stage's pictures, as far as the quota reaches; each process of a machine makes its share.
+
+    Raises:
+        UserError: the tower would give other features in training than now.
+    """
+    stage, where = run.stage, f"stages.{run.name}.feature_cache_gb"
+    if stage.feature_cache_gb is None:
+        return None
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        raise UserError("is not there yet under FSDP", where=where, fix="remove it")
+    vision = model.config.vision_config.to_dict()
+    if random := [name for name in _DROPOUT if vision.get(name)]:
+        raise UserError(f"the vision tower has {random[0]} {vision[random[0]]}", where=where, fix="remove it")
+    model.model.vision_tower.to(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=stage.precision != "float32")
+
+    @torch.no_grad()
+    def encode(tiles: torch.Tensor) -> torch.Tensor:
+        with autocast:
+            return model.model.tile_features(tiles.to(device))
+
+    size = processor.tile_size
+    blank = encode(torch.zeros(1, 3, size, size, dtype=_pixel_dtype(stage)))
+    key = cache_key(model, processor, device, _pixel_dtype(stage), autocast=stage.precision != "float32")
+    cache = FeatureCache(default_folder(), key, blank.shape[1:], blank.dtype, int(stage.feature_cache_gb * 1e9))
+    state = PartialState()
+    fill(
+        cache,
+        encode,
+        StageDataset(data.stores, [*data.train_rows, *data.eval_rows], processor, _pixel_dtype(stage)),
+        share=(state.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))),
+        wait_for_everyone=state.wait_for_everyone,
+        num_workers=stage.dataloader_workers,
+        console=run.console,
+    )
+    run.console.print(f"{len(cache):,} pictures' features are in {cache.features}")
+    return cache
+
+
 def _trainer(
     run: StageRun,
     model: PreTrainedModel,
     args: transformers.TrainingArguments,
     processor: LlavaLlama31Processor,
     data: StageData,
+    features: FeatureCache | None,
     stop: StopOnSignal,
 ) -> LlavaTrainer:
     stage = run.stage
     order = batch_order(stage, data.lengths, run.seed)
-    pixel_dtype = torch.float32 if stage.precision == "float32" else torch.bfloat16
+    pixel_dtype = _pixel_dtype(stage)
     trainer = LlavaTrainer(
         model,
         args,
@@ -238,8 +295,8 @@ def _trainer(
             # CPU kernels for bfloat16 are built anew for every shape
             multiple_of=128 if args.use_cpu and stage.precision != "float32" else 1,
         ),
-        train_dataset=StageDataset(data.stores, data.train_rows, processor, pixel_dtype),
-        eval_dataset=StageDataset(data.stores, data.eval_rows, processor, pixel_dtype),
+        train_dataset=StageDataset(data.stores, data.train_rows, processor, pixel_dtype, features),
+        eval_dataset=StageDataset(data.stores, data.eval_rows, processor, pixel_dtype, features),
         processor=processor,
         learning_rates=stage.learning_rates(),
         order=order,
