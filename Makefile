@@ -54,7 +54,7 @@ $(VENV)/.smol: $(VENV)/.demo
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) $(CONSTRAINTS) -e '.[dev,demo,ocr,peft,xlsx]'
+	$(PIP) $(CONSTRAINTS) -e '.[dev,demo,low-bit,ocr,peft,xlsx]'
 	# its build looks for torch, and would get a GPU build of its own
 	$(PIP) $(CONSTRAINTS) setuptools wheel
 	$(PIP) $(CONSTRAINTS) --no-build-isolation -e '.[deepspeed]'

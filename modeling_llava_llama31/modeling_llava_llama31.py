@@ -172,7 +172,10 @@ class LlavaLlama31Model(LlavaNextModel):
             return self.get_input_embeddings()(input_ids)
         sizes = [(int(height), int(width)) for height, width in image_sizes]
         layout, num_tiles = self.feature_layout(sizes, has_features)
-        given = (0 if pixel_values is None else len(pixel_values), 0 if image_features is None else len(image_features))
+        given = (
+            0 if pixel_values is None else len(pixel_values),
+            0 if image_features is None else len(image_features),
+        )
         if num_tiles != given:
             raise ValueError(
                 f"pixel_values and image_features have {given} tiles, but the {len(sizes)} pictures need {num_tiles}"

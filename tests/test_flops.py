@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
+from llava_llama31.trainer.device_options import checkpoint_activations
 from llava_llama31.trainer.flops import (
     Flops,
     FlopsByPart,
@@ -82,13 +83,13 @@ def make_batch(processor, make_image):
     return make
 
 
-def build(config, trainable, checkpointing=False):
+def build(config, trainable, checkpointing=0):
     model = LlavaLlama31ForConditionalGeneration(config)
     # FlopCounterMode has no formula for the CPU's fused attention, and on a GPU counts it as not causal
     model.set_attn_implementation("eager")
     freeze(model, dict.fromkeys(trainable, 1e-3))
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model, trainable, checkpointing)
     return model.train()
 
 
@@ -124,6 +125,19 @@ def test_counts_what_pytorch_computes(tiny_config, make_batch, trainable, checkp
     assert_equal_to_pytorch(build(tiny_config, trainable, checkpointing), batch, flops)
     assert (flops.total.recompute > 0) == checkpointing
     assert flops.total.hardware == flops.total.needed + flops.total.recompute
+
+
+@pytest.mark.parametrize("every", [2, 3])
+@pytest.mark.parametrize("trainable", [GROUPS, ("multi_modal_projector", "language_model")], ids=str)
+def test_every_nth_layer_is_recomputed(tiny_config, make_batch, trainable, every):
+    tiny_config.text_config.num_hidden_layers, tiny_config.vision_config.num_hidden_layers = 5, 5
+    batch, work = make_batch(PICTURES)
+    shape = ModelShape.of(tiny_config)
+    flops = needed_flops(shape, work, trainable, checkpointing=every)
+    assert_equal_to_pytorch(build(tiny_config, trainable, every), batch, flops)
+    whole = needed_flops(shape, work, trainable, checkpointing=1)
+    assert 5 * flops.language_model.recompute == {2: 3, 3: 2}[every] * whole.language_model.recompute
+    assert flops.total.needed == whole.total.needed
 
 
 @pytest.mark.parametrize("num_key_value_heads", [1, 2, 4])
@@ -188,8 +202,7 @@ def test_adapters(tiny_config, make_batch, targets, trainable, checkpointing):
     base = model.get_base_model()
     freeze(base, dict.fromkeys(trainable, 1e-3))
     if checkpointing:
-        base.activation_checkpointing_enable()
-        base.disable_input_require_grads()  # it asks for gradients of the frozen embeddings, which nothing needs
+        checkpoint_activations(base, trainable)
     shape = ModelShape.of(tiny_config)
     flops = needed_flops(shape, work, trainable, checkpointing=checkpointing, lora_rank=8, lora_targets=targets)
     assert_equal_to_pytorch(model.train(), batch, flops)

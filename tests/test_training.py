@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_llama31.trainer.checkpoints import load_tree
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.llava_trainer import _assert_autocast
 
 
 @pytest.fixture
@@ -154,6 +155,44 @@ def test_accumulation_does_not_change_the_weights(train, recipe_content, base_fo
         assert code == 0
         ends[micro] = weights(run / "stages/2-instruct/final")
     assert_same_training(ends[4], ends[micro_batch], weights(base_folder))
+
+
+def test_packing_does_not_change_the_weights_and_keeps_within_its_limit(train, recipe_content, base_folder, capsys):
+    del recipe_content["evaluation"]
+    stages = recipe_content["stages"].values()
+    for stage in stages:
+        stage["share_prefix"] = 1  # sharing brings other samples together
+    ends, history = {}, {}
+    for packing in (True, False):
+        for stage in stages:
+            stage["packing"] = packing
+        code, run = train(output=str(packing))
+        assert code == 0
+        ends[packing] = weights(run / "stages/2-instruct/final")
+        state = max((run / "stages/2-instruct").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+        history[packing] = json.loads((state / "trainer_state.json").read_text())["log_history"]
+    assert_same_training(ends[True], ends[False], weights(base_folder))
+    for packed, padded in zip(history[True], history[False], strict=True):
+        assert packed["padding"] == 0 < padded["padding"] and packed["mfu"] > 0
+        assert packed["samples_per_second"] > 0 and packed["tokens_per_second"] > 0 and 0 <= packed["data_wait"] < 1
+
+    for stage in stages:
+        stage.update(packing=True, max_row_tokens=180, micro_batch=1, batch_by="supervised_tokens")
+    code, run = train(output="limited")
+    assert code == 0
+    record = json.loads((run / "stages/2-instruct/final/stage.json").read_text())
+    assert record["micro_batch"] in (2, 4)
+    for stage in stages:
+        stage["max_row_tokens"] = 20
+    assert train(output="short")[0] == 2
+    assert "too_long" in capsys.readouterr().err
+
+
+def test_a_step_outside_autocast_is_noticed():
+    with pytest.raises(AssertionError, match="float32 and not in bfloat16"):
+        _assert_autocast(torch.nn.Identity(), (torch.zeros(1),))
+    with torch.autocast("cpu", torch.bfloat16):
+        _assert_autocast(torch.nn.Identity(), (torch.zeros(1),))
 
 
 @pytest.mark.parametrize("rounded", [False, True])

@@ -33,6 +33,7 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.meter import Meter
 from llava_llama31.trainer.module_groups import group_parameters
+from llava_llama31.trainer.optimizers import AdamWBfloat16, load_portable_state, portable_state
 from llava_llama31.trainer.order import BatchOrder, Lengths, RankBatches
 
 
@@ -52,6 +53,7 @@ class LlavaTrainer(Trainer):
         eval_lengths: of the validation rows.
         packed: micro-batches are packed rows.
         meter: counts what the steps need.
+        bfloat16_moments: optimise with AdamWBfloat16, not with what `args.optim` names.
         decay_all_parameters: apply weight decay to norms and biases too.
         only_trainable: save the trainable parameters alone (adapters); the rest comes from the stage's origin.
         questions: asked at every evaluation, beside the loss on the validation rows.
@@ -71,6 +73,7 @@ class LlavaTrainer(Trainer):
         eval_lengths: Lengths,
         packed: bool,
         meter: Meter,
+        bfloat16_moments: bool = False,
         decay_all_parameters: bool = False,
         only_trainable: bool = False,
         questions: TrainingQuestions | None = None,
@@ -79,7 +82,7 @@ class LlavaTrainer(Trainer):
         self.learning_rates, self.order = dict(learning_rates), order
         self.eval_lengths, self.packed = eval_lengths, packed
         self.decay_all_parameters, self.only_trainable = decay_all_parameters, only_trainable
-        self.questions = questions
+        self.bfloat16_moments, self.questions = bfloat16_moments, questions
         self.saving_to: Path | None = None
         self.meter = meter
         self._counts: dict[int, np.ndarray] = {}
@@ -92,6 +95,9 @@ class LlavaTrainer(Trainer):
             processing_class=processor,
             callbacks=[_Epochs(self), *(callbacks or [])],
         )
+        if args.bf16 and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+            base = model.get_base_model() if only_trainable else model
+            base.lm_head.register_forward_pre_hook(_assert_autocast)
 
     # data
 
@@ -138,7 +144,10 @@ class LlavaTrainer(Trainer):
                     weight_decay = self.args.weight_decay if decays else 0.0
                     groups.append({"params": chosen, "lr": learning_rate, "weight_decay": weight_decay})
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
-        self.optimizer = optimizer_class(groups, **options)
+        if self.bfloat16_moments:
+            self.optimizer = AdamWBfloat16(groups, options["lr"], options["betas"], options["eps"])
+        else:
+            self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     # meters
@@ -208,9 +217,9 @@ class LlavaTrainer(Trainer):
     ) -> dict[str, float]:
         """Mean loss over the supervised tokens of the validation rows and accuracy on the questions, where given."""
         with self.meter.aside():
-            return self._evaluate(self.eval_dataset if eval_dataset is None else eval_dataset, metric_key_prefix)
+            return self._measure(self.eval_dataset if eval_dataset is None else eval_dataset, metric_key_prefix)
 
-    def _evaluate(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
+    def _measure(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
         metrics = {f"{metric_key_prefix}_loss": self._validation_loss(dataset)} if len(dataset) else {}
         if self.questions is not None:
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -377,7 +386,7 @@ class LlavaTrainer(Trainer):
         if not self._owns_optimizer_files():
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
-            state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+            state = {"optimizer": portable_state(self.optimizer), "scheduler": self.lr_scheduler.state_dict()}
             checkpoints.save_tree(Path(output_dir, "optimizer"), state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -385,7 +394,7 @@ class LlavaTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = checkpoints.load_tree(Path(checkpoint, "optimizer"))
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_portable_state(self.optimizer, state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -478,6 +487,11 @@ class StopOnSignal(TrainerCallback):
             signal.raise_signal(number)
         self.signal = number
         logger.warning("%s: saving at the end of this step; once more stops at once", signal.Signals(number).name)
+
+
+def _assert_autocast(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    # only the wrapped model's own forward enters autocast: whatever goes round it would run in float32, unnoticed
+    assert torch.is_autocast_enabled(inputs[0].device.type), "the step runs in float32 and not in bfloat16"
 
 
 def _quiet_worker(worker_id: int) -> None:

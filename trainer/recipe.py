@@ -107,7 +107,7 @@ class Stage(_Frozen):
     share_prefix: PositiveInt = 8
     """Conversations about one picture come together, this many at most, and compute it once; 1: not at all."""
     max_row_tokens: PositiveInt | None = None
-    """Longest packed row; micro_batch becomes the largest that keeps within it."""
+    """Longest packed row, and so longest record; micro_batch becomes the largest that keeps within it."""
     init_from: str = "previous"
     """`previous` (the former stage, or the model for the first) or a checkpoint."""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
@@ -119,7 +119,14 @@ class Stage(_Frozen):
     max_grad_norm: PositiveFloat = 1.0
     precision: Literal["float32", "bfloat16", "bfloat16-weights"] = "bfloat16"
     """float32; bfloat16 autocast over float32 weights; or weights, gradients and optimizer in bfloat16 as well."""
-    activation_checkpointing: bool = False
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16"] = "adamw"
+    """Fused AdamW; its two moments in 8 bits (torchao or bitsandbytes); or in bfloat16, rounded by chance."""
+    compile: bool = False
+    """torch.compile for norms, projections and MLPs of the language model on packed rows."""
+    fp8: bool = False
+    """float8 products in the language model's layers (torchao), on GPUs that have them."""
+    activation_checkpointing: bool | PositiveInt = False
+    """Recompute activations in the backward pass; N: those of every Nth layer, from the first."""
     lora: Lora | None = None
     deepspeed: str | None = None
     """A DeepSpeed JSON file, or the name of a shipped one."""
@@ -170,6 +177,7 @@ class Stage(_Frozen):
             raise ValueError(f"trainable names a group twice: {self.trainable} (fix: name it once)")
         if self.feature_cache_gb is not None:
             self._check_feature_cache()
+        self._check_device_options()
         if self.lora is not None and self.deepspeed is not None:
             raise ValueError("lora under DeepSpeed is not there yet (fix: remove deepspeed or lora)")
         if self.lora is not None and "language_model" not in self.trainable:
@@ -187,6 +195,22 @@ class Stage(_Frozen):
             raise ValueError("feature_cache_gb is for packed rows (fix: remove it, or set packing: true)")
         if self.deepspeed is not None:
             raise ValueError("feature_cache_gb under DeepSpeed is not there yet (fix: remove one of the two)")
+
+    def _check_device_options(self) -> None:
+        asked = {"optimizer": self.optimizer != "adamw", "compile": self.compile, "fp8": self.fp8}
+        if self.deepspeed is not None and any(asked.values()):
+            key = next(key for key, is_asked in asked.items() if is_asked)
+            raise ValueError(f"{key} under DeepSpeed is not there yet (fix: remove deepspeed or {key})")
+        if self.compile and not self.packing:
+            raise ValueError("compile is for packed rows (fix: set compile: false, or packing: true)")
+        if not self.fp8:
+            return
+        if not self.compile:
+            raise ValueError("fp8 without compile is slower than bfloat16 (fix: set compile: true)")
+        if self.precision == "float32":
+            raise ValueError("fp8 products in a float32 stage are a contradiction (fix: set precision: bfloat16)")
+        if self.lora is not None:
+            raise ValueError("fp8 under lora is not there yet (fix: remove fp8 or lora)")
 
     def _check_evaluations(self) -> None:
         if self.eval_questions is not None and self.eval_steps is None:
@@ -433,7 +457,7 @@ def _explain(error: ValidationError, where: str) -> UserError:
 
 def _location(parts: tuple[str | int, ...]) -> list[str | int]:
     """Where a fault is, without pydantic's names for the members of a union."""
-    return [part for part in parts if not re.fullmatch(r"constrained-\w+|\w+\[.*", str(part))]
+    return [part for part in parts if not re.fullmatch(r"bool|constrained-\w+|\w+\[.*", str(part))]
 
 
 def _and_others(count: int) -> str:

@@ -48,7 +48,8 @@ def check_stage(stage: Stage, processor: LlavaLlama31Processor, rejects: Path, *
 
 
 def stage_limits(stage: Stage) -> Limits:
-    return Limits(max_tokens=stage.max_tokens, max_text_tokens=stage.max_text_tokens)
+    limits = [limit for limit in (stage.max_tokens, stage.max_row_tokens) if limit is not None]
+    return Limits(max_tokens=min(limits, default=None), max_text_tokens=stage.max_text_tokens)
 
 
 def keeps_data_newline(stage: Stage) -> bool:

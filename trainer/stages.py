@@ -26,6 +26,7 @@ from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.collator import Collator
 from llava_llama31.trainer.console import StageProgress, print_stage_start
 from llava_llama31.trainer.dataset import StageDataset
+from llava_llama31.trainer.device_options import FLOAT8_MULTIPLE, checkpoint_activations, use_float8
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS
@@ -95,7 +96,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
     stage = run.stage
     processor = LlavaLlama31Processor.from_pretrained(run.origin)
     data = load_stage_data(stage, processor, run.folder, run.seed)
-    stage = within_row_limit(stage, data.lengths, run.seed, run.num_processes, where=f"stages.{run.name}")
+    stage = within_row_limit(stage, data.lengths, run.seed, run.num_processes)
     run = replace(run, stage=stage)
     derived = derive(stage, len(data.train_rows), run.num_processes, where=f"stages.{run.name}")
     # before the model: DeepSpeed's configuration must be alive when the weights are loaded
@@ -103,6 +104,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
     transformers.set_seed(run.seed)
     model = _load_model(run)
     report = _freeze(model, stage)
+    _use_device_options(_base(model, stage), stage)
     print_stage_start(run.console, run.name, stage, derived, report, str(run.origin))
     features = _features(run, _base(model, stage), processor, data, args.device)
     stop = StopOnSignal()
@@ -122,6 +124,8 @@ def _release(stage: Stage) -> None:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()
+    if stage.compile:
+        torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -182,6 +186,15 @@ def _freeze(model: PreTrainedModel, stage: Stage) -> list[GroupReport]:
     return report
 
 
+def _use_device_options(model: LlavaLlama31ForConditionalGeneration, stage: Stage) -> None:
+    if stage.fp8:
+        logger.info("float8 products in %d linear layers", len(use_float8(model)))
+    if stage.compile:
+        model.model.language_model.compile_token_wise()
+    if stage.activation_checkpointing:
+        checkpoint_activations(model, stage.trainable, int(stage.activation_checkpointing))
+
+
 def _fits_bfloat16(parameter: torch.nn.Parameter) -> bool:
     return torch.equal(parameter.data.to(torch.bfloat16).to(parameter.dtype), parameter.data)
 
@@ -199,27 +212,21 @@ def batch_order(stage: Stage, lengths: Lengths, seed: int) -> BatchOrder:
     )
 
 
-def within_row_limit(stage: Stage, lengths: Lengths, seed: int, num_processes: int, *, where: str) -> Stage:
-    """The stage with the largest micro-batch whose packed rows all keep within `max_row_tokens`.
-
-    Raises:
-        UserError: when even rows of one sample are longer.
-    """
+def within_row_limit(stage: Stage, lengths: Lengths, seed: int, num_processes: int) -> Stage:
+    """The stage with the largest micro-batch whose packed rows keep within `max_row_tokens`, as all samples do."""
     limit, order = stage.max_row_tokens, batch_order(stage, lengths, seed)
     if limit is None:
         return stage
     epochs = math.ceil(stage.epochs or (stage.max_steps or 0) / max(1, order.steps_per_epoch))
     batches = [batch for epoch in range(epochs) for batch in order.batches(epoch)]
     samples = stage.global_batch // num_processes
-    for micro_batch in (size for size in range(samples, 0, -1) if samples % size == 0):
+
+    def fits(micro_batch: int) -> bool:
         rows = RankBatches(order, micro_batch=micro_batch, rank=0, num_processes=num_processes, packed=True)
-        if all(order.row_length(row) <= limit for batch in batches for row in rows.micro_batches(batch)[:1]):
-            return stage.model_copy(update={"micro_batch": micro_batch})
-    raise UserError(
-        f"a sample has {int(lengths.num_tokens.max())} tokens, more than a row of {limit} holds",
-        where=f"{where}.max_row_tokens",
-        fix="raise max_row_tokens, or set max_tokens and a policy for too_long records",
-    )
+        return all(order.row_length(row) <= limit for batch in batches for row in rows.micro_batches(batch)[:1])
+
+    sizes = (size for size in range(samples, 0, -1) if samples % size == 0 and fits(size))
+    return stage.model_copy(update={"micro_batch": next(sizes, 1)})
 
 
 def _pixel_dtype(stage: Stage) -> torch.dtype:
@@ -292,8 +299,7 @@ def _trainer(
             processor.image_token_id,
             packed=stage.packing,
             share_prefix=stage.packing and stage.share_prefix > 1,
-            # CPU kernels for bfloat16 are built anew for every shape
-            multiple_of=128 if args.use_cpu and stage.precision != "float32" else 1,
+            multiple_of=_row_multiple(stage, args),
         ),
         train_dataset=StageDataset(data.stores, data.train_rows, processor, pixel_dtype, features),
         eval_dataset=StageDataset(data.stores, data.eval_rows, processor, pixel_dtype, features),
@@ -303,6 +309,7 @@ def _trainer(
         eval_lengths=data.eval_lengths,
         packed=stage.packing,
         meter=_meter(_base(model, stage), stage, processor, args.device),
+        bfloat16_moments=stage.optimizer == "adamw_bf16",
         decay_all_parameters="decay_all_parameters" in stage.quirks,
         only_trainable=stage.lora is not None,
         questions=_questions(run),
@@ -312,13 +319,19 @@ def _trainer(
     return trainer
 
 
+def _row_multiple(stage: Stage, args: transformers.TrainingArguments) -> int:
+    if args.use_cpu and stage.precision != "float32":
+        return 128  # CPU kernels for bfloat16 are built anew for every shape
+    return FLOAT8_MULTIPLE if stage.fp8 else 1
+
+
 def _meter(
     model: LlavaLlama31ForConditionalGeneration, stage: Stage, processor: LlavaLlama31Processor, device: torch.device
 ) -> Meter:
     def num_patch_features(sizes: Sequence[tuple[int, int]]) -> int:
         return int((model.model.feature_layout(sizes)[0] >= 0).sum())
 
-    options: dict[str, Any] = {"checkpointing": stage.activation_checkpointing}
+    options: dict[str, Any] = {"checkpointing": int(stage.activation_checkpointing)}
     if stage.lora is not None:
         options |= {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
     return Meter(
@@ -405,6 +418,8 @@ def _record(
         "warmup_steps": derived.warmup_steps,
         "weight_decay": stage.weight_decay,
         "precision": stage.precision,
+        "optimizer": stage.optimizer,
+        "fp8": stage.fp8,
         "lora": stage.lora.model_dump() if stage.lora else None,
         "init_from": str(run.origin),
         "loss_first": losses[0] if losses else None,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from llava_llama31.trainer.device_options import optim_name
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipe import Derived, Stage
 
@@ -32,10 +33,20 @@ OWNED_BY_STAGE = {
     "adam_beta2": "adam_beta2",
     "adam_epsilon": "adam_epsilon",
     "max_grad_norm": "max_grad_norm",
+    "optim": "optimizer",
+    "optim_args": "optimizer",
+    "optim_target_modules": "optimizer",
+    "torch_compile": "compile",
+    "torch_compile_backend": "compile",
+    "torch_compile_mode": "compile",
+    "use_liger_kernel": "compile",
+    "liger_kernel_config": "compile",
     "bf16": "precision",
     "fp16": "precision",
     "activation_checkpointing": "activation_checkpointing",
+    "activation_checkpointing_kwargs": "activation_checkpointing",
     "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing",
     "deepspeed": "deepspeed",
     "eval_strategy": "eval_steps",
     "eval_steps": "eval_steps",
@@ -76,6 +87,7 @@ def training_arguments(
     """
     check_trainer_args(stage.trainer_args, where)
     deepspeed = str(deepspeed_file(stage.deepspeed, where)) if stage.deepspeed else None
+    optim = optim_name(stage, where)
     try:
         return TrainingArguments(
             output_dir=str(output_dir),
@@ -94,7 +106,7 @@ def training_arguments(
             adam_epsilon=stage.adam_epsilon,
             max_grad_norm=stage.max_grad_norm,
             bf16=stage.precision != "float32",
-            activation_checkpointing=stage.activation_checkpointing,
+            optim=optim,
             deepspeed=deepspeed,
             eval_strategy="steps" if stage.eval_steps else "no",
             eval_steps=stage.eval_steps,

@@ -1,0 +1,615 @@
+"""Training speed of LLaVA-1.6 at the size of Llama 3.1 8B on one GPU, beside stock Transformers on the same rows.
+
+The model has random bfloat16 weights that are made on the device; activation checkpointing, fused AdamW with bfloat16
+states and clipped gradients, so that all of it fits in 80 GB. The rows have the lengths of the model card's data:
+anyres pictures at 336 px, conversations like llava-instruct's (two a picture) and captions like llava-pretrain's. Ours
+packs them, with and without sharing pictures; stock LlavaNext pads them on the right and computes its own loss. Each
+runs in a process of its own, in the largest micro-batch that fits. Preparing the data is not timed, copying it is.
+
+The hours of the card's stages are counted work at the measured share of the measured matrix peak: eight devices that
+wait neither for each other nor for data, no evaluation, no checkpoints.
+
+python benchmarks/gpu.py            # minutes for each stage on a GPU; on a CPU the small shape
+python benchmarks/gpu.py --stages instruct --steps 10 --json
+python benchmarks/gpu.py --small
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextForConditionalGeneration
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
+from llava_llama31.processing import IGNORE_INDEX
+from llava_llama31.trainer.collator import Collator, Sample
+from llava_llama31.trainer.flops import Flops, ModelShape, Work, hfu, mfu, needed_flops
+from llava_llama31.trainer.meter import matrix_peak, peak_memory
+from llava_llama31.trainer.module_groups import freeze
+from llava_llama31.trainer.order import BatchOrder, Lengths, RankBatches
+from llava_llama31.trainer.recipe import Stage, derive, load_recipe, num_held_out
+
+
+RECIPE = "llama31-8b-card"
+NUM_DEVICES = 8
+DTYPE = torch.bfloat16
+SEED = 0
+SHARED, PACKED, STOCK = "shared", "packed", "stock"
+OUT_OF_MEMORY = 3  # exit code of a run whose micro-batch does not fit
+LOSS_TOLERANCE = 3e-3  # relative, of any step; bfloat16 adds up differently
+NUM_COUNTED = 256  # samples from which a stage's work is counted
+
+# (height, width) of pictures and how often: 2,140 features on average at 336 px
+SIZES = {(427, 640): 6, (480, 640): 2, (360, 640): 2, (640, 427): 1}
+# pairs of messages of a conversation and how often
+ROUNDS = {1: 11, 2: 2, 3: 4, 4: 3}
+# tokens that the chat template puts before a picture, around a question, and before an answer
+BEFORE_PICTURE, AROUND_QUESTION, BEFORE_ANSWER = 5, 5, 4
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One of the card's data sets.
+
+    Args:
+        num_rows: of the published file.
+        per_picture: conversations about one picture.
+    """
+
+    num_rows: int
+    per_picture: int
+
+
+DATA_SETS = {
+    "llava-pretrain": DataSet(num_rows=558_128, per_picture=1),
+    "llava-instruct-150k": DataSet(num_rows=157_712, per_picture=2),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model; `num_words` is the vocabulary without the image token and the padding to 64."""
+
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    num_words: int
+
+    @cached_property
+    def config(self) -> LlavaLlama31Config:
+        tile = self.vision["image_size"]
+        text = LlamaConfig(
+            **self.text,
+            vocab_size=-(-(self.num_words + 1) // 64) * 64,
+            max_position_embeddings=131_072,
+            tie_word_embeddings=False,
+            pad_token_id=self.num_words - 1,
+            use_cache=False,
+        )
+        grid = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
+        return LlavaLlama31Config(
+            vision_config=CLIPVisionConfig(**self.vision),
+            text_config=text,
+            image_token_index=self.num_words,
+            image_seq_length=(tile // self.vision["patch_size"]) ** 2,
+            image_grid_pinpoints=[[tile * rows, tile * columns] for rows, columns in grid],
+            vision_feature_layer=-2,
+        )
+
+
+LLAMA_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+CLIP_L_336: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+SMALL_LLAMA: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1792,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+SMALL_CLIP: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 112,
+    "patch_size": 14,
+    "projection_dim": 128,
+}
+SHAPES = {"8b": Shape(LLAMA_8B, CLIP_L_336, 128_256), "small": Shape(SMALL_LLAMA, SMALL_CLIP, 16_000)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One process's work; batches in samples."""
+
+    shape: str
+    stage: str
+    variant: str
+    device: str
+    samples_per_step: int
+    micro_batch: int
+    warmup: int
+    steps: int
+    optimizer: str
+
+
+class Workload:
+    """Rows with a stage's lengths, in the order and the micro-batches that our trainer gives them.
+
+    Args:
+        num_samples: all of which are used once.
+        samples_per_step: on one device.
+    """
+
+    def __init__(self, shape: Shape, stage: Stage, *, num_samples: int, samples_per_step: int):
+        self.shape, self.stage, self.samples_per_step = shape, stage, samples_per_step
+        self.data = DATA_SETS[stage.data[0].name]
+        with torch.device("meta"):
+            self._layouts = LlavaLlama31ForConditionalGeneration(shape.config).model
+        draw = random.Random(SEED)
+        num_pictures = -(-num_samples // self.data.per_picture)
+        sizes = draw.choices(list(SIZES), list(SIZES.values()), k=num_pictures)
+        self.samples = [self._sample(draw, i % num_pictures, sizes[i % num_pictures]) for i in range(num_samples)]
+        self.lengths = Lengths(
+            np.array([len(sample.input_ids) for sample in self.samples]),
+            np.array([_num_supervised(sample) for sample in self.samples]),
+            np.array([sample.num_prefix_tokens for sample in self.samples]),
+            np.array([int(sample.images[0]) + 1 for sample in self.samples]),
+        )
+
+    def _sample(self, draw: random.Random, picture: int, size: tuple[int, int]) -> Sample:
+        config = self.shape.config
+        layout = self._layouts.feature_layout([size])[0]
+        num_tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        prefix = [0] * BEFORE_PICTURE + [config.image_token_id] * len(layout)
+        ids, labels = list(prefix), [IGNORE_INDEX] * len(prefix)
+        for num_asked, num_answered in _conversation(draw, self.data):
+            words = [draw.randrange(1, self.shape.num_words - 1) for _ in range(num_asked + num_answered)]
+            ids += words
+            labels += [IGNORE_INDEX] * num_asked + words[num_asked:]
+        return Sample(
+            record_id=str(len(ids)),
+            input_ids=ids,
+            labels=labels,
+            pixel_values=torch.empty(num_tiles, 0),  # only counted, until `with_pixels`
+            image_sizes=[size],
+            num_image_tokens=len(layout),
+            num_prefix_tokens=len(prefix),
+            images=(str(picture),),
+        )
+
+    def with_pixels(self, sample: Sample) -> Sample:
+        """The sample with noise for a picture, the same for the same picture."""
+        assert sample.pixel_values is not None
+        side = self.shape.vision["image_size"]
+        generator = torch.Generator().manual_seed(int(sample.images[0]))
+        noise = torch.randn(len(sample.pixel_values), 3, side, side, generator=generator)
+        return sample._replace(pixel_values=noise.to(DTYPE))
+
+    def micro_batches(self, variant: str, micro_batch: int) -> list[list[list[Sample]]]:
+        """Micro-batches of each step. A step has the same samples in every variant, sharing or not."""
+        order, grouped = (
+            BatchOrder(
+                self.lengths, global_batch=self.samples_per_step, seed=SEED, keep_last=False, share_prefix=share
+            )
+            for share in (1, self.stage.share_prefix)
+        )
+        rows = RankBatches(
+            grouped if variant == SHARED else order,
+            micro_batch=micro_batch,
+            rank=0,
+            num_processes=1,
+            packed=variant != STOCK,
+        )
+        steps = grouped.batches(0)
+        if variant == STOCK:  # samples of like length together: less padding
+            steps = [step[np.argsort(self.lengths.num_tokens[step], kind="stable")] for step in steps]
+        return [[[self.samples[i] for i in row] for row in rows.micro_batches(step)] for step in steps]
+
+    def collator(self, variant: str, *, multiple_of: int = 1) -> Collator:
+        return Collator(
+            self.shape.config.text_config.pad_token_id,
+            self.shape.config.image_token_id,
+            packed=variant != STOCK,
+            share_prefix=variant == SHARED,
+            multiple_of=multiple_of,
+        )
+
+    def flops(self, variant: str, row: Sequence[Sample]) -> Flops:
+        """What a micro-batch needs; padding is not needed, and pictures twice only where they are not shared."""
+        batch = self.collator(SHARED if variant == SHARED else PACKED)(row)
+        layout = self._layouts.feature_layout(batch["image_sizes"])[0]
+        work = Work.pruned(
+            batch["packing"],
+            batch["supervised_positions"],
+            num_tiles=len(batch["pixel_values"]),
+            num_image_features=int((layout >= 0).sum()),
+        )
+        shape = ModelShape.of(self.shape.config)
+        return needed_flops(shape, work, self.stage.trainable, checkpointing=True).total
+
+
+def _num_supervised(sample: Sample) -> int:
+    return sum(label != IGNORE_INDEX for label in sample.labels)
+
+
+def _conversation(draw: random.Random, data: DataSet) -> list[tuple[int, int]]:
+    """Tokens of each round that are only read, and that are learnt."""
+    if data.per_picture == 1:  # captions: 15 to 24 supervised tokens
+        return [(AROUND_QUESTION + draw.randint(5, 14) + BEFORE_ANSWER, draw.randint(15, 24))]
+    # supervised tokens as in llava-instruct: 5, 50 and 95 % at 69, 127 and 235, mean 135
+    total = math.exp(draw.gauss(math.log(127), math.log(235 / 69) / 2 / 1.645))
+    num_rounds = draw.choices(list(ROUNDS), list(ROUNDS.values()))[0]
+    shares = [draw.uniform(0.5, 1.5) for _ in range(num_rounds)]
+    return [
+        (AROUND_QUESTION + draw.randint(10, 26) + BEFORE_ANSWER, max(2, round(total * share / sum(shares))))
+        for share in shares
+    ]
+
+
+def card_stage(name: str) -> Stage:
+    return load_recipe(RECIPE).stages[name]
+
+
+def make_model(shape: Shape, stage: Stage, variant: str, device: str) -> nn.Module:
+    """Random weights, the same for all variants, made where they are used."""
+    model_class = LlavaNextForConditionalGeneration if variant == STOCK else LlavaLlama31ForConditionalGeneration
+    with torch.device(device):
+        model = model_class._from_config(shape.config, dtype=DTYPE)
+    # the classes make their parts in different orders; norms are ones and biases zeros
+    vectors = {model.model.image_newline, model.model.vision_tower.embeddings.class_embedding}
+    torch.manual_seed(SEED)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.ndim > 1 or parameter in vectors:
+                parameter.normal_(0, 0.02)
+    freeze(model, stage.learning_rates())
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def make_optimizer(name: str, stage: Stage, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {
+        "lr": max(stage.learning_rates().values()),
+        "betas": (stage.adam_beta1, stage.adam_beta2),
+        "weight_decay": stage.weight_decay,
+    }
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(parameters, **options)
+
+
+def make_batches(
+    workload: Workload, steps: Sequence[Sequence[Sequence[Sample]]], variant: str, device: str
+) -> list[list[dict[str, Any]]]:
+    """Micro-batches of each step on the host, as the model takes them."""
+    # CPU kernels for bfloat16 are built anew for every shape
+    collate = workload.collator(variant, multiple_of=128 if device == "cpu" else 1)
+    steps_of: list[list[dict[str, Any]]] = []
+    for step in steps:
+        batches = [collate([workload.with_pixels(sample) for sample in row]) for row in step]
+        if device != "cpu":
+            batches = [{name: _pinned(value) for name, value in batch.items()} for batch in batches]
+        steps_of.append(batches)
+    return steps_of
+
+
+def _pinned(value: Any) -> Any:
+    return value.pin_memory() if isinstance(value, torch.Tensor) else value
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[dict[str, Any]], num_items: int, device: str
+) -> torch.Tensor:
+    """One optimizer step; its loss."""
+    total = torch.zeros((), device=device)
+    for batch in batches:
+        there = {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+        loss = model(**there, num_items_in_batch=num_items).loss
+        loss.backward()
+        total += loss.detach()
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def drive(settings: Settings) -> dict[str, Any]:
+    """Speed of one variant on one stage; seconds of each timed step, memory in bytes, peak in FLOP/s."""
+    device = torch.device(settings.device)
+    peak = matrix_peak(DTYPE, device)
+    _empty_cache(device)
+    stage, variant = card_stage(settings.stage), settings.variant
+    workload = Workload(
+        SHAPES[settings.shape],
+        stage,
+        num_samples=(settings.warmup + settings.steps) * settings.samples_per_step,
+        samples_per_step=settings.samples_per_step,
+    )
+    steps = workload.micro_batches(variant, settings.micro_batch)
+    batches = make_batches(workload, steps, variant, settings.device)
+    num_items = [sum(_num_supervised(sample) for row in step for sample in row) for step in steps]
+    model = make_model(SHAPES[settings.shape], stage, variant, settings.device)
+    optimizer = make_optimizer(settings.optimizer, stage, [p for p in model.parameters() if p.requires_grad])
+    seconds, losses = [], []
+    for number, (step, items) in enumerate(zip(batches, num_items, strict=True)):
+        if number == settings.warmup and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        _synchronize(device)
+        started = time.perf_counter()
+        loss = train_step(model, optimizer, step, items, settings.device)
+        _synchronize(device)
+        seconds.append(time.perf_counter() - started)
+        losses.append(float(loss))
+    timed = slice(settings.warmup, None)
+    flops = sum((workload.flops(variant, row) for step in steps[timed] for row in step), Flops())
+    samples = [sample for step in steps[timed] for row in step for sample in row]
+    return measurement(samples, flops, seconds[timed], peak, _padding(batches[timed], workload)) | {
+        "memory": peak_memory(device),
+        "losses": losses,
+        "micro_batch": settings.micro_batch,
+        "mean_tokens": statistics.mean(len(sample.input_ids) for sample in workload.samples),
+        "mean_image_tokens": statistics.mean(sample.num_image_tokens for sample in workload.samples),
+        "mean_supervised_tokens": statistics.mean(_num_supervised(sample) for sample in workload.samples),
+    }
+
+
+def measurement(
+    samples: Sequence[Sample], flops: Flops, seconds: Sequence[float], peak: float, padding: float
+) -> dict[str, Any]:
+    """Figures of the timed steps; a picture that is shared counts its tokens for every sample."""
+    total = sum(seconds)
+    return {
+        "seconds": [min(seconds), statistics.median(seconds), max(seconds)],
+        "samples_per_second": len(samples) / total,
+        "tokens_per_second": sum(len(sample.input_ids) for sample in samples) / total,
+        "supervised_tokens_per_second": sum(map(_num_supervised, samples)) / total,
+        "padding": padding,
+        "needed_flops_per_sample": flops.needed / len(samples),
+        "mfu": mfu(flops, seconds=total, peak=peak),
+        "hfu": hfu(flops, seconds=total, peak=peak),
+        "matrix_peak": peak,
+    }
+
+
+def _padding(steps: Sequence[Sequence[dict[str, Any]]], workload: Workload) -> float:
+    """Share of positions that are padding."""
+    ids = torch.cat([batch["input_ids"].flatten() for step in steps for batch in step])
+    return float((ids == workload.shape.config.text_config.pad_token_id).float().mean())
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def in_own_process(settings: Settings) -> dict[str, Any]:
+    """`drive` in a fresh process.
+
+    Raises:
+        torch.OutOfMemoryError: the micro-batch does not fit the GPU.
+    """
+    # blocks of every size come and go: a GPU's memory must not end up in pieces
+    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    command = [sys.executable, __file__, "--drive", json.dumps(asdict(settings))]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    if run.returncode == OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError(f"micro-batch {settings.micro_batch}")
+    run.check_returncode()
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+Runner = Callable[[Settings], dict[str, Any]]
+
+
+def largest_that_fits(settings: Settings, run: Runner) -> dict[str, Any] | None:
+    """The run with the largest micro-batch, halved from that of the settings on; None: not even one sample fits."""
+    micro_batch = settings.micro_batch
+    while micro_batch:
+        try:
+            return run(Settings(**(asdict(settings) | {"micro_batch": micro_batch})))
+        except torch.OutOfMemoryError:
+            print(f"{settings.stage}, {settings.variant}: micro-batch {micro_batch} does not fit", file=sys.stderr)
+            micro_batch //= 2
+    return None
+
+
+def measure(options: argparse.Namespace, run: Runner = in_own_process) -> dict[str, Any]:
+    """All that `--json` prints: by stage, variants, ratios over stock and hours."""
+    stages: dict[str, Any] = {}
+    for name in options.stages:
+        stage = card_stage(name)
+        shares = DATA_SETS[stage.data[0].name].per_picture > 1
+        results: dict[str, Any] = {}
+        for variant in (SHARED, PACKED, STOCK) if shares else (PACKED, STOCK):
+            settings = Settings(
+                shape=options.shape,
+                stage=name,
+                variant=variant,
+                device=options.device,
+                samples_per_step=options.samples_per_step,
+                micro_batch=options.micro_batch,
+                warmup=options.warmup,
+                steps=options.steps,
+                optimizer=options.optimizer,
+            )
+            result = largest_that_fits(settings, run)
+            if result:
+                results[variant] = result
+        stages[name] = {"variants": results} | compare(name, results)
+    return {
+        "device": device_name(options.device),
+        "shape": options.shape,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "optimizer": options.optimizer,
+        "samples_per_step": options.samples_per_step,
+        "steps": options.steps,
+        "stages": stages,
+    }
+
+
+def compare(stage: str, results: dict[str, Any]) -> dict[str, Any]:
+    """Samples a second over stock's, whether the losses are those of stock, and the stage's projected hours."""
+    compared: dict[str, Any] = {"ratios": {}, "loss_difference": {}}
+    stock = results.get(STOCK)
+    for variant in (SHARED, PACKED):
+        if variant in results and stock:
+            ours = results[variant]
+            compared["ratios"][variant] = ours["samples_per_second"] / stock["samples_per_second"]
+            differences = [abs(a - b) / abs(b) for a, b in zip(ours["losses"], stock["losses"], strict=True)]
+            compared["loss_difference"][variant] = max(differences)
+    compared["projected"] = {variant: project(stage, variant, result) for variant, result in results.items()}
+    return compared
+
+
+def project(name: str, variant: str, result: dict[str, Any]) -> dict[str, float]:
+    """Needed FLOPs of a whole stage of the card at 8B, and its hours at this run's speed on eight such devices."""
+    stage = card_stage(name)
+    source = stage.data[0]
+    num_rows = source.sample or DATA_SETS[source.name].num_rows
+    derived = derive(stage, num_rows - num_held_out(stage, num_rows), NUM_DEVICES)
+    workload = Workload(
+        SHAPES["8b"], stage, num_samples=NUM_COUNTED, samples_per_step=stage.global_batch // NUM_DEVICES
+    )
+    steps = workload.micro_batches(variant, result["micro_batch"])
+    counted = sum((workload.flops(variant, row) for step in steps for row in step), Flops())
+    num_counted = sum(len(row) for step in steps for row in step)
+    needed = counted.needed / num_counted * derived.steps * stage.global_batch
+    return {
+        "samples": derived.steps * stage.global_batch,
+        "exaflop": needed / 1e18,
+        "hours": needed / (result["mfu"] * result["matrix_peak"] * NUM_DEVICES) / 3600,
+    }
+
+
+def device_name(device: str) -> str:
+    if device == "cpu":
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    return torch.cuda.get_device_name()
+
+
+def print_report(report: dict[str, Any]) -> None:
+    print(
+        f"{report['device']}; {report['shape']} shape in bfloat16, {report['optimizer']}, activation checkpointing; "
+        f"{report['samples_per_step']} samples a step, {report['steps']} steps; torch {report['torch']}, "
+        f"Transformers {report['transformers']}"
+    )
+    for name, stage in report["stages"].items():
+        print_stage(name, stage)
+    print(f"\nThe card's stages at 8B on {NUM_DEVICES} such devices, at this run's MFU")
+    print(f"{'':12}{'':9}{'samples':>9}{'needed EFLOP':>14}{'hours':>11}")
+    for name, stage in report["stages"].items():
+        for variant, projected in stage["projected"].items():
+            print(
+                f"{name:12}{variant:9}{projected['samples']:9,}{projected['exaflop']:14,.1f}{projected['hours']:11,.1f}"
+            )
+    if report["shape"] != "8b":
+        print("This run's MFU is that of a small shape: its hours only show that the command works.")
+
+
+def print_stage(name: str, stage: dict[str, Any]) -> None:
+    any_run = next(iter(stage["variants"].values()), None)
+    if any_run is None:
+        print(f"\n{name}: not even one sample fits")
+        return
+    print(
+        f"\n{name}: rows of {any_run['mean_tokens']:,.0f} tokens, {any_run['mean_image_tokens']:,.0f} of them of the "
+        f"picture, {any_run['mean_supervised_tokens']:.0f} supervised"
+    )
+    print(
+        f"{'':9}{'micro':>6}{'s/step':>9}{'samples/s':>11}{'tokens/s':>10}{'superv./s':>11}{'padding':>9}"
+        f"{'TFLOP/s':>9}{'MFU':>7}{'HFU':>7}{'memory':>11}{'over stock':>12}"
+    )
+    for variant, run in stage["variants"].items():
+        ratio = f"{stage['ratios'][variant]:.2f}" if variant in stage["ratios"] else ""
+        print(
+            f"{variant:9}{run['micro_batch']:6}{run['seconds'][1]:9.2f}{run['samples_per_second']:11.2f}"
+            f"{run['tokens_per_second']:10,.0f}{run['supervised_tokens_per_second']:11,.0f}{run['padding']:9.1%}"
+            f"{run['matrix_peak'] / 1e12:9.2f}{run['mfu']:7.1%}{run['hfu']:7.1%}{run['memory'] / 2**30:7.1f} GiB"
+            f"{ratio:>12}"
+        )
+    differences = ", ".join(f"{variant} {value:.1e}" for variant, value in stage["loss_difference"].items())
+    print(f"largest relative difference of a step's loss from stock's: {differences or 'not known'}")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a small shape; the default where there is no GPU")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    names = list(load_recipe(RECIPE).stages)
+    parser.add_argument("--stages", nargs="+", choices=names, default=names)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--samples-per-step", type=int, help="default: 32, as the card on 8 devices; 8 when small")
+    parser.add_argument("--micro-batch", type=int, help="largest to try; default: 8, or 4 when small")
+    parser.add_argument("--optimizer", choices=("adamw", "adamw-8bit"), default="adamw", help="8bit: through torchao")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--drive", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    small = options.small or options.device == "cpu"
+    options.shape = "small" if small else "8b"
+    options.samples_per_step = options.samples_per_step or (8 if small else 32)
+    options.micro_batch = min(options.micro_batch or (4 if small else 8), options.samples_per_step)
+    return options
+
+
+def main() -> int:
+    """1 if a loss is not that of stock Transformers."""
+    options = parse()
+    if options.drive:
+        try:
+            print(json.dumps(drive(Settings(**json.loads(options.drive)))))
+        except torch.OutOfMemoryError:
+            return OUT_OF_MEMORY
+        return 0
+    report = measure(options)
+    if options.json:
+        print(json.dumps(report, indent=1))
+    else:
+        print_report(report)
+    differences = [d for stage in report["stages"].values() for d in stage["loss_difference"].values()]
+    return int(any(not difference <= LOSS_TOLERANCE for difference in differences))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

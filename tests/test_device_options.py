@@ -1,0 +1,427 @@
+"""Low-bit optimizers, compiled layers, checkpointed layers, fp8: right where they run, refused where they can't."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+from torch.compiler import set_stance
+
+from llava_llama31 import LlavaLlama31ForConditionalGeneration
+from llava_llama31.packed_llama_llava_llama31 import EAGER
+from llava_llama31.trainer import device_options
+from llava_llama31.trainer.checkpoints import load_tree, save_tree
+from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.llava_trainer import StopOnSignal
+from llava_llama31.trainer.module_groups import freeze
+from llava_llama31.trainer.optimizers import AdamWBfloat16, load_portable_state, portable_state, round_by_chance
+from llava_llama31.trainer.recipe import Stage
+from llava_llama31.trainer.stages import _use_device_options
+
+
+def stage(**changes):
+    content = {
+        "trainable": ["multi_modal_projector", "language_model"],
+        "learning_rate": 1e-3,
+        "data": [{"name": "a", "path": "a.json"}],
+        "global_batch": 8,
+        "epochs": 1,
+    }
+    return Stage.model_validate({**content, **changes})
+
+
+# optimizers
+
+
+def weights(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in [(64, 96), (7,)]]
+
+
+def train(optimizer, parameters, steps, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for parameter in parameters:
+            parameter.grad = (parameter.float() + torch.randn(parameter.shape, generator=generator)).to(
+                parameter.dtype
+            )
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def test_rounding_by_chance_is_right_on_average_and_keeps_what_is_not_finite():
+    x = torch.tensor([1 + 2**-9, -3.0, 1e-30, 0.0, 7 + 2**-7]).repeat(20_000, 1)
+    rounded = round_by_chance(x, torch.Generator().manual_seed(0)).float()
+    spacing = torch.tensor([2**-7, 0, 1e-32, 0, 2**-5])
+    assert ((rounded - x).abs() <= spacing).all() and rounded[:, 0].unique().numel() == 2
+    torch.testing.assert_close(rounded.mean(0), x[0], rtol=1e-4, atol=0)
+    odd = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    odd = torch.cat([odd, torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)])  # a GPU's NaN
+    kept = round_by_chance(odd, torch.Generator().manual_seed(0))
+    assert kept[:2].tolist() == odd[:2].tolist() and kept[2:].isnan().all()
+
+
+def test_bfloat16_moments_follow_adamw():
+    mine, theirs, options = weights(), weights(), {"lr": 1e-2, "betas": (0.9, 0.999), "weight_decay": 0.1}
+    start = [parameter.detach().clone() for parameter in mine]
+    optimizer = AdamWBfloat16([{"params": mine}], **options)
+    got, expected = train(optimizer, mine, 50), train(torch.optim.AdamW(theirs, **options), theirs, 50)
+    for a, b, c in zip(got, expected, start, strict=True):
+        assert (a - b).norm() < 0.01 * (b - c).norm()
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.bfloat16}
+
+
+def test_the_second_moment_does_not_stand_still():
+    (weight, _) = weights()
+    optimizer = AdamWBfloat16([{"params": [weight]}], lr=0.0, betas=(0.9, 0.999))
+    for _ in range(3000):
+        weight.grad = torch.full_like(weight, 2.0)
+        optimizer.step()
+    # 1 - 0.999^3000 = 0.95; rounded to nearest it would stay at a sixteenth of that
+    assert float(optimizer.state[weight]["exp_avg_sq"].float().mean()) == pytest.approx(4 * 0.95, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_processes_round_alike(dtype):
+    ends = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.rand(seed)
+        parameters = weights(dtype)
+        ends.append(train(AdamWBfloat16([{"params": parameters}], lr=1e-2), parameters, 5))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def make_optimizer(name, parameters):
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters, (1e-2, 1e-3), strict=True)]
+    if name == "adamw_bf16":
+        return AdamWBfloat16(groups, lr=1.0)
+    return pytest.importorskip("torchao.optim").AdamW8bit(groups, lr=1.0)
+
+
+@pytest.mark.parametrize("name", ["adamw_bf16", "adamw_8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@set_stance("force_eager")
+def test_state_in_a_checkpoint_is_all_of_it(tmp_path, name, dtype):
+    """Bit for bit: training goes on from what was written as it would have without."""
+    parameters = weights(dtype)
+    optimizer = make_optimizer(name, parameters)
+    train(optimizer, parameters, 4)
+    save_tree(tmp_path / "optimizer", portable_state(optimizer))
+    again = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    resumed = make_optimizer(name, again)
+    load_portable_state(resumed, load_tree(tmp_path / "optimizer"))
+    for one, two in zip(optimizer.state.values(), resumed.state.values(), strict=True):
+        assert [type(value) for value in one.values()] == [type(value) for value in two.values()]
+        assert one["exp_avg"].dtype == two["exp_avg"].dtype
+    if name == "adamw_8bit":
+        large = resumed.state[again[0]]
+        assert large["exp_avg"].signed and not large["exp_avg_sq"].signed
+    ends = train(optimizer, parameters, 4, seed=2), train(resumed, again, 4, seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    saved = sum(tensor.nbytes for tensor in load_file(tmp_path / "optimizer.safetensors").values())
+    assert saved < 2.5 * 64 * 96 * (2 if name == "adamw_bf16" else 1) + 3000
+
+
+def test_state_of_an_unknown_kind_is_refused(tmp_path):
+    parameters = weights()
+    optimizer = pytest.importorskip("torchao.optim").AdamW4bit([{"params": parameters}], block_size=128)
+    with set_stance("force_eager"):
+        train(optimizer, parameters, 1)
+    with pytest.raises(TypeError, match="OptimState4bit"):
+        portable_state(optimizer)
+
+
+# whole runs
+
+
+def run(tmp_path, content, output):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return main(["train", str(path), "--output", str(tmp_path / output)]), tmp_path / output / "stages"
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bf16"])
+def test_a_stage_with_a_low_bit_optimizer_resumes_with_the_same_bits(tmp_path, recipe_content, name, monkeypatch):
+    if name == "adamw_8bit":
+        pytest.importorskip("torchao")
+    del recipe_content["evaluation"], recipe_content["stages"]["projector"]
+    recipe_content["stages"]["instruct"] |= {"optimizer": name, "warmup_ratio": 0.5}
+    with set_stance("force_eager"):
+        code, whole = run(tmp_path, recipe_content, "whole")
+        assert code == 0
+        original = StopOnSignal.on_step_end
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                self._receive(2, None)
+            original(self, args, state, control, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StopOnSignal, "on_step_end", on_step_end)
+            assert run(tmp_path, recipe_content, "stopped")[0] == 75
+        code, stopped = run(tmp_path, recipe_content, "stopped")
+    assert code == 0
+    for file in ("final/model.safetensors", "checkpoint-6/optimizer.safetensors"):
+        one, two = (load_file(folder / "1-instruct" / file) for folder in (whole, stopped))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    state = load_tree(whole / "1-instruct/checkpoint-6/optimizer")["optimizer"]
+    rates = [round(float(group["initial_lr"]), 6) for group in state["param_groups"]]
+    assert set(rates) == {1e-3, 2e-3}
+    history = json.loads((whole / "1-instruct/checkpoint-6/trainer_state.json").read_text())["log_history"]
+    # warm-up and cosine of the group with the highest rate, which the log shows first
+    assert len({entry["learning_rate"] for entry in history if "learning_rate" in entry}) > 3
+    record = json.loads((whole / "1-instruct/final/stage.json").read_text())
+    assert record["optimizer"] == name
+
+
+@pytest.mark.slow
+def test_the_8_bit_optimizer_as_it_is_compiled(tmp_path, recipe_content):
+    pytest.importorskip("torchao")
+    del recipe_content["evaluation"], recipe_content["stages"]["instruct"]
+    recipe_content["stages"]["projector"] |= {"max_steps": 2, "epochs": None}
+    ends = []
+    for name in ("adamw", "adamw_8bit"):
+        recipe_content["stages"]["projector"]["optimizer"] = name
+        code, folder = run(tmp_path, recipe_content, name)
+        assert code == 0
+        ends.append(load_file(folder / "1-projector/final/model.safetensors"))
+    key = "model.multi_modal_projector.linear_2.weight"
+    start = load_file(os.path.join(recipe_content["model"]["checkpoint"], "model.safetensors"))[key]
+    one, two = (end[key] for end in ends)
+    assert 0 < (one - two).norm() < 0.1 * (one - start).norm()
+
+
+# compiled layers
+
+
+def gradients_of(model, batch):
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-4), (True, 2e-2)], ids=["float32", "bfloat16"])
+def test_compiled_equals_eager(tiny_config, samples, collate, autocast, tolerance):
+    def gradients(model, row):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return gradients_of(model, row)
+
+    tiny_config.text_config.num_hidden_layers = 4
+    torch.manual_seed(0)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config).train()
+    single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
+    rows = [collate(single[begin:], packed=True, share_prefix=True) for begin in (0, 3, 8)]
+    expected = [gradients(model, row) for row in rows]
+    torch.compiler.reset()
+    counters.clear()
+    _use_device_options(model, stage(compile=True))
+    num_graphs = []
+    for recomputed in (False, True):
+        if recomputed:
+            _use_device_options(model, stage(activation_checkpointing=2))
+        for row, (loss, grads) in zip(rows, expected, strict=True):
+            compiled_loss, compiled_grads = gradients(model, row)
+            torch.testing.assert_close(compiled_loss, loss, rtol=tolerance / 100, atol=0)
+            for name, grad in grads.items():
+                assert (compiled_grads[name] - grad).norm() <= tolerance * (grad.norm() + 1e-2), name
+            num_graphs.append(counters["stats"]["unique_graphs"])
+    # before and after attention, for the first, the inner and the last layer; not once a layer or row
+    assert num_graphs == [6] * 6
+    model.eval()
+    model(**rows[0])
+    assert counters["stats"]["unique_graphs"] == num_graphs[-1]
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_two_compiled_processes_end_as_one_that_is_not(launch, tmp_path, recipe_content):
+    del recipe_content["evaluation"], recipe_content["stages"]["projector"]
+    recipe_content["stages"]["instruct"] |= {"max_steps": 2, "epochs": None, "micro_batch": 2}
+    ends = []
+    for processes, options in ((1, {}), (2, {"compile": True, "activation_checkpointing": 2})):
+        recipe_content["stages"]["instruct"] |= options
+        path, output = tmp_path / f"{processes}.yaml", tmp_path / f"{processes}"
+        path.write_text(yaml.safe_dump(recipe_content))
+        job = launch("train.py", str(path), "--output", str(output), processes=processes)
+        text, _ = job.communicate(timeout=280)
+        assert job.returncode == 0, text
+        ends.append(load_file(output / "stages/1-instruct/final/model.safetensors"))
+    start = load_file(os.path.join(recipe_content["model"]["checkpoint"], "model.safetensors"))
+    apart, moved = (
+        sum((end[n] - other[n]).square().sum() for n in end) ** 0.5
+        for end, other in ((ends[0], ends[1]), (ends[0], start))
+    )
+    assert apart < 1e-3 * moved
+
+
+def test_layers_are_compiled_where_the_stage_asks_for_it(tiny_model):
+    layers = tiny_model.model.language_model.layers
+    _use_device_options(tiny_model, stage())
+    assert all(layer.token_wise is EAGER for layer in layers)
+    _use_device_options(tiny_model, stage(compile=True))
+    assert layers[0].token_wise is not EAGER and len({id(layer.token_wise) for layer in layers}) == 1
+
+
+# activation checkpointing
+
+
+def checkpointed(layers):
+    return [layer.gradient_checkpointing for layer in layers]
+
+
+@pytest.mark.parametrize("every", [False, True, 2])
+@pytest.mark.parametrize("trainable", [["language_model"], ["vision_tower", "multi_modal_projector"]], ids=str)
+def test_layers_are_counted_in_each_part_and_a_frozen_tower_is_left_alone(tiny_config, trainable, every):
+    tiny_config.text_config.num_hidden_layers = 3  # and 3 of the tower
+    model = LlavaLlama31ForConditionalGeneration(tiny_config)
+    freeze(model, dict.fromkeys(trainable, 1e-3))
+    _use_device_options(model, stage(trainable=trainable, activation_checkpointing=every))
+    pattern = {False: [False] * 3, True: [True] * 3, 2: [True, False, True]}[every]
+    assert checkpointed(model.model.language_model.layers) == pattern
+    trains_tower = "vision_tower" in trainable
+    assert checkpointed(model.model.vision_tower.encoder.layers) == (pattern if trains_tower else [False] * 3)
+    embeds = model.get_input_embeddings()(torch.tensor([[1]]))
+    assert embeds.requires_grad == ("language_model" in trainable)
+
+
+# fp8
+
+
+def test_float8_replaces_the_decoder_s_linear_layers_but_the_last_one_s(tiny_config, samples, collate):
+    pytest.importorskip("torchao")
+    tiny_config.text_config.num_hidden_layers = 3
+    torch.manual_seed(0)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config).train()
+    keys = list(model.state_dict())
+    single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
+    row = collate(single, packed=True, share_prefix=True, multiple_of=16)
+    loss, grads = gradients_of(model, row)
+    names = device_options.use_float8(model, emulate=True)
+    assert len(names) == 2 * 7 and {name.split(".")[1] for name in names} == {"0", "1"}
+    assert list(model.state_dict()) == keys
+    eight_loss, eight_grads = gradients_of(model, row)
+    assert 0 < abs(eight_loss - loss) < 0.01 * loss
+    # the further back, the more roundings lie between
+    for layer, limit in ((2, 0.15), (1, 0.15), (0, 0.3)):
+        name = f"model.language_model.layers.{layer}.mlp.down_proj.weight"
+        assert 0 < (eight_grads[name] - grads[name]).norm() < limit * grads[name].norm()
+
+
+def test_layers_of_odd_width_stay_as_they_are(tiny_config):
+    pytest.importorskip("torchao")
+    tiny_config.text_config.intermediate_size = 120
+    model = LlavaLlama31ForConditionalGeneration(tiny_config)
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert device_options.use_float8(model, emulate=True) == [f"layers.0.self_attn.{name}" for name in projections]
+
+
+# refusals
+
+
+CONTRADICTIONS = [
+    ({"optimizer": "adamw_8bit", "deepspeed": "zero3"}, "optimizer under DeepSpeed"),
+    ({"compile": True, "deepspeed": "zero3"}, "compile under DeepSpeed"),
+    ({"compile": True, "packing": False}, "compile is for packed rows"),
+    ({"fp8": True}, "set compile: true"),
+    ({"fp8": True, "compile": True, "precision": "float32"}, "contradiction"),
+    ({"fp8": True, "compile": True, "lora": {}}, "fp8 under lora"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), CONTRADICTIONS, ids=str)
+def test_contradictions_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        stage(**changes)
+
+
+@pytest.mark.parametrize("given", [0, -1, "yes", 1.5])
+def test_a_wrong_number_of_layers_is_named_by_its_key(tmp_path, recipe_content, capsys, given):
+    recipe_content["stages"]["instruct"]["activation_checkpointing"] = given
+    assert run(tmp_path, recipe_content, "run")[0] == 2
+    assert "stages.instruct.activation_checkpointing: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["optim", "torch_compile", "use_liger_kernel", "activation_checkpointing_kwargs"])
+def test_what_the_stage_owns_is_not_taken_from_trainer_args(tmp_path, recipe_content, capsys, key):
+    recipe_content["stages"]["instruct"]["trainer_args"] = {key: "x"}
+    assert run(tmp_path, recipe_content, "run")[0] == 2
+    assert f"trainer_args.{key}: the stage owns this" in capsys.readouterr().err
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with these packages and, where given, a GPU of this compute capability."""
+
+    def pretend(packages=(), capability=None):
+        monkeypatch.setattr(device_options, "find_spec", lambda name: name if name in packages else None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(device_options, "_check_compiler", lambda where, otherwise: None)
+
+    return pretend
+
+
+def test_the_8_bit_optimizer_is_the_one_that_is_there(machine):
+    eight = stage(optimizer="adamw_8bit")
+    machine(["torchao", "bitsandbytes"], (9, 0))
+    assert device_options.optim_name(eight, "here") == "adamw_torch_8bit"
+    machine(["bitsandbytes"], (8, 0))
+    assert device_options.optim_name(eight, "here") == "adamw_bnb_8bit"
+    assert device_options.optim_name(stage(), "here") == "adamw_torch_fused"
+    machine(["bitsandbytes"])
+    with pytest.raises(UserError, match=r"here\.optimizer: adamw_8bit needs torchao.*low-bit"):
+        device_options.check_device_options(eight, "here")
+
+
+def test_fp8_wants_a_gpu_that_has_it(machine):
+    eight = stage(fp8=True, compile=True)
+    for packages, capability, message in (
+        (["torchao"], None, "needs a GPU, and none is here"),
+        (["torchao"], (8, 6), r"8\.9 .* this one has 8\.6"),
+        ([], (9, 0), "fp8 needs torchao"),
+    ):
+        machine(packages, capability)
+        with pytest.raises(UserError, match=rf"here\.fp8: .*{message}"):
+            device_options.check_device_options(eight, "here")
+    for capability in ((8, 9), (9, 0), (10, 0)):
+        machine(["torchao"], capability)
+        device_options.check_device_options(eight, "here")
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "adamw_bf16"}, {"compile": True}], ids=str)
+def test_fsdp_is_refused(machine, monkeypatch, changes):
+    machine()
+    device_options.check_device_options(stage(**changes), "here")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    device_options.check_device_options(stage(), "here")
+    with pytest.raises(UserError, match=rf"here\.{next(iter(changes))}: not under FSDP"):
+        device_options.check_device_options(stage(**changes), "here")
+
+
+def test_a_run_is_refused_before_it_starts(tmp_path, recipe_content, capsys):
+    recipe_content["stages"]["instruct"] |= {"fp8": True, "compile": True, "precision": "bfloat16"}
+    code, stages = run(tmp_path, recipe_content, "run")
+    assert code == 2 and not stages.exists()
+    assert "stages.instruct.fp8: fp8 needs a GPU" in capsys.readouterr().err
+
+
+def test_a_machine_without_a_compiler_is_refused(tmp_path):
+    code = (
+        "from llava_llama31.trainer.device_options import _check_compiler\n"
+        "from llava_llama31.trainer.errors import UserError\n"
+        "try:\n    _check_compiler('here', 'set compile: false')\n"
+        "except UserError as error:\n    print(error)"
+    )
+    environment = {**os.environ, "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    job = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    assert job.stdout.startswith("here: torch.compile does not work here: "), job.stdout + job.stderr
+    assert "(fix: install a C++ compiler, or set compile: false)" in job.stdout
