@@ -141,7 +141,6 @@ class Bench:
             "logging_steps": 1,
             "save_steps": 10**6,
             "dataloader_workers": 0,
-            "trainer_args": {"optim": "adamw_torch_fused"},
             **OUR_STAGE_KEYS,
         }
         model = {"checkpoint": str(self.folder / "checkpoint"), "dtype": "float32"}
