@@ -40,7 +40,7 @@ def test_gpu_benchmark_trains_all_variants_alike(gpu, capsys, monkeypatch):
     }
     for stage in report["stages"].values():
         assert set(stage["ratios"]) == set(stage["variants"]) - {"stock"}
-        assert max(stage["loss_difference"].values()) < gpu.LOSS_TOLERANCE
+        assert max(stage["loss_difference"].values()) < gpu.LOSS_TOLERANCE  # of both steps
     variants = report["stages"]["instruct"]["variants"]
     assert variants["packed"]["needed_flops_per_sample"] == variants["stock"]["needed_flops_per_sample"]
     assert variants["shared"]["needed_flops_per_sample"] < 0.8 * variants["packed"]["needed_flops_per_sample"]

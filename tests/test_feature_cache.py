@@ -141,6 +141,13 @@ def test_a_stored_picture_is_not_opened(dataset, cache, tiny_model, pictures, mo
     fill(cache, lambda tiles: pytest.fail("encoded"), dataset())
 
 
+def test_workers_fill_it_and_the_random_numbers_of_the_training_stay(dataset, cache, tiny_model, pictures):
+    state = torch.get_rng_state()
+    fill(cache, encoder(tiny_model), dataset(), num_workers=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(cache.load(image) is not None for image in pictures)
+
+
 def test_a_changed_picture_misses(dataset, cache, tiny_model, pictures, make_image, tmp_path):
     fill(cache, encoder(tiny_model), dataset())
     before = picture_key(pictures[0])
@@ -326,7 +333,7 @@ def test_a_run_with_a_cache_ends_with_the_bits_of_one_without(recipe_content, tm
     torch.set_num_threads(1)
     try:
         del recipe_content["evaluation"]
-        keys = {"validation_fraction": 0.1, "eval_steps": 2, "epochs": 2, "dataloader_workers": 1}
+        keys = {"validation_fraction": 0.1, "eval_steps": 3, "save_steps": 3, "epochs": 2}
         if lora:
             recipe_content["stages"]["instruct"]["lora"] = {"r": 4, "alpha": 8.0, "dropout": 0.1}
         plain = run(recipe_content, tmp_path / "plain", **keys)
