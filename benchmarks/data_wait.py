@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/data_wait.py [--pictures 40] [--rounds 5]
 
-Makes JPEGs of 640 x 480 and LLaVA records about them (two conversations a picture, about 170 tokens of text each) in a
+Makes JPEGs of 640 x 480 and LLaVA records about them (two conversations a picture, about 160 tokens of text each) in a
 temporary folder, and takes rows through the training's own data set and collator: anyres tiles of 336 px in bfloat16,
 packed micro-batches of 8. Each figure is the median over the rounds of this process's CPU time, so a busy machine does
 not change it much. `whole` is a DataLoader worker's loop without the parts' clocks; samples/s a core follow from it.

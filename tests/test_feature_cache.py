@@ -189,8 +189,8 @@ def test_other_tiles_towers_and_arithmetic_have_other_keys(tiny_model, processor
 def test_the_quota_is_kept_over_all_caches_of_the_folder(dataset, folder, tiny_model, room, caplog):
     sizes = [dataset().processor.num_tiles(size) * 4 * 32 * 4 + 40 for size in SIZES]
     folder.mkdir()
-    (folder / "other.features").write_bytes(b"x" * 1000)
-    quota = 1000 + sum(sizes[:room]) + 5
+    (folder / "other.features").write_bytes(b"x" * 10_000)
+    quota = 10_000 + sum(sizes[:room]) + 5
     cache = FeatureCache(folder, "k", SHAPE, torch.float32, quota)
     fill(cache, encoder(tiny_model), dataset())
     assert len(cache) == room
@@ -326,16 +326,18 @@ def run(content, folder: Path, **keys) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_run_with_a_cache_ends_with_the_bits_of_one_without(recipe_content, tmp_path, monkeypatch, capsys, lora):
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "lora"])
+def test_a_run_with_a_cache_ends_with_the_bits_of_one_without(recipe_content, tmp_path, monkeypatch, capsys, kind):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         del recipe_content["evaluation"]
         keys = {"validation_fraction": 0.1, "eval_steps": 3, "save_steps": 3, "epochs": 2}
-        if lora:
+        if kind == "lora":
             recipe_content["stages"]["instruct"]["lora"] = {"r": 4, "alpha": 8.0, "dropout": 0.1}
+        elif kind == "bfloat16":
+            keys["precision"] = kind
         plain = run(recipe_content, tmp_path / "plain", **keys)
         capsys.readouterr()
         cached = run(recipe_content, tmp_path / "cached", **keys, feature_cache_gb=1.0)

@@ -62,6 +62,15 @@ def test_needed_flops_are_those_of_a_packed_step(tiny_model, samples, collate, m
     assert abs(counted / expected - 1) < 0.02
 
 
+def test_known_features_need_no_tower(samples, collate, make_meter):
+    batch = collate(samples, packed=True)
+    known = {key: value for key, value in batch.items() if key != "pixel_values"}
+    known |= {"image_features": batch["pixel_values"][:, 0], "has_features": [True] * len(batch["image_sizes"])}
+    (computed, _), (stored, _) = (make_meter()._work(row) for row in (batch, known))
+    assert computed.num_tiles == len(batch["pixel_values"]) and stored.num_tiles == 0
+    assert stored.num_image_features == computed.num_image_features > 0
+
+
 def test_packed_and_padded_rows_need_the_same(samples, collate, make_meter):
     meter = make_meter()
     meter.add(collate(samples))

@@ -101,9 +101,7 @@ class StageDataset(Dataset):
                 sizes.append(found[0])
                 features.append(found[1])
             has_features.append(found is not None)
-        return Pictures(
-            sizes, has_features, torch.cat(tiles) if tiles else None, torch.cat(features) if features else None
-        )
+        return Pictures(sizes, has_features, _joined(tiles), _joined(features))
 
     def _unreadable(self, index: int, error: RecordError) -> UserError:
         source, row = self.rows[index if index >= 0 else -1 - index]
@@ -112,3 +110,9 @@ class StageDataset(Dataset):
             where=f"record {self.stores[source].row_id(row)}",
             fix="put the file back and run again",
         )
+
+
+def _joined(pieces: list[torch.Tensor]) -> torch.Tensor | None:
+    if len(pieces) > 1:
+        return torch.cat(pieces)
+    return pieces[0] if pieces else None
