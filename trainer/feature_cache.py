@@ -260,9 +260,9 @@ def fill(
             assert sample.pixel_values is not None
             counts = [dataset.processor.num_tiles(size) for size in sample.image_sizes]
             # a picture at a time, as its bits are asked for
-            features = [encode(tiles) for tiles in sample.pixel_values.split(counts)]
-            stored = [cache.store(*entry) for entry in zip(pictures, sample.image_sizes, features, strict=True)]
-            if not all(stored):
+            features = (encode(tiles) for tiles in sample.pixel_values.split(counts))
+            entries = zip(pictures, sample.image_sizes, features, strict=True)
+            if not all(cache.store(*entry) for entry in entries):
                 logger.warning(
                     "%s: %d pictures are stored, no more fit in feature_cache_gb; the others are computed",
                     cache.features,
