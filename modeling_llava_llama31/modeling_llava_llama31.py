@@ -400,9 +400,10 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
 
     def _check_packing(self, packing: Packing, embeds: torch.Tensor) -> None:
         text, num_positions = self.config.text_config, sum(map(sum, packing))
-        if text.model_type != "llama" or text.attention_dropout:
-            what = f"{text.model_type} with attention_dropout {text.attention_dropout}"
-            raise ValueError(f"packing needs a Llama language model without attention dropout, not {what}")
+        if text.model_type != "llama":
+            raise ValueError(f"packing needs a Llama language model, not {text.model_type}")
+        if text.attention_dropout:
+            raise ValueError(f"packing has no attention dropout, but the language model's is {text.attention_dropout}")
         if num_positions != embeds.shape[1]:
             raise ValueError(f"packing speaks of {num_positions} positions, but the row has {embeds.shape[1]}")
 

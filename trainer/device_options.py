@@ -30,7 +30,7 @@ def check_device_options(stage: Stage, where: str) -> None:
     """
     asked = {"optimizer": stage.optimizer != "adamw", "compile": stage.compile, "fp8": stage.fp8}
     for key in (key for key, is_asked in asked.items() if is_asked):
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        if uses_fsdp():
             raise UserError(
                 "not under FSDP, where nothing shows that it is right", where=f"{where}.{key}", fix=f"remove {key}"
             )
@@ -41,6 +41,11 @@ def check_device_options(stage: Stage, where: str) -> None:
         _check_compiler(f"{where}.compile", "set compile: false")
     elif optim == "adamw_torch_8bit":
         _check_compiler(f"{where}.optimizer", "choose another optimizer: torchao's 8-bit AdamW is compiled")
+
+
+def uses_fsdp() -> bool:
+    """Whether `accelerate launch` was told to shard; known before anything is loaded."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
 def optim_name(stage: Stage, where: str) -> str:

@@ -26,7 +26,7 @@ from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.collator import Collator
 from llava_llama31.trainer.console import StageProgress, print_stage_start
 from llava_llama31.trainer.dataset import StageDataset
-from llava_llama31.trainer.device_options import FLOAT8_MULTIPLE, checkpoint_activations, use_float8
+from llava_llama31.trainer.device_options import FLOAT8_MULTIPLE, checkpoint_activations, use_float8, uses_fsdp
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS
@@ -229,7 +229,8 @@ def within_row_limit(stage: Stage, lengths: Lengths, seed: int, num_processes: i
     return stage.model_copy(update={"micro_batch": next(sizes, 1)})
 
 
-def _pixel_dtype(stage: Stage) -> torch.dtype:
+def _product_dtype(stage: Stage) -> torch.dtype:
+    """What the stage's products run in, and so what tiles are made in."""
     return torch.float32 if stage.precision == "float32" else torch.bfloat16
 
 
@@ -248,7 +249,7 @@ def _features(
     stage, where = run.stage, f"stages.{run.name}.feature_cache_gb"
     if stage.feature_cache_gb is None:
         return None
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+    if uses_fsdp():
         raise UserError("is not there yet under FSDP", where=where, fix="remove it")
     vision = model.config.vision_config.to_dict()
     if random := [name for name in _DROPOUT if vision.get(name)]:
@@ -262,14 +263,14 @@ def _features(
             return model.model.tile_features(tiles.to(device))
 
     size = processor.tile_size
-    blank = encode(torch.zeros(1, 3, size, size, dtype=_pixel_dtype(stage)))
-    key = cache_key(model, processor, device, _pixel_dtype(stage), autocast=stage.precision != "float32")
+    blank = encode(torch.zeros(1, 3, size, size, dtype=_product_dtype(stage)))
+    key = cache_key(model, processor, device, _product_dtype(stage), autocast=stage.precision != "float32")
     cache = FeatureCache(default_folder(), key, blank.shape[1:], blank.dtype, int(stage.feature_cache_gb * 1e9))
     state = PartialState()
     fill(
         cache,
         encode,
-        StageDataset(data.stores, [*data.train_rows, *data.eval_rows], processor, _pixel_dtype(stage)),
+        StageDataset(data.stores, [*data.train_rows, *data.eval_rows], processor, _product_dtype(stage)),
         share=(state.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))),
         wait_for_everyone=state.wait_for_everyone,
         num_workers=stage.dataloader_workers,
@@ -290,7 +291,7 @@ def _trainer(
 ) -> LlavaTrainer:
     stage = run.stage
     order = batch_order(stage, data.lengths, run.seed)
-    pixel_dtype = _pixel_dtype(stage)
+    pixel_dtype = _product_dtype(stage)
     trainer = LlavaTrainer(
         model,
         args,
@@ -341,7 +342,7 @@ def _meter(
         processor.tokenizer.pad_token_id,
         num_patch_features,
         device,
-        torch.float32 if stage.precision == "float32" else torch.bfloat16,
+        _product_dtype(stage),
         options,
     )
 
