@@ -205,6 +205,15 @@ class LlavaLlama31Model(LlavaNextModel):
         features = self._tower_features(pixel_values, self.config.vision_feature_layer)
         return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
 
+    def _check_packing(self, packing: Packing, row_length: int) -> None:
+        text, num_positions = self.config.text_config, sum(map(sum, packing))
+        if text.model_type != "llama":
+            raise ValueError(f"packing needs a Llama language model, not {text.model_type}")
+        if text.attention_dropout:
+            raise ValueError(f"packing has no attention dropout, but the language model's is {text.attention_dropout}")
+        if num_positions != row_length:
+            raise ValueError(f"packing speaks of {num_positions} positions, but the row has {row_length}")
+
     def feature_layout(
         self, image_sizes: Sequence[tuple[int, int]], has_features: Sequence[bool] | None = None
     ) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -250,8 +259,24 @@ class LlavaLlama31Model(LlavaNextModel):
         vision_feature_select_strategy: str | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        packing: Packing | None = None,
+        image_positions: torch.LongTensor | None = None,
+        supervised_positions: Sequence[int] = (),
+        image_features: torch.Tensor | None = None,
+        has_features: Sequence[bool] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaNextModelOutputWithPast | tuple:
+        """As the stock one's; with `packing` the hidden states (1, N, D) of a packed row at `supervised_positions`."""
+        if packing is not None:
+            if image_positions is None:
+                image_positions = (input_ids[0] == self.config.image_token_id).nonzero()[:, 0]
+            self._check_packing(packing, input_ids.shape[1])
+            # in here, and not called from outside: ZeRO-3 gathers image_newline for this module's forward alone
+            embeds = self.packed_embeds(
+                input_ids, pixel_values, image_sizes, image_positions, image_features, has_features
+            )
+            hidden = self.language_model.packed(embeds, position_ids, packing, supervised_positions, past_key_values)
+            return LlavaNextModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
         text_only = input_ids is not None and pixel_values is None and mm_encoder_outputs is None
         # no cache: a row with labels, in training or in validation, which all ranks run side by side
         if text_only and use_cache is False and (_world_size() > 1 or self._trains_projector()):
@@ -332,18 +357,28 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaNextCausalLMOutputWithPast | tuple:
         if packing is not None:
-            if image_positions is None:
-                image_positions = (input_ids[0] == self.config.image_token_id).nonzero()[:, 0]
-            embeds = self.model.packed_embeds(
-                input_ids, pixel_values, image_sizes, image_positions, image_features, has_features
-            )
             if labels is None:
-                self._check_packing(packing, embeds)
-                self.model.language_model.packed(embeds, position_ids, packing, [], past_key_values)
-                return LlavaNextCausalLMOutputWithPast(past_key_values=past_key_values)
-            if supervised_positions is None:
+                supervised_positions = []
+            elif supervised_positions is None:
                 supervised_positions = (labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0].tolist()
-            loss = self._packed_loss(embeds, position_ids, packing, labels, supervised_positions, num_items_in_batch)
+            if labels is not None and not supervised_positions and num_items_in_batch is None:
+                raise ValueError("no label of the batch is supervised: every label is -100")
+            hidden = self.model(
+                input_ids,
+                pixel_values,
+                image_sizes,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                packing=packing,
+                image_positions=image_positions,
+                # one at least under labels: every layer runs on every process, as the others' gathers want it
+                supervised_positions=list(supervised_positions) or ([] if labels is None else [0]),
+                image_features=image_features,
+                has_features=has_features,
+            ).last_hidden_state
+            if labels is None:
+                return LlavaNextCausalLMOutputWithPast(past_key_values=past_key_values)
+            loss = self._packed_loss(hidden[0], labels[0], supervised_positions, num_items_in_batch)
             return LlavaNextCausalLMOutputWithPast(loss=loss)
         if image_features is not None:
             raise ValueError("image_features are for packed rows only: give packing, or pixel_values")
@@ -380,32 +415,16 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
 
     def _packed_loss(
         self,
-        embeds: torch.Tensor,
-        position_ids: torch.LongTensor,
-        packing: Packing,
+        hidden: torch.Tensor,
         labels: torch.LongTensor,
         supervised: Sequence[int],
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        self._check_packing(packing, embeds)
-        if not supervised and num_items_in_batch is None:
-            raise ValueError("no label of the batch is supervised: every label is -100")
-        positions = list(supervised) or [0]
-        hidden = self.model.language_model.packed(embeds, position_ids, packing, positions)
-        targets = labels[0].index_select(0, torch.tensor(positions, device=labels.device) + 1)
-        total = self.lm_head(hidden[0], targets.clamp_min(0))
-        if not supervised:  # every layer has run all the same: other processes wait for its gradients
+        positions = torch.tensor(list(supervised) or [0], device=labels.device)
+        total = self.lm_head(hidden, labels.index_select(0, positions + 1).clamp_min(0))
+        if not supervised:
             total = total * 0
         return total / (len(supervised) if num_items_in_batch is None else num_items_in_batch)
-
-    def _check_packing(self, packing: Packing, embeds: torch.Tensor) -> None:
-        text, num_positions = self.config.text_config, sum(map(sum, packing))
-        if text.model_type != "llama":
-            raise ValueError(f"packing needs a Llama language model, not {text.model_type}")
-        if text.attention_dropout:
-            raise ValueError(f"packing has no attention dropout, but the language model's is {text.attention_dropout}")
-        if num_positions != embeds.shape[1]:
-            raise ValueError(f"packing speaks of {num_positions} positions, but the row has {embeds.shape[1]}")
 
     def _supports_mm_encoder_outputs(self) -> bool:
         # generate would call get_image_features outside forward, where ZeRO-3 has not gathered image_newline

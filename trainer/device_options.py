@@ -3,7 +3,6 @@
 `check_device_options` refuses before training what this machine or its packages can't do.
 """
 
-import os
 from collections.abc import Collection
 from importlib.util import find_spec
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
+from llava_llama31.trainer.engine import uses_fsdp
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipe import Stage
 
@@ -41,11 +41,6 @@ def check_device_options(stage: Stage, where: str) -> None:
         _check_compiler(f"{where}.compile", "set compile: false")
     elif optim == "adamw_torch_8bit":
         _check_compiler(f"{where}.optimizer", "choose another optimizer: torchao's 8-bit AdamW is compiled")
-
-
-def uses_fsdp() -> bool:
-    """Whether `accelerate launch` was told to shard; known before anything is loaded."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
 def optim_name(stage: Stage, where: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PreTrainedModel,
@@ -29,6 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.collator import Collator
+from llava_llama31.trainer.engine import engine_of, whole_parameters
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.meter import Meter
@@ -330,11 +332,30 @@ class LlavaTrainer(Trainer):
             # the parent noted the staging folder; best_checkpoint owns this fact
             self.state.best_model_checkpoint = None
             self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
-            facts = {"step": self.state.global_step, "num_processes": self.args.world_size}
+            facts = {
+                "step": self.state.global_step,
+                "num_processes": self.args.world_size,
+                "engine": engine_of(self.args),
+            }
             checkpoints.publish(staging, final, facts)
             checkpoints.remove(staging.parent)
             checkpoints.rotate(final.parent, self.args.save_total_limit, spare=self.best_checkpoint)
         self._barrier()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Weights and processor in one folder, whatever spreads them over the processes; all of these call it."""
+        self._save(output_dir, self.whole_weights())
+
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """What the main process saves; None: what its model holds."""
+        if self.only_trainable:
+            trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+            return whole_parameters(trained, deepspeed=self.is_deepspeed_enabled)
+        if self.is_deepspeed_enabled:
+            return self.accelerator.get_state_dict(self.deepspeed)
+        if self.is_fsdp_enabled:
+            return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Weights and processor; no pickled arguments, which would hold the Hub token."""
@@ -343,18 +364,14 @@ class LlavaTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if self.only_trainable:
-            trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-            source = state_dict if state_dict is not None else trained
-            save_file({n: source[n].detach().cpu().contiguous() for n in trained}, folder / TRAINABLE_WEIGHTS)
+            assert state_dict is not None
+            save_file(state_dict, folder / TRAINABLE_WEIGHTS)
         else:
             self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         """Restore every weight or fail: the parent loads with strict=False and only warns (transformers #43701)."""
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         folder = Path(resume_from_checkpoint)
         if self.only_trainable:
             saved = load_file(folder / TRAINABLE_WEIGHTS)
@@ -369,28 +386,26 @@ class LlavaTrainer(Trainer):
         if set(saved) != expected:
             wrong = sorted(set(saved) ^ expected)
             raise ValueError(f"{folder}: {len(wrong)} tensors do not belong to this stage, e.g. {wrong[0]}")
-        self.model.load_state_dict(saved, strict=False)
+        set_model_state_dict(self.model, saved, options=StateDictOptions(full_state_dict=True, strict=False))
 
     def restore(self, checkpoint: Path) -> None:
         """Take weights and state of a checkpoint, wrapped as for training, without training on."""
-        if self._owns_optimizer_files():
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._load_from_checkpoint(str(checkpoint))
         self._prepare_for_training(self.args.max_steps, self.get_train_dataloader(), str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self.start_clock()
 
-    def _owns_optimizer_files(self) -> bool:
-        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._owns_optimizer_files():
+        if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            state = {"optimizer": portable_state(self.optimizer), "scheduler": self.lr_scheduler.state_dict()}
+            return
+        state = {"optimizer": portable_state(self.optimizer), "scheduler": self.lr_scheduler.state_dict()}
+        if self.args.should_save:
             checkpoints.save_tree(Path(output_dir, "optimizer"), state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._owns_optimizer_files():
+        if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = checkpoints.load_tree(Path(checkpoint, "optimizer"))

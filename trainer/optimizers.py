@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from llava_llama31.trainer.engine import sharded_like, unsharded
+
 
 # numbers that are updated at once: temporary float32 copies stay small beside the weights
 _CHUNK = 2**24
@@ -85,7 +87,10 @@ def round_by_chance(x: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
 
 
 def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's `state_dict` of plain tensors: torchao's 8-bit ones are taken apart."""
+    """An optimizer's `state_dict` of plain tensors: torchao's 8-bit ones are taken apart, sharded ones are gathered.
+
+    All processes call this together.
+    """
     content = optimizer.state_dict()
     state = {
         number: {name: _apart(value) for name, value in entry.items()} for number, entry in content["state"].items()
@@ -95,13 +100,16 @@ def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def load_portable_state(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
     """Undo `portable_state`."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
-        number: {name: _together(value) for name, value in entry.items()} for number, entry in content["state"].items()
+        number: {name: sharded_like(_together(value), parameters[number]) for name, value in entry.items()}
+        for number, entry in content["state"].items()
     }
     optimizer.load_state_dict({**content, "state": state})
 
 
 def _apart(value: Any) -> Any:
+    value = unsharded(value)
     if not isinstance(value, torch.Tensor) or type(value) is torch.Tensor:
         return value
     from torchao.optim.subclass_8bit import OptimState8bit

@@ -178,8 +178,6 @@ class Stage(_Frozen):
         if self.feature_cache_gb is not None:
             self._check_feature_cache()
         self._check_device_options()
-        if self.lora is not None and self.deepspeed is not None:
-            raise ValueError("lora under DeepSpeed is not there yet (fix: remove deepspeed or lora)")
         if self.lora is not None and "language_model" not in self.trainable:
             raise ValueError("lora adapts the language_model (fix: add language_model to trainable, or remove lora)")
         self._check_evaluations()

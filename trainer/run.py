@@ -21,6 +21,7 @@ from llava_llama31.trainer.assemble import assemble
 from llava_llama31.trainer.check_data import check_policy
 from llava_llama31.trainer.console import make_console
 from llava_llama31.trainer.device_options import check_device_options
+from llava_llama31.trainer.engine import as_launched
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.presets import PRESETS, check_ocr
 from llava_llama31.trainer.evaluation.questions import load_questions
@@ -123,6 +124,7 @@ def preflight(recipe: Recipe, num_processes: int) -> None:
         check_trainer_args(stage.trainer_args, where)
         check_policy(stage.on_bad_record)
         check_device_options(stage, where)
+        stage = as_launched(stage, where)
         if stage.deepspeed:
             check_deepspeed(stage, where)
         if stage.init_from != "previous":

@@ -26,7 +26,15 @@ from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.collator import Collator
 from llava_llama31.trainer.console import StageProgress, print_stage_start
 from llava_llama31.trainer.dataset import StageDataset
-from llava_llama31.trainer.device_options import FLOAT8_MULTIPLE, checkpoint_activations, use_float8, uses_fsdp
+from llava_llama31.trainer.device_options import FLOAT8_MULTIPLE, checkpoint_activations, use_float8
+from llava_llama31.trainer.engine import (
+    as_launched,
+    check_resumable,
+    engine_of,
+    forget_deepspeed,
+    join_deepspeed,
+    uses_fsdp,
+)
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS
@@ -93,13 +101,14 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         Interrupted: after a checkpoint, when a signal came.
         UserError: naming what to mend.
     """
-    stage = run.stage
+    stage = as_launched(run.stage, f"stages.{run.name}")
     processor = LlavaLlama31Processor.from_pretrained(run.origin)
     data = load_stage_data(stage, processor, run.folder, run.seed)
     stage = within_row_limit(stage, data.lengths, run.seed, run.num_processes)
     run = replace(run, stage=stage)
     derived = derive(stage, len(data.train_rows), run.num_processes, where=f"stages.{run.name}")
     # before the model: DeepSpeed's configuration must be alive when the weights are loaded
+    join_deepspeed(stage)
     args = training_arguments(stage, derived, output_dir=run.folder, seed=run.seed, where=f"stages.{run.name}")
     transformers.set_seed(run.seed)
     model = _load_model(run)
@@ -120,10 +129,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
 def _release(stage: Stage) -> None:
     """Forget what Accelerate and DeepSpeed hold of a stage; its model goes with the last name that it has."""
     AcceleratorState._reset_state(reset_partial_state=False)
-    if stage.deepspeed is not None:
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()
+    forget_deepspeed()
     if stage.compile:
         torch.compiler.reset()
     gc.collect()
@@ -177,7 +183,7 @@ def _freeze(model: PreTrainedModel, stage: Stage) -> list[GroupReport]:
         stage.learning_rates(),
         freeze_image_newline="frozen_image_newline" in stage.quirks,
     )
-    if stage.precision == "bfloat16" and stage.deepspeed is None:  # DeepSpeed keeps its own copies
+    if stage.precision == "bfloat16" and stage.deepspeed is None and not uses_fsdp():  # those have types of their own
         for line in report:
             parameters = [parameter for _, parameter in group_parameters(_base(model, stage), line.group)]
             if line.num_trainable == 0 and all(_fits_bfloat16(parameter) for parameter in parameters):
@@ -365,7 +371,9 @@ def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived, stop: StopOnS
     if checkpoint is None:
         trainer.train()
     else:
-        step = checkpoints.read_manifest(checkpoint)["step"]
+        manifest = checkpoints.read_manifest(checkpoint)
+        check_resumable(manifest, trainer.args, checkpoint)
+        step = manifest["step"]
         run.console.print(f"going on from {checkpoint}, step {step} of {derived.steps}")
         if step >= derived.steps:  # Trainer would take one step more
             trainer.restore(checkpoint)
@@ -434,13 +442,28 @@ def _record(
     }
 
 
+def _whole_adapted(run: StageRun, trainer: LlavaTrainer) -> PreTrainedModel:
+    """The adapted model, with all its weights on the main process; every process calls this."""
+    if engine_of(trainer.args) == "plain":
+        return trainer.model
+    trained = trainer.whole_weights()
+    if not run.is_main:
+        return trainer.model
+    forget_deepspeed()  # it would spread the model over processes that don't take part
+    model = _load_model(run)
+    _, unexpected = model.load_state_dict(trained, strict=False)
+    assert not unexpected, unexpected
+    return model
+
+
 def _publish(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -> None:
     """Weights that a next stage, or anyone, opens; adapters are merged, and kept beside in PEFT's format."""
     staging = checkpoints.stage(run.final) if run.is_main else run.final
     if run.stage.lora is not None:
+        adapted = _whole_adapted(run, trainer)
         if run.is_main:
-            trainer.model.save_pretrained(staging / "adapter")
-            trainer.model.merge_and_unload().save_pretrained(staging)
+            adapted.save_pretrained(staging / "adapter")
+            adapted.merge_and_unload().save_pretrained(staging)
             trainer.processing_class.save_pretrained(staging)
     else:
         trainer.save_model(str(staging))

@@ -1,0 +1,179 @@
+"""What spreads a stage over devices: nothing or DDP, DeepSpeed's ZeRO, or PyTorch's FSDP2.
+
+A stage's `deepspeed` decides; where it is silent, the configuration that `accelerate launch` was given.
+
+Checkpoints of the first kind and of FSDP2 have one format and go from one to the other, and to any number of
+processes. DeepSpeed's have its own, one file a process.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.recipe import Stage
+
+
+def uses_fsdp() -> bool:
+    """Whether `accelerate launch` was told to shard by FSDP; known before anything is loaded."""
+    return _is_set("ACCELERATE_USE_FSDP")
+
+
+def uses_deepspeed(args: TrainingArguments) -> bool:
+    return args.deepspeed_plugin is not None
+
+
+def engine_of(args: TrainingArguments) -> str:
+    """Name of the engine that decides a checkpoint's format: plain, fsdp2, or zero1 to zero3."""
+    if uses_deepspeed(args):
+        return f"zero{args.deepspeed_plugin.zero_stage}"
+    return "fsdp2" if uses_fsdp() else "plain"
+
+
+def as_launched(stage: Stage, where: str) -> Stage:
+    """The stage with the DeepSpeed file that `accelerate launch` names, unless the stage has one of its own.
+
+    Raises:
+        UserError: the launcher's configuration can't run the stage.
+    """
+    if uses_fsdp():
+        _check_fsdp(stage, where)
+    if stage.deepspeed is not None or not _is_set("ACCELERATE_USE_DEEPSPEED"):
+        return stage
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file == "none":
+        raise UserError(
+            "accelerate's configuration asks for DeepSpeed without naming its file",
+            where=where,
+            fix="write deepspeed_config_file into it, e.g. examples/deepspeed/zero3.json",
+        )
+    try:
+        return Stage.model_validate({**stage.model_dump(), "deepspeed": file})
+    except ValueError as error:
+        raise UserError(f"DeepSpeed can't run this stage: {error}", where=where) from None
+
+
+def _check_fsdp(stage: Stage, where: str) -> None:
+    if stage.deepspeed is not None:
+        raise UserError(
+            f"the stage asks for DeepSpeed ({stage.deepspeed}), accelerate's configuration for FSDP",
+            where=f"{where}.deepspeed",
+            fix=f"add --set {where}.deepspeed=null, or launch without FSDP",
+        )
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError(
+            "this is FSDP1, which PyTorch gives up", where=where, fix="set fsdp_version: 2 in accelerate's file"
+        )
+    if _is_set("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise UserError(
+            "the recipe says what is recomputed, not accelerate's configuration",
+            where=where,
+            fix=f"remove fsdp_activation_checkpointing there, and set {where}.activation_checkpointing",
+        )
+
+
+def join_deepspeed(stage: Stage) -> None:
+    """Let DeepSpeed use the processes' communication before a model is loaded: its weights are spread at once.
+
+    One process alone gets the environment that a launcher would give it.
+    """
+    if stage.deepspeed is None:
+        return
+    import deepspeed
+
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+    if not deepspeed.comm.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def forget_deepspeed() -> None:
+    """Models that are loaded from here on are whole again."""
+    unset_hf_deepspeed_config()
+
+
+def check_resumable(manifest: dict[str, Any], args: TrainingArguments, checkpoint: Path) -> None:
+    """Refuse a checkpoint that this engine can't read.
+
+    Raises:
+        UserError: naming the engine and the number of processes that can.
+    """
+    engine, before = engine_of(args), manifest.get("engine", "plain")
+    same = engine == before and args.world_size == manifest["num_processes"]
+    if same or not any(name.startswith("zero") for name in (engine, before)):
+        return
+    raise UserError(
+        f"written under {before} by {manifest['num_processes']} processes, and this is {engine} with "
+        f"{args.world_size}: DeepSpeed's checkpoints cannot be spread anew",
+        where=str(checkpoint),
+        fix="go on as before until the stage ends, whose weights every engine takes; or remove the checkpoints",
+    )
+
+
+def whole_parameters(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], *, deepspeed: bool
+) -> dict[str, torch.Tensor]:
+    """Copies in host memory of named parameters, gathered from all processes, which call this together.
+
+    The main process has them; the others get an empty mapping.
+    """
+    is_main = PartialState().is_main_process
+    whole = {}
+    for name, parameter in parameters:
+        with _gathered(parameter) if deepspeed else contextlib.nullcontext():
+            tensor = unsharded(parameter.detach())
+            if is_main:
+                whole[name] = tensor.cpu().clone().contiguous()
+    return whole
+
+
+def _gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[None]:
+    """Within it a parameter is whole that ZeRO-3 has partitioned; any other one is so anyway."""
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters([parameter])
+
+
+def unsharded(value: Any) -> Any:
+    """A tensor of all processes' shards, which call this together; anything else as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def sharded_like(value: Any, parameter: torch.Tensor) -> Any:
+    """This process's part of a whole tensor of a parameter's shape, spread as the parameter is; else the value."""
+    if not (isinstance(value, torch.Tensor) and isinstance(parameter, DTensor)) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+
+
+def read_deepspeed(file: Path) -> dict[str, Any]:
+    """A DeepSpeed file's content.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", where=str(file), fix="mend the file") from None
+    if not isinstance(content, dict):
+        raise UserError("not a JSON object", where=str(file), fix="mend the file")
+    return content
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true")
