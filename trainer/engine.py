@@ -132,18 +132,24 @@ def whole_parameters(
     is_main = PartialState().is_main_process
     whole = {}
     for name, parameter in parameters:
-        with _gathered(parameter) if deepspeed else contextlib.nullcontext():
+        with gathered(parameter, deepspeed=deepspeed):
             tensor = unsharded(parameter.detach())
             if is_main:
                 whole[name] = tensor.cpu().clone().contiguous()
     return whole
 
 
-def _gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[None]:
-    """Within it a parameter is whole that ZeRO-3 has partitioned; any other one is so anyway."""
-    from deepspeed.zero import GatheredParameters
+def gathered(parameter: torch.nn.Parameter, *, deepspeed: bool, changed: bool = False) -> AbstractContextManager[None]:
+    """Within it a parameter is whole that ZeRO-3 has partitioned; any other one is so anyway.
 
-    return GatheredParameters([parameter])
+    Args:
+        changed: it is written to, by all processes alike.
+    """
+    if not deepspeed:
+        return contextlib.nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([parameter], modifier_rank=0 if changed else None)
 
 
 def unsharded(value: Any) -> Any:

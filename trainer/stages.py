@@ -19,10 +19,12 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PrinterCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.adapters import adapt
 from llava_llama31.trainer.collator import Collator
 from llava_llama31.trainer.console import StageProgress, print_stage_start
 from llava_llama31.trainer.dataset import StageDataset
@@ -43,7 +45,7 @@ from llava_llama31.trainer.feature_cache import FeatureCache, cache_key, default
 from llava_llama31.trainer.flops import ModelShape
 from llava_llama31.trainer.llava_trainer import LlavaTrainer, StopOnSignal
 from llava_llama31.trainer.meter import Meter
-from llava_llama31.trainer.module_groups import GroupReport, freeze, group_parameters, lora_target_pattern
+from llava_llama31.trainer.module_groups import GroupReport, freeze, group_parameters
 from llava_llama31.trainer.order import BatchOrder, Lengths, RankBatches
 from llava_llama31.trainer.recipe import Derived, Evaluation, Stage, derive
 from llava_llama31.trainer.stage_data import StageData, load_stage_data
@@ -155,22 +157,8 @@ def _load_model(run: StageRun) -> PreTrainedModel:
         )
     if run.stage.lora is None:
         return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise UserError(
-            "lora needs peft", where=f"stages.{run.name}.lora", fix="pip install 'llava-llama31[peft]'"
-        ) from None
-    lora = run.stage.lora
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        use_dora=lora.dora,
-        target_modules=lora_target_pattern(lora.targets),
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)
+    sharded = is_deepspeed_zero3_enabled()
+    return adapt(model, run.stage.lora, seed=run.seed, where=f"stages.{run.name}", deepspeed=sharded)
 
 
 def _base(model: PreTrainedModel, stage: Stage) -> LlavaLlama31ForConditionalGeneration:
