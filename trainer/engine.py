@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -74,12 +76,29 @@ def _check_fsdp(stage: Stage, where: str) -> None:
         raise UserError(
             "this is FSDP1, which PyTorch gives up", where=where, fix="set fsdp_version: 2 in accelerate's file"
         )
+    if stage.precision == "bfloat16-weights":
+        raise UserError(
+            "under FSDP trained weights are float32", where=f"{where}.precision", fix="set precision: bfloat16"
+        )
     if _is_set("FSDP_ACTIVATION_CHECKPOINTING"):
         raise UserError(
             "the recipe says what is recomputed, not accelerate's configuration",
             where=where,
             fix=f"remove fsdp_activation_checkpointing there, and set {where}.activation_checkpointing",
         )
+
+
+def fsdp_plugin(*, bfloat16: bool) -> FullyShardedDataParallelPlugin:
+    """What `accelerate launch` was told, with weights gathered in bfloat16 but gradients added up in float32.
+
+    Accelerate's own choice would add gradients up, and round the loss, in bfloat16.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bfloat16 else None,
+        reduce_dtype=torch.float32 if bfloat16 else None,
+        cast_forward_inputs=False,  # it would round rotary angles too
+    )
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
 
 
 def join_deepspeed(stage: Stage) -> None:
@@ -127,13 +146,18 @@ def whole_parameters(
 ) -> dict[str, torch.Tensor]:
     """Copies in host memory of named parameters, gathered from all processes, which call this together.
 
-    The main process has them; the others get an empty mapping.
+    Of bfloat16 weights that DeepSpeed trains these are the float32 originals. The main process has them; the others
+    get an empty mapping.
     """
     is_main = PartialState().is_main_process
     whole = {}
     for name, parameter in parameters:
         with gathered(parameter, deepspeed=deepspeed):
             tensor = unsharded(parameter.detach())
+            if deepspeed and parameter.requires_grad and parameter.dtype != torch.float32:
+                from deepspeed.utils import safe_get_full_fp32_param
+
+                tensor = safe_get_full_fp32_param(parameter)
             if is_main:
                 whole[name] = tensor.cpu().clone().contiguous()
     return whole

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PreTrainedModel,
@@ -30,7 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.collator import Collator
-from llava_llama31.trainer.engine import engine_of, whole_parameters
+from llava_llama31.trainer.engine import engine_of, fsdp_plugin, uses_fsdp, whole_parameters
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.meter import Meter
@@ -100,6 +100,12 @@ class LlavaTrainer(Trainer):
         if args.bf16 and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             base = model.get_base_model() if only_trainable else model
             base.lm_head.register_forward_pre_hook(_assert_autocast)
+
+    def _build_accelerator_args(self, **kwargs: object) -> dict[str, Any]:
+        options = super()._build_accelerator_args(**kwargs)
+        if uses_fsdp():
+            options["fsdp_plugin"] = fsdp_plugin(bfloat16=self.args.bf16)
+        return options
 
     # data
 
@@ -348,14 +354,11 @@ class LlavaTrainer(Trainer):
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
         """What the main process saves; None: what its model holds."""
-        if self.only_trainable:
-            trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-            return whole_parameters(trained, deepspeed=self.is_deepspeed_enabled)
-        if self.is_deepspeed_enabled:
-            return self.accelerator.get_state_dict(self.deepspeed)
-        if self.is_fsdp_enabled:
-            return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        return None
+        if not (self.only_trainable or self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            return None
+        named = self.model.named_parameters()
+        chosen = [(name, p) for name, p in named if p.requires_grad or not self.only_trainable]
+        return whole_parameters(chosen, deepspeed=self.is_deepspeed_enabled)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Weights and processor; no pickled arguments, which would hold the Hub token."""

@@ -199,6 +199,8 @@ class Stage(_Frozen):
         if self.deepspeed is not None and any(asked.values()):
             key = next(key for key, is_asked in asked.items() if is_asked)
             raise ValueError(f"{key} under DeepSpeed is not there yet (fix: remove deepspeed or {key})")
+        if self.deepspeed is not None and self.precision == "bfloat16-weights":
+            raise ValueError("DeepSpeed keeps trained weights in float32 (fix: set precision: bfloat16)")
         if self.compile and not self.packing:
             raise ValueError("compile is for packed rows (fix: set compile: false, or packing: true)")
         if not self.fp8:
