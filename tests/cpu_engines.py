@@ -28,8 +28,18 @@ def stand_in_for_devices() -> None:
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # needs no compiler then
 
 
+def skip_the_blank_tile() -> None:
+    """Let a text-only row skip the tower, which other processes run: what must not go unnoticed."""
+    from llava_llama31.modeling_llava_llama31 import LlavaLlama31Model
+
+    LlavaLlama31Model._text_only_embeds = lambda self, input_ids: self.get_input_embeddings()(input_ids)
+
+
 if __name__ == "__main__":
-    stand_in_for_devices()
+    if "RANK" in os.environ:
+        stand_in_for_devices()
+    if os.environ.get("WITHOUT_BLANK_TILE"):
+        skip_the_blank_tile()
     from llava_llama31.trainer.cli import main
 
     sys.exit(main())

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def adapt(model: PreTrainedModel, lora: Lora, *, seed: int, where: str, deepspeed: bool) -> "PeftModel":
+def adapt(model: PreTrainedModel, lora: Lora, *, seed: int, where: str) -> "PeftModel":
     """The model with fresh adapters, whose first values depend on the seed alone.
 
     Raises:
@@ -41,7 +41,7 @@ def adapt(model: PreTrainedModel, lora: Lora, *, seed: int, where: str, deepspee
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
             for linear in module.lora_A.values():
-                with gathered(linear.weight, deepspeed=deepspeed, changed=True):
+                with gathered(linear.weight, changed=True):
                     _draw(linear, chance)
     return adapted
 

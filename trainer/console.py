@@ -3,10 +3,12 @@
 import os
 import time
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llava_llama31.trainer.engine import engine_of, num_elements, num_held
 from llava_llama31.trainer.module_groups import GroupReport
 from llava_llama31.trainer.recipe import Derived, Stage
 
@@ -44,9 +46,20 @@ class StageProgress(TrainerCallback):
         self.started, self.first_step = 0.0, 0
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: torch.nn.Module,
+        **kwargs: object,
     ) -> None:
         self.started, self.first_step = time.monotonic(), state.global_step
+        if args.world_size > 1:
+            held, total = (sum(map(count, model.parameters())) for count in (num_held, num_elements))
+            self.console.print(
+                f"{engine_of(args)}: each of {args.world_size} devices keeps {held:,} of {total:,} parameters"
+            )
 
     def on_log(
         self,

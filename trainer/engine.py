@@ -7,7 +7,6 @@ processes. DeepSpeed's have its own, one file a process.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -20,7 +19,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipe import Stage
@@ -152,7 +151,7 @@ def whole_parameters(
     is_main = PartialState().is_main_process
     whole = {}
     for name, parameter in parameters:
-        with gathered(parameter, deepspeed=deepspeed):
+        with gathered(parameter):
             tensor = unsharded(parameter.detach())
             if deepspeed and parameter.requires_grad and parameter.dtype != torch.float32:
                 from deepspeed.utils import safe_get_full_fp32_param
@@ -163,17 +162,31 @@ def whole_parameters(
     return whole
 
 
-def gathered(parameter: torch.nn.Parameter, *, deepspeed: bool, changed: bool = False) -> AbstractContextManager[None]:
+def gathered(parameter: torch.nn.Parameter, *, changed: bool = False) -> AbstractContextManager[None]:
     """Within it a parameter is whole that ZeRO-3 has partitioned; any other one is so anyway.
 
     Args:
         changed: it is written to, by all processes alike.
     """
-    if not deepspeed:
+    if not is_deepspeed_zero3_enabled():
         return contextlib.nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters([parameter], modifier_rank=0 if changed else None)
+
+
+def num_elements(parameter: torch.nn.Parameter) -> int:
+    """Numbers in a parameter, wherever they are; a ZeRO-3 partition calls itself empty."""
+    return parameter.ds_numel if is_deepspeed_zero3_enabled() else parameter.numel()
+
+
+def num_held(parameter: torch.nn.Parameter) -> int:
+    """Numbers of a parameter that this process keeps between steps."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().numel()
+    if is_deepspeed_zero3_enabled():
+        return parameter.numel() or parameter.ds_tensor.ds_numel
+    return parameter.numel()
 
 
 def unsharded(value: Any) -> Any:
@@ -188,21 +201,6 @@ def sharded_like(value: Any, parameter: torch.Tensor) -> Any:
     return distribute_tensor(
         value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
     )
-
-
-def read_deepspeed(file: Path) -> dict[str, Any]:
-    """A DeepSpeed file's content.
-
-    Raises:
-        UserError: it is no JSON object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"not JSON: {error}", where=str(file), fix="mend the file") from None
-    if not isinstance(content, dict):
-        raise UserError("not a JSON object", where=str(file), fix="mend the file")
-    return content
 
 
 def _is_set(name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import get_args
 from torch import nn
 from transformers import LlavaNextForConditionalGeneration
 
+from llava_llama31.trainer.engine import num_elements
 from llava_llama31.trainer.recipe import ModuleGroup
 
 
@@ -68,8 +69,8 @@ def freeze(
             if name == "model.image_newline" and freeze_image_newline:
                 train = False
             parameter.requires_grad_(train)
-            total += parameter.numel()
-            trainable += parameter.numel() * train
+            total += num_elements(parameter)
+            trainable += num_elements(parameter) * train
         report.append(GroupReport(group, total, trainable, learning_rates.get(group) if trainable else None))
     return report
 

@@ -19,7 +19,6 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PrinterCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
@@ -157,8 +156,7 @@ def _load_model(run: StageRun) -> PreTrainedModel:
         )
     if run.stage.lora is None:
         return model
-    sharded = is_deepspeed_zero3_enabled()
-    return adapt(model, run.stage.lora, seed=run.seed, where=f"stages.{run.name}", deepspeed=sharded)
+    return adapt(model, run.stage.lora, seed=run.seed, where=f"stages.{run.name}")
 
 
 def _base(model: PreTrainedModel, stage: Stage) -> LlavaLlama31ForConditionalGeneration:

@@ -1,0 +1,316 @@
+"""The same recipe under every engine: losses, answers, weights and checkpoints, on two CPU processes."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from llava_llama31 import LlavaLlama31ForConditionalGeneration
+
+
+ROOT = Path(__file__).parents[1]
+DDP = "--multi_gpu --mixed_precision no"
+FSDP2 = f"--config_file {ROOT / 'examples/accelerate/fsdp2.yaml'}"
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3-offload-params", "zero3-offload", "fsdp2", "fsdp2-offload")
+NEEDS_DEEPSPEED = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+
+
+def engine_options(engine: str, folder: Path) -> tuple[str, str | None]:
+    """Options of `accelerate launch`, and the stages' DeepSpeed file: the shipped ones, strict for a tiny model."""
+    if engine.startswith("fsdp2"):
+        content = yaml.safe_load((ROOT / "examples/accelerate/fsdp2.yaml").read_text())
+        content["fsdp_config"]["fsdp_offload_params"] = engine == "fsdp2-offload"
+        file = folder / f"{engine}.yaml"
+        file.write_text(yaml.safe_dump(content))
+        return f"--config_file {file}", None
+    if engine == "ddp":
+        return DDP, None
+    content = json.loads((ROOT / f"examples/deepspeed/{engine}.json").read_text())
+    if content["zero_optimization"]["stage"] == 3:
+        content["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # small weights would stay whole
+    content["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own for the host takes minutes to compile
+    file = folder / f"{engine}.json"
+    file.write_text(json.dumps(content))
+    return DDP, str(file)
+
+
+def start(options: str | None, *arguments: str | Path) -> subprocess.Popen:
+    """`train` in one process, or in two under accelerate with the options."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
+    command = [str(ROOT / "tests/cpu_engines.py"), "train", *map(str, arguments)]
+    if options is not None:
+        fixed = "--num_machines 1 --num_processes 2 --main_process_port 0 --dynamo_backend no"
+        command = ["-m", "accelerate.commands.launch", *options.split(), *fixed.split(), *command]
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        cwd=ROOT,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 200) -> str:
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_when(process: subprocess.Popen, path: Path) -> None:
+    """kill -9 of all processes as soon as a folder is there."""
+    deadline = time.monotonic() + 150
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def write(content: dict, path: Path, deepspeed: str | None = None) -> Path:
+    stages = {name: {**stage, "deepspeed": deepspeed} for name, stage in content["stages"].items()}
+    path.write_text(yaml.safe_dump({**content, "stages": stages}, sort_keys=False))
+    return path
+
+
+def history(run: Path, stage: str) -> list[dict]:
+    newest = max((run / "stages" / stage).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return json.loads((newest / "trainer_state.json").read_text())["log_history"]
+
+
+def weights(run: Path, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(run / "stages" / stage / "final/model.safetensors")
+
+
+def assert_same_run(run: Path, reference: Path, tolerance: float = 1e-5) -> None:
+    """Losses, gradient norms, evaluations, answers and weights of every stage; within float32's rounding."""
+    stages = sorted(path.name for path in (reference / "stages").iterdir())
+    assert stages == sorted(path.name for path in (run / "stages").iterdir())
+    for stage in stages:
+        ours, expected = history(run, stage), history(reference, stage)
+        assert len(ours) == len(expected)
+        for entry, wanted in zip(ours, expected, strict=True):
+            for key in ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy"):
+                assert (key in entry) == (key in wanted)
+                if key in wanted:
+                    assert entry[key] == pytest.approx(wanted[key], abs=tolerance, rel=tolerance), (stage, key)
+        ours, expected = weights(run, stage), weights(reference, stage)
+        assert ours.keys() == expected.keys()
+        for name in expected:
+            assert ours[name].dtype == expected[name].dtype
+            torch.testing.assert_close(ours[name], expected[name], atol=tolerance, rtol=0, msg=f"{stage} {name}")
+        for answers in (reference / "stages" / stage).glob("evaluation/*.jsonl"):
+            found, wanted = (
+                [json.loads(line)["token_ids"] for line in (folder / answers.name).read_text().splitlines()]
+                for folder in (run / "stages" / stage / "evaluation", answers.parent)
+            )
+            assert found == wanted
+
+
+@pytest.fixture(scope="session")
+def all_stages(base_folder, data_folder, tmp_path_factory):
+    """Frozen and trained tower, with and without activation checkpointing, adapters; and its run by one process.
+
+    Two samples a step for each of two processes, one in four of them without a picture.
+    """
+    stage = {
+        "data": [{"name": "rows", "path": str(data_folder / "rows.json")}],
+        "global_batch": 4,
+        "micro_batch": 1,
+        "max_steps": 20,
+        "precision": "float32",
+        "logging_steps": 1,
+        "save_steps": 20,
+        "dataloader_workers": 0,
+    }
+    both = ["multi_modal_projector", "language_model"]
+    evaluated = {"validation_fraction": 0.2, "eval_steps": 20, "eval_questions": 6}
+    content = {
+        "name": "engines",
+        "seed": 1,
+        "model": {"checkpoint": str(base_folder), "dtype": "float32"},
+        "stages": {
+            "projector": {**stage, "trainable": both[:1], "learning_rate": 1e-3, "max_steps": 6},
+            "checkpointed": {
+                **stage,
+                "trainable": both,
+                "learning_rate": 1e-4,
+                "activation_checkpointing": True,
+                **evaluated,
+            },
+            "tower": {
+                **stage,
+                "trainable": ["vision_tower", *both],
+                "learning_rate": 1e-4,
+                "micro_batch": 2,
+                **evaluated,
+                "keep": "best_loss",
+            },
+            "tower_checkpointed": {
+                **stage,
+                "trainable": ["vision_tower", *both],
+                "learning_rate": 1e-4,
+                "activation_checkpointing": True,
+                "packing": False,
+                "max_steps": 6,
+            },
+            "adapters": {
+                **stage,
+                "trainable": both,
+                "learning_rate": 1e-3,
+                "lora": {"r": 4, "alpha": 8},
+                "max_steps": 5,
+            },
+        },
+        "evaluation": {"data": str(data_folder / "questions.jsonl"), "max_new_tokens": 4},
+    }
+    folder = tmp_path_factory.mktemp("engines")
+    finish(start(None, write(content, folder / "recipe.yaml"), "--output", folder / "single"))
+    return content, folder / "single"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_trains_as_one_process_does(all_stages, tmp_path, engine):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    content, single = all_stages
+    options, deepspeed = engine_options(engine, tmp_path)
+    recipe = write(content, tmp_path / "recipe.yaml", deepspeed)
+    output = finish(start(options, recipe, "--output", tmp_path / "run"))
+    kept = re.findall(r"(\w+): each of 2 devices keeps ([\d,]+) of ([\d,]+)", output)
+    assert len(kept) == len(content["stages"])
+    for name, held, total in kept:
+        assert name == {"ddp": "plain"}.get(engine, engine.split("-")[0])
+        sharded = engine.startswith(("zero3", "fsdp2"))
+        share = int(held.replace(",", "")) / int(total.replace(",", ""))
+        assert share == pytest.approx(0.5 if sharded else 1, abs=1e-3)
+    assert_same_run(tmp_path / "run", single)
+    records = [json.loads((run / "summary.json").read_text())["stages"] for run in (tmp_path / "run", single)]
+    for ours, expected in zip(records[0].values(), records[1].values(), strict=True):
+        assert ours["groups"] == expected["groups"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_a_process_without_pictures_breaks_the_run_if_it_skips_the_tower(all_stages, tmp_path, engine, monkeypatch):
+    """Proves that the test above would see a missing pass over a blank tile."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    monkeypatch.setenv("WITHOUT_BLANK_TILE", "1")
+    content, _ = all_stages
+    content = {**content, "stages": {"checkpointed": content["stages"]["checkpointed"]}}
+    options, deepspeed = engine_options(engine, tmp_path)
+    process = start(options, write(content, tmp_path / "recipe.yaml", deepspeed), "--output", tmp_path / "run")
+    try:
+        process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert process.returncode != 0 and not (tmp_path / "run/stages/1-checkpointed/final").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_a_killed_run_goes_on_under_its_engine(recipe_content, tmp_path, engine):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    del recipe_content["evaluation"]
+    options, deepspeed = engine_options(engine, tmp_path)
+    recipe = write(recipe_content, tmp_path / "recipe.yaml", deepspeed)
+    for name in ("whole", "killed"):
+        process = start(options, recipe, "--output", tmp_path / name)
+        if name == "killed":
+            kill_when(process, tmp_path / "killed/stages/2-instruct/checkpoint-2")
+            output = finish(start(options, recipe, "--output", tmp_path / name))
+            assert re.search(r"going on from .*checkpoint-[24], step [24] of 6", output)
+        else:
+            finish(process)
+    for stage in ("1-projector", "2-instruct"):
+        whole, killed = weights(tmp_path / "whole", stage), weights(tmp_path / "killed", stage)
+        assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+@pytest.mark.slow
+@NEEDS_DEEPSPEED
+def test_stages_go_from_engine_to_engine_and_the_export_opens_through_both_doors(recipe_content, tmp_path, samples):
+    """ZeRO-3 on two processes, one process, FSDP2 on two, which goes on from one process's checkpoint."""
+    recipe_content["stages"]["last"] = recipe_content["stages"]["instruct"]
+    for stage in ("instruct", "last"):
+        recipe_content["stages"][stage]["save_steps"] = 6
+    recipe_content["stages"]["last"] = {**recipe_content["stages"]["last"], "save_steps": 2}
+    _, deepspeed = engine_options("zero3", tmp_path)
+    recipe = write(recipe_content, tmp_path / "recipe.yaml")
+    finish(start(None, recipe, "--output", tmp_path / "single"))
+    run, launched = tmp_path / "run", tmp_path / "zero3.yaml"
+    content = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": deepspeed}}
+    launched.write_text(yaml.safe_dump(content))
+    kill_when(start(f"--config_file {launched}", recipe, "--output", run), run / "stages/1-projector/final")
+    kill_when(start(None, recipe, "--output", run), run / "stages/3-last/checkpoint-2")
+    output = finish(start(engine_options("fsdp2", tmp_path)[0], recipe, "--output", run))
+    assert "going on from" in output and "keeps 91,264 of 182,496" in output
+    manifests = [json.loads(file.read_text()) for file in sorted(run.glob("stages/*/checkpoint-*/manifest.json"))]
+    assert [manifest["engine"] for manifest in manifests] == ["zero3", "zero3", "plain", "fsdp2", "fsdp2"]
+    for stage in ("1-projector", "2-instruct", "3-last"):
+        ours, expected = weights(run, stage), weights(tmp_path / "single", stage)
+        assert ours.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(ours[name], expected[name], atol=1e-5, rtol=0)
+    stock = AutoModelForImageTextToText.from_pretrained(run / "export")
+    own = LlavaLlama31ForConditionalGeneration.from_pretrained(run / "export")
+    input_ids = samples[9].input_ids[None]
+    assert type(stock) is not type(own)
+    with torch.no_grad():
+        torch.testing.assert_close(stock(input_ids).logits, own(input_ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@NEEDS_DEEPSPEED
+def test_deepspeeds_checkpoints_are_not_for_other_engines(recipe_content, tmp_path):
+    del recipe_content["evaluation"]
+    arguments = (write(recipe_content, tmp_path / "recipe.yaml"), "--output", tmp_path / "run")
+    zero2 = f"--config_file {ROOT / 'examples/accelerate/zero2.yaml'}"
+    kill_when(start(zero2, *arguments), tmp_path / "run/stages/1-projector/checkpoint-2")
+    process = start(DDP, *arguments)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode != 0 and "Traceback" not in output.partition("ChildFailedError")[0]
+    assert "written under zero2 by 2 processes, and this is plain with 2" in output
+
+
+@pytest.mark.slow
+@NEEDS_DEEPSPEED
+def test_the_cards_own_deepspeed_files_run(recipe_content, tmp_path):
+    """Their optimizer is compiled for minutes, so it is left out here, and with it the schedule that needs it."""
+    del recipe_content["evaluation"], recipe_content["stages"]["projector"]
+    for name in ("card_zero3", "card_zero3_offload"):
+        content = json.loads((ROOT / f"examples/deepspeed/{name}.json").read_text())
+        assert content.pop("optimizer")["type"] == "AdamW" and content["scheduler"]["type"] == "WarmupCosineLR"
+        del content["scheduler"]
+        (tmp_path / f"{name}.json").write_text(json.dumps({**content, "zero_force_ds_cpu_optimizer": False}))
+        recipe = write(recipe_content, tmp_path / f"{name}.yaml", str(tmp_path / f"{name}.json"))
+        output = finish(start(DDP, recipe, "--output", tmp_path / name))
+        assert "zero3: each of 2 devices" in output
+
+
+def test_shipped_files_have_one_owner_each():
+    links = sorted((ROOT / "examples/deepspeed").iterdir())
+    assert [link.name for link in links] == sorted(file.name for file in (ROOT / "trainer/recipes").glob("*.json"))
+    assert all(link.resolve().parent == ROOT / "trainer/recipes" for link in links)
+    for file in (ROOT / "examples/accelerate").glob("*.yaml"):
+        content = yaml.safe_load(file.read_text())
+        if content["distributed_type"] == "DEEPSPEED":
+            assert (ROOT / content["deepspeed_config"]["deepspeed_config_file"]).is_file()
