@@ -4,12 +4,12 @@ import importlib.util
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -60,7 +60,6 @@ def start(options: str | None, *arguments: str | Path) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
-        start_new_session=True,
         cwd=ROOT,
     )
 
@@ -77,8 +76,15 @@ def kill_when(process: subprocess.Popen, path: Path) -> None:
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """kill -9 of the launcher and its ranks, which lead sessions of their own."""
+    family = psutil.Process(process.pid)
+    for member in [*family.children(recursive=True), family]:
+        member.kill()
+    process.communicate()
 
 
 def write(content: dict, path: Path, deepspeed: str | None = None) -> Path:
@@ -219,8 +225,7 @@ def test_a_process_without_pictures_breaks_the_run_if_it_skips_the_tower(all_sta
     try:
         process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(process)
     assert process.returncode != 0 and not (tmp_path / "run/stages/1-checkpointed/final").exists()
 
 

@@ -176,17 +176,15 @@ def gathered(parameter: torch.nn.Parameter, *, changed: bool = False) -> Abstrac
 
 
 def num_elements(parameter: torch.nn.Parameter) -> int:
-    """Numbers in a parameter, wherever they are; a ZeRO-3 partition calls itself empty."""
-    return parameter.ds_numel if is_deepspeed_zero3_enabled() else parameter.numel()
+    """Numbers in a parameter, wherever they are; what ZeRO-3 has partitioned calls itself empty."""
+    return parameter.numel() or (parameter.ds_numel if is_deepspeed_zero3_enabled() else 0)
 
 
 def num_held(parameter: torch.nn.Parameter) -> int:
     """Numbers of a parameter that this process keeps between steps."""
     if isinstance(parameter, DTensor):
         return parameter.to_local().numel()
-    if is_deepspeed_zero3_enabled():
-        return parameter.numel() or parameter.ds_tensor.ds_numel
-    return parameter.numel()
+    return parameter.numel() or (parameter.ds_tensor.ds_numel if is_deepspeed_zero3_enabled() else 0)
 
 
 def unsharded(value: Any) -> Any:
