@@ -17,6 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
+from llava_llama31.trainer.engine import as_launched
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.recipe import Stage
 
 
 ROOT = Path(__file__).parents[1]
@@ -319,3 +322,39 @@ def test_shipped_files_have_one_owner_each():
         content = yaml.safe_load(file.read_text())
         if content["distributed_type"] == "DEEPSPEED":
             assert (ROOT / content["deepspeed_config"]["deepspeed_config_file"]).is_file()
+
+
+@pytest.mark.parametrize(
+    "launched, stage, message",
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "FSDP1"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"deepspeed": "zero3"}, "s.deepspeed=null"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"precision": "bfloat16-weights"}, "float32"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            {},
+            "activation_checkpointing",
+        ),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "deepspeed_config_file"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "x.json"},
+            {"optimizer": "adamw_bf16"},
+            "optimizer under DeepSpeed",
+        ),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "parallelism_config"),
+    ],
+)
+def test_a_launch_that_cannot_run_a_stage_is_refused(recipe_content, monkeypatch, launched, stage, message):
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    given = Stage.model_validate({**recipe_content["stages"]["instruct"], **stage})
+    with pytest.raises(UserError, match=message):
+        as_launched(given, "stages.s")
+
+
+def test_a_stages_own_deepspeed_file_comes_before_the_launchers(recipe_content, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "launched.json")
+    stage = Stage.model_validate(recipe_content["stages"]["instruct"])
+    assert as_launched(stage, "s").deepspeed == "launched.json"
+    assert as_launched(stage.model_copy(update={"deepspeed": "zero3"}), "s").deepspeed == "zero3"

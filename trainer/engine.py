@@ -47,6 +47,12 @@ def as_launched(stage: Stage, where: str) -> Stage:
     Raises:
         UserError: the launcher's configuration can't run the stage.
     """
+    if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise UserError(
+            "context, sequence and tensor parallelism cut a row among devices, which its pictures do not survive",
+            where=where,
+            fix="remove parallelism_config from accelerate's file; max_row_tokens and ZeRO-3 save memory too",
+        )
     if uses_fsdp():
         _check_fsdp(stage, where)
     if stage.deepspeed is not None or not _is_set("ACCELERATE_USE_DEEPSPEED"):

@@ -41,6 +41,8 @@ class DataSource(_Frozen):
     sample: PositiveInt | None = None
     """Number of rows to draw, without replacement, seeded; default: all."""
     sample_when: Literal["before_filtering", "after_filtering"] = "after_filtering"
+    weight: PositiveFloat = 1.0
+    """How often an epoch sees each training row: 2.5 is twice, and half of them, drawn by the seed, a third time."""
     images_only: bool = False
     """Reject rows without a picture, by the reason `text_only`."""
     license: str | None = None

@@ -1,5 +1,6 @@
 """The rows of a stage: checked, sampled, split into training and validation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,22 @@ def keeps_data_newline(stage: Stage) -> bool:
     return "double_newline_after_image" in stage.quirks
 
 
+def weighted(rows: np.ndarray, sources: np.ndarray, weights: Sequence[float], seed: int) -> np.ndarray:
+    """Rows, each as often as the weight of its source says; what is left of a weight is a draw by the seed.
+
+    Args:
+        rows: row numbers, in the order that is kept.
+        sources: along `rows`, the number of each one's source.
+    """
+    times = np.empty(len(rows), dtype=np.int64)
+    for source, weight in enumerate(weights):
+        own = np.flatnonzero(sources == source)
+        times[own] = int(weight)
+        rest = round((weight - int(weight)) * len(own))
+        times[np.random.default_rng([seed, source]).permutation(own)[:rest]] += 1
+    return np.repeat(rows, times)
+
+
 def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, folder: Path, seed: int) -> StageData:
     """Check the data (the first process of a machine does, the others find its result) and choose the rows."""
     state = PartialState()
@@ -77,12 +94,15 @@ def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, folder: Path
                 "usable": len(found.rows),
                 "dropped": dict(found.dropped),
                 "selected": len(chosen),
+                "weight": source.weight,
                 "license": source.license,
             }
         )
     order = np.random.default_rng([seed, len(rows)]).permutation(len(rows))
     num_eval = num_held_out(stage, len(rows))
     held_out, trained = np.sort(order[:num_eval]), np.sort(order[num_eval:])
+    sources = np.array([source for source, _ in rows], dtype=np.int64)
+    trained = weighted(trained, sources[trained], [source.weight for source in stage.data], seed)
     found_lengths = Lengths(*(np.concatenate(column) for column in zip(*lengths, strict=True)))
     return StageData(
         stores=[open_records(source, keep_data_newline=keeps_data_newline(stage)) for source in stage.data],

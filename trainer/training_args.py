@@ -69,6 +69,7 @@ OWNED_BY_STAGE = {
     "ignore_data_skip": "nothing: a resumed run sees the samples that are left",
     "save_on_each_node": "nothing: one process writes",
     "fsdp": "accelerate's configuration",
+    "parallelism_config": "max_row_tokens: rows with pictures are not cut among devices",
     "bf16_full_eval": "precision",
     "fp16_full_eval": "precision",
     "dataloader_prefetch_factor": "dataloader_workers",
