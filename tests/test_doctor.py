@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.doctor import checks, command, facts
+from llava_llama31.trainer.doctor import checks, command, facts, ranks
 from llava_llama31.trainer.doctor.facts import (
     AccelerateConfig,
     BuildLock,
@@ -424,7 +424,7 @@ if found is not None:
 """
 
 
-def survey(ranks: dict[int, dict[str, str]], world_size: int, folder: Path) -> list[dict]:
+def survey(variables: dict[int, dict[str, str]], world_size: int, folder: Path) -> list[dict]:
     """Findings of ranks, of which each has some variables of its own, as if each were a machine."""
     shared = {"WORLD_SIZE": f"{world_size}", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}", "PYTHONSAFEPATH": "1"}
@@ -435,12 +435,18 @@ def survey(ranks: dict[int, dict[str, str]], world_size: int, folder: Path) -> l
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank, own in ranks.items()
+        for rank, own in variables.items()
     ]
     answers = [job.communicate(timeout=120)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0] * len(jobs)
     assert list(folder.iterdir()) == []
     return json.loads(answers[0])["findings"]
+
+
+def test_a_folder_that_can_not_be_marked_is_no_new_trouble(tmp_path):
+    marker = ranks._mark(tmp_path / "new" / "run")
+    assert marker.parent == tmp_path and marker.is_file()
+    assert ranks._mark(Path("/proc/run")) is None
 
 
 @pytest.mark.slow

@@ -38,9 +38,9 @@ def check_ours(words: list[str]) -> None:
     _parser().parse_args(words)
 
 
-def check_script(script: str, arguments: list[str]) -> None:
-    assert (ROOT / script).is_file()
-    check_ours([SCRIPTS[script], *arguments])
+def check_script(script: str, arguments: list[str], *, python: bool) -> None:
+    assert (ROOT / script).is_file() if python else script == "llava-llama31"
+    check_ours([SCRIPTS[script], *arguments] if python else arguments)
 
 
 def accelerate_arguments(words: list[str]):
@@ -58,17 +58,13 @@ def test_a_line_is_understood(line, monkeypatch):
     monkeypatch.setattr(launch, "default_config_file", "/no/saved/default")
     if line[0] == "llava-llama31":
         check_ours(line[1:])
-    elif line[0] == "accelerate":
+        return
+    if line[0] == "accelerate":
         options = accelerate_arguments(line[2:])
-        check_script(options.training_script, options.training_script_args)
     else:
         options = torchrun.parse_args(line[1:])
         torchrun.config_from_args(options)
-        if options.no_python:
-            assert options.training_script == "llava-llama31"
-            check_ours(options.training_script_args)
-        else:
-            check_script(options.training_script, options.training_script_args)
+    check_script(options.training_script, options.training_script_args, python=not options.no_python)
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/multi_node.md"])

@@ -75,9 +75,8 @@ def _checks(output: Path) -> Table:
         "Hub cache": facts.hub_cache,
         "temporary": lambda: Path(tempfile.gettempdir()),
     }
-    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return [
-        ("machine", lambda: checks.check_machine(facts.machine(), num_processes)),
+        ("machine", lambda: checks.check_machine(facts.machine(), facts.launch().number("LOCAL_WORLD_SIZE"))),
         ("packages", lambda: checks.check_packages(facts.packages())),
         ("installation", lambda: checks.check_installations(facts.installations())),
         ("GPUs", lambda: checks.check_gpus(facts.gpus())),

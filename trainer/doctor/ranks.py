@@ -74,11 +74,11 @@ def survey(place: Place, own: Sequence[Finding], output: Path, cache: Path, limi
         return None
     markers = [_mark(folder) for folder in (output, cache)]
     try:
-        meeting.tell("markers", [str(marker) for marker in markers])
+        meeting.tell("markers", [str(marker) if marker else None for marker in markers])
         _introduce(meeting, own)
         reports = meeting.collect("here", range(place.world_size))
     finally:
-        for marker in markers:
+        for marker in filter(None, markers):
             marker.unlink(missing_ok=True)
     complete = len(reports) == place.world_size
     backends = ["gloo", "nccl"] if all(report["gpu"] for report in reports.values()) else ["gloo"]
@@ -89,7 +89,7 @@ def survey(place: Place, own: Sequence[Finding], output: Path, cache: Path, limi
         outcomes[backend] = meeting.collect(backend, reports)
     meeting.collect("left", [rank for rank in reports if rank])  # the store may end with this process
     hosts = {rank: report["host"] for rank, report in reports.items()}
-    found = list(own)
+    found = [replace(finding, host=meeting.host) for finding in own]
     for rank, report in sorted(reports.items()):
         found += [Finding(**finding) for finding in report["findings"] if rank and finding["level"] != "ok"]
     found += check_ranks(place.world_size, place.local_world_size, hosts, outcomes, meeting.address)
@@ -107,22 +107,25 @@ def _answer(meeting: "_Meeting", own: Sequence[Finding]) -> None:
     meeting.tell(f"left/{meeting.place.rank}", True)
 
 
-def _mark(folder: Path) -> Path:
-    """A new empty file in a folder, or in the nearest one above it that is there."""
+def _mark(folder: Path) -> Path | None:
+    """A new empty file in a folder, or in the nearest one above it that is there; None where that fails."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
     marker = there / f".doctor-{uuid4().hex}"
-    marker.touch()
+    try:
+        marker.touch()
+    except OSError:  # the check of the folder tells of it
+        return None
     return marker
 
 
 def _introduce(meeting: "_Meeting", own: Sequence[Finding]) -> None:
-    output, cache = (Path(marker) for marker in meeting.ask("markers"))
+    sees = [marker is None or Path(marker).is_file() for marker in meeting.ask("markers")]
     report = {
         "host": meeting.host,
         "versions": {package: version(package) for package in _PACKAGES},
         "gpu": torch.cuda.device_count() > meeting.place.local_rank,
-        "sees_output": output.is_file(),
-        "sees_cache": cache.is_file(),
+        "sees_output": sees[0],
+        "sees_cache": sees[1],
         "findings": [asdict(replace(finding, host=meeting.host)) for finding in own],
     }
     meeting.tell(f"here/{meeting.place.rank}", report)
