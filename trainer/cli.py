@@ -1,4 +1,4 @@
-"""`llava-llama31`: train, check data, plan, assemble, evaluate, score, browse, export.
+"""`llava-llama31`: train, check data, plan, doctor, assemble, evaluate, score, browse, export.
 
 llava-llama31 train tiny
 """
@@ -75,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--output", metavar="DIR", help="the recipe's run folder; default: runs/RECIPE")
     check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     _json_argument(check)
+
+    doctor = _command(commands, "doctor", _doctor, "what this machine, or a launch, lacks, and how to mend it")
+    doctor.add_argument("--output", metavar="DIR", help="folder that runs will write to; default: runs")
+    _json_argument(doctor)
 
     parts = _command(commands, "assemble", _assemble, "vision tower + projector + Llama -> one checkpoint")
     parts.add_argument("--vision-tower", required=True, metavar="DIR", help="a LLaVA checkpoint, a CLIP or a DINOv2")
@@ -238,6 +242,12 @@ def _check_data(options: argparse.Namespace) -> int:
     if is_recipe and len(options.data) > 1:
         raise UserError("a recipe is checked alone", where=options.data[1], fix="give one recipe, or data files")
     return check_recipe(options, _run_folder(options, options.data[0])) if is_recipe else check_files(options)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from llava_llama31.trainer.doctor.command import doctor_command
+
+    return doctor_command(options.output, json_output=options.json_output, debug=options.debug)
 
 
 def _assemble(options: argparse.Namespace) -> int:

@@ -1,0 +1,187 @@
+"""Two launchers of one process each, as on two machines, with caches of their own; and the Slurm script's promises."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).parents[1]
+# a launcher's options on machine {node}; accelerate's is torchrun's static rendezvous
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d"
+    " --rdzv_endpoint 127.0.0.1:{port} --rdzv_id job",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_machines 2 --num_processes 2 --machine_rank {node}"
+    " --main_process_ip 127.0.0.1 --main_process_port {port} --mixed_precision no --dynamo_backend no",
+}
+FINAL = "stages/2-instruct/final"
+
+
+@pytest.fixture
+def recipe_file(tmp_path, recipe_content):
+    del recipe_content["evaluation"]
+    for stage in recipe_content["stages"].values():
+        stage |= {"epochs": None, "max_steps": 3}
+    # the pictures' features are kept in a cache too, which the machines don't share
+    recipe_content["stages"]["projector"]["feature_cache_gb"] = 0.01
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_content, sort_keys=False))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", **variables}
+
+
+def start(command: list[str], **variables: str) -> subprocess.Popen:
+    """A job in a session of its own, with its output in one pipe."""
+    return subprocess.Popen(
+        command,
+        env=environment(**variables),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@contextmanager
+def two_machines(launcher: str, folder: Path, *arguments: str) -> Iterator[list[subprocess.Popen]]:
+    """Jobs of two launchers, which share all but the cache."""
+    port = free_port()
+    jobs = []
+    for node in (0, 1):
+        options = LAUNCHERS[launcher].format(node=node, port=port).split()
+        command = [sys.executable, "-m", *options, "examples/train.py", *arguments]
+        jobs.append(start(command, XDG_CACHE_HOME=str(folder / f"cache-{node}")))
+    try:
+        yield jobs
+    finally:
+        for job in jobs:
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGKILL)
+            job.communicate()
+
+
+@pytest.mark.slow
+def test_two_machines_end_with_the_weights_of_one(launch, recipe_file, tmp_path):
+    job = launch("train.py", str(recipe_file), "--output", str(tmp_path / "one"), processes=2)
+    output, _ = job.communicate(timeout=200)
+    assert job.returncode == 0, output
+    expected = load_file(tmp_path / "one" / FINAL / "model.safetensors")
+    for launcher in LAUNCHERS:
+        for node in (0, 1):
+            shutil.rmtree(tmp_path / f"cache-{node}", ignore_errors=True)
+        with two_machines(launcher, tmp_path, str(recipe_file), "--output", str(tmp_path / launcher)) as jobs:
+            outputs = [job.communicate(timeout=200)[0] for job in jobs]
+            assert [job.returncode for job in jobs] == [0, 0], outputs
+        found = load_file(tmp_path / launcher / FINAL / "model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected), launcher
+        for node in (0, 1):  # both filled their own
+            assert list((tmp_path / f"cache-{node}" / "llava-llama31").glob("features/*.features"))
+            assert list((tmp_path / f"cache-{node}" / "llava-llama31").glob("check-data/*.json"))
+
+
+# What the script calls of Slurm: tasks in sessions of their own, with its variables; the highest exit code.
+SRUN = """#!{python}
+import os, subprocess, sys
+from pathlib import Path
+
+command = sys.argv[next(i for i, word in enumerate(sys.argv) if i and not word.startswith("--")):]
+nodes, tasks = int(os.environ["SLURM_JOB_NUM_NODES"]), int(os.environ["SLURM_NTASKS"])
+jobs = []
+for task in range(tasks):
+    variables = {{"SLURM_PROCID": f"{{task}}", "SLURM_LOCALID": f"{{task % (tasks // nodes)}}", "SLURM_STEP_ID": "0"}}
+    jobs.append(subprocess.Popen(command, env={{**os.environ, **variables}}, start_new_session=True))
+Path("{folder}", "tasks").write_text(" ".join(str(job.pid) for job in jobs))
+codes = [job.wait() for job in jobs]
+sys.exit(max(128 - code if code < 0 else code for code in codes))
+"""
+SCONTROL = """#!/bin/sh
+if [ "$1" = show ]; then echo 127.0.0.1; echo other; else echo "$@" >> "{folder}/requeued"; fi
+"""
+PYTHON = """#!/bin/sh
+exec {python} "$@"
+"""
+SCANCEL = """#!/bin/sh
+echo "$@" >> "{folder}/cancelled"
+for task in $(cat "{folder}/tasks"); do kill -9 "-$task"; done
+"""
+
+
+@pytest.fixture
+def sbatch(tmp_path):
+    """Run the script as Slurm would, on so many machines of one task each."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL, "python": PYTHON}.items():
+        (programs / name).write_text(text.format(python=sys.executable, folder=tmp_path))
+        (programs / name).chmod(0o755)
+
+    def run(nodes: int, *arguments: str) -> subprocess.Popen:
+        variables = {
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": str(free_port()),
+            "SLURM_JOB_NODELIST": "a,b",
+            "SLURM_JOB_NUM_NODES": str(nodes),
+            "SLURM_NTASKS": str(nodes),
+            "SLURM_CPUS_PER_TASK": "1",
+        }
+        return start(["bash", "examples/slurm/train.sbatch", *arguments], **variables)
+
+    return run
+
+
+@pytest.mark.slow
+def test_slurm_saves_requeues_and_goes_on_with_other_machines(sbatch, recipe_file, tmp_path):
+    run = tmp_path / "run"
+    arguments = [str(recipe_file), "--output", str(run)]
+    for override in ("max_steps=120", "save_steps=10", "logging_steps=20"):
+        arguments += ["--set", f"stages.projector.{override}"]
+    job = sbatch(2, *arguments)
+    try:
+        while not list((run / "stages").glob("1-projector/checkpoint-*")):
+            assert job.poll() is None, job.stdout.read()
+            time.sleep(0.05)
+        for task in (tmp_path / "tasks").read_text().split():
+            os.killpg(int(task), signal.SIGTERM)  # everything in a task gets it
+        output, _ = job.communicate(timeout=100)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode == 75 and "is saved" in output, output
+    assert (tmp_path / "requeued").read_text().startswith("requeue ") and not (tmp_path / "cancelled").exists()
+
+    again = sbatch(1, *arguments)
+    output, _ = again.communicate(timeout=200)
+    assert again.returncode == 0 and "going on from" in output, output
+    assert json.loads((run / FINAL / "stage.json").read_text())["num_processes"] == 1
+    assert (tmp_path / "requeued").read_text().count("\n") == 1
+
+
+@pytest.mark.slow
+def test_slurm_ends_all_tasks_when_one_fails(sbatch, recipe_file, tmp_path):
+    job = sbatch(2, str(recipe_file), "--output", str(tmp_path / "run"), "--set", "stages.projector.data.0.path=gone")
+    output, _ = job.communicate(timeout=100)
+    assert job.returncode not in (0, 75) and "gone: the path does not exist" in output, output
+    assert (tmp_path / "cancelled").read_text().split()[0].endswith(".0") and not (tmp_path / "requeued").exists()

@@ -1,0 +1,31 @@
+"""What a check says."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+Level = Literal["ok", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report.
+
+    Args:
+        check: its name.
+        level: an `error` stops a run, or spoils it; a `warning` may.
+        what: what was found.
+        why: why it matters.
+        fix: what to do about it.
+        host: machine, where there are several.
+    """
+
+    check: str
+    level: Level
+    what: str
+    why: str = ""
+    fix: str = ""
+    host: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.level == "ok" or (self.why and self.fix), self
