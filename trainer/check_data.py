@@ -282,12 +282,13 @@ def _quarantined(
         for reject in report.rejected():
             if action_for(policy, reject["reason"]) == "quarantine":
                 kept = {key: reject[key] for key in ("row", "id", "reason")}
-                record = _json_or_text(store.source_text(reject["row"]))
-                yield json.dumps({"source": report.name} | kept | {"record": record}) + "\n"
+                text = store.source_text(reject["row"])
+                yield _quarantined_line({"source": report.name} | kept, text) + "\n"
 
 
-def _json_or_text(text: str) -> object:
+def _quarantined_line(kept: dict, text: str) -> str:
+    """The reject with its record; with the record's text where that is not JSON, or holds NaN."""
     try:
-        return json.loads(text)
+        return json.dumps(kept | {"record": json.loads(text)}, allow_nan=False)
     except (ValueError, RecursionError):
-        return text
+        return json.dumps(kept | {"record": text})

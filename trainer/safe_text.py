@@ -22,6 +22,11 @@ _ID_LENGTH = 200
 _CREDENTIAL = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/?#\s]*(?=@)")
 
 
+def holds_credential(text: str) -> bool:
+    """Whether `redacted` would change a text."""
+    return redacted(text) != text
+
+
 def printable(text: str, longest: int = _ID_LENGTH) -> str:
     """Text from the data that can't harm a terminal: control characters and lone surrogates escaped, cut if long."""
     if len(text) > longest:
