@@ -30,6 +30,7 @@ from llava_llama31.trainer.check_report import (
 from llava_llama31.trainer.check_rows import COUNTS, Findings, Limits, RowChecker, check_rows
 from llava_llama31.trainer.reasons import REASONS
 from llava_llama31.trainer.records import RecordStore, data_files, open_records
+from llava_llama31.trainer.safe_text import redacted
 
 
 if TYPE_CHECKING:
@@ -228,6 +229,8 @@ class _RejectWriter:
         self.first_ids: dict[str, list[str]] = {}
 
     def add(self, reject: dict) -> None:
+        # data may name its images by URLs with passwords
+        reject = {key: redacted(value) if isinstance(value, str) else value for key, value in reject.items()}
         self._file.write(json.dumps(reject) + "\n")
         self.counts[reject["reason"]] += 1
         ids = self.first_ids.setdefault(reject["reason"], [])

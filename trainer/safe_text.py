@@ -18,8 +18,9 @@ SECRET_VARIABLES = (
 HIDDEN = "***"
 
 _ID_LENGTH = 200
-# a Hub token, and the user and password of a URL
-_CREDENTIAL = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/?#\s]*(?=@)")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+# user and password of a URL, which a Path writes with one slash
+_LOGIN = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]+:/{1,2})[^/?#\s]*@")
 
 
 def holds_credential(text: str) -> bool:
@@ -38,7 +39,7 @@ def redacted(text: str) -> str:
     """Text without Hub tokens, passwords in URLs, and what the environment's secret variables hold."""
     for secret in _secrets():
         text = text.replace(secret, HIDDEN)
-    return _CREDENTIAL.sub(HIDDEN, text)
+    return _LOGIN.sub(rf"\g<1>{HIDDEN}@", _TOKEN.sub(HIDDEN, text))
 
 
 def shown(text: str) -> str:
