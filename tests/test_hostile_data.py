@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -33,6 +35,8 @@ from llava_llama31.trainer.recipe import DataSource
 from llava_llama31.trainer.records import open_records
 
 
+# FUZZ_SCALE=10 looks ten times as far
+SCALE = int(os.environ.get("FUZZ_SCALE", "1"))
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 TALK = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 GOOD = {"id": "good", "conversations": TALK}
@@ -114,7 +118,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("format", ["llava", "sharegpt", "messages", "cauldron"])
-@settings(max_examples=250, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=250 * SCALE, deadline=None, suppress_health_check=QUIET)
 @given(st.lists(hostile_row, min_size=1, max_size=10), st.booleans())
 @example([GOOD, {"id": "x", "image": "pipe.png", "conversations": [TALK[0] | {"value": "<image>"}, TALK[1]]}], True)
 def test_any_json_is_a_sample_or_a_named_reject(folder, processor, format, rows, ascii_only):
@@ -430,9 +434,9 @@ def test_a_decoder_that_dies_or_stalls_is_one_rejects_fault(make_image):
 
 
 def test_the_decoder_has_only_the_memory_of_its_pixels():
-    image = ImageRef("x", data=encoded(Image.new("L", (30_000, 30_000))), max_pixels=10**9)
-    with Decoder(10**6) as decoder:
-        assert reason_of(lambda: decoder.size(image)) == "oversized_image"
+    data = encoded(Image.new("RGB", (13_000, 13_000)), compress_level=1)
+    with Decoder(10**6) as decoder, pytest.raises(RecordError, match="oversized_image: there is not enough memory"):
+        decoder.size(ImageRef("x", data=data, max_pixels=10**9))
 
 
 def test_the_decoder_ends_with_its_owner(tmp_path):
@@ -537,13 +541,30 @@ def test_a_hostile_saved_data_set_is_one_line(tmp_path, name, content):
         assert "\n" not in str(caught.value)
 
 
+def test_a_saved_data_set_cannot_name_files_elsewhere(tmp_path):
+    datasets.Dataset.from_list([GOOD]).save_to_disk(tmp_path / "other")
+    data = tmp_path / "data"
+    shutil.copytree(tmp_path / "other", data)
+    state = json.loads((data / "state.json").read_text())
+    assert open_records(DataSource(name="x", path=str(data)))[0].id == "good"
+    (file,) = state["_data_files"]
+    (data / "state.json").write_text(
+        json.dumps(state | {"_data_files": [{"filename": f"../other/{file['filename']}"}]})
+    )
+    with pytest.raises(UserError, match="no name of a file in the folder"):
+        open_records(DataSource(name="x", path=str(data)))
+    (data / "dataset_dict.json").write_text('{"splits": ["../other"]}')
+    with pytest.raises(UserError, match="no name of a file in the folder"):
+        open_records(DataSource(name="x", path=str(data), split="../other"))
+
+
 # questions
 
 
 QUESTION = {"question_id": 1, "image_id": "x", "question": "?", "answers": ["a"]}
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=300 * SCALE, deadline=None, suppress_health_check=QUIET)
 @given(st.dictionaries(st.sampled_from([*QUESTION, "image", "ocr_tokens"]), hostile_value, max_size=3))
 def test_any_question_row_is_a_question_or_one_line(tmp_path, changes):
     (tmp_path / "q.jsonl").write_text(json.dumps(QUESTION | changes))
