@@ -12,8 +12,9 @@ from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from llava_llama31.trainer import check_cache, check_data, check_rows
+from llava_llama31.trainer import check_cache, check_data, check_rows, decoding
 from llava_llama31.trainer.check_data import Limits, check_sources, parse_policy, run_check, select_rows
+from llava_llama31.trainer.decoding import Decoder
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.reasons import REASONS
 from llava_llama31.trainer.recipe import DataSource
@@ -66,6 +67,18 @@ def check(tmp_path, processor):
     return run
 
 
+FATAL_SIZE = (66, 6)
+# a decoder that an image of that size kills
+FATAL_CODE = f"""
+import os, sys
+from PIL import Image
+from llava_llama31.trainer.decoding import serve
+convert = Image.Image.convert
+Image.Image.convert = lambda self, mode: os.abort() if self.size == {FATAL_SIZE} else convert(self, mode)
+serve(*map(int, sys.argv[1:]))
+"""
+
+
 def bad_row(reason: str, folder) -> dict | str:
     """A row that must be refused for `reason`, with the bad file that it takes."""
     image = folder / "bad.png"
@@ -113,6 +126,8 @@ def bad_row(reason: str, folder) -> dict | str:
             image.write_bytes((folder / "good.png").read_bytes()[:-200])
         case "oversized_image":
             Image.new("1", (7000, 7000)).save(image)
+        case "decoder_died":
+            Image.new("RGB", FATAL_SIZE).save(image)
         case "too_thin_image":
             Image.new("RGB", (700, 3)).save(image)
         case "too_long":
@@ -124,7 +139,8 @@ def bad_row(reason: str, folder) -> dict | str:
 
 @pytest.mark.parametrize("action", ["skip", "quarantine", "error"])
 @pytest.mark.parametrize("reason", REASONS)
-def test_every_reason_is_found_and_acted_on(folder, write, check, reason, action, tmp_path):
+def test_every_reason_is_found_and_acted_on(folder, write, check, reason, action, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "_CODE", FATAL_CODE)
     bad = bad_row(reason, folder)
     source = write(row("first", "good.png", question="the first"), bad, row("last", "wide.png"))
     if reason == "text_only":
@@ -147,7 +163,7 @@ def test_every_reason_is_found_and_acted_on(folder, write, check, reason, action
     assert expected.items() <= reject.items() and reject["detail"]
     assert list(reject) == ["source", "row", "id", "image", "reason", "detail", "action"]
     assert reject["id"] == ("data:1" if reason == "malformed_json" else "bad")
-    names_image = reason.endswith(("_image", "_path", "_root", "_escape", "_url", "_format", "_file"))
+    names_image = reason.endswith(("_image", "_path", "_root", "_escape", "_url", "_format", "_file", "_died"))
     assert (reject["image"] is not None) == (names_image and reason != "misplaced_image")
     if action == "quarantine":
         (kept,) = map(json.loads, report.quarantine.read_text().splitlines())
@@ -283,7 +299,8 @@ def cached(folder, write, check, monkeypatch, processor):
     def again(**options) -> bool:
         opened = []
         with monkeypatch.context() as patch:
-            open_image = Image.open
+            decoded_size, open_image = Decoder.size, Image.open
+            patch.setattr(Decoder, "size", lambda *args: opened.append(args) or decoded_size(*args))
             patch.setattr(Image, "open", lambda *args, **kw: opened.append(args) or open_image(*args, **kw))
             report = check(source, policy=SKIP, **options)
         assert report.sources[0].cached == (not opened)

@@ -280,7 +280,7 @@ def test_stages_go_from_engine_to_engine_and_the_export_opens_through_both_doors
             torch.testing.assert_close(ours[name], expected[name], atol=1e-5, rtol=0)
     stock = AutoModelForImageTextToText.from_pretrained(run / "export")
     own = LlavaLlama31ForConditionalGeneration.from_pretrained(run / "export")
-    input_ids = samples[9].input_ids[None]
+    input_ids = torch.tensor([samples[9].input_ids])
     assert type(stock) is not type(own)
     with torch.no_grad():
         torch.testing.assert_close(stock(input_ids).logits, own(input_ids).logits, atol=1e-5, rtol=0)

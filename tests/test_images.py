@@ -17,6 +17,10 @@ from llava_llama31.trainer.images import FORMATS, ImageRef, image_at
 from llava_llama31.trainer.reasons import RecordError
 
 
+# FUZZ_SCALE=10 looks ten times as far
+SCALE = int(os.environ.get("FUZZ_SCALE", "1"))
+
+
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
@@ -218,7 +222,7 @@ def test_data_uri(tmp_path, make_image):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120 * SCALE, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, 2**31), st.integers(0, 255)), min_size=1, max_size=30), st.integers(0, 4))
 def test_mutated_images_are_read_or_refused(make_image, format, flips, cut):
     data = bytearray(encoded(make_image(24, 31), format))

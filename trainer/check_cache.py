@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MODULES = ("check_cache", "check_data", "check_rows", "images", "json_rows", "reasons", "records")
+_MODULES = (
+    "check_cache",
+    "check_data",
+    "check_rows",
+    "decoding",
+    "images",
+    "json_rows",
+    "reasons",
+    "records",
+    "safe_text",
+)
 _PACKAGES = ("datasets", "numpy", "pillow", "tokenizers", "transformers")
 _WHOLE_FILE_BYTES = 64 * 2**20
 _SAMPLE_BYTES = 2**20

@@ -30,6 +30,7 @@ from llava_llama31.trainer.check_report import (
 from llava_llama31.trainer.check_rows import COUNTS, Findings, Limits, RowChecker, check_rows
 from llava_llama31.trainer.reasons import REASONS
 from llava_llama31.trainer.records import RecordStore, data_files, open_records
+from llava_llama31.trainer.safe_text import redacted
 
 
 if TYPE_CHECKING:
@@ -228,6 +229,8 @@ class _RejectWriter:
         self.first_ids: dict[str, list[str]] = {}
 
     def add(self, reject: dict) -> None:
+        # data may name its images by URLs with passwords
+        reject = {key: redacted(value) if isinstance(value, str) else value for key, value in reject.items()}
         self._file.write(json.dumps(reject) + "\n")
         self.counts[reject["reason"]] += 1
         ids = self.first_ids.setdefault(reject["reason"], [])
@@ -282,12 +285,13 @@ def _quarantined(
         for reject in report.rejected():
             if action_for(policy, reject["reason"]) == "quarantine":
                 kept = {key: reject[key] for key in ("row", "id", "reason")}
-                record = _json_or_text(store.source_text(reject["row"]))
-                yield json.dumps({"source": report.name} | kept | {"record": record}) + "\n"
+                text = store.source_text(reject["row"])
+                yield _quarantined_line({"source": report.name} | kept, text) + "\n"
 
 
-def _json_or_text(text: str) -> object:
+def _quarantined_line(kept: dict, text: str) -> str:
+    """The reject with its record; with the record's text where that is not JSON, or holds NaN."""
     try:
-        return json.loads(text)
+        return json.dumps(kept | {"record": json.loads(text)}, allow_nan=False)
     except (ValueError, RecursionError):
-        return text
+        return json.dumps(kept | {"record": text})

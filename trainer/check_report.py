@@ -11,6 +11,7 @@ import numpy as np
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.reasons import REASONS
+from llava_llama31.trainer.safe_text import printable
 
 
 Action = Literal["error", "skip", "quarantine"]
@@ -198,11 +199,6 @@ def select_rows(
         raise UserError(what, where=f"{report.name}: sample", fix="draw fewer, or leave `sample` out")
     drawn = drawn_from[np.argsort(_random_keys(drawn_from, seed), kind="stable")[:sample]]
     return np.flatnonzero(np.isin(report.rows, drawn))
-
-
-def printable(text: str) -> str:
-    """Text from the data that can't harm a terminal: control characters and lone surrogates escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
 
 
 def _random_keys(rows: np.ndarray, seed: int) -> np.ndarray:

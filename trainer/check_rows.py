@@ -6,9 +6,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from llava_llama31.trainer.decoding import Decoder
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.images import MAX_PIXELS, ImageRef
 from llava_llama31.trainer.reasons import RecordError
@@ -25,6 +27,9 @@ _Readable = tuple[int, tuple[bytes, int], list[dict], list[Size]]  # row, digest
 COUNTS = ("num_tokens", "num_image_tokens", "num_supervised_tokens", "num_tiles", "num_prefix_tokens")
 
 _CHUNK_ROWS = 256
+# so many rows of the largest size would fill gigabytes
+_CHUNK_CHARACTERS = 4_000_000
+_NAME_LENGTH = 1000
 # a process takes seconds to start
 _ROWS_PER_WORKER = {"decode": 2500, "header": 20_000, "skip": 50_000}
 
@@ -83,12 +88,21 @@ class RowChecker:
     limits: Limits
     images: Literal["decode", "header", "skip"]
     _measures: dict[Size, tuple[int, int]] = field(default_factory=dict, init=False)
+    _decoder: Decoder = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._decoder = Decoder(self.limits.max_pixels)
+
+    def close(self) -> None:
+        """End the process that decodes, if one has started."""
+        self._decoder.close()
 
     def check(self, rows: Sequence[int]) -> Findings:
         """Findings about these rows; duplicates are not looked for."""
         found = Findings(len(rows))
         known: dict[str, Size | RecordError] = {}
         readable: list[_Readable] = []
+        num_characters = 0
         for row in rows:
             try:
                 record = self.store[row]
@@ -99,6 +113,15 @@ class RowChecker:
                 # not the record: its images may be megabytes
                 digests = record.digest(), record.prefix_digest()
                 readable.append((row, digests, record.messages, sizes))
+                num_characters += _num_characters(record.messages)
+                if num_characters > _CHUNK_CHARACTERS:
+                    self._count(readable, found)
+                    readable, num_characters = [], 0
+        self._count(readable, found)
+        found.rejects.sort(key=lambda reject: reject["row"])
+        return found
+
+    def _count(self, readable: list[_Readable], found: Findings) -> None:
         for row, (digest, prefix), counts in self._counted(readable):
             if isinstance(counts, RecordError):
                 self._reject(found, row, counts)
@@ -107,8 +130,6 @@ class RowChecker:
                 found.digests += digest
                 found.prefixes.append(prefix)
                 found.counts.append(counts)
-        found.rejects.sort(key=lambda reject: reject["row"])
-        return found
 
     def _size(self, image: ImageRef, known: dict[str, Size | RecordError], found: Findings) -> Size:
         if image.path is None:
@@ -125,11 +146,7 @@ class RowChecker:
 
     def _measured(self, image: ImageRef) -> Size | RecordError:
         try:
-            if self.images == "header":
-                size = image.size()
-            else:
-                decoded = image.open()
-                size = decoded.height, decoded.width
+            size = image.size() if self.images == "header" else self._decoder.size(image)
         except RecordError as error:
             return error
         if self.processor is not None:
@@ -179,11 +196,15 @@ class RowChecker:
             {
                 "row": row,
                 "id": self.store.row_id(row),
-                "image": error.image,
+                "image": error.image and error.image[:_NAME_LENGTH],
                 "reason": error.reason,
-                "detail": error.detail,
+                "detail": error.detail[:_NAME_LENGTH],
             }
         )
+
+
+def _num_characters(messages: list[dict]) -> int:
+    return sum(len(part.get("text", "")) for message in messages for part in message["content"])
 
 
 def tiles_vanish(size: Size, pinpoints: Sequence[Sequence[int]], patch_size: int) -> bool:
@@ -214,7 +235,8 @@ def check_rows(checker: RowChecker, num_workers: int | None = None) -> Iterator[
     if num_workers is None:
         num_workers = min(num_cores(), num_rows // _ROWS_PER_WORKER[checker.images])
     if num_workers < 2:
-        yield from map(checker.check, chunks)
+        with closing(checker):
+            yield from map(checker.check, chunks)
         return
     # spawned: a fork of a process with tokeniser or CUDA threads may hang
     context = multiprocessing.get_context("spawn")
@@ -222,8 +244,8 @@ def check_rows(checker: RowChecker, num_workers: int | None = None) -> Iterator[
     try:
         yield from pool.map(_check_in_worker, chunks)
     except BrokenProcessPool:
-        what = "a worker process died, perhaps for want of memory"
-        raise UserError(what, where="check-data", fix="use fewer workers, or a lower max_pixels") from None
+        what = "a worker process died, perhaps for want of memory; it was not decoding an image"
+        raise UserError(what, where="check-data", fix="use fewer workers, or a machine with more memory") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -10,21 +10,28 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llava_llama31 import __version__
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.safe_text import SafeFormatter, printable, redacted, shown
 
 
-EXIT_USER, EXIT_INTERRUPTED, EXIT_KEYBOARD = 2, 75, 130
+EXIT_FAULT, EXIT_USER, EXIT_INTERRUPTED, EXIT_KEYBOARD = 1, 2, 75, 130
+
+_MESSAGE_LENGTH = 10_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run one command, and return its exit code: 0, 2 for what the user can mend, 75 for saved and stopped."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    log = logging.StreamHandler()
+    log.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[log])
+    warnings.filterwarnings("ignore", module="PIL")  # one a metadata tag: a hostile image has thousands
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after the tokenizer was used
     # read at torch's first allocation: huge pages, without which a CPU spends a tenth of a step on page faults
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -32,18 +39,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except UserError as error:
-        if options.debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return EXIT_USER
+        return _say(str(error), debug=options.debug)
     except OSError as error:
-        if options.debug:
-            traceback.print_exc()
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)  # noqa: T201
-        return EXIT_USER
+        return _say(f"{error.filename or 'a file'}: {error.strerror or error}", debug=options.debug)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
         return EXIT_KEYBOARD
+    except Exception:  # a fault of ours: Python's own traceback would show a secret that a message holds
+        sys.stderr.write(shown(traceback.format_exc()))
+        return EXIT_FAULT
+
+
+def _say(error: str, *, debug: bool) -> int:
+    """Tell what the user can mend; returns the exit code."""
+    if debug:
+        sys.stderr.write(shown(traceback.format_exc()))
+    print(f"error: {printable(redacted(error), _MESSAGE_LENGTH)}", file=sys.stderr)  # noqa: T201
+    return EXIT_USER
 
 
 def _parser() -> argparse.ArgumentParser:

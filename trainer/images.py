@@ -1,5 +1,6 @@
 """Images that records name: kept under the image root, measured by their header, decoded whole or refused."""
 
+import errno
 import hashlib
 import os
 import re
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
@@ -19,7 +21,15 @@ from llava_llama31.trainer.reasons import RecordError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 40_000_000
+# a side that JPEG and GIF can hold; Pillow keeps a pointer a row and a WebP decoder twice the canvas
+MAX_SIDE = 65_535
+# more than any picture of MAX_PIXELS needs; the WebP decoder reads its file whole
+MAX_FILE_BYTES = 256 * 2**20
+# a progressive JPEG has about ten; each one is a pass over the whole picture
+MAX_JPEG_SCANS = 500
 
+_BLOCK_BYTES = 2**20
+_START_OF_SCAN = b"\xff\xda"
 _SIGNATURE = re.compile(rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM", re.DOTALL)
 # two letters or more before the colon: `C:/` is no scheme
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -68,16 +78,15 @@ class ImageRef:
 
     def open(self) -> Image.Image:
         """The upright image in RGB, fully decoded; of an animation, the first frame."""
-        with self._header() as image:
+        with self._header(check_scans=True) as image:
             orientation = _orientation(image)
             rgb = _rgb(image)
             return rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
 
     def sha256(self) -> str:
         """Hash of the encoded image."""
-        if self.data is not None:
-            return hashlib.sha256(self.data).hexdigest()
-        return hashlib.sha256(Path(self._regular_file()).read_bytes()).hexdigest()
+        with self._file() as file:
+            return hashlib.sha256(file.read()).hexdigest()
 
     def key(self) -> str:
         """Equal for the same image: its path, or a digest of its bytes."""
@@ -89,50 +98,74 @@ class ImageRef:
         return stat_signature(os.fspath(self.path))
 
     @contextmanager
-    def _header(self) -> Iterator[Image.Image]:
-        source = self._regular_file() if self.data is None else BytesIO(self.data)
-        try:
-            with Image.open(source, formats=FORMATS) as image:
-                if image.width * image.height > self.max_pixels:
-                    what = f"{image.height} x {image.width} pixels, more than {self.max_pixels}"
-                    raise RecordError("oversized_image", what, self.name)
-                yield image
-        except RecordError:
-            raise
-        except UnidentifiedImageError:
-            raise self._unidentified(source) from None
-        except Image.DecompressionBombError as error:
-            raise RecordError("oversized_image", str(error), self.name) from None
-        except OSError as error:
-            # Pillow's own complaints carry no errno
-            reason = "corrupt_image" if error.errno is None else "unreadable_image"
-            raise RecordError(reason, error.strerror or str(error), self.name) from None
-        except Exception as error:  # a decoder fed hostile bytes may raise anything
-            raise RecordError("corrupt_image", f"{type(error).__name__}: {error}", self.name) from None
+    def _header(self, *, check_scans: bool = False) -> Iterator[Image.Image]:
+        with self._file() as file:
+            try:
+                with Image.open(file, formats=FORMATS) as image:
+                    if image.width * image.height > self.max_pixels:
+                        what = f"{image.height} x {image.width} pixels, more than {self.max_pixels}"
+                        raise RecordError("oversized_image", what, self.name)
+                    if max(image.size) > MAX_SIDE:
+                        what = f"{image.height} x {image.width} pixels, a side above {MAX_SIDE}"
+                        raise RecordError("oversized_image", what, self.name)
+                    if check_scans and image.format in ("JPEG", "MPO"):
+                        self._check_scans(file)
+                    yield image
+            except RecordError:
+                raise
+            except UnidentifiedImageError:
+                raise self._unidentified(file) from None
+            except Image.DecompressionBombError as error:
+                raise RecordError("oversized_image", str(error), self.name) from None
+            except MemoryError:
+                raise RecordError("oversized_image", "there is not enough memory to decode it", self.name) from None
+            except OSError as error:
+                # Pillow's own complaints carry no errno
+                reason = "corrupt_image" if error.errno is None else "unreadable_image"
+                raise RecordError(reason, error.strerror or str(error), self.name) from None
+            except Exception as error:  # a decoder fed hostile bytes may raise anything
+                raise RecordError("corrupt_image", f"{type(error).__name__}: {error}", self.name) from None
 
-    def _regular_file(self) -> str:
-        """Real path of the file, which lies under the root and is no device."""
+    @contextmanager
+    def _file(self) -> Iterator[BinaryIO]:
+        """The encoded image, no longer than MAX_FILE_BYTES."""
+        with BytesIO(self.data) if self.data is not None else self._regular_file() as file:
+            num_bytes = file.seek(0, os.SEEK_END)
+            if num_bytes > MAX_FILE_BYTES:
+                what = f"{num_bytes} bytes encoded, more than {MAX_FILE_BYTES}"
+                raise RecordError("oversized_image", what, self.name)
+            file.seek(0)
+            yield file
+
+    def _regular_file(self) -> BinaryIO:
+        """The file, opened, which lies under the root and is no device."""
         assert self.path is not None and self.root is not None
         try:
             real = os.path.realpath(self.path, strict=True)
             mode = os.stat(real).st_mode
+            if not _is_under(real, os.fspath(self.root)):
+                raise RecordError("image_symlink_escape", f"{self.path} leads to {real}", self.name)
+            if not stat.S_ISREG(mode):
+                raise RecordError("image_not_a_file", f"{real} is a {_kind(mode)}", self.name)
+            return open(real, "rb")
         except (FileNotFoundError, NotADirectoryError):
             raise RecordError("missing_image", f"no file {self.path}", self.name) from None
         except OSError as error:
-            reason = "invalid_image_path" if error.strerror == "File name too long" else "unreadable_image"
-            raise RecordError(reason, error.strerror, self.name) from None
-        if not _is_under(real, os.fspath(self.root)):
-            raise RecordError("image_symlink_escape", f"{self.path} leads to {real}", self.name)
-        if not stat.S_ISREG(mode):
-            raise RecordError("image_not_a_file", f"{real} is a {_kind(mode)}", self.name)
-        return real
+            reason = "invalid_image_path" if error.errno == errno.ENAMETOOLONG else "unreadable_image"
+            raise RecordError(reason, error.strerror or str(error), self.name) from None
 
-    def _unidentified(self, source: str | BytesIO) -> RecordError:
-        if isinstance(source, BytesIO):
-            start = source.getvalue()[:12]
-        else:
-            with open(source, "rb") as file:
-                start = file.read(12)
+    def _check_scans(self, file: BinaryIO) -> None:
+        num_scans, last = 0, b""
+        file.seek(0)
+        while block := file.read(_BLOCK_BYTES):
+            num_scans += (last + block).count(_START_OF_SCAN)
+            last = block[-1:]
+        if num_scans > MAX_JPEG_SCANS:
+            raise RecordError("corrupt_image", f"{num_scans} JPEG scans, more than {MAX_JPEG_SCANS}", self.name)
+
+    def _unidentified(self, file: BinaryIO) -> RecordError:
+        file.seek(0)
+        start = file.read(12)
         if not start:
             return RecordError("corrupt_image", "the file is empty", self.name)
         if _SIGNATURE.match(start):

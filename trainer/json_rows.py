@@ -12,13 +12,15 @@ from llava_llama31.trainer.reasons import RecordError
 
 
 MAX_ROW_BYTES = 16 * 2**20
+# far below what the parser's own recursion allows, which depends on the caller
+MAX_DEPTH = 64
 
 _CHUNK_BYTES = 4 * 2**20
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NOT_SPACE = re.compile(rb"[^ \t\r\n]")
-_STRUCTURE = re.compile(rb'["{}\[\],]')
-_STRING_END = re.compile(rb'["\\]')
+_STRUCTURE = re.compile(r'["{}\[\],]')
+_STRING_END = re.compile(r'["\\]')
 _DECODE = json.JSONDecoder().raw_decode
 
 
@@ -59,13 +61,14 @@ class JsonRows:
 
     def __getitem__(self, row: int) -> object:
         start = self._starts[row]
+        text = self.text(row)
+        if _depth(text) > MAX_DEPTH:
+            raise RecordError("malformed_json", f"nested too deeply in the row at byte {start}")
         try:
-            return json.loads(self.text(row))
+            return json.loads(text, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise RecordError("malformed_json", f"{error.msg} in the row at byte {start}") from None
-        except RecursionError:
-            raise RecordError("malformed_json", f"nested too deeply in the row at byte {start}") from None
-        except ValueError as error:  # a number with thousands of digits
+        except ValueError as error:  # a key given twice, a number with thousands of digits
             raise RecordError("malformed_json", f"{error} in the row at byte {start}") from None
 
     def text(self, row: int) -> str:
@@ -162,12 +165,9 @@ def _whole_elements(rows: JsonRows, position: int):
     num_bytes = len if text.isascii() else _num_bytes
     begin = end = 0
     while True:
-        try:
-            _, stop = _DECODE(text, begin)
-        except (ValueError, RecursionError):
-            stop = len(text)
-        if stop == len(text):
-            # cut by the chunk's end, or malformed
+        stop = _value_end(text, begin)
+        if stop is None or stop == begin or stop == len(text):
+            # cut by the chunk's end, or no value at all
             break
         start = position + num_bytes(text[end:begin])
         position = start + num_bytes(text[begin:stop])
@@ -183,6 +183,13 @@ def _whole_elements(rows: JsonRows, position: int):
     return position
 
 
+def _value_end(text: str, start: int) -> int | None:
+    try:
+        return _DECODE(text, start)[1]
+    except (ValueError, RecursionError):
+        return _element_end(text, start)
+
+
 def _num_bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogateescape"))
 
@@ -190,27 +197,13 @@ def _num_bytes(text: str) -> int:
 def _skip_element(rows: JsonRows, start: int) -> int:
     """Where the array's element that starts at byte `start` ends, by its brackets and quotes alone, or the file."""
     data = rows.read(start, MAX_ROW_BYTES + 1)
-    depth = position = 0
-    while match := _STRUCTURE.search(data, position):
-        position = match.end()
-        byte = match.group()
-        if byte == b'"':
-            while (match := _STRING_END.search(data, position)) and match.group() == b"\\":
-                position = match.end() + 1
-            if not match:
-                break
-            position = match.end()
-        elif depth == 0 and byte in b",]}":
-            if match.start() == 0:
-                what = f"expected a value, found {byte.decode()} at byte {start}"
-                raise UserError(what, where=str(rows.path), fix="mend the JSON there")
-            return start + match.start()
-        elif byte in b"{[":
-            depth += 1
-        elif byte in b"}]":
-            depth -= 1
-            if depth == 0:
-                return start + position
+    # latin-1: one character a byte
+    end = _element_end(data.decode("latin-1"), 0)
+    if end == 0:
+        what = f"expected a value, found {chr(data[0])} at byte {start}"
+        raise UserError(what, where=str(rows.path), fix="mend the JSON there")
+    if end is not None:
+        return start + end
     if len(data) > MAX_ROW_BYTES:
         raise UserError(
             f"row {len(rows)}, at byte {start}, is longer than {MAX_ROW_BYTES} bytes or never ends",
@@ -218,6 +211,63 @@ def _skip_element(rows: JsonRows, start: int) -> int:
             fix="mend the row, or store large images as files",
         )
     return start + len(data)
+
+
+def _element_end(text: str, start: int) -> int | None:
+    """Where an array's element that starts at `start` ends, by its brackets and quotes alone; None: not in `text`."""
+    depth, position = 0, start
+    while match := _STRUCTURE.search(text, position):
+        position = match.end()
+        character = match.group()
+        if character == '"':
+            position = _string_end(text, position)
+        elif depth == 0 and character in ",]}":
+            return match.start()
+        elif character in "{[":
+            depth += 1
+        elif character in "}]":
+            depth -= 1
+            if depth == 0:
+                return position
+    return None
+
+
+def _string_end(text: str, position: int) -> int:
+    """The place behind the quote that closes a string; the text's end where none does."""
+    while (match := _STRING_END.search(text, position)) and match.group() == "\\":
+        position = match.end() + 1
+    return match.end() if match else len(text)
+
+
+def _depth(text: str) -> int:
+    """How deep brackets nest; no more than an upper bound where that is within MAX_DEPTH."""
+    bound = text.count("{") + text.count("[")
+    if bound <= MAX_DEPTH:
+        return bound
+    depth = deepest = position = 0
+    while match := _STRUCTURE.search(text, position):
+        position = match.end()
+        character = match.group()
+        if character == '"':
+            position = _string_end(text, position)
+        elif character in "{[":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in "}]":
+            depth -= 1
+    return deepest
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """One JSON object; of a key given twice none is the right one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"key {ascii(key[:80])} is given twice")
+            seen.add(key)
+    return found
 
 
 def _broken_array(rows: JsonRows, position: int, found: bytes) -> UserError:

@@ -1,7 +1,7 @@
 """Why a record can't be trained on: one table of reasons, and the error that carries one."""
 
 REASONS: dict[str, str] = {
-    "malformed_json": "the row is not JSON, is nested too deeply, or is longer than 16 MiB",
+    "malformed_json": "the row is not JSON, gives a key twice, is nested too deeply, or is longer than 16 MiB",
     "malformed_record": "the row is JSON, but a field is missing or of the wrong type",
     "invalid_text": "the text holds a lone surrogate or bytes that are not UTF-8",
     "unknown_role": "a turn's role is none of system, user (human), assistant (gpt)",
@@ -21,7 +21,8 @@ REASONS: dict[str, str] = {
     "unreadable_image": "the operating system refuses to read the image file",
     "unsupported_image_format": "the image is not JPEG, PNG, WebP, GIF or BMP",
     "corrupt_image": "the image is truncated, damaged or empty",
-    "oversized_image": "the image has more pixels than the limit",
+    "oversized_image": "the image has more pixels, a longer side or more bytes than the limit",
+    "decoder_died": "the process that decodes images crashed, was killed or stalled on this one, twice",
     "too_thin_image": "so long and thin that unpadding leaves nothing of its tiles, only the squashed overview",
     "too_long": "the record has more tokens than the limit; no image and no answer is ever cut",
     "duplicate": "an earlier row of the same source has the same images and the same conversation",

@@ -8,6 +8,7 @@ import importlib.resources
 import math
 import re
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,11 +17,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.safe_text import holds_credential
 
 
 ModuleGroup = Literal["vision_tower", "multi_modal_projector", "language_model"]
 Policy = Literal["error", "skip", "quarantine"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+# as TrainingArguments and huggingface_hub call it
+_TOKEN_FIELDS = ("hub_token", "token")
 
 SHIPPED = ("tiny", "smol", "llama31-8b", "llama31-8b-card", "llama31-8b-card-commands")
 
@@ -269,6 +274,16 @@ class Recipe(_Frozen):
     stages: dict[str, Stage] = Field(min_length=1)
     evaluation: Evaluation | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_credentials(cls, content: Any) -> Any:
+        for place in _credentials(content):
+            raise ValueError(
+                f"{place} holds a token or a password, and a recipe is written into its run and its card "
+                "(fix: take it out and change it; log in with `hf auth login`, or set HF_TOKEN in the environment)"
+            )
+        return content
+
     @model_validator(mode="after")
     def _names(self) -> "Recipe":
         for name in self.stages:
@@ -278,6 +293,23 @@ class Recipe(_Frozen):
             if stage.eval_questions is not None and self.evaluation is None:
                 raise ValueError(f"stage {name} has eval_questions, but there is no evaluation (fix: add one)")
         return self
+
+
+def _credentials(content: Any, key: str = "the recipe") -> Iterator[str]:
+    """The keys under which a recipe holds secrets."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            if holds_credential(str(name)):
+                yield f"a key of {key}"
+            elif value and name in _TOKEN_FIELDS:
+                yield f"{key}: {name}"
+            else:
+                yield from _credentials(value, f"{key}: {name}" if key == "the recipe" else f"{key}.{name}")
+    elif isinstance(content, list | tuple):
+        for number, item in enumerate(content):
+            yield from _credentials(item, f"{key}.{number}")
+    elif isinstance(content, str) and holds_credential(content):
+        yield key
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.images import MAX_PIXELS, ImageRef, image_at
 from llava_llama31.trainer.json_rows import JsonRows
 from llava_llama31.trainer.reasons import REASONS, RecordError
+from llava_llama31.trainer.safe_text import printable
 
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class Record:
     """One conversation about images.
 
     Args:
-        id: the data's own id as a string, or `FILE:ROW`; not necessarily unique.
+        id: the data's own id as a string that can be printed (control characters escaped, cut at 200 characters), or
+            `FILE:ROW`; not necessarily unique.
         images: in the order of their places in the messages.
         messages: `{"role", "content"}` with role system, user or assistant and content a list of
             `{"type": "image"}` and `{"type": "text", "text": str}`; user and assistant alternate, and an assistant
@@ -129,7 +131,9 @@ class RecordStore:
 
     def _id(self, raw: object, row: int) -> str:
         given = raw.get("id") if isinstance(raw, dict) else None
-        return str(given) if isinstance(given, (str, int, float)) and given != "" else f"{self._stem}:{row}"
+        if given in (None, "") or not isinstance(given, (str, int, float)) or isinstance(given, bool):
+            return f"{self._stem}:{row}"
+        return printable(str(given))
 
 
 def open_records(
@@ -185,7 +189,14 @@ class DatasetRows:
         return len(self.dataset)
 
     def __getitem__(self, row: int) -> object:
-        return self.dataset[row].to_pylist()[0]
+        from pyarrow import ArrowException
+
+        try:
+            return self.dataset[row].to_pylist()[0]
+        except UnicodeDecodeError as error:
+            raise RecordError("invalid_text", f"{error.reason} at byte {error.start} of a text") from None
+        except (ArrowException, OverflowError, ValueError) as error:  # a date that no calendar has
+            raise RecordError("malformed_record", f"a value that can't be read: {error}") from None
 
     def text(self, row: int) -> str:
         return json.dumps(self[row], default=_encoded)
@@ -199,21 +210,45 @@ def _load_dataset(path: str, split: str):
         if folder.is_file() and folder.suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files={split: path}, split=split)
         if (folder / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(path)[split]
+            return _saved_dataset(_saved_split(folder, split))
         if (folder / "state.json").is_file():
-            return datasets.load_from_disk(path)
+            return _saved_dataset(folder)
         if folder.is_dir() and next(folder.rglob("*.parquet"), None):
-            return datasets.load_dataset(path, split=split)
+            # by its builder's name: opened as a folder, its README may name files elsewhere, and URLs
+            return datasets.load_dataset("parquet", data_dir=path, split=split)
         if not folder.exists() and _HUB_ID.fullmatch(path):
             name, _, config = path.partition(":")
             return datasets.load_dataset(name, config or None, split=split)
-    except KeyError:
-        raise UserError(f"there is no split {split!r}", where=path, fix="name one that is there in `split`") from None
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(str(error).strip().split("\n")[0], where=path, fix="check `path` and `split`") from error
     what = "holds no data that can be read" if folder.exists() else "does not exist"
     kinds = "a .json, .jsonl or .parquet file, a folder of parquet files or of save_to_disk, or OWNER/NAME on the Hub"
     raise UserError(f"the path {what}", where=path, fix=f"name {kinds}")
+
+
+def _saved_split(folder: Path, split: str) -> Path:
+    """Folder of one split of a data set that `save_to_disk` wrote."""
+    splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    if split not in splits:
+        raise UserError(f"there is no split {split!r}", where=str(folder), fix="name one that is there in `split`")
+    return _inside(folder, split)
+
+
+def _saved_dataset(folder: Path):
+    import datasets
+
+    for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+        _inside(folder, file["filename"])
+    return datasets.load_from_disk(str(folder))
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of a saved data set, which its own description may not take from elsewhere."""
+    if Path(name).name != name:
+        raise ValueError(f"{name[:80]!r} is no name of a file in the folder")
+    return folder / name
 
 
 def _encoded(value: object) -> str:
@@ -234,7 +269,7 @@ def _detect_format(rows: _Rows, path: str) -> Format:
             return "messages"
         if "conversations" in raw:
             return "sharegpt" if "images" in raw else "llava"
-        keys = ", ".join(sorted(map(ascii, raw))[:20])
+        keys = ", ".join(ascii(str(key)[:80]) for key in sorted(raw)[:20])
         fix = "a record holds `conversations`, `messages`, `prompt` and `completion`, or `texts`; name its `format`"
         raise UserError(f"row {row} has none of the known shapes: its keys are {keys}", where=path, fix=fix)
     raise UserError(f"none of the first {_PROBED_ROWS} rows is a JSON object", where=path, fix="is it a data file?")

@@ -1,6 +1,7 @@
 """Questions with annotated answers, read from the files in which TextVQA is handed around."""
 
 import ast
+import os
 from base64 import b64decode
 from binascii import Error as Base64Error
 from collections.abc import Iterator
@@ -242,7 +243,7 @@ def _ocr_tokens(tokens: Any, where: str) -> tuple[str, ...] | None:
 
 def _picture(row: dict[str, Any], image_id: str, root: Path, where: str) -> ImageRef:
     image = row.get("image")
-    if isinstance(image, dict) and image.get("bytes") is not None:
+    if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
         return ImageRef(image_id, data=image["bytes"])
     name = image.get("path") if isinstance(image, dict) else image
     names = [name] if name else [image_id + suffix for suffix in IMAGE_SUFFIXES]
@@ -253,4 +254,4 @@ def _picture(row: dict[str, Any], image_id: str, root: Path, where: str) -> Imag
     except RecordError as error:
         raise UserError(f"{names[0]}: {error}", where=where, fix="keep all pictures under --image-root") from None
     # a picture that is not there is a question that fails and is counted, not a file that cannot be read
-    return next((image for image in images if image.path is not None and image.path.is_file()), images[0])
+    return next((image for image in images if image.path is not None and os.path.isfile(image.path)), images[0])
