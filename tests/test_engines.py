@@ -295,8 +295,9 @@ def test_deepspeeds_checkpoints_are_not_for_other_engines(recipe_content, tmp_pa
     kill_when(start(zero2, *arguments), tmp_path / "run/stages/1-projector/checkpoint-2")
     process = start(DDP, *arguments)
     output, _ = process.communicate(timeout=100)
-    assert process.returncode != 0 and "Traceback" not in output.partition("ChildFailedError")[0]
-    assert "written under zero2 by 2 processes, and this is plain with 2" in output
+    assert process.returncode != 0
+    said, _, _ = output.partition("Traceback")  # of the launcher
+    assert "written under zero2 by 2 processes, and this is plain with 2" in said
 
 
 @pytest.mark.slow

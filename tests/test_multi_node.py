@@ -66,12 +66,13 @@ def start(command: list[str], **variables: str) -> subprocess.Popen:
 
 @contextmanager
 def two_machines(launcher: str, folder: Path, *arguments: str) -> Iterator[list[subprocess.Popen]]:
-    """Jobs of two launchers, which share all but the cache."""
+    """Jobs of two launchers, which share all but the cache; {node} in an argument becomes 0 and 1."""
     port = free_port()
     jobs = []
     for node in (0, 1):
         options = LAUNCHERS[launcher].format(node=node, port=port).split()
-        command = [sys.executable, "-m", *options, "examples/train.py", *arguments]
+        command = [sys.executable, "-m", *options, "examples/train.py"]
+        command += [argument.format(node=node) for argument in arguments]
         jobs.append(start(command, XDG_CACHE_HOME=str(folder / f"cache-{node}")))
     try:
         yield jobs
@@ -100,6 +101,26 @@ def test_two_machines_end_with_the_weights_of_one(launch, recipe_file, tmp_path)
         for node in (0, 1):  # both filled their own
             assert list((tmp_path / f"cache-{node}" / "llava-llama31").glob("features/*.features"))
             assert list((tmp_path / f"cache-{node}" / "llava-llama31").glob("check-data/*.json"))
+
+
+@pytest.mark.slow
+def test_machines_that_see_different_things_are_told_so(recipe_content, data_folder, tmp_path):
+    """Another folder for the run, and a picture that one machine lacks, under a policy that skips it."""
+    del recipe_content["evaluation"]
+    for node in (0, 1):
+        shutil.copytree(data_folder, tmp_path / f"data-{node}")
+        for stage in recipe_content["stages"].values():
+            stage["data"] = [{"name": "rows", "path": str(tmp_path / f"data-{node}" / "rows.json")}]
+            stage["on_bad_record"] = {"default": "skip"}
+        (tmp_path / f"recipe-{node}.yaml").write_text(yaml.safe_dump(recipe_content, sort_keys=False))
+    (tmp_path / "data-1" / "5.png").unlink()
+    recipe = str(tmp_path / "recipe-{node}.yaml")
+    for output, message in (("run-{node}", "not the same folder on"), ("run", "44 to train on, ")):
+        with two_machines("torchrun", tmp_path, recipe, "--output", str(tmp_path / output)) as jobs:
+            outputs = [job.communicate(timeout=150)[0] for job in jobs]
+        assert all(job.returncode for job in jobs)
+        for text in outputs:  # behind it there is the launcher's own traceback
+            assert message in text.partition("Traceback")[0], text
 
 
 # What the script calls of Slurm: tasks in sessions of their own, with its variables; the highest exit code.

@@ -2,16 +2,19 @@
 
 import fcntl
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -36,7 +39,7 @@ from llava_llama31.trainer.training_args import check_deepspeed, check_trainer_a
 
 __all__ = ["Interrupted", "run_recipe"]
 
-RECIPE, SUMMARY, ELAPSED, BASE = "recipe.json", "summary.json", "elapsed.json", "base"
+RECIPE, SUMMARY, ELAPSED, BASE, SHARED = "recipe.json", "summary.json", "elapsed.json", "base", ".shared"
 
 
 def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] | None:
@@ -56,6 +59,7 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] 
     console = make_console()
     transformers.utils.logging.disable_progress_bar()
     with claimed(recipe, output, state.is_main_process), _clocked(output, state.is_main_process) as minutes:
+        check_shared(output, state)
         if (output / SUMMARY).is_file():
             console.print(f"{recipe.name} is done: {output / SUMMARY}")
             return checkpoints.read_json(output / SUMMARY) if state.is_main_process else None
@@ -70,7 +74,8 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] 
             folder = stage_folder(output, recipe, name)
             if stage.init_from != "previous":
                 origin = local_checkpoint(stage.init_from, where=f"stages.{name}.init_from")
-            record = finished_record(folder)
+            # the main process reads all of its weights to be sure; the others believe it
+            (record,) = broadcast_object_list([finished_record(folder) if state.is_main_process else None])
             if record is None:
                 folder.mkdir(parents=True, exist_ok=True)
                 run = StageRun(
@@ -94,6 +99,29 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] 
         summary = finish(recipe, output, base, origin, records, console, command=command, minutes=minutes)
         checkpoints.write_json(output / SUMMARY, summary)
         return summary
+
+
+def check_shared(output: Path, state: PartialState) -> None:
+    """Every process has to see the run's folder: the main one writes weights there that all read.
+
+    Raises:
+        UserError: on all processes, naming the machines that do not.
+    """
+    if state.num_processes == 1:
+        return
+    mark = output / SHARED
+    (token,) = broadcast_object_list([uuid4().hex])
+    if state.is_main_process:
+        mark.write_text(token, encoding="utf-8")
+    state.wait_for_everyone()
+    sees = mark.is_file() and mark.read_text(encoding="utf-8") == token
+    blind = sorted({host for host, there in gather_object([(socket.gethostname(), sees)]) if not there})
+    if blind:
+        raise UserError(
+            f"not the same folder on {', '.join(blind)}",
+            where=str(output),
+            fix="choose an --output on a file system that all machines share",
+        )
 
 
 @contextmanager

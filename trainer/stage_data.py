@@ -1,5 +1,7 @@
 """The rows of a stage: checked, sampled, split into training and validation."""
 
+import hashlib
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +9,11 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.check_data import DataReport, Limits, check_sources, default_cache_dir, select_rows
+from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.order import Lengths
 from llava_llama31.trainer.recipe import Stage, num_held_out
 from llava_llama31.trainer.records import RecordStore, open_records
@@ -30,7 +34,9 @@ class StageData:
     summary: list[dict[str, Any]]
 
 
-def check_stage(stage: Stage, processor: LlavaLlama31Processor, rejects: Path, *, progress: bool = True) -> DataReport:
+def check_stage(
+    stage: Stage, processor: LlavaLlama31Processor, rejects: Path | None, *, progress: bool = True
+) -> DataReport:
     """Check all records of a stage under its limits and policy; findings are cached over runs.
 
     Raises:
@@ -74,10 +80,15 @@ def weighted(rows: np.ndarray, sources: np.ndarray, weights: Sequence[float], se
 
 
 def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, folder: Path, seed: int) -> StageData:
-    """Check the data (the first process of a machine does, the others find its result) and choose the rows."""
+    """Check the data (the first process of a machine does, the others find its result) and choose the rows.
+
+    Raises:
+        UserError: records can't be used and their policy is `error`, or the machines find different ones.
+    """
     state = PartialState()
     with state.local_main_process_first():
-        report = check_stage(stage, processor, folder / "rejects.jsonl", progress=state.is_main_process)
+        rejects = folder / "rejects.jsonl" if state.is_main_process else None  # one writer
+        report = check_stage(stage, processor, rejects, progress=state.is_main_process)
     rows: list[tuple[int, int]] = []
     lengths = []
     summary = []
@@ -104,7 +115,7 @@ def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, folder: Path
     sources = np.array([source for source, _ in rows], dtype=np.int64)
     trained = weighted(trained, sources[trained], [source.weight for source in stage.data], seed)
     found_lengths = Lengths(*(np.concatenate(column) for column in zip(*lengths, strict=True)))
-    return StageData(
+    data = StageData(
         stores=[open_records(source, keep_data_newline=keeps_data_newline(stage)) for source in stage.data],
         train_rows=[rows[i] for i in trained],
         eval_rows=[rows[i] for i in held_out],
@@ -112,3 +123,24 @@ def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, folder: Path
         eval_lengths=found_lengths[held_out],
         summary=summary,
     )
+    if state.num_processes > 1:
+        _check_agreement(data)
+    return data
+
+
+def _check_agreement(data: StageData) -> None:
+    """Every process has to train on the same rows, or the steps would differ without a word."""
+    digest = hashlib.sha256(np.array([*data.train_rows, *data.eval_rows], dtype=np.int64).tobytes())
+    for lengths in (data.lengths, data.eval_lengths):
+        for column in (lengths.num_tokens, lengths.num_supervised_tokens, lengths.num_prefix_tokens):
+            digest.update(np.ascontiguousarray(column, dtype=np.int64).tobytes())
+    found = gather_object([(socket.gethostname(), len(data.train_rows), digest.hexdigest())])
+    (first, num_rows, expected), *others = found
+    different = {host: rows for host, rows, digest_there in others if digest_there != expected}
+    if different:
+        listed = ", ".join(f"{host} has {rows:,}" for host, rows in different.items())
+        raise UserError(
+            f"the processes find different records: {first} has {num_rows:,} to train on, {listed}",
+            fix="make data, image folders and processor the same on all machines; `llava-llama31 check-data RECIPE` "
+            "on each lists what it can't use",
+        )
