@@ -273,22 +273,22 @@ class LlavaLlama31Attention(LlamaAttention):
 
     def project(self, hidden: torch.Tensor, positions: Positions, queries: torch.Tensor | None) -> Heads:
         """Rotated queries (1, H, Q, head size), rotated keys and values (1, key heads, S, head size) of (1, S, D)."""
-        asking = hidden if queries is None else hidden[:, queries]
-        query, key, value = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection, x in ((self.q_proj, asking), (self.k_proj, hidden), (self.v_proj, hidden))
-        )
-        cos, sin = positions
-        query_cos, query_sin = (x if queries is None else x[:, queries] for x in positions)
-        return _Rotary.apply(query, query_cos, query_sin), _Rotary.apply(key, cos, sin), value
+        query = self._heads(self.q_proj(hidden if queries is None else hidden[:, queries]))
+        cos, sin = (x if queries is None else x[:, queries] for x in positions)
+        return _Rotary.apply(query, cos, sin), *self.keys_and_values(hidden, positions)
+
+    def keys_and_values(self, hidden: torch.Tensor, positions: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated keys and values (1, key heads, S, head size) of (1, S, D)."""
+        return _Rotary.apply(self._heads(self.k_proj(hidden)), *positions), self._heads(self.v_proj(hidden))
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def packed(self, heads: Heads, plan: AttentionPlan, cache: Cache | None = None) -> torch.Tensor:
         """What the output projection takes (1, N, H x head size); `cache` keeps keys and values."""
         query, key, value = heads
         if cache is not None:
             cache.update(key, value, self.layer_idx)
-        if not plan.segments:
-            return query.transpose(1, 2).flatten(2)
         output = packed_attention(query, key, value, plan, self.scaling).flatten(2)
         return output if plan.kept is None else output[:, plan.kept]
 
@@ -391,6 +391,11 @@ class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
+        if not plan.segments:  # nobody reads the output: keys and values are all
+            normed = self.input_layernorm(hidden_states)
+            keys_and_values = self.self_attn.keys_and_values(normed, position_embeddings)
+            past_key_values.update(*keys_and_values, self.self_attn.layer_idx)
+            return hidden_states[:, :0]
         before, after = self.token_wise if self.training else EAGER
         heads = before(self, hidden_states, position_embeddings, plan.queries)
         attended = self.self_attn.packed(heads, plan, past_key_values)

@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from llava_llama31.trainer.engine import gathered
 from llava_llama31.trainer.errors import UserError
@@ -44,6 +44,29 @@ def adapt(model: PreTrainedModel, lora: Lora, *, seed: int, where: str) -> "Peft
                 with gathered(linear.weight, changed=True):
                     _draw(linear, chance)
     return adapted
+
+
+def quantization(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA's storage (Dettmers et al., 2023): the decoder's linear layers in NF4, its scales quantized once more."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    )
+
+
+@torch.no_grad()
+def take_dequantized(model: torch.nn.Module, quantized: torch.nn.Module) -> None:
+    """Give a plain adapted model the weights that a quantized one computes with: its adapters were trained on them."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Params4bit
+
+    plain = dict(model.named_parameters())
+    for name, parameter in quantized.named_parameters():
+        if isinstance(parameter, Params4bit):
+            plain[name].copy_(dequantize_4bit(parameter.data, parameter.quant_state))
 
 
 @torch.no_grad()

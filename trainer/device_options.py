@@ -35,6 +35,8 @@ def check_device_options(stage: Stage, where: str) -> None:
                 "not under FSDP, where nothing shows that it is right", where=f"{where}.{key}", fix=f"remove {key}"
             )
     optim = optim_name(stage, where)
+    if stage.lora is not None and stage.lora.quantize and find_spec("bitsandbytes") is None:
+        raise UserError("needs bitsandbytes", where=f"{where}.lora.quantize", fix=f"run {LOW_BIT}")
     if stage.fp8:
         _check_fp8(where)
     if stage.compile:

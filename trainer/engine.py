@@ -81,6 +81,10 @@ def _check_fsdp(stage: Stage, where: str) -> None:
         raise UserError(
             "this is FSDP1, which PyTorch gives up", where=where, fix="set fsdp_version: 2 in accelerate's file"
         )
+    if stage.lora is not None and stage.lora.quantize:
+        raise UserError(
+            "quantized weights under FSDP are not there yet", where=f"{where}.lora.quantize", fix="remove quantize"
+        )
     if stage.precision == "bfloat16-weights":
         raise UserError(
             "under FSDP trained weights are float32", where=f"{where}.precision", fix="set precision: bfloat16"
@@ -183,6 +187,8 @@ def gathered(parameter: torch.nn.Parameter, *, changed: bool = False) -> Abstrac
 
 def num_elements(parameter: torch.nn.Parameter) -> int:
     """Numbers in a parameter, wherever they are; what ZeRO-3 has partitioned calls itself empty."""
+    if parameter.dtype == torch.uint8:  # bitsandbytes keeps two in a byte
+        return parameter.quant_state.shape.numel()
     return parameter.numel() or (parameter.ds_numel if is_deepspeed_zero3_enabled() else 0)
 
 

@@ -68,7 +68,8 @@ def freeze(
                 train = train and _is_adapter(name)
             if name == "model.image_newline" and freeze_image_newline:
                 train = False
-            parameter.requires_grad_(train)
+            if parameter.requires_grad != train:  # quantized weights may not even be asked
+                parameter.requires_grad_(train)
             total += num_elements(parameter)
             trainable += num_elements(parameter) * train
         report.append(GroupReport(group, total, trainable, learning_rates.get(group) if trainable else None))

@@ -89,6 +89,8 @@ class Lora(_Frozen):
     dropout: Fraction = 0.0
     targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     dora: bool = False
+    quantize: Literal["nf4"] | None = None
+    """Keep the adapted weights in 4 bits while the adapters are trained (QLoRA, through bitsandbytes)."""
 
 
 class Stage(_Frozen):
@@ -185,6 +187,9 @@ class Stage(_Frozen):
         if self.feature_cache_gb is not None:
             self._check_feature_cache()
         self._check_device_options()
+        if self.lora is not None and self.lora.quantize and (self.deepspeed is not None or self.compile):
+            key = "compile" if self.compile else "deepspeed"
+            raise ValueError(f"quantized weights under {key} are not there yet (fix: remove {key} or lora.quantize)")
         if self.lora is not None and "language_model" not in self.trainable:
             raise ValueError("lora adapts the language_model (fix: add language_model to trainable, or remove lora)")
         self._check_evaluations()

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PrinterCallback
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer import checkpoints
-from llava_llama31.trainer.adapters import adapt
+from llava_llama31.trainer.adapters import adapt, quantization, take_dequantized
 from llava_llama31.trainer.collator import Collator
 from llava_llama31.trainer.console import StageProgress, print_stage_start
 from llava_llama31.trainer.dataset import StageDataset
@@ -31,7 +31,6 @@ from llava_llama31.trainer.device_options import FLOAT8_MULTIPLE, checkpoint_act
 from llava_llama31.trainer.engine import (
     as_launched,
     check_resumable,
-    engine_of,
     forget_deepspeed,
     join_deepspeed,
     uses_fsdp,
@@ -112,7 +111,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
     join_deepspeed(stage)
     args = training_arguments(stage, derived, output_dir=run.folder, seed=run.seed, where=f"stages.{run.name}")
     transformers.set_seed(run.seed)
-    model = _load_model(run)
+    model = _load_model(run, quantized=True)
     report = _freeze(model, stage)
     _use_device_options(_base(model, stage), stage)
     print_stage_start(run.console, run.name, stage, derived, report, str(run.origin))
@@ -138,11 +137,15 @@ def _release(stage: Stage) -> None:
         torch.cuda.empty_cache()
 
 
-def _load_model(run: StageRun) -> PreTrainedModel:
-    dtype = DTYPES[run.stage.precision]
+def _load_model(run: StageRun, *, quantized: bool = False) -> PreTrainedModel:
+    """The origin's model, with fresh adapters where the stage has some; `quantized` if those ask for it."""
+    dtype, lora = DTYPES[run.stage.precision], run.stage.lora
+    options = {}
+    if quantized and lora is not None and lora.quantize:
+        options = {"quantization_config": quantization(_product_dtype(run.stage))}
     try:
         model, info = LlavaLlama31ForConditionalGeneration.from_pretrained(
-            run.origin, dtype=dtype, output_loading_info=True
+            run.origin, dtype=dtype, output_loading_info=True, **options
         )
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
@@ -154,9 +157,9 @@ def _load_model(run: StageRun) -> PreTrainedModel:
         raise UserError(
             f"lacks {len(missing)} weights, the first {missing[0]}", where=str(run.origin), fix="make it again"
         )
-    if run.stage.lora is None:
+    if lora is None:
         return model
-    return adapt(model, run.stage.lora, seed=run.seed, where=f"stages.{run.name}")
+    return adapt(model, lora, seed=run.seed, where=f"stages.{run.name}")
 
 
 def _base(model: PreTrainedModel, stage: Stage) -> LlavaLlama31ForConditionalGeneration:
@@ -171,11 +174,18 @@ def _freeze(model: PreTrainedModel, stage: Stage) -> list[GroupReport]:
     )
     if stage.precision == "bfloat16" and stage.deepspeed is None and not uses_fsdp():  # those have types of their own
         for line in report:
-            parameters = [parameter for _, parameter in group_parameters(_base(model, stage), line.group)]
-            if line.num_trainable == 0 and all(_fits_bfloat16(parameter) for parameter in parameters):
-                for parameter in parameters:
-                    parameter.data = parameter.data.to(torch.bfloat16)
+            # a group as a whole: a layer whose weights have two types would not run; adapters bring their own type
+            if line.num_trainable == 0 or (stage.lora is not None and line.group == "language_model"):
+                parameters = [p for _, p in group_parameters(_base(model, stage), line.group) if not p.requires_grad]
+                _narrow([parameter for parameter in parameters if parameter.is_floating_point()])
     return report
+
+
+def _narrow(parameters: list[torch.nn.Parameter]) -> None:
+    """Make parameters bfloat16, if none of them loses anything by it."""
+    if all(_fits_bfloat16(parameter) for parameter in parameters):
+        for parameter in parameters:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _use_device_options(model: LlavaLlama31ForConditionalGeneration, stage: Stage) -> None:
@@ -429,14 +439,14 @@ def _record(
 
 
 def _whole_adapted(run: StageRun, trainer: LlavaTrainer) -> PreTrainedModel:
-    """The adapted model, with all its weights on the main process; every process calls this."""
-    if engine_of(trainer.args) == "plain":
-        return trainer.model
+    """On the main process the adapted model anew, whole, on the host and as exact as its origin; all call this."""
     trained = trainer.whole_weights()
     if not run.is_main:
         return trainer.model
     forget_deepspeed()  # it would spread the model over processes that don't take part
     model = _load_model(run)
+    if run.stage.lora.quantize:
+        take_dequantized(model, trainer.model)
     _, unexpected = model.load_state_dict(trained, strict=False)
     assert not unexpected, unexpected
     return model

@@ -1,0 +1,125 @@
+"""LoRA and QLoRA: what the adapters start from, what is kept in which type, and what is published."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from llava_llama31 import LlavaLlama31ForConditionalGeneration
+from llava_llama31.trainer.adapters import adapt, quantization
+from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.llava_trainer import LlavaTrainer
+from llava_llama31.trainer.recipe import Lora
+
+
+pytest.importorskip("peft")
+
+
+@pytest.fixture
+def run_adapters(recipe_content, tmp_path):
+    """Train the second stage alone, with adapters; returns its folder."""
+
+    def run(lora: dict, base=None, **stage):
+        del recipe_content["evaluation"], recipe_content["stages"]["projector"]
+        recipe_content["stages"]["instruct"] |= {"learning_rate": 1e-2, "lora": {"r": 4, "alpha": 8, **lora}, **stage}
+        if base is not None:
+            recipe_content["model"]["checkpoint"] = str(base)
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_content))
+        assert main(["train", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")]) == 0
+        return tmp_path / "run/stages/1-instruct"
+
+    return run
+
+
+@pytest.fixture
+def bfloat16_base(base_folder, tmp_path):
+    """The base with weights that bfloat16 holds exactly, as released models have."""
+    folder = tmp_path / "base"
+    shutil.copytree(base_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: w.bfloat16().float() for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return folder
+
+
+def adapters_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def test_adapters_start_from_the_seed_alone(base_folder):
+    def drawn(seed, noise):
+        torch.manual_seed(noise)
+        model = LlavaLlama31ForConditionalGeneration.from_pretrained(base_folder)
+        return adapters_of(adapt(model, Lora(r=4), seed=seed, where="s"))
+
+    first, same, other = drawn(1, 0), drawn(1, 5), drawn(2, 0)
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    grown = [name for name in first if "lora_A" in name]
+    assert not any(torch.equal(first[name], other[name]) for name in grown)
+    bound = 1 / 64**0.5  # uniform, as nn.Linear's own draw: 1 / sqrt(width of the input)
+    narrow = torch.cat([first[name].flatten() for name in grown if first[name].shape[1] == 64])
+    assert narrow.abs().max() <= bound and narrow.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+def test_frozen_weights_under_adapters_are_bfloat16_and_merged_ones_are_exact(
+    run_adapters, bfloat16_base, monkeypatch
+):
+    types = {}
+    train = LlavaTrainer.train
+
+    def looked_at(self, *args, **kwargs):
+        types.update({name: p.dtype for name, p in self.model.named_parameters()})
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlavaTrainer, "train", looked_at)
+    stage = run_adapters({}, bfloat16_base, precision="bfloat16")
+    trained = {name for name in types if "lora_" in name or "projector" in name or "image_newline" in name}
+    assert {types[name] for name in trained} == {torch.float32}
+    assert {types[name] for name in types.keys() - trained} == {torch.bfloat16}
+    before, after = load_file(bfloat16_base / "model.safetensors"), load_file(stage / "final/model.safetensors")
+    adapters = load_file(stage / "checkpoint-6/trainable.safetensors")
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    up, down = (adapters[f"base_model.model.{name}.lora_{side}.default.weight"] for side in "BA")
+    torch.testing.assert_close(after[f"{name}.weight"], before[f"{name}.weight"] + 2 * up @ down, atol=1e-7, rtol=0)
+    assert up.abs().max() > 0 and torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_what_qlora_publishes_computes_what_it_trained(run_adapters, base_folder, samples):
+    pytest.importorskip("bitsandbytes")
+    stage = run_adapters({"quantize": "nf4"})
+    groups = json.loads((stage / "final/stage.json").read_text())["groups"]
+    assert [group["num_parameters"] for group in groups] == [44768, 6336, 131392 + 8192]  # two numbers to a byte
+    quantized = LlavaLlama31ForConditionalGeneration.from_pretrained(
+        base_folder, quantization_config=quantization(torch.float32)
+    )
+    layer = quantized.model.language_model.layers[0]
+    assert layer.mlp.up_proj.weight.dtype == torch.uint8
+    assert quantized.model.multi_modal_projector.linear_1.weight.dtype == torch.float32
+    adapted = adapt(quantized, Lora(r=4, alpha=8), seed=9, where="s")
+    _, unexpected = adapted.load_state_dict(load_file(stage / "checkpoint-6/trainable.safetensors"), strict=False)
+    assert not unexpected
+    published = LlavaLlama31ForConditionalGeneration.from_pretrained(stage / "final")
+    assert published.model.language_model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    input_ids = torch.tensor([samples[9].input_ids])
+    # in training: without gradients bitsandbytes takes a CPU kernel that rounds to bfloat16
+    trained = adapted.train()(input_ids).logits.detach()
+    with torch.no_grad():
+        merged = published.eval()(input_ids).logits
+        plain = LlavaLlama31ForConditionalGeneration.from_pretrained(base_folder).eval()(input_ids).logits
+    torch.testing.assert_close(merged, trained, atol=1e-5, rtol=0)
+    assert (merged - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("key, value", [("deepspeed", "zero3"), ("compile", True)])
+def test_quantized_weights_are_refused_where_nothing_shows_that_they_work(recipe_content, key, value):
+    from pydantic import ValidationError
+
+    from llava_llama31.trainer.recipe import Stage
+
+    stage = {**recipe_content["stages"]["instruct"], "lora": {"quantize": "nf4"}, key: value}
+    with pytest.raises(ValidationError, match=f"quantized weights under {key}"):
+        Stage.model_validate(stage)
