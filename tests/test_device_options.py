@@ -22,7 +22,7 @@ from llava_llama31.trainer.llava_trainer import StopOnSignal
 from llava_llama31.trainer.module_groups import freeze
 from llava_llama31.trainer.optimizers import AdamWBfloat16, load_portable_state, portable_state, round_by_chance
 from llava_llama31.trainer.recipe import Stage
-from llava_llama31.trainer.stages import _use_device_options
+from llava_llama31.trainer.stage_model import use_device_options
 
 
 def stage(**changes):
@@ -223,11 +223,11 @@ def test_compiled_equals_eager(tiny_config, samples, collate, autocast, toleranc
     expected = [gradients(model, row) for row in rows]
     torch.compiler.reset()
     counters.clear()
-    _use_device_options(model, stage(compile=True))
+    use_device_options(model, stage(compile=True))
     num_graphs = []
     for recomputed in (False, True):
         if recomputed:
-            _use_device_options(model, stage(activation_checkpointing=2))
+            use_device_options(model, stage(activation_checkpointing=2))
         for row, (loss, grads) in zip(rows, expected, strict=True):
             compiled_loss, compiled_grads = gradients(model, row)
             torch.testing.assert_close(compiled_loss, loss, rtol=tolerance / 100, atol=0)
@@ -265,9 +265,9 @@ def test_two_compiled_processes_end_as_one_that_is_not(launch, tmp_path, recipe_
 
 def test_layers_are_compiled_where_the_stage_asks_for_it(tiny_model):
     layers = tiny_model.model.language_model.layers
-    _use_device_options(tiny_model, stage())
+    use_device_options(tiny_model, stage())
     assert all(layer.token_wise is EAGER for layer in layers)
-    _use_device_options(tiny_model, stage(compile=True))
+    use_device_options(tiny_model, stage(compile=True))
     assert layers[0].token_wise is not EAGER and len({id(layer.token_wise) for layer in layers}) == 1
 
 
@@ -284,7 +284,7 @@ def test_layers_are_counted_in_each_part_and_a_frozen_tower_is_left_alone(tiny_c
     tiny_config.text_config.num_hidden_layers = 3  # and 3 of the tower
     model = LlavaLlama31ForConditionalGeneration(tiny_config)
     freeze(model, dict.fromkeys(trainable, 1e-3))
-    _use_device_options(model, stage(trainable=trainable, activation_checkpointing=every))
+    use_device_options(model, stage(trainable=trainable, activation_checkpointing=every))
     pattern = {False: [False] * 3, True: [True] * 3, 2: [True, False, True]}[every]
     assert checkpointed(model.model.language_model.layers) == pattern
     trains_tower = "vision_tower" in trainable

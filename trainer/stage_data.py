@@ -1,6 +1,7 @@
-"""The rows of a stage: checked, sampled, split into training and validation."""
+"""The rows of a stage: checked, sampled, split into training and validation, batched."""
 
 import hashlib
+import math
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from accelerate.utils import gather_object
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.check_data import DataReport, Limits, check_sources, default_cache_dir, select_rows
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.order import Lengths
+from llava_llama31.trainer.order import BatchOrder, Lengths, RankBatches
 from llava_llama31.trainer.recipe import Stage, num_held_out
 from llava_llama31.trainer.records import RecordStore, open_records
 
@@ -144,3 +145,33 @@ def _check_agreement(data: StageData) -> None:
             fix="make data, image folders and processor the same on all machines; `llava-llama31 check-data RECIPE` "
             "on each lists what it can't use",
         )
+
+
+def batch_order(stage: Stage, lengths: Lengths, seed: int) -> BatchOrder:
+    """The stage's global batches."""
+    return BatchOrder(
+        lengths,
+        global_batch=stage.global_batch,
+        seed=seed,
+        keep_last=stage.last_batch == "keep",
+        group_by_length=stage.group_by_length,
+        equal_tokens=stage.batch_by == "supervised_tokens",
+        share_prefix=stage.share_prefix if stage.packing else 1,
+    )
+
+
+def within_row_limit(stage: Stage, lengths: Lengths, seed: int, num_processes: int) -> Stage:
+    """The stage with the largest micro-batch whose packed rows keep within `max_row_tokens`, as all samples do."""
+    limit, order = stage.max_row_tokens, batch_order(stage, lengths, seed)
+    if limit is None:
+        return stage
+    epochs = math.ceil(stage.epochs or (stage.max_steps or 0) / max(1, order.steps_per_epoch))
+    batches = [batch for epoch in range(epochs) for batch in order.batches(epoch)]
+    samples = stage.global_batch // num_processes
+
+    def fits(micro_batch: int) -> bool:
+        rows = RankBatches(order, micro_batch=micro_batch, rank=0, num_processes=num_processes, packed=True)
+        return all(order.row_length(row) <= limit for batch in batches for row in rows.micro_batches(batch)[:1])
+
+    sizes = (size for size in range(samples, 0, -1) if samples % size == 0 and fits(size))
+    return stage.model_copy(update={"micro_batch": next(sizes, 1)})

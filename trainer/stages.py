@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -17,17 +16,16 @@ import transformers
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PrinterCallback
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer import checkpoints
-from llava_llama31.trainer.adapters import adapt, quantization, take_dequantized
+from llava_llama31.trainer.adapters import take_dequantized
 from llava_llama31.trainer.collator import Collator
 from llava_llama31.trainer.console import StageProgress, print_stage_start
 from llava_llama31.trainer.dataset import StageDataset
-from llava_llama31.trainer.device_options import FLOAT8_MULTIPLE, checkpoint_activations, use_float8
+from llava_llama31.trainer.device_options import FLOAT8_MULTIPLE
 from llava_llama31.trainer.engine import (
     as_launched,
     check_resumable,
@@ -43,10 +41,16 @@ from llava_llama31.trainer.feature_cache import FeatureCache, cache_key, default
 from llava_llama31.trainer.flops import ModelShape
 from llava_llama31.trainer.llava_trainer import LlavaTrainer, StopOnSignal
 from llava_llama31.trainer.meter import Meter
-from llava_llama31.trainer.module_groups import GroupReport, freeze, group_parameters
-from llava_llama31.trainer.order import BatchOrder, Lengths, RankBatches
+from llava_llama31.trainer.module_groups import GroupReport
 from llava_llama31.trainer.recipe import Derived, Evaluation, Stage, derive
-from llava_llama31.trainer.stage_data import StageData, load_stage_data
+from llava_llama31.trainer.stage_data import StageData, batch_order, load_stage_data, within_row_limit
+from llava_llama31.trainer.stage_model import (
+    base_model,
+    freeze_groups,
+    load_model,
+    product_dtype,
+    use_device_options,
+)
 from llava_llama31.trainer.training_args import training_arguments
 
 
@@ -56,7 +60,6 @@ FINAL = "final"
 RECORD = "stage.json"
 # of a tower's configuration: what makes its features random in training
 _DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "dropout", "drop_path_rate")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "bfloat16-weights": torch.bfloat16}
 
 
 class Interrupted(Exception):
@@ -111,11 +114,11 @@ def run_stage(run: StageRun) -> dict[str, Any]:
     join_deepspeed(stage)
     args = training_arguments(stage, derived, output_dir=run.folder, seed=run.seed, where=f"stages.{run.name}")
     transformers.set_seed(run.seed)
-    model = _load_model(run, quantized=True)
-    report = _freeze(model, stage)
-    _use_device_options(_base(model, stage), stage)
+    model = load_model(run.origin, stage, seed=run.seed, where=f"stages.{run.name}", quantized=True)
+    report = freeze_groups(model, stage)
+    use_device_options(base_model(model, stage), stage)
     print_stage_start(run.console, run.name, stage, derived, report, str(run.origin))
-    features = _features(run, _base(model, stage), processor, data, args.device)
+    features = _features(run, base_model(model, stage), processor, data, args.device)
     stop = StopOnSignal()
     trainer = _trainer(run, model, args, processor, data, features, stop)
     _train(run, trainer, derived, stop)
@@ -135,105 +138,6 @@ def _release(stage: Stage) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _load_model(run: StageRun, *, quantized: bool = False) -> PreTrainedModel:
-    """The origin's model, with fresh adapters where the stage has some; `quantized` if those ask for it."""
-    dtype, lora = DTYPES[run.stage.precision], run.stage.lora
-    options = {}
-    if quantized and lora is not None and lora.quantize:
-        options = {"quantization_config": quantization(_product_dtype(run.stage))}
-    try:
-        model, info = LlavaLlama31ForConditionalGeneration.from_pretrained(
-            run.origin, dtype=dtype, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"cannot be loaded: {reason}", where=str(run.origin), fix="make or download it again"
-        ) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(
-            f"lacks {len(missing)} weights, the first {missing[0]}", where=str(run.origin), fix="make it again"
-        )
-    if lora is None:
-        return model
-    return adapt(model, lora, seed=run.seed, where=f"stages.{run.name}")
-
-
-def _base(model: PreTrainedModel, stage: Stage) -> LlavaLlama31ForConditionalGeneration:
-    return model if stage.lora is None else model.get_base_model()
-
-
-def _freeze(model: PreTrainedModel, stage: Stage) -> list[GroupReport]:
-    report = freeze(
-        _base(model, stage),
-        stage.learning_rates(),
-        freeze_image_newline="frozen_image_newline" in stage.quirks,
-    )
-    if stage.precision == "bfloat16" and stage.deepspeed is None and not uses_fsdp():  # those have types of their own
-        for line in report:
-            # a group as a whole: a layer whose weights have two types would not run; adapters bring their own type
-            if line.num_trainable == 0 or (stage.lora is not None and line.group == "language_model"):
-                parameters = [p for _, p in group_parameters(_base(model, stage), line.group) if not p.requires_grad]
-                _narrow([parameter for parameter in parameters if parameter.is_floating_point()])
-    return report
-
-
-def _narrow(parameters: list[torch.nn.Parameter]) -> None:
-    """Make parameters bfloat16, if none of them loses anything by it."""
-    if all(_fits_bfloat16(parameter) for parameter in parameters):
-        for parameter in parameters:
-            parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def _use_device_options(model: LlavaLlama31ForConditionalGeneration, stage: Stage) -> None:
-    if stage.fp8:
-        logger.info("float8 products in %d linear layers", len(use_float8(model)))
-    if stage.compile:
-        model.model.language_model.compile_token_wise()
-    if stage.activation_checkpointing:
-        checkpoint_activations(model, stage.trainable, int(stage.activation_checkpointing))
-
-
-def _fits_bfloat16(parameter: torch.nn.Parameter) -> bool:
-    return torch.equal(parameter.data.to(torch.bfloat16).to(parameter.dtype), parameter.data)
-
-
-def batch_order(stage: Stage, lengths: Lengths, seed: int) -> BatchOrder:
-    """The stage's global batches."""
-    return BatchOrder(
-        lengths,
-        global_batch=stage.global_batch,
-        seed=seed,
-        keep_last=stage.last_batch == "keep",
-        group_by_length=stage.group_by_length,
-        equal_tokens=stage.batch_by == "supervised_tokens",
-        share_prefix=stage.share_prefix if stage.packing else 1,
-    )
-
-
-def within_row_limit(stage: Stage, lengths: Lengths, seed: int, num_processes: int) -> Stage:
-    """The stage with the largest micro-batch whose packed rows keep within `max_row_tokens`, as all samples do."""
-    limit, order = stage.max_row_tokens, batch_order(stage, lengths, seed)
-    if limit is None:
-        return stage
-    epochs = math.ceil(stage.epochs or (stage.max_steps or 0) / max(1, order.steps_per_epoch))
-    batches = [batch for epoch in range(epochs) for batch in order.batches(epoch)]
-    samples = stage.global_batch // num_processes
-
-    def fits(micro_batch: int) -> bool:
-        rows = RankBatches(order, micro_batch=micro_batch, rank=0, num_processes=num_processes, packed=True)
-        return all(order.row_length(row) <= limit for batch in batches for row in rows.micro_batches(batch)[:1])
-
-    sizes = (size for size in range(samples, 0, -1) if samples % size == 0 and fits(size))
-    return stage.model_copy(update={"micro_batch": next(sizes, 1)})
-
-
-def _product_dtype(stage: Stage) -> torch.dtype:
-    """What the stage's products run in, and so what tiles are made in."""
-    return torch.float32 if stage.precision == "float32" else torch.bfloat16
 
 
 def _features(
@@ -265,14 +169,14 @@ def _features(
             return model.model.tile_features(tiles.to(device))
 
     size = processor.tile_size
-    blank = encode(torch.zeros(1, 3, size, size, dtype=_product_dtype(stage)))
-    key = cache_key(model, processor, device, _product_dtype(stage), autocast=stage.precision != "float32")
+    blank = encode(torch.zeros(1, 3, size, size, dtype=product_dtype(stage)))
+    key = cache_key(model, processor, device, product_dtype(stage), autocast=stage.precision != "float32")
     cache = FeatureCache(default_folder(), key, blank.shape[1:], blank.dtype, int(stage.feature_cache_gb * 1e9))
     state = PartialState()
     fill(
         cache,
         encode,
-        StageDataset(data.stores, [*data.train_rows, *data.eval_rows], processor, _product_dtype(stage)),
+        StageDataset(data.stores, [*data.train_rows, *data.eval_rows], processor, product_dtype(stage)),
         share=(state.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))),
         wait_for_everyone=state.wait_for_everyone,
         num_workers=stage.dataloader_workers,
@@ -293,7 +197,7 @@ def _trainer(
 ) -> LlavaTrainer:
     stage = run.stage
     order = batch_order(stage, data.lengths, run.seed)
-    pixel_dtype = _product_dtype(stage)
+    pixel_dtype = product_dtype(stage)
     trainer = LlavaTrainer(
         model,
         args,
@@ -311,7 +215,7 @@ def _trainer(
         order=order,
         eval_lengths=data.eval_lengths,
         packed=stage.packing,
-        meter=_meter(_base(model, stage), stage, processor, args.device),
+        meter=_meter(base_model(model, stage), stage, processor, args.device),
         bfloat16_moments=stage.optimizer == "adamw_bf16",
         decay_all_parameters="decay_all_parameters" in stage.quirks,
         only_trainable=stage.lora is not None,
@@ -344,7 +248,7 @@ def _meter(
         processor.tokenizer.pad_token_id,
         num_patch_features,
         device,
-        _product_dtype(stage),
+        product_dtype(stage),
         options,
     )
 
@@ -444,7 +348,7 @@ def _whole_adapted(run: StageRun, trainer: LlavaTrainer) -> PreTrainedModel:
     if not run.is_main:
         return trainer.model
     forget_deepspeed()  # it would spread the model over processes that don't take part
-    model = _load_model(run)
+    model = load_model(run.origin, run.stage, seed=run.seed, where=f"stages.{run.name}")
     if run.stage.lora.quantize:
         take_dequantized(model, trainer.model)
     _, unexpected = model.load_state_dict(trained, strict=False)
