@@ -288,6 +288,20 @@ def test_stages_go_from_engine_to_engine_and_the_export_opens_through_both_doors
 
 @pytest.mark.slow
 @NEEDS_DEEPSPEED
+def test_every_stage_of_a_run_has_its_own_engine(recipe_content, tmp_path):
+    """DeepSpeed's marks in the process do not reach the stage after it."""
+    del recipe_content["evaluation"]
+    finish(start(None, write(recipe_content, tmp_path / "single.yaml"), "--output", tmp_path / "single"))
+    for stage, deepspeed in (("projector", engine_options("zero3", tmp_path)[1]), ("instruct", None)):
+        recipe_content["stages"][stage]["deepspeed"] = deepspeed
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_content, sort_keys=False))
+    output = finish(start(DDP, tmp_path / "recipe.yaml", "--output", tmp_path / "run"))
+    assert re.findall(r"(\w+): each of 2 devices", output) == ["zero3", "plain"]
+    assert_same_run(tmp_path / "run", tmp_path / "single")
+
+
+@pytest.mark.slow
+@NEEDS_DEEPSPEED
 def test_deepspeeds_checkpoints_are_not_for_other_engines(recipe_content, tmp_path):
     del recipe_content["evaluation"]
     arguments = (write(recipe_content, tmp_path / "recipe.yaml"), "--output", tmp_path / "run")

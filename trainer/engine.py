@@ -44,6 +44,8 @@ def engine_of(args: TrainingArguments) -> str:
 def as_launched(stage: Stage, where: str) -> Stage:
     """The stage with the DeepSpeed file that `accelerate launch` names, unless the stage has one of its own.
 
+    To be asked before the first stage runs: the launcher's word does not outlive it.
+
     Raises:
         UserError: the launcher's configuration can't run the stage.
     """
@@ -128,8 +130,12 @@ def join_deepspeed(stage: Stage) -> None:
 
 
 def forget_deepspeed() -> None:
-    """Models that are loaded from here on are whole again."""
+    """Models that are loaded from here on are whole again, and stages run under what they ask for themselves.
+
+    accelerate leaves its mark in the environment, where the next stage's TrainingArguments would find it.
+    """
     unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
 def check_resumable(manifest: dict[str, Any], args: TrainingArguments, checkpoint: Path) -> None:

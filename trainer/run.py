@@ -24,7 +24,7 @@ from llava_llama31.trainer.assemble import assemble
 from llava_llama31.trainer.check_data import check_policy
 from llava_llama31.trainer.console import make_console
 from llava_llama31.trainer.device_options import check_device_options
-from llava_llama31.trainer.engine import as_launched
+from llava_llama31.trainer.engine import as_launched, forget_deepspeed
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.presets import PRESETS, check_ocr
 from llava_llama31.trainer.evaluation.questions import load_questions
@@ -60,17 +60,19 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] 
     transformers.utils.logging.disable_progress_bar()
     with claimed(recipe, output, state.is_main_process), _clocked(output, state.is_main_process) as minutes:
         check_shared(output, state)
+        stages = {name: as_launched(stage, f"stages.{name}") for name, stage in recipe.stages.items()}
+        forget_deepspeed()
         if (output / SUMMARY).is_file():
             console.print(f"{recipe.name} is done: {output / SUMMARY}")
             return checkpoints.read_json(output / SUMMARY) if state.is_main_process else None
-        preflight(recipe, state.num_processes)
+        preflight(recipe.model_copy(update={"stages": stages}), state.num_processes)
         if state.is_main_process:
             prepare(recipe, output, console)
             _check_all(recipe, output)
         state.wait_for_everyone()
         base = base_of(recipe, output)
         origin, records = base, []
-        for name, stage in recipe.stages.items():
+        for name, stage in stages.items():
             folder = stage_folder(output, recipe, name)
             if stage.init_from != "previous":
                 origin = local_checkpoint(stage.init_from, where=f"stages.{name}.init_from")
@@ -152,7 +154,6 @@ def preflight(recipe: Recipe, num_processes: int) -> None:
         check_trainer_args(stage.trainer_args, where)
         check_policy(stage.on_bad_record)
         check_device_options(stage, where)
-        stage = as_launched(stage, where)
         if stage.deepspeed:
             check_deepspeed(stage, where)
         if stage.init_from != "previous":

@@ -27,7 +27,6 @@ from llava_llama31.trainer.console import StageProgress, print_stage_start
 from llava_llama31.trainer.dataset import StageDataset
 from llava_llama31.trainer.device_options import FLOAT8_MULTIPLE
 from llava_llama31.trainer.engine import (
-    as_launched,
     check_resumable,
     forget_deepspeed,
     join_deepspeed,
@@ -104,7 +103,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         Interrupted: after a checkpoint, when a signal came.
         UserError: naming what to mend.
     """
-    stage = as_launched(run.stage, f"stages.{run.name}")
+    stage = run.stage
     processor = LlavaLlama31Processor.from_pretrained(run.origin)
     data = load_stage_data(stage, processor, run.folder, run.seed)
     stage = within_row_limit(stage, data.lengths, run.seed, run.num_processes)
