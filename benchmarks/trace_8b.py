@@ -11,11 +11,10 @@ python benchmarks/trace_8b.py --shape small --json
 """
 
 import argparse
-import json
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +32,7 @@ from transformers.initialization import no_init_weights
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
 from llava_llama31.trainer.device_options import checkpoint_activations
+from llava_llama31.trainer.engine import fsdp_plugin
 from llava_llama31.trainer.module_groups import freeze, group_parameters
 from llava_llama31.trainer.recipe import Stage, load_recipe
 
@@ -145,7 +145,9 @@ def make_row(config: LlavaLlama31Config, num_samples: int, num_text: int, num_su
     layout, (tiles, _) = layouts.feature_layout([size])
     length = len(layout) + num_text
     supervised = [n * length + i for n in range(num_samples) for i in range(length - num_supervised - 1, length - 1)]
-    return Row([[length]] * num_samples, [size] * num_samples, supervised, tiles * num_samples, [len(layout)] * num_samples)
+    return Row(
+        [[length]] * num_samples, [size] * num_samples, supervised, tiles * num_samples, [len(layout)] * num_samples
+    )
 
 
 def batch_of(row: Row, config: LlavaLlama31Config, dtype: torch.dtype) -> dict[str, Any]:
@@ -305,10 +307,10 @@ def _make_model(config: LlavaLlama31Config, stage: Stage, dtype: torch.dtype) ->
     return model.train()
 
 
-def _prepare(model: LlavaLlama31ForConditionalGeneration, stage: Stage) -> None:
+def _prepare(model: LlavaLlama31ForConditionalGeneration, stage: Stage, *, narrows: bool) -> None:
     """What `stages.py` does before the Trainer."""
     report = freeze(model, stage.learning_rates(), freeze_image_newline="frozen_image_newline" in stage.quirks)
-    if stage.precision == "bfloat16" and stage.deepspeed is None:
+    if stage.precision == "bfloat16" and narrows:
         for line in report:
             if line.num_trainable == 0:
                 for _, parameter in group_parameters(model, line.group):
@@ -317,10 +319,10 @@ def _prepare(model: LlavaLlama31ForConditionalGeneration, stage: Stage) -> None:
         checkpoint_activations(model, stage.trainable, int(stage.activation_checkpointing))
 
 
-def _plain(config: LlavaLlama31Config, stage: Stage) -> LlavaLlama31ForConditionalGeneration:
+def _plain(config: LlavaLlama31Config, stage: Stage, *, narrows: bool = True) -> LlavaLlama31ForConditionalGeneration:
     dtype = torch.bfloat16 if stage.precision == "bfloat16-weights" else torch.float32
     model = _make_model(config, stage, dtype)
-    _prepare(model, stage)
+    _prepare(model, stage, narrows=narrows)
     return model
 
 
@@ -346,26 +348,23 @@ def _reduced_alone(_: None, bucket: dist.GradBucket) -> torch.futures.Future[tor
 def _fsdp2(config: LlavaLlama31Config, stage: Stage, num_devices: int, accumulation: int) -> tuple[nn.Module, _Run]:
     """Wrapped as Accelerate's `fsdp2_prepare_model` does."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
-    model = _plain(config, stage)
+    model = _plain(config, stage, narrows=False)
     with unset_fake_temporarily():
         mesh = init_device_mesh("cpu", (num_devices,))
-    half = None if stage.precision == "float32" else torch.bfloat16
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=half)
+    policy = fsdp_plugin(bfloat16=stage.precision != "float32").mixed_precision_policy
     inner = model.model
     for layer in (*inner.vision_tower.encoder.layers, *inner.language_model.layers):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(inner.language_model.embed_tokens, mesh=mesh, mp_policy=policy)
     fully_shard([inner.language_model.norm, model.lm_head], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    return model, _Run(model, model, stage, half is not None)
+    return model, _Run(model, model, stage, stage.precision != "float32")
 
 
 def _deepspeed(number: int) -> Any:
-    def make(
-        config: LlavaLlama31Config, stage: Stage, num_devices: int, accumulation: int
-    ) -> tuple[nn.Module, _Run]:
+    def make(config: LlavaLlama31Config, stage: Stage, num_devices: int, accumulation: int) -> tuple[nn.Module, _Run]:
         import deepspeed
 
         _quiet_deepspeed(num_devices)
@@ -377,7 +376,7 @@ def _deepspeed(number: int) -> Any:
         else:
             model = _make_model(config, stage, torch.bfloat16 if half else torch.float32)
             model._apply = lambda *_: model  # the engine's own cast would swap the parameters, which fake ones refuse
-        _prepare(model, stage)
+        _prepare(model, stage, narrows=False)
         return model, _DeepSpeedRun(model, settings, stage)
 
     return make
@@ -454,14 +453,24 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     o = parser.parse_args()
     for engine in o.engines:
-        sets = ["stages.pretrain." + s for s in o.overrides] + ["stages.pretrain.deepspeed=" + ("zero3" if "zero" in engine else "null")]
+        sets = ["stages.pretrain." + s for s in o.overrides] + [
+            "stages.pretrain.deepspeed=" + ("zero3" if "zero" in engine else "null")
+        ]
         stage = load_recipe("llama31-8b-card", overrides=sets).stages["pretrain"]
         config = SHAPES[o.shape].config
         row = make_row(config, o.samples, NUM_TEXT, NUM_SUPERVISED)
         import time
+
         t = time.time()
         tr = trace(config, stage, row, engine, o.devices, accumulation=o.accumulation, fake=not o.real)
-        print(engine, {k: round(getattr(tr, k) / GB, 3) for k in ("states", "forward", "backward", "step", "peak")}, tr.missing[:3], len(tr.missing), tr.shapes, f"{time.time() - t:.1f}s")
+        print(
+            engine,
+            {k: round(getattr(tr, k) / GB, 3) for k in ("states", "forward", "backward", "step", "peak")},
+            tr.missing[:3],
+            len(tr.missing),
+            tr.shapes,
+            f"{time.time() - t:.1f}s",
+        )
     return 0
 
 

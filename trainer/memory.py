@@ -227,21 +227,15 @@ class _Step:
 
     @cached_property
     def weights(self) -> float:
-        """P weights, or this device's share; DeepSpeed in the type of products, others as stages.py loads them."""
+        """P weights, or this device's share; stages.py narrows frozen groups where nothing shards them."""
         if self.engine.offloads_weights:
             return 0.0
         setup = self.setup
         total = float(setup.num_adapters * self.kept_w)
         for group, number in setup.parameters.groups().items():
-            narrow = self.half and (self.engine.deepspeed or group in setup.narrow_groups)
-            total += number * (2 if narrow else self.w if not self.engine.shards_weights else self.frozen_w(group))
+            narrow = self.autocasts and group in setup.narrow_groups
+            total += number * (2 if narrow else self.kept_w)
         return total / self.shares
-
-    def frozen_w(self, group: str) -> int:
-        """Of a weight of a group under FSDP, which widens trained ones alone."""
-        if self.engine.deepspeed:
-            return self.a
-        return 2 if self.setup.precision == "bfloat16-weights" and not self.setup.trained[group] else 4
 
     @cached_property
     def optimizer(self) -> float:
