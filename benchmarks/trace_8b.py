@@ -11,10 +11,12 @@ python benchmarks/trace_8b.py --shape small --json
 """
 
 import argparse
+import json
 import os
+import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,9 +33,14 @@ from torch.utils._pytree import tree_iter
 from transformers.initialization import no_init_weights
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
+from llava_llama31.trainer.adapters import adapt
 from llava_llama31.trainer.device_options import checkpoint_activations
 from llava_llama31.trainer.engine import fsdp_plugin
+from llava_llama31.trainer.memory import ENGINES as ENGINES_OF_PLAN
+from llava_llama31.trainer.memory import Memory, MicroBatch, estimate
 from llava_llama31.trainer.module_groups import freeze, group_parameters
+from llava_llama31.trainer.optimizers import AdamWBfloat16
+from llava_llama31.trainer.plan import setup_of
 from llava_llama31.trainer.recipe import Stage, load_recipe
 
 
@@ -266,8 +273,6 @@ class _Run:
 
 
 def make_optimizer(stage: Stage, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    from llava_llama31.trainer.optimizers import AdamWBfloat16
-
     if stage.optimizer == "adamw_bf16":
         return AdamWBfloat16([{"params": parameters}], 1e-5)
     return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
@@ -302,13 +307,16 @@ class _DeepSpeedRun(_Run):
 
 
 def _make_model(config: LlavaLlama31Config, stage: Stage, dtype: torch.dtype) -> LlavaLlama31ForConditionalGeneration:
-    with no_init_weights():
+    is_fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    with no_init_weights() if is_fake else nullcontext():
         model = LlavaLlama31ForConditionalGeneration._from_config(config, dtype=dtype)
     return model.train()
 
 
 def _prepare(model: LlavaLlama31ForConditionalGeneration, stage: Stage, *, narrows: bool) -> None:
-    """What `stages.py` does before the Trainer."""
+    """What `stages.py` does before the Trainer; adapters are put into the model in place."""
+    if stage.lora is not None:
+        adapt(model, stage.lora, seed=0, where="", deepspeed=False)
     report = freeze(model, stage.learning_rates(), freeze_image_newline="frozen_image_newline" in stage.quirks)
     if stage.precision == "bfloat16" and narrows:
         for line in report:
@@ -353,6 +361,7 @@ def _fsdp2(config: LlavaLlama31Config, stage: Stage, num_devices: int, accumulat
     model = _plain(config, stage, narrows=False)
     with unset_fake_temporarily():
         mesh = init_device_mesh("cpu", (num_devices,))
+    os.environ["FSDP_VERSION"] = "2"  # as `accelerate launch` sets it
     policy = fsdp_plugin(bfloat16=stage.precision != "float32").mixed_precision_policy
     inner = model.model
     for layer in (*inner.vision_tower.encoder.layers, *inner.language_model.layers):
@@ -442,36 +451,105 @@ _RUNS = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--engines", nargs="+", default=ENGINES)
-    parser.add_argument("--shape", default="8b")
-    parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--accumulation", type=int, default=1)
-    parser.add_argument("--real", action="store_true")
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
-    o = parser.parse_args()
-    for engine in o.engines:
-        sets = ["stages.pretrain." + s for s in o.overrides] + [
-            "stages.pretrain.deepspeed=" + ("zero3" if "zero" in engine else "null")
-        ]
-        stage = load_recipe("llama31-8b-card", overrides=sets).stages["pretrain"]
-        config = SHAPES[o.shape].config
-        row = make_row(config, o.samples, NUM_TEXT, NUM_SUPERVISED)
-        import time
+def planned(
+    config: LlavaLlama31Config, stage: Stage, row: Row, engine: str, num_devices: int, accumulates: bool
+) -> Memory:
+    """What `llava-llama31 plan` says of the same step; attention runs as it does on a CPU, where the trace is made."""
+    kind = ENGINES_OF_PLAN["ddp" if engine == "single" else engine]
+    groups = {"vision_tower", "multi_modal_projector", "language_model"} - set(stage.trainable)
+    setup = setup_of(stage, config.to_dict(), kind, frozenset(groups), accumulates)
+    batch = MicroBatch(
+        num_tokens=row.num_tokens,
+        num_keys=row.num_tokens,
+        num_supervised=len(row.supervised),
+        num_last_queries=len(row.supervised),
+        num_tiles=row.num_tiles,
+        num_features=sum(row.num_features),
+        copies_attention=True,
+    )
+    return estimate(setup, batch, kind, 1 if engine == "single" else num_devices)
 
-        t = time.time()
-        tr = trace(config, stage, row, engine, o.devices, accumulation=o.accumulation, fake=not o.real)
-        print(
-            engine,
-            {k: round(getattr(tr, k) / GB, 3) for k in ("states", "forward", "backward", "step", "peak")},
-            tr.missing[:3],
-            len(tr.missing),
-            tr.shapes,
-            f"{time.time() - t:.1f}s",
-        )
-    return 0
+
+PHASES = ("forward", "backward", "step", "peak")
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Traced and planned GB of one engine."""
+    engine = options.engines[0]
+    prefix = f"stages.{options.stage}."
+    overrides = [f"{prefix}{override}" for override in options.overrides]
+    overrides.append(f"{prefix}deepspeed={'zero3' if engine.startswith('zero') else 'null'}")
+    stage = load_recipe(options.recipe, overrides=overrides).stages[options.stage]
+    config = SHAPES[options.shape].config
+    row = make_row(config, stage.micro_batch, NUM_TEXT, NUM_SUPERVISED)
+    traced = trace(
+        config, stage, row, engine, options.devices, accumulation=options.accumulation, fake=not options.real
+    )
+    plan = planned(config, stage, row, engine, options.devices, options.accumulation > 1)
+    return {
+        "engine": engine,
+        "stage": options.stage,
+        "micro_batch": stage.micro_batch,
+        "accumulation": options.accumulation,
+        "overrides": options.overrides,
+        "missing": traced.missing,
+        "shapes": traced.shapes,
+        "traced": {name: getattr(traced, name) / GB for name in PHASES},
+        "planned": {name: getattr(plan, name) / GB for name in PHASES},
+    }
+
+
+def in_own_process(engine: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """`compare` in a fresh process: DeepSpeed keeps what a group was."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, *arguments, "--engines", engine, "--drive"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if run.returncode:
+        raise RuntimeError(f"{engine}: {run.stderr[-3000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def print_result(result: dict[str, Any]) -> None:
+    shapes = ", ".join(f"{number:,} {name}" for name, number in result["shapes"].items())
+    columns = []
+    for name in PHASES:
+        traced, plan = result["traced"][name], result["planned"][name]
+        columns.append(f"{name} {traced:7.2f} {plan:7.2f} {plan / traced - 1:+6.1%}")
+    print(f"{result['engine']:7} {shapes}; GB traced, planned: {'; '.join(columns)}")
+    if result["missing"]:
+        print(f"  no gradient: {', '.join(result['missing'][:5])} and others, {len(result['missing'])} in all")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="8b")
+    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--recipe", default="llama31-8b-card")
+    parser.add_argument("--stage", default="pretrain")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--real", action="store_true", help="compute with numbers: for --shape small")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--drive", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """1 if a trainable parameter has no gradient."""
+    options = parse()
+    if options.drive:
+        print(json.dumps(compare(options)))
+        return 0
+    arguments = [argument for argument in sys.argv[1:] if argument != "--json"]
+    results = []
+    for engine in options.engines:
+        results.append(in_own_process(engine, arguments))
+        if not options.json:
+            print_result(results[-1])
+    if options.json:
+        print(json.dumps(results, indent=1))
+    return int(any(result["missing"] for result in results))
 
 
 if __name__ == "__main__":

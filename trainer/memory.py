@@ -2,7 +2,7 @@
 
 Counted is what the step's own tensors take: weights, gradients, optimizer, what autograd keeps of a micro-batch, and
 the temporaries that are large. Not counted: the CUDA context, NCCL's buffers, workspaces of kernels, gaps that the
-allocator leaves. `benchmarks/trace_8b.py` lists every tensor of a true step; docs/results/plan.md has both side by side.
+allocator leaves. `benchmarks/trace_8b.py` adds up every tensor of a true step; docs/results/plan.md compares the two.
 
 No torch here: `llava-llama31 plan` reads this from a configuration alone.
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from llava_llama31.trainer.flops import LORA_TARGETS, ModelShape
-from llava_llama31.trainer.parameters import Parameters, decoder_linears
+from llava_llama31.trainer.parameters import Parameters
 
 
 _HEAD_ROWS = 256  # positions whose logits exist at once, as in packed_llama_llava_llama31.py
@@ -239,12 +239,12 @@ class _Step:
 
     @cached_property
     def optimizer(self) -> float:
-        """Two moments a trained number; DeepSpeed also keeps float32 weights (12 bytes: Rajbhandari et al., 2020)."""
+        """Two moments a trained number; DeepSpeed also keeps float32 weights of its own, whatever the model's are."""
         if self.engine.offloads_optimizer:
             return 0.0
         shares = self.num_devices if self.engine.shards_optimizer else 1
         if self.engine.deepspeed:
-            per_number: float = 12 if self.half else 8
+            per_number: float = 12
         else:
             per_number = {"adamw": 2 * self.kept_w, "adamw_bf16": 4, "adamw_8bit": _MOMENTS_8BIT}[self.setup.optimizer]
         return self.setup.num_trained * per_number / shares
@@ -272,18 +272,19 @@ class _Step:
     def step_extra(self) -> float:
         """What the optimizer's step holds for itself.
 
-        ZeRO-1/2 flatten their share of the gradients and widen it (a + 4 bytes), ZeRO-3 does so for a sub-group at a
-        time. Fused AdamW works in place.
+        ZeRO-1/2 flatten their share of the gradients, and widen what is narrow (a + 4 bytes); ZeRO-3 does so for a
+        sub-group at a time. Fused AdamW works in place.
         """
         if self.engine.deepspeed:
-            if self.engine.offloads_optimizer or not self.half:
+            if self.engine.offloads_optimizer:
                 return 0.0
+            per_number = 6 if self.half else 4
             share = self.setup.num_trained / self.num_devices
             if not self.engine.shards_weights:
                 # of ZeRO-1's gradients only its share is left by then
                 left = 0.0 if self.engine.shards_gradients else self.gradients * (1 - 1 / self.num_devices)
-                return share * (self.a + 4) - left
-            return min(share, self.setup.zero.sub_group) * (self.a + 4)
+                return share * per_number - left
+            return min(share, self.setup.zero.sub_group) * per_number
         if self.setup.optimizer == "adamw_bf16":
             return min(_STEP_CHUNK, self.setup.num_trained) * _STEP_COPIES * 4.0
         return 0.0
@@ -303,31 +304,27 @@ class _Step:
         """Tensors that a layer's backward pass reads.
 
         Attention: rotated queries, keys and values as the kernel takes them, its output and a logarithm a query and
-        head. MLP: gate, its activation, and the other factor. Linear layers whose weights are trained: their inputs,
-        that is the output of both norms, of attention and the product of the MLP; adapters keep copies of their own
-        (PEFT casts the input of each). Norms: their input, which is the stream between the layers, and a scale.
+        head. MLP: gate, its activation, and the other factor. Linear layers that are trained or have an adapter: their
+        input, that is the output of both norms, of attention and the product of the MLP; an adapter also its inner
+        product. Norms: their input, which is the stream between the layers, and a scale.
         """
         model, batch, a = self.setup.model, self.batch, self.a
-        hidden, wide = model.hidden_size, model.num_heads * model.head_dim
+        num_tokens, hidden, wide = batch.num_tokens, model.hidden_size, model.num_heads * model.head_dim
         narrow = model.num_key_value_heads * model.head_dim
-        trained = self.setup.trains_decoder
         attention = a * (num_queries * wide * 2 + batch.num_keys * narrow * 2) + 4 * num_queries * model.num_heads
-        if trained and (batch.copies_attention or num_outputs < num_queries):
+        if self._reads_input("o_proj") and (batch.copies_attention or num_outputs < num_queries):
             attention += a * num_outputs * wide
-        mlp = a * num_outputs * model.intermediate_size * (4 if trained else 3)
-        norms = a * (batch.num_tokens + num_outputs) * hidden if trained else 0
-        stream = self.r * num_outputs * hidden + 4 * (batch.num_tokens + num_outputs)
-        return attention + mlp + norms + stream + self._adapters(num_queries, num_outputs)
+        mlp = a * num_outputs * model.intermediate_size * (3 + self._reads_input("down_proj"))
+        norms = a * hidden * num_tokens * self._reads_input("q_proj", "k_proj", "v_proj")
+        norms += a * hidden * num_outputs * self._reads_input("gate_proj", "up_proj")
+        stream = self.r * num_outputs * hidden + 4 * (num_tokens + num_outputs)
+        rows = dict(zip(LORA_TARGETS, (num_queries, *[num_tokens] * 2, *[num_outputs] * 4), strict=True))
+        adapters = a * self.setup.lora_rank * sum(rows[name] for name in self.setup.lora_targets)
+        return float(attention + mlp + norms + stream + adapters)
 
-    def _adapters(self, num_queries: int, num_outputs: int) -> float:
-        """Input and inner product (of width `lora_rank`) of each adapter."""
-        if not self.setup.lora_rank:
-            return 0.0
-        sizes, total = decoder_linears(self.setup.model), 0
-        rows = dict(zip(LORA_TARGETS, (num_queries, *[self.batch.num_tokens] * 2, *[num_outputs] * 4), strict=True))
-        for name in self.setup.lora_targets:
-            total += rows[name] * (sizes[name][0] + self.setup.lora_rank)
-        return float(total * self.a)
+    def _reads_input(self, *names: str) -> bool:
+        """Whether the backward pass of one of these linear layers reads its input."""
+        return self.setup.trains_decoder or any(name in self.setup.lora_targets for name in names)
 
     @cached_property
     def layer_input(self) -> float:
@@ -482,21 +479,30 @@ class _Step:
             of_layer = per_number * (
                 setup.parameters.decoder_layer if setup.trains_decoder else setup.num_adapters / num_layers
             )
-        peak = kept + there + (self.head_gradient if self.engine.shards_gradients or setup.accumulates else 0.0)
+        peak = kept + there + self.whole_gradient
         for layer in reversed(range(num_layers)):
             peak = max(peak, kept + there + self.beside(layer))
             kept -= self.kept_by(layer)
             there += of_layer
-        # the embedding's gradient comes last, and whole
-        last = self.w * setup.parameters.embedding * setup.trains_decoder
-        last = last if self.engine.shards_gradients or setup.accumulates else 0.0
-        return max(peak, new + last + self.buckets)
+        # the embedding's gradient comes last
+        return max(peak, new + self.whole_gradient + self.buckets)
+
+    @cached_property
+    def whole_gradient(self) -> float:
+        """That of the head or of the embedding before it is added up or shared out: FSDP does so in float32."""
+        if not self.setup.trains_decoder or not (self.engine.shards_gradients or self.setup.accumulates):
+            return 0.0
+        reduced = 4 if self.engine.name == "fsdp2" and self.half else 0
+        return float((self.w + reduced) * self.setup.parameters.embedding)
 
     def beside(self, layer: int) -> float:
-        """A layer's backward pass: what it recomputes, three gradients within the MLP, gathered weights."""
+        """A layer's backward pass: what it recomputes, gathered weights, and gradients within the MLP.
+
+        There are three of those at once, and of each a second one by way of the adapters.
+        """
         recomputed = self.inside(layer) + self.cast_layer if self._recomputes(layer) else 0.0
         outputs = self.batch.num_supervised if layer == self.setup.model.num_layers - 1 else self.batch.num_tokens
-        within = self.a * outputs * self.setup.model.intermediate_size * 3
+        within = self.a * outputs * self.setup.model.intermediate_size * (6 if self.setup.lora_rank else 3)
         return recomputed + within + self.layer_input + self.gathered_layers + self.buckets
 
     @cached_property
