@@ -21,8 +21,8 @@ from llava_llama31.trainer.parameters import Parameters
 _HEAD_ROWS = 256  # positions whose logits exist at once, as in packed_llama_llava_llama31.py
 # bytes of both moments of a number: 8 bits each and a float32 scale for every 256 (torchao)
 _MOMENTS_8BIT = 2 * (1 + 4 / 256)
-# numbers that AdamWBfloat16 widens at once, and how many float32 copies of them there are
-_STEP_CHUNK, _STEP_COPIES = 2**24, 8
+# numbers that AdamWBfloat16 widens at once, of one parameter, and how many float32 copies of them there are
+_STEP_CHUNK, _STEP_COPIES = 2**24, 9
 # DeepSpeed's own factor for what it keeps on the host: pinned memory comes in powers of two
 _HOST_FACTOR = 1.5
 
@@ -286,7 +286,9 @@ class _Step:
                 return share * per_number - left
             return min(share, self.setup.zero.sub_group) * per_number
         if self.setup.optimizer == "adamw_bf16":
-            return min(_STEP_CHUNK, self.setup.num_trained) * _STEP_COPIES * 4.0
+            model = self.setup.model
+            largest = max(self.setup.parameters.embedding, model.hidden_size * model.intermediate_size)
+            return min(_STEP_CHUNK, largest, self.setup.num_trained) * _STEP_COPIES * 4.0
         return 0.0
 
     # activations

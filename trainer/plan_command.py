@@ -62,83 +62,68 @@ def _rows(given: list[str]) -> dict[str, int]:
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    """The plan as tables, on standard output."""
+    """The plan as a table a stage, on standard output."""
     console = Console(highlight=False, soft_wrap=True)
     memory = "" if plan["device_memory"] is None else f" of {plan['device_memory']:g} GB"
     model = f"sizes of {plan['model']}" if plan["model"] else "the model's parts are not here yet: no memory, no FLOPs"
     console.print(f"{plan['recipe']} on {plan['devices']} device(s){memory}; {model}")
-    console.print(_steps_table(plan))
-    if any(stage["memory"] for stage in plan["stages"]):
-        console.print(_memory_table(plan))
+    for stage in plan["stages"]:
+        console.print()
+        console.print(_stage_table(stage, plan["devices"]))
+        if stage["fits"] is False:
+            console.print(_fix_line(stage))
+        for note in stage["assumed"]:
+            console.print(f"assumed: {note}")
+    console.print()
     for note in _notes(plan):
         console.print(note)
 
 
-def _steps_table(plan: dict[str, Any]) -> Table:
-    table = Table("stage", "trains", box=None, pad_edge=False)
-    for name in ("rows", "micro x accumulated x devices", "steps", "tokens", "tiles", "FLOPs", "hours", "cost"):
-        table.add_column(name, justify="right")
-    for stage in plan["stages"]:
-        rates = ", ".join(f"{group} {rate:g}" for group, rate in stage["learning_rate"].items())
-        table.add_row(
-            stage["name"],
-            rates,
-            _number(stage["rows"]),
-            f"{stage['micro_batch']} x {stage['gradient_accumulation']} x {plan['devices']} = {stage['global_batch']}",
-            _number(stage["steps"]),
-            _number(stage["tokens"]),
-            _number(stage["tiles"]),
-            "?" if stage["flops"] is None else f"{stage['flops']:.3g}",
-            "" if stage["hours"] is None else f"{stage['hours']:,.1f}",
-            "" if stage["cost"] is None else f"{stage['cost']:,.0f}",
-        )
+def _stage_table(stage: dict[str, Any], devices: int) -> Table:
+    rates = ", ".join(f"{group} at {rate:g}" for group, rate in stage["learning_rate"].items())
+    table = Table(stage["name"], rates, box=None, pad_edge=False)
+    batch = f"{stage['global_batch']} = {stage['micro_batch']} x {stage['gradient_accumulation']} accumulated"
+    table.add_row("steps", f"{_number(stage['steps'])} of {batch} x {devices} devices; {_number(stage['rows'])} rows")
+    lengths = ", ".join(f"{name} {value:,}" for name, value in stage["row_tokens"].items())
+    table.add_row("data", f"{_number(stage['tokens'])} tokens (a row: {lengths}), {_number(stage['tiles'])} tiles")
+    work = "not known" if stage["flops"] is None else f"{stage['flops']:.3g} FLOPs"
+    work += "" if stage["hours"] is None else f", {stage['hours']:,.1f} hours"
+    table.add_row("work", work + ("" if stage["cost"] is None else f", cost {stage['cost']:,.0f}"))
+    if stage["memory"]:
+        trained = sum(group["trainable"] for group in stage["parameters"].values())
+        total = sum(group["total"] for group in stage["parameters"].values())
+        table.add_row("parameters", f"{trained:,} of {total:,} trained")
+        table.add_row(*_memory_row(stage))
     return table
 
 
-_PARTS = ("weights", "gradients", "optimizer", "activations", "peak")
-
-
-def _memory_table(plan: dict[str, Any]) -> Table:
-    table = Table("GB a device", "engine", box=None, pad_edge=False)
-    for name in (*_PARTS, "fits", "host, a machine", "trainable parameters"):
-        table.add_column(name, justify="right")
-    for stage in plan["stages"]:
-        memory, trained = stage["memory"], sum(group["trainable"] for group in stage["parameters"].values())
-        fits = {True: "yes", False: "no", None: ""}[stage["fits"]]
-        figures = [f"{memory[part]:,.1f}" for part in _PARTS]
-        row = [stage["name"], stage["engine"], *figures, fits, f"{memory['host']:,.1f}", f"{trained:,}"]
-        table.add_row(*row)
-    return table
+def _memory_row(stage: dict[str, Any]) -> tuple[str, str]:
+    memory = stage["memory"]
+    fits = {True: ": fits", False: ": does not fit", None: ""}[stage["fits"]]
+    parts = ", ".join(f"{name} {memory[name]:,.1f}" for name in ("weights", "gradients", "optimizer", "activations"))
+    row = f"a micro-batch of {stage['longest_micro_batch']:,} positions"
+    return f"GB, {stage['engine']}", f"peak {memory['peak']:,.1f}{fits} ({parts}; {row}); host {memory['host']:,.1f}"
 
 
 def _notes(plan: dict[str, Any]) -> list[str]:
     notes = []
-    for stage in plan["stages"]:
-        if stage["fits"] is False:
-            notes.append(_fix_line(stage))
-    seen: dict[str, None] = {}
-    for stage in plan["stages"]:
-        seen |= dict.fromkeys(stage["assumed"])
-    notes += [f"assumed: {note}" for note in seen]
     if any(stage["sampled"] for stage in plan["stages"]):
-        notes.append("tokens, tiles and FLOPs are those of evenly chosen steps, times the number of steps")
+        notes.append("Tiles, FLOPs and the longest micro-batch are those of evenly chosen steps.")
     if plan["hours_from"]:
-        notes.append(f"hours: {plan['hours_from']}; evaluation and checkpoints not counted")
+        notes.append(f"Hours: {plan['hours_from']}; evaluation and checkpoints not counted.")
     else:
-        notes.append("hours: not without --mfu and --peak-tflops")
+        notes.append("Hours: not without --mfu and --peak-tflops.")
     if any(stage["memory"] for stage in plan["stages"]):
-        notes.append(
-            f"peak is the most that lives at once, not the sum; a stage fits below {USABLE:.0%} of the device's memory"
-        )
+        notes.append(f"Memory: the most at once, not the sum; it fits below {USABLE:.0%} of a device's memory.")
     return notes
 
 
 def _fix_line(stage: dict[str, Any]) -> str:
-    fix, peak = stage["fix"], stage["memory"]["peak"]
+    fix = stage["fix"]
     if fix is None:
-        return f"{stage['name']} does not fit ({peak:,.1f} GB), and no setting tried does: add devices, or lora"
-    launch = f"accelerate launch --config_file {fix['accelerate']} and " if fix["accelerate"] else ""
-    return f"{stage['name']} does not fit ({peak:,.1f} GB); {fix['peak']:,.1f} GB with {launch}{' '.join(fix['set'])}"
+        return "no setting that was tried makes it fit: add devices, or lora"
+    launch = f" under accelerate launch --config_file {fix['accelerate']}" if fix["accelerate"] else ""
+    return f"{fix['peak']:,.1f} GB with {fix['engine']}{launch}: {' '.join(fix['set'])}"
 
 
 def _number(value: int | None) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -122,8 +121,8 @@ def _draw(
         tokens = image_tokens + text
         supervised = np.minimum(_lognormal(draw, entry["supervised_tokens"], number), text - 1)
         notes.append(
-            f"{source.name} is not counted here: one picture a row of {image_tokens.mean():,.0f} tokens in the mean "
-            f"and {entry['text_tokens'][1]} of text (the median)"
+            f"{source.name} is not counted: a picture of COCO's sizes at 336 px a row, and {entry['text_tokens'][1]} "
+            "tokens of text in the median (check-data counts them where data and model are here)"
         )
     group = np.arange(number) // entry["rows_per_picture"]
     # rows about one picture have one picture
@@ -199,6 +198,7 @@ def passes(stage: Stage, rows: StageRows, order: BatchOrder, steps: int, num_dev
     """Go through the stage's steps, or through some of them."""
     ranks = RankBatches(order, micro_batch=stage.micro_batch, rank=0, num_processes=num_devices, packed=stage.packing)
     batches, whole = _chosen_batches(order, steps)
+    counted = not rows.assumed
     totals = np.zeros((2, len(_FIELDS)), np.float64)
     tokens, worst = 0, np.zeros(len(_FIELDS))
     for batch in batches:
@@ -211,7 +211,7 @@ def passes(stage: Stage, rows: StageRows, order: BatchOrder, steps: int, num_dev
     scale = steps / len(batches)
     with_pictures, without = (np.round(total * scale).astype(np.int64) for total in totals)
     return Passes(
-        tokens=round(tokens * scale),
+        tokens=_tokens(order, steps) if counted else round(tokens * scale),
         positions=int(with_pictures[_TOKENS] + without[_TOKENS]),
         tiles=int(with_pictures[_TILES]),
         works=(_work(with_pictures), _work(without)),
@@ -226,6 +226,15 @@ def passes(stage: Stage, rows: StageRows, order: BatchOrder, steps: int, num_dev
         ),
         sampled=not whole,
     )
+
+
+def _tokens(order: BatchOrder, steps: int) -> int:
+    """Tokens of the samples of all steps."""
+    total, per_epoch = 0, order.steps_per_epoch
+    for epoch in range(-(-steps // per_epoch)):
+        batches = order.batches(epoch)[: steps - epoch * per_epoch]
+        total += sum(int(order.lengths.num_tokens[batch].sum()) for batch in batches)
+    return total
 
 
 def _chosen_batches(order: BatchOrder, steps: int) -> tuple[list[np.ndarray], bool]:
@@ -277,7 +286,3 @@ def histogram(lengths: Lengths) -> dict[str, int]:
     """Quantiles of the rows' tokens."""
     values = np.percentile(lengths.num_tokens, (5, 50, 95, 100), method="nearest")
     return dict(zip(("p5", "p50", "p95", "max"), (int(value) for value in values), strict=True))
-
-
-def summary(rows: StageRows) -> dict[str, Any]:
-    return {"row_tokens": histogram(rows.lengths), "assumed": list(rows.assumed)}
