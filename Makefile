@@ -36,6 +36,7 @@ bench: $(VENV)/.dev ## the benchmarks that run anywhere
 
 torture: $(VENV)/.dev ## hostile records and pictures, ten times as many as in the tests
 	FUZZ_SCALE=10 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py -k "any_json or mutated"
+
 trace-8b: $(VENV)/.dev ## the 8B step on every engine, at its true shape and without its memory
 	$(BIN)/python benchmarks/trace_8b.py
 

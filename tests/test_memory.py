@@ -173,14 +173,20 @@ def driven(trace_8b: ModuleType, engine: str, *arguments: str) -> dict:
     ids=lambda arguments: " ".join(arguments).replace("--set ", "") or "card",
 )
 @pytest.mark.parametrize("engine", ["single", "ddp"])
-def test_peak_is_within_10_percent_of_a_traced_small_step(trace_8b, engine, arguments):
-    assert_planned(driven(trace_8b, engine, *arguments), 0.1)
+def test_peak_is_within_3_percent_of_a_traced_small_step(trace_8b, engine, arguments):
+    assert_planned(driven(trace_8b, engine, *arguments), 0.03)
+
+
+@pytest.mark.parametrize("stage", ["projector", "pretrain"])
+def test_peak_is_within_10_percent_of_a_traced_small_step_under_fsdp2(trace_8b, stage):
+    assert_planned(driven(trace_8b, "fsdp2", "--stage", stage, "--set", "micro_batch=2"), 0.1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["single", "ddp"])
 def test_a_trace_has_the_bytes_of_a_step_that_is_really_computed(trace_8b, engine):
-    assert driven(trace_8b, engine)["traced"] == driven(trace_8b, engine, "--real")["traced"]
+    traced, real = (driven(trace_8b, engine, *arguments)["traced"] for arguments in ((), ("--real",)))
+    assert traced == pytest.approx(real, rel=1e-3)  # indices, which are real in both, count in one
 
 
 @pytest.mark.slow
@@ -190,7 +196,13 @@ def test_peak_is_within_10_percent_of_a_small_step_that_is_really_computed(trace
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero1", "zero2"])
+def test_peak_is_within_10_percent_of_a_traced_small_step_under_deepspeed(engine):
+    assert_planned(traced(engine, "--shape", "small", "--set", "micro_batch=4"), 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_peak_is_within_10_percent_of_the_traced_8b_step(engine):
     result = traced(engine, "--set", "micro_batch=1")
     assert_planned(result, 0.1)

@@ -325,7 +325,8 @@ def _changes(case: _Case) -> Iterator[tuple[dict[str, Any], Engine]]:
     for micro_batch, recompute, name, optimizer in itertools.product(
         micro_batches, checkpointing, engines, _COST_OPTIMIZER
     ):
-        if (file := _shipped(name)) is None and ENGINES[name].deepspeed:
+        file = _shipped(name)
+        if not _can_run(stage, ENGINES[name], optimizer, file):
             continue
         changes: dict[str, Any] = {}
         cost = _COST_MICRO_BATCH ** micro_batches.index(micro_batch) * _COST_ENGINE[name] * _COST_OPTIMIZER[optimizer]
@@ -340,10 +341,18 @@ def _changes(case: _Case) -> Iterator[tuple[dict[str, Any], Engine]]:
         if optimizer != stage.optimizer:
             changes["optimizer"] = optimizer
             cost *= _COST_OTHER_OPTIMIZER
-        if name != "fsdp2" or optimizer == "adamw":
-            choices.append((cost, len(choices), changes, ENGINES[name]))
+        choices.append((cost, len(choices), changes, ENGINES[name]))
     for _, _, changes, engine in sorted(choices, key=lambda choice: choice[:2]):
         yield changes, engine
+
+
+def _can_run(stage: Stage, engine: Engine, optimizer: str, file: str | None) -> bool:
+    """What stages refuse of DeepSpeed, whose file must be there, and of FSDP."""
+    if engine.name == "ddp":
+        return True
+    options = stage.compile or stage.fp8 or stage.feature_cache_gb is not None
+    has_file = file is not None or not engine.deepspeed
+    return has_file and optimizer == "adamw" and stage.precision != "bfloat16-weights" and not options
 
 
 def _fix(case: _Case, changes: Mapping[str, Any], engine: Engine, memory: Memory) -> dict[str, Any]:
