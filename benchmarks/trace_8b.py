@@ -316,13 +316,14 @@ def _make_model(config: LlavaLlama31Config, stage: Stage, dtype: torch.dtype) ->
 def _prepare(model: LlavaLlama31ForConditionalGeneration, stage: Stage, *, narrows: bool) -> None:
     """What `stages.py` does before the Trainer; adapters are put into the model in place."""
     if stage.lora is not None:
-        adapt(model, stage.lora, seed=0, where="", deepspeed=False)
+        adapt(model, stage.lora, seed=0, where="")
     report = freeze(model, stage.learning_rates(), freeze_image_newline="frozen_image_newline" in stage.quirks)
     if stage.precision == "bfloat16" and narrows:
         for line in report:
-            if line.num_trainable == 0:
+            if line.num_trainable == 0 or (stage.lora is not None and line.group == "language_model"):
                 for _, parameter in group_parameters(model, line.group):
-                    parameter.data = parameter.data.to(torch.bfloat16)
+                    if not parameter.requires_grad:
+                        parameter.data = parameter.data.to(torch.bfloat16)
     if stage.activation_checkpointing:
         checkpoint_activations(model, stage.trainable, int(stage.activation_checkpointing))
 
@@ -457,6 +458,7 @@ def planned(
     """What `llava-llama31 plan` says of the same step; attention runs as it does on a CPU, where the trace is made."""
     kind = ENGINES_OF_PLAN["ddp" if engine == "single" else engine]
     groups = {"vision_tower", "multi_modal_projector", "language_model"} - set(stage.trainable)
+    groups |= {"language_model"} if stage.lora else set()
     setup = setup_of(stage, config.to_dict(), kind, frozenset(groups), accumulates)
     batch = MicroBatch(
         num_tokens=row.num_tokens,

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from llava_llama31.trainer.flops import LORA_TARGETS, ModelShape
-from llava_llama31.trainer.parameters import Parameters
+from llava_llama31.trainer.parameters import Parameters, decoder_linears
 
 
 _HEAD_ROWS = 256  # positions whose logits exist at once, as in packed_llama_llava_llama31.py
 # bytes of both moments of a number: 8 bits each and a float32 scale for every 256 (torchao)
 _MOMENTS_8BIT = 2 * (1 + 4 / 256)
+# bytes of a number in NF4: 4 bits, 8 of a scale for every 64, and 32 for every 256 scales (Dettmers et al., 2023)
+_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 # numbers that AdamWBfloat16 widens at once, of one parameter, and how many float32 copies of them there are
 _STEP_CHUNK, _STEP_COPIES = 2**24, 9
 # DeepSpeed's own factor for what it keeps on the host: pinned memory comes in powers of two
@@ -97,7 +99,8 @@ class Setup:
     Args:
         trained: numbers of parameters that get a gradient, by module group.
         lora_targets: linear layers of the decoder that have an adapter of `lora_rank`.
-        narrow_groups: frozen groups whose weights bfloat16 holds exactly.
+        narrow_groups: groups whose frozen weights bfloat16 holds exactly, those beneath adapters among them.
+        quantized: the decoder's linear layers are kept in 4 bits.
         checkpointing: every so manieth layer is recomputed; 0: none.
         accumulates: more than one micro-batch a step.
     """
@@ -112,6 +115,7 @@ class Setup:
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
     narrow_groups: frozenset[str] = frozenset()
+    quantized: bool = False
     zero: ZeroSettings = ZeroSettings()
 
     @property
@@ -233,8 +237,11 @@ class _Step:
         setup = self.setup
         total = float(setup.num_adapters * self.kept_w)
         for group, number in setup.parameters.groups().items():
-            narrow = self.autocasts and group in setup.narrow_groups
-            total += number * (2 if narrow else self.kept_w)
+            width = 2 if self.autocasts and group in setup.narrow_groups else self.kept_w
+            packed = 0
+            if group == "language_model" and setup.quantized:
+                packed = setup.model.num_layers * sum(i * o for i, o in decoder_linears(setup.model).values())
+            total += (number - packed) * width + packed * _NF4
         return total / self.shares
 
     @cached_property
@@ -347,7 +354,7 @@ class _Step:
     @cached_property
     def cast_layer(self) -> float:
         """Autocast's copies of a layer's weights: 2 bytes each, where they are float32."""
-        wide = self.autocasts and "language_model" not in self.setup.narrow_groups
+        wide = self.autocasts and "language_model" not in self.setup.narrow_groups and not self.setup.quantized
         return 2.0 * self.setup.parameters.decoder_layer if wide else 0.0
 
     @cached_property

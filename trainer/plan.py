@@ -121,10 +121,11 @@ def _counted(stage: Stage, recipe: Recipe, output: Path, origin: str | None) -> 
 
 
 def _narrow_groups(stage: Stage, recipe: Recipe, trained_before: set[str]) -> frozenset[str]:
-    """Frozen groups that are as they were assembled, and so hold nothing that bfloat16 could not."""
-    exact = recipe.model.dtype == "bfloat16" and stage.precision == "bfloat16"
-    groups = {"vision_tower", "multi_modal_projector", "language_model"}
-    return frozenset(groups - set(stage.trainable) - trained_before) if exact else frozenset()
+    """Groups whose frozen weights are as they were assembled, and so hold nothing that bfloat16 could not."""
+    if recipe.model.dtype != "bfloat16" or stage.precision != "bfloat16":
+        return frozenset()
+    changed = set(stage.trainable) - ({"language_model"} if stage.lora else set())
+    return frozenset({"vision_tower", "multi_modal_projector", "language_model"} - changed - trained_before)
 
 
 # engines
@@ -191,6 +192,7 @@ def _zero_settings(stage: Stage, engine: Engine) -> ZeroSettings:
 
 
 def _plan_stage(case: _Case) -> dict[str, Any]:
+    case = replace(case, stage=_within_row_limit(case))
     stage, machine, rows = case.stage, case.machine, case.rows
     num_train = stage.global_batch if rows.num_train is None else rows.num_train
     derived = derive(stage, num_train, machine.num_devices, where=f"stages.{case.name}")
@@ -215,6 +217,15 @@ def _plan_stage(case: _Case) -> dict[str, Any]:
     planned |= {"sampled": seen.sampled, "longest_micro_batch": seen.worst.num_tokens}
     planned |= _work(case, seen.works if known else None)
     return planned | _memory(case, seen.worst, derived)
+
+
+def _within_row_limit(case: _Case) -> Stage:
+    """The stage with the micro-batch that its `max_row_tokens` gives."""
+    if case.stage.max_row_tokens is None:
+        return case.stage
+    from llava_llama31.trainer.stages import within_row_limit
+
+    return within_row_limit(case.stage, case.rows.lengths, case.seed, case.machine.num_devices)
 
 
 def _order(case: _Case) -> Any:
@@ -287,6 +298,7 @@ def setup_of(
         lora_rank=lora.r if lora else 0,
         lora_targets=tuple(lora.targets) if lora else (),
         narrow_groups=narrow_groups,
+        quantized=lora is not None and lora.quantize is not None,
         zero=_zero_settings(stage, engine),
     )
 

@@ -65,8 +65,8 @@ def _assumed_rows(stage: Stage, assumptions: Assumptions, seed: int) -> StageRow
     numbers = [_num_rows(source, assumptions, notes) for source in stage.data]
     known = [number for number in numbers if number is not None]
     num_rows = sum(known) if len(known) == len(numbers) else None
-    num_train = None if num_rows is None else num_rows - num_held_out(stage, num_rows)
-    shares = [number or 1 for number in numbers] if num_rows else [1] * len(numbers)
+    num_train = None if num_rows is None else _num_train(stage, numbers)
+    shares = [(number or 1) * source.weight for number, source in zip(numbers, stage.data, strict=True)]
     drawn = min(num_train or stage.global_batch, _MAX_DRAWN)
     parts = [
         _draw(source, max(1, round(drawn * share / sum(shares))), stage, assumptions, seed + i, notes)
@@ -78,6 +78,15 @@ def _assumed_rows(stage: Stage, assumptions: Assumptions, seed: int) -> StageRow
     mixed = np.random.default_rng(seed).permutation(len(columns[0]))
     tokens, supervised, prefix, prefixes, tiles, features = (column[mixed] for column in columns)
     return StageRows(Lengths(tokens, supervised, prefix, prefixes), tiles, features, num_rows, num_train, tuple(notes))
+
+
+def _num_train(stage: Stage, numbers: list[int | None]) -> int:
+    """Training rows of an epoch, each as often as the weight of its source says."""
+    num_rows = sum(number or 0 for number in numbers)
+    kept = 1 - num_held_out(stage, num_rows) / max(num_rows, 1)
+    if all(source.weight == 1 for source in stage.data):
+        return num_rows - num_held_out(stage, num_rows)
+    return round(sum((n or 0) * kept * source.weight for n, source in zip(numbers, stage.data, strict=True)))
 
 
 def _num_rows(source: DataSource, assumptions: Assumptions, notes: list[str]) -> int | None:
@@ -141,7 +150,7 @@ def counted_rows(stage: Stage, model_folder: Path, seed: int) -> StageRows | Non
     """The rows as check-data found them; None where it has not checked them, or they have changed since."""
     from llava_llama31.processing import LlavaLlama31Processor
     from llava_llama31.trainer.check_data import cached_reports, default_cache_dir, select_rows
-    from llava_llama31.trainer.stage_data import keeps_data_newline, stage_limits
+    from llava_llama31.trainer.stage_data import keeps_data_newline, stage_limits, weighted
 
     try:
         processor = LlavaLlama31Processor.from_pretrained(model_folder)
@@ -167,10 +176,10 @@ def counted_rows(stage: Stage, model_folder: Path, seed: int) -> StageRows | Non
     held_out = num_held_out(stage, num_rows)
     # the split of load_stage_data
     trained = np.sort(np.random.default_rng([seed, num_rows]).permutation(num_rows)[held_out:])
+    sources = np.repeat(np.arange(len(columns)), [len(column[0]) for column in columns])
+    trained = weighted(trained, sources[trained], [source.weight for source in stage.data], seed)
     tokens, supervised, prefix, prefixes, tiles, image_tokens = (column[trained] for column in joined)
-    return StageRows(
-        Lengths(tokens, supervised, prefix, prefixes), tiles, image_tokens, num_rows, num_rows - held_out, ()
-    )
+    return StageRows(Lengths(tokens, supervised, prefix, prefixes), tiles, image_tokens, num_rows, len(trained), ())
 
 
 @dataclass(frozen=True)
