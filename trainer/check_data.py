@@ -45,6 +45,7 @@ __all__ = [
     "DataReport",
     "Limits",
     "SourceReport",
+    "cached_reports",
     "check_policy",
     "check_sources",
     "default_cache_dir",
@@ -107,6 +108,21 @@ def check_sources(
     return report
 
 
+def cached_reports(
+    sources: Sequence["DataSource"],
+    processor: "LlavaLlama31Processor",
+    *,
+    limits: Limits,
+    cache_dir: Path,
+    keep_data_newline: bool,
+) -> list[SourceReport] | None:
+    """What an earlier check with images decoded found of every source; None where one has yet to be checked."""
+    check = _Check(processor, limits, True, keep_data_newline, None, False)
+    cache = CheckCache(cache_dir)
+    entries = [(source, cache.load(check.key(source, True))) for source in sources]
+    return [_report(source, *entry) for source, entry in entries if entry] if all(e for _, e in entries) else None
+
+
 def run_check(
     sources: Sequence["DataSource"],
     processor: "LlavaLlama31Processor | None" = None,
@@ -161,7 +177,7 @@ class _Check:
         """The source's report, from the cache where that holds."""
         # what was found with every image decoded holds for headers too
         for decode in (True,) if self.decode else (True, False):
-            key = self._key(source, decode)
+            key = self.key(source, decode)
             if entry := cache.load(key):
                 return _report(source, *entry)
         store = open_records(source, keep_data_newline=self.keep_data_newline, max_pixels=self.limits.max_pixels)
@@ -173,7 +189,7 @@ class _Check:
             spool.unlink(missing_ok=True)
         return replace(_report(source, summary, arrays, rejects), cached=False)
 
-    def _key(self, source: "DataSource", decode: bool) -> str:
+    def key(self, source: "DataSource", decode: bool) -> str:
         place = [source.path, source.image_root, source.format, source.split, source.images_only]
         settings = asdict(self.limits) | {"newline": self.keep_data_newline, "decode": decode, "source": place}
         return fingerprint(data_files(source), self.processor, settings)

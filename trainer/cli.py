@@ -4,7 +4,6 @@ llava-llama31 train tiny
 """
 
 import argparse
-import json
 import logging
 import os
 import shlex
@@ -68,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = _command(commands, "plan", _plan, "what a recipe will do, without doing it")
     _recipe_arguments(plan)
-    plan.add_argument("--devices", type=_positive, default=1, metavar="N")
+    _plan_arguments(plan)
     _json_argument(plan)
 
     recipes = _command(commands, "recipes", _recipes, "list the shipped recipes, or copy one out")
@@ -161,6 +160,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _plan_arguments(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("--devices", type=_positive, default=1, metavar="N", help="of all machines; default: 1")
+    plan.add_argument("--devices-per-node", type=_positive, metavar="M", help="default: all in one machine")
+    plan.add_argument("--device-memory", type=_above_zero, metavar="GB", help="10^9 bytes: does each stage fit?")
+    plan.add_argument(
+        "--engine", metavar="NAME", help="ddp, zero1 to zero3, zero3-offload-params, zero3-offload, fsdp2"
+    )
+    plan.add_argument("--mfu", type=_above_zero, metavar="X", help="share of the peak that training reaches: hours")
+    plan.add_argument("--peak-tflops", type=_above_zero, metavar="X", help="of a device, in the stage's precision")
+    plan.add_argument("--price", type=_above_zero, metavar="P", help="of a device for an hour: cost")
+    plan.add_argument("--rows", action="append", default=[], metavar="NAME=N", help="of data that is not here")
+    plan.add_argument("--tokens-per-row", type=_positive, metavar="N", help="of data that is not counted")
+
+
 def _command(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     name: str,
@@ -176,6 +189,13 @@ def _command(
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
+        raise ValueError
+    return number
+
+
+def _above_zero(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
         raise ValueError
     return number
 
@@ -223,16 +243,9 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.plan import plan_recipe, print_plan
-    from llava_llama31.trainer.recipe import load_recipe
+    from llava_llama31.trainer.plan_command import plan_command
 
-    recipe = load_recipe(options.recipe, output=_run_folder(options, options.recipe), overrides=options.overrides)
-    plan = plan_recipe(recipe, num_processes=options.devices)
-    if options.json_output:
-        sys.stdout.write(json.dumps(plan) + "\n")
-    else:
-        print_plan(plan)
-    return 0
+    return plan_command(options, _run_folder(options, options.recipe))
 
 
 def _recipes(options: argparse.Namespace) -> int:

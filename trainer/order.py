@@ -130,7 +130,7 @@ class BatchOrder:
         Longest group to shortest row, a rule within 4/3 of the best (Graham, 1969). Groups stay whole unless there are
         more rows than groups.
         """
-        units = self._units(batch)
+        units = self.units(batch)
         while len(units) < num_rows:
             longest = max(units, key=len)
             units.remove(longest)
@@ -144,7 +144,7 @@ class BatchOrder:
             heapq.heappush(heap, (length + costs[unit], row))
         return sorted(rows, key=self.row_length, reverse=True)
 
-    def _units(self, batch: np.ndarray) -> list[list[int]]:
+    def units(self, batch: np.ndarray) -> list[list[int]]:
         """Samples of a batch that stand side by side with equal prefixes."""
         units: list[list[int]] = []
         before = 0
@@ -162,7 +162,7 @@ class BatchOrder:
         lengths = self.lengths
         total = int(lengths.num_tokens[row].sum())
         if self.share_prefix > 1:
-            for unit in self._units(np.array(row)):
+            for unit in self.units(np.array(row)):
                 total -= (len(unit) - 1) * int(lengths.num_prefix_tokens[unit[0]])
         return total
 

@@ -1,0 +1,235 @@
+"""Parameters and memory by formula, beside the real model, DeepSpeed's estimators and traced steps."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig
+
+from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
+from llava_llama31.trainer.flops import ModelShape
+from llava_llama31.trainer.memory import ENGINES, MicroBatch, Setup, estimate
+from llava_llama31.trainer.module_groups import GROUPS, freeze, lora_target_pattern
+from llava_llama31.trainer.parameters import Parameters, adapter_parameters
+from llava_llama31.trainer.plan_model import model_config
+from llava_llama31.trainer.recipe import load_recipe
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+CLIP = CLIPVisionConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14
+)
+DINO = Dinov2Config(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14)
+SWIGLU = Dinov2Config(**DINO.to_dict() | {"use_swiglu_ffn": True})
+
+
+@pytest.fixture(scope="module")
+def trace_8b() -> ModuleType:
+    """The benchmark, which imports its neighbour `gpu`."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("benchmark_trace_8b", BENCHMARKS / "trace_8b.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+@pytest.mark.parametrize("vision", [CLIP, DINO, SWIGLU], ids=["clip", "dinov2", "swiglu"])
+@pytest.mark.parametrize("layers", [-2, [1, -3]])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_parameters_are_those_of_the_real_model(vision, layers, is_tied):
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    text = LlamaConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, attention_bias=is_tied, tie_word_embeddings=is_tied
+    )
+    config = LlavaLlama31Config(
+        vision_config=vision, text_config=text, vision_feature_layer=layers, tie_word_embeddings=is_tied
+    )
+    with torch.device("meta"):
+        model = LlavaLlama31ForConditionalGeneration(config)
+    report = freeze(model, dict.fromkeys(GROUPS, 1e-3))
+    parameters = Parameters.of(config.to_dict())
+    assert parameters.groups() == {line.group: line.num_parameters for line in report}
+    assert parameters.trainable(GROUPS) == {line.group: line.num_trainable for line in report}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_are_those_of_peft(tiny_config, dora):
+    model = LlavaLlama31ForConditionalGeneration(tiny_config)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    config = LoraConfig(r=4, target_modules=lora_target_pattern(targets), use_dora=dora)
+    adapted = get_peft_model(model, config)
+    expected = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+    assert adapter_parameters(ModelShape.of(tiny_config), 4, targets, dora=dora) == expected
+
+
+def card(tmp_path: Path, **options) -> Setup:
+    """The whole 8B model trained, from what the package knows of its parts."""
+    config, _ = model_config(load_recipe("llama31-8b-card"), tmp_path)
+    parameters = Parameters.of(config)
+    return Setup(ModelShape.of(config), parameters, parameters.trainable(GROUPS), **options)
+
+
+NOTHING = MicroBatch(0, 0, 0, 0, 0, 0)
+
+
+def test_the_published_parts_make_the_model_that_assembly_makes(tmp_path, trace_8b):
+    setup = card(tmp_path)
+    assert sum(setup.parameters.groups().values()) == 8_355_276_800
+    assert setup.model == ModelShape.of(trace_8b.SHAPES["8b"].config)
+
+
+@pytest.mark.parametrize(("num_nodes", "per_node"), [(1, 1), (1, 8), (4, 8)])
+def test_states_are_within_2_percent_of_deepspeeds_estimators(tmp_path, num_nodes, per_node):
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    setup = card(tmp_path)
+    # the estimators know no frozen parameters
+    setup = dataclasses.replace(setup, trained=setup.parameters.groups())
+    total, largest, devices = setup.num_trained, setup.parameters.largest, num_nodes * per_node
+    # bfloat16 gradients are widened for the optimizer's step
+    wide_gradients = 4 * total / devices
+
+    def memory(engine):
+        return estimate(setup, NOTHING, ENGINES[engine], devices, per_node)
+
+    _, expected = estimate_zero2_model_states_mem_needs(total, per_node, num_nodes, cpu_offload=False)
+    zero2 = memory("zero2")
+    states = zero2.weights + zero2.gradients + zero2.optimizer + wide_gradients
+    assert states == pytest.approx(expected, rel=0.02)
+
+    options = {"num_gpus_per_node": per_node, "num_nodes": num_nodes}
+    host, expected, _ = estimate_zero3_model_states_mem_needs(
+        total, largest, **options, cpu_offload=False, cpu_offload_params=False
+    )
+    zero3 = memory("zero3")
+    # theirs counts the largest layer's weights and gradient, but not the buffer of bfloat16 gradients
+    states = zero3.weights + zero3.optimizer + wide_gradients + 4 * largest
+    assert states == pytest.approx(expected, rel=0.02)
+    assert zero3.gradients == pytest.approx(2 * total / devices)
+    assert zero3.host == pytest.approx(host, rel=0.02)
+
+    host, expected, _ = estimate_zero3_model_states_mem_needs(
+        total, largest, **options, cpu_offload=True, cpu_offload_params=True
+    )
+    offload = memory("zero3-offload")
+    assert offload.weights + offload.gradients + offload.optimizer + 4 * largest == pytest.approx(expected, rel=0.02)
+    assert offload.host == pytest.approx(host, rel=0.02)
+
+
+def test_frozen_groups_have_neither_gradients_nor_optimizer(tmp_path):
+    setup = card(tmp_path)
+    parameters = setup.parameters
+    frozen = dataclasses.replace(setup, trained=parameters.trainable(["multi_modal_projector"]))
+    memory = estimate(frozen, NOTHING, ENGINES["ddp"], 1)
+    assert memory.gradients == 4 * parameters.multi_modal_projector
+    assert memory.optimizer == 8 * parameters.multi_modal_projector
+    narrow = dataclasses.replace(frozen, narrow_groups=frozenset({"vision_tower", "language_model"}))
+    saved = memory.weights - estimate(narrow, NOTHING, ENGINES["ddp"], 1).weights
+    assert saved == 2 * (parameters.vision_tower + parameters.language_model)
+
+
+def traced(engine: str, *arguments: str) -> dict:
+    """The benchmark in a process of its own: DeepSpeed keeps what a process group was."""
+    command = [sys.executable, str(BENCHMARKS / "trace_8b.py"), "--engines", engine, "--json", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout[run.stdout.index("[") :])[0]
+
+
+def assert_planned(result: dict, tolerance: float) -> None:
+    assert result["missing"] == []
+    assert result["planned"]["peak"] == pytest.approx(result["traced"]["peak"], rel=tolerance)
+
+
+def driven(trace_8b: ModuleType, engine: str, *arguments: str) -> dict:
+    return trace_8b.compare(trace_8b.parse(["--engines", engine, "--shape", "small", *arguments]))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--set", "activation_checkpointing=false", "--accumulation", "2"),
+        ("--set", "micro_batch=4", "--set", "activation_checkpointing=2"),
+        ("--stage", "projector"),
+        ("--set", "precision=float32"),
+        ("--set", "precision=bfloat16-weights", "--set", "optimizer=adamw_bf16"),
+        ("--set", "trainable=[vision_tower,multi_modal_projector,language_model]"),
+    ],
+    ids=lambda arguments: " ".join(arguments).replace("--set ", "") or "card",
+)
+@pytest.mark.parametrize("engine", ["single", "ddp"])
+def test_peak_is_within_3_percent_of_a_traced_small_step(trace_8b, engine, arguments):
+    assert_planned(driven(trace_8b, engine, *arguments), 0.03)
+
+
+@pytest.mark.parametrize("stage", ["projector", "pretrain"])
+def test_peak_is_within_10_percent_of_a_traced_small_step_under_fsdp2(trace_8b, stage):
+    assert_planned(driven(trace_8b, "fsdp2", "--stage", stage, "--set", "micro_batch=2"), 0.1)
+
+
+@pytest.mark.slow
+def test_a_trace_has_the_bytes_of_a_step_that_is_really_computed(trace_8b):
+    traced, real = (driven(trace_8b, "ddp", *arguments)["traced"] for arguments in ((), ("--real",)))
+    assert traced == pytest.approx(real, rel=1e-3)  # indices, which are real in both, count in one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [(), ("--set", "lora={r: 64}")], ids=["card", "lora"])
+def test_peak_is_within_10_percent_of_a_small_step_that_is_really_computed(trace_8b, arguments):
+    assert_planned(driven(trace_8b, "single", "--real", *arguments), 0.1)
+
+
+@pytest.mark.slow
+def test_peak_is_within_10_percent_of_a_traced_small_step_under_deepspeed():
+    assert_planned(traced("zero2", "--shape", "small", "--set", "micro_batch=4"), 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_peak_is_within_10_percent_of_the_traced_8b_step(engine):
+    result = traced(engine, "--set", "micro_batch=1")
+    assert_planned(result, 0.1)
+    assert result["shapes"] == {"positions": 4112, "tiles": 5, "supervised": 256}
+
+
+@pytest.mark.slow
+def test_a_parameter_without_gradient_fails_the_trace(trace_8b):
+    # the tower's last layer is read by nothing
+    config = trace_8b.SHAPES["small"].config
+    stage = load_recipe("llama31-8b-card", overrides=["stages.projector.trainable=[vision_tower]"]).stages["projector"]
+    row = trace_8b.make_row(config, 1, 1184, 16)
+
+    class Unfrozen(trace_8b._Run):
+        def without_gradient(self):
+            for parameter in self.model.model.vision_tower.parameters():
+                parameter.requires_grad_(True)
+            return super().without_gradient()
+
+    runs = dict(trace_8b._RUNS)
+
+    def single(*arguments):
+        model, run = runs["single"](*arguments)
+        run.__class__ = Unfrozen
+        return model, run
+
+    trace_8b._RUNS["single"] = single
+    try:
+        missing = trace_8b.trace(config, stage, row, "single", 1).missing
+    finally:
+        trace_8b._RUNS["single"] = runs["single"]
+    assert missing and all("encoder.layers.3" in name or "post_layernorm" in name for name in missing)

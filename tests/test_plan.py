@@ -1,0 +1,143 @@
+"""`llava-llama31 plan`: exact where the data was counted, named assumptions where not, and what fits."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from llava_llama31.trainer import meter as meter_module
+from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.meter import matrix_peak
+
+
+def planned(capsys, *arguments: str) -> dict:
+    assert main(["plan", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+MEMORY = {"weights", "gradients", "optimizer", "activations", "forward", "backward", "step", "host", "peak"}
+
+
+@pytest.mark.parametrize("arguments", [("--devices", "8", "--device-memory", "80"), ("--device-memory", "141")])
+def test_the_cards_recipe_is_planned_without_its_data_and_parts(arguments, capsys):
+    plan = planned(capsys, "llama31-8b-card", *arguments)
+    assert [stage["name"] for stage in plan["stages"]] == ["projector", "pretrain", "instruct"]
+    for stage in plan["stages"]:
+        assert set(stage["memory"]) == MEMORY
+        assert all(stage[name] > 0 for name in ("steps", "tokens", "tiles", "flops"))
+        assert stage["hours"] is None and stage["assumed"]
+        assert stage["memory"]["peak"] == max(stage["memory"][name] for name in ("forward", "backward", "step"))
+    total = sum(group["total"] for group in plan["stages"][0]["parameters"].values())
+    assert total == 8_355_276_800
+    fits = [stage["fits"] for stage in plan["stages"]]
+    assert fits == ([True] * 3 if "80" in arguments else [True, False, True])
+
+
+def test_planning_the_card_needs_no_transformers():
+    code = (
+        "import sys; from llava_llama31.trainer.cli import main; main(['plan', 'llama31-8b-card', '--device-memory', "
+        "'80']); assert not {'transformers', 'deepspeed', 'accelerate'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_hours_and_cost_follow_from_a_given_mfu(capsys):
+    options = ("--devices", "8", "--mfu", "0.5", "--peak-tflops", "1000", "--price", "2")
+    plan = planned(capsys, "llama31-8b", *options)
+    stage = plan["stages"][1]
+    assert stage["hours"] == pytest.approx(stage["flops"] / (0.5 * 1e15 * 8) / 3600)
+    assert stage["cost"] == pytest.approx(stage["hours"] * 16)
+    assert plan["hours_from"] == "--mfu 0.5 of --peak-tflops 1000 a device, as given"
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+@pytest.mark.parametrize("memory", ["48", "80", "141"])
+def test_the_named_setting_fits(engine, memory, capsys):
+    options = ("--devices", "8", "--device-memory", memory)
+    asked = (*options, "--engine", engine, "--set", "stages.instruct.activation_checkpointing=false")
+    stage = planned(capsys, "llama31-8b", *asked)["stages"][2]
+    if stage["fits"]:
+        assert stage["fix"] is None
+        return
+    fix = stage["fix"]
+    sets = [argument for text in fix["set"] for argument in text.split(" ", 1)]
+    again = planned(capsys, "llama31-8b", *asked[:4], "--engine", fix["engine"], *asked[6:], *sets)["stages"][2]
+    assert again["fits"] and again["memory"]["peak"] == pytest.approx(fix["peak"], rel=0.02)
+
+
+def test_a_stage_that_nothing_makes_fit_says_so(capsys):
+    assert main(["plan", "llama31-8b", "--devices", "1", "--device-memory", "2"]) == 0
+    assert "no setting that was tried makes it fit" in capsys.readouterr().out
+
+
+def test_assumed_rows_can_be_given(capsys, tmp_path):
+    options = ("--rows", "captions=1600", "--rows", "questions=320", "--tokens-per-row", "1000")
+    plan = planned(capsys, "tiny", "--output", str(tmp_path), *options)
+    stage = plan["stages"][1]
+    assert (stage["rows"], stage["steps"], stage["tokens"]) == (1600, 100, 1_600_000)
+    assert stage["row_tokens"] == {"p5": 1000, "p50": 1000, "p95": 1000, "max": 1000}
+    assert stage["memory"] is None  # the demo's parts are not made yet
+    unknown = planned(capsys, "tiny", "--output", str(tmp_path))["stages"][1]
+    assert unknown["steps"] is None and unknown["tokens"] is None
+    assert "--rows captions=N" in unknown["assumed"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine", "zero4"], "there is no engine 'zero4' (fix: one of ddp, zero1"),
+        (["--mfu", "0.4"], "give both"),
+        (["--rows", "captions"], "'captions' is not NAME=N"),
+        (["--set", "stages.pretrain.deepspeed=gone"], "there is no DeepSpeed file 'gone'"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments, message, capsys):
+    assert main(["plan", "llama31-8b-card", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_plan_of_counted_rows_is_what_the_run_does(recipe_content, tmp_path, capsys, monkeypatch):
+    """Steps and FLOPs as the meter counts them, and the run's seconds from its MFU."""
+    recipe_batch = 8  # logged at every step
+    recipe_content["stages"]["instruct"]["data"][0]["weight"] = 1.5
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump(recipe_content))
+    needed = []
+    count = meter_module.needed_flops
+
+    def counting(*arguments, **options):
+        flops = count(*arguments, **options)
+        needed.append(flops.total.needed)
+        return flops
+
+    monkeypatch.setattr(meter_module, "needed_flops", counting)
+    run = tmp_path / "run"
+    assert main(["train", str(recipe_file), "--output", str(run)]) == 0
+    capsys.readouterr()
+    plan = planned(capsys, str(recipe_file), "--output", str(run))
+    assert all(stage["assumed"] == [] and not stage["sampled"] for stage in plan["stages"])
+    # supervised tokens are taken to be the last ones of a row: a last layer's attention may differ
+    assert sum(stage["flops"] for stage in plan["stages"]) == pytest.approx(sum(needed), rel=0.02)
+    peak = matrix_peak(torch.float32, torch.device("cpu"))
+    for number, stage in enumerate(plan["stages"], 1):
+        folder = run / "stages" / f"{number}-{stage['name']}"
+        record = json.loads((folder / "final" / "stage.json").read_text())
+        log = json.loads((max(folder.glob("checkpoint-*")) / "trainer_state.json").read_text())["log_history"]
+        log = [entry for entry in log if "mfu" in entry]
+        assert stage["steps"] == record["steps"]
+        assert stage["parameters"] == {
+            line["group"]: {"total": line["num_parameters"], "trainable": line["num_trainable"]}
+            for line in record["groups"]
+        }
+        # of each log's window, without the time that checkpoints took
+        seconds = np.array([recipe_batch / entry["samples_per_second"] for entry in log])
+        mfu = float(np.average([entry["mfu"] for entry in log], weights=seconds))
+        options = ("--mfu", str(mfu), "--peak-tflops", str(peak / 1e12))
+        again = planned(capsys, str(recipe_file), "--output", str(run), *options)["stages"][number - 1]
+        share = len(log) / stage["steps"]
+        rounding = 1e-4 / mfu  # of the logged figure
+        assert again["hours"] * 3600 * share == pytest.approx(seconds.sum(), rel=0.1 + rounding)
