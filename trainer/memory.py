@@ -525,7 +525,8 @@ def _host(setup: Setup, engine: Engine, num_devices: int, devices_per_node: int)
     """Bytes on a machine: what DeepSpeed offloads (its estimator's terms), or weights while they are loaded.
 
     Offloaded are 2 bytes of weights and 16 of gradients and optimizer a number, times 1.5 for buffers. ZeRO-3 loads
-    straight into its shares and holds the largest part meanwhile; elsewhere every process loads all weights.
+    straight into its shares and holds the largest part meanwhile; under FSDP one process of a machine loads all
+    weights, elsewhere every one.
     """
     share = devices_per_node / num_devices
     if engine.offloads_weights or engine.offloads_optimizer:
@@ -534,4 +535,4 @@ def _host(setup: Setup, engine: Engine, num_devices: int, devices_per_node: int)
     if engine.deepspeed and engine.shards_weights:
         return 4.0 * setup.parameters.largest * devices_per_node * _HOST_FACTOR
     width = 2.0 if setup.precision == "bfloat16-weights" else 4.0
-    return width * setup.num_weights * devices_per_node
+    return width * setup.num_weights * (1 if engine.name == "fsdp2" else devices_per_node)

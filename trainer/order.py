@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from torch.utils.data import Sampler
 
 
 WINDOW_BATCHES = 64
@@ -167,7 +166,7 @@ class BatchOrder:
         return total
 
 
-class RankBatches(Sampler[list[int]]):
+class RankBatches:
     """Micro-batches of one rank: parts of the global batches, so that accumulation x ranks x micro is the batch.
 
     Packed, a global batch becomes rows of nearly equal length; else it is cut into slices of `micro_batch` samples. In

@@ -223,7 +223,7 @@ def _within_row_limit(case: _Case) -> Stage:
     """The stage with the micro-batch that its `max_row_tokens` gives."""
     if case.stage.max_row_tokens is None:
         return case.stage
-    from llava_llama31.trainer.stages import within_row_limit
+    from llava_llama31.trainer.stage_data import within_row_limit
 
     return within_row_limit(case.stage, case.rows.lengths, case.seed, case.machine.num_devices)
 

@@ -92,19 +92,27 @@ def _num_train(stage: Stage, numbers: list[int | None]) -> int:
 def _num_rows(source: DataSource, assumptions: Assumptions, notes: list[str]) -> int | None:
     """Rows that a source contributes, before any is found unusable."""
     if source.name in assumptions.rows:
-        number = assumptions.rows[source.name]
-        notes.append(f"{source.name}: {number:,} rows, as --rows says")
-        return number
-    try:
-        number = len(open_records(source))
-    except UserError:
+        given = assumptions.rows[source.name]
+        notes.append(f"{source.name}: {given:,} rows, as --rows says")
+        return given
+    if (number := _num_rows_here(source)) is None:
         entry = published()["data"].get(source.name)
         if entry is None:
             notes.append(f"{source.name} is not here: how many rows it has is not known (--rows {source.name}=N)")
             return None
-        number = entry.get("images_only_rows", entry["rows"]) if source.images_only else entry["rows"]
+        number = int(entry.get("images_only_rows", entry["rows"]) if source.images_only else entry["rows"])
         notes.append(f"{source.name} is not here: {number:,} rows, as the published file has")
     return min(number, source.sample) if source.sample else number
+
+
+def _num_rows_here(source: DataSource) -> int | None:
+    """Of a file or folder; a name on the Hub is not opened, which would download it."""
+    if not Path(source.path).expanduser().exists():
+        return None
+    try:
+        return len(open_records(source))
+    except UserError:
+        return None
 
 
 def _draw(
