@@ -2,8 +2,11 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,7 @@ PLANTED = (HUB, CACHED, WANDB, PASSWORD)
 
 
 @pytest.fixture
-def planted(tmp_path, monkeypatch) -> Path:
+def planted(tmp_path, monkeypatch) -> Iterator[Path]:
     """Secrets in the environment and in the Hub's folder; returns the folder that everything is written under."""
     hub, work = tmp_path / "hub", tmp_path / "work"
     hub.mkdir()
@@ -34,9 +37,12 @@ def planted(tmp_path, monkeypatch) -> Path:
     for name, value in (("HF_TOKEN", HUB), ("WANDB_API_KEY", WANDB), ("HF_HOME", hub), ("OMP_NUM_THREADS", "1")):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("XDG_CACHE_HOME", str(work / "cache"))
-    monkeypatch.setenv("TMPDIR", str(work / "tmp"))
+    short = Path(tempfile.mkdtemp(), "s")  # a socket's path may have a hundred characters
+    short.symlink_to(work / "tmp")
+    monkeypatch.setenv("TMPDIR", str(short))
     monkeypatch.chdir(work)
-    return work
+    yield work
+    shutil.rmtree(short.parent)
 
 
 def launched(*command: str, code: int) -> str:
