@@ -14,14 +14,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llava_llama31 import __version__
-from llava_llama31.trainer.errors import UserError
-
-
-EXIT_USER, EXIT_INTERRUPTED, EXIT_KEYBOARD = 2, 75, 130
+from llava_llama31.trainer.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_KEYBOARD,
+    EXIT_MEMORY,
+    EXIT_USER,
+    EndedElsewhere,
+    Interrupted,
+    UserError,
+)
+from llava_llama31.trainer.signals import Signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run one command, and return its exit code: 0, 2 for what the user can mend, 75 for saved and stopped."""
+    """Parse, run one command, and return its exit code: 0, or one of docs/recipes.md."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -35,7 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return EXIT_USER
+        return error.exit_code
+    except EndedElsewhere as error:
+        if options.debug:
+            traceback.print_exc()
+        return error.exit_code
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
+    except MemoryError:
+        print("error: the host has no memory left (fix: give this process more)", file=sys.stderr)  # noqa: T201
+        return EXIT_MEMORY
     except OSError as error:
         if options.debug:
             traceback.print_exc()
@@ -194,15 +210,12 @@ def _train(options: argparse.Namespace) -> int:
 
     output = _run_folder(options, options.recipe)
     recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
-    from llava_llama31.trainer.run import Interrupted, run_recipe
-
     sets = [argument for override in options.overrides for argument in ("--set", override)]
     command = shlex.join(["llava-llama31", "train", options.recipe, *sets])
-    try:
-        run_recipe(recipe, output, command=command)
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)  # noqa: T201
-        return EXIT_INTERRUPTED
+    with Signals().handled() as signals:
+        from llava_llama31.trainer.run import run_recipe
+
+        run_recipe(recipe, output, command=command, signals=signals)
     return 0
 
 
