@@ -5,6 +5,8 @@ planned tensors, one at a time, into a folder that appears complete or not at al
 the embedding), about 2 GB for an 8B model. The keys are those of `LlavaNextForConditionalGeneration.state_dict()`.
 """
 
+import fcntl
+import glob
 import json
 import math
 import os
@@ -187,6 +189,8 @@ def write_model_files(plan: AssemblyPlan, folder: Path, *, max_shard_bytes: int 
 def staged_folder(output: str | Path) -> Iterator[Path]:
     """A hidden folder beside `output` that takes its name when the block ends well, and is removed when not.
 
+    Those that killed processes left are removed first.
+
     Raises:
         AssemblyError: when `output` exists and is not an empty folder.
     """
@@ -194,7 +198,16 @@ def staged_folder(output: str | Path) -> Iterator[Path]:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise AssemblyError(f"{output}: exists already (fix: another output, or remove it)")
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    for leftover in output.parent.glob(f".staging-{glob.escape(output.name)}-*"):
+        with _locked(leftover) as is_ours:
+            if is_ours:
+                shutil.rmtree(leftover)
+    staging = Path(tempfile.mkdtemp(prefix=f".staging-{output.name}-", dir=output.parent))
+    with _locked(staging):
+        yield from _filled(staging, output)
+
+
+def _filled(staging: Path, output: Path) -> Iterator[Path]:
     try:
         staging.chmod(0o755)  # mkdtemp makes it private
         yield staging
@@ -205,6 +218,21 @@ def staged_folder(output: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder's lock, which ends with the process; whether it could be had."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:  # another process works in it, or the file system has no locks
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from llava_llama31.trainer import device_options
 from llava_llama31.trainer.checkpoints import load_tree, save_tree
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.llava_trainer import StopOnSignal
+from llava_llama31.trainer.guard import Requests
 from llava_llama31.trainer.module_groups import freeze
 from llava_llama31.trainer.optimizers import AdamWBfloat16, load_portable_state, portable_state, round_by_chance
 from llava_llama31.trainer.recipe import Stage
@@ -156,15 +157,13 @@ def test_a_stage_with_a_low_bit_optimizer_resumes_with_the_same_bits(tmp_path, r
     with set_stance("force_eager"):
         code, whole = run(tmp_path, recipe_content, "whole")
         assert code == 0
-        original = StopOnSignal.on_step_end
 
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                self._receive(2, None)
-            original(self, args, state, control, **kwargs)
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGINT)
 
         with monkeypatch.context() as patch:
-            patch.setattr(StopOnSignal, "on_step_end", on_step_end)
+            patch.setattr(Requests, "on_step_begin", on_step_begin)
             assert run(tmp_path, recipe_content, "stopped")[0] == 75
         code, stopped = run(tmp_path, recipe_content, "stopped")
     assert code == 0

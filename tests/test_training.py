@@ -109,7 +109,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(train, recipe_content, base_folder, lora):
-    from llava_llama31.trainer.llava_trainer import StopOnSignal
+    from llava_llama31.trainer.guard import Requests
 
     del recipe_content["evaluation"]
     recipe_content["stages"]["instruct"] |= {
@@ -125,15 +125,13 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, recipe_content, b
     # Ctrl-C three times in the first stage and once in the second
     with pytest.MonkeyPatch.context() as patch:
         for stop_at in (1, 3, 5, 4):
-            original = StopOnSignal.on_step_end
 
-            def on_step_end(self, args, state, control, _stop=stop_at, _original=original, **kwargs):
-                if state.global_step == _stop:
-                    self._receive(2, None)
-                _original(self, args, state, control, **kwargs)
+            def on_step_begin(self, args, state, control, _stop=stop_at, **kwargs):
+                if state.global_step == _stop - 1:
+                    signal.raise_signal(signal.SIGINT)
 
             with patch.context() as one:
-                one.setattr(StopOnSignal, "on_step_end", on_step_end)
+                one.setattr(Requests, "on_step_begin", on_step_begin)
                 code, run = train(output="stopped")
             assert code == 75, stop_at
         code, run = train(output="stopped")

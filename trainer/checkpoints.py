@@ -8,13 +8,18 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from llava_llama31.trainer.errors import UserError
 
 
 MANIFEST = "manifest.json"
@@ -30,10 +35,39 @@ def stage(final: Path) -> Path:
     return staging
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder if it is there."""
-    if folder.exists():
-        shutil.rmtree(folder)
+def remove(path: Path) -> None:
+    """Remove a folder, or the file that a killed `write_json` left, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def size(folder: Path) -> int:
+    """Bytes of a published folder, by its manifest."""
+    return sum(entry["size"] for entry in read_manifest(folder)["files"])
+
+
+@contextmanager
+def room(folder: Path, needed: int) -> Iterator[None]:
+    """Within it about this many bytes are written under `folder`, whose file system must have them.
+
+    Raises:
+        UserError: naming path and bytes: they are not there, or writing fails.
+    """
+    free = shutil.disk_usage(folder).free
+    fix = f"make {needed / 1e9:.2f} GB free there and run again: the former checkpoint is whole"
+    if free < needed:
+        raise UserError(
+            f"saving needs {needed:,} bytes, and {free:,} are free; nothing was written", where=str(folder), fix=fix
+        )
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free
+        raise UserError(
+            f"saving {needed:,} bytes failed, with {free:,} free: {error}", where=str(folder), fix=fix
+        ) from error
 
 
 def publish(staging: Path, final: Path, facts: dict[str, Any]) -> None:
@@ -87,6 +121,11 @@ def checkpoints(folder: Path) -> list[Path]:
     """`checkpoint-N` folders, newest (highest step) first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
+def newest_published(folder: Path) -> Path | None:
+    """The newest checkpoint that was given its manifest, unverified."""
+    return next((path for path in checkpoints(folder) if (path / MANIFEST).is_file()), None)
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:

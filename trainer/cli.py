@@ -14,17 +14,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llava_llama31 import __version__
-from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.errors import (
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_KEYBOARD,
+    EXIT_MEMORY,
+    EXIT_USER,
+    EndedElsewhere,
+    Interrupted,
+    UserError,
+)
 from llava_llama31.trainer.safe_text import SafeFormatter, printable, redacted, shown
+from llava_llama31.trainer.signals import Signals
 
-
-EXIT_FAULT, EXIT_USER, EXIT_INTERRUPTED, EXIT_KEYBOARD = 1, 2, 75, 130
 
 _MESSAGE_LENGTH = 10_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run one command, and return its exit code: 0, 2 for what the user can mend, 75 for saved and stopped."""
+    """Parse, run one command, and return its exit code: 0, or one of docs/recipes.md."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
     log = logging.StreamHandler()
@@ -38,9 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except UserError as error:
-        return _say(str(error), debug=options.debug)
+        return _say(str(error), error.exit_code, debug=options.debug)
+    except EndedElsewhere as error:
+        if options.debug:
+            sys.stderr.write(shown(traceback.format_exc()))
+        return error.exit_code
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
+    except MemoryError:
+        return _say("the host has no memory left (fix: give this process more)", EXIT_MEMORY, debug=options.debug)
     except OSError as error:
-        return _say(f"{error.filename or 'a file'}: {error.strerror or error}", debug=options.debug)
+        return _say(f"{error.filename or 'a file'}: {error.strerror or error}", EXIT_USER, debug=options.debug)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
         return EXIT_KEYBOARD
@@ -49,12 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAULT
 
 
-def _say(error: str, *, debug: bool) -> int:
-    """Tell what the user can mend; returns the exit code."""
+def _say(error: str, exit_code: int, *, debug: bool) -> int:
+    """Tell what the user can mend, and give back the exit code."""
     if debug:
         sys.stderr.write(shown(traceback.format_exc()))
     print(f"error: {printable(redacted(error), _MESSAGE_LENGTH)}", file=sys.stderr)  # noqa: T201
-    return EXIT_USER
+    return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -230,15 +247,12 @@ def _train(options: argparse.Namespace) -> int:
 
     output = _run_folder(options, options.recipe)
     recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
-    from llava_llama31.trainer.run import Interrupted, run_recipe
-
     sets = [argument for override in options.overrides for argument in ("--set", override)]
     command = shlex.join(["llava-llama31", "train", options.recipe, *sets])
-    try:
-        run_recipe(recipe, output, command=command)
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)  # noqa: T201
-        return EXIT_INTERRUPTED
+    with Signals().handled() as signals:
+        from llava_llama31.trainer.run import run_recipe
+
+        run_recipe(recipe, output, command=command, signals=signals)
     return 0
 
 

@@ -58,6 +58,11 @@ class StageDataset(Dataset):
         known: dict[tuple[str, ...], Pictures] = {}
         return [self._sample(index, known) for index in indices]
 
+    def record_id(self, index: int) -> str:
+        """Id of a sample's record, whether or not it can be read now."""
+        source, row = self.rows[index if index >= 0 else -1 - index]
+        return self.stores[source].row_id(row)
+
     def record(self, index: int) -> Record:
         """The record of a sample."""
         source, row = self.rows[index if index >= 0 else -1 - index]
@@ -104,10 +109,9 @@ class StageDataset(Dataset):
         return Pictures(sizes, has_features, _joined(tiles), _joined(features))
 
     def _unreadable(self, index: int, error: RecordError) -> UserError:
-        source, row = self.rows[index if index >= 0 else -1 - index]
         return UserError(
             f"passed the check but can't be read any more: {error}",
-            where=f"record {self.stores[source].row_id(row)}",
+            where=f"record {self.record_id(index)}",
             fix="put the file back and run again",
         )
 

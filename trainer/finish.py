@@ -103,6 +103,19 @@ def write_export(
     Args:
         pictures: relative path in the folder -> picture, for the card's samples.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    with checkpoints.room(folder.parent, weights):
+        _write_export(folder, model, processor, record, pictures)
+
+
+def _write_export(
+    folder: Path,
+    model: torch.nn.Module,
+    processor: LlavaLlama31Processor,
+    record: dict[str, Any],
+    pictures: Mapping[str, Image.Image],
+) -> None:
     staging = checkpoints.stage(folder)
     model.save_pretrained(staging, max_shard_size="5GB")
     processor.save_pretrained(staging)

@@ -3,11 +3,10 @@
 import logging
 import math
 import random
-import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -27,16 +26,28 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.collator import Collator
-from llava_llama31.trainer.engine import engine_of, fsdp_plugin, uses_fsdp, whole_parameters
-from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.engine import (
+    engine_of,
+    fsdp_plugin,
+    num_elements,
+    unsharded,
+    uses_deepspeed,
+    uses_fsdp,
+    whole_parameters,
+)
+from llava_llama31.trainer.errors import Unhealthy, UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
+from llava_llama31.trainer.guard import Guard
+from llava_llama31.trainer.health import Records
 from llava_llama31.trainer.meter import Meter
 from llava_llama31.trainer.module_groups import group_parameters
 from llava_llama31.trainer.optimizers import AdamWBfloat16, load_portable_state, portable_state
 from llava_llama31.trainer.order import BatchOrder, Lengths, RankBatches
+from llava_llama31.trainer.watchdog import loader_failure, set_up_worker
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +66,7 @@ class LlavaTrainer(Trainer):
         eval_lengths: of the validation rows.
         packed: micro-batches are packed rows.
         meter: counts what the steps need.
+        guard: watches over the steps.
         bfloat16_moments: optimise with AdamWBfloat16, not with what `args.optim` names.
         decay_all_parameters: apply weight decay to norms and biases too.
         only_trainable: save the trainable parameters alone (adapters); the rest comes from the stage's origin.
@@ -75,6 +87,7 @@ class LlavaTrainer(Trainer):
         eval_lengths: Lengths,
         packed: bool,
         meter: Meter,
+        guard: Guard,
         bfloat16_moments: bool = False,
         decay_all_parameters: bool = False,
         only_trainable: bool = False,
@@ -86,8 +99,10 @@ class LlavaTrainer(Trainer):
         self.decay_all_parameters, self.only_trainable = decay_all_parameters, only_trainable
         self.bfloat16_moments, self.questions = bfloat16_moments, questions
         self.saving_to: Path | None = None
-        self.meter = meter
+        self.meter, self.guard = meter, guard
         self._counts: dict[int, np.ndarray] = {}
+        self._losses: list[torch.Tensor] = []  # of the step's micro-batches so far
+        self._num_drawn = 0  # micro-batches from the epoch's loader
         super().__init__(
             model,
             args,
@@ -95,7 +110,7 @@ class LlavaTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processor,
-            callbacks=[_Epochs(self), *(callbacks or [])],
+            callbacks=[_Epochs(self), *(callbacks or []), guard.requests],
         )
         if args.bf16 and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             base = model.get_base_model() if only_trainable else model
@@ -110,14 +125,16 @@ class LlavaTrainer(Trainer):
     # data
 
     def get_train_dataloader(self) -> DataLoader:
-        batches = RankBatches(
+        return self._loader(self.train_dataset, self._rank_batches())
+
+    def _rank_batches(self) -> RankBatches:
+        return RankBatches(
             self.order,
             micro_batch=self.args.per_device_train_batch_size,
             rank=self.args.process_index,
             num_processes=self.args.world_size,
             packed=self.packed,
         )
-        return self._loader(self.train_dataset, batches)
 
     def _loader(self, dataset: Dataset, batches: RankBatches) -> DataLoader:
         # not through accelerator.prepare: it would split the batches among the ranks a second time
@@ -127,11 +144,48 @@ class LlavaTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and not self.args.use_cpu,
-            worker_init_fn=_quiet_worker,
+            worker_init_fn=set_up_worker,
+            timeout=self.guard.loader_timeout if self.args.dataloader_num_workers else 0,
             # a forked worker would keep a copy of all weights that the training goes on to change
             multiprocessing_context="forkserver" if self.args.dataloader_num_workers else None,
             persistent_workers=False,
         )
+
+    def records(self, step: int) -> Records:
+        """Ids of the records of a step, counted from 1."""
+        name = self.train_dataset.record_id
+        ranks = self._rank_batches().of_ranks(step - 1)
+        return [[[name(index) for index in micro_batch] for micro_batch in rank] for rank in ranks]
+
+    def _drawn(
+        self, loader: Iterator[dict[str, Any]], records: Callable[[int], list[str]], first: int = 0
+    ) -> Iterator[dict[str, Any]]:
+        """Micro-batches as they come.
+
+        Args:
+            records: ids of one, by its number since the loader began.
+            first: number of the first one.
+
+        Raises:
+            UserError: naming the worker and the records that it failed at.
+        """
+        number = first
+        while True:
+            self.guard.watchdog.beat(f"waiting for data, micro-batch {number} of this loader")
+            try:
+                batch = next(loader)
+            except StopIteration:
+                return
+            except UserError as error:  # with the worker's traceback, if it comes from there
+                raise UserError(str(error).rpartition("UserError: ")[2]) from error
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader"):
+                    raise
+                worker = number % self.args.dataloader_num_workers
+                guard = self.guard
+                raise loader_failure(error, worker, records(number), guard.where, guard.loader_timeout) from error
+            number += 1
+            yield batch
 
     # optimisation
 
@@ -163,16 +217,8 @@ class LlavaTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add seconds of training so far, and the meters since the last log."""
         if "loss" in logs:
-            wrong = [
-                f"{name} is {logs[name]}" for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0))
-            ]
-            if wrong:
-                raise UserError(
-                    f"not finite: {', '.join(wrong)}",
-                    where=f"step {self.state.global_step}",
-                    fix="lower the learning rate, or go back to a checkpoint before it and look at the data there",
-                )
             now, step = time.monotonic(), self.state.global_step
+            self._leave_out_skipped(logs)
             trained = self.trained(step)
             seconds, meters = self.meter.read()
             logs["supervised_tokens"] = int(trained[1])
@@ -182,6 +228,17 @@ class LlavaTrainer(Trainer):
             logs["seconds"] = round(self._seconds_before + now - self._started, 3)
             self._last_log = trained
         super().log(logs, start_time)
+
+    def _leave_out_skipped(self, logs: dict[str, float]) -> None:
+        """The loss is the mean of the steps that were taken; the others are counted, and stand in health.json."""
+        num_skipped = self.guard.health.skipped_after(self._logged_step)
+        num_steps = self.state.global_step - self._logged_step
+        self._logged_step = self.state.global_step
+        if num_skipped:
+            logs["skipped_steps"] = num_skipped
+            loss = logs.pop("loss")
+            if num_skipped < num_steps:
+                logs["loss"] = loss * num_steps / (num_steps - num_skipped)
 
     def trained(self, step: int) -> np.ndarray:
         """Tokens, supervised tokens and samples of the first `step` steps, from the order, which is known."""
@@ -204,15 +261,64 @@ class LlavaTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
         """The micro-batches of a step, still on the host, for the meters."""
         with self.meter.waiting():
-            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            step, first = self.state.global_step + 1, self._num_drawn
+            drawn = self._drawn(
+                epoch_iterator, lambda number: self.records(step)[self.args.process_index][number - first], first
+            )
+            batches, num_items = super().get_batch_samples(drawn, num_batches, device)
+        self._num_drawn += len(batches)
         for batch in batches:
             self.meter.add(batch)
         return batches, num_items
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Loss of a micro-batch, kept for the step's judgement."""
+        step, number = self.state.global_step + 1, len(self._losses) + 1
+        self.guard.watchdog.beat(f"training on micro-batch {number} of step {step}")
+        if not self._losses:
+            self._loss_before = self._tr_loss.clone()
+        self._losses.append(super().training_step(model, inputs, num_items_in_batch))
+        return self._losses[-1]
+
+    def _get_grad_norm(
+        self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None
+    ) -> torch.Tensor | float | None:
+        """Judge the step, which has its gradients and has not changed a weight; a skipped one loses its gradients.
+
+        Under DeepSpeed it has taken the step; what it found not finite it did not take.
+        """
+        norm = unsharded(super()._get_grad_norm(model, grad_norm))
+        if self.accelerator.optimizer_step_was_skipped:
+            norm = math.inf  # the engine's own may be that of an earlier step
+        losses, self._losses = self._losses, []
+        step = self.state.global_step + 1
+        skip, norm = self.guard.judge(step, losses, norm, lambda: self.records(step), self.args.device)
+        if not skip:
+            return norm
+        model.zero_grad()  # without gradients an optimizer changes neither weights nor moments
+        self._tr_loss.copy_(self._loss_before)
+        return None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:  # type: ignore[override]
+        """Train under the watchdog; a checkpoint's judgement of steps goes on too."""
+        if resume_from_checkpoint:
+            self.guard.restore(Path(str(resume_from_checkpoint)))
+        with self.guard.watchdog.watching():
+            return super().train(resume_from_checkpoint)
+
+    def start_epoch(self) -> None:
+        self._num_drawn = 0
 
     def start_clock(self) -> None:
         earlier = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = earlier[-1] if earlier else 0.0
         self._started = time.monotonic()
+        self._logged_step = self.state.global_step
         self._last_log = self.trained(self.state.global_step)
         self.meter.restart()
 
@@ -229,6 +335,13 @@ class LlavaTrainer(Trainer):
 
     def _measure(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
         metrics = {f"{metric_key_prefix}_loss": self._validation_loss(dataset)} if len(dataset) else {}
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise Unhealthy(
+                    f"{name} is {value}",
+                    where=f"{self.guard.where}, step {self.state.global_step}",
+                    fix="lower the learning rate, or look at the validation rows",
+                )
         if self.questions is not None:
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
             base = self.accelerator.unwrap_model(self.model)
@@ -239,6 +352,7 @@ class LlavaTrainer(Trainer):
                 sharded=self.model_wrapped if sharded else None,
                 # the wrapped model's forward has its own; what is inside it has none
                 autocast=self.accelerator.autocast(),
+                beat=lambda: self.guard.watchdog.beat("answering questions"),
             )
             metrics[f"{metric_key_prefix}_accuracy"] = accuracy
             metrics[f"{metric_key_prefix}_unanswered"] = num_unanswered
@@ -264,7 +378,9 @@ class LlavaTrainer(Trainer):
         was_training = model.training
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
-        for batch in self._loader(dataset, batches):
+        rows = list(batches)
+        loader = iter(self._loader(dataset, batches))
+        for batch in self._drawn(loader, lambda number: [dataset.record_id(index) for index in rows[number]]):
             count = int((batch["labels"][:, 1:] != -100).sum())
             with self.compute_loss_context_manager():
                 loss = model(**self._prepare_inputs(batch), num_items_in_batch=1).loss
@@ -317,8 +433,26 @@ class LlavaTrainer(Trainer):
         return str(self.saving_to or self.args.output_dir)
 
     def _save_checkpoint(self, model: PreTrainedModel, trial: object | None) -> None:
-        with self.meter.aside():
+        self.guard.watchdog.beat("saving")
+        with self.meter.aside(), self._room():
             self._save_whole(model, trial)
+        self.guard.watchdog.beat("saved")
+
+    def _room(self) -> AbstractContextManager[None]:
+        """The main process makes sure of the space that a checkpoint needs."""
+        if not self.args.should_save:
+            return nullcontext()
+        folder = Path(self.args.output_dir)
+        former = checkpoints.newest_published(folder)
+        return checkpoints.room(folder, self._estimated_bytes() if former is None else checkpoints.size(former))
+
+    def _estimated_bytes(self) -> int:
+        """Of a checkpoint: weights, and two moments in float32; under DeepSpeed weights twice, and originals."""
+        parameters = list(self.model.parameters())
+        saved = [parameter for parameter in parameters if parameter.requires_grad or not self.only_trainable]
+        weights = sum(num_elements(parameter) * parameter.element_size() for parameter in saved)
+        trained = sum(num_elements(parameter) for parameter in parameters if parameter.requires_grad)
+        return 2 * weights + 12 * trained if uses_deepspeed(self.args) else weights + 8 * trained
 
     def _save_whole(self, model: PreTrainedModel, trial: object | None) -> None:
         final = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
@@ -331,6 +465,10 @@ class LlavaTrainer(Trainer):
         self.saving_to = staging.parent
         try:
             super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save:
+                checkpoints.remove(staging.parent)
+            raise
         finally:
             self.saving_to = None
         self._barrier()
@@ -338,6 +476,7 @@ class LlavaTrainer(Trainer):
             # the parent noted the staging folder; best_checkpoint owns this fact
             self.state.best_model_checkpoint = None
             self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+            self.guard.save(staging)
             facts = {
                 "step": self.state.global_step,
                 "num_processes": self.args.world_size,
@@ -397,6 +536,7 @@ class LlavaTrainer(Trainer):
             self._load_from_checkpoint(str(checkpoint))
         self._prepare_for_training(self.args.max_steps, self.get_train_dataloader(), str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.guard.restore(checkpoint)
         self.start_clock()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -459,60 +599,15 @@ class _Epochs(TrainerCallback):
         **kwargs: object,
     ) -> None:
         train_dataloader.batch_sampler.set_epoch(state.global_step // self.trainer.order.steps_per_epoch)
+        self.trainer.start_epoch()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if control.should_save or state.global_step >= state.max_steps:
-            control.should_log = True  # a loss that is not finite stops the run before it is saved
-
-
-class StopOnSignal(TrainerCallback):
-    """The first Ctrl-C or SIGTERM saves and stops at the next step, on all ranks; the second one stops at once."""
-
-    def __init__(self):
-        self.signal: int | None = None  # received by this process
-        self.agreed = False  # received by any, and acted on by all
-        self._former: dict[int, object] = {}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._former[number] = signal.signal(number, self._receive)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        for number, former in self._former.items():
-            signal.signal(number, former)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        received = self.signal or 0
-        if args.world_size > 1:
-            flag = torch.tensor(received, device=args.device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            received = int(flag)
-        if received and state.global_step < state.max_steps:
-            self.agreed = True
-            control.should_log = control.should_save = control.should_training_stop = True
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.signal = number
-        logger.warning("%s: saving at the end of this step; once more stops at once", signal.Signals(number).name)
+            control.should_log = True
 
 
 def _assert_autocast(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     # only the wrapped model's own forward enters autocast: whatever goes round it would run in float32, unnoticed
     assert torch.is_autocast_enabled(inputs[0].device.type), "the step runs in float32 and not in bfloat16"
-
-
-def _quiet_worker(worker_id: int) -> None:
-    # signals reach the whole process group; the main process decides when its workers end
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

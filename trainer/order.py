@@ -199,6 +199,13 @@ class RankBatches:
             for micro in self.micro_batches(batch)[self.rank :: self.num_processes]:
                 yield micro or [-1 - int(batch[0])]
 
+    def of_ranks(self, step: int) -> list[list[list[int]]]:
+        """Sample indices of a step of all epochs, by rank and micro-batch."""
+        epoch, index = divmod(step, self.order.steps_per_epoch)
+        batch = self.order.batches(epoch)[index]
+        micro_batches = [micro or [-1 - int(batch[0])] for micro in self.micro_batches(batch)]
+        return [micro_batches[rank :: self.num_processes] for rank in range(self.num_processes)]
+
     def micro_batches(self, batch: np.ndarray) -> list[list[int]]:
         """Micro-batches of all ranks for one global batch; empty ones last."""
         number = self._num_accumulation(len(batch)) * self.num_processes

@@ -34,6 +34,10 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
+# of a stage: they change what is done about trouble and not what is trained, so a run that began may change them
+CHANGEABLE = ("on_nonfinite", "on_spike", "step_timeout", "loader_timeout")
+
+
 class DataSource(_Frozen):
     """One set of records: a LLaVA JSON/JSONL file, parquet files, a saved Hugging Face dataset or a Hub id."""
 
@@ -157,6 +161,14 @@ class Stage(_Frozen):
     dataloader_workers: Annotated[int, Field(ge=0)] = 2
     feature_cache_gb: PositiveFloat | None = None
     """Quota (10^9 bytes, per machine) for features of the frozen vision tower kept on disk; default: none are kept."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose loss or gradient norm is not finite; skipped: it changes no weight."""
+    on_spike: Literal["warn", "skip", "stop"] = "warn"
+    """And of one beyond mean + 6 sigma of the 128 steps before."""
+    step_timeout: PositiveFloat = 3600.0
+    """Seconds that a process may spend on a micro-batch, a save or a batch of an evaluation before it is ended."""
+    loader_timeout: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds that a data worker may take for a micro-batch; 0: for ever."""
     quirks: list[Literal["frozen_image_newline", "double_newline_after_image", "decay_all_parameters"]] = []
     """Named departures of the model card's commands from what a reader would expect."""
     trainer_args: dict[str, Any] = {}
@@ -215,6 +227,11 @@ class Stage(_Frozen):
             raise ValueError("DeepSpeed keeps trained weights in float32 (fix: set precision: bfloat16)")
         if self.compile and not self.packing:
             raise ValueError("compile is for packed rows (fix: set compile: false, or packing: true)")
+        if self.deepspeed is not None and (self.on_nonfinite == "skip" or self.on_spike == "skip"):
+            key = "on_nonfinite" if self.on_nonfinite == "skip" else "on_spike"
+            raise ValueError(
+                f"DeepSpeed takes its step before anyone can look at it, so {key} can't be skip (fix: set {key}: stop)"
+            )
         if not self.fp8:
             return
         if not self.compile:

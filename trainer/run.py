@@ -30,24 +30,30 @@ from llava_llama31.trainer.evaluation.presets import PRESETS, check_ocr
 from llava_llama31.trainer.evaluation.questions import load_questions
 from llava_llama31.trainer.evaluation.textvqa import derangement
 from llava_llama31.trainer.finish import base_models_of, finish, licence_texts
+from llava_llama31.trainer.guard import SAVE_NOW
 from llava_llama31.trainer.hub import local_checkpoint
-from llava_llama31.trainer.recipe import Recipe, derive
+from llava_llama31.trainer.peers import Peers
+from llava_llama31.trainer.recipe import CHANGEABLE, Recipe, derive
+from llava_llama31.trainer.signals import Signals
 from llava_llama31.trainer.stage_data import check_stage
-from llava_llama31.trainer.stages import FINAL, Interrupted, StageRun, finished_record, run_stage
+from llava_llama31.trainer.stages import FINAL, StageRun, finished_record, run_stage
 from llava_llama31.trainer.training_args import check_deepspeed, check_trainer_args
+from llava_llama31.trainer.watchdog import start_fork_server
 
-
-__all__ = ["Interrupted", "run_recipe"]
 
 RECIPE, SUMMARY, ELAPSED, BASE, SHARED = "recipe.json", "summary.json", "elapsed.json", "base", ".shared"
 
 
-def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] | None:
+def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) -> dict[str, Any] | None:
     """Run what is left of a recipe in `output`; returns the summary on the main process.
 
+    Args:
+        signals: what comes in while it runs.
+
     Raises:
-        Interrupted: after a signal; the checkpoint is written.
+        Interrupted: after a signal; while a stage trained, the checkpoint is written.
         UserError: naming what to mend.
+        EndedElsewhere: another process of the run failed first.
     """
     if torch.cuda.device_count() > 1 and "RANK" not in os.environ:
         raise UserError(
@@ -56,8 +62,22 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] 
         )
     # preparation and checks of the main process may take hours, during which the others wait
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
-    console = make_console()
     transformers.utils.logging.disable_progress_bar()
+    start_fork_server()
+    peers = Peers.connect(state.process_index, state.num_processes)
+    try:
+        with peers.together():
+            return _run(recipe, output, command, signals, state, peers)
+    finally:
+        # threads of theirs that outlive the interpreter abort the process: another exit code, and a core dump
+        state.destroy_process_group()
+        peers.close()
+
+
+def _run(
+    recipe: Recipe, output: Path, command: str, signals: Signals, state: PartialState, peers: Peers
+) -> dict[str, Any] | None:
+    console = make_console()
     with claimed(recipe, output, state.is_main_process), _clocked(output, state.is_main_process) as minutes:
         check_shared(output, state)
         stages = {name: as_launched(stage, f"stages.{name}") for name, stage in recipe.stages.items()}
@@ -89,7 +109,10 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str) -> dict[str, Any] 
                     state.num_processes,
                     state.is_main_process,
                     console,
+                    signals,
+                    peers,
                     recipe.evaluation,
+                    output / SAVE_NOW if state.is_main_process else None,
                 )
                 record = run_stage(run)
             else:
@@ -271,7 +294,8 @@ def _recipe_of(output: Path) -> dict[str, Any]:
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
-    changes = [change for change in _differences(before, now) if change[0] not in ("description",)]
+    free = ("description", *CHANGEABLE)
+    changes = [change for change in _differences(before, now) if change[0].rpartition(".")[2] not in free]
     if changes:
         listed = "; ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in changes[:5])
         more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""

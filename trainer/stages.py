@@ -1,5 +1,6 @@
 """One stage, from its origin's weights to a published folder of weights: check data, freeze, train, hand over."""
 
+import contextlib
 import gc
 import logging
 import os
@@ -30,18 +31,24 @@ from llava_llama31.trainer.engine import (
     check_resumable,
     forget_deepspeed,
     join_deepspeed,
+    num_elements,
     uses_fsdp,
 )
-from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.errors import Interrupted, UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import load_questions
 from llava_llama31.trainer.feature_cache import FeatureCache, cache_key, default_folder, fill
 from llava_llama31.trainer.flops import ModelShape
-from llava_llama31.trainer.llava_trainer import LlavaTrainer, StopOnSignal
+from llava_llama31.trainer.guard import Guard, Requests
+from llava_llama31.trainer.health import Health
+from llava_llama31.trainer.llava_trainer import LlavaTrainer
 from llava_llama31.trainer.meter import Meter
 from llava_llama31.trainer.module_groups import GroupReport
+from llava_llama31.trainer.out_of_memory import explained
+from llava_llama31.trainer.peers import Peers
 from llava_llama31.trainer.recipe import Derived, Evaluation, Stage, derive
+from llava_llama31.trainer.signals import Signals
 from llava_llama31.trainer.stage_data import StageData, batch_order, load_stage_data, within_row_limit
 from llava_llama31.trainer.stage_model import (
     base_model,
@@ -51,6 +58,7 @@ from llava_llama31.trainer.stage_model import (
     use_device_options,
 )
 from llava_llama31.trainer.training_args import training_arguments
+from llava_llama31.trainer.watchdog import Watchdog, kill_workers
 
 
 logger = logging.getLogger(__name__)
@@ -59,10 +67,6 @@ FINAL = "final"
 RECORD = "stage.json"
 # of a tower's configuration: what makes its features random in training
 _DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "dropout", "drop_path_rate")
-
-
-class Interrupted(Exception):
-    """A signal stopped the run after a checkpoint; running the same command again goes on there."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,19 @@ class StageRun:
     num_processes: int
     is_main: bool
     console: Console
+    signals: Signals
+    peers: Peers
     evaluation: Evaluation | None = None
+    save_now: Path | None = None
 
     @property
     def final(self) -> Path:
         return self.folder / FINAL
+
+    @property
+    def where(self) -> str:
+        """The stage, as messages and `--set` name it."""
+        return f"stages.{self.name}"
 
 
 def finished_record(folder: Path) -> dict[str, Any] | None:
@@ -100,27 +112,31 @@ def run_stage(run: StageRun) -> dict[str, Any]:
     """Train a stage to its end and publish its weights in `final/`; returns its record.
 
     Raises:
-        Interrupted: after a checkpoint, when a signal came.
+        Interrupted: when a signal came; while the stage trained, after a checkpoint.
         UserError: naming what to mend.
     """
+    with explained(run.stage, run.where):
+        return _run_stage(run)
+
+
+def _run_stage(run: StageRun) -> dict[str, Any]:
     stage = run.stage
     processor = LlavaLlama31Processor.from_pretrained(run.origin)
     data = load_stage_data(stage, processor, run.folder, run.seed)
     stage = within_row_limit(stage, data.lengths, run.seed, run.num_processes)
     run = replace(run, stage=stage)
-    derived = derive(stage, len(data.train_rows), run.num_processes, where=f"stages.{run.name}")
+    derived = derive(stage, len(data.train_rows), run.num_processes, where=run.where)
     # before the model: DeepSpeed's configuration must be alive when the weights are loaded
     join_deepspeed(stage)
-    args = training_arguments(stage, derived, output_dir=run.folder, seed=run.seed, where=f"stages.{run.name}")
+    args = training_arguments(stage, derived, output_dir=run.folder, seed=run.seed, where=run.where)
     transformers.set_seed(run.seed)
-    model = load_model(run.origin, stage, seed=run.seed, where=f"stages.{run.name}", quantized=True)
+    model = load_model(run.origin, stage, seed=run.seed, where=run.where, quantized=True)
     report = freeze_groups(model, stage)
     use_device_options(base_model(model, stage), stage)
     print_stage_start(run.console, run.name, stage, derived, report, str(run.origin))
     features = _features(run, base_model(model, stage), processor, data, args.device)
-    stop = StopOnSignal()
-    trainer = _trainer(run, model, args, processor, data, features, stop)
-    _train(run, trainer, derived, stop)
+    trainer = _trainer(run, model, args, processor, data, features)
+    _train(run, trainer, derived)
     trainer.restore_best()
     record = _record(run, data, derived, report, trainer)
     _publish(run, trainer, record)
@@ -151,7 +167,7 @@ def _features(
     Raises:
         UserError: the tower would give other features in training than now.
     """
-    stage, where = run.stage, f"stages.{run.name}.feature_cache_gb"
+    stage, where = run.stage, f"{run.where}.feature_cache_gb"
     if stage.feature_cache_gb is None:
         return None
     if uses_fsdp():
@@ -192,7 +208,6 @@ def _trainer(
     processor: LlavaLlama31Processor,
     data: StageData,
     features: FeatureCache | None,
-    stop: StopOnSignal,
 ) -> LlavaTrainer:
     stage = run.stage
     order = batch_order(stage, data.lengths, run.seed)
@@ -215,14 +230,26 @@ def _trainer(
         eval_lengths=data.eval_lengths,
         packed=stage.packing,
         meter=_meter(base_model(model, stage), stage, processor, args.device),
+        guard=_guard(run),
         bfloat16_moments=stage.optimizer == "adamw_bf16",
         decay_all_parameters="decay_all_parameters" in stage.quirks,
         only_trainable=stage.lora is not None,
         questions=_questions(run),
-        callbacks=[StageProgress(run.console, run.name), stop],
+        callbacks=[StageProgress(run.console, run.name)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _guard(run: StageRun) -> Guard:
+    stage = run.stage
+    return Guard(
+        run.where,
+        Health(on_nonfinite=stage.on_nonfinite, on_spike=stage.on_spike, can_skip=stage.deepspeed is None),
+        Requests(run.signals, run.save_now),
+        Watchdog(stage.step_timeout, run.where, run.peers.report),
+        stage.loader_timeout,
+    )
 
 
 def _row_multiple(stage: Stage, args: transformers.TrainingArguments) -> int:
@@ -265,23 +292,27 @@ def _questions(run: StageRun) -> TrainingQuestions | None:
     )
 
 
-def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived, stop: StopOnSignal) -> None:
+def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived) -> None:
     checkpoint = _newest_checkpoint(run)
-    if checkpoint is None:
-        trainer.train()
-    else:
+    if checkpoint is not None:
         manifest = checkpoints.read_manifest(checkpoint)
         check_resumable(manifest, trainer.args, checkpoint)
         step = manifest["step"]
         run.console.print(f"going on from {checkpoint}, step {step} of {derived.steps}")
         if step >= derived.steps:  # Trainer would take one step more
             trainer.restore(checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=str(checkpoint))
-    if stop.agreed:
+            return
+    try:
+        with run.signals.deferring():
+            trainer.train(str(checkpoint) if checkpoint else None)
+    except BaseException:
+        kill_workers()  # one that is stuck would keep this process from ending
+        raise
+    if trainer.guard.requests.stopped:
         raise Interrupted(
             f"stage {run.name} stopped at step {trainer.state.global_step} of {derived.steps} and is saved; "
-            "run the same command again to go on"
+            "run the same command again to go on",
+            agreed=True,
         )
 
 
@@ -332,6 +363,7 @@ def _record(
         "init_from": str(run.origin),
         "loss_first": losses[0] if losses else None,
         "loss": float(np.mean(losses[-5:])) if losses else None,
+        "health": trainer.guard.health.summary(),
         "weights_of_step": trainer.state.best_global_step or derived.steps,
         "validation_loss": metrics.get("eval_loss"),
         "validation_accuracy": metrics.get("eval_accuracy"),
@@ -347,7 +379,7 @@ def _whole_adapted(run: StageRun, trainer: LlavaTrainer) -> PreTrainedModel:
     if not run.is_main:
         return trainer.model
     forget_deepspeed()  # it would spread the model over processes that don't take part
-    model = load_model(run.origin, run.stage, seed=run.seed, where=f"stages.{run.name}")
+    model = load_model(run.origin, run.stage, seed=run.seed, where=run.where)
     if run.stage.lora.quantize:
         take_dequantized(model, trainer.model)
     _, unexpected = model.load_state_dict(trained, strict=False)
@@ -357,6 +389,12 @@ def _whole_adapted(run: StageRun, trainer: LlavaTrainer) -> PreTrainedModel:
 
 def _publish(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -> None:
     """Weights that a next stage, or anyone, opens; adapters are merged, and kept beside in PEFT's format."""
+    weights = sum(num_elements(parameter) * parameter.element_size() for parameter in trainer.model.parameters())
+    with checkpoints.room(run.folder, weights) if run.is_main else contextlib.nullcontext():
+        _write_final(run, trainer, record)
+
+
+def _write_final(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -> None:
     staging = checkpoints.stage(run.final) if run.is_main else run.final
     if run.stage.lora is not None:
         adapted = _whole_adapted(run, trainer)

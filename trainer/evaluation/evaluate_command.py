@@ -1,5 +1,6 @@
 """`llava-llama31 evaluate`: a model folder and a question file to answers, scores and a page to browse them."""
 
+import atexit
 import json
 import os
 from collections.abc import Sequence
@@ -124,7 +125,9 @@ def _processes(device: str | None) -> "PartialState | None":
     from accelerate import PartialState
 
     # the first process may read pictures by OCR for hours
-    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(hours=24))
+    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(hours=24))
+    atexit.register(processes.destroy_process_group)  # its threads abort a process whose interpreter is gone
+    return processes
 
 
 def _progress(shown: bool) -> "Progress":

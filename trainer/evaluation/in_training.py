@@ -3,7 +3,7 @@
 import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,7 @@ class TrainingQuestions:
         step: int,
         sharded: torch.nn.Module | None = None,
         autocast: AbstractContextManager[Any] | None = None,
+        beat: Callable[[], None] = lambda: None,
     ) -> tuple[float, int]:
         """Accuracy and number of unanswered questions now; every process calls this and gets the same.
 
@@ -59,6 +60,7 @@ class TrainingQuestions:
             sharded: its wrapper, where the weights are spread over the processes; then all of them answer all
                 questions in step, for each call gathers what the next one needs. Else they share the questions.
             autocast: what the model's calls run under.
+            beat: called after every batch.
         """
         num_processes = dist.get_world_size() if dist.is_initialized() else 1
         rank = dist.get_rank() if num_processes > 1 else 0
@@ -68,7 +70,10 @@ class TrainingQuestions:
         batches = asker.plan(self.questions, self.batch_size or BATCH_SIZE)
         mine = batches if sharded is not None else batches[rank::num_processes]
         with undisturbed(sharded or model), autocast or contextlib.nullcontext():
-            rows = [row for batch in asker.ask_all(mine) for row in batch]
+            rows = []
+            for batch in asker.ask_all(mine):
+                beat()
+                rows += batch
         if sharded is None and num_processes > 1:
             gathered: list[list[dict[str, Any]]] = [[]] * num_processes
             dist.all_gather_object(gathered, rows)

@@ -1,0 +1,66 @@
+"""The command line with a planted fault, e.g. FAULT=nan,1,3: what, on which rank, in which step.
+
+FAULT=KIND,RANK,STEP accelerate launch tests/faults.py train RECIPE ...
+
+ENGINE=1 runs it under the engines of cpu_engines.py. Data workers import this file too, and so have the fault.
+"""
+
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from llava_llama31.trainer.dataset import StageDataset
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.llava_trainer import LlavaTrainer
+
+
+def crash(kind: str) -> None:
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "hang":
+        time.sleep(1000)
+    if kind == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
+    raise UserError("planted") if kind == "user" else KeyError("planted")
+
+
+def plant(kind: str, rank: int, step: int) -> None:
+    if kind == "worker":  # the step is the number in the record's id
+        original = StageDataset._sample
+
+        def sample(self, index, known):
+            if self.record_id(index) == f"r{step}":
+                time.sleep(1000)
+            return original(self, index, known)
+
+        StageDataset._sample = sample
+        return
+    kind, _, method = kind.partition(":")
+    method = method or "compute_loss"
+    original = getattr(LlavaTrainer, method)
+
+    def faulty(self, *args, **kwargs):
+        due = self.args.process_index == rank and self.state.global_step >= step - 1
+        if due and kind not in ("nan", "inf"):
+            crash(kind)
+        result = original(self, *args, **kwargs)
+        return result * float(kind) if due and self.state.global_step == step - 1 else result
+
+    setattr(LlavaTrainer, method, faulty)
+
+
+if "FAULT" in os.environ:
+    what, rank, step = os.environ["FAULT"].split(",")
+    plant(what, int(rank), int(step))
+
+if __name__ == "__main__":
+    if "ENGINE" in os.environ:
+        runpy.run_path(str(Path(__file__).with_name("cpu_engines.py")), run_name="__main__")
+    from llava_llama31.trainer.cli import main
+
+    sys.exit(main())

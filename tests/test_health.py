@@ -1,0 +1,302 @@
+"""Steps are judged, requests are heard, memory and disk that are full are said: in this process."""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import statistics
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from llava_llama31.assembly import staged_folder
+from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.guard import Requests
+from llava_llama31.trainer.health import ENOUGH, MOST_SKIPPED_IN_A_ROW, WINDOW, Health, Unhealthy
+from llava_llama31.trainer.llava_trainer import LlavaTrainer
+from llava_llama31.trainer.recipe import Stage
+
+
+@pytest.fixture
+def train(tmp_path, recipe_content):
+    """Run the first stage alone, 6 steps of 2 x 4 records that are logged and saved, with changed keys."""
+    del recipe_content["evaluation"], recipe_content["stages"]["instruct"]
+    recipe_content["stages"]["projector"] |= {"max_steps": 6, "epochs": None, "save_steps": 1, "save_total_limit": 9}
+
+    def run(output="run", **keys):
+        recipe_content["stages"]["projector"] |= keys
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe_content, sort_keys=False))
+        return main(["train", str(path), "--output", str(tmp_path / output)]), tmp_path / output
+
+    return run
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Multiply the loss of one micro-batch of steps by a factor."""
+
+    def spoil(factors, micro_batch=1):
+        original = LlavaTrainer.compute_loss
+
+        def compute_loss(self, *args, **kwargs):
+            loss = original(self, *args, **kwargs)
+            due = len(self._losses) == micro_batch  # those before it
+            return loss * factors.get(self.state.global_step + 1, 1) if due else loss
+
+        monkeypatch.setattr(LlavaTrainer, "compute_loss", compute_loss)
+
+    return spoil
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(int(path.name[11:]) for path in run.glob("stages/1-projector/checkpoint-*"))
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = run / f"stages/1-projector/checkpoint-{step}"
+    return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+
+
+def history(run: Path) -> list[dict]:
+    return json.loads((run / f"stages/1-projector/checkpoint-{steps(run)[-1]}/trainer_state.json").read_text())[
+        "log_history"
+    ]
+
+
+def record(run: Path) -> dict:
+    return json.loads((run / "stages/1-projector/final/stage.json").read_text())
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_within_the_step_and_names_the_micro_batch(train, spoil, capsys, wrong):
+    spoil({3: wrong})
+    code, run = train()
+    assert code == 4 and steps(run) == [1, 2]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: stages.projector, step 3: loss is {wrong}, gradient norm is nan; rank 0: records " in error
+    names = error.partition("records ")[2].partition(" (fix")[0].split(", ")
+    assert len(names) == 4 and all(name.startswith("r") for name in names)
+
+
+def test_a_skipped_step_changes_nothing_and_the_run_that_stopped_there_may_skip_it(train, spoil, capsys):
+    code, whole = train("whole")
+    assert code == 0 and record(whole)["health"] == {"skipped_steps": 0, "spikes": 0, "events": []}
+    spoil({3: math.nan})
+    assert train("run")[0] == 4
+    code, run = train("run", on_nonfinite="skip")
+    assert code == 0 and "going on from" in capsys.readouterr().err
+    before, after, next_one = (weights(run, step) for step in (2, 3, 4))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(after[name], next_one[name]) for name in after)
+    health = record(run)["health"]
+    assert health["skipped_steps"] == 1 and health["events"][0]["step"] == 3
+    assert health["events"][0]["what"] == "loss is nan, gradient norm is nan"
+    assert len(health["events"][0]["records"]["0"]) == 4
+    entries = [entry for entry in history(run) if "learning_rate" in entry]
+    assert [entry.get("skipped_steps") for entry in entries] == [None, None, 1, None, None, None]
+    assert ["loss" in entry for entry in entries] == [True, True, False, True, True, True]
+    shutil.rmtree(run / "stages/1-projector/final")
+    shutil.rmtree(run / "stages/1-projector/checkpoint-6")
+    (run / "summary.json").unlink()
+    assert train("run")[0] == 0 and record(run)["health"] == health  # carried on by the checkpoint
+
+
+def test_a_logged_loss_is_the_mean_of_the_steps_that_were_taken(train, spoil):
+    assert train("each", logging_steps=1, learning_rate=1e-12)[0] == 0
+    losses = [entry["loss"] for entry in history(train("each")[1]) if "loss" in entry]
+    spoil({2: math.inf})
+    code, run = train("skipped", on_nonfinite="skip", logging_steps=3, save_steps=3)
+    logged = [entry for entry in history(run) if "learning_rate" in entry]
+    assert code == 0 and [entry.get("skipped_steps", 0) for entry in logged] == [1, 0]
+    assert logged[0]["loss"] == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-5)
+    assert logged[1]["loss"] == pytest.approx(statistics.fmean(losses[3:]), rel=1e-5)
+
+
+def test_weights_that_are_broken_are_not_skipped_over_for_ever(train, spoil, capsys):
+    spoil(dict.fromkeys(range(2, 100), math.nan), micro_batch=0)
+    assert train(on_nonfinite="skip", max_steps=20)[0] == 4
+    assert f"step {MOST_SKIPPED_IN_A_ROW + 1}: the {MOST_SKIPPED_IN_A_ROW}th step in a row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("policy", ["warn", "skip", "stop"])
+def test_a_spike_is_told_skipped_or_stopped_at(train, spoil, caplog, capsys, policy, monkeypatch):
+    monkeypatch.setattr("llava_llama31.trainer.health.ENOUGH", 4)
+    spoil({6: 50.0}, micro_batch=0)
+    code, run = train(on_spike=policy, max_steps=7, learning_rate=1e-4)
+    told = capsys.readouterr().err if policy == "stop" else caplog.text
+    assert "step 6" in told and "is a spike (" in told and "; rank 0: records r" in told
+    if policy == "stop":
+        assert code == 4 and steps(run)[-1] == 5
+        return
+    assert code == 0 and record(run)["health"]["spikes"] == 1
+    five, six = weights(run, 5), weights(run, 6)
+    assert all(torch.equal(five[name], six[name]) for name in five) == (policy == "skip")
+
+
+def naive_spike(value: float, before: list[float]) -> bool:
+    before = before[-WINDOW:]
+    if len(before) < ENOUGH:
+        return False
+    mean = math.fsum(before) / len(before)
+    return value > mean + 6 * math.sqrt(math.fsum((x - mean) ** 2 for x in before) / len(before))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**32), st.integers(0, 400))
+def test_a_resumed_judgement_is_the_same_as_an_uninterrupted_one(seed, cut):
+    rng = random.Random(seed)
+    values = [
+        (rng.choice([rng.gauss(2, 0.1)] * 60 + [3.0, 40.0, math.nan, math.inf]), rng.gauss(1, 0.2)) for _ in range(400)
+    ]
+    whole, losses = Health(on_nonfinite="skip", on_spike="skip"), []
+    resumed = Health(on_nonfinite="skip", on_spike="skip")
+    for step, (loss, norm) in enumerate(values, 1):
+        if step == cut:
+            state = json.loads(json.dumps(resumed.state(), allow_nan=False))
+            resumed = Health(on_nonfinite="skip", on_spike="skip")
+            resumed.restore(state)
+        finding = whole.judge(loss, norm)
+        assert resumed.judge(loss, norm) == finding
+        for health in (whole, resumed):
+            health.note(step, finding, {0: ["a"]} if finding else {})
+        if math.isfinite(loss):
+            assert (finding is not None and "loss" in finding.what) == naive_spike(loss, losses)
+            losses.append(loss)
+        else:
+            assert finding is not None and not finding.is_finite and finding.action == "skip"
+    assert whole.state() == resumed.state()
+    assert whole.num_skipped == len(whole.events) == whole.skipped_after(0)
+
+
+def test_ids_of_many_records_are_cut_in_the_message_alone():
+    health = Health(on_nonfinite="stop", on_spike="warn")
+    finding, ids = health.judge(math.nan, 1.0), [f"r{i}" for i in range(40)]
+    health.note(7, finding, {1: ids})
+    with pytest.raises(Unhealthy, match=r"stages.x, step 7: loss is nan; rank 1: records r0, .*r15 and 24 more"):
+        health.act(7, finding, {1: ids}, "stages.x")
+    assert health.events[0]["records"] == {"1": ids}
+
+
+@pytest.mark.parametrize("key", ["on_nonfinite", "on_spike"])
+def test_deepspeed_can_not_skip_and_says_so(recipe_content, key):
+    stage = recipe_content["stages"]["projector"]
+    Stage.model_validate(stage | {key: "skip"})
+    with pytest.raises(ValueError, match=f"{key} can't be skip"):
+        Stage.model_validate(stage | {key: "skip", "deepspeed": "zero3"})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_outside_of_training_stops_at_once(train, monkeypatch, capsys, number):
+    from llava_llama31.trainer import stages
+
+    original = stages._publish
+
+    def publish(*arguments):
+        signal.raise_signal(number)
+        original(*arguments)
+
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "_publish", publish)
+        assert train()[0] == (130 if number == signal.SIGINT else 75)
+    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    assert train()[0] == 0
+
+
+def test_save_now_saves_at_the_next_step_once(train, monkeypatch, tmp_path):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            (tmp_path / "run/save-now").touch()
+
+    monkeypatch.setattr(Requests, "on_step_begin", on_step_begin)
+    code, run = train(save_steps=100)
+    assert code == 0 and steps(run) == [3, 6] and not (run / "save-now").exists()
+
+
+def test_memory_that_is_full_names_what_to_lower(train, monkeypatch, capsys):
+    for error, place in (
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore"), "the device"),
+        (MemoryError(), "the host"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), "the host"),
+    ):
+
+        def compute_loss(self, *args, _error=error, **kwargs):
+            raise _error
+
+        monkeypatch.setattr(LlavaTrainer, "compute_loss", compute_loss)
+        assert train()[0] == 6
+        error_line = capsys.readouterr().err.splitlines()[-1]
+        assert f"error: stages.projector: {place} has no memory left" in error_line
+        assert "lower micro_batch (now 4)" in error_line and "activation_checkpointing" in error_line
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_written(train, monkeypatch, capsys):
+    assert train("once")[0] == 0
+    needed = checkpoints.size(next((train("once")[1] / "stages/1-projector").glob("checkpoint-6")))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda folder: usage(0, 0, 10**9 if not list(Path(folder).glob("c*-2")) else 9)
+    )
+    code, run = train()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and steps(run) == [1, 2]
+    assert f"{run / 'stages/1-projector'}: saving needs " in error and "and 9 are free; nothing was written" in error
+    said = int(error.partition("needs ")[2].partition(" bytes")[0].replace(",", ""))
+    assert said == pytest.approx(needed, rel=0.02)
+    monkeypatch.undo()
+    assert train()[0] == 0
+
+
+@pytest.mark.parametrize("limit", [1000, 20_000, 60_000])
+def test_a_disk_that_gets_full_in_a_save_leaves_the_former_checkpoint(train, monkeypatch, capsys, limit):
+    original = LlavaTrainer._save_whole
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_whole(self, *arguments):
+        if self.state.global_step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlavaTrainer, "_save_whole", save_whole)
+        try:
+            code, run = train()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err.splitlines()[-1]
+    folder = run / "stages/1-projector"
+    assert code == 2 and error.startswith(f"error: {folder}: saving ") and "bytes failed, with" in error
+    assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
+    assert not list(folder.glob(".*")) and all(checkpoints.verify(path) is None for path in folder.glob("c*"))
+    assert train()[0] == 0
+
+
+def test_leftovers_of_a_killed_save_are_swept_by_the_next(train, tmp_path):
+    folder = tmp_path / "run/stages/1-projector"
+    (folder / ".staging-" / "checkpoint-9").mkdir(parents=True)
+    (folder / ".staging-x.json").write_text("{")
+    assert train()[0] == 0
+    assert not list(folder.glob(".staging-*"))
+
+
+def test_leftovers_of_a_killed_assembly_are_swept_but_not_those_of_a_living_one(tmp_path):
+    (tmp_path / ".staging-base-dead").mkdir()
+    (tmp_path / ".staging-base-dead" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".base-ment").mkdir()
+    with staged_folder(tmp_path / "base") as one, pytest.raises(UserError), staged_folder(tmp_path / "base") as two:
+        assert one != two and one.is_dir() and not (tmp_path / ".staging-base-dead").exists()
+        raise UserError("the second one fails")
+    assert sorted(os.listdir(tmp_path)) == [".base-ment", "base"]

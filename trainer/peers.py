@@ -1,0 +1,202 @@
+"""The processes of a run end together, soon and with one message, when one of them fails.
+
+Each knows the others by a key-value store that the launcher or rank 0 keeps. A process that fails writes why; one that
+is killed can't, but those on its machine see that it is gone. Without this, the others wait in a collective until the
+launcher ends them, and on other machines for as long as the communication allows.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import psutil
+import torch.distributed as dist
+
+from llava_llama31.trainer.errors import (
+    EXIT_FAULT,
+    EXIT_HANG,
+    EXIT_INTERRUPTED,
+    EXIT_KEYBOARD,
+    EXIT_LOST,
+    EndedElsewhere,
+    Interrupted,
+    ProcessLost,
+    UserError,
+)
+from llava_llama31.trainer.watchdog import dump_stacks, end_process
+
+
+logger = logging.getLogger(__name__)
+
+_FAILED = "llava-llama31/failed"
+_POLL_SECONDS = 1.0
+# for a failed process to end by itself, and for a reason to come in before one's own is taken for it
+_GRACE_SECONDS, _REASON_SECONDS = 10.0, 3.0
+
+
+class Peers:
+    """The processes of a run, as one of them sees them.
+
+    Args:
+        rank: of this process.
+        store: where they leave word; None: there is one process only.
+    """
+
+    def __init__(self, rank: int = 0, num_processes: int = 1, store: dist.Store | None = None):
+        self.rank, self.num_processes, self.store = rank, num_processes, store
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._neighbours: dict[int, int] = {}  # pids by rank, on this machine
+
+    @classmethod
+    def connect(cls, rank: int, num_processes: int) -> "Peers":
+        """A connection of its own to the store that the processes met by; all of them call this."""
+        if num_processes == 1:
+            return cls()
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=5), wait_for_workers=False)
+        peers = cls(rank, num_processes, store)
+        store.set(f"llava-llama31/process/{rank}", f"{os.getpid()} {socket.gethostname()}")
+        for other in range(num_processes):
+            pid, host = store.get(f"llava-llama31/process/{other}").decode().split(" ", 1)
+            if other != rank and host == socket.gethostname():
+                peers._neighbours[other] = int(pid)
+        return peers
+
+    @contextmanager
+    def together(self) -> Iterator["Peers"]:
+        """Within it a failure of one process ends all.
+
+        Raises:
+            EndedElsewhere: instead of this process's exception, when another one failed first.
+            ProcessLost: when it is a process that was killed.
+        """
+        if self.store is None:
+            yield self
+            return
+        self._thread.start()
+        try:
+            yield self
+        except (Exception, Interrupted, KeyboardInterrupt) as error:
+            if isinstance(error, Interrupted) and error.agreed:
+                self._leave()
+            else:
+                self._join_failure(error)
+            raise
+        self._leave()
+
+    def close(self) -> None:
+        """Watch no more."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _leave(self) -> None:
+        """End by consent, which is no failure for the others."""
+        assert self.store is not None
+        _ignore_launcher()
+        self.close()
+        self.store.set(self._left(self.rank), "")
+        if self.rank == 0:  # it may keep the store
+            with contextlib.suppress(dist.DistError):
+                self.store.wait([self._left(rank) for rank in range(self.num_processes)], timedelta(minutes=1))
+
+    def report(self, exit_code: int, message: str) -> bool:
+        """Leave word that this process fails; whether it is the first word, and so to be printed."""
+        if self.store is None:
+            return True
+        word = {"rank": self.rank, "thread": threading.get_ident(), "exit_code": exit_code, "message": message}
+        return json.loads(self.store.compare_set(_FAILED, "", json.dumps(word)).decode()) == word
+
+    def _join_failure(self, error: BaseException) -> None:
+        """Make an exception of this process known, unless it follows from a failure elsewhere."""
+        assert self.store is not None
+        lost = None
+        _ignore_launcher()
+        # from a process that is gone follow a collective's RuntimeError, like many another, and the launcher's SIGTERM
+        if isinstance(error, (RuntimeError, Interrupted)):
+            deadline = time.monotonic() + _REASON_SECONDS
+            while lost is None and time.monotonic() < deadline and not self.store.check([_FAILED]):
+                time.sleep(0.1)
+                lost = self._lost()
+        cause = lost or error
+        code = _exit_code(cause)
+        if not self.report(code, str(cause)):
+            raise EndedElsewhere(self._failure()["exit_code"]) from error
+        if lost is not None:
+            raise lost from error
+
+    def _watch(self) -> None:
+        """End this process when another one has failed, or if it can't end by itself."""
+        assert self.store is not None
+        try:
+            while not self._stopped.wait(_POLL_SECONDS):
+                if self.store.check([_FAILED]):
+                    break
+                lost = self._lost()
+                if lost is not None:
+                    if self.report(EXIT_LOST, str(lost)):
+                        print(f"error: {lost}", file=sys.stderr, flush=True)  # noqa: T201
+                    break
+            else:
+                return
+            failure = self._failure()
+        except dist.DistError as error:  # the store ends with the process that keeps it
+            if self._stopped.is_set():
+                return
+            logger.error("the process that the others met by is gone: %s", error)
+            end_process(EXIT_LOST)
+        if failure["exit_code"] == EXIT_HANG:
+            dump_stacks()  # a process that waits for the one that is stuck may be the first to say so
+        if not self._stopped.wait(_GRACE_SECONDS):
+            end_process(failure["exit_code"])
+
+    def _failure(self) -> dict:
+        assert self.store is not None
+        return json.loads(self.store.get(_FAILED).decode())
+
+    def _lost(self) -> ProcessLost | None:
+        """A process of this machine that is gone without a word."""
+        assert self.store is not None
+        for rank, pid in self._neighbours.items():
+            if not _is_alive(pid) and not self.store.check([self._left(rank)]) and not self.store.check([_FAILED]):
+                return ProcessLost(
+                    f"the process of rank {rank} (pid {pid}) is gone without a word",
+                    fix="look for kill -9, a crash, or the system's out-of-memory killer (dmesg); then run again",
+                )
+        return None
+
+    @staticmethod
+    def _left(rank: int) -> str:
+        return f"llava-llama31/left/{rank}"
+
+
+def _ignore_launcher() -> None:
+    """It sends SIGTERM to those that are left when one has ended."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, UserError):
+        return error.exit_code
+    if isinstance(error, Interrupted):
+        return EXIT_INTERRUPTED
+    return EXIT_KEYBOARD if isinstance(error, KeyboardInterrupt) else EXIT_FAULT
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False

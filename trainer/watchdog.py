@@ -1,0 +1,135 @@
+"""Ends a process that moves no more, with the stacks of all its threads; names the data worker that is stuck."""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
+
+from llava_llama31.trainer.errors import EXIT_HANG, Hang, ProcessLost, UserError
+
+
+# after the dump of stacks
+_GRACE_SECONDS = 1.0
+
+
+class Watchdog:
+    """Watches that the process moves.
+
+    Args:
+        seconds: longest time without a beat.
+        where: starts the message.
+        report: told exit code and message before the process ends; the answer is whether to print the message.
+    """
+
+    def __init__(self, seconds: float, where: str, report: Callable[[int, str], bool]):
+        self.seconds, self.where, self.report = seconds, where, report
+        self._since, self._doing = time.monotonic(), "starting"
+        self._stopped = threading.Event()
+
+    def beat(self, doing: str) -> None:
+        """The process moves, and begins to do this."""
+        self._since, self._doing = time.monotonic(), doing
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within it the process is watched."""
+        self.beat("starting")
+        self._stopped.clear()
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stopped.set()
+            thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(min(5.0, self.seconds / 4)):
+            if time.monotonic() - self._since > self.seconds:
+                self._end()
+
+    def _end(self) -> None:
+        rank = os.environ.get("RANK", "0")
+        message = str(
+            Hang(
+                f"rank {rank} has not moved for {self.seconds:g} s; it was {self._doing}",
+                where=self.where,
+                fix=f"see the stacks below, or raise {self.where}.step_timeout",
+            )
+        )
+        if self.report(EXIT_HANG, message):
+            print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201
+        dump_stacks()
+        end_process(EXIT_HANG)
+
+
+def dump_stacks() -> None:
+    """Write the stacks of all threads of this process and of its data workers to stderr."""
+    rank = os.environ.get("RANK", "0")
+    print(f"stacks of rank {rank}, pid {os.getpid()}:", file=sys.stderr, flush=True)  # noqa: T201
+    faulthandler.dump_traceback(file=2, all_threads=True)
+    for worker in multiprocessing.active_children():
+        if worker.pid is not None:
+            os.kill(worker.pid, signal.SIGUSR2)
+    time.sleep(_GRACE_SECONDS)
+
+
+def end_process(exit_code: int) -> None:
+    """End at once, together with the data workers, one of which may never end by itself."""
+    kill_workers()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def kill_workers() -> None:
+    """kill -9 of this process's data workers: they ignore SIGTERM, which reaches the whole process group."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def start_fork_server() -> None:
+    """Start what makes data workers, deaf to signals that reach the whole process group; it would end by them."""
+    former = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        forkserver.ensure_running()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def set_up_worker(worker_id: int) -> None:
+    """Of a data worker: it leaves signals to the main process, and shows its stack on SIGUSR2."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+
+
+def loader_failure(error: RuntimeError, worker: int, records: list[str], where: str, timeout: float) -> UserError:
+    """What to say of a data worker that gave no micro-batch; its stack is written to stderr if it still has one.
+
+    Args:
+        error: torch's, which has one type for whatever may happen.
+        worker: number of the worker whose turn it was.
+        records: ids of the micro-batch.
+    """
+    asked = f"data worker {worker} was asked for records {', '.join(records)}"
+    if "timed out" not in str(error):
+        return ProcessLost(
+            f"{asked} and is gone: {' '.join(str(error).split())}",
+            where=where,
+            fix=f"where the machine ran out of memory, lower {where}.dataloader_workers",
+        )
+    dump_stacks()
+    kill_workers()
+    return Hang(
+        f"{asked} and gave nothing for {timeout:g} s",
+        where=where,
+        fix=f"see its stack above; look at these records and at the disk, or raise {where}.loader_timeout",
+    )
