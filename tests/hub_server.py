@@ -223,11 +223,11 @@ class _Handler(BaseHTTPRequestHandler):
         split = urlsplit(self.path)
         self.query = {key: values[-1] for key, values in parse_qs(split.query).items()}
         body = self._read_body()
-        for method, pattern, kind in ROUTES:
-            match = re.fullmatch(pattern, split.path)
-            if match and method == self.command:
-                break
-        else:
+        routes = (
+            (kind, re.fullmatch(pattern, split.path)) for method, pattern, kind in ROUTES if method == self.command
+        )
+        kind, match = next(((kind, match) for kind, match in routes if match), ("", None))
+        if match is None:
             return self._send(404, {"error": f"no such route: {self.command} {split.path}"})
         values = {key: unquote(value) if value else value for key, value in match.groupdict().items()}
         with self.hub.lock:
@@ -465,9 +465,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.hub.objects:
                     raise Refusal(400, f"{value['path']} was not uploaded")
                 files[value["path"]] = Blob(self.hub.objects[value["oid"]], is_lfs=True)
-            elif line["key"] == "deletedFile":
-                if files.pop(value["path"], None) is None:
-                    raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
+            elif line["key"] == "deletedFile" and files.pop(value["path"], None) is None:
+                raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
         answer: dict[str, Any] = {"success": True}
         ref = f"refs/heads/{revision}" if f"refs/heads/{revision}" in found.refs else revision
         if opens:
