@@ -1,6 +1,5 @@
 """The gate: a whole folder passes, and a folder that breaks one rule is refused by that rule with file and fix."""
 
-import copy
 import json
 import pickle
 import shutil
@@ -9,42 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.finish import write_export
 from llava_llama31.trainer.publishing.doors import empty_cache, open_doors
 from llava_llama31.trainer.publishing.gate import REQUIRED, RULES, check_folder, code_problems
 
 
-AGREEMENT = "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n(text of the agreement, made up for this test)\n"
 TOKEN = "hf_" + "S" * 34
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, pristine_config, processor):
-    """Folders as the export writes them: made from Llama, and from something else."""
-    root = tmp_path_factory.mktemp("whole")
-    (root / "base").mkdir()
-    (root / "base" / "LICENSE").write_text(AGREEMENT)
-    torch.manual_seed(0)
-    model = LlavaLlama31ForConditionalGeneration(copy.deepcopy(pristine_config))
-    model.generation_config.eos_token_id = list(pristine_config.text_config.eos_token_id)
-    model.generation_config.pad_token_id = pristine_config.text_config.pad_token_id
-    for name, licence in (("llama", "llama3.1"), ("other", "apache-2.0")):
-        base = {"role": "language_model", "id": "meta/base", "licence": licence, "folder": str(root / "base")}
-        sample = {"question": "what?", "prediction": "red", "answers": ["red"], "image": "samples/1.png"}
-        record = {"name": f"Llama-{name}", "licence": licence, "base_models": [base], "samples": [sample]}
-        write_export(root / name, model, processor, record, {"samples/1.png": Image.new("RGB", (30, 40), "red")})
-    return root
-
-
 @pytest.fixture
-def folder(whole, tmp_path):
-    return Path(shutil.copytree(whole / "llama", tmp_path / "model"))
+def folder(exported, tmp_path):
+    return Path(shutil.copytree(exported / "llama", tmp_path / "model"))
 
 
 def sign(folder: Path) -> None:
@@ -159,9 +136,9 @@ def break_optimizer(folder: Path) -> None:
     (folder / "deep" / "optimizer.safetensors").write_bytes(b"")
 
 
-def test_what_the_export_writes_passes(whole):
-    assert check_folder(whole / "llama", "Llama-3.1-8B-mine") == []
-    assert check_folder(whole / "other", "mine") == []
+def test_what_the_export_writes_passes(exported):
+    assert check_folder(exported / "llama", "Llama-3.1-8B-mine") == []
+    assert check_folder(exported / "other", "mine") == []
 
 
 @pytest.mark.parametrize(("rule", "file", "harm"), BREAKS, ids=[f"{r}-{f}-{i}" for i, (r, f, _) in enumerate(BREAKS)])
@@ -219,9 +196,9 @@ def test_code_against_the_law(source):
     )
 
 
-def test_doors_give_the_same_logits_and_answers(whole):
+def test_doors_give_the_same_logits_and_answers(exported):
     with empty_cache() as cache:
-        doors = open_doors(whole / "llama", cache)
+        doors = open_doors(exported / "llama", cache)
         assert len(doors.samples) == 3 and len(doors.logits_sha256) == 64
 
 

@@ -18,14 +18,21 @@ QUESTIONS = ("What does the sign say?", "What is shown here?", "Which colours do
 NUM_NEW_TOKENS = 16
 
 
-def download(repo_id: str, revision: str) -> dict:
-    """Folder of a revision, fetched into the cache that the environment names."""
+def download(repo_id: str, revision: str) -> dict[str, Any]:
+    """Folder of a revision, fetched into the cache that the environment names; or the error and the Hub's status."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-    return {"folder": snapshot_download(repo_id, revision=revision, max_workers=4)}
+    try:
+        return {"folder": snapshot_download(repo_id, revision=revision, max_workers=4)}
+    except (HTTPError, OSError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, HfHubHTTPError):
+            cause = cause.__cause__
+        return {"error": str(error), "status": cause.response.status_code if cause else None}
 
 
-def open_door(door: str, model_id: str, revision: str, logits_file: str) -> dict:
+def open_door(door: str, model_id: str, revision: str, logits_file: str) -> dict[str, Any]:
     """Class names, hash of the logits at one picture, and three greedy answers."""
     import torch
     from safetensors.torch import save_file

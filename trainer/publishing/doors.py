@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.publishing.hub_calls import DownloadError
 
 
 DOOR = Path(__file__).with_name("door.py")
@@ -20,7 +21,7 @@ TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 class DoorError(UserError):
-    """A process of its own could not open or download the model."""
+    """A model does not open in a process of its own, or its doors differ."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,14 @@ def empty_cache() -> Iterator[Path]:
 
 
 def fetch(repo_id: str, revision: str, cache: Path) -> Path:
-    """Folder of a revision, downloaded into `cache` by a clean process; a second call goes on where one broke off."""
+    """Folder of a revision, downloaded into `cache` by a clean process; a second call goes on where one broke off.
+
+    Raises:
+        DownloadError: with the Hub's status.
+    """
     told = _run(["download", repo_id, revision], cache, online=True)
+    if "error" in told:
+        raise DownloadError(told["error"], told["status"])
     return Path(told["folder"])
 
 
@@ -109,10 +116,9 @@ def _run(arguments: list[str], cache: Path, *, online: bool) -> dict[str, Any]:
     )
     if done.returncode != 0:
         last = (done.stderr.strip() or "it was killed").splitlines()[-1]
-        raise DoorError(
-            f"does not open in a clean process: {last}" if not online else f"cannot be downloaded: {last}",
-            where=f"{arguments[0]} door" if not online else arguments[1],
-        )
+        if online:
+            raise DownloadError(last, None)
+        raise DoorError(f"does not open in a clean process: {last}", where=f"{arguments[0]} door")
     return json.loads(done.stdout.splitlines()[-1])
 
 

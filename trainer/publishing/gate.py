@@ -487,7 +487,7 @@ def check_code(contents: Contents) -> Iterator[Finding]:
 def code_problems(source: str, siblings: set[str]) -> list[str]:
     """What a file that goes to the Hub does against the import law."""
     try:
-        nodes = list(ast.walk(ast.parse(source)))
+        nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.expr | ast.stmt)]
     except (SyntaxError, ValueError) as error:
         return [f"is no Python: {error}"]
     problems = []
