@@ -210,6 +210,7 @@ ROUTES = [
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else 40 ms a call
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -21,7 +21,8 @@ REPO = "me/Llama-mine"
 RESUME = f"llava-llama31 publish model --repo-id {REPO}"
 DOORS = Doors("0" * 64, [{"question": "what?", "answer": "that"}])
 # every kind of call of a first publication
-KINDS = ["whoami", "validate_yaml", "model_info", "create_repo", "tree", "discussions", "preupload", "lfs_batch", "lfs_upload", "lfs_verify", "commit", "merge", "tag", "settings"]
+KINDS = ["whoami", "validate_yaml", "model_info", "create_repo", "tree", "discussions", "preupload", "lfs_batch"]
+KINDS += ["lfs_upload", "lfs_verify", "commit", "merge", "tag", "settings"]
 PASSING = (429, 500, 503, 412, "drop", "slow", "lost")
 
 
