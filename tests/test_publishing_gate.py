@@ -167,8 +167,10 @@ def test_llama_must_begin_the_name(folder):
     assert found.rule == "licence" and "--repo-id OWNER/Llama-" in found.fix
 
 
-def test_the_card_may_be_edited(folder):
+def test_card_and_licences_may_be_edited(folder):
     append(folder, "README.md", b"\nA word from the author.\n")
+    append(folder, "NOTICE", b"\nA word more.\n")
+    (folder / "USE_POLICY.md").write_text("policy")
     assert check_folder(folder, "Llama-mine") == []
 
 

@@ -42,6 +42,8 @@ REQUIRED = (
     "LICENSE",
     MANIFEST,
 )
+# what a person may add to an export or edit in it
+EDITABLE = frozenset((CARD, "LICENSE", "NOTICE", "USE_POLICY.md"))
 # licences whose terms our export puts into a NOTICE
 NOTICE_LICENCES = (LLAMA31, "apache-2.0")
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText")
@@ -155,8 +157,9 @@ def check_complete(contents: Contents) -> Iterator[Finding]:
         else:
             required.append(f"{module}.py")
     for file in dict.fromkeys(required):
+        fix = EXPORT_AGAIN if file != "LICENSE" else "set model.licence in the recipe, or put the licence's text there"
         if file not in contents.files:
-            yield Finding("complete", file, "is missing", EXPORT_AGAIN)
+            yield Finding("complete", file, "is missing", fix)
         elif contents.files[file].stat().st_size == 0:
             yield Finding("complete", file, "is empty", EXPORT_AGAIN)
     for file, path in contents.files.items():
@@ -311,13 +314,13 @@ def _whole_paths(value: Any) -> Iterator[str]:
 
 
 def check_manifest(contents: Contents) -> Iterator[Finding]:
-    """Files are those that the export wrote, bit by bit; only the card may be edited afterwards."""
+    """Files are those that the export wrote, bit by bit, but for the card and the licences."""
     if MANIFEST not in contents.files:
         return
     listed = {entry["name"]: entry for entry in contents.read_json(MANIFEST).get("files") or []}
-    for file in contents.files.keys() - listed.keys() - {MANIFEST, CARD, ".gitattributes"}:
+    for file in contents.files.keys() - listed.keys() - EDITABLE - {MANIFEST, ".gitattributes"}:
         yield Finding("manifest", file, f"is not in {MANIFEST}", f"remove {file}, or {EXPORT_AGAIN}")
-    for file in listed.keys() - {CARD}:
+    for file in listed.keys() - EDITABLE:
         path = contents.files.get(file)
         if path is None:
             yield Finding("manifest", file, f"is in {MANIFEST} and missing here", EXPORT_AGAIN)

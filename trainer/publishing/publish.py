@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from huggingface_hub.utils import logging as hub_logging
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.publishing.doors import Doors, empty_cache, fetch, open_doors
-from llava_llama31.trainer.publishing.gate import CARD, RULES, check_folder
+from llava_llama31.trainer.publishing.gate import CARD, RULES, Contents, check_folder, check_manifest
 from llava_llama31.trainer.publishing.hub_calls import attempt, redact
 
 
@@ -190,29 +191,33 @@ def publish(
     }
 
 
-def _preflight(api: HfApi, release: Release) -> ModelInfo | None:
-    """Everything that can be known before anything is written; the repository if it is there."""
-    owner = release.repo_id.partition("/")[0]
-    user = attempt("token", api.whoami, resume=release.resume)
+def check_rights(api: HfApi, repo_id: str, *, resume: str) -> None:
+    """Whether the token may write to the repository's owner, as far as it says; needs no folder yet.
+
+    Raises:
+        UserError: there is no valid token, or it may not.
+    """
+    owner = repo_id.partition("/")[0]
+    user = attempt("token", api.whoami, resume=resume)
     orgs = {org["name"]: org.get("roleInOrg") for org in user.get("orgs", [])}
-    role = user.get("auth", {}).get("accessToken", {}).get("role")
-    if role == "read":
-        fix = f"set HF_TOKEN to one with write access, then: {release.resume}"
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        fix = f"set HF_TOKEN to one with write access, then: {resume}"
         raise UserError("the token can only read", where="token", fix=fix)
     if owner != user["name"] and orgs.get(owner, "read") == "read":
         may = ", ".join([user["name"], *(name for name, role in orgs.items() if role != "read")])
         fix = f"publish under one of: {may}; or use another token"
         raise UserError(f"{user['name']} cannot write to {owner}", where="--repo-id", fix=fix)
+
+
+def _preflight(api: HfApi, release: Release) -> ModelInfo | None:
+    """Everything that can be known before anything is written; the repository if it is there."""
+    check_rights(api, release.repo_id, resume=release.resume)
     attempt("card", lambda: ModelCard.load(release.folder / CARD).validate(), resume=release.resume)
     size = sum(file.size for file in release.files.values())
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if free < 1.1 * size:
-        fix = "free some space, or set TMPDIR to a larger disk"
-        raise UserError(
-            f"the published files are downloaded for the check: {_gb(size)} and {_gb(free)} are free",
-            where=tempfile.gettempdir(),
-            fix=fix,
-        )
+        what = f"the published files are downloaded for the check: {_size(size)}, and {_size(free)} are free"
+        raise UserError(what, where=tempfile.gettempdir(), fix="free some space, or set TMPDIR to a larger disk")
     return attempt("repository", lambda: _find_repo(api, release), resume=release.resume)
 
 
@@ -232,7 +237,7 @@ def _plan(release: Release, info: ModelInfo | None, tree: Mapping[str, RepoFile]
     if info is None:
         steps.append(f"create {release.repo_id}, private")
     if not same:
-        steps.append(f"upload {len(files)} files, {_gb(sum(files.values()))}, in one commit as a pull request")
+        steps.append(f"upload {len(files)} files, {_size(sum(files.values()))}, in one commit as a pull request")
     steps.append("download that revision into an empty cache, check it, open both doors, compare logits and answers")
     if not same:
         steps.append("merge the pull request")
@@ -289,7 +294,7 @@ def _ensure_pull_request(api: HfApi, release: Release) -> tuple[int, str]:
     tree = _tree(api, release, head)
     if found and release.equals(tree):
         return found[0], head
-    api.create_commit(
+    made = api.create_commit(
         release.repo_id,
         [
             *(CommitOperationAdd(name, str(file.path)) for name, file in release.files.items()),
@@ -300,10 +305,9 @@ def _ensure_pull_request(api: HfApi, release: Release) -> tuple[int, str]:
         parent_commit=head,
         create_pr=found is None,
     )
-    found = _find_pull_request(api, release)
-    if found is None:
-        raise UserError("the pull request that was opened is not listed", where=release.repo_id, fix=release.resume)
-    return found[0], _head(api, release, f"refs/pr/{found[0]}")
+    number = found[0] if found else made.pr_num
+    assert number is not None
+    return number, made.oid
 
 
 def _ensure_merged(api: HfApi, release: Release, number: int) -> str:
@@ -342,8 +346,11 @@ def _compare(local: Doors, published: Doors, release: Release, revision: str) ->
         )
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+def _size(size: float) -> str:
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"
 
 
 # --- from a run
@@ -358,7 +365,7 @@ def stage_run(run: Path, repo_id: str) -> Path:
     from llava_llama31.trainer.finish import EXPORT, RECORD, export_again
 
     export = run / EXPORT
-    if checkpoints.verify(export) is not None and not _only_card_differs(export):
+    if not (export / checkpoints.MANIFEST).is_file() or any(check_manifest(Contents(export, ""))):
         export = export_again(run)
     staged = checkpoints.stage(run / STAGED)
     shutil.copytree(export, staged, copy_function=_link, dirs_exist_ok=True)
@@ -378,17 +385,6 @@ def stage_run(run: Path, repo_id: str) -> Path:
     checkpoints.remove(run / STAGED)
     os.replace(staged, run / STAGED)
     return run / STAGED
-
-
-def _only_card_differs(export: Path) -> bool:
-    if not (export / checkpoints.MANIFEST).is_file():
-        return False
-    files = checkpoints.read_manifest(export)["files"]
-    names = [entry for entry in files if entry["name"] != CARD]
-    return (export / CARD).is_file() and all(
-        (export / entry["name"]).is_file() and checkpoints.sha256(export / entry["name"]) == entry["sha256"]
-        for entry in names
-    )
 
 
 def _link(source: str, target: str) -> None:
@@ -420,10 +416,11 @@ def publish_command(source: str, repo_id: str, *, private: bool, dry_run: bool, 
         raise UserError("there is no such folder", where=source, fix="name a finished run or an exported folder")
     is_run = (path / RECORD).is_file()
     resume = ["llava-llama31", "publish", source, "--repo-id", repo_id, *(["--private"] if private else [])]
-    folder = stage_run(path, repo_id) if is_run else path
-    release = Release(folder, repo_id, private, shlex.join(resume))
     try:
-        result = publish(release, dry_run=dry_run, say=lambda line: print(redact(line), file=sys.stderr))  # noqa: T201
+        with redirect_stdout(sys.stderr):  # libraries speak there when they are imported
+            folder = stage_run(path, repo_id) if is_run else path
+            release = Release(folder, repo_id, private, shlex.join(resume))
+            result = publish(release, dry_run=dry_run, say=lambda line: print(redact(line)))  # noqa: T201
     except UserError as error:
         raise UserError(redact(str(error))) from None
     sys.stdout.write(redact(json.dumps(result) if json_output else _told(result)) + "\n")
@@ -437,7 +434,7 @@ def _told(result: Mapping[str, Any]) -> str:
             ["answers of the published model:", *samples, f"published: {result['url']} ({result['tag']})"]
         )
     steps = [f"{number}. {step}" for number, step in enumerate(result["steps"], start=1)]
-    files = [f"  {_gb(size):>12}  {name}" for name, size in result["files"].items()]
+    files = [f"  {_size(size):>12}  {name}" for name, size in result["files"].items()]
     removed = [f"  {'removed':>12}  {name}" for name in result["removed"]]
     return "\n".join(
         [f"{result['repo']}: nothing was written; this would be done", *steps, "files:", *files, *removed]
