@@ -1,8 +1,8 @@
 """The model card and the licence files of an exported model, written from the run's own record and from nothing else.
 
 A record is a JSON-like dict (name, recipe, command, commit, licence, base_models, parameters, stages, evaluation,
-samples, environment). What it does not hold is listed on the card as not recorded. All its strings are data: they are
-escaped for Markdown, HTML and YAML, and absolute paths are cut down to their last part.
+samples, environment; model_id, if it is on the Hub). What it does not hold is listed on the card as not recorded. All
+its strings are data: they are escaped for Markdown, HTML and YAML, and absolute paths are cut down to their last part.
 """
 
 import html
@@ -188,7 +188,8 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
     stages = record.get("stages") or []
     evaluation = record.get("evaluation") or {}
     # a name that is no plain repository name or folder must not reach Python code
-    model_id = record["name"] if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", record["name"]) else "path/to/this/model"
+    model_id = record.get("model_id") or record["name"]
+    model_id = model_id if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) else "path/to/this/model"
     return {
         "name": record["name"],
         "usage": _USAGE.replace("MODEL_ID", model_id),

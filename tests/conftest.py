@@ -172,6 +172,23 @@ def lively_folder(tmp_path_factory, base_folder) -> Path:
 
 
 @pytest.fixture(scope="session")
+def exported(tmp_path_factory, base_folder) -> Path:
+    """Folders as a run exports them: `llama`, made from Llama 3.1, and `other`."""
+    from llava_llama31.trainer.evaluation.generation import load_model
+    from llava_llama31.trainer.finish import write_export
+
+    root = tmp_path_factory.mktemp("exported")
+    (root / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n(text of the agreement, made up)\n")
+    model, processor = load_model(base_folder)
+    for name, licence in (("llama", "llama3.1"), ("other", "apache-2.0")):
+        base = {"role": "language_model", "id": "meta/base", "licence": licence, "folder": str(root)}
+        sample = {"question": "what?", "prediction": "red", "answers": ["red"], "image": "samples/1.png"}
+        record = {"name": f"Llama-{name}", "licence": licence, "base_models": [base], "samples": [sample]}
+        write_export(root / name, model, processor, record, {"samples/1.png": Image.new("RGB", (30, 40), "red")})
+    return root
+
+
+@pytest.fixture(scope="session")
 def data_folder(tmp_path_factory, make_image):
     """44 LLaVA records, every fourth without a picture, and 6 TextVQA-format questions."""
     folder = tmp_path_factory.mktemp("data")

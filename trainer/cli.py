@@ -1,4 +1,4 @@
-"""`llava-llama31`: train, check data, plan, doctor, assemble, evaluate, score, browse, export.
+"""`llava-llama31`: train, check data, plan, doctor, assemble, evaluate, score, browse, export, publish.
 
 llava-llama31 train tiny
 """
@@ -174,6 +174,15 @@ def _parser() -> argparse.ArgumentParser:
     export = _command(commands, "export", _export, "write a finished run's two-door folder again, with its card")
     export.add_argument("folder", metavar="RUN", help="folder of a finished run")
     export.add_argument("--output", metavar="DIR", help="default: RUN/export")
+
+    publish = _command(commands, "publish", _publish, "check a model, upload it, check what came up, and merge it")
+    publish.add_argument("source", metavar="RUN|FOLDER", help="a finished run, or an exported folder")
+    publish.add_argument(
+        "--repo-id", required=True, metavar="OWNER/NAME", help="a model made from Llama: OWNER/Llama…"
+    )
+    publish.add_argument("--private", action="store_true", help="leave the repository private")
+    publish.add_argument("--dry-run", action="store_true", help="check and show what would be done; write nothing")
+    _json_argument(publish)
     return parser
 
 
@@ -370,6 +379,18 @@ def _export(options: argparse.Namespace) -> int:
     folder = export_again(Path(options.folder), Path(options.output) if options.output else None)
     print(folder, file=sys.stderr)  # noqa: T201
     return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from llava_llama31.trainer.publishing.publish import publish_command
+
+    return publish_command(
+        options.source,
+        options.repo_id,
+        private=options.private,
+        dry_run=options.dry_run,
+        json_output=options.json_output,
+    )
 
 
 if __name__ == "__main__":

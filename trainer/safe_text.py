@@ -18,7 +18,8 @@ SECRET_VARIABLES = (
 HIDDEN = "***"
 
 _ID_LENGTH = 200
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+# the Hub's tokens, headers that carry one, and the signatures of uploads
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?i:bearer)\s+[^\s'\"]+|X-Amz-[\w-]+=[^&\s]+")
 # user and password of a URL, which a Path writes with one slash
 _LOGIN = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]+:/{1,2})[^/?#\s]*@")
 

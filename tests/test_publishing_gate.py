@@ -1,0 +1,225 @@
+"""The gate: a whole folder passes, and a folder that breaks one rule is refused by that rule with file and fix."""
+
+import json
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.publishing.doors import empty_cache, open_doors
+from llava_llama31.trainer.publishing.gate import REQUIRED, RULES, check_folder, code_problems
+
+
+TOKEN = "hf_" + "S" * 34
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    return Path(shutil.copytree(exported / "llama", tmp_path / "model"))
+
+
+def sign(folder: Path) -> None:
+    """A manifest that fits, so that only the rule under test can object."""
+    staging = checkpoints.stage(folder)
+    (folder / checkpoints.MANIFEST).unlink(missing_ok=True)
+    shutil.copytree(folder, staging, dirs_exist_ok=True)
+    checkpoints.publish(staging, folder, {})
+
+
+def edit_json(folder: Path, file: str, **values) -> None:
+    content = json.loads((folder / file).read_text()) | values
+    (folder / file).write_text(json.dumps(content))
+
+
+def edit_text(folder: Path, file: str, old: str, new: str) -> None:
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def shard(folder: Path, *, whole_index: bool = True, keep: bool = False) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[:5], names[5:]), start=1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    if not keep:
+        (folder / "model.safetensors").unlink()
+    if not whole_index:
+        weight_map[names[0]] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def zip_in(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "tokenizer.model", "w") as archive:
+        archive.writestr("data.txt", "x")
+
+
+def append(folder: Path, file: str, content: bytes) -> None:
+    with (folder / file).open("ab") as stream:
+        stream.write(content)
+
+
+PICKLED = pickle.dumps(Path("x"))
+OLD_PICKLE = pickle.dumps(Path("x"), protocol=0)
+NEEDED = [*REQUIRED, "NOTICE", "configuration_llava_llama31.py", "processing_llava_llama31.py"]
+# rule, file that is named, what is done to a whole folder
+BREAKS = [
+    *(("complete", file, lambda f, file=file: (f / file).unlink()) for file in NEEDED),
+    ("complete", "chat_template.jinja", lambda f: (f / "chat_template.jinja").write_text("")),
+    ("complete", "config.json", lambda f: edit_json(f, "config.json", auto_map={})),
+    ("complete", "tokenizer_config.json", lambda f: (f / "tokenizer_config.json").write_text("{")),
+    ("doors-named", "config.json", lambda f: edit_json(f, "config.json", architectures=["Llava"])),
+    ("doors-named", "processor_config.json", lambda f: edit_json(f, "processor_config.json", processor_class="Ours")),
+    ("doors-named", "tokenizer_config.json", lambda f: edit_json(f, "tokenizer_config.json", auto_map={"x": "y"})),
+    ("doors-named", "generation_config.json", lambda f: edit_json(f, "generation_config.json", eos_token_id=None)),
+    ("extensions", "run.sh", lambda f: (f / "run.sh").write_text("true")),
+    ("extensions", "pytorch_model.bin", lambda f: (f / "pytorch_model.bin").write_text("x")),
+    ("training-state", "trainer_state.json", lambda f: (f / "trainer_state.json").write_text("{}")),
+    ("training-state", "deep/optimizer.safetensors", None),
+    ("pickle", "notes.txt", lambda f: (f / "notes.txt").write_bytes(PICKLED)),
+    ("pickle", "notes.txt", lambda f: (f / "notes.txt").write_bytes(OLD_PICKLE)),
+    ("pickle", "notes.txt", lambda f: (f / "notes.txt").write_bytes(pickle.dumps([1, "x"]))),
+    ("pickle", "samples/1.png", lambda f: append(f, "samples/1.png", PICKLED)),
+    ("pickle", "tokenizer.model", zip_in),
+    ("secrets", "README.md", lambda f: append(f, "README.md", TOKEN.encode())),
+    ("secrets", "config.json", lambda f: edit_json(f, "config.json", note="AKIA" + "A" * 16)),
+    ("secrets", "samples/1.png", lambda f: append(f, "samples/1.png", b"-----BEGIN RSA PRIVATE KEY-----")),
+    ("secrets", "NOTICE", lambda f: append(f, "NOTICE", b"a-token-of-no-known-form")),
+    ("paths", "config.json", lambda f: edit_json(f, "config.json", _name_or_path="/data/models/llama")),
+    ("paths", "config.json", lambda f: edit_json(f, "config.json", _name_or_path="/unusual/place")),
+    ("paths", "README.md", lambda f: append(f, "README.md", b"see /home/someone/runs/one")),
+    ("paths", "tokenizer.json", lambda f: edit_json(f, "tokenizer.json", note=f"{Path.home()}/x")),
+    ("paths", "chat_template.jinja", lambda f: append(f, "chat_template.jinja", str(f / "x").encode())),
+    ("manifest", "config.json", lambda f: edit_json(f, "config.json", extra=1)),
+    ("manifest", "more.txt", lambda f: (f / "more.txt").write_text("x")),
+    ("manifest", "samples/1.png", lambda f: append(f, "samples/1.png", b"\0")),
+    ("tensors", "model.safetensors", lambda f: edit_tensors(f, lambda t: t.pop("model.image_newline"))),
+    ("tensors", "model.safetensors", lambda f: edit_tensors(f, lambda t: t.update(extra=torch.zeros(2)))),
+    ("tensors", "model.safetensors", lambda f: edit_tensors(f, lambda t: t.update({"lm_head.weight": torch.ones(2)}))),
+    ("tensors", "model.safetensors", lambda f: append(f, "model.safetensors", b"more")),
+    ("tensors", "model.safetensors", lambda f: (f / "model.safetensors").unlink()),
+    ("tensors", "model.safetensors", lambda f: shard(f, keep=True)),
+    ("tensors", "model.safetensors.index.json", lambda f: shard(f, whole_index=False)),
+    ("card", "README.md", lambda f: edit_text(f, "README.md", "library_name: transformers", "library_name: other")),
+    ("card", "README.md", lambda f: edit_text(f, "README.md", "base_model:\n- meta/base", "base_model: ../x")),
+    ("card", "README.md", lambda f: edit_text(f, "README.md", "samples/1.png", "samples/2.png")),
+    ("card", "README.md", lambda f: edit_text(f, "README.md", "license: llama3.1", "license: {")),
+    ("licence", "README.md", lambda f: edit_text(f, "README.md", "**Built with Llama**", "")),
+    ("licence", "README.md", lambda f: edit_text(f, "README.md", "license: llama3.1", "license: mit")),
+    ("licence", "README.md", lambda f: edit_text(f, "README.md", "llama3_1/use-policy", "")),
+    ("licence", "LICENSE", lambda f: (f / "LICENSE").write_text("MIT")),
+    ("licence", "NOTICE", lambda f: (f / "NOTICE").write_text("noted")),
+    ("code", "modeling_llava_llama31.py", lambda f: append(f, "modeling_llava_llama31.py", b"\nimport requests\n")),
+    ("code", "modeling_llava_llama31.py", lambda f: append(f, "modeling_llava_llama31.py", b"\nfrom .no import x\n")),
+    ("code", "processing_llava_llama31.py", lambda f: append(f, "processing_llava_llama31.py", b"\neval('1')\n")),
+    ("code", "zzz_llava_llama31.py", lambda f: (f / "zzz_llava_llama31.py").write_text("")),
+]
+
+
+def break_optimizer(folder: Path) -> None:
+    (folder / "deep").mkdir()
+    (folder / "deep" / "optimizer.safetensors").write_bytes(b"")
+
+
+def test_what_the_export_writes_passes(exported):
+    assert check_folder(exported / "llama", "Llama-3.1-8B-mine") == []
+    assert check_folder(exported / "other", "mine") == []
+
+
+@pytest.mark.parametrize(("rule", "file", "harm"), BREAKS, ids=[f"{r}-{f}-{i}" for i, (r, f, _) in enumerate(BREAKS)])
+def test_a_folder_that_breaks_one_rule(folder, monkeypatch, rule, file, harm):
+    monkeypatch.setenv("WANDB_API_KEY", "a-token-of-no-known-form")
+    (harm or break_optimizer)(folder)
+    if rule != "manifest":
+        sign(folder)
+    if file == "manifest.json":
+        (folder / file).unlink()
+    found = check_folder(folder, "Llama-3.1-8B-mine")
+    assert {finding.rule for finding in found} == {rule}, found
+    assert file in {finding.file for finding in found}
+    for finding in found:
+        assert finding.fix and str(finding).startswith(f"{finding.file}: ") and "(fix: " in str(finding)
+        assert TOKEN not in str(finding) and "a-token-of-no-known-form" not in str(finding)
+
+
+def test_every_rule_is_broken_above_or_below():
+    names = {rule.__name__.removeprefix("check_").replace("_", "-") for rule in RULES}
+    assert names == {rule for rule, _, _ in BREAKS} | {"adapters"}
+
+
+def test_llama_must_begin_the_name(folder):
+    (found,) = check_folder(folder, "llava-llama3.1")
+    assert found.rule == "licence" and "--repo-id OWNER/Llama-" in found.fix
+
+
+def test_card_and_licences_may_be_edited(folder):
+    append(folder, "README.md", b"\nA word from the author.\n")
+    append(folder, "NOTICE", b"\nA word more.\n")
+    (folder / "USE_POLICY.md").write_text("policy")
+    assert check_folder(folder, "Llama-mine") == []
+
+
+def test_adapters_are_to_be_merged(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "meta/base", "revision": null}')
+    sign(folder)
+    (found,) = check_folder(folder, "Llama-mine")
+    assert found.rule == "adapters" and "revision" in found.what and "merge" in found.fix
+
+
+def test_shards_with_a_true_index_pass(folder):
+    shard(folder)
+    sign(folder)
+    assert check_folder(folder, "Llama-mine") == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import subprocess", "from urllib import request", "import os\nos.system('x')", "__import__('x')"]
+    + ["from ..x import y", "from . import y", "import pickle", "x = (", "getattr(1, 'a')\nexec('x')"],
+)
+def test_code_against_the_law(source):
+    assert code_problems(source, {"sibling"}) and not code_problems(
+        "from .sibling import x\nimport torch", {"sibling"}
+    )
+
+
+def test_doors_give_the_same_logits_and_answers(exported):
+    with empty_cache() as cache:
+        doors = open_doors(exported / "llama", cache)
+        assert len(doors.samples) == 3 and len(doors.logits_sha256) == 64
+
+
+def double_logits(folder: Path) -> None:
+    end = "return output\n\n    def _packed_loss"
+    edit_text(folder, "modeling_llava_llama31.py", end, f"output.logits = 2 * output.logits\n        {end}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (double_logits, "differ"),
+        (lambda f: edit_tensors(f, lambda t: t["lm_head.weight"].fill_(float("nan"))), "NaN"),
+        (lambda f: append(f, "processing_llava_llama31.py", b"\nimport llava_llama31\n"), "which others do not have"),
+        (lambda f: (f / "tokenizer.json").unlink(), "does not open"),
+    ],
+)
+def test_doors_that_do_not_fit(folder, change, message):
+    change(folder)
+    with empty_cache() as cache, pytest.raises(UserError, match=message):
+        open_doors(folder, cache)

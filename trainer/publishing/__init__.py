@@ -1,0 +1,1 @@
+"""Publishing a model: a gate of checks, then one reviewed commit."""

@@ -1,0 +1,101 @@
+"""Opens a model as a stranger would and writes down what it answers: run by path, in a process of its own.
+
+    python door.py download REPO REVISION
+    python door.py stock|remote MODEL REVISION LOGITS.safetensors
+
+It imports nothing of this package; the last line of its output is one JSON object. `stock` opens the model with
+Transformers' own classes and no code of the folder, `remote` with `trust_remote_code=True`. Logits, (1, tokens,
+vocabulary) in float32 on the CPU, go into the safetensors file.
+"""
+
+import hashlib
+import json
+import sys
+from typing import Any
+
+
+QUESTIONS = ("What does the sign say?", "What is shown here?", "Which colours do you see?")
+NUM_NEW_TOKENS = 16
+
+
+def download(repo_id: str, revision: str) -> dict[str, Any]:
+    """Folder of a revision, fetched into the cache that the environment names; or the error and the Hub's status."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    try:
+        return {"folder": snapshot_download(repo_id, revision=revision, max_workers=4)}
+    except (HTTPError, OSError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, HfHubHTTPError):
+            cause = cause.__cause__
+        return {"error": str(error), "status": cause.response.status_code if cause else None}
+
+
+def open_door(door: str, model_id: str, revision: str, logits_file: str) -> dict[str, Any]:
+    """Class names, hash of the logits at one picture, and three greedy answers."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import (
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        LlavaNextForConditionalGeneration,
+        LlavaNextProcessor,
+    )
+
+    remote = door == "remote"
+    model_class = AutoModelForImageTextToText if remote else LlavaNextForConditionalGeneration
+    processor_class = AutoProcessor if remote else LlavaNextProcessor
+    options: dict[str, Any] = {"revision": revision or "main"}
+    if remote:
+        options["trust_remote_code"] = True
+    model = model_class.from_pretrained(model_id, dtype="auto", use_safetensors=True, **options).eval()
+    processor = processor_class.from_pretrained(model_id, **options)
+    torch.manual_seed(0)
+    samples = []
+    for number, question in enumerate(QUESTIONS):
+        inputs = _inputs(processor, question, number).to(model.dtype)
+        with torch.no_grad():
+            if number == 0:
+                logits = model(**inputs).logits.float().contiguous()
+            output = model.generate(**inputs, max_new_tokens=NUM_NEW_TOKENS, do_sample=False)
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        samples.append({"question": question, "answer": answer})
+    save_file({"logits": logits}, logits_file)
+    return {
+        "model": type(model).__name__,
+        "processor": type(processor).__name__,
+        "logits_sha256": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
+        "finite": bool(torch.isfinite(logits).all()),
+        "samples": samples,
+    }
+
+
+def _inputs(processor, question: str, number: int):
+    """The same question and picture wherever it runs: gradients with a few bars."""
+    import numpy as np
+    from PIL import Image
+
+    height, width = ((96, 160), (160, 96), (128, 128))[number]
+    rows, columns = np.mgrid[:height, :width]
+    pixels = np.stack([rows * 255 // height, columns * 255 // width, (rows // 8 + columns // 16) % 2 * 255], axis=-1)
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def main(arguments: list[str]) -> None:
+    kind, *rest = arguments
+    told = download(*rest) if kind == "download" else open_door(kind, *rest)
+    told["imports_our_package"] = "llava_llama31" in sys.modules
+    sys.stdout.write(f"\n{json.dumps(told)}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
