@@ -1,8 +1,9 @@
 """The model card and the licence files of an exported model, written from the run's own record and from nothing else.
 
-A record is a JSON-like dict (name, recipe, command, commit, licence, base_models, parameters, stages, evaluation,
-samples, environment; model_id, if it is on the Hub). What it does not hold is listed on the card as not recorded. All
-its strings are data: they are escaped for Markdown, HTML and YAML, and absolute paths are cut down to their last part.
+A record is a JSON-like dict (name, recipe, command, commit, lock, licence, base_models, parameters, stages, minutes,
+evaluation, samples, environment; model_id, if it is on the Hub). What it does not hold is listed on the card as not
+recorded. All its strings are data: they are escaped for Markdown, HTML and YAML, and absolute paths are cut down to
+their last part.
 """
 
 import html
@@ -15,9 +16,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jinja2
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCardData, constants
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
+
+from llava_llama31.model_card.sections import join_sections
 
 
 LLAMA31 = "llama3.1"
@@ -33,6 +37,7 @@ HUB_LICENCES = frozenset(
     ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
     + ("openrail", "gemma", "llama2", "llama3", LLAMA31, "llama3.2", "llama3.3", "llama4", "unknown")
 )
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 TAGS = ("llava", "llava-next", "visual-question-answering", "conversational")
 
 STAGE_FACTS = {
@@ -57,6 +62,31 @@ STAGE_FACTS = {
 }
 # shown where a stage has them; a stage without them lacks nothing
 OPTIONAL_STAGE_FACTS = {"num_samples": "samples", "lora": "LoRA on the language model"}
+# of the recipe's stage, shown likewise
+RECIPE_FACTS = {
+    "optimizer": "optimizer",
+    "adam_beta1": "Adam beta 1",
+    "adam_beta2": "Adam beta 2",
+    "adam_epsilon": "Adam epsilon",
+    "max_grad_norm": "largest gradient norm",
+    "warmup_ratio": "warm-up, share of the steps",
+    "batch_by": "batches of equal",
+    "last_batch": "incomplete last batch",
+    "packing": "packed rows",
+    "max_text_tokens": "longest record, text tokens",
+    "max_tokens": "longest record, all tokens",
+    "deepspeed": "DeepSpeed",
+    "activation_checkpointing": "activation checkpointing",
+    "compile": "compiled",
+    "fp8": "float8 products",
+    "validation_fraction": "share held out for validation",
+    "eval_steps": "steps between evaluations",
+    "save_steps": "steps between checkpoints",
+    "save_total_limit": "checkpoints kept",
+    "keep": "weights kept",
+    "on_bad_record": "policy for bad records",
+    "quirks": "quirks",
+}
 RECORD_FACTS = {
     "licence": "licence of this model",
     "base_models": "base models",
@@ -67,6 +97,7 @@ RECORD_FACTS = {
     "environment": "environment",
     "command": "command",
     "commit": "commit",
+    "lock": "lock file",
 }
 EVALUATION_FACTS = {
     "dataset": "evaluation set",
@@ -75,10 +106,22 @@ EVALUATION_FACTS = {
     "prompt": "evaluation prompt",
     "decoding": "decoding",
     "protocols": "scores",
+    "predictions": "predictions file",
     "accuracy_before": "accuracy before training",
     "accuracy_blind": "accuracy with shuffled pictures",
 }
 
+# front matter that the run knows; a person may add any other key
+METADATA_KEYS = frozenset(
+    ("license", "license_name", "license_link", "library_name", "pipeline_tag", "tags", "base_model", "datasets")
+    + ("base_model_relation", "model-index")
+)
+ENERGY_FORMULA = (
+    "Energy = hours of training x processes x mean power of a process's device, summed over the stages; that power is "
+    "the recipe's device_watts. The hosts, their cooling and other runs are not in it."
+)
+
+_FRONT_MATTER = re.compile(r"\A---\n(.*?)^---$\n?", re.DOTALL | re.MULTILINE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_SUFFIX = re.compile(r"\.(jsonl?|parquet|ya?ml|csv|tsv|tar|zip|txt)$", re.IGNORECASE)
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\~<-])(?:(?:file://|~)?/|[A-Za-z]:[\\/])[^\s'\",;=<>|]+")
@@ -86,47 +129,61 @@ _MARKDOWN = re.compile(r"([\\`*_\[\]~$^#])")
 _JOINERS = "\u200c\u200d"
 
 
-_USAGE = """\
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model_id = "MODEL_ID"
-model = AutoModelForImageTextToText.from_pretrained(model_id, dtype="auto")
-processor = AutoProcessor.from_pretrained(model_id)
-
-question = "What does the sign say?\\nAnswer the question using a single word or phrase."
-content = [{"type": "image", "image": Image.open("picture.jpg")}, {"type": "text", "text": question}]
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": content}],
-    add_generation_prompt=True,
-    tokenize=True,
-    return_dict=True,
-    return_tensors="pt",
-).to(model.device, model.dtype)
-output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
-_USAGE_REMOTE = """\
-model = AutoModelForImageTextToText.from_pretrained(model_id, dtype="auto", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=True)"""
-
-
 class CardError(ValueError):
     """The card or a licence file cannot be written; one line that says what is wrong and how to mend it."""
 
 
-def render_card(record: Mapping[str, Any]) -> str:
+def render_card(record: Mapping[str, Any], previous: str = "") -> str:
     """Model card (README.md) of a run.
 
+    Args:
+        previous: the card to be written again: what a person edited or added in it stays.
+
     Raises:
-        CardError: the record has no name, or a number in it is NaN or infinite.
+        CardError: the record has no name, a number in it is NaN or infinite, or the front matter of `previous` is
+            broken.
     """
     if not isinstance(record.get("name"), str) or not record["name"].strip():
         raise CardError("the record has no name: give the run one")
     _refuse_non_finite(record, "")
-    record = {key: value if key == "samples" else _public(value) for key, value in record.items()}
-    view = _view(record)
-    body = re.sub(r"\n{3,}", "\n\n", _template().render(view))
-    return f"---\n{_metadata(record).to_yaml()}\n---\n\n{body.strip()}\n"
+    record = {key: value if key == "samples" else public(value) for key, value in record.items()}
+    context = _template().new_context(_view(record))
+    sections = {
+        name: re.sub(r"\n{3,}", "\n\n", "".join(block(context))).strip() for name, block in _template().blocks.items()
+    }
+    metadata = _joined_metadata(_metadata(record).to_dict(), previous)
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=10_000)
+    body = join_sections({name: text for name, text in sections.items() if text}, _FRONT_MATTER.sub("", previous))
+    return f"---\n{front}---\n\n{body}\n"
+
+
+def usage_snippet(model_id: str) -> str:
+    """The code that opens a model, as README and card show it."""
+    return _usage_template().replace("MODEL_ID", model_id)
+
+
+def _joined_metadata(metadata: dict[str, Any], previous: str) -> dict[str, Any]:
+    """The run's front matter, and the keys and tags that a person added to the former one."""
+    match = _FRONT_MATTER.match(previous)
+    if match is None:
+        return metadata
+    try:
+        former = yaml.safe_load(match[1])
+        if not isinstance(former, dict):
+            raise ValueError("it is no mapping")
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CardError(
+            f"README.md: its front matter cannot be read: {reason} (fix: mend it, or remove the file)"
+        ) from None
+    tags = former.get("tags")
+    added = {key: value for key, value in former.items() if key not in METADATA_KEYS}
+    _refuse_non_finite(added, "README.md")
+    return {
+        **metadata,
+        "tags": list(dict.fromkeys([*metadata["tags"], *(tags if isinstance(tags, list) else [])])),
+        **added,
+    }
 
 
 def licence_files(base_models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -150,7 +207,7 @@ def licence_files(base_models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if "apache-2.0" in licences:
         text = resources.files(__package__).joinpath("licences", "apache-2.0.txt").read_text(encoding="utf-8")
         files["LICENSE-Apache-2.0" if files else "LICENSE"] = text
-        changed = ", ".join(_public(str(m["id"])) for m in base_models if m.get("licence") == "apache-2.0")
+        changed = ", ".join(public(str(m["id"])) for m in base_models if m.get("licence") == "apache-2.0")
         notices.append(
             f"This model contains modified weights of {changed}, licensed under the Apache License, Version 2.0."
         )
@@ -192,8 +249,7 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
     model_id = model_id if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) else "path/to/this/model"
     return {
         "name": record["name"],
-        "usage": _USAGE.replace("MODEL_ID", model_id),
-        "usage_remote": _USAGE_REMOTE,
+        "usage": usage_snippet(model_id),
         "built_with_llama": _built_with_llama(record),
         "notice": LLAMA31_NOTICE,
         "policy_link": Markup(LLAMA31_POLICY),
@@ -204,21 +260,24 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": [[group, _text(count)] for group, count in (record.get("parameters") or {}).items()],
         "data": [_data_row(stage, source) for stage in stages for source in stage.get("data") or []],
         "stage_names": [_text(stage.get("name")) for stage in stages],
-        "stage_rows": [
-            [label, *(_text(stage.get(key)) for stage in stages)]
-            for key, label in (STAGE_FACTS | OPTIONAL_STAGE_FACTS).items()
-            if any(stage.get(key) is not None for stage in stages)
+        "stage_rows": _stage_rows(record),
+        "curves": [
+            _picture(stage["curve_image"], 640) for stage in stages if _is_file(stage.get("curve_image"), *PICTURES)
         ],
+        "cost": _cost_rows(record),
+        "energy_formula": ENERGY_FORMULA if _energy_kwh(record) is not None else None,
         "accuracy_protocol": evaluation.get("accuracy_protocol"),
         "evaluation": {key: evaluation[key] for key in EVALUATION_FACTS if evaluation.get(key) is not None},
         "scores": [
             [name, f"{100 * score['accuracy']:.3f} %", f"{_percent(score['low'])} to {_percent(score['high'])}"]
             for name, score in (evaluation.get("protocols") or {}).items()
         ],
+        "predictions_link": _predictions_link(evaluation),
+        "samples_scored": any(sample.get("accuracy") is not None for sample in record.get("samples") or []),
         "samples": [_sample_row(sample) for sample in record.get("samples") or []],
         "environment_rows": [[key, _text(value)] for key, value in (record.get("environment") or {}).items()],
         "command": record.get("command"),
-        "commit": record.get("commit"),
+        "reproduction": _reproduction(record),
         "not_recorded": _not_recorded(record),
     }
 
@@ -226,30 +285,103 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
 def _not_recorded(record: Mapping[str, Any]) -> list[str]:
     names = [label for key, label in RECORD_FACTS.items() if not record.get(key)]
     for stage in record.get("stages") or []:
-        lacking = [label for key, label in (STAGE_FACTS | {"data": "data"}).items() if stage.get(key) is None]
+        lacking = [
+            label
+            for key, label in (STAGE_FACTS | {"data": "data", "curve_image": "loss curve"}).items()
+            if stage.get(key) is None
+        ]
         if lacking:
             names.append(f"of stage {_text(stage.get('name'))}: {', '.join(lacking)}")
+    if record.get("stages") and _energy_kwh(record) is None:
+        names.append("energy (the recipe has no device_watts)")
     evaluation = record.get("evaluation")
     if evaluation:
         names += [label for key, label in EVALUATION_FACTS.items() if evaluation.get(key) is None]
     return names
 
 
+def _stage_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """Facts of the stages in columns: what the run recorded, then what its recipe says."""
+    stages = record.get("stages") or []
+    recipe = record.get("recipe") or {}
+    rows = [
+        (label, [stage.get(key) for stage in stages]) for key, label in (STAGE_FACTS | OPTIONAL_STAGE_FACTS).items()
+    ]
+    asked = [(recipe.get("stages") or {}).get(stage.get("name")) or {} for stage in stages]
+    for key, label in RECIPE_FACTS.items():
+        # null in a recipe is a fact: nothing of that kind
+        rows.append((label, [stage.get(key) if stage.get(key, 0) is not None else [] for stage in asked]))
+    rows.append(("seed", [recipe.get("seed")] * len(stages)))
+    return [
+        [label, *("none" if value in ([], {}) else _text(value) for value in values)]
+        for label, values in rows
+        if any(value not in (None, [], {}) for value in values)
+    ]
+
+
+def _device_hours(record: Mapping[str, Any]) -> float | None:
+    """Hours of training times processes, over all stages; None where one does not tell."""
+    stages = record.get("stages") or []
+    spent = [(stage.get("minutes"), stage.get("num_processes")) for stage in stages]
+    if not spent or any(fact is None for facts in spent for fact in facts):
+        return None
+    return sum(minutes * processes for minutes, processes in spent) / 60
+
+
+def _energy_kwh(record: Mapping[str, Any]) -> float | None:
+    watts, hours = (record.get("recipe") or {}).get("device_watts"), _device_hours(record)
+    return None if watts is None or hours is None else hours * watts / 1000
+
+
+def _cost_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    hours = _device_hours(record)
+    facts = {
+        "hardware": (record.get("environment") or {}).get("hardware"),
+        "hours of training x processes": hours,
+        "hours of the whole run": None if record.get("minutes") is None else record["minutes"] / 60,
+        "mean power of a device in W, as the recipe says": (record.get("recipe") or {}).get("device_watts"),
+        "energy of the devices in kWh": _energy_kwh(record),
+    }
+    return [[label, _text(fact)] for label, fact in facts.items() if fact is not None]
+
+
+def _reproduction(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    facts = []
+    if record.get("commit"):
+        facts.append(("commit of the code", record["commit"]))
+    lock = record.get("lock")
+    if lock:
+        facts.append(("lock file", f"{lock['file']}, SHA-256 {lock['sha256']}"))
+    return facts
+
+
 def _data_row(stage: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
     dropped = source.get("dropped")
     reasons = None if dropped is None else ", ".join(f"{why}: {_text(n)}" for why, n in dropped.items()) or "none"
-    facts = [stage.get("name"), source.get("name"), source.get("rows"), source.get("usable"), reasons]
+    hub_id, name = source.get("hub_id"), source.get("name")
+    named = f"{name} ({hub_id})" if hub_id not in (None, name) else name
+    facts = [stage.get("name"), named, *(source.get(key) for key in ("rows", "usable", "selected")), reasons]
     return [_text(fact) for fact in (*facts, source.get("license"))]
 
 
 def _sample_row(sample: Mapping[str, Any]) -> list[Any]:
     image = sample.get("image")
-    shown: Any = _text(None)
-    if isinstance(image, str) and _is_relative(image):
-        shown = Markup('<img src="{}" width="200">').format(image)
+    shown: Any = _picture(image, 200) if _is_file(image, *PICTURES) else _text(None)
     answers = sample.get("answers")
     texts = None if answers is None else ", ".join(dict.fromkeys(map(str, answers)))
-    return [shown, *(_text(fact) for fact in (sample.get("question"), sample.get("prediction"), texts))]
+    accuracy = sample.get("accuracy")
+    facts = (sample.get("question"), sample.get("prediction"), texts, None if accuracy is None else _percent(accuracy))
+    return [shown, *(_text(fact) for fact in facts)]
+
+
+def _picture(file: Any, width: int) -> Markup:
+    """A picture whose name `_is_file` has passed."""
+    return Markup(f'<img src="{file}" width="{width}">')
+
+
+def _predictions_link(evaluation: Mapping[str, Any]) -> Markup | None:
+    file = (evaluation.get("predictions") or {}).get("file")
+    return Markup(f"[{file}]({file})") if _is_file(file, ".jsonl") else None
 
 
 def _metadata(record: Mapping[str, Any]) -> ModelCardData:
@@ -257,7 +389,8 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
     known = licence in HUB_LICENCES
     base_models = [_line(m["id"]) for m in record.get("base_models") or [] if _is_hub_id(m.get("id"))]
     sources = [source for stage in record.get("stages") or [] for source in stage.get("data") or []]
-    datasets = dict.fromkeys(source["name"] for source in sources if _is_hub_id(source.get("name")))
+    names = (source.get("hub_id") or source.get("name") for source in sources)
+    datasets = dict.fromkeys(name for name in names if _is_hub_id(name))
     optional: dict[str, Any] = {
         "base_model_relation": "finetune" if base_models else None,
         "license_name": None if known or licence is None else _line(licence),
@@ -271,16 +404,24 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
         tags=[*TAGS, *(["llama-3.1"] if _built_with_llama(record) else [])],
         base_model=base_models or None,
         datasets=list(datasets) or None,
-        eval_results=_eval_results(record.get("evaluation") or {}) or None,
+        eval_results=_eval_results(record) or None,
         **{key: value for key, value in optional.items() if value is not None},
     )
 
 
-def _eval_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
+def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
+    evaluation = record.get("evaluation") or {}
     dataset = evaluation.get("dataset")
     if dataset is None:
         return []
     counts = {key: evaluation[key] for key in ("num_questions", "failed") if evaluation.get(key) is not None}
+    source: dict[str, Any] = {}
+    if _predictions_link(evaluation):
+        predictions, model_id = evaluation["predictions"], record.get("model_id")
+        counts |= {"predictions": predictions["file"], "predictions_sha256": predictions["sha256"]}
+        if _is_hub_id(model_id):
+            url = f"{constants.ENDPOINT}/{model_id}/blob/main/{predictions['file']}"
+            source = {"source_name": "predictions", "source_url": url}
     return [
         EvalResult(
             task_type="image-text-to-text",
@@ -295,6 +436,7 @@ def _eval_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
                 "interval_95": [round(100 * score["low"], 3), round(100 * score["high"], 3)],
                 **counts,
             },
+            **source,
         )
         for protocol, score in (evaluation.get("protocols") or {}).items()
     ]
@@ -315,9 +457,11 @@ def _is_hub_id(name: object) -> bool:
     )
 
 
-def _is_relative(path: str) -> bool:
-    parts = PurePosixPath(path).parts
-    return bool(parts) and ".." not in parts and re.fullmatch(r"[\w][\w./ -]*", path) is not None
+def _is_file(path: Any, *suffixes: str) -> bool:
+    """Whether this names such a file of the model's folder, in letters that need no escaping."""
+    if not isinstance(path, str) or PurePosixPath(path).suffix not in suffixes:
+        return False
+    return ".." not in PurePosixPath(path).parts and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_./-]*", path) is not None
 
 
 def _refuse_non_finite(value: Any, where: str) -> None:
@@ -331,14 +475,14 @@ def _refuse_non_finite(value: Any, where: str) -> None:
             _refuse_non_finite(item, f"{where}[{number}]")
 
 
-def _public(value: Any) -> Any:
+def public(value: Any) -> Any:
     """The same value with absolute paths, which name a person's machine, cut down to their last part."""
     if isinstance(value, str):
         return _ABSOLUTE_PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], value)
     if isinstance(value, Mapping):
-        return {_public(key): _public(item) for key, item in value.items()}
+        return {public(key): public(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_public(item) for item in value]
+        return [public(item) for item in value]
     return value
 
 
@@ -408,3 +552,8 @@ def _template() -> jinja2.Template:
     environment.filters.update(fenced=_fenced, percent=_percent, text=_text)
     environment.globals["table"] = _table
     return environment.from_string(resources.files(__package__).joinpath("README.md.jinja").read_text("utf-8"))
+
+
+@cache
+def _usage_template() -> str:
+    return resources.files(__package__).joinpath("usage.txt").read_text("utf-8").rstrip()

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -15,8 +16,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from llava_llama31.model_card import CardError, licence_files, licence_problems, render_card
+from llava_llama31.model_card.curves import draw_curve
+from llava_llama31.model_card.sections import edited_sections
 
 
+ROOT = Path(__file__).parents[1]
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 AGREEMENT = "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n(text of the agreement, made up for this test)\n"
 NOTICE = (
@@ -32,6 +36,7 @@ STAGE = {
             "name": "liuhaotian/LLaVA-Pretrain",
             "rows": 558128,
             "usable": 270001,
+            "selected": 3000,
             "dropped": {"missing_image": 288127},
             "license": "CC BY 4.0 and OpenAI's terms of use",
         }
@@ -52,10 +57,19 @@ STAGE = {
     "supervised_tokens": 123456,
     "supervised_tokens_per_second": 1033.4,
     "minutes": 3.5,
+    "curve_image": "curves/1-projector.png",
 }
+ASKED = {"adam_beta2": 0.95, "deepspeed": "zero3", "quirks": [], "packing": True, "max_tokens": None}
 RECORD = {
     "name": "Llama-3.1-8B-LLaVA",
-    "recipe": {"name": "llama31-8b"},
+    "recipe": {
+        "name": "llama31-8b",
+        "seed": 42,
+        "device_watts": 400.0,
+        "stages": {"projector": ASKED, "instruct": ASKED | {"deepspeed": None, "quirks": ["a"]}},
+    },
+    "lock": {"file": "constraints.txt", "sha256": "5e" * 32},
+    "minutes": 12.0,
     "command": "llava-llama31 train llama31-8b --output /home/someone/runs/one --set a=~/x/y.json",
     "commit": "0123abcd",
     "licence": "llama3.1",
@@ -64,7 +78,11 @@ RECORD = {
         {"role": "vision_tower", "id": "/data/models/clip-vit", "licence": "mit"},
     ],
     "parameters": {"vision_tower": 303507456, "multi_modal_projector": 20979712},
-    "stages": [STAGE, STAGE | {"name": "instruct", "data": [STAGE["data"][0] | {"name": "own", "dropped": {}}]}],
+    "stages": [
+        STAGE,
+        STAGE
+        | {"name": "instruct", "data": [STAGE["data"][0] | {"name": "own", "hub_id": "me/own-set", "dropped": {}}]},
+    ],
     "evaluation": {
         "dataset": "TextVQA val",
         "num_questions": 5000,
@@ -75,6 +93,7 @@ RECORD = {
             "vlmevalkit-2024": {"accuracy": 0.60482, "low": 0.5912, "high": 0.6188},
             "m4c": {"accuracy": 0.61, "low": 0.5964, "high": 0.6234},
         },
+        "predictions": {"file": "predictions.jsonl", "sha256": "9a" * 32},
         "accuracy_protocol": "m4c",
         "accuracy_before": 0.0131,
         "accuracy_blind": 0.0842,
@@ -85,6 +104,7 @@ RECORD = {
             "prediction": "dakota",
             "answers": ["dakota"] * 9 + ["no"],
             "image": "samples/0.png",
+            "accuracy": 1.0,
         }
     ],
     "environment": {"hardware": "8 x A100", "python": "3.11.7", "torch": "2.13.0"},
@@ -135,8 +155,8 @@ def test_every_fact_stands_in_its_place():
     assert ["vision_tower", "303,507,456"] in table_starting(card, "module group")
     licence = "CC BY 4.0 and OpenAI's terms of use"
     assert table_starting(card, "stage")[1:] == [
-        ["projector", "liuhaotian/LLaVA-Pretrain", "558,128", "270,001", "missing_image: 288,127", licence],
-        ["instruct", "own", "558,128", "270,001", "none", licence],
+        ["projector", "liuhaotian/LLaVA-Pretrain", "558,128", "270,001", "3,000", "missing_image: 288,127", licence],
+        ["instruct", "own (me/own-set)", "558,128", "270,001", "3,000", "none", licence],
     ]
     stages = {row[0]: row[1:] for row in table_starting(card, "")}
     assert list(stages)[0] == "" and stages[""] == ["projector", "instruct"]
@@ -154,7 +174,11 @@ def test_every_fact_stands_in_its_place():
         "supervised tokens": "123,456",
         "supervised tokens per second": "1,033",
         "minutes": "3.5",
+        "Adam beta 2": "0.95",
+        "packed rows": "yes",
+        "seed": "42",
     }
+    assert stages["DeepSpeed"] == ["zero3", "none"] and stages["quirks"] == ["none", "a"]
     assert {label: stages[label] for label in expected} == {label: [fact] * 2 for label, fact in expected.items()}
     assert table_starting(card, "protocol")[1:] == [
         ["vlmevalkit-2024", "60.482 %", "59.12 % to 61.88 %"],
@@ -166,11 +190,18 @@ def test_every_fact_stands_in_its_place():
         "- decoding: greedy, at most 16 new tokens",
         "- accuracy before training (m4c): 1.31 %",
         "- accuracy with the pictures shuffled between the questions (blind) (m4c): 8.42 %",
-        "Commit of the code: 0123abcd",
+        "- commit of the code: 0123abcd",
+        f"- lock file: constraints.txt, SHA-256 {'5e' * 32}",
+        f"- every answer: [predictions.jsonl](predictions.jsonl), SHA-256 {'9a' * 32}",
+        '<img src="curves/1-projector.png" width="640">',
+        "| hours of the whole run | 0.2 |",
+        # 2 stages of 3.5 minutes on one device of 400 W
+        "| hours of training x processes | 0.1167 |",
+        "| energy of the devices in kWh | 0.04667 |",
     ):
         assert line in card
     assert "```text\n{question}\nAnswer the question using a single word or phrase.\n```" in card
-    assert '<img src="samples/0.png" width="200"> | what brand? | dakota | dakota, no |' in card
+    assert '<img src="samples/0.png" width="200"> | what brand? | dakota | dakota, no | 100.00 % |' in card
     assert "Not recorded" not in card
     assert NOTICE in card and "https://llama.meta.com/llama3_1/use-policy" in card
 
@@ -191,7 +222,7 @@ def test_metadata_is_what_the_hub_reads():
     assert data.license == "llama3.1" and data["license_link"] == "LICENSE"
     assert (data.library_name, data.pipeline_tag) == ("transformers", "image-text-to-text")
     assert data.base_model == ["meta-llama/Llama-3.1-8B-Instruct"] and data["base_model_relation"] == "finetune"
-    assert data.datasets == ["liuhaotian/LLaVA-Pretrain"]
+    assert data.datasets == ["liuhaotian/LLaVA-Pretrain", "me/own-set"] and "conversational" in data.tags
     results = {result.metric_args["protocol"]: result for result in data.eval_results}
     assert {name: result.metric_value for name, result in results.items()} == {"vlmevalkit-2024": 60.482, "m4c": 61.0}
     assert results["m4c"].metric_args == {
@@ -199,7 +230,12 @@ def test_metadata_is_what_the_hub_reads():
         "interval_95": [59.64, 62.34],
         "num_questions": 5000,
         "failed": 2,
+        "predictions": "predictions.jsonl",
+        "predictions_sha256": "9a" * 32,
     }
+    assert results["m4c"].source_url is None
+    published = ModelCard(render_card(RECORD | {"model_id": "me/Llama-x"})).data.eval_results[0]
+    assert published.source_url == "https://huggingface.co/me/Llama-x/blob/main/predictions.jsonl"
     assert data.model_name == RECORD["name"]
 
 
@@ -219,7 +255,8 @@ def test_missing_facts_are_named_and_never_made_up():
     ):
         assert f"- {fact}\n" in missing + "\n"
     assert "of stage one: trainable parts, learning rate, schedule" in missing
-    assert table_starting(card, "stage")[1] == ["one", "made-up", "8", *["not recorded"] * 3]
+    assert table_starting(card, "stage")[1] == ["one", "made-up", "8", *["not recorded"] * 4]
+    assert "- energy (the recipe has no device\\_watts)\n" in missing and "- lock file\n" in missing
     for heading in (
         "## Training\n",
         "## Evaluation",
@@ -234,7 +271,11 @@ def test_missing_facts_are_named_and_never_made_up():
     without_blind = copy.deepcopy(RECORD)
     del without_blind["evaluation"]["accuracy_blind"]
     without_blind["evaluation"]["prompt"] = None
-    assert body(render_card(without_blind)).endswith("- evaluation prompt\n- accuracy with shuffled pictures\n")
+    assert (
+        body(render_card(without_blind))
+        .split("## Not recorded\n")[1]
+        .startswith("\n- evaluation prompt\n- accuracy with shuffled pictures\n\n<!--")
+    )
     assert "blind" not in body(render_card(without_blind))
 
 
@@ -244,6 +285,7 @@ def test_local_folders_are_no_hub_ids(tmp_path, monkeypatch):
     record = copy.deepcopy(RECORD)
     record["base_models"][0]["id"] = "models/llama"
     record["stages"][0]["data"][0]["name"] = "data/train.jsonl"
+    record["stages"][1]["data"][0]["hub_id"] = "models/llama"
     data = ModelCard(render_card(record)).data
     assert data.base_model is None and data.datasets is None
 
@@ -309,9 +351,18 @@ def replaced(value, hostile):
     return [replaced(item, hostile) for item in value] if isinstance(value, list) else value
 
 
+def without_files(record: dict) -> dict:
+    """The same record without the names of pictures and predictions, which are shown only if they are plain."""
+    record = copy.deepcopy(record)
+    for place in (*record["stages"], *record["samples"], record["evaluation"]):
+        for key in ("curve_image", "image", "predictions"):
+            place.pop(key, None)
+    return record
+
+
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_strings_stay_text(hostile):
-    record = RECORD | {"samples": [{key: RECORD["samples"][0][key] for key in ("question", "prediction", "answers")}]}
+    record = without_files(RECORD)
     card = render_card(replaced(record, hostile))
     card.encode()
     reference = MARKDOWN.parse(body(render_card(replaced(record, "x"))))
@@ -322,7 +373,7 @@ def test_hostile_strings_stay_text(hostile):
     assert {child.type for token in inline for child in token.children} <= kinds
     # renderers that make links of bare addresses must find none
     assert not any(re.search(r"www\.|[a-z]://", token.content) for token in inline)
-    assert table_starting(card, "picture")[1] == ["not recorded", *[shown(hostile)] * 3]
+    assert table_starting(card, "picture")[1] == ["not recorded", *[shown(hostile)] * 3, "100.00 %"]
     data = ModelCard(card).data
     assert (data.license, data["license_name"], data.model_name) == ("other", shown(hostile), shown(hostile))
 
@@ -332,52 +383,111 @@ def test_hostile_strings_stay_text(hostile):
 def test_any_cell_reads_back_as_it_was(value):
     card = render_card({"name": "n", "samples": [{"question": value, "prediction": "after", "answers": ["last"]}]})
     row = table_starting(card, "picture")[1]
-    assert row == ["not recorded", shown(value), "after", "last"]
+    assert row == ["not recorded", shown(value), "after", "last", "not recorded"]
 
 
 @pytest.mark.parametrize(
     "image", ["/etc/passwd", "../x.png", "https://e.org/x.png", 'x" onerror="alert(1)', "", 5, None]
 )
 def test_only_pictures_of_the_folder_are_shown(image):
-    sample = RECORD["samples"][0] | {"image": image}
-    assert "<img" not in render_card(RECORD | {"samples": [sample]})
+    sample, stage = RECORD["samples"][0] | {"image": image}, STAGE | {"curve_image": image}
+    evaluation = RECORD["evaluation"] | {"predictions": {"file": image, "sha256": ""}}
+    card = render_card(RECORD | {"samples": [sample], "stages": [stage], "evaluation": evaluation})
+    assert "<img" not in card and "every answer" not in card
 
 
 def test_a_hostile_name_does_not_reach_the_snippet():
     card = render_card(RECORD | {"name": 'x"; import os; os.system("true"); "'})
     code = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
-    assert len(code) == 2 and all("os." not in block for block in code)
+    assert len(code) == 1 and "os." not in code[0]
     for block in code:
         ast.parse(block)
 
 
-def test_the_snippets_run_in_a_process_without_this_package(processor, tiny_model, make_image, tmp_path):
+def test_the_snippet_is_readmes_and_runs_in_a_process_without_this_package(
+    processor, tiny_model, make_image, tmp_path
+):
+    (code,) = re.findall(r"```python\n(.*?)\n```", render_card(RECORD | {"model_id": "OWNER/Llama-3.1-8B-mine"}), re.S)
+    assert f"```python\n{code}\n```" in (ROOT / "README.md").read_text(encoding="utf-8")
     folder = tmp_path / "tiny-model"
     tiny_model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    make_image(50, 70).save(tmp_path / "picture.jpg")
-    usage, remote = re.findall(r"```python\n(.*?)\n```", render_card({"name": "tiny-model"}), re.DOTALL)
-    rest = usage.split("processor = AutoProcessor.from_pretrained(model_id)\n")[1]
-    check = "import sys; print(type(model).__name__, 'llava_llama31' in sys.modules)"
-    code = "\n".join([usage, check, remote, rest, check])
+    make_image(50, 70).save(tmp_path / "sign.png")
+    (code,) = re.findall(r"```python\n(.*?)\n```", render_card({"name": "tiny-model"}), re.DOTALL)
+    code = code.replace("print(", "texts.append(")
+    code = f"texts = []\n{code}\nimport json, sys\nprint(json.dumps([texts, 'llava_llama31' in sys.modules]))"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    first, stock, second, ours = split_output(done.stdout)
-    assert first == second
-    assert stock == "LlavaNextForConditionalGeneration False" and ours.startswith(
-        "LlavaLlama31ForConditionalGeneration"
-    )
+    texts, has_ours = json.loads(done.stdout.splitlines()[-1])
+    assert len(texts) == 5 and len(set(texts)) == 1 and not has_ours
 
 
-def split_output(output: str) -> list[str]:
-    """Answer and class name, twice."""
-    pattern = r"(.*)\n(Llava\w+ (?:True|False))\n(.*)\n(Llava\w+ (?:True|False))\n"
-    match = re.fullmatch(pattern, output, re.DOTALL)
-    assert match, output
-    return list(match.groups())
+# --- what a person wrote stays
+
+
+def test_a_card_written_again_is_the_same():
+    card = render_card(RECORD)
+    assert render_card(RECORD, card) == card and edited_sections(card) == []
+
+
+def test_edited_sections_and_added_text_stay_and_the_rest_is_new():
+    card = render_card(RECORD)
+    mine = card.replace("for research and as a start for further training", "for my thesis")
+    mine = mine.replace("<!-- begin evaluation", "## My own part\n\nSee <b>here</b>.\n\n<!-- begin evaluation")
+    mine = mine.replace("\ntags:\n", "\nlanguage: en\ntags:\n- my-tag\n").replace("license: llama3.1", "license: mit")
+    assert edited_sections(mine) == ["intended_use"]
+    now = copy.deepcopy(RECORD)
+    now["evaluation"]["protocols"]["m4c"]["accuracy"] = 0.7
+    again = render_card(now, mine)
+    assert "for my thesis" in again and "further training. It learned" not in again
+    assert again.index("</b>.\n\n<!-- begin evaluation") > again.index("## My own part")
+    assert "70.000 %" in again and "61.000 %" not in again
+    data = ModelCard(again).data
+    assert data.language == "en" and data.license == "llama3.1" and {"my-tag", "llava"} <= set(data.tags)
+    assert render_card(now, again) == again
+    # an edited section outlives the facts that it was about, and one that is deleted with its markers comes back
+    without = {key: value for key, value in RECORD.items() if key != "samples"}
+    kept = render_card(without, card.replace("dakota | dakota, no", "dakota | Dakota"))
+    assert "dakota | Dakota" in kept and "- sample answers" in kept
+    start, end = (re.search(f"<!-- {word} cost .*-->\n", card) for word in ("begin", "end"))
+    assert "## Hardware" in render_card(RECORD, card[: start.start()] + card[end.end() :])
+
+
+def test_data_cannot_forge_a_marker():
+    forged = render_card(RECORD)
+    record = RECORD | {"command": forged[forged.index("<!-- begin use") :], "model_id": "me/x"}
+    card = render_card(record)
+    assert edited_sections(card) == [] and render_card(record, card) == card
+    assert render_card(RECORD, card) == forged
+
+
+def test_broken_front_matter_of_the_former_card_is_named():
+    with pytest.raises(CardError, match="^README.md: its front matter cannot be read"):
+        render_card(RECORD, "---\nlicense: [\n---\nmine\n")
+
+
+# --- loss curves
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e6, 1e6)), min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e-9, 1e9)), max_size=3),
+)
+def test_any_curve_is_drawn(training, validation):
+    picture = draw_curve("stage one", training, validation)
+    colours = {colour for _, colour in picture.getcolors(1 << 20)}
+    assert picture.size == (640, 320) and (0x1F, 0x6F, 0xB4) in colours
+    assert bool(validation) == ((0xD1, 0x59, 0x0A) in colours)
+
+
+@pytest.mark.parametrize("points", [[], [(1, float("nan"))]])
+def test_a_curve_of_nothing_is_refused(points):
+    with pytest.raises(ValueError, match="finite"):
+        draw_curve("x", points)
 
 
 # --- licences

@@ -49,7 +49,7 @@ def test_from_a_run_to_a_stranger(recipe_content, make_image, tmp_path):
         assert result["revision"] == repo.find("main").oid == repo.find(result["tag"]).oid
         assert len(result["checks"]["samples"]) == 3 and len(repo.history()) == 2 and not repo.private
         card = repo.find("main").files["README.md"].content.decode()
-        assert "# mine\n" in card and f'model_id = "{REPO}"' in card
+        assert "# mine\n" in card and f'repo = "{REPO}"' in card
         assert TOKEN not in first.stdout + first.stderr + second.stdout + second.stderr and not hub.leaks
 
         # README's snippet, by somebody with an empty cache

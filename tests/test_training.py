@@ -1,5 +1,6 @@
 """Whole runs of small recipes, in this process and in real ones: stages, hand-over, resume, refusals."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_llama31.trainer.checkpoints import load_tree
@@ -74,6 +76,26 @@ def test_a_recipe_trains_hands_over_scores_and_exports(train, base_folder, recip
     assert all(torch.equal(exported[name], second[name]) for name in second)
     names = {path.name for path in (run / "export").rglob("*")}
     assert not any(name.endswith((".bin", ".pt", ".pth")) for name in names)
+    assert_card_of_the_run(run)
+
+
+def assert_card_of_the_run(run: Path) -> None:
+    """Pictures and answers that the card names are there, and what a person writes into it stays."""
+    record, export = json.loads((run / "record.json").read_text()), run / "export"
+    card = (export / "README.md").read_text()
+    for number, stage in enumerate(record["stages"], start=1):
+        assert [step for step, _ in stage["loss_curve"]] == [1, 2, 3, 4, 5, 6]
+        assert stage["curve_image"] == f"curves/{number}-{stage['name']}.png" and stage["curve_image"] in card
+        with Image.open(export / stage["curve_image"]) as curve:
+            assert curve.format == "PNG" and curve.size == (640, 320)
+    answers = (export / "predictions.jsonl").read_bytes()
+    assert record["evaluation"]["predictions"]["sha256"] == hashlib.sha256(answers).hexdigest()
+    assert answers == (run / "predictions.jsonl").read_bytes() and len(record["samples"]) == 6
+    assert all(sample["accuracy"] == 0 and sample["image"] in card for sample in record["samples"])
+    assert record["commit"] in card and record["lock"]["sha256"] in card and "- energy (the recipe" in card
+    (export / "README.md").write_text(card.replace("- set: ", "- my set: "))
+    assert main(["export", str(run)]) == 0
+    assert (export / "README.md").read_text() == card.replace("- set: ", "- my set: ")
 
 
 def test_a_finished_run_says_so_and_a_changed_recipe_is_refused(train, recipe_content, capsys):

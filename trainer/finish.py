@@ -1,13 +1,16 @@
 """After the last stage: score the model, export the two-door folder with its card, and sum the run up."""
 
+import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +18,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from llava_llama31.model_card.card import CardError, licence_files, render_card
+from llava_llama31.model_card.card import CardError, licence_files, public, render_card
+from llava_llama31.model_card.curves import draw_curve
+from llava_llama31.model_card.sections import edited_sections
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.errors import UserError
@@ -24,15 +29,20 @@ from llava_llama31.trainer.evaluation.generation import load_model
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.textvqa import Evaluation, evaluate, weights_revision
+from llava_llama31.trainer.evaluation.vqa_accuracy import vqa_accuracy
 from llava_llama31.trainer.hub import local_checkpoint
 from llava_llama31.trainer.module_groups import GROUPS, group_parameters
 from llava_llama31.trainer.reasons import RecordError
 from llava_llama31.trainer.recipe import Recipe
 
 
+logger = logging.getLogger(__name__)
+
 PROTOCOL = "vlmevalkit-2024"
 EXPORT, RECORD, PREDICTIONS, BROWSER = "export", "record.json", "predictions.jsonl", "predictions.html"
 NUM_SAMPLES = 6
+LOCK = "constraints.txt"
+CURVES = ("loss_curve", "validation_curve")
 PACKAGES = ("llava-llama31", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "pillow")
 
 
@@ -61,13 +71,15 @@ def finish(
         "recipe": recipe.model_dump(mode="json"),
         "command": command,
         "commit": _commit(),
+        "lock": _lock(),
         "licence": recipe.model.licence,
         "base_models": base_models_of(recipe),
         "parameters": {group: sum(p.numel() for _, p in group_parameters(model, group)) for group in GROUPS},
-        "stages": list(stages),
+        "stages": [{**stage, "curve_image": _curve_file(i, stage)} for i, stage in enumerate(stages, start=1)],
         "environment": _environment(),
     }
-    summary: dict[str, Any] = {"recipe": recipe.name, "stages": {stage["name"]: stage for stage in stages}}
+    told = {stage["name"]: {key: stage[key] for key in stage if key not in CURVES} for stage in stages}
+    summary: dict[str, Any] = {"recipe": recipe.name, "stages": told}
     pictures: dict[str, Image.Image] = {}
     if recipe.evaluation is not None:
         scores, questions, answers = _evaluate(recipe, output, base, model, processor)
@@ -77,14 +89,17 @@ def finish(
             if key in scores:
                 summary[key] = scores[key]
         shutil.copyfile(output / "evaluation" / "after" / PREDICTIONS, output / PREDICTIONS)
+        sha256 = hashlib.sha256(_public_rows(output / PREDICTIONS).encode()).hexdigest()
+        record["evaluation"]["predictions"] = {"file": PREDICTIONS, "sha256": sha256}
         note = f"{recipe.name}, {scores['dataset']}: {100 * scores['accuracy_after']:.1f} % ({PROTOCOL})"
         summary["browser"] = str(output / BROWSER)
         write_browser(questions, answers, output / BROWSER, title=recipe.name, note=note)
     for name, picture in pictures.items():
         (output / name).parent.mkdir(exist_ok=True)
         picture.save(output / name)
+    record["minutes"] = round(minutes(), 2)
     checkpoints.write_json(output / RECORD, record)
-    write_export(output / EXPORT, model, processor, record, pictures)
+    write_export(output / EXPORT, model, processor, record, *_attachments(output, record))
     summary["export"], summary["card"] = str(output / EXPORT), str(output / EXPORT / "README.md")
     summary["minutes"] = round(minutes(), 2)
     print_summary(console, summary, record)
@@ -97,16 +112,20 @@ def write_export(
     processor: LlavaLlama31Processor,
     record: dict[str, Any],
     pictures: Mapping[str, Image.Image],
+    texts: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """The folder that opens through two doors, with its card and what its licences ask for.
 
+    A card that is there already keeps what a person wrote into it.
+
     Args:
-        pictures: relative path in the folder -> picture, for the card's samples.
+        pictures: relative path in the folder -> picture that the card shows.
+        texts: likewise, further files.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with checkpoints.room(folder.parent, weights):
-        _write_export(folder, model, processor, record, pictures)
+        _write_export(folder, model, processor, record, pictures, texts)
 
 
 def _write_export(
@@ -115,6 +134,7 @@ def _write_export(
     processor: LlavaLlama31Processor,
     record: dict[str, Any],
     pictures: Mapping[str, Image.Image],
+    texts: Mapping[str, str],
 ) -> None:
     staging = checkpoints.stage(folder)
     model.save_pretrained(staging, max_shard_size="5GB")
@@ -122,7 +142,9 @@ def _write_export(
     for name, picture in pictures.items():
         (staging / name).parent.mkdir(exist_ok=True)
         picture.save(staging / name)
-    for name, text in {"README.md": _card(record), **licence_texts(record["base_models"])}.items():
+    former = folder / "README.md"
+    card = card_text(record, former.read_text(encoding="utf-8") if former.is_file() else "")
+    for name, text in {**texts, "README.md": card, **licence_texts(record["base_models"])}.items():
         (staging / name).write_text(text, encoding="utf-8")
     checkpoints.publish(staging, folder, {})
 
@@ -139,11 +161,43 @@ def licence_texts(base_models: list[dict[str, Any]]) -> dict[str, str]:
         raise UserError(str(error)) from error
 
 
-def _card(record: dict[str, Any]) -> str:
+def card_text(record: dict[str, Any], previous: str = "") -> str:
+    """The card of a record, around what a person wrote into the previous one.
+
+    Raises:
+        UserError: when it can't be written.
+    """
+    kept = edited_sections(previous)
+    if kept:
+        logger.warning("README.md: sections that were edited stay as they are: %s", ", ".join(kept))
     try:
-        return render_card(record)
+        return render_card(record, previous)
     except CardError as error:
         raise UserError(str(error)) from error
+
+
+def _attachments(run: Path, record: Mapping[str, Any]) -> tuple[dict[str, Image.Image], dict[str, str]]:
+    """Pictures and further texts of a run's export."""
+    pictures, texts = {}, {}
+    for sample in record.get("samples", []):
+        with Image.open(run / sample["image"]) as picture:
+            pictures[sample["image"]] = picture.copy()
+    for stage in record["stages"]:
+        if stage.get("curve_image"):
+            pictures[stage["curve_image"]] = draw_curve(f"stage {stage['name']}", *(stage[key] for key in CURVES))
+    if "predictions" in record.get("evaluation", {}):
+        texts[PREDICTIONS] = _public_rows(run / PREDICTIONS)
+    return pictures, texts
+
+
+def _public_rows(file: Path) -> str:
+    """A predictions file without this machine's paths, which reasons of failures hold."""
+    with file.open(encoding="utf-8") as rows:
+        return "".join(json.dumps(public(json.loads(row)), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _curve_file(number: int, stage: Mapping[str, Any]) -> str | None:
+    return f"curves/{number}-{stage['name']}.png" if stage["loss_curve"] else None
 
 
 def _evaluate(
@@ -195,25 +249,36 @@ def _evaluate(
 def _samples(
     questions: Sequence[Question], answers: Sequence[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], dict[str, Image.Image]]:
-    """Some questions spread over the set, with what was answered and what is true, and their pictures."""
-    given = {row["question_id"]: row.get("answer") for row in answers}
-    step = max(1, len(questions) // NUM_SAMPLES)
+    """Questions whose answers score and, half of them, questions whose answers do not; and their pictures."""
+    given = {row["question_id"]: row["answer"] for row in answers if row["answer"] is not None}
+    asked = [question for question in questions if question.question_id in given]
+    accuracy = {q.question_id: vqa_accuracy(given[q.question_id], q.answers, PROTOCOL) for q in asked}
+    good = [question for question in asked if accuracy[question.question_id] > 0]
+    bad = [question for question in asked if accuracy[question.question_id] == 0]
+    num_bad = min(len(bad), max(NUM_SAMPLES // 2, NUM_SAMPLES - len(good)))
     samples, pictures = [], {}
-    for number, question in enumerate(questions[::step][:NUM_SAMPLES], start=1):
+    for number, question in enumerate([*_spread(good, NUM_SAMPLES - num_bad), *_spread(bad, num_bad)], start=1):
         name = f"samples/{number}.png"
         try:
             pictures[name] = question.image.open()
-        except RecordError:  # counted and named by the evaluation
+        except RecordError:  # it has gone since it was asked about
             continue
         samples.append(
             {
                 "question": question.question,
-                "prediction": given.get(question.question_id),
+                "prediction": given[question.question_id],
                 "answers": list(question.answers),
+                "accuracy": accuracy[question.question_id],
                 "image": name,
             }
         )
     return samples, pictures
+
+
+def _spread(questions: Sequence[Question], number: int) -> list[Question]:
+    """At most so many of them, at equal distances."""
+    number = min(number, len(questions))
+    return [questions[i * len(questions) // number] for i in range(number)]
 
 
 def print_summary(console: Console, summary: dict[str, Any], record: dict[str, Any]) -> None:
@@ -273,11 +338,35 @@ def base_models_of(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _commit() -> str | None:
-    """Commit of the project when it runs from a checkout."""
-    folder = Path(__file__).parent
+    """Commit of the project when it runs from a checkout, with `-dirty` where that was changed."""
+    if _checkout() is None:
+        return None
+    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _lock() -> dict[str, str] | None:
+    """The checkout's file of pinned versions, and its hash."""
+    checkout = _checkout()
+    if checkout is None or not (checkout / LOCK).is_file():
+        return None
+    return {"file": LOCK, "sha256": checkpoints.sha256(checkout / LOCK)}
+
+
+def _checkout() -> Path | None:
+    """Root of the project's own repository, where this file is one of it and not installed into another one."""
+    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
+    root = _git("rev-parse", "--show-toplevel") if tracked else None
+    return Path(root) if root else None
+
+
+def _git(*arguments: str) -> str | None:
     try:
         run = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -308,9 +397,5 @@ def export_again(run: Path, output: Path | None = None) -> Path:
     if folder.exists() and not (folder / checkpoints.MANIFEST).is_file():
         raise UserError("is there and is not an export", where=str(folder), fix="choose a new folder")
     model, processor = load_model(str(final), dtype=record["recipe"]["model"]["dtype"])
-    pictures = {}
-    for sample in record.get("samples", []):
-        with Image.open(run / sample["image"]) as picture:
-            pictures[sample["image"]] = picture.copy()
-    write_export(folder, model, processor, record, pictures)
+    write_export(folder, model, processor, record, *_attachments(run, record))
     return folder

@@ -55,6 +55,8 @@ class DataSource(_Frozen):
     images_only: bool = False
     """Reject rows without a picture, by the reason `text_only`."""
     license: str | None = None
+    hub_id: str | None = None
+    """Dataset of the Hub that the rows are from, for the model card."""
 
 
 class Model(_Frozen):
@@ -295,6 +297,8 @@ class Recipe(_Frozen):
     model: Model
     stages: dict[str, Stage] = Field(min_length=1)
     evaluation: Evaluation | None = None
+    device_watts: PositiveFloat | None = None
+    """Mean power of one device while it trains, as measured; the model card's energy follows from it."""
 
     @model_validator(mode="before")
     @classmethod

@@ -294,7 +294,7 @@ def _recipe_of(output: Path) -> dict[str, Any]:
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
-    free = ("description", *CHANGEABLE)
+    free = ("description", "device_watts", *CHANGEABLE)
     changes = [change for change in _differences(before, now) if change[0].rpartition(".")[2] not in free]
     if changes:
         listed = "; ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in changes[:5])

@@ -24,7 +24,7 @@ from llava_llama31.trainer.records import RecordStore, open_records
 class StageData:
     """Rows as (source, row); `lengths` and `eval_lengths` run along `train_rows` and `eval_rows`.
 
-    `summary` has one entry per source: name, rows, usable, dropped by reason, trained, license.
+    `summary` has one entry per source: name, rows, usable, dropped by reason, selected, license.
     """
 
     stores: list[RecordStore]
@@ -108,6 +108,7 @@ def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, folder: Path
                 "selected": len(chosen),
                 "weight": source.weight,
                 "license": source.license,
+                "hub_id": source.hub_id,
             }
         )
     order = np.random.default_rng([seed, len(rows)]).permutation(len(rows))

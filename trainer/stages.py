@@ -363,6 +363,8 @@ def _record(
         "init_from": str(run.origin),
         "loss_first": losses[0] if losses else None,
         "loss": float(np.mean(losses[-5:])) if losses else None,
+        "loss_curve": [(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
+        "validation_curve": [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry],
         "health": trainer.guard.health.summary(),
         "weights_of_step": trainer.state.best_global_step or derived.steps,
         "validation_loss": metrics.get("eval_loss"),

@@ -359,10 +359,10 @@ def _size(size: float) -> str:
 def stage_run(run: Path, repo_id: str) -> Path:
     """RUN/publish: the run's export under its public name; files are linked, the card is written for `repo_id`.
 
-    A card that was edited in RUN/export goes as it is.
+    Edited sections of the card in RUN/export stay; one without sections is a person's own and goes as it is.
     """
-    from llava_llama31.model_card.card import CardError, render_card
-    from llava_llama31.trainer.finish import EXPORT, RECORD, export_again
+    from llava_llama31.model_card.sections import has_sections
+    from llava_llama31.trainer.finish import EXPORT, RECORD, card_text, export_again
 
     export = run / EXPORT
     if not (export / checkpoints.MANIFEST).is_file() or any(check_manifest(Contents(export, ""))):
@@ -371,14 +371,11 @@ def stage_run(run: Path, repo_id: str) -> Path:
     shutil.copytree(export, staged, copy_function=_link, dirs_exist_ok=True)
     manifest = checkpoints.read_manifest(export)
     (entry,) = (entry for entry in manifest["files"] if entry["name"] == CARD)
-    if checkpoints.sha256(export / CARD) == entry["sha256"]:
+    former = (export / CARD).read_text(encoding="utf-8")
+    if checkpoints.sha256(export / CARD) == entry["sha256"] or has_sections(former):
         record = checkpoints.read_json(run / RECORD) | {"name": repo_id.rpartition("/")[2], "model_id": repo_id}
-        try:
-            text = render_card(record)
-        except CardError as error:
-            raise UserError(str(error), where=str(run / RECORD)) from error
         (staged / CARD).unlink()
-        (staged / CARD).write_text(text, encoding="utf-8")
+        (staged / CARD).write_text(card_text(record, former), encoding="utf-8")
     entry |= {"size": (staged / CARD).stat().st_size, "sha256": checkpoints.sha256(staged / CARD)}
     (staged / checkpoints.MANIFEST).unlink()
     checkpoints.write_json(staged / checkpoints.MANIFEST, manifest)
