@@ -96,6 +96,9 @@ def assert_card_of_the_run(run: Path) -> None:
     (export / "README.md").write_text(card.replace("- set: ", "- my set: "))
     assert main(["export", str(run)]) == 0
     assert (export / "README.md").read_text() == card.replace("- set: ", "- my set: ")
+    assert main(["export", str(run), "--dialect", "transformers-4.52"]) == 0
+    older = run / "export-transformers-4.52"
+    assert not list(older.glob("*.py")) and "trust_remote_code" not in (older / "README.md").read_text()
 
 
 def test_a_finished_run_says_so_and_a_changed_recipe_is_refused(train, recipe_content, capsys):

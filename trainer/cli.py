@@ -173,7 +173,13 @@ def _parser() -> argparse.ArgumentParser:
 
     export = _command(commands, "export", _export, "write a finished run's two-door folder again, with its card")
     export.add_argument("folder", metavar="RUN", help="folder of a finished run")
-    export.add_argument("--output", metavar="DIR", help="default: RUN/export")
+    export.add_argument("--output", metavar="DIR", help="default: RUN/export, or RUN/export-DIALECT")
+    export.add_argument(
+        "--dialect",
+        choices=("native", "transformers-4.52"),
+        default="native",
+        help="transformers-4.52: for Transformers 4.52 to 5.5, stock classes only",
+    )
 
     publish = _command(commands, "publish", _publish, "check a model, upload it, check what came up, and merge it")
     publish.add_argument("source", metavar="RUN|FOLDER", help="a finished run, or an exported folder")
@@ -376,7 +382,7 @@ def _export_metric(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from llava_llama31.trainer.finish import export_again
 
-    folder = export_again(Path(options.folder), Path(options.output) if options.output else None)
+    folder = export_again(Path(options.folder), Path(options.output) if options.output else None, options.dialect)
     print(folder, file=sys.stderr)  # noqa: T201
     return 0
 

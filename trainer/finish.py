@@ -23,6 +23,7 @@ from llava_llama31.model_card.curves import draw_curve
 from llava_llama31.model_card.sections import edited_sections
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.dialects import NATIVE, TRANSFORMERS_4, to_transformers_4
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.browser import write_browser
 from llava_llama31.trainer.evaluation.generation import load_model
@@ -113,6 +114,8 @@ def write_export(
     record: dict[str, Any],
     pictures: Mapping[str, Image.Image],
     texts: Mapping[str, str] = MappingProxyType({}),
+    *,
+    dialect: str = NATIVE,
 ) -> None:
     """The folder that opens through two doors, with its card and what its licences ask for.
 
@@ -121,11 +124,12 @@ def write_export(
     Args:
         pictures: relative path in the folder -> picture that the card shows.
         texts: likewise, further files.
+        dialect: one of `dialects.DIALECTS`; any but the native one opens through stock classes only.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with checkpoints.room(folder.parent, weights):
-        _write_export(folder, model, processor, record, pictures, texts)
+        _write_export(folder, model, processor, record, pictures, texts, dialect)
 
 
 def _write_export(
@@ -135,10 +139,14 @@ def _write_export(
     record: dict[str, Any],
     pictures: Mapping[str, Image.Image],
     texts: Mapping[str, str],
+    dialect: str,
 ) -> None:
     staging = checkpoints.stage(folder)
     model.save_pretrained(staging, max_shard_size="5GB")
     processor.save_pretrained(staging)
+    if dialect == TRANSFORMERS_4:
+        to_transformers_4(staging)
+        record = record | {"stock_only": True}
     for name, picture in pictures.items():
         (staging / name).parent.mkdir(exist_ok=True)
         picture.save(staging / name)
@@ -382,8 +390,11 @@ def _environment() -> dict[str, Any]:
     return {"hardware": hardware, "python": platform.python_version(), **versions}
 
 
-def export_again(run: Path, output: Path | None = None) -> Path:
+def export_again(run: Path, output: Path | None = None, dialect: str = NATIVE) -> Path:
     """Write the two-door folder of a finished run anew from its last stage and its record.
+
+    Args:
+        output: default: RUN/export, and RUN/export-DIALECT for another dialect than the native one.
 
     Raises:
         UserError: when the run is not finished.
@@ -393,9 +404,9 @@ def export_again(run: Path, output: Path | None = None) -> Path:
     record = checkpoints.read_json(run / RECORD)
     last = len(record["stages"])
     final = run / "stages" / f"{last}-{record['stages'][-1]['name']}" / "final"
-    folder = (output or run / EXPORT).resolve()
+    folder = (output or run / (EXPORT if dialect == NATIVE else f"{EXPORT}-{dialect}")).resolve()
     if folder.exists() and not (folder / checkpoints.MANIFEST).is_file():
         raise UserError("is there and is not an export", where=str(folder), fix="choose a new folder")
     model, processor = load_model(str(final), dtype=record["recipe"]["model"]["dtype"])
-    write_export(folder, model, processor, record, *_attachments(run, record))
+    write_export(folder, model, processor, record, *_attachments(run, record), dialect=dialect)
     return folder
