@@ -279,3 +279,18 @@ def test_the_commands_plan(hub, exported, capsys):
     assert "nothing was written" in shown and "model.safetensors" in shown and "leave the repository private" in shown
     assert cli.main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dry_run"] is True
+
+
+def test_what_a_person_wrote_into_the_card_is_published(exported, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(exported / "llama", run / "export")
+    base = {"role": "language_model", "id": "meta/base", "licence": "llama3.1"}
+    (run / "record.json").write_text(json.dumps({"name": "llama", "licence": "llama3.1", "base_models": [base]}))
+    card = run / "export" / "README.md"
+    text = card.read_text()
+    card.write_text(text.replace("for research", "for my thesis"))
+    published = (publishing.stage_run(run, REPO) / "README.md").read_text()
+    assert "for my thesis" in published and f'repo = "{REPO}"' in published and "# Llama-mine\n" in published
+    assert card.read_text() == text.replace("for research", "for my thesis")
+    card.write_text("---\nlicense: llama3.1\n---\n\n# All mine\n")
+    assert (publishing.stage_run(run, REPO) / "README.md").read_text() == card.read_text()
