@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _say(str(error), error.exit_code, debug=options.debug)
     except EndedElsewhere as error:
+        if error.untold:
+            return _say(error.untold, error.exit_code, debug=options.debug)
         if options.debug:
             sys.stderr.write(shown(traceback.format_exc()))
         return error.exit_code

@@ -71,8 +71,9 @@ class EndedElsewhere(Exception):
 
     Args:
         exit_code: that process's.
+        untold: what is still to be said here; mostly nothing.
     """
 
-    def __init__(self, exit_code: int):
+    def __init__(self, exit_code: int, untold: str = ""):
         super().__init__(f"another process of the run failed with exit code {exit_code}")
-        self.exit_code = exit_code
+        self.exit_code, self.untold = exit_code, untold

@@ -131,7 +131,8 @@ class Peers:
         cause = lost or error
         code = _exit_code(cause)
         if not self.report(code, str(cause)):
-            raise EndedElsewhere(self._failure()["exit_code"]) from error
+            failure = self._failure()
+            raise EndedElsewhere(failure["exit_code"], self._untold(failure)) from error
         if lost is not None:
             raise lost from error
 
@@ -158,11 +159,19 @@ class Peers:
         if failure["exit_code"] == EXIT_HANG:
             dump_stacks()  # a process that waits for the one that is stuck may be the first to say so
         if not self._stopped.wait(_GRACE_SECONDS):
+            if untold := self._untold(failure):
+                print(f"error: {untold}", file=sys.stderr, flush=True)  # noqa: T201
             end_process(failure["exit_code"])
 
     def _failure(self) -> dict:
         assert self.store is not None
         return json.loads(self.store.get(_FAILED).decode())
+
+    def _untold(self, failure: dict) -> str:
+        """Why another machine's process failed, for the first process of this one to say; else nothing."""
+        if failure["rank"] in {self.rank, *self._neighbours} or min(self._neighbours, default=self.rank) < self.rank:
+            return ""
+        return f"rank {failure['rank']}, on another machine: {failure['message']}"
 
     def _lost(self) -> ProcessLost | None:
         """A process of this machine that is gone without a word."""

@@ -7,7 +7,6 @@ pull request and the tag hold a hash of all names and contents.
 
 import hashlib
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -404,7 +403,6 @@ def publish_command(source: str, repo_id: str, *, private: bool, dry_run: bool, 
     from llava_llama31.trainer.finish import RECORD
 
     hub_logging.set_verbosity_error()  # its warnings show signed addresses
-    logging.getLogger("llava_llama31").setLevel(logging.WARNING)
     path = Path(source)
     try:
         validate_repo_id(repo_id)
