@@ -380,7 +380,7 @@ def stage_run(run: Path, repo_id: str) -> Path:
         (staged / CARD).write_text(text, encoding="utf-8")
     entry |= {"size": (staged / CARD).stat().st_size, "sha256": checkpoints.sha256(staged / CARD)}
     (staged / checkpoints.MANIFEST).unlink()
-    checkpoints.write_json(staged / checkpoints.MANIFEST, manifest)
+    checkpoints.write_manifest(staged, manifest)
     checkpoints.remove(run / STAGED)
     os.replace(staged, run / STAGED)
     return run / STAGED
