@@ -343,7 +343,7 @@ def test_a_run_of_two_processes_with_the_hub_down_and_up(hub, recipe_content, tm
     assert summary["publish"]["resume"] == f"llava-llama31 publish {run} --repo-id {REPO}"
     assert summary["publish"]["resume"] in output and "publication is outstanding" in output and TOKEN not in output
     saves = summary["saves"]
-    assert not saves["pushed"] and list(saves["failed"]) == ["instruct-step-6"]
+    assert not saves["pushed"] and "instruct-step-6" in saves["failed"]
     assert len(saves["skipped"]) + len(saves["failed"]) == 6
     # still down: the code of a single process
     again = launch(*arguments)

@@ -20,14 +20,9 @@ from huggingface_hub.utils import logging as hub_logging
 
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.publishing.gate import (
-    CARD,
-    RULES,
-    Contents,
-    check_manifest,
-    check_tensors,
-    check_training_state,
-)
+from llava_llama31.trainer.publishing.contents import CARD, Contents
+from llava_llama31.trainer.publishing.gate import RULES, check_tensors
+from llava_llama31.trainer.publishing.gate_files import check_manifest, check_training_state
 from llava_llama31.trainer.publishing.hub_calls import attempt, redact
 from llava_llama31.trainer.publishing.publish import ensure_repo, ensure_tag, head_of, refuse, tree_of
 from llava_llama31.trainer.publishing.release import REMOTE_ONLY, Release

@@ -16,8 +16,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.publishing.contents import CARD, Finding
 from llava_llama31.trainer.publishing.doors import Doors, empty_cache, fetch, open_doors
-from llava_llama31.trainer.publishing.gate import CARD, RULES, Finding, check_folder
+from llava_llama31.trainer.publishing.gate import RULES, check_folder
 from llava_llama31.trainer.publishing.hub_calls import attempt
 from llava_llama31.trainer.publishing.release import REMOTE_ONLY, Release
 
@@ -43,7 +44,11 @@ def doors_of_revision(release: Release, revision: str) -> Doors:
             return fetch(release.repo_id, revision, cache)
 
         folder = attempt(f"download of {revision[:8]}", download, resume=release.resume)
-        refuse(check_folder(folder, release.name), where=f"{release.repo_id}@{revision[:8]}")
+        # the cache holds links to its blobs
+        refuse(
+            check_folder(folder, release.name, links_within=folder.parents[1]),
+            where=f"{release.repo_id}@{revision[:8]}",
+        )
         return open_doors(release.repo_id, cache, revision=revision)
 
 

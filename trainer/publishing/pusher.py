@@ -126,6 +126,8 @@ class Pusher:
             with self._changed:
                 if self._waiting is None:
                     self._failed = job
+                else:
+                    checkpoints.remove(job)
             self._note_failure(job, str(error))
             return
         checkpoints.remove(job)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.publishing.gate import CARD, Contents, check_manifest
+from llava_llama31.trainer.publishing.contents import CARD, Contents
+from llava_llama31.trainer.publishing.gate_files import check_manifest
 
 
 STAGED = "publish"
