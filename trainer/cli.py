@@ -183,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         "--repo-id", required=True, metavar="OWNER/NAME", help="a model made from Llama: OWNER/Llama…"
     )
     publish.add_argument("--private", action="store_true", help="leave the repository private")
+    publish.add_argument("--collection", metavar="SLUG", help="collection to put it into, as its address names it")
     publish.add_argument("--dry-run", action="store_true", help="check and show what would be done; write nothing")
     _json_argument(publish)
     return parser
@@ -384,12 +385,13 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.publishing.publish import publish_command
+    from llava_llama31.trainer.publishing.command import publish_command
 
     return publish_command(
         options.source,
         options.repo_id,
         private=options.private,
+        collection=options.collection,
         dry_run=options.dry_run,
         json_output=options.json_output,
     )

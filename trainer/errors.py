@@ -7,6 +7,7 @@ EXIT_UNHEALTHY = 4
 EXIT_HANG = 5
 EXIT_MEMORY = 6
 EXIT_LOST = 7
+EXIT_UNPUBLISHED = 8
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h
 EXIT_KEYBOARD = 130  # 128 + SIGINT, as shells say
 
@@ -50,6 +51,12 @@ class ProcessLost(UserError):
     """A process of the run was killed or crashed."""
 
     exit_code = EXIT_LOST
+
+
+class Unpublished(UserError):
+    """The run is done and lies here whole; only its publication is outstanding."""
+
+    exit_code = EXIT_UNPUBLISHED
 
 
 class Interrupted(BaseException):

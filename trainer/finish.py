@@ -56,17 +56,9 @@ def finish(
         minutes: that the run has taken so far.
     """
     model, processor = load_model(str(final), dtype=recipe.model.dtype)
-    record: dict[str, Any] = {
-        "name": recipe.name,
-        "recipe": recipe.model_dump(mode="json"),
-        "command": command,
-        "commit": _commit(),
-        "licence": recipe.model.licence,
-        "base_models": base_models_of(recipe),
-        "parameters": {group: sum(p.numel() for _, p in group_parameters(model, group)) for group in GROUPS},
-        "stages": list(stages),
-        "environment": _environment(),
-    }
+    record = record_of(recipe, command)
+    record["parameters"] = {group: sum(p.numel() for _, p in group_parameters(model, group)) for group in GROUPS}
+    record["stages"] = list(stages)
     summary: dict[str, Any] = {"recipe": recipe.name, "stages": {stage["name"]: stage for stage in stages}}
     pictures: dict[str, Image.Image] = {}
     if recipe.evaluation is not None:
@@ -89,6 +81,19 @@ def finish(
     summary["minutes"] = round(minutes(), 2)
     print_summary(console, summary, record)
     return summary
+
+
+def record_of(recipe: Recipe, command: str) -> dict[str, Any]:
+    """What the card tells that is known before the first step."""
+    return {
+        "name": recipe.name,
+        "recipe": recipe.model_dump(mode="json"),
+        "command": command,
+        "commit": _commit(),
+        "licence": recipe.model.licence,
+        "base_models": base_models_of(recipe),
+        "environment": _environment(),
+    }
 
 
 def write_export(

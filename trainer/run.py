@@ -4,7 +4,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +25,7 @@ from llava_llama31.trainer.check_data import check_policy
 from llava_llama31.trainer.console import make_console
 from llava_llama31.trainer.device_options import check_device_options
 from llava_llama31.trainer.engine import as_launched, forget_deepspeed
-from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.errors import Unpublished, UserError
 from llava_llama31.trainer.evaluation.presets import PRESETS, check_ocr
 from llava_llama31.trainer.evaluation.questions import load_questions
 from llava_llama31.trainer.evaluation.textvqa import derangement
@@ -33,7 +33,10 @@ from llava_llama31.trainer.finish import base_models_of, finish, licence_texts
 from llava_llama31.trainer.guard import SAVE_NOW
 from llava_llama31.trainer.hub import local_checkpoint
 from llava_llama31.trainer.peers import Peers
-from llava_llama31.trainer.recipe import CHANGEABLE, Recipe, derive
+from llava_llama31.trainer.publishing.beforehand import check_beforehand, check_strategy
+from llava_llama31.trainer.publishing.command import publish_folder, publish_line
+from llava_llama31.trainer.publishing.pusher import Pusher
+from llava_llama31.trainer.recipe import CHANGEABLE, Recipe, Stage, derive
 from llava_llama31.trainer.signals import Signals
 from llava_llama31.trainer.stage_data import check_stage
 from llava_llama31.trainer.stages import FINAL, StageRun, finished_record, run_stage
@@ -84,46 +87,128 @@ def _run(
         forget_deepspeed()
         if (output / SUMMARY).is_file():
             console.print(f"{recipe.name} is done: {output / SUMMARY}")
-            return checkpoints.read_json(output / SUMMARY) if state.is_main_process else None
+            if not state.is_main_process:
+                return None
+            return _published(recipe, output, console, checkpoints.read_json(output / SUMMARY))
         preflight(recipe.model_copy(update={"stages": stages}), state.num_processes)
+        record = None
         if state.is_main_process:
             prepare(recipe, output, console)
             _check_all(recipe, output)
+            record = _check_publishing(recipe, output, console, command)
         state.wait_for_everyone()
-        base = base_of(recipe, output)
-        origin, records = base, []
-        for name, stage in stages.items():
-            folder = stage_folder(output, recipe, name)
-            if stage.init_from != "previous":
-                origin = local_checkpoint(stage.init_from, where=f"stages.{name}.init_from")
-            # the main process reads all of its weights to be sure; the others believe it
-            (record,) = broadcast_object_list([finished_record(folder) if state.is_main_process else None])
-            if record is None:
-                folder.mkdir(parents=True, exist_ok=True)
-                run = StageRun(
-                    name,
-                    stage,
-                    folder,
-                    origin,
-                    recipe.seed,
-                    state.num_processes,
-                    state.is_main_process,
-                    console,
-                    signals,
-                    peers,
-                    recipe.evaluation,
-                    output / SAVE_NOW if state.is_main_process else None,
-                )
-                record = run_stage(run)
-            else:
-                console.print(f"stage {name} is done: {folder / FINAL}")
-            records.append(record)
-            origin = folder / FINAL
-        if not state.is_main_process:
-            return None
-        summary = finish(recipe, output, base, origin, records, console, command=command, minutes=minutes)
+        with _pushing(recipe, output, console, record) as pusher:
+            base, origin, records = _run_stages(recipe, stages, output, console, signals, state, peers, pusher)
+            if not state.is_main_process:
+                return None
+            summary = finish(recipe, output, base, origin, records, console, command=command, minutes=minutes)
+            if pusher is not None:
+                summary["saves"] = pusher.close(finish=True)
         checkpoints.write_json(output / SUMMARY, summary)
+        return _published(recipe, output, console, summary)
+
+
+def _run_stages(
+    recipe: Recipe,
+    stages: Mapping[str, Stage],
+    output: Path,
+    console: Console,
+    signals: Signals,
+    state: PartialState,
+    peers: Peers,
+    pusher: Pusher | None,
+) -> tuple[Path, Path, list[dict[str, Any]]]:
+    """Every stage that is not done, in turn; returns the base, the weights of the last one, and the records."""
+    base = base_of(recipe, output)
+    origin, records = base, []
+    for name, stage in stages.items():
+        folder = stage_folder(output, recipe, name)
+        if stage.init_from != "previous":
+            origin = local_checkpoint(stage.init_from, where=f"stages.{name}.init_from")
+        # the main process reads all of its weights to be sure; the others believe it
+        (record,) = broadcast_object_list([finished_record(folder) if state.is_main_process else None])
+        if record is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            run = StageRun(
+                name,
+                stage,
+                folder,
+                origin,
+                recipe.seed,
+                state.num_processes,
+                state.is_main_process,
+                console,
+                signals,
+                peers,
+                recipe.evaluation,
+                output / SAVE_NOW if state.is_main_process else None,
+                pusher,
+            )
+            record = run_stage(run)
+        else:
+            console.print(f"stage {name} is done: {folder / FINAL}")
+        records.append(record)
+        origin = folder / FINAL
+    return base, origin, records
+
+
+def _check_publishing(recipe: Recipe, output: Path, console: Console, command: str) -> dict[str, Any] | None:
+    """What would keep the run from being published; the record of its cards, where it is to be."""
+    if recipe.publish is None:
+        return None
+    base, begun = base_of(recipe, output), _has_begun(output)
+    return check_beforehand(recipe, recipe.publish, base, command=command, begun=begun, say=console.print)
+
+
+@contextmanager
+def _pushing(recipe: Recipe, output: Path, console: Console, record: dict[str, Any] | None) -> Iterator[Pusher | None]:
+    """Within it saves go to the Hub, where the recipe asks for it, from the main process."""
+    spec = recipe.publish
+    if spec is None or spec.hub_strategy == "end" or record is None:
+        yield None
+        return
+    job = {
+        "repo_id": spec.repo_id,
+        "private": spec.private,
+        "with_state": spec.hub_strategy == "checkpoint",
+        "dtype": recipe.model.dtype,
+        "seed": recipe.seed,
+        "record": record,
+        "resume": "nothing, it is tried again",
+    }
+    pusher = Pusher(output / "interim", job, console.print)
+    try:
+        yield pusher
+    finally:
+        pusher.close(finish=False)
+
+
+def _published(recipe: Recipe, output: Path, console: Console, summary: dict[str, Any]) -> dict[str, Any]:
+    """Publish what is done, where the recipe asks for it and unless it is; the summary tells.
+
+    Raises:
+        Unpublished: with the one command that publishes it.
+    """
+    spec = recipe.publish
+    told = summary.get("publish", {})
+    if spec is None or (told.get("repo") == spec.repo_id and told.get("published")):
         return summary
+    options = {"private": spec.private, "collection": spec.collection}
+    resume = publish_line(output, spec.repo_id, **options)
+    summary["publish"] = {"repo": spec.repo_id, "published": False, "resume": resume}
+    checkpoints.write_json(output / SUMMARY, summary)
+    try:
+        result = publish_folder(output, spec.repo_id, **options, dry_run=False, say=console.print)
+    except UserError as error:
+        summary["publish"]["reason"] = str(error)
+        checkpoints.write_json(output / SUMMARY, summary)
+        fix = "" if resume in str(error) else resume
+        what = f"the run is done, and its publication is outstanding: {error}"
+        raise Unpublished(what, where=str(output), fix=fix) from error
+    summary["publish"] = {"repo": spec.repo_id, "published": True} | {k: result[k] for k in ("revision", "url", "tag")}
+    checkpoints.write_json(output / SUMMARY, summary)
+    console.print(f"published: {result['url']} ({result['tag']})")
+    return summary
 
 
 def check_shared(output: Path, state: PartialState) -> None:
@@ -171,6 +256,8 @@ def preflight(recipe: Recipe, num_processes: int) -> None:
     Raises:
         UserError: naming what to mend.
     """
+    if recipe.publish is not None:
+        check_strategy(recipe.publish, recipe.stages)
     for name, stage in recipe.stages.items():
         where = f"stages.{name}"
         derive(stage, stage.global_batch, num_processes, where=where)
@@ -277,11 +364,16 @@ def _settle_recipe(recipe: Recipe, output: Path) -> None:
     """Write down what the folder is for; before the first checkpoint of a run it may still change."""
     now = recipe.model_dump(mode="json")
     before = _recipe_of(output) if (output / RECIPE).is_file() else now
-    if any(output.glob("stages/*/checkpoint-*")) or any(output.glob(f"stages/*/{FINAL}")):
+    if _has_begun(output):
         _refuse_changes(before, now, output)
     elif before["model"] != now["model"] or before["seed"] != now["seed"]:
         checkpoints.remove(output / BASE)
     checkpoints.write_json(output / RECIPE, now)
+
+
+def _has_begun(output: Path) -> bool:
+    """Whether there is a checkpoint."""
+    return any(output.glob("stages/*/checkpoint-*")) or any(output.glob(f"stages/*/{FINAL}"))
 
 
 def _recipe_of(output: Path) -> dict[str, Any]:
@@ -295,6 +387,7 @@ def _recipe_of(output: Path) -> dict[str, Any]:
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
     free = ("description", *CHANGEABLE)
+    before, now = before | {"publish": None}, now | {"publish": None}  # which changes nothing of the training
     changes = [change for change in _differences(before, now) if change[0].rpartition(".")[2] not in free]
     if changes:
         listed = "; ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in changes[:5])
