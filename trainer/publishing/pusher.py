@@ -127,15 +127,19 @@ class Pusher:
             with self._changed:
                 if self._waiting is None:
                     self._failed = job
-                else:
-                    checkpoints.remove(job)
+            self._let_go(job)
             self._note_failure(job, str(error))
             return
-        checkpoints.remove(job)
+        self._let_go(job)
         self.outcome["failed"].pop(job.name, None)
         self.outcome["pushed"][told["tag"]] = told["revision"]
         self._write()
         self.say(f"{job.name} is on the Hub: {self.job['repo_id']}@{told['tag']}")
+
+    def _let_go(self, job: Path) -> None:
+        with self._changed:
+            if job not in (self._waiting, self._failed):  # a resumed run may save the same step again
+                checkpoints.remove(job)
 
     def _run(self, job: Path) -> dict[str, str]:
         """Tag and commit of a pushed job; a process of its own, so that neither its memory nor its end is ours."""
