@@ -130,6 +130,7 @@ BREAKS = [
     ("extensions", "notes.txt", lambda f: write(f, "notes.txt", b"\x1f\x8b\x08packed")),
     ("extensions", "notes.txt", lambda f: write(f, "notes.txt", "in UTF-16".encode("utf-16"))),
     ("extensions", "samples/2.png", lambda f: write(f, "samples/2.png", b"GIF89a")),
+    ("extensions", "more.PY", lambda f: write(f, "more.PY", b"import os")),  # which no rule on code would look at
     ("extensions", "run.sh", lambda f: (f / "run.sh").write_text("true")),
     ("extensions", "pytorch_model.bin", lambda f: (f / "pytorch_model.bin").write_text("x")),
     ("training-state", "trainer_state.json", lambda f: (f / "trainer_state.json").write_text("{}")),
@@ -152,6 +153,7 @@ BREAKS = [
         "config.json",
         lambda f: edit_json(f, "config.json", note=base64.b64encode(f"x={TOKEN}".encode()).decode()),
     ),
+    ("secrets", "notes.txt", lambda f: write(f, "notes.txt", base64.b64encode(b"AKIA" + b"A" * 16).rstrip(b"="))),
     ("secrets", "more.json", lambda f: write(f, "more.json", f'{{"note": "\\u0068{TOKEN[1:]}"}}'.encode())),
     ("secrets", "NOTICE", lambda f: append(f, "NOTICE", b"a-token-of-no-known-form")),
     ("paths", "config.json", lambda f: edit_json(f, "config.json", _name_or_path="/data/models/llama")),

@@ -13,7 +13,7 @@ from hub_server import User, running_hub
 from huggingface_hub import close_session, constants
 
 from llava_llama31.trainer import checkpoints
-from llava_llama31.trainer.errors import EXIT_UNPUBLISHED, UserError
+from llava_llama31.trainer.errors import Unpublished, UserError
 from llava_llama31.trainer.publishing.beforehand import check_beforehand, check_strategy, provisional_record
 from llava_llama31.trainer.publishing.doors import empty_cache, fetch, open_doors
 from llava_llama31.trainer.publishing.gate import check_folder
@@ -345,12 +345,13 @@ def test_a_run_of_two_processes_with_the_hub_down_and_up(hub, recipe_content, tm
     saves = summary["saves"]
     assert not saves["pushed"] and "instruct-step-6" in saves["failed"]
     assert len(saves["skipped"]) + len(saves["failed"]) == 6
-    # still down: the code of a single process
-    again = launch(*arguments)
-    output = wait_for(again)
-    assert again.returncode == EXIT_UNPUBLISHED == 8, output
+    # still no way: the code of a process without a launcher
+    hub.faults = [("whoami", 403)]
+    recipe = load_recipe(str(tmp_path / "recipe.yaml"), output=run)
+    with pytest.raises(Unpublished) as caught:
+        run_recipe(recipe, run, command="test", signals=Signals())
+    assert caught.value.exit_code == 8 and "the Hub said 403" in str(caught.value)
     # up: the same command publishes and trains nothing
-    hub.faults.clear()
     last = launch(*arguments)
     output = wait_for(last)
     assert last.returncode == 0, output

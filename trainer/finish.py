@@ -32,6 +32,7 @@ from llava_llama31.trainer.recipe import Recipe
 
 PROTOCOL = "vlmevalkit-2024"
 EXPORT, RECORD, PREDICTIONS, BROWSER = "export", "record.json", "predictions.jsonl", "predictions.html"
+SUMMARY = "summary.json"
 NUM_SAMPLES = 6
 PACKAGES = ("llava-llama31", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "pillow")
 

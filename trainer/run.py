@@ -25,17 +25,17 @@ from llava_llama31.trainer.check_data import check_policy
 from llava_llama31.trainer.console import make_console
 from llava_llama31.trainer.device_options import check_device_options
 from llava_llama31.trainer.engine import as_launched, forget_deepspeed
-from llava_llama31.trainer.errors import Unpublished, UserError
+from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.presets import PRESETS, check_ocr
 from llava_llama31.trainer.evaluation.questions import load_questions
 from llava_llama31.trainer.evaluation.textvqa import derangement
-from llava_llama31.trainer.finish import base_models_of, finish, licence_texts
+from llava_llama31.trainer.finish import SUMMARY, base_models_of, finish, licence_texts
 from llava_llama31.trainer.guard import SAVE_NOW
 from llava_llama31.trainer.hub import local_checkpoint
 from llava_llama31.trainer.peers import Peers
 from llava_llama31.trainer.publishing.beforehand import check_beforehand, check_strategy
-from llava_llama31.trainer.publishing.command import publish_folder, publish_line
-from llava_llama31.trainer.publishing.pusher import Pusher
+from llava_llama31.trainer.publishing.command import publish_run
+from llava_llama31.trainer.publishing.pusher import Pusher, pushing
 from llava_llama31.trainer.recipe import CHANGEABLE, Recipe, Stage, derive
 from llava_llama31.trainer.signals import Signals
 from llava_llama31.trainer.stage_data import check_stage
@@ -44,7 +44,7 @@ from llava_llama31.trainer.training_args import check_deepspeed, check_trainer_a
 from llava_llama31.trainer.watchdog import start_fork_server
 
 
-RECIPE, SUMMARY, ELAPSED, BASE, SHARED = "recipe.json", "summary.json", "elapsed.json", "base", ".shared"
+RECIPE, ELAPSED, BASE, SHARED = "recipe.json", "elapsed.json", "base", ".shared"
 
 
 def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) -> dict[str, Any] | None:
@@ -89,15 +89,15 @@ def _run(
             console.print(f"{recipe.name} is done: {output / SUMMARY}")
             if not state.is_main_process:
                 return None
-            return _published(recipe, output, console, checkpoints.read_json(output / SUMMARY))
+            return publish_run(recipe.publish, output, checkpoints.read_json(output / SUMMARY), console.print)
         preflight(recipe.model_copy(update={"stages": stages}), state.num_processes)
         record = None
         if state.is_main_process:
             prepare(recipe, output, console)
-            _check_all(recipe, output)
             record = _check_publishing(recipe, output, console, command)
+            _check_all(recipe, output)
         state.wait_for_everyone()
-        with _pushing(recipe, output, console, record) as pusher:
+        with pushing(recipe, output, record, console.print) as pusher:
             base, origin, records = _run_stages(recipe, stages, output, console, signals, state, peers, pusher)
             if not state.is_main_process:
                 return None
@@ -105,7 +105,7 @@ def _run(
             if pusher is not None:
                 summary["saves"] = pusher.close(finish=True)
         checkpoints.write_json(output / SUMMARY, summary)
-        return _published(recipe, output, console, summary)
+        return publish_run(recipe.publish, output, summary, console.print)
 
 
 def _run_stages(
@@ -158,57 +158,6 @@ def _check_publishing(recipe: Recipe, output: Path, console: Console, command: s
         return None
     base, begun = base_of(recipe, output), _has_begun(output)
     return check_beforehand(recipe, recipe.publish, base, command=command, begun=begun, say=console.print)
-
-
-@contextmanager
-def _pushing(recipe: Recipe, output: Path, console: Console, record: dict[str, Any] | None) -> Iterator[Pusher | None]:
-    """Within it saves go to the Hub, where the recipe asks for it, from the main process."""
-    spec = recipe.publish
-    if spec is None or spec.hub_strategy == "end" or record is None:
-        yield None
-        return
-    job = {
-        "repo_id": spec.repo_id,
-        "private": spec.private,
-        "with_state": spec.hub_strategy == "checkpoint",
-        "dtype": recipe.model.dtype,
-        "seed": recipe.seed,
-        "record": record,
-        "resume": "nothing, it is tried again",
-    }
-    pusher = Pusher(output / "interim", job, console.print)
-    try:
-        yield pusher
-    finally:
-        pusher.close(finish=False)
-
-
-def _published(recipe: Recipe, output: Path, console: Console, summary: dict[str, Any]) -> dict[str, Any]:
-    """Publish what is done, where the recipe asks for it and unless it is; the summary tells.
-
-    Raises:
-        Unpublished: with the one command that publishes it.
-    """
-    spec = recipe.publish
-    told = summary.get("publish", {})
-    if spec is None or (told.get("repo") == spec.repo_id and told.get("published")):
-        return summary
-    options = {"private": spec.private, "collection": spec.collection}
-    resume = publish_line(output, spec.repo_id, **options)
-    summary["publish"] = {"repo": spec.repo_id, "published": False, "resume": resume}
-    checkpoints.write_json(output / SUMMARY, summary)
-    try:
-        result = publish_folder(output, spec.repo_id, **options, dry_run=False, say=console.print)
-    except UserError as error:
-        summary["publish"]["reason"] = str(error)
-        checkpoints.write_json(output / SUMMARY, summary)
-        fix = "" if resume in str(error) else resume
-        what = f"the run is done, and its publication is outstanding: {error}"
-        raise Unpublished(what, where=str(output), fix=fix) from error
-    summary["publish"] = {"repo": spec.repo_id, "published": True} | {k: result[k] for k in ("revision", "url", "tag")}
-    checkpoints.write_json(output / SUMMARY, summary)
-    console.print(f"published: {result['url']} ({result['tag']})")
-    return summary
 
 
 def check_shared(output: Path, state: PartialState) -> None:

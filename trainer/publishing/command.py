@@ -10,11 +10,13 @@ from typing import Any
 
 from huggingface_hub.utils import logging as hub_logging
 
-from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.errors import Unpublished, UserError
 from llava_llama31.trainer.publishing.hub_calls import redact
 from llava_llama31.trainer.publishing.publish import publish, shown_size
 from llava_llama31.trainer.publishing.release import Release, check_repo_id
 from llava_llama31.trainer.publishing.staging import stage_run
+from llava_llama31.trainer.recipe import Publish
 
 
 def publish_command(
@@ -56,6 +58,38 @@ def publish_folder(
         return publish(release, dry_run=dry_run, say=lambda line: say(redact(line)))
     except UserError as error:
         raise UserError(redact(str(error))) from None
+
+
+def publish_run(
+    spec: Publish | None, output: Path, summary: dict[str, Any], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Publish a run that is done, where its recipe asks for it and unless it is; returns the summary, which tells.
+
+    Raises:
+        Unpublished: with the one command that publishes it.
+    """
+    from llava_llama31.trainer.finish import SUMMARY
+
+    told = summary.get("publish", {})
+    if spec is None or (told.get("repo") == spec.repo_id and told.get("published")):
+        return summary
+    resume = publish_line(output, spec.repo_id, private=spec.private, collection=spec.collection)
+    told = summary["publish"] = {"repo": spec.repo_id, "published": False, "resume": resume}
+    checkpoints.write_json(output / SUMMARY, summary)
+    try:
+        result = publish_folder(
+            output, spec.repo_id, private=spec.private, collection=spec.collection, dry_run=False, say=say
+        )
+    except (UserError, OSError) as error:
+        told["reason"] = redact(str(error))
+        checkpoints.write_json(output / SUMMARY, summary)
+        fix = "" if resume in str(error) else resume
+        what = f"the run is done, and its publication is outstanding: {told['reason']}"
+        raise Unpublished(what, where=str(output), fix=fix) from error
+    summary["publish"] = {"repo": spec.repo_id, "published": True} | {k: result[k] for k in ("revision", "url", "tag")}
+    checkpoints.write_json(output / SUMMARY, summary)
+    say(f"published: {result['url']} ({result['tag']})")
+    return summary
 
 
 def publish_line(path: Path, repo_id: str, *, private: bool, collection: str | None) -> str:

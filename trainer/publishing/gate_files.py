@@ -1,7 +1,6 @@
 """The gate's rules on files as such: what is there, of what kind, and that nothing in it tells or runs something."""
 
 import base64
-import binascii
 import io
 import json
 import os
@@ -51,8 +50,8 @@ _WHOLE_PATH = re.compile(r"(?:~|file:/|\.{1,2})?(?:/[\w. -]+)+/?|[A-Za-z]:[\\/].
 
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*")
-# 40 digits or more: the shortest secret above in base64
-_BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{40,}")
+# the shortest secret above has 20 bytes, 27 digits in base64
+_BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{27,}")
 _ESCAPE = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
 
 
@@ -74,7 +73,7 @@ def check_entries(contents: Contents) -> Iterator[Finding]:
 def check_extensions(contents: Contents) -> Iterator[Finding]:
     """Only kinds of files that a model needs, and each is what its name says."""
     for file, path in contents.files.items():
-        if path.suffix.lower() not in SUFFIXES and path.name not in NAMES:
+        if path.suffix not in SUFFIXES and path.name not in NAMES:
             yield Finding("extensions", file, "is no file of a model", f"remove {file}")
         elif path.suffix in TEXT_SUFFIXES and not _is_text(path.read_bytes()):
             yield Finding("extensions", file, "is no UTF-8 text, as its name says", f"remove {file}")
@@ -135,11 +134,9 @@ def _readings(path: Path) -> Iterator[bytes]:
     for run in _BASE64.findall(content):
         digits = run.replace(b"-", b"+").replace(b"_", b"/")
         for start in range(4):  # a neighbour may look like a digit of it
-            whole = digits[start : start + (len(digits) - start) // 4 * 4]
-            try:
-                yield base64.b64decode(whole)
-            except binascii.Error:
-                continue
+            part = digits[start:]
+            part = part[:-1] if len(part) % 4 == 1 else part  # one digit alone is no byte
+            yield base64.b64decode(part + b"=" * (-len(part) % 4))
 
 
 def _header(path: Path) -> bytes:

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.publishing.hub_calls import redact
 from llava_llama31.trainer.publishing.interim import CHECKPOINT, JOB
 from llava_llama31.trainer.publishing.staging import link
-from llava_llama31.trainer.recipe import Stage
+from llava_llama31.trainer.recipe import Recipe, Stage
 
 
 logger = logging.getLogger(__name__)
 
-OUTCOME = "pushed.json"
+FOLDER, OUTCOME = "interim", "pushed.json"
 # of one push, and of all that is left when the run ends
 LONGEST_PUSH_S, LONGEST_END_S = 7200.0, 1800.0
 # what a launcher tells its processes; one that pushes is none of them
@@ -126,15 +127,19 @@ class Pusher:
             with self._changed:
                 if self._waiting is None:
                     self._failed = job
-                else:
-                    checkpoints.remove(job)
+            self._let_go(job)
             self._note_failure(job, str(error))
             return
-        checkpoints.remove(job)
+        self._let_go(job)
         self.outcome["failed"].pop(job.name, None)
         self.outcome["pushed"][told["tag"]] = told["revision"]
         self._write()
         self.say(f"{job.name} is on the Hub: {self.job['repo_id']}@{told['tag']}")
+
+    def _let_go(self, job: Path) -> None:
+        with self._changed:
+            if job not in (self._waiting, self._failed):  # a resumed run may save the same step again
+                checkpoints.remove(job)
 
     def _run(self, job: Path) -> dict[str, str]:
         """Tag and commit of a pushed job; a process of its own, so that neither its memory nor its end is ours."""
@@ -183,6 +188,31 @@ class PushSaves(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
         self.pusher.add(checkpoint, self.stage_name, state.global_step, self.stage, self.origin)
+
+
+@contextmanager
+def pushing(
+    recipe: Recipe, output: Path, record: dict[str, Any] | None, say: Callable[[str], None]
+) -> Iterator[Pusher | None]:
+    """Within it saves go to the Hub, where the recipe asks for it, from the process that has the cards' record."""
+    spec = recipe.publish
+    if spec is None or spec.hub_strategy == "end" or record is None:
+        yield None
+        return
+    job = {
+        "repo_id": spec.repo_id,
+        "private": spec.private,
+        "with_state": spec.hub_strategy == "checkpoint",
+        "dtype": recipe.model.dtype,
+        "seed": recipe.seed,
+        "record": record,
+        "resume": "nothing, it is tried again",
+    }
+    pusher = Pusher(output / FOLDER, job, say)
+    try:
+        yield pusher
+    finally:
+        pusher.close(finish=False)
 
 
 def _environment() -> dict[str, str]:
