@@ -291,7 +291,7 @@ def test_sigterm_at_any_moment_ends_with_75_and_the_run_goes_on(start, recipe, t
     codes: Counter[int] = Counter()
     for number in range(cases(50, 3)):
         run = tmp_path / "stopped"
-        moment = dice.uniform(0.02, whole["seconds"] * 0.95)
+        moment = dice.uniform(0.15, whole["seconds"] * 0.95)
         stopped = start(path, run, processes=processes, after=moment, signal=15)
         codes.update(stopped["codes"])
         assert set(stopped["codes"]) in ({75}, {0}), (moment, stopped)

@@ -136,7 +136,7 @@ def serve() -> None:
     for line in sys.stdin:
         case = json.loads(line)
         answers.write(json.dumps(answer(case)) + "\n")
-        if "modules" in case:  # what it imported while it ran
+        if "modules" in case and os.path.exists(case["modules"]):  # what it imported while it ran
             for name in Path(case["modules"]).read_text().split("\n"):
                 with contextlib.suppress(Exception):
                     importlib.import_module(name)

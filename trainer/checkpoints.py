@@ -45,6 +45,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed saves left in it."""
+    for leftover in folder.glob(STAGING + "*"):
+        remove(leftover)
+
+
 def size(folder: Path) -> int:
     """Bytes of a published folder, by its manifest."""
     return sum(entry["size"] for entry in read_manifest(folder)["files"])

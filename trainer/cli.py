@@ -255,13 +255,13 @@ def _run_folder(options: argparse.Namespace, recipe: str) -> Path:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.recipe import load_recipe
-
-    output = _run_folder(options, options.recipe)
-    recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
-    sets = [argument for override in options.overrides for argument in ("--set", override)]
-    command = shlex.join(["llava-llama31", "train", options.recipe, *sets])
     with Signals().handled() as signals:
+        from llava_llama31.trainer.recipe import load_recipe
+
+        output = _run_folder(options, options.recipe)
+        recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
+        sets = [argument for override in options.overrides for argument in ("--set", override)]
+        command = shlex.join(["llava-llama31", "train", options.recipe, *sets])
         from llava_llama31.trainer.run import run_recipe
 
         run_recipe(recipe, output, command=command, signals=signals)

@@ -401,6 +401,8 @@ def _publish(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -> No
 
 
 def _write_final(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -> None:
+    if run.is_main:
+        checkpoints.sweep(run.folder)
     staging = checkpoints.stage(run.final) if run.is_main else run.final
     if run.stage.lora is not None:
         adapted = _whole_adapted(run, trainer)
