@@ -91,7 +91,7 @@ def run(case: dict[str, Any], rank: int, port: int) -> None:
 
 
 def answer(case: dict[str, Any]) -> dict[str, Any]:
-    """Run a case's processes to their end; exit codes as subprocess gives them, and how long it took."""
+    """Run a case's processes to their end: exit codes as subprocess gives them, how long it took, who got the signal."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -102,6 +102,7 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
             run(case, rank, port)
         pids.append(pid)
     codes: dict[int, int] = {}
+    signalled: list[int] = []
     due = case.get("after", DEADLINE_S)
     while len(codes) < len(pids):
         for pid in set(pids) - codes.keys():
@@ -111,11 +112,13 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
         seconds = time.monotonic() - began
         if seconds > due:
             number = case.get("signal", signal.SIGKILL) if due < DEADLINE_S else signal.SIGKILL
-            for pid in set(pids) - codes.keys():
-                os.kill(pid, number)
+            for rank, pid in enumerate(pids):
+                if pid not in codes:
+                    os.kill(pid, number)
+                    signalled.append(rank)
             due = DEADLINE_S if due < DEADLINE_S else seconds + 1
         time.sleep(0.005)
-    return {"codes": [codes[pid] for pid in pids], "seconds": time.monotonic() - began}
+    return {"codes": [codes[pid] for pid in pids], "seconds": time.monotonic() - began, "signalled": signalled}
 
 
 def serve() -> None:

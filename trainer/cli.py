@@ -24,11 +24,8 @@ from llava_llama31.trainer.errors import (
     Interrupted,
     UserError,
 )
-from llava_llama31.trainer.safe_text import SafeFormatter, printable, redacted, shown
+from llava_llama31.trainer.safe_text import LONGEST_MESSAGE, SafeFormatter, printable, redacted, shown
 from llava_llama31.trainer.signals import Signals
-
-
-_MESSAGE_LENGTH = 10_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +69,7 @@ def _say(error: str, exit_code: int, *, debug: bool) -> int:
     """Tell what the user can mend, and give back the exit code."""
     if debug:
         sys.stderr.write(shown(traceback.format_exc()))
-    print(f"error: {printable(redacted(error), _MESSAGE_LENGTH)}", file=sys.stderr)  # noqa: T201
+    print(f"error: {printable(redacted(error), LONGEST_MESSAGE)}", file=sys.stderr)  # noqa: T201
     return exit_code
 
 

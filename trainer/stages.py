@@ -320,6 +320,7 @@ def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived) -> None:
             "run the same command again to go on",
             agreed=True,
         )
+    run.signals.act()
 
 
 def _newest_checkpoint(run: StageRun) -> Path | None:
