@@ -34,7 +34,8 @@ bench: $(VENV)/.dev ## the benchmarks that run anywhere
 	$(BIN)/python benchmarks/check_data.py
 	$(BIN)/python benchmarks/evaluation.py
 
-torture: $(VENV)/.dev ## hostile records and pictures, ten times as many as in the tests
+torture: $(VENV)/.dev ## kills, signals, faults, full disks, hostile records: hundreds of each (an hour)
+	TORTURE=1 $(BIN)/pytest -s tests/test_torture.py
 	FUZZ_SCALE=10 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py -k "any_json or mutated"
 
 trace-8b: $(VENV)/.dev ## the 8B step on every engine, at its true shape and without its memory

@@ -519,8 +519,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if hidden_grad is not None:
                     torch.mm(logits[chunk], narrow_weight, out=hidden_grad[part])
                 if ctx.needs_input_grad[1]:
-                    grad = logits[chunk].T @ hidden[part]
-                    weight_grad = grad.to(weight.dtype) if weight_grad is None else weight_grad.add_(grad)
+                    gradient, inputs = logits[chunk].T, hidden[part]
+                    if weight_grad is None:
+                        weight_grad = (gradient @ inputs).to(weight.dtype)
+                    elif weight.dtype == dtype:
+                        weight_grad.addmm_(gradient, inputs)
+                    else:
+                        weight_grad.add_(gradient @ inputs)
         ctx.save_for_backward(hidden_grad, weight_grad)
         return total
 

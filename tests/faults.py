@@ -19,6 +19,9 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.llava_trainer import LlavaTrainer
 
 
+FACTORS = ("nan", "inf", "1e9")  # of the loss
+
+
 def crash(kind: str) -> None:
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -46,7 +49,7 @@ def plant(kind: str, rank: int, step: int) -> None:
 
     def faulty(self, *args, **kwargs):
         due = self.args.process_index == rank and self.state.global_step >= step - 1
-        if due and kind not in ("nan", "inf"):
+        if due and kind not in FACTORS:
             crash(kind)
         result = original(self, *args, **kwargs)
         return result * float(kind) if due and self.state.global_step == step - 1 else result

@@ -130,6 +130,7 @@ class Hub:
     def __init__(self, token: str):
         self.users = {token: User("me")}
         self.repos: dict[str, Repo] = {}
+        self.collections: dict[str, list[str]] = {}
         self.objects: dict[str, bytes] = {}
         self.calls: list[tuple[str, str, str]] = []
         self.faults: list[tuple[str, int | str]] = []
@@ -182,6 +183,8 @@ ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create_repo"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
+    ("GET", r"/api/collections/(?P<slug>[^/]+/[^/]+)", "collection"),
+    ("POST", r"/api/collections/(?P<slug>[^/]+/[^/]+)/items", "collection_item"),
     ("GET", rf"{MODEL}/auth-check(?:/write)?", "auth_check"),
     ("GET", rf"{MODEL}/tree/(?P<revision>[^/]+)", "tree"),
     ("GET", rf"{MODEL}/refs", "refs"),
@@ -334,6 +337,25 @@ class _Handler(BaseHTTPRequestHandler):
         if errors:
             raise Refusal(400, "Invalid metadata", errors=errors, warnings=[])
         return 200, {"errors": [], "warnings": []}, {}
+
+    def _collection(self, body: bytes, slug: str) -> tuple:
+        if slug not in self.hub.collections:
+            raise Refusal(404, "Collection not found")
+        items = [
+            {"_id": str(number), "id": name, "type": "model", "position": number}
+            for number, name in enumerate(self.hub.collections[slug])
+        ]
+        owner = {"name": slug.split("/")[0], "type": "user"}
+        shown = {"slug": slug, "title": slug, "owner": owner, "items": items, "lastUpdated": DATE}
+        return 200, {**shown, "position": 0, "private": True, "theme": "blue", "upvotes": 0}, {}
+
+    def _collection_item(self, body: bytes, slug: str) -> tuple:
+        name = json.loads(body)["item"]["id"]
+        self._repo(name)
+        if name in self.hub.collections[slug]:
+            raise Refusal(409, "the collection has it already")
+        self.hub.collections[slug].append(name)
+        return self._collection(body, slug)
 
     def _auth_check(self, body: bytes, repo: str) -> tuple:
         self._repo(repo, write=self.path.endswith("/write"))

@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from llava_llama31.trainer.peers import Peers
 from llava_llama31.trainer.watchdog import loader_failure
 
 
@@ -141,3 +142,13 @@ def test_a_worker_that_is_gone_is_told_from_one_that_is_stuck():
     error = RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly")
     failure = loader_failure(error, 0, ["r5"], "stages.x", 3)
     assert failure.exit_code == 7 and "worker 0 was asked for records r5 and is gone: DataLoader" in str(failure)
+
+
+@pytest.mark.parametrize(
+    ("rank", "neighbours", "failed", "says"),
+    [(2, {3: 1}, 0, True), (3, {2: 1}, 0, False), (2, {3: 1}, 3, False), (1, {}, 0, True)],
+)
+def test_what_failed_on_another_machine_is_said_once_on_this_one(rank, neighbours, failed, says):
+    peers = Peers(rank, 4)
+    peers._neighbours = neighbours
+    assert peers._untold({"rank": failed, "message": "why"}) == says * f"rank {failed}, on another machine: why"

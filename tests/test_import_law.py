@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_llama31.trainer.publishing.gate import MAX_CODE_FILES, code_problems
+from llava_llama31.trainer.publishing.gate_code import MAX_CODE_FILES, code_problems
 
 
 ROOT = Path(__file__).parents[1]

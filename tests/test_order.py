@@ -149,10 +149,12 @@ def test_rows_of_a_batch_are_nearly_equal_and_keep_pictures_together(order, num_
         groups = [unit for row in rows for unit in order.units(np.array(row))]
         if num_rows == 1:
             assert lengths[0] == sum(order.row_length(group) for group in groups)
-        # no sample could move from the longest row to the shortest and leave both shorter than the longest is
+        # no sample could move from the longest row to the shortest and leave both shorter than the longest is, but for
+        # prefixes that are saved where groups of one picture meet in a row by chance
+        saved = sum(order.row_length(unit) for unit in order.units(batch)) - sum(lengths)
         longest = order.units(np.array(rows[0]))
         if len(longest) > 1:
-            assert lengths[-1] + min(order.row_length(unit) for unit in longest) >= lengths[0]
+            assert lengths[-1] + min(order.row_length(unit) for unit in longest) + saved >= lengths[0]
 
 
 def test_samples_about_a_picture_come_together_at_no_special_time():

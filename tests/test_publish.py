@@ -14,15 +14,17 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.publishing import publish as publishing
 from llava_llama31.trainer.publishing.doors import Doors
 from llava_llama31.trainer.publishing.publish import Release, publish
+from llava_llama31.trainer.publishing.staging import stage_run
 
 
 TOKEN = "hf_" + "q" * 34
 REPO = "me/Llama-mine"
+COLLECTION = "me/models-0123456789abcdef01234567"
 RESUME = f"llava-llama31 publish model --repo-id {REPO}"
 DOORS = Doors("0" * 64, [{"question": "what?", "answer": "that"}])
 # every kind of call of a first publication
 KINDS = ["whoami", "validate_yaml", "model_info", "create_repo", "tree", "discussions", "preupload", "lfs_batch"]
-KINDS += ["lfs_upload", "lfs_verify", "commit", "merge", "tag", "settings"]
+KINDS += ["lfs_upload", "lfs_verify", "commit", "merge", "tag", "settings", "collection", "collection_item"]
 PASSING = (429, 500, 503, 412, "drop", "slow", "lost")
 
 
@@ -38,6 +40,7 @@ def hub(monkeypatch):
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         hub.pauses = []
+        hub.collections[COLLECTION] = []
         monkeypatch.setattr(time, "sleep", hub.pauses.append)
         close_session()
         yield hub
@@ -46,7 +49,7 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def release(exported):
-    return Release(exported / "llama", REPO, private=False, resume=RESUME)
+    return Release(exported / "llama", REPO, private=False, resume=RESUME, collection=COLLECTION)
 
 
 def run(release: Release, **options) -> dict:
@@ -61,6 +64,7 @@ def assert_published(hub: Hub, release: Release, private: bool = False) -> None:
     assert [(d.title, d.status) for d in repo.discussions] == [(release.title, "merged")]
     assert len(repo.history()) == 2 and len(repo.history("refs/pr/1")) == 2
     assert repo.find(release.tag).oid == repo.find("main").oid and repo.private is private
+    assert hub.collections[COLLECTION] == ([REPO] if release.collection else [])
 
 
 def test_a_first_publication_and_a_second_of_the_same(hub, release):
@@ -96,13 +100,14 @@ def test_a_fault_at_each_call(hub, release, caplog, kind, fault):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["drop", "lost", 403])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_at_every_single_call(hub, release, fault):
     run(release)
     calls = [kind for kind, _, _ in hub.calls]
     for number, kind in enumerate(calls):
         hub.repos.clear()
         hub.objects.clear()
+        hub.collections[COLLECTION] = []
         # the fault strikes at this call and not at those of its kind before it
         hub.faults = [(kind, None)] * calls[:number].count(kind) + [(kind, fault)]
         try:
@@ -135,7 +140,7 @@ def test_the_rate_limits_pause_is_kept(hub, release):
 
 def test_a_dry_run_writes_nothing(hub, release):
     plan = run(release, dry_run=True)
-    assert set(hub.counts()) <= {"whoami", "validate_yaml", "model_info", "tree"} and not hub.repos
+    assert set(hub.counts()) <= {"whoami", "validate_yaml", "model_info", "tree", "collection"} and not hub.repos
     assert plan["files"] == {name: file.size for name, file in release.files.items()} and plan["removed"] == []
     assert plan["steps"][1] == f"create {REPO}, private"
     repo = hub.create(REPO)
@@ -151,6 +156,13 @@ def test_what_was_there_before_goes(hub, release):
     run(release)
     assert set(repo.find("main").files) == {*release.files, ".gitattributes"}
     assert "pytorch_model.bin" in repo.history()[1].files
+
+
+def test_a_collection_that_is_not_there(hub, release):
+    hub.collections.clear()
+    with pytest.raises(UserError, match="collection: the Hub said 404"):
+        run(release)
+    assert not hub.repos
 
 
 def test_private_stays_private(hub, exported):
@@ -234,6 +246,7 @@ def test_faults_while_what_was_published_comes_down(hub, release, monkeypatch, f
     monkeypatch.setattr(publishing, "open_doors", lambda *_, **__: DOORS)
     for kind in ("resolve_head", "resolve_get", "cdn"):
         hub.repos.clear()
+        hub.collections[COLLECTION] = []
         hub.faults = [(kind, fault)]
         try:
             publish(release, check_local=lambda folder: DOORS)
@@ -289,8 +302,8 @@ def test_what_a_person_wrote_into_the_card_is_published(exported, tmp_path):
     card = run / "export" / "README.md"
     text = card.read_text()
     card.write_text(text.replace("for research", "for my thesis"))
-    published = (publishing.stage_run(run, REPO) / "README.md").read_text()
+    published = (stage_run(run, REPO) / "README.md").read_text()
     assert "for my thesis" in published and f'repo = "{REPO}"' in published and "# Llama-mine\n" in published
     assert card.read_text() == text.replace("for research", "for my thesis")
     card.write_text("---\nlicense: llama3.1\n---\n\n# All mine\n")
-    assert (publishing.stage_run(run, REPO) / "README.md").read_text() == card.read_text()
+    assert (stage_run(run, REPO) / "README.md").read_text() == card.read_text()

@@ -1,6 +1,8 @@
 """The gate: a whole folder passes, and a folder that breaks one rule is refused by that rule with file and fix."""
 
+import base64
 import json
+import os
 import pickle
 import shutil
 import zipfile
@@ -13,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.publishing.doors import empty_cache, open_doors
-from llava_llama31.trainer.publishing.gate import REQUIRED, RULES, check_folder, code_problems
+from llava_llama31.trainer.publishing.gate import REQUIRED, RULES, check_folder
+from llava_llama31.trainer.publishing.gate_code import code_problems
+from llava_llama31.trainer.publishing.pickles import holds_pickle
 
 
 TOKEN = "hf_" + "S" * 34
@@ -74,6 +78,22 @@ def append(folder: Path, file: str, content: bytes) -> None:
         stream.write(content)
 
 
+def write(folder: Path, file: str, content: bytes, size: int | None = None) -> None:
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(content)
+    if size is not None:
+        os.truncate(folder / file, size)  # takes no space
+
+
+def map_to(folder: Path, **classes: str) -> None:
+    edit_json(folder, "config.json", auto_map=json.loads((folder / "config.json").read_text())["auto_map"] | classes)
+
+
+def edit_metadata(folder: Path, **metadata: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **metadata})
+
+
 PICKLED = pickle.dumps(Path("x"))
 OLD_PICKLE = pickle.dumps(Path("x"), protocol=0)
 NEEDED = [*REQUIRED, "NOTICE", "configuration_llava_llama31.py", "processing_llava_llama31.py"]
@@ -87,24 +107,65 @@ BREAKS = [
     ("doors-named", "processor_config.json", lambda f: edit_json(f, "processor_config.json", processor_class="Ours")),
     ("doors-named", "tokenizer_config.json", lambda f: edit_json(f, "tokenizer_config.json", auto_map={"x": "y"})),
     ("doors-named", "generation_config.json", lambda f: edit_json(f, "generation_config.json", eos_token_id=None)),
+    ("template", "chat_template.jinja", lambda f: append(f, "chat_template.jinja", b"{{ messages }}")),
+    ("template", "more/other.jinja", lambda f: write(f, "more/other.jinja", b"x")),
+    ("doors-named", "tokenizer_config.json", lambda f: edit_json(f, "tokenizer_config.json", chat_template="x")),
+    ("doors-named", "config.json", lambda f: map_to(f, AutoTokenizer="evil/repo--code.Tokenizer")),
+    (
+        "doors-named",
+        "config.json",
+        lambda f: edit_json(f, "config.json", custom_pipelines={"x": {"impl": "a/b--c.D"}}),
+    ),
+    ("doors-named", "config.json", lambda f: edit_json(f, "config.json", more=[{"auto_map": {"AutoModel": "m.M"}}])),
+    ("doors-named", "more.json", lambda f: write(f, "more.json", b'{"auto_map": {"AutoModel": "a/b--m.M"}}')),
+    ("entries", "linked.txt", lambda f: (f / "linked.txt").symlink_to(Path(__file__))),
+    ("entries", "linked.txt", lambda f: (f / "linked.txt").symlink_to("/nowhere/at/all")),
+    ("entries", "linked", lambda f: (f / "linked").symlink_to(Path(__file__).parent)),
+    ("entries", "pipe.txt", lambda f: os.mkfifo(f / "pipe.txt")),
+    ("entries", "huge.txt", lambda f: write(f, "huge.txt", b"", size=10**8 + 1)),
+    ("entries", "huge.safetensors", lambda f: write(f, "huge.safetensors", b"", size=5 * 10**10 + 1)),
+    ("entries", "no\\u202etxt.md", lambda f: write(f, "no\u202etxt.md", b"x")),
+    ("entries", "caf\\xe9.md", lambda f: write(f, "caf\u00e9.md", b"x")),
+    ("entries", "notice", lambda f: write(f, "notice.txt", b"x") or write(f, "NOTICE.txt", b"x")),
+    ("extensions", "notes.txt", lambda f: write(f, "notes.txt", b"\x1f\x8b\x08packed")),
+    ("extensions", "notes.txt", lambda f: write(f, "notes.txt", "in UTF-16".encode("utf-16"))),
+    ("extensions", "samples/2.png", lambda f: write(f, "samples/2.png", b"GIF89a")),
+    ("extensions", "more.PY", lambda f: write(f, "more.PY", b"import os")),  # which no rule on code would look at
     ("extensions", "run.sh", lambda f: (f / "run.sh").write_text("true")),
     ("extensions", "pytorch_model.bin", lambda f: (f / "pytorch_model.bin").write_text("x")),
     ("training-state", "trainer_state.json", lambda f: (f / "trainer_state.json").write_text("{}")),
     ("training-state", "deep/optimizer.safetensors", None),
-    ("pickle", "notes.txt", lambda f: (f / "notes.txt").write_bytes(PICKLED)),
     ("pickle", "notes.txt", lambda f: (f / "notes.txt").write_bytes(OLD_PICKLE)),
-    ("pickle", "notes.txt", lambda f: (f / "notes.txt").write_bytes(pickle.dumps([1, "x"]))),
+    ("pickle", "notes.txt", lambda f: (f / "notes.txt").write_bytes(OLD_PICKLE[:-1])),  # has run before it ends
+    ("pickle", "notes.txt", lambda f: (f / "notes.txt").write_bytes(OLD_PICKLE[:-1] + b"and on")),
+    ("pickle", "tokenizer.model", lambda f: (f / "tokenizer.model").write_bytes(pickle.dumps([1, "x"]))),
+    ("pickle", "tokenizer.model", lambda f: (f / "tokenizer.model").write_bytes(PICKLED[:-1])),
+    ("pickle", "notes.yaml", lambda f: (f / "notes.yaml").write_text("!!python/object/apply:os.system [x]")),
     ("pickle", "samples/1.png", lambda f: append(f, "samples/1.png", PICKLED)),
     ("pickle", "tokenizer.model", zip_in),
     ("secrets", "README.md", lambda f: append(f, "README.md", TOKEN.encode())),
     ("secrets", "config.json", lambda f: edit_json(f, "config.json", note="AKIA" + "A" * 16)),
     ("secrets", "samples/1.png", lambda f: append(f, "samples/1.png", b"-----BEGIN RSA PRIVATE KEY-----")),
+    ("secrets", "model.safetensors", lambda f: edit_metadata(f, note=TOKEN)),
+    ("secrets", "config.json", lambda f: edit_json(f, "config.json", note=base64.b64encode(TOKEN.encode()).decode())),
+    (
+        "secrets",
+        "config.json",
+        lambda f: edit_json(f, "config.json", note=base64.b64encode(f"x={TOKEN}".encode()).decode()),
+    ),
+    ("secrets", "notes.txt", lambda f: write(f, "notes.txt", base64.b64encode(b"AKIA" + b"A" * 16).rstrip(b"="))),
+    ("secrets", "more.json", lambda f: write(f, "more.json", f'{{"note": "\\u0068{TOKEN[1:]}"}}'.encode())),
     ("secrets", "NOTICE", lambda f: append(f, "NOTICE", b"a-token-of-no-known-form")),
     ("paths", "config.json", lambda f: edit_json(f, "config.json", _name_or_path="/data/models/llama")),
     ("paths", "config.json", lambda f: edit_json(f, "config.json", _name_or_path="/unusual/place")),
+    ("paths", "config.json", lambda f: edit_json(f, "config.json", text={"_name_or_path": ["../models/llama"]})),
+    ("paths", "config.json", lambda f: edit_json(f, "config.json", _name_or_path="/llama")),
+    ("paths", "config.json", lambda f: edit_json(f, "config.json", _name_or_path="\\\\server\\models")),
+    ("paths", "model.safetensors", lambda f: edit_metadata(f, origin="/home/someone/models/llama")),
+    ("paths", "samples/1.png", lambda f: append(f, "samples/1.png", f" {Path.home()}/x".encode())),
     ("paths", "README.md", lambda f: append(f, "README.md", b"see /home/someone/runs/one")),
     ("paths", "tokenizer.json", lambda f: edit_json(f, "tokenizer.json", note=f"{Path.home()}/x")),
-    ("paths", "chat_template.jinja", lambda f: append(f, "chat_template.jinja", str(f / "x").encode())),
+    ("paths", "NOTICE", lambda f: append(f, "NOTICE", f" {f}/x".encode())),
     ("manifest", "config.json", lambda f: edit_json(f, "config.json", extra=1)),
     ("manifest", "more.txt", lambda f: (f / "more.txt").write_text("x")),
     ("manifest", "samples/1.png", lambda f: append(f, "samples/1.png", b"\0")),
@@ -127,6 +188,8 @@ BREAKS = [
     ("code", "modeling_llava_llama31.py", lambda f: append(f, "modeling_llava_llama31.py", b"\nimport requests\n")),
     ("code", "modeling_llava_llama31.py", lambda f: append(f, "modeling_llava_llama31.py", b"\nfrom .no import x\n")),
     ("code", "processing_llava_llama31.py", lambda f: append(f, "processing_llava_llama31.py", b"\neval('1')\n")),
+    ("code", "modeling_llava_llama31.py", lambda f: append(f, "modeling_llava_llama31.py", b"\n# harmless\n")),
+    ("code", "custom_generate/generate.py", lambda f: write(f, "custom_generate/generate.py", b"x = 1\n")),
     ("code", "zzz_llava_llama31.py", lambda f: (f / "zzz_llava_llama31.py").write_text("")),
 ]
 
@@ -145,13 +208,14 @@ def test_what_the_export_writes_passes(exported):
 def test_a_folder_that_breaks_one_rule(folder, monkeypatch, rule, file, harm):
     monkeypatch.setenv("WANDB_API_KEY", "a-token-of-no-known-form")
     (harm or break_optimizer)(folder)
-    if rule != "manifest":
+    if rule not in ("manifest", "entries"):
         sign(folder)
     if file == "manifest.json":
         (folder / file).unlink()
     found = check_folder(folder, "Llama-3.1-8B-mine")
-    assert {finding.rule for finding in found} == {rule}, found
-    assert file in {finding.file for finding in found}
+    # what lies beside the exported files is not in the manifest either
+    assert {finding.rule for finding in found} - ({"manifest"} if rule == "entries" else set()) == {rule}, found
+    assert any(finding.file.startswith(file) for finding in found if finding.rule == rule)
     for finding in found:
         assert finding.fix and str(finding).startswith(f"{finding.file}: ") and "(fix: " in str(finding)
         assert TOKEN not in str(finding) and "a-token-of-no-known-form" not in str(finding)
@@ -174,11 +238,67 @@ def test_card_and_licences_may_be_edited(folder):
     assert check_folder(folder, "Llama-mine") == []
 
 
-def test_adapters_are_to_be_merged(folder):
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "meta/base", "revision": null}')
+@pytest.mark.parametrize(("revision", "pinned"), [(None, False), ("0" * 40, True)])
+def test_adapters_are_to_be_merged(tmp_path, revision, pinned):
+    """One finding, not one for each file of a whole model that such a folder lacks."""
+    config = {"base_model_name_or_path": "meta/base", "revision": revision}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (found,) = check_folder(tmp_path, "Llama-mine")
+    assert found.rule == "adapters" and "folder of adapters" in found.what and "merge" in found.fix
+    assert ("revision" in found.what) is not pinned
+
+
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json", "generation_config.json", "manifest.json"])
+@pytest.mark.parametrize("content", ["[]", "1", '"x"', "null", "{}", "[" * 100_000])
+def test_json_of_another_shape_is_a_finding_and_no_crash(folder, file, content):
+    (folder / file).write_text(content)
+    assert check_folder(folder, "Llama-mine")
+
+
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json", "manifest.json", "adapter_config.json"])
+@pytest.mark.parametrize("value", [[], [1], 1, "x", None, {"x": [{}]}])
+def test_json_with_values_of_another_type_is_a_finding_and_no_crash(folder, file, value):
+    keys = ("auto_map", "files", "text_config", "vision_config", "base_model_name_or_path", "architectures")
+    content = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    (folder / file).write_text(json.dumps(content | dict.fromkeys(keys, value)))
+    assert check_folder(folder, "Llama-mine")
+
+
+@pytest.mark.parametrize(
+    "card", ["---\n- a\n---\n", "---\nlicense: [a]\ntags: 1\n---\n", "---\nmodel-index: x\n---\n", ""]
+)
+def test_cards_of_another_shape_are_findings_and_no_crash(folder, card):
+    (folder / "README.md").write_text(card)
+    assert check_folder(folder, "Llama-mine")
+
+
+def test_weights_that_are_a_pickle_are_refused_by_name(folder):
+    (folder / "model.safetensors").write_bytes(PICKLED)
     sign(folder)
-    (found,) = check_folder(folder, "Llama-mine")
-    assert found.rule == "adapters" and "revision" in found.what and "merge" in found.fix
+    assert {finding.rule for finding in check_folder(folder, "Llama-mine")} >= {"pickle", "tensors"}
+
+
+@pytest.mark.parametrize("text", ["configuration\nfile\nReadme", "inside\nthat\nboat.", "c\nc\ncR.", "(dp0\n."])
+def test_text_that_begins_as_a_pickle_might_is_none(text):
+    assert not holds_pickle(text.encode(), anywhere=True)
+
+
+def test_links_are_followed_within_the_hubs_cache_alone(folder, tmp_path):
+    cache = tmp_path / "models--me--m"
+    (cache / "blobs").mkdir(parents=True)
+    snapshot = cache / "snapshots" / ("0" * 40)
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        link = snapshot / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        blob = cache / "blobs" / path.relative_to(folder).as_posix().replace("/", "-")
+        shutil.copyfile(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    assert check_folder(snapshot, "Llama-mine", links_within=cache) == []
+    assert {finding.rule for finding in check_folder(snapshot, "Llama-mine")} >= {"entries"}
+    (snapshot / "NOTICE").unlink()
+    (snapshot / "NOTICE").symlink_to(folder / "NOTICE")
+    found = check_folder(snapshot, "Llama-mine", links_within=cache)
+    assert ("entries", "NOTICE") in {(finding.rule, finding.file) for finding in found}
 
 
 def test_shards_with_a_true_index_pass(folder):
@@ -190,7 +310,30 @@ def test_shards_with_a_true_index_pass(folder):
 @pytest.mark.parametrize(
     "source",
     ["import subprocess", "from urllib import request", "import os\nos.system('x')", "__import__('x')"]
-    + ["from ..x import y", "from . import y", "import pickle", "x = (", "getattr(1, 'a')\nexec('x')"],
+    + ["from ..x import y", "from . import y", "import pickle", "x = (", "getattr(1, 'a')\nexec('x')"]
+    + [
+        "import importlib",
+        "import builtins",
+        "import sys",
+        "import posix",
+        "from os import system",
+        "import torch.hub",
+    ]
+    + ["import os as o\no.system.x\ngetattr(o, 'x')", "from torch import hub", "import torch\ntorch.hub", "import io"]
+    + [
+        "import torch\ntorch.load('x')",
+        "import torch\ntorch.os.sys",
+        "().__class__.__bases__",
+        "__builtins__",
+        "vars()",
+    ]
+    + [
+        "f.__globals__",
+        "import os\nos.environ",
+        "from transformers import dynamic_module_utils",
+        "import _posixsubprocess",
+    ]
+    + ["f(trust_remote_code=True)", "x = " + "(" * 10_000],
 )
 def test_code_against_the_law(source):
     assert code_problems(source, {"sibling"}) and not code_problems(

@@ -25,6 +25,8 @@ from llava_llama31.trainer.errors import UserError
 MANIFEST = "manifest.json"
 PACKAGES = ("llava-llama31", "torch", "transformers", "accelerate", "safetensors")
 STAGING = ".staging-"
+SEAL = "sha256"  # of the manifest itself; those of earlier versions have none
+PICKLES = frozenset((".bin", ".pkl", ".pickle", ".pt", ".pth"))
 
 
 def stage(final: Path) -> Path:
@@ -41,6 +43,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed saves left in it."""
+    for leftover in folder.glob(STAGING + "*"):
+        remove(leftover)
 
 
 def size(folder: Path) -> int:
@@ -84,7 +92,7 @@ def publish(staging: Path, final: Path, facts: dict[str, Any]) -> None:
         name = path.relative_to(staging).as_posix()
         entries.append({"name": name, "size": path.stat().st_size, "sha256": sha256(path)})
     versions = {name: version(name) for name in PACKAGES}
-    write_json(staging / MANIFEST, {**facts, "versions": versions, "files": entries})
+    write_manifest(staging, {**facts, "versions": versions, "files": entries})
     for folder in {path.parent for path in staging.rglob("*")} | {staging}:
         _fsync_folder(folder)
     remove(final)  # a damaged one of the same name: verify() has refused it
@@ -96,6 +104,12 @@ def verify(folder: Path) -> str | None:
     """Why a folder is not a whole checkpoint, or None."""
     try:
         manifest = read_manifest(folder)
+        if manifest.get(SEAL, _seal(manifest)) != _seal(manifest):
+            return f"{MANIFEST} does not have the checksum it was saved with"
+        listed = {entry["name"] for entry in manifest["files"]}
+        for path in folder.rglob("*"):
+            if path.suffix in PICKLES and path.relative_to(folder).as_posix() not in listed:
+                return f"{path.relative_to(folder)} is not in {MANIFEST}, and opening it could run anything"
         for entry in manifest["files"]:
             path = folder / entry["name"]
             if not path.is_file():
@@ -111,6 +125,17 @@ def verify(folder: Path) -> str | None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     return read_json(folder / MANIFEST)
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write a folder's manifest, with its own checksum."""
+    write_json(folder / MANIFEST, {**content, SEAL: _seal(content)})
+
+
+def _seal(content: dict[str, Any]) -> str:
+    """sha256 of a manifest without this."""
+    text = json.dumps({key: value for key, value in content.items() if key != SEAL}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_json(path: Path) -> Any:

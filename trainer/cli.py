@@ -24,11 +24,8 @@ from llava_llama31.trainer.errors import (
     Interrupted,
     UserError,
 )
-from llava_llama31.trainer.safe_text import SafeFormatter, printable, redacted, shown
+from llava_llama31.trainer.safe_text import LONGEST_MESSAGE, SafeFormatter, printable, redacted, shown
 from llava_llama31.trainer.signals import Signals
-
-
-_MESSAGE_LENGTH = 10_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _say(str(error), error.exit_code, debug=options.debug)
     except EndedElsewhere as error:
+        if error.untold:
+            return _say(error.untold, error.exit_code, debug=options.debug)
         if options.debug:
             sys.stderr.write(shown(traceback.format_exc()))
         return error.exit_code
@@ -70,7 +69,7 @@ def _say(error: str, exit_code: int, *, debug: bool) -> int:
     """Tell what the user can mend, and give back the exit code."""
     if debug:
         sys.stderr.write(shown(traceback.format_exc()))
-    print(f"error: {printable(redacted(error), _MESSAGE_LENGTH)}", file=sys.stderr)  # noqa: T201
+    print(f"error: {printable(redacted(error), LONGEST_MESSAGE)}", file=sys.stderr)  # noqa: T201
     return exit_code
 
 
@@ -187,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         "--repo-id", required=True, metavar="OWNER/NAME", help="a model made from Llama: OWNER/Llama…"
     )
     publish.add_argument("--private", action="store_true", help="leave the repository private")
+    publish.add_argument("--collection", metavar="SLUG", help="collection to put it into, as its address names it")
     publish.add_argument("--dry-run", action="store_true", help="check and show what would be done; write nothing")
     _json_argument(publish)
     return parser
@@ -258,13 +258,13 @@ def _run_folder(options: argparse.Namespace, recipe: str) -> Path:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.recipe import load_recipe
-
-    output = _run_folder(options, options.recipe)
-    recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
-    sets = [argument for override in options.overrides for argument in ("--set", override)]
-    command = shlex.join(["llava-llama31", "train", options.recipe, *sets])
     with Signals().handled() as signals:
+        from llava_llama31.trainer.recipe import load_recipe
+
+        output = _run_folder(options, options.recipe)
+        recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
+        sets = [argument for override in options.overrides for argument in ("--set", override)]
+        command = shlex.join(["llava-llama31", "train", options.recipe, *sets])
         from llava_llama31.trainer.run import run_recipe
 
         run_recipe(recipe, output, command=command, signals=signals)
@@ -388,12 +388,13 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.publishing.publish import publish_command
+    from llava_llama31.trainer.publishing.command import publish_command
 
     return publish_command(
         options.source,
         options.repo_id,
         private=options.private,
+        collection=options.collection,
         dry_run=options.dry_run,
         json_output=options.json_output,
     )

@@ -7,6 +7,7 @@ EXIT_UNHEALTHY = 4
 EXIT_HANG = 5
 EXIT_MEMORY = 6
 EXIT_LOST = 7
+EXIT_UNPUBLISHED = 8
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h
 EXIT_KEYBOARD = 130  # 128 + SIGINT, as shells say
 
@@ -52,6 +53,12 @@ class ProcessLost(UserError):
     exit_code = EXIT_LOST
 
 
+class Unpublished(UserError):
+    """The run is done and lies here whole; only its publication is outstanding."""
+
+    exit_code = EXIT_UNPUBLISHED
+
+
 class Interrupted(BaseException):
     """A signal stopped the run; running the same command again goes on from the last checkpoint.
 
@@ -71,8 +78,9 @@ class EndedElsewhere(Exception):
 
     Args:
         exit_code: that process's.
+        untold: what is still to be said here; mostly nothing.
     """
 
-    def __init__(self, exit_code: int):
+    def __init__(self, exit_code: int, untold: str = ""):
         super().__init__(f"another process of the run failed with exit code {exit_code}")
-        self.exit_code = exit_code
+        self.exit_code, self.untold = exit_code, untold

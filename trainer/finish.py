@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 PROTOCOL = "vlmevalkit-2024"
 EXPORT, RECORD, PREDICTIONS, BROWSER = "export", "record.json", "predictions.jsonl", "predictions.html"
+SUMMARY = "summary.json"
 NUM_SAMPLES = 6
 LOCK = "constraints.txt"
 CURVES = ("loss_curve", "validation_curve")
@@ -67,18 +68,9 @@ def finish(
         minutes: that the run has taken so far.
     """
     model, processor = load_model(str(final), dtype=recipe.model.dtype)
-    record: dict[str, Any] = {
-        "name": recipe.name,
-        "recipe": recipe.model_dump(mode="json"),
-        "command": command,
-        "commit": _commit(),
-        "lock": _lock(),
-        "licence": recipe.model.licence,
-        "base_models": base_models_of(recipe),
-        "parameters": {group: sum(p.numel() for _, p in group_parameters(model, group)) for group in GROUPS},
-        "stages": [{**stage, "curve_image": _curve_file(i, stage)} for i, stage in enumerate(stages, start=1)],
-        "environment": _environment(),
-    }
+    record = record_of(recipe, command)
+    record["parameters"] = {group: sum(p.numel() for _, p in group_parameters(model, group)) for group in GROUPS}
+    record["stages"] = [{**stage, "curve_image": _curve_file(i, stage)} for i, stage in enumerate(stages, start=1)]
     told = {stage["name"]: {key: stage[key] for key in stage if key not in CURVES} for stage in stages}
     summary: dict[str, Any] = {"recipe": recipe.name, "stages": told}
     pictures: dict[str, Image.Image] = {}
@@ -105,6 +97,20 @@ def finish(
     summary["minutes"] = round(minutes(), 2)
     print_summary(console, summary, record)
     return summary
+
+
+def record_of(recipe: Recipe, command: str) -> dict[str, Any]:
+    """What the card tells that is known before the first step."""
+    return {
+        "name": recipe.name,
+        "recipe": recipe.model_dump(mode="json"),
+        "command": command,
+        "commit": _commit(),
+        "lock": _lock(),
+        "licence": recipe.model.licence,
+        "base_models": base_models_of(recipe),
+        "environment": _environment(),
+    }
 
 
 def write_export(
@@ -205,7 +211,7 @@ def _public_rows(file: Path) -> str:
 
 
 def _curve_file(number: int, stage: Mapping[str, Any]) -> str | None:
-    return f"curves/{number}-{stage['name']}.png" if stage["loss_curve"] else None
+    return f"curves/{number}-{stage['name']}.png" if stage.get("loss_curve") else None
 
 
 def _evaluate(

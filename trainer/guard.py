@@ -43,7 +43,7 @@ class Requests(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if self._stop and state.global_step < state.max_steps:
+        if self._stop:
             self.stopped = True
             control.should_log = control.should_save = control.should_training_stop = True
         if self._save:

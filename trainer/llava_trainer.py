@@ -458,8 +458,7 @@ class LlavaTrainer(Trainer):
         final = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         staging = final.parent / checkpoints.STAGING / final.name
         if self.args.should_save:
-            for leftover in final.parent.glob(checkpoints.STAGING + "*"):
-                checkpoints.remove(leftover)
+            checkpoints.sweep(final.parent)
             staging.mkdir(parents=True)
         self._barrier()
         self.saving_to = staging.parent

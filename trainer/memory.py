@@ -417,21 +417,20 @@ class _Step:
     def head(self) -> float:
         """At its most: the loss makes the gradients on the way forward.
 
-        The sum of the chunks' weight gradients (w), and, from the second chunk on, the new one and the one before it;
-        and the weights in the type of products, where theirs is another.
+        The sum of the chunks' weight gradients (w), and a chunk's own where the type of products is another; then the
+        weights in that type too.
         """
         model, batch, a = self.setup.model, self.batch, self.a
         if batch.keeps_logits:
             return float(batch.num_supervised * model.vocab_size * (a + 3 * 4))
-        rows, chunks = min(batch.num_supervised, _HEAD_ROWS), -(-batch.num_supervised // _HEAD_ROWS)
+        rows = min(batch.num_supervised, _HEAD_ROWS)
         logits = rows * model.vocab_size * (a + (4 if a < 4 else 0))
         hidden = batch.num_supervised * model.hidden_size * (2 * a)
         weights = self.head_gradient
         if self.autocasts and self.r == 4:
             weights += a * self.head_weights
-        if self.setup.trains_decoder:
-            extra = min(chunks, 2) if self.w != a else min(chunks, 3) - 1
-            weights += extra * a * self.head_weights
+        if self.setup.trains_decoder and self.w != a:
+            weights += a * self.head_weights
         return float(logits + hidden) + weights
 
     # weights that are gathered for a moment

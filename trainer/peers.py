@@ -5,9 +5,7 @@ is killed can't, but those on its machine see that it is gone. Without this, the
 launcher ends them, and on other machines for as long as the communication allows.
 """
 
-import contextlib
 import json
-import logging
 import os
 import signal
 import socket
@@ -17,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch.distributed as dist
@@ -32,15 +31,16 @@ from llava_llama31.trainer.errors import (
     ProcessLost,
     UserError,
 )
+from llava_llama31.trainer.safe_text import LONGEST_MESSAGE, printable, redacted
 from llava_llama31.trainer.watchdog import dump_stacks, end_process
 
-
-logger = logging.getLogger(__name__)
 
 _FAILED = "llava-llama31/failed"
 _POLL_SECONDS = 1.0
 # for a failed process to end by itself, and for a reason to come in before one's own is taken for it
 _GRACE_SECONDS, _REASON_SECONDS = 10.0, 3.0
+_NO_STORE = "the process that the others met by is gone"
+_LOOK = "look for kill -9, a crash, or the system's out-of-memory killer (dmesg); then run again"
 
 
 class Peers:
@@ -56,6 +56,7 @@ class Peers:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._neighbours: dict[int, int] = {}  # pids by rank, on this machine
+        self._known: dict[str, Any] | None = None  # the first failure
 
     @classmethod
     def connect(cls, rank: int, num_processes: int) -> "Peers":
@@ -102,38 +103,58 @@ class Peers:
 
     def _leave(self) -> None:
         """End by consent, which is no failure for the others."""
-        assert self.store is not None
         _ignore_launcher()
         self.close()
+        self._part(60.0)
+
+    def _part(self, seconds: float) -> None:
+        """Need the others no more; rank 0, which may keep the store, stays until they have said so, or are gone."""
+        assert self.store is not None
         self.store.set(self._left(self.rank), "")
-        if self.rank == 0:  # it may keep the store
-            with contextlib.suppress(dist.DistError):
-                self.store.wait([self._left(rank) for rank in range(self.num_processes)], timedelta(minutes=1))
+        deadline, others = time.monotonic() + seconds, set(range(1, self.num_processes))
+        while self.rank == 0 and others and time.monotonic() < deadline:
+            time.sleep(0.02)
+            others = {rank for rank in others if not self.store.check([self._left(rank)])}
+            others -= {rank for rank, pid in self._neighbours.items() if not _is_alive(pid)}
 
     def report(self, exit_code: int, message: str) -> bool:
         """Leave word that this process fails; whether it is the first word, and so to be printed."""
         if self.store is None:
             return True
-        word = {"rank": self.rank, "thread": threading.get_ident(), "exit_code": exit_code, "message": message}
-        return json.loads(self.store.compare_set(_FAILED, "", json.dumps(word)).decode()) == word
+        word = {"rank": self.rank, "thread": threading.get_ident(), "exit_code": exit_code}
+        word["message"] = printable(redacted(message), LONGEST_MESSAGE)  # other processes print it
+        self._known = json.loads(self.store.compare_set(_FAILED, "", json.dumps(word)).decode())
+        return self._known == word
 
     def _join_failure(self, error: BaseException) -> None:
         """Make an exception of this process known, unless it follows from a failure elsewhere."""
-        assert self.store is not None
-        lost = None
         _ignore_launcher()
-        # from a process that is gone follow a collective's RuntimeError, like many another, and the launcher's SIGTERM
-        if isinstance(error, (RuntimeError, Interrupted)):
-            deadline = time.monotonic() + _REASON_SECONDS
-            while lost is None and time.monotonic() < deadline and not self.store.check([_FAILED]):
-                time.sleep(0.1)
-                lost = self._lost()
-        cause = lost or error
-        code = _exit_code(cause)
-        if not self.report(code, str(cause)):
-            raise EndedElsewhere(self._failure()["exit_code"]) from error
+        try:
+            lost = self._awaited_reason() if isinstance(error, (RuntimeError, Interrupted)) else None
+            first = self.report(_exit_code(lost or error), str(lost or error))
+            self._part(_GRACE_SECONDS)
+        except dist.DistError:  # the store ended with the process that kept it
+            if self._known is None:
+                raise ProcessLost(_NO_STORE, fix=_LOOK) from error
+            first = False
+        if not first:
+            failure = self._failure()
+            raise EndedElsewhere(failure["exit_code"], self._untold(failure)) from error
         if lost is not None:
             raise lost from error
+
+    def _awaited_reason(self) -> ProcessLost | None:
+        """Wait a moment for the failure that an error of this process may follow from, or for a process to be gone.
+
+        From a process that is gone follow a collective's RuntimeError, like many another, and the launcher's SIGTERM.
+        """
+        assert self.store is not None
+        deadline = time.monotonic() + _REASON_SECONDS
+        while time.monotonic() < deadline and not self.store.check([_FAILED]):
+            time.sleep(0.1)
+            if lost := self._lost():
+                return lost
+        return None
 
     def _watch(self) -> None:
         """End this process when another one has failed, or if it can't end by itself."""
@@ -142,27 +163,38 @@ class Peers:
             while not self._stopped.wait(_POLL_SECONDS):
                 if self.store.check([_FAILED]):
                     break
-                lost = self._lost()
-                if lost is not None:
+                if (lost := self._lost()) is not None:
                     if self.report(EXIT_LOST, str(lost)):
-                        print(f"error: {lost}", file=sys.stderr, flush=True)  # noqa: T201
+                        _say(str(lost))
                     break
             else:
                 return
-            failure = self._failure()
-        except dist.DistError as error:  # the store ends with the process that keeps it
+        except dist.DistError:  # the store ended with the process that kept it
             if self._stopped.is_set():
                 return
-            logger.error("the process that the others met by is gone: %s", error)
-            end_process(EXIT_LOST)
+            if self._known is None:
+                _say(str(ProcessLost(_NO_STORE, fix=_LOOK)))
+                end_process(EXIT_LOST)
+        failure = self._failure()
         if failure["exit_code"] == EXIT_HANG:
             dump_stacks()  # a process that waits for the one that is stuck may be the first to say so
         if not self._stopped.wait(_GRACE_SECONDS):
+            if untold := self._untold(failure):
+                _say(untold)
             end_process(failure["exit_code"])
 
-    def _failure(self) -> dict:
+    def _failure(self) -> dict[str, Any]:
+        """The first one, which is also known when the store is gone."""
         assert self.store is not None
-        return json.loads(self.store.get(_FAILED).decode())
+        if self._known is None:
+            self._known = json.loads(self.store.get(_FAILED).decode())
+        return self._known
+
+    def _untold(self, failure: dict) -> str:
+        """Why another machine's process failed, for the first process of this one to say; else nothing."""
+        if failure["rank"] in {self.rank, *self._neighbours} or min(self._neighbours, default=self.rank) < self.rank:
+            return ""
+        return f"rank {failure['rank']}, on another machine: {failure['message']}"
 
     def _lost(self) -> ProcessLost | None:
         """A process of this machine that is gone without a word."""
@@ -171,13 +203,18 @@ class Peers:
             if not _is_alive(pid) and not self.store.check([self._left(rank)]) and not self.store.check([_FAILED]):
                 return ProcessLost(
                     f"the process of rank {rank} (pid {pid}) is gone without a word",
-                    fix="look for kill -9, a crash, or the system's out-of-memory killer (dmesg); then run again",
+                    fix=_LOOK,
                 )
         return None
 
     @staticmethod
     def _left(rank: int) -> str:
         return f"llava-llama31/left/{rank}"
+
+
+def _say(message: str) -> None:
+    """For the thread that watches; the main one raises."""
+    print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _ignore_launcher() -> None:

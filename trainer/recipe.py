@@ -286,6 +286,19 @@ class Evaluation(_Frozen):
     """Also score the untrained model, and the trained one with pictures shuffled between questions."""
 
 
+class Publish(_Frozen):
+    """Where the model goes on the Hub; the token stays in the environment."""
+
+    repo_id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """OWNER/NAME; the name of a model made from Llama begins with Llama."""
+    private: bool = False
+    """Leave the repository private; it is while the run trains and until the model has passed the gate."""
+    collection: str | None = None
+    """Slug of a collection to put it into."""
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = "end"
+    """Also push each save as a revision that opens (`every_save`), with what resuming it needs (`checkpoint`)."""
+
+
 class Recipe(_Frozen):
     """All of a run; see `trainer/recipes/` for complete ones."""
 
@@ -297,6 +310,7 @@ class Recipe(_Frozen):
     model: Model
     stages: dict[str, Stage] = Field(min_length=1)
     evaluation: Evaluation | None = None
+    publish: Publish | None = None
     device_watts: PositiveFloat | None = None
     """Mean power of one device while it trains, as measured; the model card's energy follows from it."""
 

@@ -4,7 +4,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -29,11 +29,14 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.presets import PRESETS, check_ocr
 from llava_llama31.trainer.evaluation.questions import load_questions
 from llava_llama31.trainer.evaluation.textvqa import derangement
-from llava_llama31.trainer.finish import base_models_of, finish, licence_texts
+from llava_llama31.trainer.finish import SUMMARY, base_models_of, finish, licence_texts
 from llava_llama31.trainer.guard import SAVE_NOW
 from llava_llama31.trainer.hub import local_checkpoint
 from llava_llama31.trainer.peers import Peers
-from llava_llama31.trainer.recipe import CHANGEABLE, Recipe, derive
+from llava_llama31.trainer.publishing.beforehand import check_beforehand, check_strategy
+from llava_llama31.trainer.publishing.command import publish_run
+from llava_llama31.trainer.publishing.pusher import Pusher, pushing
+from llava_llama31.trainer.recipe import CHANGEABLE, Recipe, Stage, derive
 from llava_llama31.trainer.signals import Signals
 from llava_llama31.trainer.stage_data import check_stage
 from llava_llama31.trainer.stages import FINAL, StageRun, finished_record, run_stage
@@ -41,7 +44,7 @@ from llava_llama31.trainer.training_args import check_deepspeed, check_trainer_a
 from llava_llama31.trainer.watchdog import start_fork_server
 
 
-RECIPE, SUMMARY, ELAPSED, BASE, SHARED = "recipe.json", "summary.json", "elapsed.json", "base", ".shared"
+RECIPE, ELAPSED, BASE, SHARED = "recipe.json", "elapsed.json", "base", ".shared"
 
 
 def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) -> dict[str, Any] | None:
@@ -84,46 +87,77 @@ def _run(
         forget_deepspeed()
         if (output / SUMMARY).is_file():
             console.print(f"{recipe.name} is done: {output / SUMMARY}")
-            return checkpoints.read_json(output / SUMMARY) if state.is_main_process else None
+            if not state.is_main_process:
+                return None
+            return publish_run(recipe.publish, output, checkpoints.read_json(output / SUMMARY), console.print)
         preflight(recipe.model_copy(update={"stages": stages}), state.num_processes)
+        record = None
         if state.is_main_process:
             prepare(recipe, output, console)
+            record = _check_publishing(recipe, output, console, command)
             _check_all(recipe, output)
         state.wait_for_everyone()
-        base = base_of(recipe, output)
-        origin, records = base, []
-        for name, stage in stages.items():
-            folder = stage_folder(output, recipe, name)
-            if stage.init_from != "previous":
-                origin = local_checkpoint(stage.init_from, where=f"stages.{name}.init_from")
-            # the main process reads all of its weights to be sure; the others believe it
-            (record,) = broadcast_object_list([finished_record(folder) if state.is_main_process else None])
-            if record is None:
-                folder.mkdir(parents=True, exist_ok=True)
-                run = StageRun(
-                    name,
-                    stage,
-                    folder,
-                    origin,
-                    recipe.seed,
-                    state.num_processes,
-                    state.is_main_process,
-                    console,
-                    signals,
-                    peers,
-                    recipe.evaluation,
-                    output / SAVE_NOW if state.is_main_process else None,
-                )
-                record = run_stage(run)
-            else:
-                console.print(f"stage {name} is done: {folder / FINAL}")
-            records.append(record)
-            origin = folder / FINAL
-        if not state.is_main_process:
-            return None
-        summary = finish(recipe, output, base, origin, records, console, command=command, minutes=minutes)
+        with pushing(recipe, output, record, console.print) as pusher:
+            base, origin, records = _run_stages(recipe, stages, output, console, signals, state, peers, pusher)
+            if not state.is_main_process:
+                return None
+            summary = finish(recipe, output, base, origin, records, console, command=command, minutes=minutes)
+            if pusher is not None:
+                summary["saves"] = pusher.close(finish=True)
         checkpoints.write_json(output / SUMMARY, summary)
-        return summary
+        return publish_run(recipe.publish, output, summary, console.print)
+
+
+def _run_stages(
+    recipe: Recipe,
+    stages: Mapping[str, Stage],
+    output: Path,
+    console: Console,
+    signals: Signals,
+    state: PartialState,
+    peers: Peers,
+    pusher: Pusher | None,
+) -> tuple[Path, Path, list[dict[str, Any]]]:
+    """Every stage that is not done, in turn; returns the base, the weights of the last one, and the records."""
+    base = base_of(recipe, output)
+    origin, records = base, []
+    for name, stage in stages.items():
+        folder = stage_folder(output, recipe, name)
+        if stage.init_from != "previous":
+            origin = local_checkpoint(stage.init_from, where=f"stages.{name}.init_from")
+        # the main process reads all of its weights to be sure; the others believe it
+        (record,) = broadcast_object_list([finished_record(folder) if state.is_main_process else None])
+        if record is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            run = StageRun(
+                name,
+                stage,
+                folder,
+                origin,
+                recipe.seed,
+                state.num_processes,
+                state.is_main_process,
+                console,
+                signals,
+                peers,
+                recipe.evaluation,
+                output / SAVE_NOW if state.is_main_process else None,
+                pusher,
+            )
+            record = run_stage(run)
+        else:
+            console.print(f"stage {name} is done: {folder / FINAL}")
+        records.append(record)
+        origin = folder / FINAL
+    return base, origin, records
+
+
+def _check_publishing(recipe: Recipe, output: Path, console: Console, command: str) -> dict[str, Any] | None:
+    """What would keep the run from being published; the record of its cards, where it is to be."""
+    if recipe.publish is None:
+        return None
+    base, begun = base_of(recipe, output), _has_begun(output)
+    return check_beforehand(recipe, recipe.publish, base, command=command, begun=begun, say=console.print)
 
 
 def check_shared(output: Path, state: PartialState) -> None:
@@ -171,6 +205,8 @@ def preflight(recipe: Recipe, num_processes: int) -> None:
     Raises:
         UserError: naming what to mend.
     """
+    if recipe.publish is not None:
+        check_strategy(recipe.publish, recipe.stages)
     for name, stage in recipe.stages.items():
         where = f"stages.{name}"
         derive(stage, stage.global_batch, num_processes, where=where)
@@ -277,11 +313,16 @@ def _settle_recipe(recipe: Recipe, output: Path) -> None:
     """Write down what the folder is for; before the first checkpoint of a run it may still change."""
     now = recipe.model_dump(mode="json")
     before = _recipe_of(output) if (output / RECIPE).is_file() else now
-    if any(output.glob("stages/*/checkpoint-*")) or any(output.glob(f"stages/*/{FINAL}")):
+    if _has_begun(output):
         _refuse_changes(before, now, output)
     elif before["model"] != now["model"] or before["seed"] != now["seed"]:
         checkpoints.remove(output / BASE)
     checkpoints.write_json(output / RECIPE, now)
+
+
+def _has_begun(output: Path) -> bool:
+    """Whether there is a checkpoint."""
+    return any(output.glob("stages/*/checkpoint-*")) or any(output.glob(f"stages/*/{FINAL}"))
 
 
 def _recipe_of(output: Path) -> dict[str, Any]:
@@ -294,7 +335,8 @@ def _recipe_of(output: Path) -> dict[str, Any]:
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
-    free = ("description", "device_watts", *CHANGEABLE)
+    free = ("description", "device_watts", "hub_id", *CHANGEABLE)
+    before, now = before | {"publish": None}, now | {"publish": None}  # which changes nothing of the training
     changes = [change for change in _differences(before, now) if change[0].rpartition(".")[2] not in free]
     if changes:
         listed = "; ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in changes[:5])

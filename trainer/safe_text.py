@@ -16,6 +16,7 @@ SECRET_VARIABLES = (
     "AWS_SECRET_ACCESS_KEY",
 )
 HIDDEN = "***"
+LONGEST_MESSAGE = 10_000
 
 _ID_LENGTH = 200
 # the Hub's tokens, headers that carry one, and the signatures of uploads

@@ -46,13 +46,17 @@ class Signals:
         Raises:
             KeyboardInterrupt, Interrupted: outside of training.
         """
-        name = signal.Signals(number).name
-        if not self._deferring:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            raise Interrupted(f"stopped by {name}; the same command goes on from the last checkpoint")
-        if self.received is not None:
+        if self._deferring and self.received is not None:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received = signal.Signals(number)
-        logger.warning("%s: saving at the end of this step; once more stops at once", name)
+        if not self._deferring:
+            self.act()
+        logger.warning("%s: saving at the end of this step; once more stops at once", self.received.name)
+
+    def act(self) -> None:
+        """Stop by what was received: where it came after the last step, nobody has acted on it yet."""
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received is not None:
+            raise Interrupted(f"stopped by {self.received.name}; the same command goes on from the last checkpoint")

@@ -47,6 +47,7 @@ from llava_llama31.trainer.meter import Meter
 from llava_llama31.trainer.module_groups import GroupReport
 from llava_llama31.trainer.out_of_memory import explained
 from llava_llama31.trainer.peers import Peers
+from llava_llama31.trainer.publishing.pusher import Pusher, PushSaves
 from llava_llama31.trainer.recipe import Derived, Evaluation, Stage, derive
 from llava_llama31.trainer.signals import Signals
 from llava_llama31.trainer.stage_data import StageData, batch_order, load_stage_data, within_row_limit
@@ -85,6 +86,7 @@ class StageRun:
     peers: Peers
     evaluation: Evaluation | None = None
     save_now: Path | None = None
+    pusher: Pusher | None = None
 
     @property
     def final(self) -> Path:
@@ -235,10 +237,14 @@ def _trainer(
         decay_all_parameters="decay_all_parameters" in stage.quirks,
         only_trainable=stage.lora is not None,
         questions=_questions(run),
-        callbacks=[StageProgress(run.console, run.name)],
+        callbacks=[StageProgress(run.console, run.name), *_pushes(run)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _pushes(run: StageRun) -> list[PushSaves]:
+    return [PushSaves(run.pusher, run.name, run.stage, run.origin)] if run.pusher is not None else []
 
 
 def _guard(run: StageRun) -> Guard:
@@ -314,6 +320,7 @@ def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived) -> None:
             "run the same command again to go on",
             agreed=True,
         )
+    run.signals.act()
 
 
 def _newest_checkpoint(run: StageRun) -> Path | None:
@@ -397,6 +404,8 @@ def _publish(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -> No
 
 
 def _write_final(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -> None:
+    if run.is_main:
+        checkpoints.sweep(run.folder)
     staging = checkpoints.stage(run.final) if run.is_main else run.final
     if run.stage.lora is not None:
         adapted = _whole_adapted(run, trainer)

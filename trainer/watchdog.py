@@ -14,8 +14,8 @@ from multiprocessing import forkserver
 from llava_llama31.trainer.errors import EXIT_HANG, Hang, ProcessLost, UserError
 
 
-# after the dump of stacks
-_GRACE_SECONDS = 1.0
+# after the dump of stacks: for data workers to write theirs, and for other processes to read why this one ends
+_GRACE_SECONDS = 2.5
 
 
 class Watchdog:

@@ -4,33 +4,33 @@ The rules read files and run nothing; `doors.py` then opens the folder in clean 
 anybody else would get it: what training knows of the model does not count.
 """
 
-import ast
-import io
 import json
 import math
-import os
-import pickletools
 import re
-import sys
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard, get_token
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
 from llava_llama31.model_card.card import LLAMA31, LLAMA31_NOTICE, LLAMA31_POLICY, LLAMA31_TITLE
-from llava_llama31.trainer.checkpoints import MANIFEST, sha256
+from llava_llama31.trainer.checkpoints import MANIFEST
+from llava_llama31.trainer.publishing.contents import CARD, CARD_ERRORS, EXPORT_AGAIN, Contents, Finding, mapping
+from llava_llama31.trainer.publishing.gate_code import check_code
+from llava_llama31.trainer.publishing.gate_files import (
+    TRAINING_STATE,
+    check_entries,
+    check_extensions,
+    check_manifest,
+    check_paths,
+    check_pickle,
+    check_secrets,
+    check_training_state,
+)
 
 
 ARCHITECTURE, MODEL_TYPE, STOCK_PROCESSOR = "LlavaNextForConditionalGeneration", "llava_next", "LlavaNextProcessor"
-CARD = "README.md"
-EXPORT_AGAIN = "write it again: llava-llama31 export RUN"
 REQUIRED = (
     "config.json",
     "generation_config.json",
@@ -42,108 +42,17 @@ REQUIRED = (
     "LICENSE",
     MANIFEST,
 )
-# what a person may add to an export or edit in it
-EDITABLE = frozenset((CARD, "LICENSE", "NOTICE", "USE_POLICY.md"))
 # licences whose terms our export puts into a NOTICE
 NOTICE_LICENCES = (LLAMA31, "apache-2.0")
-AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText")
-SUFFIXES = frozenset(
-    (".json", ".jsonl", ".jinja", ".md", ".model", ".py", ".safetensors", ".txt", ".yaml")
-    + (".png", ".jpg", ".jpeg", ".webp")
-)
-NAMES = frozenset(("LICENSE", "LICENSE-Apache-2.0", "NOTICE", ".gitattributes"))
-TRAINING_STATE = re.compile(
-    r"(training_args|optimizer|scheduler|scaler|rng_state\w*|trainer_state|train_state)\.(bin|pt|pth|json|safetensors)"
-)
-TEXT_SUFFIXES = frozenset((".json", ".jsonl", ".jinja", ".md", ".py", ".txt", ".yaml", ""))
-
-MAX_CODE_FILES = 4
-CODE_MAY_IMPORT = frozenset((*sys.stdlib_module_names, "torch", "transformers", "numpy", "PIL")) - frozenset(
-    ("subprocess", "socket", "socketserver", "ssl", "urllib", "http", "ftplib", "smtplib", "telnetlib", "asyncio")
-    + ("ctypes", "pickle", "marshal", "shelve", "pty", "multiprocessing", "webbrowser", "xmlrpc", "runpy", "code")
-)
-CODE_MAY_NOT_CALL = frozenset(("eval", "exec", "compile", "__import__", "open", "input", "breakpoint"))
-OS_MAY_NOT_CALL = re.compile(r"system|popen|startfile|fork\w*|kill\w*|(exec|spawn|posix_spawn)\w*")
-
-SECRETS = {
-    "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}|\bapi_org_[A-Za-z0-9]{30,}",
-    "an OpenAI or Anthropic key": rb"\bsk-[A-Za-z0-9_-]{20,}",
-    "an AWS key": rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-    "a GitHub token": rb"\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_\w{22,}",
-    "a Google key": rb"\bAIza[0-9A-Za-z_-]{35}",
-    "a Slack token": rb"\bxox[abprs]-[0-9A-Za-z-]{10,}",
-    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+# where files may name classes, and which ones: Transformers would fetch OWNER/NAME--module.Class from elsewhere
+AUTO_MAPS = {
+    "config.json": ("AutoConfig", "AutoModel", "AutoModelForImageTextToText"),
+    "processor_config.json": ("AutoProcessor",),
 }
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
-_ROOTS = "home|Users|root|mnt|media|data|workspace|scratch|tmp|var|opt|srv|gpfs|lustre|nfs|fsx|private|work"
-_FOREIGN_PATH = re.compile(
-    rf"(?<![\w.:/~-])(?:/(?:{_ROOTS})/[\w.-]+/[\w./-]+|file:///[^\s\"']+|[A-Za-z]:\\Users\\\w+)"
-)
-_WHOLE_PATH = re.compile(r"(?:~|file:/)?(?:/[\w. -]+){2,}/?|[A-Za-z]:[\\/].+")
+# other keys by which a JSON file brings code, or a template beside chat_template.jinja
+FOREIGN_KEYS = ("custom_pipelines", "custom_generate", "chat_template")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _IMAGE = re.compile(r"<img[^>]*\bsrc=\"([^\"]+)\"|!\[[^\]]*\]\(([^)\s]+)")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Why a folder is not published."""
-
-    rule: str
-    file: str
-    what: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.what} (fix: {self.fix})"
-
-
-@dataclass(frozen=True)
-class Contents:
-    """A folder as the rules see it.
-
-    Attributes:
-        folder: where its files lie.
-        name: under which it will be published, without the owner.
-    """
-
-    folder: Path
-    name: str
-
-    @cached_property
-    def files(self) -> dict[str, Path]:
-        """Relative name -> path, sorted."""
-        paths = sorted(path for path in self.folder.rglob("*") if not path.is_dir())
-        return {path.relative_to(self.folder).as_posix(): path for path in paths}
-
-    def read(self, file: str) -> str | None:
-        path = self.files.get(file)
-        return None if path is None else path.read_text(encoding="utf-8", errors="replace")
-
-    def read_json(self, file: str) -> dict[str, Any]:
-        """An object, empty where the file is missing or broken: `check_complete` names those."""
-        try:
-            content = json.loads(self.read(file) or "{}")
-        except ValueError:
-            return {}
-        return content if isinstance(content, dict) else {}
-
-    @cached_property
-    def card(self) -> Mapping[str, Any]:
-        """The card's metadata, empty where it cannot be read."""
-        try:
-            return ModelCard(self.read(CARD) or "", ignore_metadata_errors=True).data.to_dict()
-        except (ValueError, yaml.YAMLError):
-            return {}
-
-    @property
-    def is_adapter(self) -> bool:
-        return "adapter_config.json" in self.files
-
-    @property
-    def is_llama(self) -> bool:
-        """Whether Meta's licence governs the model, by anything in the folder that says so."""
-        llama_card = self.card.get("license") == LLAMA31 or "llama-3.1" in (self.card.get("tags") or [])
-        return llama_card or any(LLAMA31_TITLE in (self.read(file) or "").upper() for file in ("LICENSE", "NOTICE"))
 
 
 def check_complete(contents: Contents) -> Iterator[Finding]:
@@ -166,16 +75,15 @@ def check_complete(contents: Contents) -> Iterator[Finding]:
         if path.suffix == ".json":
             try:
                 json.loads(path.read_bytes())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield Finding("complete", file, f"is no JSON: {error}", EXPORT_AGAIN)
 
 
 def _mapped_modules(contents: Contents) -> dict[tuple[str, str], str]:
     """(file, Auto class) -> module of the folder that holds ours, empty where the file does not say."""
-    maps = {"config.json": AUTO_CLASSES, "processor_config.json": ("AutoProcessor",)}
     return {
-        (file, name): str((contents.read_json(file).get("auto_map") or {}).get(name, "")).partition(".")[0]
-        for file, names in maps.items()
+        (file, name): str(mapping(contents.read_json(file).get("auto_map")).get(name, "")).partition(".")[0]
+        for file, names in AUTO_MAPS.items()
         if file in contents.files
         for name in names
     }
@@ -191,7 +99,6 @@ def check_doors_named(contents: Contents) -> Iterator[Finding]:
             contents.read_json("processor_config.json").get("processor_class"),
             STOCK_PROCESSOR,
         ),
-        "tokenizer_config.json: auto_map": (contents.read_json("tokenizer_config.json").get("auto_map"), None),
     }
     for place, (found, wanted) in said.items():
         file, _, key = place.partition(": ")
@@ -202,136 +109,45 @@ def check_doors_named(contents: Contents) -> Iterator[Finding]:
         if stops is None or stops == []:
             fix = "set eos_token_id to the ids of <|end_of_text|>, <|eom_id|> and <|eot_id|>"
             yield Finding("doors-named", "generation_config.json", "no eos_token_id: answers would not end", fix)
+    for file in contents.files:
+        if file.endswith(".json"):
+            for key, value in _keys(contents.read_json(file)):
+                allowed = AUTO_MAPS.get(file, ()) if key == "auto_map" else ()
+                if key in FOREIGN_KEYS or (key.endswith("auto_map") and not _names_own_classes(value, allowed)):
+                    yield Finding("doors-named", file, f"{key} brings what is not in the folder", EXPORT_AGAIN)
 
 
-def check_extensions(contents: Contents) -> Iterator[Finding]:
-    """Only kinds of files that a model needs."""
-    for file, path in contents.files.items():
-        if path.suffix.lower() not in SUFFIXES and path.name not in NAMES:
-            yield Finding("extensions", file, "is no file of a model", f"remove {file}")
-
-
-def check_training_state(contents: Contents) -> Iterator[Finding]:
-    """No training_args.bin (it holds the Hub token) and nothing else that only training reads."""
-    for file, path in contents.files.items():
-        if TRAINING_STATE.fullmatch(path.name):
-            yield Finding(
-                "training-state", file, "is training state", f"remove {file}: nobody needs it to use the model"
-            )
-
-
-def check_pickle(contents: Contents) -> Iterator[Finding]:
-    """No pickled object, whatever the file is called and wherever in it the pickle begins."""
-    for file, path in contents.files.items():
-        with path.open("rb") as stream:
-            content = stream.read(1 << 20) if path.suffix == ".safetensors" else stream.read()
-        if content.startswith(b"PK\x03\x04") or zipfile.is_zipfile(io.BytesIO(content)):
-            yield Finding("pickle", file, "is a ZIP archive, as pickled checkpoints are", _no_pickle(file))
-        elif _holds_pickle(content, anywhere=path.suffix != ".safetensors"):
-            yield Finding("pickle", file, "holds a pickled object, which runs code when it is read", _no_pickle(file))
-
-
-def _no_pickle(file: str) -> str:
-    return f"remove {file}; weights are safetensors, all else JSON"
-
-
-def _holds_pickle(content: bytes, *, anywhere: bool) -> bool:
-    starts = {0} | ({match.start() for match in re.finditer(rb"\x80[\x02-\x05]", content)} if anywhere else set())
-    return any(_is_pickle(content[start:]) for start in starts)
-
-
-def _is_pickle(content: bytes) -> bool:
-    """Whether the bytes are a pickle up to its end: one that imports a name, or one that says its protocol at once."""
-    imports = False
-    try:
-        for opcode, _, position in pickletools.genops(content):
-            imports |= opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")
-            if opcode.name == "STOP":
-                whole = content[:1] == b"\x80" and position == len(content) - 1
-                return imports or whole
-    except (ValueError, IndexError, OverflowError):  # how pickletools says that it is none
-        return False
-    return False
-
-
-def check_secrets(contents: Contents) -> Iterator[Finding]:
-    """No token or key; what is found is not repeated."""
-    held = {name: os.environ.get(name) for name in SECRET_VARIABLES} | {"the Hub's token of this machine": get_token()}
-    for file, path in contents.files.items():
-        content = _header(path) if path.suffix == ".safetensors" else path.read_bytes()
-        for kind, pattern in SECRETS.items():
-            if re.search(pattern, content):
-                yield Finding("secrets", file, f"holds what looks like {kind}", f"take it out of {file}, revoke it")
-                break
-        else:
-            for name, value in held.items():
-                if value and len(value) >= 8 and value.encode() in content:
-                    yield Finding(
-                        "secrets", file, f"holds the value of {name}", f"take it out of {file} and revoke it"
-                    )
-                    break
-
-
-def _header(path: Path) -> bytes:
-    """The JSON at the start of a safetensors file."""
-    with path.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        return stream.read(min(size, 100_000_000))
-
-
-def check_paths(contents: Contents) -> Iterator[Finding]:
-    """No path of a machine in what people read: it tells names and means nothing elsewhere."""
-    here = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), contents.folder.resolve()} - {Path("/")}
-    mine = re.compile("|".join(rf"(?<![\w.:/-]){re.escape(str(path))}/" for path in sorted(here)))
-    for file, path in contents.files.items():
-        if path.suffix not in TEXT_SUFFIXES:
-            continue
-        text = contents.read(file) or ""
-        shown = _matched(mine, text)
-        if not shown and path.name != "tokenizer.json":  # a vocabulary has pieces of paths
-            whole = _whole_paths(contents.read_json(file)) if path.suffix == ".json" else iter(())
-            shown = _matched(_FOREIGN_PATH, text) or next(whole, "")
-        if shown:
-            yield Finding("paths", file, f"holds a path of a machine: {shown!r}", f"take it out of {file}")
-
-
-def _matched(pattern: re.Pattern[str], text: str) -> str:
-    found = pattern.search(text)
-    return found[0] if found else ""
-
-
-def _whole_paths(value: Any) -> Iterator[str]:
-    """String values that are an absolute path and nothing else."""
-    if isinstance(value, str):
-        if _WHOLE_PATH.fullmatch(value):
-            yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _whole_paths(item)
+def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of nested objects with its value; the name of one within another starts with a dot."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key if key in FOREIGN_KEYS else f"{prefix}{key}", item
+            yield from _keys(item, ".")
     elif isinstance(value, list):
         for item in value:
-            yield from _whole_paths(item)
+            yield from _keys(item, ".")
 
 
-def check_manifest(contents: Contents) -> Iterator[Finding]:
-    """Files are those that the export wrote, bit by bit, but for the card and the licences."""
-    if MANIFEST not in contents.files:
-        return
-    listed = {entry["name"]: entry for entry in contents.read_json(MANIFEST).get("files") or []}
-    for file in contents.files.keys() - listed.keys() - EDITABLE - {MANIFEST, ".gitattributes"}:
-        yield Finding("manifest", file, f"is not in {MANIFEST}", f"remove {file}, or {EXPORT_AGAIN}")
-    for file in listed.keys() - EDITABLE:
-        path = contents.files.get(file)
-        if path is None:
-            yield Finding("manifest", file, f"is in {MANIFEST} and missing here", EXPORT_AGAIN)
-        elif path.stat().st_size != listed[file]["size"] or sha256(path) != listed[file]["sha256"]:
-            yield Finding("manifest", file, "is not the file that was exported", EXPORT_AGAIN)
+def _names_own_classes(value: Any, allowed: tuple[str, ...]) -> bool:
+    """Whether an auto_map names classes in the folder's own files, of these kinds and no others."""
+    if not isinstance(value, dict) or not value.keys() <= set(allowed):
+        return False
+    return all(isinstance(name, str) and re.fullmatch(r"\w+\.\w+", name) for name in value.values())
+
+
+def check_template(contents: Contents) -> Iterator[Finding]:
+    """The chat template is ours, which the model was trained on, and the only one."""
+    from llava_llama31.processing import CHAT_TEMPLATE
+
+    for file in (file for file in contents.files if file.endswith(".jinja")):
+        if file != "chat_template.jinja":
+            yield Finding("template", file, "is a second chat template", f"remove {file}")
+        elif contents.read(file) != CHAT_TEMPLATE and contents.files[file].stat().st_size > 0:
+            yield Finding("template", file, "is not the template that the model was trained on", EXPORT_AGAIN)
 
 
 def check_tensors(contents: Contents) -> Iterator[Finding]:
     """Weights are exactly those that the configuration makes, in the files that the index names."""
-    if contents.is_adapter:
-        return
     shapes: dict[str, tuple[int, ...]] = {}
     holders: dict[str, str] = {}
     for file in (file for file in contents.files if file.endswith(".safetensors")):
@@ -364,7 +180,7 @@ def _index_findings(contents: Contents, holders: dict[str, str]) -> Iterator[Fin
         what = "stands beside an index: it would be loaded instead of the shards"
         yield Finding("tensors", "model.safetensors", what, "remove the stale one")
         return
-    weight_map = contents.read_json(index).get("weight_map") or {}
+    weight_map = mapping(contents.read_json(index).get("weight_map"))
     wrong = sorted(name for name in weight_map.keys() | holders.keys() if weight_map.get(name) != holders.get(name))
     if wrong:
         yield Finding("tensors", index, f"does not say where {wrong[0]} is ({len(wrong)} such)", EXPORT_AGAIN)
@@ -408,7 +224,7 @@ def check_card(contents: Contents) -> Iterator[Finding]:
         return
     try:
         data = ModelCard(text).data
-    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except CARD_ERRORS as error:
         reason = " ".join(str(error).split())
         yield Finding(
             "card", CARD, f"its metadata cannot be read: {reason}", "mend the YAML between the first two ---"
@@ -463,58 +279,22 @@ def check_licence(contents: Contents) -> Iterator[Finding]:
 
 
 def check_adapters(contents: Contents) -> Iterator[Finding]:
-    """Adapters are merged: the folder must open without PEFT and without another model's weights."""
-    config = contents.read_json("adapter_config.json")
+    """Only merged models are published: they open without PEFT and without another model's weights."""
     if not contents.is_adapter:
         return
+    config = contents.read_json("adapter_config.json")
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     pinned = isinstance(base, str) and _HUB_ID.fullmatch(base) and revision
-    also = "" if pinned else ", and name no base model on the Hub with its revision"
-    fix = "merge them (peft: merge_and_unload), save, and publish the whole model"
-    yield Finding("adapters", "adapter_config.json", f"adapters are not merged{also}", fix)
-
-
-def check_code(contents: Contents) -> Iterator[Finding]:
-    """Remote code is short and plain: no network, no processes, no eval, imports that every machine has."""
-    code = {file: path for file, path in contents.files.items() if path.suffix == ".py"}
-    if len(code) > MAX_CODE_FILES:
-        last = sorted(code)[-1]
-        yield Finding("code", last, f"is one of {len(code)} code files, at most {MAX_CODE_FILES}", f"remove {last}")
-    siblings = {path.stem for file, path in code.items() if "/" not in file}
-    siblings |= set(_mapped_modules(contents).values())  # those that are missing are named by check_complete
-    for file in code:
-        for what in code_problems(contents.read(file) or "", siblings):
-            yield Finding("code", file, what, f"{file} comes from this package; {EXPORT_AGAIN}")
-
-
-def code_problems(source: str, siblings: set[str]) -> list[str]:
-    """What a file that goes to the Hub does against the import law."""
-    try:
-        nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.expr | ast.stmt)]
-    except (SyntaxError, ValueError) as error:
-        return [f"is no Python: {error}"]
-    problems = []
-    for node in nodes:
-        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            name = node.module or ""
-            if node.level and (node.level > 1 or name not in siblings):
-                problems.append(f"line {node.lineno}: {'.' * node.level}{name} is not a file beside it")
-            modules = [] if node.level else [name]
-        for module in modules:
-            if module.split(".")[0] not in CODE_MAY_IMPORT:
-                problems.append(f"line {node.lineno}: imports {module}")
-        match node:  # a Name is what a call of a built-in is made through
-            case ast.Name(id=name) if name in CODE_MAY_NOT_CALL:
-                problems.append(f"line {node.lineno}: uses {name}")
-            case ast.Attribute(value=ast.Name(id="os"), attr=name) if OS_MAY_NOT_CALL.fullmatch(name):
-                problems.append(f"line {node.lineno}: uses os.{name}")
-    return problems
+    also = "" if pinned else ", and they name no base model on the Hub with its revision"
+    fix = "publish the run, whose export has them merged; elsewhere: PEFT's merge_and_unload, then save_pretrained"
+    yield Finding("adapters", "adapter_config.json", f"this is a folder of adapters{also}", fix)
 
 
 RULES: tuple[Callable[[Contents], Iterator[Finding]], ...] = (
     check_complete,
     check_doors_named,
+    check_template,
+    check_entries,
     check_extensions,
     check_training_state,
     check_pickle,
@@ -529,7 +309,13 @@ RULES: tuple[Callable[[Contents], Iterator[Finding]], ...] = (
 )
 
 
-def check_folder(folder: Path, name: str) -> list[Finding]:
-    """Everything that keeps a folder from being published under this name (without the owner)."""
-    contents = Contents(folder, name)
+def check_folder(folder: Path, name: str, links_within: Path | None = None) -> list[Finding]:
+    """Everything that keeps a folder from being published under this name (without the owner).
+
+    Args:
+        links_within: folder that symbolic links may lead into, as those of the Hub's cache do; default: none.
+    """
+    contents = Contents(folder, name, links_within)
+    if contents.is_adapter:
+        return list(check_adapters(contents))
     return [finding for rule in RULES for finding in rule(contents)]

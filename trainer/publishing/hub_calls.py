@@ -27,7 +27,7 @@ FIXES = {
     401: "set HF_TOKEN to a valid token with write access, or `hf auth login`",
     402: "the account cannot pay for that; see its billing settings",
     403: "the token needs write access to this repository (fine-grained: `repo.write` of its owner)",
-    404: "check --repo-id, and that the token may see it",
+    404: "check the name of repository and collection, and that the token may see it",
     409: "somebody changed the repository meanwhile; close the pull request there",
     412: "somebody commits to the repository at the same time; wait for them",
     413: "a file is too large for the Hub; export again, which cuts weights into 5 GB files",

@@ -5,111 +5,25 @@ failure with no second pull request and no second commit. What is published is k
 pull request and the tag hold a hash of all names and contents.
 """
 
-import hashlib
-import json
-import logging
-import os
-import shlex
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo, RepoFile
-from huggingface_hub.utils import logging as hub_logging
 
-from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.publishing.contents import CARD, Finding
 from llava_llama31.trainer.publishing.doors import Doors, empty_cache, fetch, open_doors
-from llava_llama31.trainer.publishing.gate import CARD, RULES, Contents, check_folder, check_manifest
-from llava_llama31.trainer.publishing.hub_calls import attempt, redact
+from llava_llama31.trainer.publishing.gate import RULES, check_folder
+from llava_llama31.trainer.publishing.hub_calls import attempt
+from llava_llama31.trainer.publishing.release import REMOTE_ONLY, Release
 
 
-STAGED = "publish"
-REMOTE_ONLY = frozenset((".gitattributes",))  # the Hub's own
-NUM_HASH_DIGITS = 12
 MAX_FINDINGS = 12
-
-
-@dataclass(frozen=True)
-class LocalFile:
-    """A file to be published."""
-
-    path: Path
-
-    @property
-    def size(self) -> int:
-        return self.path.stat().st_size
-
-    @cached_property
-    def sha256(self) -> str:
-        return checkpoints.sha256(self.path)
-
-    @cached_property
-    def git_oid(self) -> str:
-        digest = hashlib.sha1(b"blob %d\0" % self.size)
-        with self.path.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-        return digest.hexdigest()
-
-    def equals(self, remote: RepoFile) -> bool:
-        if remote.lfs is not None:
-            return remote.lfs.sha256 == self.sha256
-        return remote.blob_id == self.git_oid
-
-
-@dataclass(frozen=True)
-class Release:
-    """What is published, where to, and how to go on after a failure.
-
-    Attributes:
-        folder: that holds all of it and nothing else.
-        private: whether the repository stays hidden when all is done.
-        resume: the command that goes on.
-    """
-
-    folder: Path
-    repo_id: str
-    private: bool
-    resume: str
-
-    @property
-    def name(self) -> str:
-        return self.repo_id.rpartition("/")[2]
-
-    @cached_property
-    def files(self) -> dict[str, LocalFile]:
-        paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        names = {path.relative_to(self.folder).as_posix(): LocalFile(path) for path in paths}
-        return {name: file for name, file in names.items() if name not in REMOTE_ONLY}
-
-    @cached_property
-    def content(self) -> str:
-        """Hash of all names and contents."""
-        listed = json.dumps([[name, file.sha256] for name, file in self.files.items()])
-        return hashlib.sha256(listed.encode()).hexdigest()[:NUM_HASH_DIGITS]
-
-    @property
-    def title(self) -> str:
-        return f"Publish {self.name}, content {self.content}"
-
-    @property
-    def tag(self) -> str:
-        return f"content-{self.content}"
-
-    def equals(self, tree: Mapping[str, RepoFile]) -> bool:
-        """Whether a revision holds these files and no others."""
-        if tree.keys() - REMOTE_ONLY != self.files.keys():
-            return False
-        return all(file.equals(tree[name]) for name, file in self.files.items())
 
 
 CheckFolder = Callable[[Path], Doors]
@@ -130,11 +44,15 @@ def doors_of_revision(release: Release, revision: str) -> Doors:
             return fetch(release.repo_id, revision, cache)
 
         folder = attempt(f"download of {revision[:8]}", download, resume=release.resume)
-        refuse(check_folder(folder, release.name), where=f"{release.repo_id}@{revision[:8]}")
+        # the cache holds links to its blobs
+        refuse(
+            check_folder(folder, release.name, links_within=folder.parents[1]),
+            where=f"{release.repo_id}@{revision[:8]}",
+        )
         return open_doors(release.repo_id, cache, revision=revision)
 
 
-def refuse(findings: list[Any], *, where: str) -> None:
+def refuse(findings: Sequence[Finding], *, where: str) -> None:
     """Raise what the gate found, if anything."""
     if findings:
         shown = "; ".join(map(str, findings[:MAX_FINDINGS]))
@@ -157,13 +75,15 @@ def publish(
     """
     refuse(check_folder(release.folder, release.name), where=str(release.folder))
     api = HfApi()
-    info = _preflight(api, release)
-    tree = attempt("file list", lambda: _tree(api, release, "main"), resume=release.resume) if info else {}
+    check_free_space(sum(file.size for file in release.files.values()))
+    card = release.files[CARD].path.read_text(encoding="utf-8")
+    info = check_target(api, release.repo_id, card, release.collection, resume=release.resume)
+    tree = attempt("file list", lambda: tree_of(api, release, "main"), resume=release.resume) if info else {}
     if dry_run:
         return _plan(release, info, tree)
     say(f"{len(release.files)} files pass {len(RULES)} rules; opening both doors")
     local = check_local(release.folder)
-    attempt("repository", lambda: _ensure_repo(api, release), resume=release.resume)
+    attempt("repository", lambda: ensure_repo(api, release), resume=release.resume)
     published = attempt("file list", lambda: _published(api, release), resume=release.resume)
     pull_request = None
     if published is None:
@@ -174,14 +94,16 @@ def publish(
     else:
         say(f"{release.repo_id} has this content; downloading it and opening both doors")
         _compare(local, check_published(release, published), release, published)
-    attempt("tag", lambda: _ensure_tag(api, release, published), resume=release.resume)
+    attempt("tag", lambda: ensure_tag(api, release, published, release.tag), resume=release.resume)
     attempt("visibility", lambda: _ensure_visibility(api, release), resume=release.resume)
+    attempt("collection", lambda: _ensure_collected(api, release), resume=release.resume)
     return {
         "repo": release.repo_id,
         "revision": published,
         "url": f"{api.endpoint}/{release.repo_id}/tree/{published}",
         "tag": release.tag,
         "private": release.private,
+        "collection": release.collection,
         "pull_request": pull_request,
         "checks": {
             "rules": [rule.__name__.removeprefix("check_") for rule in RULES],
@@ -209,21 +131,34 @@ def check_rights(api: HfApi, repo_id: str, *, resume: str) -> None:
         raise UserError(f"{user['name']} cannot write to {owner}", where="--repo-id", fix=fix)
 
 
-def _preflight(api: HfApi, release: Release) -> ModelInfo | None:
-    """Everything that can be known before anything is written; the repository if it is there."""
-    check_rights(api, release.repo_id, resume=release.resume)
-    attempt("card", lambda: ModelCard.load(release.folder / CARD).validate(), resume=release.resume)
-    size = sum(file.size for file in release.files.values())
+def check_target(api: HfApi, repo_id: str, card: str, collection: str | None, *, resume: str) -> ModelInfo | None:
+    """Ask the Hub, before anything is written, for all that it would refuse later; the repository if it is there.
+
+    Raises:
+        UserError: naming token, right, card or collection.
+    """
+    check_rights(api, repo_id, resume=resume)
+    attempt("card", lambda: ModelCard(card).validate(), resume=resume)
+    if collection is not None:
+        attempt("collection", lambda: api.get_collection(collection), resume=resume)
+    return attempt("repository", lambda: find_repo(api, repo_id), resume=resume)
+
+
+def check_free_space(size: int) -> None:
+    """The published files are downloaded for the check, which needs their size in the folder for temporary files.
+
+    Raises:
+        UserError: it is not there.
+    """
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if free < 1.1 * size:
-        what = f"the published files are downloaded for the check: {_size(size)}, and {_size(free)} are free"
+        what = f"the published files are downloaded for the check: {shown_size(size)}, and {shown_size(free)} are free"
         raise UserError(what, where=tempfile.gettempdir(), fix="free some space, or set TMPDIR to a larger disk")
-    return attempt("repository", lambda: _find_repo(api, release), resume=release.resume)
 
 
-def _find_repo(api: HfApi, release: Release) -> ModelInfo | None:
+def find_repo(api: HfApi, repo_id: str) -> ModelInfo | None:
     try:
-        return api.model_info(release.repo_id)
+        return api.model_info(repo_id)
     except RepositoryNotFoundError as error:
         if error.response.status_code == 401:
             raise
@@ -237,11 +172,13 @@ def _plan(release: Release, info: ModelInfo | None, tree: Mapping[str, RepoFile]
     if info is None:
         steps.append(f"create {release.repo_id}, private")
     if not same:
-        steps.append(f"upload {len(files)} files, {_size(sum(files.values()))}, in one commit as a pull request")
+        steps.append(f"upload {len(files)} files, {shown_size(sum(files.values()))}, in one commit as a pull request")
     steps.append("download that revision into an empty cache, check it, open both doors, compare logits and answers")
     if not same:
         steps.append("merge the pull request")
     steps += [f"tag it {release.tag}", f"leave the repository {'private' if release.private else 'public'}"]
+    if release.collection is not None:
+        steps.append(f"put it into the collection {release.collection}")
     return {
         "repo": release.repo_id,
         "dry_run": True,
@@ -252,8 +189,8 @@ def _plan(release: Release, info: ModelInfo | None, tree: Mapping[str, RepoFile]
     }
 
 
-def _ensure_repo(api: HfApi, release: Release) -> None:
-    info = _find_repo(api, release)
+def ensure_repo(api: HfApi, release: Release) -> None:
+    info = find_repo(api, release.repo_id)
     if info is None:
         api.create_repo(release.repo_id, private=True, exist_ok=True)
         info = api.model_info(release.repo_id)
@@ -261,12 +198,12 @@ def _ensure_repo(api: HfApi, release: Release) -> None:
         api.update_repo_settings(release.repo_id, private=True)
 
 
-def _tree(api: HfApi, release: Release, revision: str) -> dict[str, RepoFile]:
+def tree_of(api: HfApi, release: Release, revision: str) -> dict[str, RepoFile]:
     entries = api.list_repo_tree(release.repo_id, recursive=True, revision=revision)
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
-def _head(api: HfApi, release: Release, revision: str) -> str:
+def head_of(api: HfApi, release: Release, revision: str) -> str:
     head = api.model_info(release.repo_id, revision=revision).sha
     assert head is not None
     return head
@@ -274,8 +211,8 @@ def _head(api: HfApi, release: Release, revision: str) -> str:
 
 def _published(api: HfApi, release: Release) -> str | None:
     """Commit of the main revision if that holds exactly the release."""
-    head = _head(api, release, "main")
-    return head if release.equals(_tree(api, release, head)) else None
+    head = head_of(api, release, "main")
+    return head if release.equals(tree_of(api, release, head)) else None
 
 
 def _find_pull_request(api: HfApi, release: Release) -> tuple[int, str] | None:
@@ -290,8 +227,8 @@ def _ensure_pull_request(api: HfApi, release: Release) -> tuple[int, str]:
     """(number, commit) of a pull request that holds exactly the release."""
     found = _find_pull_request(api, release)
     revision = f"refs/pr/{found[0]}" if found else "main"
-    head = _head(api, release, revision)
-    tree = _tree(api, release, head)
+    head = head_of(api, release, revision)
+    tree = tree_of(api, release, head)
     if found and release.equals(tree):
         return found[0], head
     made = api.create_commit(
@@ -328,13 +265,18 @@ def _ensure_merged(api: HfApi, release: Release, number: int) -> str:
     )
 
 
-def _ensure_tag(api: HfApi, release: Release, revision: str) -> None:
-    api.create_tag(release.repo_id, tag=release.tag, revision=revision, exist_ok=True)
+def ensure_tag(api: HfApi, release: Release, revision: str, tag: str) -> None:
+    api.create_tag(release.repo_id, tag=tag, revision=revision, exist_ok=True)
 
 
 def _ensure_visibility(api: HfApi, release: Release) -> None:
     if bool(api.model_info(release.repo_id).private) != release.private:
         api.update_repo_settings(release.repo_id, private=release.private)
+
+
+def _ensure_collected(api: HfApi, release: Release) -> None:
+    if release.collection is not None:
+        api.add_collection_item(release.collection, release.repo_id, "model", exists_ok=True)
 
 
 def _compare(local: Doors, published: Doors, release: Release, revision: str) -> None:
@@ -346,93 +288,8 @@ def _compare(local: Doors, published: Doors, release: Release, revision: str) ->
         )
 
 
-def _size(size: float) -> str:
+def shown_size(size: float) -> str:
     units = ["B", "kB", "MB", "GB", "TB"]
     while size >= 1000:
         size, units = size / 1000, units[1:]
     return f"{size:.3g} {units[0]}"
-
-
-# --- from a run
-
-
-def stage_run(run: Path, repo_id: str) -> Path:
-    """RUN/publish: the run's export under its public name; files are linked, the card is written for `repo_id`.
-
-    Edited sections of the card in RUN/export stay; one without sections is a person's own and goes as it is.
-    """
-    from llava_llama31.model_card.sections import has_sections
-    from llava_llama31.trainer.finish import EXPORT, RECORD, card_text, export_again
-
-    export = run / EXPORT
-    if not (export / checkpoints.MANIFEST).is_file() or any(check_manifest(Contents(export, ""))):
-        export = export_again(run)
-    staged = checkpoints.stage(run / STAGED)
-    shutil.copytree(export, staged, copy_function=_link, dirs_exist_ok=True)
-    manifest = checkpoints.read_manifest(export)
-    (entry,) = (entry for entry in manifest["files"] if entry["name"] == CARD)
-    former = (export / CARD).read_text(encoding="utf-8")
-    if checkpoints.sha256(export / CARD) == entry["sha256"] or has_sections(former):
-        record = checkpoints.read_json(run / RECORD) | {"name": repo_id.rpartition("/")[2], "model_id": repo_id}
-        (staged / CARD).unlink()
-        (staged / CARD).write_text(card_text(record, former), encoding="utf-8")
-    entry |= {"size": (staged / CARD).stat().st_size, "sha256": checkpoints.sha256(staged / CARD)}
-    (staged / checkpoints.MANIFEST).unlink()
-    checkpoints.write_json(staged / checkpoints.MANIFEST, manifest)
-    checkpoints.remove(run / STAGED)
-    os.replace(staged, run / STAGED)
-    return run / STAGED
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # no hard links on this file system
-        shutil.copyfile(source, target)
-
-
-# --- the command
-
-
-def publish_command(source: str, repo_id: str, *, private: bool, dry_run: bool, json_output: bool) -> int:
-    """`llava-llama31 publish`: progress on stderr, the plan or the result on stdout."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    from llava_llama31.trainer.finish import RECORD
-
-    hub_logging.set_verbosity_error()  # its warnings show signed addresses
-    logging.getLogger("llava_llama31").setLevel(logging.WARNING)
-    path = Path(source)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(str(error), where="--repo-id", fix="OWNER/NAME") from None
-    if repo_id.count("/") != 1:
-        raise UserError(f"{repo_id!r} names no owner", where="--repo-id", fix="OWNER/NAME")
-    if not path.is_dir():
-        raise UserError("there is no such folder", where=source, fix="name a finished run or an exported folder")
-    is_run = (path / RECORD).is_file()
-    resume = ["llava-llama31", "publish", source, "--repo-id", repo_id, *(["--private"] if private else [])]
-    try:
-        with redirect_stdout(sys.stderr):  # libraries speak there when they are imported
-            folder = stage_run(path, repo_id) if is_run else path
-            release = Release(folder, repo_id, private, shlex.join(resume))
-            result = publish(release, dry_run=dry_run, say=lambda line: print(redact(line)))  # noqa: T201
-    except UserError as error:
-        raise UserError(redact(str(error))) from None
-    sys.stdout.write(redact(json.dumps(result) if json_output else _told(result)) + "\n")
-    return 0
-
-
-def _told(result: Mapping[str, Any]) -> str:
-    if "steps" not in result:
-        samples = [f"  {sample['question']} -> {sample['answer']}" for sample in result["checks"]["samples"]]
-        return "\n".join(
-            ["answers of the published model:", *samples, f"published: {result['url']} ({result['tag']})"]
-        )
-    steps = [f"{number}. {step}" for number, step in enumerate(result["steps"], start=1)]
-    files = [f"  {_size(size):>12}  {name}" for name, size in result["files"].items()]
-    removed = [f"  {'removed':>12}  {name}" for name in result["removed"]]
-    return "\n".join(
-        [f"{result['repo']}: nothing was written; this would be done", *steps, "files:", *files, *removed]
-    )

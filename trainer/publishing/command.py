@@ -1,0 +1,112 @@
+"""The command `publish`, and the end of a run whose recipe asks to be published."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import logging as hub_logging
+
+from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.errors import Unpublished, UserError
+from llava_llama31.trainer.publishing.hub_calls import redact
+from llava_llama31.trainer.publishing.publish import publish, shown_size
+from llava_llama31.trainer.publishing.release import Release, check_repo_id
+from llava_llama31.trainer.publishing.staging import stage_run
+from llava_llama31.trainer.recipe import Publish
+
+
+def publish_command(
+    source: str, repo_id: str, *, private: bool, collection: str | None, dry_run: bool, json_output: bool
+) -> int:
+    """`llava-llama31 publish`: progress on stderr, the plan or the result on stdout."""
+    check_repo_id(repo_id, "--repo-id")
+    path = Path(source)
+    if not path.is_dir():
+        raise UserError("there is no such folder", where=source, fix="name a finished run or an exported folder")
+    with redirect_stdout(sys.stderr):  # libraries speak there when they are imported
+        result = publish_folder(
+            path,
+            repo_id,
+            private=private,
+            collection=collection,
+            dry_run=dry_run,
+            say=lambda line: print(line),  # noqa: T201
+        )
+    sys.stdout.write(redact(json.dumps(result) if json_output else _told(result)) + "\n")
+    return 0
+
+
+def publish_folder(
+    path: Path, repo_id: str, *, private: bool, collection: str | None, dry_run: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Publish a finished run, or an exported folder; what is said and raised holds no token.
+
+    Raises:
+        UserError: what to mend, and the command that goes on.
+    """
+    from llava_llama31.trainer.finish import RECORD
+
+    hub_logging.set_verbosity_error()  # its warnings show signed addresses
+    resume = publish_line(path, repo_id, private=private, collection=collection)
+    try:
+        folder = stage_run(path, repo_id) if (path / RECORD).is_file() else path
+        release = Release(folder, repo_id, private, resume, collection)
+        return publish(release, dry_run=dry_run, say=lambda line: say(redact(line)))
+    except UserError as error:
+        raise UserError(redact(str(error))) from None
+
+
+def publish_run(
+    spec: Publish | None, output: Path, summary: dict[str, Any], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Publish a run that is done, where its recipe asks for it and unless it is; returns the summary, which tells.
+
+    Raises:
+        Unpublished: with the one command that publishes it.
+    """
+    from llava_llama31.trainer.finish import SUMMARY
+
+    told = summary.get("publish", {})
+    if spec is None or (told.get("repo") == spec.repo_id and told.get("published")):
+        return summary
+    resume = publish_line(output, spec.repo_id, private=spec.private, collection=spec.collection)
+    told = summary["publish"] = {"repo": spec.repo_id, "published": False, "resume": resume}
+    checkpoints.write_json(output / SUMMARY, summary)
+    try:
+        result = publish_folder(
+            output, spec.repo_id, private=spec.private, collection=spec.collection, dry_run=False, say=say
+        )
+    except (UserError, OSError) as error:
+        told["reason"] = redact(str(error))
+        checkpoints.write_json(output / SUMMARY, summary)
+        fix = "" if resume in str(error) else resume
+        what = f"the run is done, and its publication is outstanding: {told['reason']}"
+        raise Unpublished(what, where=str(output), fix=fix) from error
+    summary["publish"] = {"repo": spec.repo_id, "published": True} | {k: result[k] for k in ("revision", "url", "tag")}
+    checkpoints.write_json(output / SUMMARY, summary)
+    say(f"published: {result['url']} ({result['tag']})")
+    return summary
+
+
+def publish_line(path: Path, repo_id: str, *, private: bool, collection: str | None) -> str:
+    """The command that publishes, and goes on after a failure."""
+    options = [*(["--private"] if private else []), *(["--collection", collection] if collection else [])]
+    return shlex.join(["llava-llama31", "publish", str(path), "--repo-id", repo_id, *options])
+
+
+def _told(result: Mapping[str, Any]) -> str:
+    if "steps" not in result:
+        samples = [f"  {sample['question']} -> {sample['answer']}" for sample in result["checks"]["samples"]]
+        return "\n".join(
+            ["answers of the published model:", *samples, f"published: {result['url']} ({result['tag']})"]
+        )
+    steps = [f"{number}. {step}" for number, step in enumerate(result["steps"], start=1)]
+    files = [f"  {shown_size(size):>12}  {name}" for name, size in result["files"].items()]
+    removed = [f"  {'removed':>12}  {name}" for name in result["removed"]]
+    return "\n".join(
+        [f"{result['repo']}: nothing was written; this would be done", *steps, "files:", *files, *removed]
+    )

@@ -1,0 +1,116 @@
+"""A folder as the gate's rules see it, and what they find."""
+
+import json
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+
+from llava_llama31.model_card.card import LLAMA31, LLAMA31_TITLE
+
+
+CARD = "README.md"
+# what huggingface_hub raises at metadata of another shape
+CARD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError)
+EXPORT_AGAIN = "write it again: llava-llama31 export RUN"
+WEIGHTS = ".safetensors"
+# bytes: what the Hub takes as one file, and what anything but weights can need
+MAX_WEIGHTS, MAX_OTHER = 50 * 10**9, 100 * 10**6
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Why a folder is not published."""
+
+    rule: str
+    file: str
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what} (fix: {self.fix})"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A folder as the rules see it.
+
+    Attributes:
+        folder: where its files lie.
+        name: under which it will be published, without the owner.
+        links_within: folder that symbolic links may lead into, as those of the Hub's cache do; default: none.
+    """
+
+    folder: Path
+    name: str
+    links_within: Path | None = None
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Relative name -> path of what can be looked into, sorted."""
+        return {name: path for name, path in self._entries.items() if name not in self.obstacles}
+
+    @cached_property
+    def obstacles(self) -> dict[str, str]:
+        """Relative name -> why no rule looks into it."""
+        reasons = {name: self._obstacle(path) for name, path in self._entries.items()}
+        return {name: reason for name, reason in reasons.items() if reason}
+
+    @cached_property
+    def _entries(self) -> dict[str, Path]:
+        paths = sorted(path for path in self.folder.rglob("*") if path.is_symlink() or not path.is_dir())
+        return {path.relative_to(self.folder).as_posix(): path for path in paths}
+
+    def _obstacle(self, path: Path) -> str:
+        if path.is_symlink():
+            within = self.links_within
+            if within is None or not path.resolve().is_relative_to(within.resolve()):
+                return "is a link: what it leads to may be anything"
+        try:
+            status = path.stat()
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+        if not stat.S_ISREG(status.st_mode):
+            return "is no regular file"
+        limit = MAX_WEIGHTS if path.suffix == WEIGHTS else MAX_OTHER
+        return f"has {status.st_size:,} bytes, and may have {limit:,}" if status.st_size > limit else ""
+
+    def read(self, file: str) -> str | None:
+        path = self.files.get(file)
+        return None if path is None else path.read_text(encoding="utf-8", errors="replace")
+
+    def read_json(self, file: str) -> dict[str, Any]:
+        """An object, empty where the file is missing or broken: `check_complete` names those."""
+        try:
+            content = json.loads(self.read(file) or "{}")
+        except (ValueError, RecursionError):
+            return {}
+        return mapping(content)
+
+    @cached_property
+    def card(self) -> Mapping[str, Any]:
+        """The card's metadata, empty where it cannot be read."""
+        try:
+            return ModelCard(self.read(CARD) or "", ignore_metadata_errors=True).data.to_dict()
+        except CARD_ERRORS:
+            return {}
+
+    @property
+    def is_adapter(self) -> bool:
+        return "adapter_config.json" in self.files
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether Meta's licence governs the model, by anything in the folder that says so."""
+        llama_card = self.card.get("license") == LLAMA31 or "llama-3.1" in (self.card.get("tags") or [])
+        return llama_card or any(LLAMA31_TITLE in (self.read(file) or "").upper() for file in ("LICENSE", "NOTICE"))
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """A JSON object, empty where the value is none."""
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,222 @@
+"""Saves of a run go to the Hub beside the training, which never waits for them and never fails with them."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.publishing.hub_calls import redact
+from llava_llama31.trainer.publishing.interim import CHECKPOINT, JOB
+from llava_llama31.trainer.publishing.staging import link
+from llava_llama31.trainer.recipe import Recipe, Stage
+
+
+logger = logging.getLogger(__name__)
+
+FOLDER, OUTCOME = "interim", "pushed.json"
+# of one push, and of all that is left when the run ends
+LONGEST_PUSH_S, LONGEST_END_S = 7200.0, 1800.0
+# what a launcher tells its processes; one that pushes is none of them
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHERS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PET_")
+
+
+class Pusher:
+    """Pushes one save at a time; meanwhile the newest waits, and those that it replaces are skipped by name.
+
+    A push that failed is tried again at the end, unless a newer save took its place. What a killed run left, the next
+    one takes up.
+
+    Args:
+        folder: for what is pushed: hard links to the checkpoint, and the model made from it.
+        job: facts that all pushes share.
+        say: shows a line to the person at the terminal.
+    """
+
+    def __init__(self, folder: Path, job: dict[str, Any], say: Callable[[str], None]):
+        self.folder, self.job, self.say = folder, job, say
+        self._changed = threading.Condition()
+        self._waiting: Path | None = None
+        self._failed: Path | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self._closing = self._killed = False
+        folder.mkdir(parents=True, exist_ok=True)
+        outcome = folder / OUTCOME
+        self.outcome: dict[str, Any] = {"pushed": {}, "skipped": [], "failed": {}}
+        if outcome.is_file():
+            self.outcome = checkpoints.read_json(outcome)
+        for left in sorted(folder.glob(f"*/{JOB}"), key=lambda file: file.stat().st_mtime):
+            self._put(left.parent)
+        for broken in (path for path in folder.iterdir() if path.is_dir() and not (path / JOB).is_file()):
+            checkpoints.remove(broken)
+        self._thread = threading.Thread(target=self._work, name="pusher", daemon=True)
+        self._thread.start()
+
+    def add(self, checkpoint: Path, stage_name: str, step: int, stage: Stage, origin: Path) -> None:
+        """Take a save; what goes wrong is noted and no more."""
+        job = self.folder / f"{stage_name}-step-{step}"
+        told = {"stage_name": stage_name, "step": step, "stage": stage.model_dump(mode="json"), "origin": str(origin)}
+        try:
+            checkpoints.remove(job)
+            shutil.copytree(checkpoint, job / CHECKPOINT, copy_function=link)
+            checkpoints.write_json(job / JOB, {**self.job, **told})
+        except OSError as error:
+            self._note_failure(job, str(error))
+            return
+        with self._changed:
+            self._put(job)
+            self._changed.notify()
+
+    def close(self, *, finish: bool) -> dict[str, Any]:
+        """Push what is left, for so long, or with `finish` False end at once; returns what was pushed and what not."""
+        with self._changed:
+            self._closing, self._killed = True, not finish
+            if finish and self._waiting is None:
+                self._waiting, self._failed = self._failed, None
+            self._end_process()
+            self._changed.notify()
+        self._thread.join(LONGEST_END_S if finish else None)
+        with self._changed:
+            self._killed = True
+            self._end_process()
+        self._thread.join()
+        if finish:
+            for path in (path for path in self.folder.iterdir() if path.is_dir()):
+                checkpoints.remove(path)
+        return self.outcome
+
+    def _end_process(self) -> None:
+        if self._killed and self._process is not None:
+            self._process.kill()
+
+    def _put(self, job: Path) -> None:
+        """Let the newest wait instead of those before it."""
+        for older in (self._waiting, self._failed):
+            if older is not None and older != job:
+                self.outcome["failed"].pop(older.name, None)
+                self.outcome["skipped"].append(older.name)
+                checkpoints.remove(older)
+                self.say(f"{older.name} is not pushed: a newer save takes its place")
+        self._waiting, self._failed = job, None
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while self._waiting is None and not self._closing:
+                    self._changed.wait()
+                if self._waiting is None or self._killed:
+                    return
+                job, self._waiting = self._waiting, None
+            self._push(job)
+
+    def _push(self, job: Path) -> None:
+        try:
+            told = self._run(job)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            with self._changed:
+                if self._waiting is None:
+                    self._failed = job
+            self._let_go(job)
+            self._note_failure(job, str(error))
+            return
+        self._let_go(job)
+        self.outcome["failed"].pop(job.name, None)
+        self.outcome["pushed"][told["tag"]] = told["revision"]
+        self._write()
+        self.say(f"{job.name} is on the Hub: {self.job['repo_id']}@{told['tag']}")
+
+    def _let_go(self, job: Path) -> None:
+        with self._changed:
+            if job not in (self._waiting, self._failed):  # a resumed run may save the same step again
+                checkpoints.remove(job)
+
+    def _run(self, job: Path) -> dict[str, str]:
+        """Tag and commit of a pushed job; a process of its own, so that neither its memory nor its end is ours."""
+        with self._changed:
+            if self._killed:
+                raise ValueError("the run ended before it was pushed")
+            self._process = subprocess.Popen(
+                self._command(job),
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for the training
+            )
+        try:
+            output, errors = self._process.communicate(timeout=LONGEST_PUSH_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            raise ValueError(f"it took longer than {LONGEST_PUSH_S:.0f} s") from None
+        if self._process.returncode != 0:
+            raise ValueError((errors.strip() or "the process was killed").splitlines()[-1])
+        return json.loads(output.splitlines()[-1])
+
+    def _command(self, job: Path) -> list[str]:
+        return [sys.executable, "-m", "llava_llama31.trainer.publishing.interim", str(job.resolve())]
+
+    def _note_failure(self, job: Path, reason: str) -> None:
+        reason = redact(reason)
+        self.outcome["failed"][job.name] = reason
+        self._write()
+        logger.warning("%s is not pushed, the training goes on: %s", job.name, reason)
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):
+            checkpoints.write_json(self.folder / OUTCOME, self.outcome)
+
+
+class PushSaves(TrainerCallback):
+    """Gives every save of a stage to a Pusher, on the main process."""
+
+    def __init__(self, pusher: Pusher, stage_name: str, stage: Stage, origin: Path):
+        self.pusher, self.stage_name, self.stage, self.origin = pusher, stage_name, stage, origin
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+        self.pusher.add(checkpoint, self.stage_name, state.global_step, self.stage, self.origin)
+
+
+@contextmanager
+def pushing(
+    recipe: Recipe, output: Path, record: dict[str, Any] | None, say: Callable[[str], None]
+) -> Iterator[Pusher | None]:
+    """Within it saves go to the Hub, where the recipe asks for it, from the process that has the cards' record."""
+    spec = recipe.publish
+    if spec is None or spec.hub_strategy == "end" or record is None:
+        yield None
+        return
+    job = {
+        "repo_id": spec.repo_id,
+        "private": spec.private,
+        "with_state": spec.hub_strategy == "checkpoint",
+        "dtype": recipe.model.dtype,
+        "seed": recipe.seed,
+        "record": record,
+        "resume": "nothing, it is tried again",
+    }
+    pusher = Pusher(output / FOLDER, job, say)
+    try:
+        yield pusher
+    finally:
+        pusher.close(finish=False)
+
+
+def _environment() -> dict[str, str]:
+    kept = {
+        name: value for name, value in os.environ.items() if name not in LAUNCHED and not name.startswith(LAUNCHERS)
+    }
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
