@@ -6,6 +6,7 @@ ENGINE=1 runs it under the engines of cpu_engines.py. Data workers import this f
 """
 
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -27,6 +28,9 @@ def crash(kind: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "hang":
         time.sleep(1000)
+    if kind == "full":  # as a disk: whatever is written from now on has no room
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return
     if kind == "memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
     raise UserError("planted") if kind == "user" else KeyError("planted")

@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.peers import Peers
 from llava_llama31.trainer.watchdog import loader_failure
 
@@ -65,24 +66,17 @@ def test_a_fault_on_one_rank_ends_both_soon_and_is_told_once(launch, recipe, mon
         assert re.search(r'faults.py", line \d+ in crash', output)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("engine", "policy"), [("fsdp2", "skip"), ("zero3", "stop")])
-def test_sharded_engines_see_a_nan_of_one_rank(recipe, tmp_path, engine, policy):
-    if engine == "zero3":
+def run_under(engine: str, fault: str, recipe: list[str], *sets: str) -> tuple[str, list[int], int]:
+    """Output, exit codes of rank 0 and 1, and the launcher's."""
+    if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
-    environment |= {"FAULT": "nan,1,3", "ENGINE": "1"}
+    environment |= {"FAULT": fault, "ENGINE": "1"}
     options = f"-m accelerate.commands.launch --config_file {ROOT}/examples/accelerate/{engine}.yaml --num_machines 1 "
     options += "--num_processes 2 --main_process_port 0 --dynamo_backend no"
-    sets = [f"stages.projector.{each}" for each in (f"on_nonfinite={policy}", "save_steps=1", "save_total_limit=9")]
-    arguments = [
-        *options.split(),
-        str(ROOT / "tests/faults.py"),
-        *recipe,
-        *(a for each in sets for a in ("--set", each)),
-    ]
+    overrides = [word for each in sets for word in ("--set", f"stages.projector.{each}")]
     job = subprocess.Popen(
-        [sys.executable, *arguments],
+        [sys.executable, *options.split(), str(ROOT / "tests/faults.py"), *recipe, *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -90,15 +84,37 @@ def test_sharded_engines_see_a_nan_of_one_rank(recipe, tmp_path, engine, policy)
         cwd=ROOT,
     )
     output, codes = ended(job)
+    return output, codes, job.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "policy"), [("fsdp2", "skip"), ("zero3", "stop")])
+def test_sharded_engines_see_a_nan_of_one_rank(recipe, tmp_path, engine, policy):
+    sets = f"on_nonfinite={policy}", "save_steps=1", "save_total_limit=9"
+    output, codes, code = run_under(engine, "nan,1,3", recipe, *sets)
     stage = tmp_path / "run/stages/1-projector"
     assert len(re.findall("loss is nan, gradient norm is (nan|inf); rank 1: records r", output)) == 1, output
     if policy == "stop":
         assert set(codes) <= {4, -signal.SIGTERM} and 4 in codes and not (stage / "checkpoint-3").exists()
         return
-    assert job.returncode == 0
+    assert code == 0
     two, three, four = (load_file(stage / f"checkpoint-{step}/model.safetensors") for step in (2, 3, 4))
     assert all(torch.equal(two[name], three[name]) for name in two)
     assert any(not torch.equal(three[name], four[name]) for name in two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "rank"), [("zero2", 1), ("zero3", 0)])
+def test_a_disk_that_gets_full_under_deepspeed_leaves_the_former_checkpoint(recipe, tmp_path, engine, rank):
+    sets = "save_steps=1", "save_total_limit=9"
+    output, codes, _ = run_under(engine, f"full:_save_checkpoint,{rank},3", recipe, *sets)
+    stage = tmp_path / "run/stages/1-projector"
+    assert set(codes) <= {2, -signal.SIGTERM} and 2 in codes, output
+    assert len(re.findall(rf"error: {stage}: saving [\d,]+ bytes failed, with [\d,]+ free", output)) == 1, output
+    assert "torch/serialization.py" not in output
+    folders = sorted(stage.glob("checkpoint-*"))
+    assert [folder.name for folder in folders] == ["checkpoint-1"]
+    assert all(checkpoints.verify(folder) is None for folder in folders)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -439,12 +439,11 @@ class LlavaTrainer(Trainer):
         self.guard.watchdog.beat("saved")
 
     def _room(self) -> AbstractContextManager[None]:
-        """The main process makes sure of the space that a checkpoint needs."""
-        if not self.args.should_save:
-            return nullcontext()
+        """The main process makes sure of the space that a checkpoint needs; DeepSpeed writes on all of them."""
         folder = Path(self.args.output_dir)
         former = checkpoints.newest_published(folder)
-        return checkpoints.room(folder, self._estimated_bytes() if former is None else checkpoints.size(former))
+        needed = self._estimated_bytes() if former is None else checkpoints.size(former)
+        return checkpoints.room(folder, needed, check=self.args.should_save)
 
     def _estimated_bytes(self) -> int:
         """Of a checkpoint: weights, and two moments in float32; under DeepSpeed weights twice, and originals."""
