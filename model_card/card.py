@@ -122,6 +122,7 @@ ENERGY_FORMULA = (
 )
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)^---$\n?", re.DOTALL | re.MULTILINE)
+_BLANK_LINES = re.compile(r"^(`{3,}).*?^\1$|\n{3,}", re.DOTALL | re.MULTILINE)  # code keeps its own
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_SUFFIX = re.compile(r"\.(jsonl?|parquet|ya?ml|csv|tsv|tar|zip|txt)$", re.IGNORECASE)
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\~<-])(?:(?:file://|~)?/|[A-Za-z]:[\\/])[^\s'\",;=<>|]+")
@@ -149,7 +150,8 @@ def render_card(record: Mapping[str, Any], previous: str = "") -> str:
     record = {key: value if key == "samples" else public(value) for key, value in record.items()}
     context = _template().new_context(_view(record))
     sections = {
-        name: re.sub(r"\n{3,}", "\n\n", "".join(block(context))).strip() for name, block in _template().blocks.items()
+        name: _BLANK_LINES.sub(lambda match: match[0] if match[1] else "\n\n", "".join(block(context))).strip()
+        for name, block in _template().blocks.items()
     }
     metadata = _joined_metadata(_metadata(record).to_dict(), previous)
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=10_000)

@@ -47,13 +47,15 @@ def test_from_a_run_to_a_stranger(recipe_content, make_image, tmp_path):
         result = json.loads(second.stdout)
         repo = hub.repos[REPO]
         assert result["revision"] == repo.find("main").oid == repo.find(result["tag"]).oid
-        assert len(result["checks"]["samples"]) == 3 and len(repo.history()) == 2 and not repo.private
+        assert result["checks"]["snippet"] and len(result["checks"]["samples"]) == 3
+        assert len(repo.history()) == 2 and not repo.private
         card = repo.find("main").files["README.md"].content.decode()
         assert "# mine\n" in card and f'repo = "{REPO}"' in card
         assert TOKEN not in first.stdout + first.stderr + second.stdout + second.stderr and not hub.leaks
 
-        # README's snippet, by somebody with an empty cache
+        # README's snippet, which is the card's, by somebody with an empty cache
         (code,) = re.findall(r"```python\n([^`]*pipeline\(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
+        assert code.replace("OWNER/Llama-3.1-8B-mine", REPO) in card
         code = code.replace("OWNER/Llama-3.1-8B-mine", REPO).replace("print(", "texts.append(")
         stranger = tmp_path / "stranger"
         stranger.mkdir()

@@ -2,10 +2,12 @@
 
     python door.py download REPO REVISION
     python door.py stock|remote MODEL REVISION LOGITS.safetensors
+    python door.py snippet CODE.py
 
 It imports nothing of this package; the last line of its output is one JSON object. `stock` opens the model with
 Transformers' own classes and no code of the folder, `remote` with `trust_remote_code=True`. Logits, (1, tokens,
-vocabulary) in float32 on the CPU, go into the safetensors file.
+vocabulary) in float32 on the CPU, go into the safetensors file. `snippet` runs the code of a card beside a `sign.png`,
+and writes down what it prints.
 """
 
 import hashlib
@@ -71,16 +73,28 @@ def open_door(door: str, model_id: str, revision: str, logits_file: str) -> dict
     }
 
 
-def _inputs(processor, question: str, number: int):
-    """The same question and picture wherever it runs: gradients with a few bars."""
+def run_snippet(code_file: str) -> dict[str, Any]:
+    """What a card's code prints, one text a call."""
+    _picture(0).save("sign.png")
+    texts: list[str] = []
+    with open(code_file, encoding="utf-8") as code:
+        exec(compile(code.read(), code_file, "exec"), {"print": texts.append})
+    return {"texts": texts}
+
+
+def _picture(number: int):
+    """The same wherever it runs: gradients with a few bars."""
     import numpy as np
     from PIL import Image
 
     height, width = ((96, 160), (160, 96), (128, 128))[number]
     rows, columns = np.mgrid[:height, :width]
     pixels = np.stack([rows * 255 // height, columns * 255 // width, (rows // 8 + columns // 16) % 2 * 255], axis=-1)
-    picture = Image.fromarray(pixels.astype(np.uint8))
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def _inputs(processor, question: str, number: int):
+    content = [{"type": "image", "image": _picture(number)}, {"type": "text", "text": question}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -92,7 +106,10 @@ def _inputs(processor, question: str, number: int):
 
 def main(arguments: list[str]) -> None:
     kind, *rest = arguments
-    told = download(*rest) if kind == "download" else open_door(kind, *rest)
+    if kind == "download":
+        told = download(*rest)
+    else:
+        told = run_snippet(*rest) if kind == "snippet" else open_door(kind, *rest)
     told["imports_our_package"] = "llava_llama31" in sys.modules
     sys.stdout.write(f"\n{json.dumps(told)}\n")
 

@@ -7,10 +7,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava_llama31.model_card.card import usage_snippet
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.publishing.hub_calls import DownloadError
 
@@ -31,10 +32,12 @@ class Doors:
     Attributes:
         logits_sha256: of the logits at one picture, the same through both doors.
         samples: three questions about made pictures, with the greedy answers.
+        snippet: what the code on the card prints, if it was run.
     """
 
     logits_sha256: str
     samples: list[dict[str, str]]
+    snippet: str | None = field(default=None, compare=False)
 
 
 @contextmanager
@@ -91,6 +94,20 @@ def open_doors(model: str | Path, cache: Path, *, revision: str = "") -> Doors:
     return Doors(stock["logits_sha256"], stock["samples"])
 
 
+def run_snippet(folder: Path, cache: Path) -> str:
+    """Run the code that the card shows on a downloaded folder; returns the text that it prints each time.
+
+    Raises:
+        UserError: when it fails, or does not print the same every time.
+    """
+    code = cache / "snippet.py"
+    code.write_text(usage_snippet(str(folder)), encoding="utf-8")
+    texts = _run(["snippet", str(code)], cache, online=False)["texts"]
+    if len(set(texts)) != 1:
+        raise DoorError(f"the code on the card prints different texts: {texts}", where=str(folder))
+    return texts[0]
+
+
 def _run(arguments: list[str], cache: Path, *, online: bool) -> dict[str, Any]:
     """The JSON object that door.py ends with."""
     environment = {name: value for name, value in os.environ.items() if online or name not in TOKENS}
@@ -118,7 +135,8 @@ def _run(arguments: list[str], cache: Path, *, online: bool) -> dict[str, Any]:
         last = (done.stderr.strip() or "it was killed").splitlines()[-1]
         if online:
             raise DownloadError(last, None)
-        raise DoorError(f"does not open in a clean process: {last}", where=f"{arguments[0]} door")
+        where = "the card's code" if arguments[0] == "snippet" else f"{arguments[0]} door"
+        raise DoorError(f"does not open in a clean process: {last}", where=where)
     return json.loads(done.stdout.splitlines()[-1])
 
 

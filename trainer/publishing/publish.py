@@ -8,6 +8,7 @@ pull request and the tag hold a hash of all names and contents.
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from huggingface_hub.hf_api import ModelInfo, RepoFile
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.publishing.contents import CARD, Finding
-from llava_llama31.trainer.publishing.doors import Doors, empty_cache, fetch, open_doors
+from llava_llama31.trainer.publishing.doors import Doors, empty_cache, fetch, open_doors, run_snippet
 from llava_llama31.trainer.publishing.gate import RULES, check_folder
 from llava_llama31.trainer.publishing.hub_calls import attempt
 from llava_llama31.trainer.publishing.release import REMOTE_ONLY, Release
@@ -37,7 +38,7 @@ def doors_of_folder(folder: Path) -> Doors:
 
 
 def doors_of_revision(release: Release, revision: str) -> Doors:
-    """Gate and both doors of a revision, downloaded into an empty cache by a clean process."""
+    """Gate, both doors and the card's code of a revision, downloaded into an empty cache by a clean process."""
     with empty_cache() as cache:
 
         def download() -> Path:
@@ -49,7 +50,8 @@ def doors_of_revision(release: Release, revision: str) -> Doors:
             check_folder(folder, release.name, links_within=folder.parents[1]),
             where=f"{release.repo_id}@{revision[:8]}",
         )
-        return open_doors(release.repo_id, cache, revision=revision)
+        doors = open_doors(release.repo_id, cache, revision=revision)
+        return replace(doors, snippet=run_snippet(folder, cache))
 
 
 def refuse(findings: Sequence[Finding], *, where: str) -> None:
@@ -89,11 +91,11 @@ def publish(
     if published is None:
         pull_request, head = attempt("upload", lambda: _ensure_pull_request(api, release), resume=release.resume)
         say(f"pull request {pull_request} holds {head[:8]}; downloading it and opening both doors")
-        _compare(local, check_published(release, head), release, head)
+        checked = _compared(local, check_published(release, head), release, head)
         published = attempt("merge", lambda: _ensure_merged(api, release, pull_request), resume=release.resume)
     else:
         say(f"{release.repo_id} has this content; downloading it and opening both doors")
-        _compare(local, check_published(release, published), release, published)
+        checked = _compared(local, check_published(release, published), release, published)
     attempt("tag", lambda: ensure_tag(api, release, published, release.tag), resume=release.resume)
     attempt("visibility", lambda: _ensure_visibility(api, release), resume=release.resume)
     attempt("collection", lambda: _ensure_collected(api, release), resume=release.resume)
@@ -107,8 +109,9 @@ def publish(
         "pull_request": pull_request,
         "checks": {
             "rules": [rule.__name__.removeprefix("check_") for rule in RULES],
-            "logits_sha256": local.logits_sha256,
-            "samples": local.samples,
+            "logits_sha256": checked.logits_sha256,
+            "samples": checked.samples,
+            "snippet": checked.snippet,
         },
     }
 
@@ -279,13 +282,14 @@ def _ensure_collected(api: HfApi, release: Release) -> None:
         api.add_collection_item(release.collection, release.repo_id, "model", exists_ok=True)
 
 
-def _compare(local: Doors, published: Doors, release: Release, revision: str) -> None:
+def _compared(local: Doors, published: Doors, release: Release, revision: str) -> Doors:
     if local != published:
         raise UserError(
             "the downloaded model does not answer as the local one does",
             where=f"{release.repo_id}@{revision[:8]}",
             fix=f"it is not merged; look at the pull request, then: {release.resume}",
         )
+    return published
 
 
 def shown_size(size: float) -> str:
