@@ -37,12 +37,12 @@ def crash(kind: str) -> None:
 
 
 def plant(kind: str, rank: int, step: int) -> None:
-    if kind == "worker":  # the step is the number in the record's id
+    if kind in ("worker", "killed-worker"):  # the step is the number in the record's id
         original = StageDataset._sample
 
         def sample(self, index, known):
             if self.record_id(index) == f"r{step}":
-                time.sleep(1000)
+                crash("kill" if kind == "killed-worker" else "hang")
             return original(self, index, known)
 
         StageDataset._sample = sample

@@ -130,7 +130,17 @@ def test_a_data_worker_that_is_stuck_is_named_with_its_records_and_killed(launch
     )
     assert named is not None, output
     if "projector      2/6" in output:  # else the worker needed longer to start, and was rightly named for that
-        assert "r14" in named[1] and re.search(r'faults.py", line \d+ in sample', output)
+        assert "r14" in named[1] and re.search(r'faults.py", line \d+ in crash', output), output
+
+
+@pytest.mark.slow
+def test_a_killed_data_worker_of_one_rank_ends_both(launch, recipe, monkeypatch):
+    monkeypatch.setenv("FAULT", "killed-worker,0,14")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    output, codes = ended(launch(FAULTS, *recipe, "--set", "stages.projector.dataloader_workers=2", processes=2))
+    assert set(codes) <= {7, -signal.SIGTERM} and 7 in codes, output
+    named = re.findall(r"error: stages.projector: data worker \d was asked for records (.*) and is gone", output)
+    assert len(named) == 1 and "r14" in named[0], output
 
 
 @pytest.mark.slow

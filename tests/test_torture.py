@@ -334,6 +334,43 @@ def test_a_value_that_is_not_finite_on_one_of_two_ranks_stops_both_in_that_step(
     report("faults", ", ".join(f"{count} {kind}" for kind, count in told.items()) + ": both ranks stopped in the step")
 
 
+# --- faults
+
+FAULTS = {  # kind -> exit codes of the process that has it and of the other, and what is told once
+    "user": (2, 2, "error: planted"),
+    "key": (1, 1, "KeyError: 'planted'"),
+    "memory": (6, 6, "has no memory left"),
+    "kill": (-9, 7, "is gone"),
+}
+
+
+def test_a_fault_on_one_of_two_ranks_ends_both_and_is_told_once(start, recipe, tmp_path):
+    """In a step, a save, an evaluation, and in loading a checkpoint."""
+    path = recipe(validation_fraction=0.1, eval_steps=2)
+    whole = tmp_path / "whole"
+    assert start(path, whole, processes=2)["codes"] == [0, 0]
+    methods = "compute_loss", "_save_checkpoint", "evaluate", "_load_from_checkpoint"
+    points = [(method, kind, rank) for method in methods for kind in FAULTS for rank in (0, 1)]
+    points = points if FULL else random.Random(2).sample(points, 4)
+    slowest = 0.0
+    for method, kind, rank in points:
+        run = tmp_path / "run"
+        if method == "_load_from_checkpoint":
+            shutil.copytree(whole, run, copy_function=os.link)
+            (run / "summary.json").unlink()
+            shutil.rmtree(run / "stages/2-instruct/final")
+            shutil.rmtree(step_folders(run / "stages/2-instruct")[-1][1])
+        result = start(path, run, processes=2, fault=[f"{kind}:{method}", rank, 1])
+        own, other, told = FAULTS[kind]
+        expected = [own, other] if rank == 0 else [other, own]
+        assert result["codes"] == expected, (method, kind, rank, result)
+        assert result["log"].count(told) == 1, (method, kind, rank, result["log"][-3000:])
+        slowest = max(slowest, result["seconds"])
+        shutil.rmtree(run)
+    assert slowest < 60
+    report("one rank", f"{len(points)} faults of one of two ranks: both ended, {slowest:.0f} s at most, told once")
+
+
 # --- processes
 
 

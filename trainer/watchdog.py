@@ -14,8 +14,10 @@ from multiprocessing import forkserver
 from llava_llama31.trainer.errors import EXIT_HANG, Hang, ProcessLost, UserError
 
 
-# after the dump of stacks: for data workers to write theirs, and for other processes to read why this one ends
-_GRACE_SECONDS = 2.5
+# for a data worker to write its stack, which the next one's would run through
+_TURN_SECONDS = 0.3
+# after that, for other processes to read why this one ends
+_GRACE_SECONDS = 2.0
 
 
 class Watchdog:
@@ -77,6 +79,7 @@ def dump_stacks() -> None:
     for worker in multiprocessing.active_children():
         if worker.pid is not None:
             os.kill(worker.pid, signal.SIGUSR2)
+            time.sleep(_TURN_SECONDS)
     time.sleep(_GRACE_SECONDS)
 
 
