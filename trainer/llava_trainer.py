@@ -178,8 +178,9 @@ class LlavaTrainer(Trainer):
                 return
             except UserError as error:  # with the worker's traceback, if it comes from there
                 raise UserError(str(error).rpartition("UserError: ")[2]) from error
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader"):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                # the latter when a worker is gone before its tensors were taken over
+                if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):
                     raise
                 worker = number % self.args.dataloader_num_workers
                 guard = self.guard

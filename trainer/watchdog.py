@@ -1,4 +1,4 @@
-"""Ends a process that moves no more, with the stacks of all its threads; names the data worker that is stuck."""
+"""Ends a process that moves no more, with the stacks of all its threads; names a data worker that is stuck or gone."""
 
 import faulthandler
 import multiprocessing
@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 
-from llava_llama31.trainer.errors import EXIT_HANG, Hang, ProcessLost, UserError
+from llava_llama31.trainer.errors import Hang, ProcessLost, UserError
 
 
 # for a data worker to write its stack, which the next one's would run through
@@ -21,7 +22,10 @@ _GRACE_SECONDS = 2.0
 
 
 class Watchdog:
-    """Watches that the process moves.
+    """Watches that the process moves, and that its data workers live.
+
+    They are children of the fork server: torch, which hears of its own children only, would wait for one that is gone
+    as long as for one that is slow.
 
     Args:
         seconds: longest time without a beat.
@@ -33,6 +37,7 @@ class Watchdog:
         self.seconds, self.where, self.report = seconds, where, report
         self._since, self._doing = time.monotonic(), "starting"
         self._stopped = threading.Event()
+        self._workers: set[BaseProcess] = set()
 
     def beat(self, doing: str) -> None:
         """The process moves, and begins to do this."""
@@ -52,23 +57,33 @@ class Watchdog:
             thread.join()
 
     def _watch(self) -> None:
+        rank = os.environ.get("RANK", "0")
         while not self._stopped.wait(min(5.0, self.seconds / 4)):
             if time.monotonic() - self._since > self.seconds:
-                self._end()
+                what = f"rank {rank} has not moved for {self.seconds:g} s; it was {self._doing}"
+                fix = f"see the stacks below, or raise {self.where}.step_timeout"
+                self._end(Hang(what, where=self.where, fix=fix))
+            lost = self._lost_worker()
+            # this process itself kills its workers when it ends, which stops the watch
+            if lost is not None and lost.exitcode is not None and not self._stopped.wait(1.0):
+                what = f"data worker {lost.pid} of rank {rank} was killed by {signal.Signals(-lost.exitcode).name}"
+                fix = f"where the machine ran out of memory, lower {self.where}.dataloader_workers"
+                self._end(ProcessLost(what, where=self.where, fix=fix))
 
-    def _end(self) -> None:
-        rank = os.environ.get("RANK", "0")
-        message = str(
-            Hang(
-                f"rank {rank} has not moved for {self.seconds:g} s; it was {self._doing}",
-                where=self.where,
-                fix=f"see the stacks below, or raise {self.where}.step_timeout",
-            )
-        )
-        if self.report(EXIT_HANG, message):
-            print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201
-        dump_stacks()
-        end_process(EXIT_HANG)
+    def _lost_worker(self) -> BaseProcess | None:
+        self._workers.update(multiprocessing.active_children())
+        ended = {worker for worker in self._workers if worker.exitcode is not None}
+        self._workers -= ended
+        return next((worker for worker in ended if (worker.exitcode or 0) < 0), None)
+
+    def _end(self, error: Hang | ProcessLost) -> None:
+        if self.report(error.exit_code, str(error)):
+            print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        if isinstance(error, Hang):
+            dump_stacks()
+        else:
+            time.sleep(_GRACE_SECONDS)
+        end_process(error.exit_code)
 
 
 def dump_stacks() -> None:
@@ -114,18 +129,18 @@ def set_up_worker(worker_id: int) -> None:
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
 
 
-def loader_failure(error: RuntimeError, worker: int, records: list[str], where: str, timeout: float) -> UserError:
+def loader_failure(error: Exception, worker: int, records: list[str], where: str, timeout: float) -> UserError:
     """What to say of a data worker that gave no micro-batch; its stack is written to stderr if it still has one.
 
     Args:
-        error: torch's, which has one type for whatever may happen.
+        error: torch's, which has one type for whatever may happen, or that of a connection.
         worker: number of the worker whose turn it was.
         records: ids of the micro-batch.
     """
     asked = f"data worker {worker} was asked for records {', '.join(records)}"
     if "timed out" not in str(error):
         return ProcessLost(
-            f"{asked} and is gone: {' '.join(str(error).split())}",
+            f"{asked} and is gone: {' '.join(str(error).split()) or type(error).__name__}",
             where=where,
             fix=f"where the machine ran out of memory, lower {where}.dataloader_workers",
         )
