@@ -21,7 +21,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import close_session, constants
 
 
 MAIN = "refs/heads/main"
@@ -175,6 +177,21 @@ def running_hub(token: str) -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def hub_of_this_process(token: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that this process and its children talk to."""
+    with running_hub(token) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        names = {"ENDPOINT": hub.endpoint, "TOKEN": token, "HUB_DISABLE_XET": "1", "HUB_OFFLINE": "0"}
+        for name, value in names.items():
+            monkeypatch.setenv(f"HF_{name}", value)
+        close_session()
+        yield hub
+        close_session()
 
 
 REPO = r"(?P<repo>[^/]+/[^/]+)"

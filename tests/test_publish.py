@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_server import FAULTS, Blob, Hub, User, running_hub
-from huggingface_hub import close_session, constants
+from hub_server import FAULTS, Blob, Hub, User, hub_of_this_process
+from huggingface_hub import constants
 
 from llava_llama31.trainer import cli
 from llava_llama31.trainer.errors import UserError
@@ -31,20 +31,11 @@ PASSING = (429, 500, 503, 412, "drop", "slow", "lost")
 @pytest.fixture
 def hub(monkeypatch):
     """A Hub that this process talks to, with pauses that take no time."""
-    with running_hub(TOKEN) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with hub_of_this_process(TOKEN, monkeypatch) as hub:
         hub.pauses = []
         hub.collections[COLLECTION] = []
         monkeypatch.setattr(time, "sleep", hub.pauses.append)
-        close_session()
         yield hub
-        close_session()
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub_server import User, running_hub
-from huggingface_hub import close_session, constants
+from hub_server import User, hub_of_this_process
 
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.errors import Unpublished, UserError
@@ -30,17 +29,8 @@ REPO = "me/mine"
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub that this process and its children talk to."""
-    with running_hub(TOKEN) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        for name, value in {"ENDPOINT": hub.endpoint, "TOKEN": TOKEN, "HUB_DISABLE_XET": "1"}.items():
-            monkeypatch.setenv(f"HF_{name}", value)
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        close_session()
+    with hub_of_this_process(TOKEN, monkeypatch) as hub:
         yield hub
-        close_session()
 
 
 def recipe_of(content: dict, tmp_path: Path, **publish) -> Recipe:

@@ -135,32 +135,20 @@ def write_export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with checkpoints.room(folder.parent, weights):
-        _write_export(folder, model, processor, record, pictures, texts, dialect)
-
-
-def _write_export(
-    folder: Path,
-    model: torch.nn.Module,
-    processor: LlavaLlama31Processor,
-    record: dict[str, Any],
-    pictures: Mapping[str, Image.Image],
-    texts: Mapping[str, str],
-    dialect: str,
-) -> None:
-    staging = checkpoints.stage(folder)
-    model.save_pretrained(staging, max_shard_size="5GB")
-    processor.save_pretrained(staging)
-    if dialect == TRANSFORMERS_4:
-        to_transformers_4(staging)
-        record = record | {"stock_only": True}
-    for name, picture in pictures.items():
-        (staging / name).parent.mkdir(exist_ok=True)
-        picture.save(staging / name)
-    former = folder / "README.md"
-    card = card_text(record, former.read_text(encoding="utf-8") if former.is_file() else "")
-    for name, text in {**texts, "README.md": card, **licence_texts(record["base_models"])}.items():
-        (staging / name).write_text(text, encoding="utf-8")
-    checkpoints.publish(staging, folder, {})
+        staging = checkpoints.stage(folder)
+        model.save_pretrained(staging, max_shard_size="5GB")
+        processor.save_pretrained(staging)
+        if dialect == TRANSFORMERS_4:
+            to_transformers_4(staging)
+            record = record | {"stock_only": True}
+        for name, picture in pictures.items():
+            (staging / name).parent.mkdir(exist_ok=True)
+            picture.save(staging / name)
+        former = folder / "README.md"
+        card = card_text(record, former.read_text(encoding="utf-8") if former.is_file() else "")
+        for name, text in {**texts, "README.md": card, **licence_texts(record["base_models"])}.items():
+            (staging / name).write_text(text, encoding="utf-8")
+        checkpoints.publish(staging, folder, {})
 
 
 def licence_texts(base_models: list[dict[str, Any]]) -> dict[str, str]:
