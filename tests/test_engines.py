@@ -13,12 +13,14 @@ import psutil
 import pytest
 import torch
 import yaml
+from hub_server import hub_of_this_process
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.trainer.engine import as_launched
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.publishing.doors import empty_cache, fetch, open_doors
 from llava_llama31.trainer.recipe import Stage
 
 
@@ -251,6 +253,28 @@ def test_a_killed_run_goes_on_under_its_engine(recipe_content, tmp_path, engine)
     for stage in ("1-projector", "2-instruct"):
         whole, killed = weights(tmp_path / "whole", stage), weights(tmp_path / "killed", stage)
         assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_saves_of_a_sharded_run_are_pushed_whole(recipe_content, tmp_path, monkeypatch, engine):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    options, deepspeed = engine_options(engine, tmp_path)
+    del recipe_content["evaluation"], recipe_content["stages"]["projector"]
+    recipe_content["model"]["licence"] = "apache-2.0"
+    recipe_content["publish"] = {"repo_id": "me/mine", "private": True, "hub_strategy": "every_save"}
+    recipe = write(recipe_content, tmp_path / "recipe.yaml", deepspeed)
+    with hub_of_this_process("hf_" + "s" * 34, monkeypatch) as hub:
+        finish(start(options, recipe, "--output", tmp_path / "run"), timeout=500)
+        summary = json.loads((tmp_path / "run/summary.json").read_text())
+        assert summary["publish"]["published"] and not summary["saves"]["failed"]
+        (tag,) = (tag for tag in summary["saves"]["pushed"] if tag.startswith("instruct-step-6-"))
+        with empty_cache() as cache:
+            fetch("me/mine", tag, cache)
+            assert open_doors("me/mine", cache, revision=tag) == open_doors(tmp_path / "run/export", cache)
+        assert hub.repos["me/mine"].find(tag).oid == summary["saves"]["pushed"][tag]
 
 
 @pytest.mark.slow
