@@ -352,21 +352,30 @@ def test_a_run_of_two_processes_with_the_hub_down_and_up(hub, recipe_content, tm
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_with_the_hub_up(hub, recipe_content, tmp_path, launch):
-    """Whatever the pace, each save is pushed or named as skipped, the last one is pushed, and each revision opens."""
+    """Whatever the pace, each save is pushed or named as skipped, the first and the last one are pushed.
+
+    Each revision opens, and the first one is trained on, in a folder that has nothing else, to the same bits.
+    """
     for stage in recipe_content["stages"].values():
-        stage["save_steps"] = 6
+        stage["save_steps"] = 4
     recipe_of(recipe_content, tmp_path, hub_strategy="checkpoint", private=True)
-    run = tmp_path / "run"
+    run, again = tmp_path / "run", tmp_path / "again"
     process = launch("train.py", str(tmp_path / "recipe.yaml"), "--output", str(run))
     output = wait_for(process)
     assert process.returncode == 0 and TOKEN not in output, output
     summary = checkpoints.read_json(run / "summary.json")
     repo, saves = hub.repos[REPO], summary["saves"]
-    assert not saves["failed"] and len(saves["pushed"]) + len(saves["skipped"]) == 2
+    assert not saves["failed"] and len(saves["pushed"]) + len(saves["skipped"]) == 4
     assert any(tag.startswith("instruct-step-6-") for tag in saves["pushed"])
     assert summary["publish"]["published"] and repo.private and len(repo.history()) == 2
     for tag, revision in saves["pushed"].items():
         assert repo.find(tag).oid == revision
         with empty_cache() as cache:
-            assert checkpoints.verify(fetch(REPO, tag, cache)) is None
+            fetched = fetch(REPO, tag, cache)
+            assert checkpoints.verify(fetched) is None
             assert asdict(open_doors(REPO, cache, revision=tag))["logits_sha256"]
+            if tag.startswith("projector-step-4-"):
+                shutil.copytree(fetched, again / "stages/1-projector/checkpoint-4")
+    output = wait_for(launch("train.py", str(tmp_path / "recipe.yaml"), "--output", str(again)))
+    assert "1-projector/checkpoint-4, step 4 of 6" in output, output
+    assert (again / "export/model.safetensors").read_bytes() == (run / "export/model.safetensors").read_bytes()
