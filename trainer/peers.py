@@ -5,6 +5,7 @@ is killed can't, but those on its machine see that it is gone. Without this, the
 launcher ends them, and on other machines for as long as the communication allows.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -105,7 +106,8 @@ class Peers:
         """End by consent, which is no failure for the others."""
         _ignore_launcher()
         self.close()
-        self._part(60.0)
+        with contextlib.suppress(dist.DistError):  # the store ended with the process that kept it
+            self._part(60.0)
 
     def _part(self, seconds: float) -> None:
         """Need the others no more; rank 0, which may keep the store, stays until they have said so, or are gone."""
@@ -129,6 +131,7 @@ class Peers:
     def _join_failure(self, error: BaseException) -> None:
         """Make an exception of this process known, unless it follows from a failure elsewhere."""
         _ignore_launcher()
+        lost, first = None, False
         try:
             lost = self._awaited_reason() if isinstance(error, (RuntimeError, Interrupted)) else None
             first = self.report(_exit_code(lost or error), str(lost or error))
@@ -136,7 +139,6 @@ class Peers:
         except dist.DistError:  # the store ended with the process that kept it
             if self._known is None:
                 raise ProcessLost(_NO_STORE, fix=_LOOK) from error
-            first = False
         if not first:
             failure = self._failure()
             raise EndedElsewhere(failure["exit_code"], self._untold(failure)) from error
@@ -201,10 +203,7 @@ class Peers:
         assert self.store is not None
         for rank, pid in self._neighbours.items():
             if not _is_alive(pid) and not self.store.check([self._left(rank)]) and not self.store.check([_FAILED]):
-                return ProcessLost(
-                    f"the process of rank {rank} (pid {pid}) is gone without a word",
-                    fix=_LOOK,
-                )
+                return ProcessLost(f"the process of rank {rank} (pid {pid}) is gone without a word", fix=_LOOK)
         return None
 
     @staticmethod

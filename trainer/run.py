@@ -1,6 +1,7 @@
 """A recipe from its parts to an evaluated, exported model: every stage in turn, resumed where it stopped."""
 
 import fcntl
+import logging
 import os
 import socket
 import time
@@ -43,6 +44,8 @@ from llava_llama31.trainer.stages import FINAL, StageRun, finished_record, run_s
 from llava_llama31.trainer.training_args import check_deepspeed, check_trainer_args
 from llava_llama31.trainer.watchdog import start_fork_server
 
+
+logger = logging.getLogger(__name__)
 
 RECIPE, ELAPSED, BASE, SHARED = "recipe.json", "elapsed.json", "base", ".shared"
 
@@ -196,7 +199,10 @@ def _clocked(output: Path, is_main: bool) -> Iterator[Callable[[], float]]:
         yield minutes
     finally:
         if is_main:
-            checkpoints.write_json(file, {"minutes": minutes()})
+            try:
+                checkpoints.write_json(file, {"minutes": minutes()})
+            except OSError as error:  # which must not hide why the run ends
+                logger.warning("%s is not written: %s", file, error)
 
 
 def preflight(recipe: Recipe, num_processes: int) -> None:
