@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.evaluation.generation import load_model
@@ -76,6 +77,32 @@ def test_two_processes_report_a_picture_that_is_missing(launch, lively_folder, d
     printed, _ = job.communicate(timeout=240)
     assert job.returncode == 1  # the launcher's own; a process ends with 3
     assert '"failed": 1' in printed and "exitcode  : 3" in printed and (tmp_path / "out/predictions.html").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_ask_with_the_ocr_tokens_that_one_has_read(launch, lively_folder, tmp_path):
+    pytest.importorskip("rapidocr")
+    signs, font = ["STOP 42", "OPEN 24h", "HALT 7", "STOP 42", "EXIT"], ImageFont.load_default(72)
+    rows = []
+    for number, sign in enumerate(signs):
+        picture = Image.new("RGB", (400, 160), "white")
+        ImageDraw.Draw(picture).text((30, 40), sign, fill="black", font=font)
+        picture.save(tmp_path / f"p{number}.png")
+        row = {"image_id": f"p{number}", "question": "what is written?", "answers": [sign] * 10}
+        rows += [{"question_id": 2 * number + again, **row} for again in range(2)]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = ["--preset", "llava", "--ocr", "rapidocr", "--batch-size", "2"]
+    assert main(["evaluate", *arguments(lively_folder, questions, tmp_path / "one"), *told]) == 0
+    job = launch("evaluate.py", *arguments(lively_folder, questions, tmp_path / "two"), *told, processes=2)
+    printed, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, printed
+    assert answers(tmp_path / "two") == answers(tmp_path / "one")
+    prompts = [json.loads(line)["prompt"] for line in answers(tmp_path / "two")]
+    expected = [f"Reference OCR token: {', '.join(sign.split())}" for sign in signs for _ in range(2)]
+    assert all(line in prompt for line, prompt in zip(expected, prompts, strict=True))
+    read = [json.loads(line)["image_id"] for line in (tmp_path / "two/ocr_tokens.jsonl").read_text().splitlines()]
+    assert read == ["p0", "p1", "p2", "p3", "p4"]  # by one process, each once
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 
@@ -18,10 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedTokenizerFast
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.evaluation import textvqa
+from llava_llama31.trainer.evaluation import generation, textvqa
 from llava_llama31.trainer.evaluation.evaluate_command import evaluate_command
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, load_model, undisturbed
 from llava_llama31.trainer.evaluation.presets import PRESETS, Preset
@@ -137,6 +139,35 @@ def test_batch_invariant_answers_are_the_same_bits_in_bfloat16(lively_model, pro
         name: sorted(row.view(torch.int16).numpy().tobytes() for row in torch.cat(x)) for name, x in logits.items()
     }
     assert set(bits["1"]) == set(bits["16"]) == set(bits["s"])
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that make a host wait for its device."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.num_reads += func in waits
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_a_gpu_once_in_four_tokens(lively_model, processor, questions):
+    answerer = GreedyAnswerer(lively_model, processor, max_new_tokens=16)
+    prompts = [prompt_for(answerer, question) for question in questions[:8]]
+    expected = answerer.answer(prompts)
+    num_steps = max(map(len, expected))
+    assert num_steps > 8  # or the count below says little
+    reads = {}
+    for steps_between_syncs in (1, generation.STEPS_BETWEEN_SYNCS):
+        answerer._steps_between_syncs = steps_between_syncs  # 4 on a GPU
+        prefixes = [answerer._prefix(answerer._prefix_key(prompt), prompt) for prompt in prompts]
+        with HostReads() as counted:
+            assert answerer._branches(prompts, prefixes) == expected
+        reads[steps_between_syncs] = counted.num_reads
+    assert reads == {1: num_steps, 4: -(-num_steps // 4)}
 
 
 def test_each_picture_is_encoded_once(lively_model, processor, questions, tmp_path):
@@ -626,6 +657,18 @@ def test_evaluate_and_score_commands_agree(folder, files, tmp_path, monkeypatch,
     assert evaluate_command(str(folder), data=str(files / "q.jsonl"), limit=9) == 0
     out = capsys.readouterr().out
     assert "9 of 9 questions" in out and "vlmevalkit-2024" in out and "unanswered" not in out
+
+
+def test_the_bar_shows_how_far_it_is_and_how_long_it_takes(folder, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    output = str(tmp_path / "out")
+    assert evaluate_command(str(folder), data=str(files / "q.jsonl"), batch_size=1, output=output, browser=False) == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    frames = re.findall(r"answering .*?(\d+)/40 (\d:\d\d:\d\d) (\d:\d\d:\d\d|-:--:--)", shown)
+    done = [int(frame[0]) for frame in frames]
+    assert done == sorted(done) and done[-1] == 40 and len(set(done)) > 2
+    assert any(0 < int(number) < 40 and left != "-:--:--" for number, _, left in frames)
 
 
 def test_failed_questions_set_the_exit_code(folder, files, tmp_path, capsys):

@@ -34,6 +34,7 @@ _MODULES = (
     "reasons",
     "records",
     "safe_text",
+    "tar_rows",
 )
 _PACKAGES = ("datasets", "numpy", "pillow", "tokenizers", "transformers")
 _WHOLE_FILE_BYTES = 64 * 2**20

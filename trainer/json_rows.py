@@ -60,16 +60,7 @@ class JsonRows:
         return len(self._starts)
 
     def __getitem__(self, row: int) -> object:
-        start = self._starts[row]
-        text = self.text(row)
-        if _depth(text) > MAX_DEPTH:
-            raise RecordError("malformed_json", f"nested too deeply in the row at byte {start}")
-        try:
-            return json.loads(text, object_pairs_hook=_object)
-        except json.JSONDecodeError as error:
-            raise RecordError("malformed_json", f"{error.msg} in the row at byte {start}") from None
-        except ValueError as error:  # a key given twice, a number with thousands of digits
-            raise RecordError("malformed_json", f"{error} in the row at byte {start}") from None
+        return parse_row(self.text(row), f"in the row at byte {self._starts[row]}")
 
     def text(self, row: int) -> str:
         """The row as it stands in the file; bytes that are not UTF-8 become lone surrogates.
@@ -104,6 +95,22 @@ class JsonRows:
     def __del__(self):
         if self._file_descriptor >= 0:
             os.close(self._file_descriptor)
+
+
+def parse_row(text: str, where: str) -> object:
+    """The JSON value of one row.
+
+    Raises:
+        RecordError: malformed_json, with what is wrong and `where`.
+    """
+    if _depth(text) > MAX_DEPTH:
+        raise RecordError("malformed_json", f"nested too deeply {where}")
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise RecordError("malformed_json", f"{error.msg} {where}") from None
+    except ValueError as error:  # a key given twice, a number with thousands of digits
+        raise RecordError("malformed_json", f"{error} {where}") from None
 
 
 def _line_rows(rows: JsonRows, start: int) -> Iterator[tuple[int, int]]:

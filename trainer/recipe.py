@@ -39,7 +39,7 @@ CHANGEABLE = ("on_nonfinite", "on_spike", "step_timeout", "loader_timeout")
 
 
 class DataSource(_Frozen):
-    """One set of records: a LLaVA JSON/JSONL file, parquet files, a saved Hugging Face dataset or a Hub id."""
+    """One set of records: JSON or JSON lines, WebDataset shards, parquet, a saved Hugging Face dataset or a Hub id."""
 
     name: str
     path: str

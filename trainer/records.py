@@ -1,7 +1,7 @@
 """Records to train on, read from LLaVA JSON, ShareGPT, messages and Cauldron data, one row at a time.
 
-A reader opens nothing but the row that is asked for: JSON files are indexed by byte offset, Hugging Face datasets stay
-memory-mapped with their images encoded.
+A reader opens nothing but the row that is asked for: JSON files and WebDataset shards are indexed by byte offset,
+Hugging Face datasets stay memory-mapped with their images encoded.
 """
 
 import base64
@@ -21,6 +21,7 @@ from llava_llama31.trainer.images import MAX_PIXELS, ImageRef, image_at
 from llava_llama31.trainer.json_rows import JsonRows
 from llava_llama31.trainer.reasons import REASONS, RecordError
 from llava_llama31.trainer.safe_text import printable
+from llava_llama31.trainer.tar_rows import TarRows, image_column
 
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ IMAGE_MARKER = "<image>"
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-_DATASET_SUFFIXES = (".arrow", ".json", ".parquet")
+_DATASET_SUFFIXES = (".arrow", ".json", ".parquet", ".tar")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _PROBED_ROWS = 100
 
@@ -139,7 +140,7 @@ class RecordStore:
 def open_records(
     source: "DataSource", *, keep_data_newline: bool = False, max_pixels: int = MAX_PIXELS
 ) -> RecordStore:
-    """The records of a source: a JSON array or JSON lines, parquet, a folder of `save_to_disk`, or a Hub data set.
+    """The records of a source: JSON array or lines, WebDataset shards, parquet, `save_to_disk`, or a Hub data set.
 
     Args:
         source: where the data lies and what shape it has; `image_root` defaults to the data's own folder. A Hub data
@@ -153,6 +154,8 @@ def open_records(
     path = Path(source.path)
     if path.is_file() and path.suffix in _JSON_SUFFIXES:
         rows: _Rows = JsonRows(path)
+    elif shards := _shards(path):
+        rows = TarRows(shards)
     else:
         rows = DatasetRows(source.path, source.split)
     if not len(rows):
@@ -177,6 +180,17 @@ def data_files(source: "DataSource") -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.suffix in _DATASET_SUFFIXES and file.is_file())
     return [Path(file["filename"]) for file in DatasetRows(source.path, source.split).dataset.cache_files]
+
+
+def _shards(path: Path) -> list[Path]:
+    """WebDataset shards: the file itself, or those of a folder in the order of their names."""
+    if path.is_file():
+        return [path] if path.suffix == ".tar" else []
+    shards = sorted(file for file in path.rglob("*.tar") if file.is_file()) if path.is_dir() else []
+    if shards and any(path.rglob("*.parquet")):
+        what = f"the folder holds both {len(shards)} .tar shards and parquet files"
+        raise UserError(what, where=str(path), fix="name a folder with files of one kind")
+    return shards
 
 
 class DatasetRows:
@@ -224,7 +238,7 @@ def _load_dataset(path: str, split: str):
     except (OSError, ValueError, TypeError, KeyError, AttributeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(str(error).strip().split("\n")[0], where=path, fix="check `path` and `split`") from error
     what = "holds no data that can be read" if folder.exists() else "does not exist"
-    kinds = "a .json, .jsonl or .parquet file, a folder of parquet files or of save_to_disk, or OWNER/NAME on the Hub"
+    kinds = "a .json, .jsonl, .tar or .parquet file, a folder of the last two or of save_to_disk, or OWNER/NAME"
     raise UserError(f"the path {what}", where=path, fix=f"name {kinds}")
 
 
@@ -286,7 +300,7 @@ class _Converter:
     images_only: bool
 
     def __call__(self, raw: dict, record_id: str) -> Record:
-        column = _image_column(raw)
+        column = image_column(raw)
         sources: list[object] = []  # of the images, in order of their places: None = the column's next
         messages = [self._message(turn, sources) for turn in _TURNS[self.format](raw)]
         if column and not sources and self.format in ("messages", "cauldron"):
@@ -361,15 +375,6 @@ class _Converter:
             if isinstance(path, str):
                 return image_at(path, self.root, self.max_pixels)
         raise RecordError("malformed_record", f"an image is {_kind(given)}, not a path and not bytes")
-
-
-def _image_column(raw: dict) -> list[object]:
-    found = [raw[key] for key in ("image", "images") if raw.get(key) not in (None, "", [])]
-    if len(found) > 1:
-        raise RecordError("malformed_record", "the row has both `image` and `images`")
-    if not found:
-        return []
-    return found[0] if isinstance(found[0], list) else [found[0]]
 
 
 def _turn(raw: object) -> Turn:

@@ -82,6 +82,8 @@ class GreedyAnswerer:
         self.in_step = forward is not None
         self._encodes_llama31 = all(token in vocabulary for token in CHAT_TOKENS)
         self._stop = torch.tensor(self.stop_ids, device=model.device)
+        # a GPU is asked now and then: each question makes the host wait
+        self._steps_between_syncs = STEPS_BETWEEN_SYNCS if model.device.type == "cuda" else 1
         self._last_prefix: tuple[Hashable, Prompt, DynamicCache] | None = None
         text = model.config.get_text_config()
         self._reads_packed = (
@@ -225,8 +227,7 @@ class GreedyAnswerer:
         return visible[:, None, None] & causal.tril(num_keys - num_queries)
 
     def _is_done(self, finished: torch.Tensor, step: int) -> bool:
-        # a GPU is asked now and then: each question makes the host wait
-        if self.in_step or (finished.is_cuda and (step + 1) % STEPS_BETWEEN_SYNCS):
+        if self.in_step or (step + 1) % self._steps_between_syncs:
             return False
         return bool(finished.all())
 
