@@ -2,11 +2,17 @@
 
 accelerate launch --config_file CONFIG tests/cpu_engines.py train RECIPE ...
 
-What is changed here stands for the missing devices; the project's code runs as it is.
+What is changed here stands for the missing devices; the project's code runs as it is. With PEAK_MEMORY=FOLDER every
+process leaves there the most bytes of tensors that lived at once in each of its steps.
 """
 
+import gc
+import json
 import os
 import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import PartialState
@@ -35,11 +41,45 @@ def skip_the_blank_tile() -> None:
     LlavaLlama31Model._text_only_embeds = lambda self, input_ids: self.get_input_embeddings()(input_ids)
 
 
+def measured_steps(folder: Path) -> Any:
+    """Counts the tensors of this process; their most of each step goes into `folder`, by the process's rank."""
+    from transformers import TrainerCallback
+
+    from llava_llama31.trainer.llava_trainer import LlavaTrainer
+
+    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    from peak_memory import PeakMemory
+
+    memory = PeakMemory(fake=False)
+    peaks: list[int] = []
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            # weights are loaded in threads, which the mode does not see
+            memory.watch([x for x in gc.get_objects() if isinstance(x, torch.Tensor)])
+            memory.restart()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            peaks.append(memory.restart())
+            (folder / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(peaks))
+
+    initialise = LlavaTrainer.__init__
+
+    def with_steps(self: LlavaTrainer, *args: Any, **kwargs: Any) -> None:
+        initialise(self, *args, **kwargs)
+        self.add_callback(Steps())
+
+    LlavaTrainer.__init__ = with_steps
+    return memory
+
+
 if __name__ == "__main__":
     if "RANK" in os.environ:
         stand_in_for_devices()
     if os.environ.get("WITHOUT_BLANK_TILE"):
         skip_the_blank_tile()
-    from llava_llama31.trainer.cli import main
+    measured = os.environ.get("PEAK_MEMORY")
+    with measured_steps(Path(measured)) if measured else nullcontext():
+        from llava_llama31.trainer.cli import main
 
-    sys.exit(main())
+        sys.exit(main())

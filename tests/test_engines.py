@@ -1,5 +1,6 @@
 """The same recipe under every engine: losses, answers, weights and checkpoints, on two CPU processes."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
+from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.engine import as_launched
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.publishing.doors import empty_cache, fetch, open_doors
@@ -27,6 +29,8 @@ from llava_llama31.trainer.recipe import Stage
 ROOT = Path(__file__).parents[1]
 DDP = "--multi_gpu --mixed_precision no"
 FSDP2 = f"--config_file {ROOT / 'examples/accelerate/fsdp2.yaml'}"
+# of every stage where it is set; the least that a stage has otherwise keeps the tests within minutes
+STEPS = int(os.environ.get("ENGINE_STEPS", "0"))
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3-offload-params", "zero3-offload", "fsdp2", "fsdp2-offload")
 NEEDS_DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
@@ -142,20 +146,20 @@ def all_stages(base_folder, data_folder, tmp_path_factory):
         "data": [{"name": "rows", "path": str(data_folder / "rows.json")}],
         "global_batch": 4,
         "micro_batch": 1,
-        "max_steps": 20,
+        "max_steps": STEPS or 20,
         "precision": "float32",
         "logging_steps": 1,
-        "save_steps": 20,
+        "save_steps": STEPS or 20,
         "dataloader_workers": 0,
     }
     both = ["multi_modal_projector", "language_model"]
-    evaluated = {"validation_fraction": 0.2, "eval_steps": 20, "eval_questions": 6}
+    evaluated = {"validation_fraction": 0.2, "eval_steps": STEPS or 20, "eval_questions": 6}
     content = {
         "name": "engines",
         "seed": 1,
         "model": {"checkpoint": str(base_folder), "dtype": "float32"},
         "stages": {
-            "projector": {**stage, "trainable": both[:1], "learning_rate": 1e-3, "max_steps": 6},
+            "projector": {**stage, "trainable": both[:1], "learning_rate": 1e-3, "max_steps": STEPS or 6},
             "checkpointed": {
                 **stage,
                 "trainable": both,
@@ -177,14 +181,14 @@ def all_stages(base_folder, data_folder, tmp_path_factory):
                 "learning_rate": 1e-4,
                 "activation_checkpointing": True,
                 "packing": False,
-                "max_steps": 6,
+                "max_steps": STEPS or 6,
             },
             "adapters": {
                 **stage,
                 "trainable": both,
                 "learning_rate": 1e-3,
                 "lora": {"r": 4, "alpha": 8},
-                "max_steps": 5,
+                "max_steps": STEPS or 5,
             },
         },
         "evaluation": {"data": str(data_folder / "questions.jsonl"), "max_new_tokens": 4},
@@ -214,6 +218,57 @@ def test_every_engine_trains_as_one_process_does(all_stages, tmp_path, engine):
     records = [json.loads((run / "summary.json").read_text())["stages"] for run in (tmp_path / "run", single)]
     for ours, expected in zip(records[0].values(), records[1].values(), strict=True):
         assert ours["groups"] == expected["groups"]
+
+
+@pytest.fixture(scope="session")
+def long_rows(tmp_path_factory, pristine_config, processor, data_folder):
+    """A recipe whose steps take memory for weights and activations alike, and more than for anything else."""
+    folder = tmp_path_factory.mktemp("long")
+    config = copy.deepcopy(pristine_config)
+    for name, value in {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "head_dim": 64}.items():
+        setattr(config.text_config, name, value)
+    torch.manual_seed(0)
+    LlavaLlama31ForConditionalGeneration(config).save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    rows = json.loads((data_folder / "rows.json").read_text())
+    rows = [row for row in rows if "image" in row]
+    for number, row in enumerate(rows):  # more keys than the blocks of a CPU's own attention take
+        words = " ".join(f"{number * 977 + i * 31 % 1009:04}" for i in range(260))
+        row["conversations"][0]["value"] += f" {words}"
+    (folder / "rows.json").write_text(json.dumps(rows))
+    stage = {
+        "data": [{"name": "rows", "path": str(folder / "rows.json"), "image_root": str(data_folder)}],
+        "trainable": ["multi_modal_projector", "language_model"],
+        "learning_rate": 1e-4,
+        "global_batch": 4,
+        "micro_batch": 2,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "dataloader_workers": 0,
+    }
+    model = {"checkpoint": str(folder / "base"), "dtype": "float32"}
+    return {"name": "long", "seed": 1, "model": model, "stages": {"instruct": stage}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("engine", ["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"])
+def test_the_planned_peak_is_that_of_a_run(long_rows, tmp_path, capsys, monkeypatch, engine, checkpointing):
+    monkeypatch.setenv("PEAK_MEMORY", str(tmp_path))
+    content = copy.deepcopy(long_rows)
+    content["stages"]["instruct"]["activation_checkpointing"] = checkpointing
+    options, deepspeed = (None, None) if engine == "single" else engine_options(engine, tmp_path)
+    recipe = write(content, tmp_path / "recipe.yaml", deepspeed)
+    finish(start(options, recipe, "--output", tmp_path / "run"))
+    measured = [json.loads(path.read_text()) for path in tmp_path.glob("[01].json")]
+    devices = 1 if engine == "single" else 2
+    assert [len(peaks) for peaks in measured] == [3] * devices
+    kind = "ddp" if engine == "single" else engine
+    command = [str(recipe), "--output", str(tmp_path / "run"), "--devices", str(devices), "--engine", kind, "--json"]
+    assert main(["plan", *command]) == 0
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    peak = max(map(max, measured))
+    assert stage["assumed"] == [] and stage["memory"]["peak"] * 1e9 == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.slow

@@ -96,21 +96,27 @@ def test_an_evaluation_that_cannot_be_stops_before_training(
     assert not list((tmp_path / "run").glob("stages/*/checkpoint-*"))
 
 
+@pytest.mark.parametrize("stops", [False, True], ids=["in one go", "resumed"])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_the_best_weights_are_kept(recipe_path, tmp_path, monkeypatch, lora):
+def test_the_best_weights_are_kept(recipe_path, tmp_path, monkeypatch, lora, stops):
     from llava_llama31.trainer.evaluation import in_training
 
     truth = in_training.score_answers
-    scores = iter([0.2, 0.7, 0.4, 0.1, 0.3, 0.0])
+    scores = iter([0.2, 0.7, KeyboardInterrupt(), 0.4, 0.1] if stops else [0.2, 0.7, 0.4, 0.1])
 
     def scored(questions, rows):
         report = truth(questions, rows)
-        object.__setattr__(report.protocols_failed_as_zero["vlmevalkit-2024"], "accuracy", next(scores))
+        score = next(scores)
+        if isinstance(score, BaseException):
+            raise score
+        object.__setattr__(report.protocols_failed_as_zero["vlmevalkit-2024"], "accuracy", score)
         return report
 
     monkeypatch.setattr(in_training, "score_answers", scored)
     changes = {} if lora else {"lora": None}
     path = recipe_path(**ASKING, keep="best_accuracy", save_steps=1, save_total_limit=1, **changes)
+    if stops:  # in the evaluation after the best one's
+        assert main(["train", path, "--output", str(tmp_path / "run")]) == 130
     stage = train(path, tmp_path / "run")
     assert sorted(folder.name for folder in stage.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     record = json.loads((stage / "final" / "stage.json").read_text())

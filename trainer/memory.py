@@ -457,12 +457,15 @@ class _Step:
 
     @cached_property
     def buckets(self) -> float:
-        """DeepSpeed gathers gradients in buckets before it reduces them."""
+        """DeepSpeed gathers gradients in buckets before it reduces them, of full size however few gradients there are.
+
+        ZeRO-1/2 fill one while the other one is on its way.
+        """
         if not self.engine.deepspeed:
             return 0.0
-        bucket = self.setup.zero.reduce_bucket
-        numbers = self.setup.model.hidden_size**2 if bucket is None else bucket
-        return min(numbers, self.setup.num_trained) * self.a * (2.0 if self.setup.zero.overlap else 1.0)
+        zero = self.setup.zero
+        numbers = self.setup.model.hidden_size**2 if zero.reduce_bucket is None else zero.reduce_bucket
+        return float(numbers * self.a * (1 + (zero.overlap and not self.engine.shards_weights)))
 
     # phases
 

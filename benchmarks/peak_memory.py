@@ -1,0 +1,71 @@
+"""Bytes of all tensors that live at once, counted as they are made."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of all storages that live now, and the most since the last `restart`; real tensors count if asked."""
+
+    def __init__(self, *, fake: bool = True):
+        super().__init__()
+        self.kind = FakeTensor if fake else torch.Tensor
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if DTensor in types:
+            return NotImplemented
+        output = func(*args, **(kwargs or {}))
+        self.watch(output)
+        return output
+
+    def __enter__(self) -> "PeakMemory":
+        # FSDP empties and fills its buffers through this, which no dispatch mode sees
+        self._resize = torch.UntypedStorage.resize_
+        torch.UntypedStorage.resize_ = self._resized  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*exception)
+
+    @property
+    def _resized(self) -> Any:
+        def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            self._resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._count(storage)
+            return storage
+
+        return resize
+
+    def watch(self, tensors: Any) -> None:
+        for x in tree_iter(tensors):
+            if isinstance(x, DTensor):
+                x = x.to_local()
+            if isinstance(x, self.kind) and x.device.type != "meta" and x.layout == torch.strided:
+                self._count(x.untyped_storage())
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        size, key = storage.nbytes(), storage._cdata
+        if key not in self._sizes:
+            weakref.finalize(storage, self._free, key)
+        self.now += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+        self.peak = max(self.peak, self.now)
+
+    def _free(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+    def restart(self) -> int:
+        """The most bytes since the last call."""
+        peak, self.peak = self.peak, self.now
+        return peak
