@@ -262,7 +262,7 @@ def test_each_picture_is_stored_once_and_small(make_image, tmp_path):
 def test_unreadable_pictures_are_named(picture, tmp_path):
     questions = [
         make_question(1, image_id="cut", image=replace(picture, data=picture.data[:400])),
-        make_question(2, image_id="gone", image=ImageRef("gone", path=tmp_path / "no.png", root=tmp_path)),
+        make_question(2, image_id="gone", image=ImageRef("gone", path=str(tmp_path / "no.png"), root=str(tmp_path))),
         make_question(3, image_id="none"),
         make_question(4, image_id="late"),
         make_question(5, image_id="late", image=picture),

@@ -76,7 +76,8 @@ def test_llava(read, tmp_path):
     assert store.format == "llava" and len(store) == 4
     first, second, third, fourth = store
     assert first.id == "17"
-    assert first.images == (ImageRef("a/x.png", path=tmp_path.resolve() / "a/x.png", root=tmp_path.resolve()),)
+    root = tmp_path.resolve()
+    assert first.images == (ImageRef("a/x.png", path=str(root / "a/x.png"), root=str(root)),)
     assert first.messages == [user(IMAGE, text("What?\n")), assistant("A cat."), user(text("Why?")), assistant("No.")]
     assert second.id == "data:1" and [image.name for image in second.images] == ["x.png", "y.png"]
     assert second.messages[0] == user(IMAGE, IMAGE, text("\nSame?"))
@@ -121,7 +122,7 @@ def test_messages(read, tmp_path):
     assert store[1].messages[0] == user(IMAGE, IMAGE, text("no places"))
     assert store[2].messages == [user(IMAGE, text("q")), assistant("a")]
     assert store[3].messages == [user(text("q")), assistant("a")]
-    assert store[4].images[0].path == tmp_path.resolve() / "x.png"
+    assert store[4].images[0].path == str(tmp_path.resolve() / "x.png")
     assert store[5].images[0].size() == (4, 6) and store[5].images[1].name == "y.png"
     assert [image.name for image in store[6].images] == ["a.png", "b.png"]
 
@@ -206,7 +207,7 @@ def test_round_trip_through_every_json_format(tmp_path, rows, as_array, indent):
                 kept = [m for m in messages if m["role"] != "system"] if data_format == "cauldron" else messages
                 assert record.id == f"r{n}" and record.messages == kept
                 assert [image.name for image in record.images] == images
-                assert [image.path for image in record.images] == [tmp_path.resolve() / name for name in images]
+                assert [image.path for image in record.images] == [str(tmp_path.resolve() / name) for name in images]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "folder of parquet", "save_to_disk", "splits on disk"])

@@ -417,7 +417,7 @@ def test_failures_are_counted_and_named(lively_model, processor, questions, tmp_
     whole = encoded(questions[0].image.open())
     asked = [
         replace(questions[0], image_id="cut", image=ImageRef("cut", data=whole[: len(whole) // 2])),
-        replace(questions[1], image_id="no", image=ImageRef("no", path=tmp_path / "no.png", root=tmp_path)),
+        replace(questions[1], image_id="no", image=ImageRef("no", path=str(tmp_path / "no.png"), root=str(tmp_path))),
         replace(questions[2], image_id="none", image=None),
         *questions[3:12],
     ]
@@ -448,7 +448,7 @@ def test_failures_are_counted_and_named(lively_model, processor, questions, tmp_
 
 
 def test_what_was_mended_is_asked_again_and_what_changed_is_refused(lively_model, processor, questions, tmp_path):
-    missing = ImageRef("p0", path=tmp_path / "p0.png", root=tmp_path)
+    missing = ImageRef("p0", path=str(tmp_path / "p0.png"), root=str(tmp_path))
     asked = [replace(questions[0], image=missing), *questions[1:6]]
     settings = {"revision": "r", "batch_size": 2, "max_new_tokens": 4}
     first = evaluate(lively_model, processor, asked, tmp_path / "out", **settings).report

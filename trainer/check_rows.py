@@ -135,7 +135,7 @@ class RowChecker:
         if image.path is None:
             size = self._measured(image)
         else:
-            path = str(image.path)
+            path = image.path
             if path not in known:
                 found.files[path] = image.stat()
                 known[path] = self._measured(image)

@@ -55,7 +55,7 @@ class ImageRef:
 
     Args:
         name: what the data calls it.
-        path: the file, lexically under `root`; symbolic links are followed and checked when it is opened.
+        path: the file, absolute and lexically under `root`; symbolic links are followed and checked when it is opened.
         data: the encoded image, for images that the data carries itself.
         root: real path of the folder that the file may not leave.
         max_pixels: height x width above which the image is refused by its header, before it is decoded.
@@ -65,9 +65,9 @@ class ImageRef:
     """
 
     name: str
-    path: Path | None = None
+    path: str | None = None
     data: bytes | None = field(default=None, repr=False)
-    root: Path | None = None
+    root: str | None = None
     max_pixels: int = MAX_PIXELS
 
     def size(self) -> tuple[int, int]:
@@ -95,7 +95,7 @@ class ImageRef:
     def stat(self) -> tuple[int, int]:
         """(bytes, modification time in ns) of the file, (-1, -1) where there is none."""
         assert self.path is not None
-        return stat_signature(os.fspath(self.path))
+        return stat_signature(self.path)
 
     @contextmanager
     def _header(self, *, check_scans: bool = False) -> Iterator[Image.Image]:
@@ -143,7 +143,7 @@ class ImageRef:
         try:
             real = os.path.realpath(self.path, strict=True)
             mode = os.stat(real).st_mode
-            if not _is_under(real, os.fspath(self.root)):
+            if not _is_under(real, self.root):
                 raise RecordError("image_symlink_escape", f"{self.path} leads to {real}", self.name)
             if not stat.S_ISREG(mode):
                 raise RecordError("image_not_a_file", f"{real} is a {_kind(mode)}", self.name)
@@ -194,7 +194,7 @@ def image_at(name: str, root: Path, max_pixels: int = MAX_PIXELS) -> ImageRef:
         path = os.path.realpath(path)
         if not _is_under(path, base):
             raise RecordError("image_outside_root", f"{path} is not under {base}", name)
-    return ImageRef(name, path=Path(path), root=root, max_pixels=max_pixels)
+    return ImageRef(name, path=path, root=base, max_pixels=max_pixels)
 
 
 def stat_signature(path: str) -> tuple[int, int]:

@@ -24,6 +24,22 @@ _STRING_END = re.compile(r'["\\]')
 _DECODE = json.JSONDecoder().raw_decode
 
 
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """One JSON object; of a key given twice none is the right one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"key {ascii(key[:80])} is given twice")
+            seen.add(key)
+    return found
+
+
+# made once: json.loads makes a decoder for every row that it hooks
+_DECODE_ROW = json.JSONDecoder(object_pairs_hook=_object).decode
+
+
 class JsonRows:
     """The values of a JSON array, or of a file with one JSON value a line, as a sequence.
 
@@ -106,7 +122,7 @@ def parse_row(text: str, where: str) -> object:
     if _depth(text) > MAX_DEPTH:
         raise RecordError("malformed_json", f"nested too deeply {where}")
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return _DECODE_ROW(text)
     except json.JSONDecodeError as error:
         raise RecordError("malformed_json", f"{error.msg} {where}") from None
     except ValueError as error:  # a key given twice, a number with thousands of digits
@@ -263,18 +279,6 @@ def _depth(text: str) -> int:
         elif character in "}]":
             depth -= 1
     return deepest
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """One JSON object; of a key given twice none is the right one."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"key {ascii(key[:80])} is given twice")
-            seen.add(key)
-    return found
 
 
 def _broken_array(rows: JsonRows, position: int, found: bytes) -> UserError:

@@ -75,13 +75,13 @@ class Record:
         if not self.images:
             return 0
         pieces = [image.key() for image in self.images]
-        parts = [
-            (message["role"], part.get("text", IMAGE_MARKER))
-            for message in self.messages
-            for part in message["content"]
-        ]
-        last = max(place for place, (_, text) in enumerate(parts) if text == IMAGE_MARKER)
-        digest = blake2b(repr((pieces, parts[: last + 1])).encode(), digest_size=8).digest()
+        last = 0
+        for message in self.messages:
+            for part in message["content"]:
+                pieces += (message["role"], part.get("text", IMAGE_MARKER))
+                if part["type"] == "image":
+                    last = len(pieces)
+        digest = blake2b(repr(pieces[:last]).encode(), digest_size=8).digest()
         return int.from_bytes(digest) | 1
 
 
