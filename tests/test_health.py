@@ -216,6 +216,21 @@ def test_a_signal_outside_of_training_stops_at_once(train, monkeypatch, capsys, 
     assert train()[0] == 0
 
 
+@pytest.mark.parametrize("step", [1, 6])
+def test_a_signal_in_any_step_saves_that_step_and_stops(train, monkeypatch, step):
+    """In the last one too: the run does not go on to what comes after the stage."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == step - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Requests, "on_step_begin", on_step_begin)
+        code, run = train(save_steps=100)
+    assert code == 75 and steps(run) == [step] and not (run / "export").exists()
+    assert train(save_steps=100)[0] == 0 and (run / "export").exists()
+
+
 def test_save_now_saves_at_the_next_step_once(train, monkeypatch, tmp_path):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 2:
