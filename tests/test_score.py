@@ -7,6 +7,7 @@ import math
 import random
 import sys
 from base64 import b64encode
+from pathlib import Path
 
 import numpy as np
 import openpyxl
@@ -174,7 +175,7 @@ def test_every_layout_of_annotations_brings_its_pictures(annotations, pictures, 
         assert [question.question_id, question.question] == [row["question_id"], row["question"]]
         assert list(question.answers) == row["answers"]
         assert question.ocr_tokens == (("x", "y") if layout == "lmms-lab" else None)
-        content = question.image.data or question.image.path.read_bytes()
+        content = question.image.data or Path(question.image.path).read_bytes()
         assert content == pictures[row["image_id"]]
     assert [question.image_id for question in loaded] == (
         [str(34602 + (3 if i // 2 == 1 else i - i % 2)) for i in range(10)]
