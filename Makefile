@@ -34,7 +34,7 @@ bench: $(VENV)/.dev ## the benchmarks that run anywhere
 	$(BIN)/python benchmarks/check_data.py
 	$(BIN)/python benchmarks/evaluation.py
 
-torture: $(VENV)/.dev ## kills, signals, faults, full disks, hostile records: hundreds of each, and long runs of every engine (an hour)
+torture: $(VENV)/.dev ## kills, signals, faults, full disks, hostile records: hundreds of each, and long runs of every engine (over an hour)
 	TORTURE=1 $(BIN)/pytest -s tests/test_torture.py
 	ENGINE_STEPS=50 $(BIN)/pytest tests/test_engines.py -k every_engine
 	FUZZ_SCALE=10 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py -k "any_json or mutated"

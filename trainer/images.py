@@ -197,6 +197,20 @@ def image_at(name: str, root: Path, max_pixels: int = MAX_PIXELS) -> ImageRef:
     return ImageRef(name, path=path, root=base, max_pixels=max_pixels)
 
 
+def image_column(record: dict) -> list[object]:
+    """What a record gives as `image` or `images`, one or many.
+
+    Raises:
+        RecordError: malformed_record, it gives both.
+    """
+    found = [record[key] for key in ("image", "images") if record.get(key) not in (None, "", [])]
+    if len(found) > 1:
+        raise RecordError("malformed_record", "the row has both `image` and `images`")
+    if not found:
+        return []
+    return found[0] if isinstance(found[0], list) else [found[0]]
+
+
 def stat_signature(path: str) -> tuple[int, int]:
     """(bytes, modification time in ns) of a file, (-1, -1) where there is none or its path is impossible."""
     try:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.images import MAX_PIXELS, ImageRef, image_at
+from llava_llama31.trainer.images import MAX_PIXELS, ImageRef, image_at, image_column
 from llava_llama31.trainer.json_rows import JsonRows
 from llava_llama31.trainer.reasons import REASONS, RecordError
 from llava_llama31.trainer.safe_text import printable
-from llava_llama31.trainer.tar_rows import TarRows, image_column
+from llava_llama31.trainer.tar_rows import TarRows
 
 
 if TYPE_CHECKING:

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.images import MAX_FILE_BYTES
+from llava_llama31.trainer.images import MAX_FILE_BYTES, image_column
 from llava_llama31.trainer.json_rows import MAX_ROW_BYTES, parse_row
 from llava_llama31.trainer.reasons import RecordError
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 # tar's extended headers, names above all, are read whole
 MAX_HEADER_BYTES = 2**20
 
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _BLOCK_BYTES = 512
 _CHUNK_BYTES = 2**20
 
@@ -74,7 +74,7 @@ class TarRows:
         record = parse_row(self.text(row), f"in {self._where(row)}")
         if not isinstance(record, dict):
             return record
-        images = [member for member in self._members(row) if Path(member.name).suffix.lower() in IMAGE_SUFFIXES]
+        images = [member for member in self._members(row) if Path(member.name).suffix.lower() in _IMAGE_SUFFIXES]
         images = self._in_order(row, record, images)
         if (num_bytes := sum(image.size for image in images)) > MAX_FILE_BYTES:
             what = f"{num_bytes} bytes of images in {self._where(row)}, more than {MAX_FILE_BYTES}"
@@ -137,20 +137,6 @@ def _key(name: str) -> str:
     return folder + slash + last.partition(".")[0]
 
 
-def image_column(record: dict) -> list[object]:
-    """What a record gives as `image` or `images`, one or many.
-
-    Raises:
-        RecordError: malformed_record, it gives both.
-    """
-    found = [record[key] for key in ("image", "images") if record.get(key) not in (None, "", [])]
-    if len(found) > 1:
-        raise RecordError("malformed_record", "the row has both `image` and `images`")
-    if not found:
-        return []
-    return found[0] if isinstance(found[0], list) else [found[0]]
-
-
 def _read(shard: Path, member: _Member) -> bytes:
     try:
         with shard.open("rb") as file:
@@ -189,6 +175,8 @@ def _members(shard: Path) -> Iterator[_Member]:
                     raise UserError(what, where=str(shard), fix="pack files, and no links, devices or sparse files")
                 yield _Member(found.name, found.offset_data, found.size)
             _check_end(shard, tar.offset)
+    except UserError:  # a ValueError too
+        raise
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         what = f"can't be read as a tar: {error}"
         raise UserError(what, where=str(shard), fix="fetch or pack it again, uncompressed") from error
