@@ -6,6 +6,7 @@ Makes JPEGs of 640 x 480 and LLaVA records about them (two conversations a pictu
 temporary folder, and takes rows through the training's own data set and collator: anyres tiles of 336 px in bfloat16,
 packed micro-batches of 8. Each figure is the median over the rounds of this process's CPU time, so a busy machine does
 not change it much. `whole` is a DataLoader worker's loop without the parts' clocks; samples/s a core follow from it.
+`device_tiles` leaves resizing and tiling to the training device, whose time is not counted here.
 The last lines read features of 576 x 1024 in bfloat16 for each tile from a feature cache (`feature_cache_gb`).
 """
 
@@ -144,12 +145,15 @@ def main() -> None:
         plain = StageDataset([store], rows, processor, DTYPE)
         cached = StageDataset([store], rows, processor, DTYPE, filled_cache(folder / "cache", store, processor))
         pad, image_token = processor.tokenizer.pad_token_id, processor.image_token_id
+        pixels = StageDataset([store], rows, processor, DTYPE, device_tiles=True)
         collate = Collator(pad, image_token, packed=True, share_prefix=True)
         rounds = []
         for _ in range(args.rounds):
             found = parts(store, processor, plain, collate)
             found["whole, pictures apart"] = whole(plain, collate, shared=False)
             found["whole, two conversations a picture"] = whole(plain, collate, shared=True)
+            found["whole, device_tiles, pictures apart"] = whole(pixels, collate, shared=False)
+            found["whole, device_tiles, two a picture"] = whole(pixels, collate, shared=True)
             found["whole, cached features, pictures apart"] = whole(cached, collate, shared=False)
             found["whole, cached features, two a picture"] = whole(cached, collate, shared=True)
             rounds.append(found)

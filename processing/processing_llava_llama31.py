@@ -82,6 +82,17 @@ class Encoding(NamedTuple):
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
+class Placement(NamedTuple):
+    """A resized picture in the middle of its grid of tiles; all in pixels."""
+
+    grid_height: int
+    grid_width: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+
 class LlavaLlama31Processor(LlavaNextProcessor):
     """`LlavaNextProcessor` whose chat template, ids and labels are those of Llama 3.1.
 
@@ -141,33 +152,36 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         """Ids of a conversation that ends with the header of the assistant's turn, ready to generate from."""
         return self.encode(messages, image_sizes).input_ids + self._header("assistant", self._header_texts)
 
+    def placement(self, image_size: tuple[int, int]) -> Placement:
+        """Where a picture of (height, width) pixels comes to lie in its grid of tiles."""
+        best = select_best_resolution(image_size, self.image_processor.image_grid_pinpoints)
+        # the function wants a picture for its size alone
+        height, width = get_patch_output_size(np.empty((3, *image_size), bool), best, "channels_first")
+        top, left = (best[0] - height) // 2, (best[1] - width) // 2
+        return Placement(best[0], best[1], top, left, height, width)
+
     def tiles(self, image: Image.Image) -> np.ndarray:
         """Base tile and anyres tiles of a picture: float32 (T, 3, H, W), bit-equal to the PIL image processor's."""
         size, resample = self.tile_size, self.image_processor.resample
         image = image.convert("RGB")
-        best_height, best_width = select_best_resolution(
-            (image.height, image.width), self.image_processor.image_grid_pinpoints
-        )
-        new_height, new_width = get_patch_output_size(
-            np.empty((3, image.height, image.width), bool), (best_height, best_width), "channels_first"
-        )
-        canvas = np.zeros((best_height, best_width, 3), np.uint8)
-        top, left = (best_height - new_height) // 2, (best_width - new_width) // 2
-        canvas[top : top + new_height, left : left + new_width] = image.resize((new_width, new_height), resample)
-        grid = canvas.reshape(best_height // size, size, best_width // size, size, 3)
+        place = self.placement((image.height, image.width))
+        canvas = np.zeros((place.grid_height, place.grid_width, 3), np.uint8)
+        rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
+        canvas[rows, columns] = np.asarray(image.resize((place.width, place.height), resample))
+        grid = canvas.reshape(place.grid_height // size, size, place.grid_width // size, size, 3)
         grid = grid.transpose(0, 2, 4, 1, 3).reshape(-1, 3, size, size)
         base = np.asarray(image.resize((size, size), resample)).transpose(2, 0, 1)[None]
         tiles = np.concatenate([base, grid])
         values = np.empty(tiles.shape, np.float32)
         for tile in range(len(tiles)):
-            for channel, table in enumerate(self._pixel_values):
+            for channel, table in enumerate(self.pixel_levels):
                 # no uint8 is out of range: `clip` only spares a slow check
                 np.take(table, tiles[tile, channel], out=values[tile, channel], mode="clip")
         return values
 
     @cached_property
-    def _pixel_values(self) -> np.ndarray:
-        # float32 (3, 256): what rescaling and normalising make of each uint8 value
+    def pixel_levels(self) -> np.ndarray:
+        """float32 (3, 256): what rescaling and normalising make of each uint8 value of a channel."""
         ip = self.image_processor
         levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
         if ip.do_rescale:

@@ -13,6 +13,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIB
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -26,6 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import CHAT_TOKENS, STOP_TOKENS, build_processor
+from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.collator import Collator, Sample
 
 
@@ -244,6 +246,21 @@ def recipe_content(base_folder, data_folder):
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's caches."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def run_recipe():
+    """Train in this process, with these keys in all stages; returns the run's folder."""
+
+    def run(content: dict, folder: Path, **keys) -> Path:
+        for stage in content["stages"].values():
+            stage |= keys
+        recipe = folder.with_suffix(".yaml")
+        recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+        assert main(["train", str(recipe), "--output", str(folder)]) == 0
+        return folder
+
+    return run
 
 
 @pytest.fixture(scope="session")

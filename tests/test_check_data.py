@@ -16,6 +16,7 @@ from llava_llama31.trainer import check_cache, check_data, check_rows, decoding
 from llava_llama31.trainer.check_data import Limits, check_sources, parse_policy, run_check, select_rows
 from llava_llama31.trainer.decoding import Decoder
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.order import BatchOrder, Lengths
 from llava_llama31.trainer.reasons import REASONS
 from llava_llama31.trainer.recipe import DataSource
 from llava_llama31.trainer.records import open_records
@@ -199,6 +200,24 @@ def test_counts_equal_encoding_one_by_one(write, check, processor):
     statistics = found.statistics()["num_tokens"]
     assert statistics["p5"] == tokens[0] and statistics["max"] == tokens[-1] and statistics["total"] == sum(tokens)
     assert tokens[0] <= statistics["p50"] <= statistics["p95"] <= tokens[-1]
+
+
+def test_what_sharing_saves_is_what_packing_one_group_saves(write, check, capsys, processor, tmp_path):
+    about = [("a", "good.png"), ("b", "wide.png"), ("c", "good.png"), ("d", None), ("e", "good.png"), ("f", None)]
+    source = write(*(row(name, image, answer=name) for name, image in about))
+    (found,) = check(source).sources
+    alone, together = (
+        BatchOrder(
+            Lengths(*(found.counts[f"num_{name}tokens"] for name in ("", "supervised_", "prefix_")), found.prefixes),
+            global_batch=len(about), seed=0, keep_last=True, share_prefix=share,
+        )
+        for share in (1, len(about))
+    )  # fmt: skip
+    rows = np.argsort(found.prefixes, kind="stable").tolist()
+    saved = alone.row_length(rows) - together.row_length(rows)
+    assert found.sharing() == {"records": 2, "tokens": saved} and saved > 0
+    run_check([source], processor, cache_dir=tmp_path / "c")
+    assert f"saves up to {saved:,} tokens" in " ".join(capsys.readouterr().out.split())
 
 
 def test_headers_alone_let_a_truncated_image_pass(folder, write, check):

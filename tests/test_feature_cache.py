@@ -341,17 +341,10 @@ def test_a_worker_reads_the_index_by_itself(cache):
     assert bytes([1]) * 16 not in state
 
 
-def run(content, folder: Path, **keys) -> Path:
-    for stage in content["stages"].values():
-        stage |= keys
-    recipe = folder.with_suffix(".yaml")
-    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
-    assert main(["train", str(recipe), "--output", str(folder)]) == 0
-    return folder
-
-
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "lora"])
-def test_a_run_with_a_cache_ends_with_the_bits_of_one_without(recipe_content, tmp_path, monkeypatch, capsys, kind):
+def test_a_run_with_a_cache_ends_with_the_bits_of_one_without(
+    recipe_content, run_recipe, tmp_path, monkeypatch, capsys, kind
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -362,9 +355,9 @@ def test_a_run_with_a_cache_ends_with_the_bits_of_one_without(recipe_content, tm
             recipe_content["stages"]["instruct"]["lora"] = {"r": 4, "alpha": 8.0, "dropout": 0.1}
         elif kind == "bfloat16":
             keys["precision"] = kind
-        plain = run(recipe_content, tmp_path / "plain", **keys)
+        plain = run_recipe(recipe_content, tmp_path / "plain", **keys)
         capsys.readouterr()
-        cached = run(recipe_content, tmp_path / "cached", **keys, feature_cache_gb=1.0)
+        cached = run_recipe(recipe_content, tmp_path / "cached", **keys, feature_cache_gb=1.0)
     finally:
         torch.set_num_threads(threads)
     assert capsys.readouterr().err.count("33 pictures' features are in") == 2

@@ -23,6 +23,7 @@ def make_meter(tiny_model, processor, monkeypatch):
             processor.image_token_id,
             processor.tokenizer.pad_token_id,
             lambda sizes: int((tiny_model.model.feature_layout(sizes)[0] >= 0).sum()),
+            processor.num_tiles,
             torch.device("cpu"),
             torch.float32,
             options,
@@ -69,6 +70,13 @@ def test_known_features_need_no_tower(samples, collate, make_meter):
     (computed, _), (stored, _) = (make_meter()._work(row) for row in (batch, known))
     assert computed.num_tiles == len(batch["pixel_values"]) and stored.num_tiles == 0
     assert stored.num_image_features == computed.num_image_features > 0
+
+
+def test_pixels_count_as_the_tiles_they_become(samples, collate, make_meter):
+    batch = collate(samples, packed=True)
+    pixels = {key: value for key, value in batch.items() if key != "pixel_values"}
+    pixels |= {"pixels": [torch.zeros((*size, 3), dtype=torch.uint8) for size in batch["image_sizes"]]}
+    assert make_meter()._work(pixels) == make_meter()._work(batch)
 
 
 def test_packed_and_padded_rows_need_the_same(samples, collate, make_meter):

@@ -27,6 +27,7 @@ class Sample(NamedTuple):
     images: tuple[str, ...] = ()  # what the pictures are known by
     image_features: torch.Tensor | None = None  # (T, P, D) of pictures that have no tiles in pixel_values
     has_features: Sequence[bool] = ()  # for each picture; empty: no picture has
+    pixels: tuple[torch.Tensor, ...] = ()  # I times uint8 (height, width, 3), of pictures yet without tiles
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,9 @@ def _pictures(samples: Sequence[Sample], *, as_list: bool = False) -> dict[str, 
     tiles = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     if tiles:
         batch["pixel_values"] = torch.cat(tiles)
+    pixels = [picture for sample in samples for picture in sample.pixels]
+    if pixels:
+        batch["pixels"] = pixels
     features = [sample.image_features for sample in samples if sample.image_features is not None]
     if features:
         batch["image_features"] = torch.cat(features)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -14,12 +15,13 @@ from llava_llama31.trainer.records import Record, RecordError, RecordStore
 
 
 class Pictures(NamedTuple):
-    """Those of a record; tiles and features of all that have the one or the other."""
+    """Those of a record; each has tiles, pixels or features."""
 
     sizes: list[tuple[int, int]]  # height and width in pixels
     has_features: list[bool]
     tiles: torch.Tensor | None  # (T, 3, H, W)
     features: torch.Tensor | None  # (T, P, D)
+    pixels: tuple[torch.Tensor, ...] = ()  # uint8 (height, width, 3) each
 
 
 class StageDataset(Dataset):
@@ -31,6 +33,7 @@ class StageDataset(Dataset):
         processor: makes ids, labels and tiles.
         pixel_dtype: of the tiles that are handed to the model.
         features: where a picture's features are, the picture itself is not read.
+        device_tiles: hand over pixels, to be cut into tiles by `DeviceTiles`.
 
     Raises:
         UserError: naming the record that can no longer be read; all were checked before training.
@@ -43,9 +46,10 @@ class StageDataset(Dataset):
         processor: LlavaLlama31Processor,
         pixel_dtype: torch.dtype = torch.float32,
         features: FeatureCache | None = None,
+        device_tiles: bool = False,
     ):
         self.stores, self.rows, self.processor, self.pixel_dtype = stores, rows, processor, pixel_dtype
-        self.features = features
+        self.features, self.device_tiles = features, device_tiles
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,7 +83,7 @@ class StageDataset(Dataset):
                 known[key] = self._pictures(record)
         except RecordError as error:
             raise self._unreadable(index, error) from error
-        sizes, has_features, tiles, features = known[key]
+        sizes, has_features, tiles, features, pixels = known[key]
         encoding = self.processor.encode(record.messages, sizes)
         return Sample(
             record_id=record.id,
@@ -92,21 +96,25 @@ class StageDataset(Dataset):
             images=key,
             image_features=features,
             has_features=has_features,
+            pixels=pixels,
         )
 
     def _pictures(self, record: Record) -> Pictures:
-        sizes, has_features, tiles, features = [], [], [], []
+        sizes, has_features, tiles, features, pixels = [], [], [], [], []
         for image in record.images:
             found = self.features.load(image) if self.features is not None else None
             if found is None:
                 picture = image.open()
                 sizes.append((picture.height, picture.width))
-                tiles.append(torch.from_numpy(self.processor.tiles(picture)).to(self.pixel_dtype))
+                if self.device_tiles:
+                    pixels.append(torch.from_numpy(np.array(picture.convert("RGB"))))
+                else:
+                    tiles.append(torch.from_numpy(self.processor.tiles(picture)).to(self.pixel_dtype))
             else:
                 sizes.append(found[0])
                 features.append(found[1])
             has_features.append(found is not None)
-        return Pictures(sizes, has_features, _joined(tiles), _joined(features))
+        return Pictures(sizes, has_features, _joined(tiles), _joined(features), tuple(pixels))
 
     def _unreadable(self, index: int, error: RecordError) -> UserError:
         return UserError(

@@ -30,6 +30,7 @@ from transformers.trainer_utils import TrainOutput
 
 from llava_llama31.trainer import checkpoints
 from llava_llama31.trainer.collator import Collator
+from llava_llama31.trainer.device_tiles import DeviceTiles
 from llava_llama31.trainer.engine import (
     engine_of,
     fsdp_plugin,
@@ -65,6 +66,7 @@ class LlavaTrainer(Trainer):
         order: global batches of the training set.
         eval_lengths: of the validation rows.
         packed: micro-batches are packed rows.
+        device_tiles: makes the tiles of batches that come with `pixels` instead.
         meter: counts what the steps need.
         guard: watches over the steps.
         bfloat16_moments: optimise with AdamWBfloat16, not with what `args.optim` names.
@@ -88,6 +90,7 @@ class LlavaTrainer(Trainer):
         packed: bool,
         meter: Meter,
         guard: Guard,
+        device_tiles: DeviceTiles | None = None,
         bfloat16_moments: bool = False,
         decay_all_parameters: bool = False,
         only_trainable: bool = False,
@@ -99,7 +102,7 @@ class LlavaTrainer(Trainer):
         self.decay_all_parameters, self.only_trainable = decay_all_parameters, only_trainable
         self.bfloat16_moments, self.questions = bfloat16_moments, questions
         self.saving_to: Path | None = None
-        self.meter, self.guard = meter, guard
+        self.meter, self.guard, self.device_tiles = meter, guard, device_tiles
         self._counts: dict[int, np.ndarray] = {}
         self._losses: list[torch.Tensor] = []  # of the step's micro-batches so far
         self._num_drawn = 0  # micro-batches from the epoch's loader
@@ -271,6 +274,15 @@ class LlavaTrainer(Trainer):
         for batch in batches:
             self.meter.add(batch)
         return batches, num_items
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch on the device, its pictures as tiles."""
+        inputs = super()._prepare_inputs(inputs)
+        if "pixels" not in inputs:
+            return inputs
+        assert self.device_tiles is not None
+        pixels = inputs["pixels"]
+        return {k: v for k, v in inputs.items() if k != "pixels"} | {"pixel_values": self.device_tiles(pixels)}
 
     def training_step(
         self,

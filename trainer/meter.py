@@ -28,6 +28,7 @@ class Meter:
         trainable: module groups that are trained.
         image_token_id, pad_token_id: in `input_ids`.
         num_patch_features: of pictures of these (height, width), newlines left out.
+        num_tiles: of a picture of this (height, width).
         device, dtype: on and in which the products run.
         options: `checkpointing`, `lora_rank` and `lora_targets` of `needed_flops`.
     """
@@ -37,6 +38,7 @@ class Meter:
     image_token_id: int
     pad_token_id: int
     num_patch_features: Callable[[Sequence[tuple[int, int]]], int]
+    num_tiles: Callable[[tuple[int, int]], int]
     device: torch.device
     dtype: torch.dtype
     options: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +83,9 @@ class Meter:
         if "image_sizes" in batch:
             sizes = [(int(height), int(width)) for height, width in batch["image_sizes"]]
             pictures["num_image_features"] = self.num_patch_features(sizes)
-            pictures["num_tiles"] = len(batch.get("pixel_values", ()))  # those with known features need no tower
+            # those with known features need no tower
+            cut = len(batch.get("pixel_values", ()))
+            pictures["num_tiles"] = cut + sum(self.num_tiles(tuple(p.shape[:2])) for p in batch.get("pixels", ()))
         if "packing" in batch:
             packing = batch["packing"]
             if int(ids[0, -1]) == self.pad_token_id:  # a row ends with its padding

@@ -161,6 +161,8 @@ class Stage(_Frozen):
     save_total_limit: PositiveInt = 2
     logging_steps: PositiveInt = 10
     dataloader_workers: Annotated[int, Field(ge=0)] = 2
+    device_tiles: bool = False
+    """Resize pictures and cut their tiles on the training device, with the bits of the workers' Pillow."""
     feature_cache_gb: PositiveFloat | None = None
     """Quota (10^9 bytes, per machine) for features of the frozen vision tower kept on disk; default: none are kept."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -217,6 +219,8 @@ class Stage(_Frozen):
             raise ValueError("features of a trained vision_tower change (fix: remove feature_cache_gb, or freeze it)")
         if not self.packing:
             raise ValueError("feature_cache_gb is for packed rows (fix: remove it, or set packing: true)")
+        if self.device_tiles:
+            raise ValueError("stored features need no tiles on the device (fix: remove device_tiles)")
         if self.deepspeed is not None:
             raise ValueError("feature_cache_gb under DeepSpeed is not there yet (fix: remove one of the two)")
 

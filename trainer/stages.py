@@ -27,6 +27,7 @@ from llava_llama31.trainer.collator import Collator
 from llava_llama31.trainer.console import StageProgress, print_stage_start
 from llava_llama31.trainer.dataset import StageDataset
 from llava_llama31.trainer.device_options import FLOAT8_MULTIPLE
+from llava_llama31.trainer.device_tiles import DeviceTiles
 from llava_llama31.trainer.engine import (
     check_resumable,
     forget_deepspeed,
@@ -214,6 +215,10 @@ def _trainer(
     stage = run.stage
     order = batch_order(stage, data.lengths, run.seed)
     pixel_dtype = product_dtype(stage)
+
+    def rows_of(rows: list[tuple[int, int]]) -> StageDataset:
+        return StageDataset(data.stores, rows, processor, pixel_dtype, features, stage.device_tiles)
+
     trainer = LlavaTrainer(
         model,
         args,
@@ -224,13 +229,14 @@ def _trainer(
             share_prefix=stage.packing and stage.share_prefix > 1,
             multiple_of=_row_multiple(stage, args),
         ),
-        train_dataset=StageDataset(data.stores, data.train_rows, processor, pixel_dtype, features),
-        eval_dataset=StageDataset(data.stores, data.eval_rows, processor, pixel_dtype, features),
+        train_dataset=rows_of(data.train_rows),
+        eval_dataset=rows_of(data.eval_rows),
         processor=processor,
         learning_rates=stage.learning_rates(),
         order=order,
         eval_lengths=data.eval_lengths,
         packed=stage.packing,
+        device_tiles=DeviceTiles(processor, pixel_dtype) if stage.device_tiles else None,
         meter=_meter(base_model(model, stage), stage, processor, args.device),
         guard=_guard(run),
         bfloat16_moments=stage.optimizer == "adamw_bf16",
@@ -279,6 +285,7 @@ def _meter(
         processor.image_token_id,
         processor.tokenizer.pad_token_id,
         num_patch_features,
+        processor.num_tiles,
         device,
         product_dtype(stage),
         options,

@@ -1,0 +1,83 @@
+"""Tiles from the training device against Pillow's: equal to the last bit, and so are the runs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+from llava_llama31.processing import build_processor
+from llava_llama31.trainer import device_tiles
+from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.device_tiles import DeviceTiles, resize_as_pillow
+from llava_llama31.trainer.errors import UserError
+
+
+SIDES = st.integers(1, 90)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIDES, SIDES, SIDES, SIDES, st.integers(0, 2**32 - 1), st.booleans())
+@example(40, 40, 20, 30, 0, False)  # as many rows lost as twice the columns: the passes' order turns
+@example(40, 40, 19, 30, 0, False)
+@example(40, 40, 41, 50, 0, False)
+def test_resizing_is_pillows(height, width, new_height, new_width, seed, is_hard):
+    picture = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    if is_hard:  # edges that overshoot and are clipped
+        picture = np.where(picture > 127, np.uint8(255), np.uint8(0))
+    expected = np.asarray(Image.fromarray(picture).resize((new_width, new_height), Image.Resampling.BICUBIC))
+    ours = resize_as_pillow(torch.from_numpy(picture).permute(2, 0, 1), new_height, new_width)
+    assert np.array_equal(ours.permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_are_the_processors(processor, make_image, dtype):
+    sizes = [(20, 30), (64, 48), (480, 641), (1024, 683), (7, 500), (333, 4), (56, 56), (1, 1)]
+    images = [make_image(*size, seed=i) for i, size in enumerate(sizes)]
+    expected = torch.cat([torch.from_numpy(processor.tiles(image)) for image in images]).to(dtype)
+    pixels = [torch.from_numpy(np.array(image)) for image in images]
+    tiles = DeviceTiles(processor, dtype)(pixels)
+    assert tiles.dtype == dtype and torch.equal(tiles, expected)
+
+
+def test_another_filter_and_another_pillow_are_refused(processor, monkeypatch):
+    other = build_processor(
+        processor.tokenizer, image_size=28, patch_size=14, image_mean=(0, 0, 0), image_std=(1, 1, 1),
+        image_grid_pinpoints=[[28, 56]], resample=Image.Resampling.BILINEAR,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="bicubic one alone"):
+        DeviceTiles(other)
+    monkeypatch.setattr(device_tiles, "_bicubic", lambda x: np.maximum(1 - np.abs(x), 0))
+    device_tiles._weights.cache_clear()
+    try:
+        with pytest.raises(UserError, match="resizes otherwise than device_tiles"):
+            DeviceTiles(processor)
+    finally:
+        device_tiles._weights.cache_clear()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_run_ends_with_the_bits_of_one_that_tiles_in_its_workers(recipe_content, run_recipe, tmp_path, packing):
+    del recipe_content["evaluation"]
+    keys = {"validation_fraction": 0.1, "eval_steps": 3, "save_steps": 3, "packing": packing, "logging_steps": 1}
+    one = run_recipe(recipe_content, tmp_path / "workers", **keys)
+    two = run_recipe(recipe_content, tmp_path / "device", **keys, device_tiles=True, dataloader_workers=int(packing))
+    for stage in ("1-projector", "2-instruct"):
+        ends = [load_file(path / "stages" / stage / "final/model.safetensors") for path in (one, two)]
+        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+        logs = [json.loads((path / f"stages/{stage}/final/stage.json").read_text()) for path in (one, two)]
+        assert logs[0]["validation_loss"] == logs[1]["validation_loss"]
+
+
+def test_it_does_not_go_with_a_feature_cache(recipe_content, tmp_path, capsys):
+    del recipe_content["stages"]["instruct"]
+    recipe_content["stages"]["projector"] |= {"device_tiles": True, "feature_cache_gb": 1.0}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_content))
+    assert main(["train", str(recipe), "--output", str(tmp_path / "run")]) == 2
+    assert "stored features need no tiles on the device" in capsys.readouterr().err
