@@ -126,9 +126,12 @@ def make_config(processor: LlavaLlama31Processor) -> LlavaLlama31Config:
 
 
 def make_checkpoint(folder: Path, config: LlavaLlama31Config, processor: LlavaLlama31Processor, seed: int) -> None:
-    """A folder that the project and stock Transformers open, float32."""
+    """A folder that the project and stock Transformers open: float32, of values that bfloat16 holds.
+
+    So are published checkpoints, and what `assemble` makes by default; whoever casts frozen weights loses nothing.
+    """
     torch.manual_seed(seed)
-    model = LlavaLlama31ForConditionalGeneration(copy.deepcopy(config))
+    model = LlavaLlama31ForConditionalGeneration(copy.deepcopy(config)).bfloat16().float()
     model.generation_config.pad_token_id = config.text_config.pad_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

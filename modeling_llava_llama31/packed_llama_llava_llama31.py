@@ -36,6 +36,8 @@ Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys, values
 
 # positions whose logits exist at once: few enough to be no memory, enough for a full matrix product
 _HEAD_ROWS = 256
+# those of them that are worked on in float32 at once: few enough for a CPU's cache
+_SOFTMAX_ROWS = 64
 # on a CPU: queries of one block, and the keys up to which blocks beat the fused kernel
 _BLOCK_QUERIES = 256
 _MAX_BLOCK_KEYS = 1024
@@ -510,12 +512,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = min(len(targets), _HEAD_ROWS)
             # written over chunk by chunk: fresh memory of this size costs as much as the products
             logits = hidden.new_empty(rows, weight.shape[0])
-            wide = logits if dtype == exact else torch.empty_like(logits, dtype=exact)
+            room = hidden.new_empty(0 if dtype == exact else _SOFTMAX_ROWS, weight.shape[0], dtype=exact)
             for begin in range(0, len(targets), rows):
                 part = slice(begin, min(begin + rows, len(targets)))
                 chunk = slice(0, part.stop - begin)
                 torch.mm(hidden[part], narrow_weight.T, out=logits[chunk])
-                total += _cross_entropy(logits[chunk], wide[chunk], targets[part])
+                total += _cross_entropy(logits[chunk], room, targets[part])
                 if hidden_grad is not None:
                     torch.mm(logits[chunk], narrow_weight, out=hidden_grad[part])
                 if ctx.needs_input_grad[1]:
@@ -540,16 +542,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _cross_entropy(logits: torch.Tensor, wide: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropies of logits (N, V), which become its gradient; `wide` (N, V) is room to work in."""
-    index = targets[:, None]
-    wanted, largest = (x.to(wide.dtype) for x in (logits.gather(1, index), logits.amax(dim=1, keepdim=True)))
-    wide.copy_(logits)
-    torch.softmax(wide, dim=1, out=wide)
-    # the logarithm of the sum of exponentials, from the one probability that can't be too small
-    normaliser = largest - wide.amax(dim=1, keepdim=True).log()
-    logits.copy_(wide.scatter_add_(1, index, torch.full_like(wanted, -1)))
-    return (normaliser - wanted).sum()
+def _cross_entropy(logits: torch.Tensor, room: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropies of logits (N, V), which become its gradient.
+
+    `room` (R, V), of the type to work in, is written over; it may be empty where the logits have that type.
+    """
+    total = room.new_zeros(())
+    for part, index in zip(logits.split(_SOFTMAX_ROWS), targets[:, None].split(_SOFTMAX_ROWS), strict=True):
+        wide = room[: len(part)] if len(room) else part
+        wanted, largest = (x.to(wide.dtype) for x in (part.gather(1, index), part.amax(dim=1, keepdim=True)))
+        wide.copy_(part)
+        torch.softmax(wide, dim=1, out=wide)
+        # the logarithm of the sum of exponentials, from the one probability that can't be too small
+        normaliser = largest - wide.amax(dim=1, keepdim=True).log()
+        part.copy_(wide.scatter_add_(1, index, torch.full_like(wanted, -1)))
+        total += (normaliser - wanted).sum()
+    return total
 
 
 __all__ = ["LlavaLlama31TextModel", "SupervisedHead"]

@@ -92,7 +92,7 @@ def _as_pillow() -> bool:
 
 def _resize_lines(lines: torch.Tensor, size: int) -> torch.Tensor:
     """uint8 (..., size) of uint8 (..., N)."""
-    first, weights = (torch.from_numpy(x).to(lines.device, non_blocking=True) for x in _weights(lines.shape[-1], size))
+    first, weights = _weights(lines.shape[-1], size, lines.device)
     last = lines.shape[-1] - 1
     total = torch.full((*lines.shape[:-1], size), 1 << (_PRECISION_BITS - 1), dtype=torch.int32, device=lines.device)
     for k, weight in enumerate(weights):
@@ -102,7 +102,7 @@ def _resize_lines(lines: torch.Tensor, size: int) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _weights(num_before: int, num_after: int) -> tuple[np.ndarray, np.ndarray]:
+def _weights(num_before: int, num_after: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Where each output sample's inputs begin (num_after,), and their weights (K, num_after), all int32."""
     scale = num_before / num_after
     stretch = max(scale, 1.0)
@@ -118,7 +118,8 @@ def _weights(num_before: int, num_after: int) -> tuple[np.ndarray, np.ndarray]:
         total += row  # one after the other, as Pillow adds them
     weights /= total
     scaled = np.trunc(weights * (1 << _PRECISION_BITS) + np.where(weights < 0, -0.5, 0.5))
-    return first.astype(np.int32), scaled.astype(np.int32)
+    first, scaled = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (first, scaled))
+    return first, scaled
 
 
 def _bicubic(x: np.ndarray) -> np.ndarray:
