@@ -41,6 +41,9 @@ _SOFTMAX_ROWS = 64
 # on a CPU: queries of one block, and the keys up to which blocks beat the fused kernel
 _BLOCK_QUERIES = 256
 _MAX_BLOCK_KEYS = 1024
+# types whose kernels a CPU builds anew for every shape (0.7 ms), and what segments are filled up to then
+_FILLED_DTYPES = (torch.bfloat16, torch.float16)
+_SEGMENT_MULTIPLE = 32
 
 
 class Segment(NamedTuple):
@@ -88,6 +91,26 @@ class Segment(NamedTuple):
         ]
 
 
+class Aligned(NamedTuple):
+    """Segments whose keys and queries are filled up to a multiple, and the way there and back.
+
+    A segment's filling stands behind its keys, where no query of its own sees it, and around its queries.
+
+    Args:
+        segments: in places of the filled row.
+        queries, keys: (Q',), (S',) from where each place is filled.
+        query_places: (Q,) where the queries went.
+        key_places, key_positions: (N,) where the keys that somebody sees went, and where they are from.
+    """
+
+    segments: list[Segment]
+    queries: torch.Tensor
+    keys: torch.Tensor
+    query_places: torch.Tensor
+    key_places: torch.Tensor
+    key_positions: torch.Tensor
+
+
 @dataclass
 class AttentionPlan:
     """Who sees whom in a packed row; made once, read by every layer.
@@ -103,6 +126,42 @@ class AttentionPlan:
     kept: torch.Tensor | None = None
     _masks: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
     _varlen: tuple[torch.Tensor, ...] | None = None
+    _aligned: Aligned | None = None
+
+    def aligned(self, multiple: int) -> Aligned:
+        """The segments on a CPU, each filled up to a multiple; a trunk is filled where it stands as a segment."""
+        if self._aligned is not None:
+            return self._aligned
+        segments: list[Segment] = []
+        queries: list[int] = []
+        keys: list[int] = []
+        query_places: list[int] = []
+        places: dict[tuple[int, int], int] = {}  # of the keys from one position to another
+        for segment in self.segments:
+            for span in (segment.own, segment.trunk):
+                if span not in places:
+                    places[span] = len(keys)
+                    keys += [*range(*span), *[span[0]] * (-(span[1] - span[0]) % multiple)]
+            length = segment.own[1] - segment.own[0]
+            before, behind = (length - segment.num_queries) % multiple, -length % multiple
+            begin = len(queries) + before
+            query_places += range(begin, begin + segment.num_queries)
+            own, trunk = places[segment.own], places[segment.trunk]
+            segments.append(
+                Segment(
+                    len(queries),
+                    before + segment.num_queries + behind,
+                    (own, own + length + behind),
+                    (trunk, trunk + segment.trunk[1] - segment.trunk[0]),
+                )
+            )
+            filling, real = segment.query_begin, range(segment.query_begin, segment.query_begin + segment.num_queries)
+            queries += [*[filling] * before, *real, *[filling] * behind]
+        key_places = [place + i for span, place in places.items() for i in range(span[1] - span[0])]
+        key_positions = [position for span in places for position in range(*span)]
+        indices = map(torch.tensor, (queries, keys, query_places, key_places, key_positions))
+        self._aligned = Aligned(segments, *indices)
+        return self._aligned
 
     def mask(self, segment: Segment, query: torch.Tensor) -> torch.Tensor:
         """Additive (num_queries, num_keys) mask that is causal towards the last key."""
@@ -210,34 +269,60 @@ class _BlockAttention(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         groups = query.shape[1] // key.shape[1]
-        blocks = [block for segment in plan.segments for block in segment.blocks(_BLOCK_QUERIES)]
-        output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+        aligned = plan.aligned(_SEGMENT_MULTIPLE) if query.dtype in _FILLED_DTYPES else None
+        ctx.num_positions, ctx.aligned, ctx.groups, ctx.scaling = key.shape[2], aligned, groups, scaling
+        # (positions, heads, head size), as the projections left them: rows are taken and placed whole
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        if aligned is not None:
+            query = query.index_select(0, aligned.queries)
+            key, value = key.index_select(0, aligned.keys), value.index_select(0, aligned.keys)
+        segments = plan.segments if aligned is None else aligned.segments
+        ctx.blocks = [block for segment in segments for block in segment.blocks(_BLOCK_QUERIES)]
+        output = query.new_empty(query.shape)
+        query, key, value = (query * scaling).transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         weights = []
-        query = query * scaling
-        for block in blocks:
-            scores = torch.bmm(_fold(query[0, :, block.queries], groups), block.keys(key[0]).transpose(1, 2))
+        for block in ctx.blocks:
+            scores = torch.bmm(_fold(query[:, block.queries], groups), block.keys(key).transpose(1, 2))
             _unfold(scores, groups)[..., -block.num_queries :] += plan.diagonal(block.num_queries, query)
             weights.append(torch.softmax(scores, dim=-1, out=scores))
-            output[0, block.queries] = _unfold(torch.bmm(scores, block.keys(value[0])), groups).transpose(0, 1)
+            output[block.queries] = _unfold(torch.bmm(scores, block.keys(value)), groups).transpose(0, 1)
+        if aligned is not None:
+            output = output.index_select(0, aligned.query_places)
         ctx.save_for_backward(query, key, value, output, *weights)
-        ctx.blocks, ctx.groups, ctx.scaling = blocks, groups, scaling
-        return output
+        return output[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, output, *weights = ctx.saved_tensors
+        aligned, groups = ctx.aligned, ctx.groups
+        grad = grad[0]
         along = (grad * output).sum(-1, keepdim=True)
+        if aligned is not None:  # what fills up has no gradient
+            grad, along = (
+                x.new_zeros(query.shape[1], *x.shape[1:]).index_copy_(0, aligned.query_places, x)
+                for x in (grad, along)
+            )
         query_grad = torch.empty_like(query)
         key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
         for block, weight in zip(ctx.blocks, weights, strict=True):
-            grads, mean = (_fold(x[0, block.queries].transpose(0, 1), ctx.groups) for x in (grad, along))
-            block.add(value_grad[0], torch.bmm(weight.transpose(1, 2), grads))
-            scores = torch.bmm(grads, block.keys(value[0]).transpose(1, 2))
+            grads, mean = (_fold(x[block.queries].transpose(0, 1), groups) for x in (grad, along))
+            block.add(value_grad, torch.bmm(weight.transpose(1, 2), grads))
+            scores = torch.bmm(grads, block.keys(value).transpose(1, 2))
             scores.sub_(mean).mul_(weight)
-            query_grad[0, :, block.queries] = _unfold(torch.bmm(scores, block.keys(key[0])), ctx.groups)
-            block.add(key_grad[0], torch.bmm(scores.transpose(1, 2), _fold(query[0, :, block.queries], ctx.groups)))
-        return query_grad.mul_(ctx.scaling), key_grad, value_grad, None, None
+            query_grad[:, block.queries] = _unfold(torch.bmm(scores, block.keys(key)), groups)
+            block.add(key_grad, torch.bmm(scores.transpose(1, 2), _fold(query[:, block.queries], groups)))
+        query_grad, key_grad, value_grad = (x.transpose(0, 1) for x in (query_grad, key_grad, value_grad))
+        if aligned is not None:
+            query_grad = query_grad.index_select(0, aligned.query_places)
+            key_grad, value_grad = (
+                x.new_zeros(ctx.num_positions, *x.shape[1:]).index_copy_(
+                    0, aligned.key_positions, x.index_select(0, aligned.key_places)
+                )
+                for x in (key_grad, value_grad)
+            )
+        grads = (x.transpose(0, 1)[None] for x in (query_grad.mul_(ctx.scaling), key_grad, value_grad))
+        return *grads, None, None
 
 
 def _fold(x: torch.Tensor, groups: int) -> torch.Tensor:

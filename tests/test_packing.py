@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
+from llava_llama31 import packed_llama_llava_llama31 as packed_llama
 from llava_llama31.trainer.collator import Collator
 
 
@@ -42,6 +43,15 @@ def assert_equal(got, expected, tolerance, relative=0.0):
         assert float((grad - expected_grad).norm()) <= max(relative * 10, tolerance) * scale, name
 
 
+@pytest.fixture(params=[False, True], ids=["as they are", "filled up"])
+def filled(request, monkeypatch):
+    """Segments as in float32 and wider, or filled up as in bfloat16, in several blocks each."""
+    if request.param:
+        monkeypatch.setattr(packed_llama, "_FILLED_DTYPES", (torch.float32, torch.float64))
+        monkeypatch.setattr(packed_llama, "_SEGMENT_MULTIPLE", 8)
+        monkeypatch.setattr(packed_llama, "_BLOCK_QUERIES", 16)
+
+
 OPTIONS = [
     {"packed": True},
     {"packed": True, "share_prefix": True},
@@ -51,7 +61,9 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["packed", "shared", "shared, padded to 64"])
 @pytest.mark.parametrize("chosen", [*GROUPS, list(range(NUM_ROWS))], ids=str)
-def test_loss_and_gradients_equal_stock_transformers(tiny_config, samples, collate, make_stock, chosen, options):
+def test_loss_and_gradients_equal_stock_transformers(
+    tiny_config, samples, collate, make_stock, chosen, options, filled
+):
     torch.manual_seed(0)
     model = LlavaLlama31ForConditionalGeneration(tiny_config).double()
     chosen = [samples[i] for i in chosen]
@@ -83,7 +95,7 @@ def test_conversations_about_a_picture_share_its_trunk(samples, collate):
 
 
 @pytest.mark.parametrize("changed", range(NUM_ROWS))
-def test_a_sample_does_not_see_its_neighbours(tiny_model, samples, collate, processor, changed):
+def test_a_sample_does_not_see_its_neighbours(tiny_model, samples, collate, processor, changed, filled):
     """Bit for bit: another token in one sample leaves the hidden states of all others as they were."""
     single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
 
