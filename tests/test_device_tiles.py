@@ -63,15 +63,25 @@ def test_another_filter_and_another_pillow_are_refused(processor, monkeypatch):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_run_ends_with_the_bits_of_one_that_tiles_in_its_workers(recipe_content, run_recipe, tmp_path, packing):
-    del recipe_content["evaluation"]
+    del recipe_content["evaluation"], recipe_content["stages"]["projector"]
     keys = {"validation_fraction": 0.1, "eval_steps": 3, "save_steps": 3, "packing": packing, "logging_steps": 1}
     one = run_recipe(recipe_content, tmp_path / "workers", **keys)
     two = run_recipe(recipe_content, tmp_path / "device", **keys, device_tiles=True, dataloader_workers=int(packing))
-    for stage in ("1-projector", "2-instruct"):
-        ends = [load_file(path / "stages" / stage / "final/model.safetensors") for path in (one, two)]
-        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-        logs = [json.loads((path / f"stages/{stage}/final/stage.json").read_text()) for path in (one, two)]
-        assert logs[0]["validation_loss"] == logs[1]["validation_loss"]
+    finals = [path / "stages/1-instruct/final" for path in (one, two)]
+    ends = [load_file(final / "model.safetensors") for final in finals]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    logs = [json.loads((final / "stage.json").read_text()) for final in finals]
+    assert logs[0]["validation_loss"] == logs[1]["validation_loss"]
+
+
+def test_a_later_stage_is_refused_before_the_first_trains(recipe_content, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(device_tiles, "_as_pillow", lambda: False)
+    recipe_content["stages"]["instruct"]["device_tiles"] = True
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_content, sort_keys=False))
+    assert main(["train", str(recipe), "--output", str(tmp_path / "run")]) == 2
+    assert "stages.instruct.device_tiles: Pillow" in capsys.readouterr().err
+    assert not list((tmp_path / "run" / "stages").glob("*/checkpoint-*"))
 
 
 def test_it_does_not_go_with_a_feature_cache(recipe_content, tmp_path, capsys):

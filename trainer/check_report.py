@@ -60,7 +60,7 @@ class SourceReport:
         """Records that begin as an earlier one does, and the tokens that prefix sharing saves on them at most."""
         if not self.counts:
             return {"records": 0, "tokens": 0}
-        shared = self.prefixes != 0
+        shared = (self.prefixes != 0) & (self.counts["num_prefix_tokens"] > 0)
         _, first = np.unique(self.prefixes[shared], return_index=True)
         tokens = np.delete(self.counts["num_prefix_tokens"][shared], first)
         return {"records": len(tokens), "tokens": int(tokens.sum(dtype=np.int64))}

@@ -107,7 +107,7 @@ class StageDataset(Dataset):
                 picture = image.open()
                 sizes.append((picture.height, picture.width))
                 if self.device_tiles:
-                    pixels.append(torch.from_numpy(np.array(picture.convert("RGB"))))
+                    pixels.append(torch.from_numpy(np.array(picture)))
                 else:
                     tiles.append(torch.from_numpy(self.processor.tiles(picture)).to(self.pixel_dtype))
             else:

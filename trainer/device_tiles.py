@@ -28,19 +28,20 @@ class DeviceTiles:
     Args:
         processor: whose `tiles` are matched.
         dtype: of the tiles.
+        where: recipe key that an error names.
 
     Raises:
         UserError: the processor resizes by another filter, or this Pillow resizes otherwise than is known here.
     """
 
-    def __init__(self, processor: LlavaLlama31Processor, dtype: torch.dtype = torch.float32):
+    def __init__(self, processor: LlavaLlama31Processor, dtype: torch.dtype = torch.float32, where: str = ""):
         resample = processor.image_processor.resample
         if resample != Image.Resampling.BICUBIC:
             what = f"the processor resizes by Pillow's filter {resample}, device_tiles knows the bicubic one alone"
-            raise UserError(what, fix="remove device_tiles")
+            raise UserError(what, where=where, fix="remove it")
         if not _as_pillow():
             what = f"Pillow {PIL.__version__} resizes otherwise than device_tiles"
-            raise UserError(what, fix="remove device_tiles, or take the Pillow of constraints.txt")
+            raise UserError(what, where=where, fix="remove it, or take the Pillow of constraints.txt")
         self.processor = processor
         self._levels = torch.from_numpy(processor.pixel_levels).to(dtype)
 
@@ -103,7 +104,7 @@ def _resize_lines(lines: torch.Tensor, size: int) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _weights(num_before: int, num_after: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each output sample's inputs begin (num_after,), and their weights (K, num_after), all int32."""
+    """Where each output sample's inputs begin, int64 (num_after,), and their weights, int32 (K, num_after)."""
     scale = num_before / num_after
     stretch = max(scale, 1.0)
     support = 2.0 * stretch  # of the bicubic filter
@@ -118,8 +119,7 @@ def _weights(num_before: int, num_after: int, device: torch.device) -> tuple[tor
         total += row  # one after the other, as Pillow adds them
     weights /= total
     scaled = np.trunc(weights * (1 << _PRECISION_BITS) + np.where(weights < 0, -0.5, 0.5))
-    first, scaled = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (first, scaled))
-    return first, scaled
+    return torch.from_numpy(first).to(device), torch.from_numpy(scaled.astype(np.int32)).to(device)
 
 
 def _bicubic(x: np.ndarray) -> np.ndarray:

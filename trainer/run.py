@@ -25,6 +25,7 @@ from llava_llama31.trainer.assemble import assemble
 from llava_llama31.trainer.check_data import check_policy
 from llava_llama31.trainer.console import make_console
 from llava_llama31.trainer.device_options import check_device_options
+from llava_llama31.trainer.device_tiles import DeviceTiles
 from llava_llama31.trainer.engine import as_launched, forget_deepspeed
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.presets import PRESETS, check_ocr
@@ -236,6 +237,8 @@ def _check_all(recipe: Recipe, output: Path) -> None:
     licence_texts(base_models_of(recipe))
     processor = LlavaLlama31Processor.from_pretrained(base_of(recipe, output))
     for name, stage in recipe.stages.items():
+        if stage.device_tiles:
+            DeviceTiles(processor, where=f"stages.{name}.device_tiles")  # now, and not before a later stage
         check_stage(stage, processor, stage_folder(output, recipe, name) / "rejects.jsonl")
     if recipe.evaluation is not None:
         spec = recipe.evaluation
