@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31 import packed_llama_llava_llama31 as packed_llama
@@ -199,3 +200,33 @@ def test_the_model_finds_positions_by_itself(tiny_model, samples, collate):
 def test_collator_is_frozen(processor):
     with pytest.raises(dataclasses.FrozenInstanceError):
         Collator(0, 1).packed = True
+
+
+@pytest.mark.parametrize("supervised", [None, [3, 8, 9, 20, 29]], ids=["all positions", "last layer"])
+def test_a_gpus_kernel_is_asked_for_the_same_attention(monkeypatch, supervised):
+    """The varlen kernel's arguments by their documented meaning: causal towards the last key of each sequence."""
+    plan = packed_llama.plan_row([[6, 4, 3], [9], [8]])
+    if supervised is not None:
+        plan = packed_llama.plan_last_layer(plan, supervised, torch.device("cpu"))
+    num_queries = sum(segment.num_queries for segment in plan.segments)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (num_queries, 30, 30))
+
+    def kernel(query, key, value, query_ends, key_ends, most_queries, most_keys, *, scale, window_size, enable_gqa):
+        assert window_size == (-1, 0) and enable_gqa
+        outputs = []
+        for i in range(len(query_ends) - 1):
+            q, (k, v) = (
+                query[query_ends[i] : query_ends[i + 1]],
+                (x[key_ends[i] : key_ends[i + 1]] for x in (key, value)),
+            )
+            assert len(q) <= most_queries and len(k) <= most_keys
+            seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=scale)
+            outputs.append(attended.transpose(0, 1))
+        return torch.cat(outputs)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
+    expected = packed_llama.packed_attention(query, key, value, plan, 0.5)
+    torch.testing.assert_close(packed_llama._varlen_attention(query, key, value, plan, 0.5), expected)
