@@ -42,7 +42,7 @@ _SOFTMAX_ROWS = 64
 _BLOCK_QUERIES = 256
 _MAX_BLOCK_KEYS = 1024
 # types whose kernels a CPU builds anew for every shape (0.7 ms), and what segments are filled up to then
-_FILLED_DTYPES = (torch.bfloat16, torch.float16)
+_FILLED_DTYPES = (torch.bfloat16,)
 _SEGMENT_MULTIPLE = 32
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,10 @@ def test_what_sharing_saves_is_what_packing_one_group_saves(write, check, capsys
     assert found.sharing() == {"records": 2, "tokens": saved} and saved > 0
     run_check([source], processor, cache_dir=tmp_path / "c")
     assert f"saves up to {saved:,} tokens" in " ".join(capsys.readouterr().out.split())
+    # pictures after an answer: the records begin alike, but there is no prefix to share
+    counts = {"num_prefix_tokens": np.array([10, 10, 0, 0])}
+    late = replace(found, prefixes=np.array([5, 5, 7, 7], np.uint64), counts=counts)
+    assert late.sharing() == {"records": 1, "tokens": 10}
 
 
 def test_headers_alone_let_a_truncated_image_pass(folder, write, check):

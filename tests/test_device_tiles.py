@@ -62,11 +62,17 @@ def test_another_filter_and_another_pillow_are_refused(processor, monkeypatch):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_run_ends_with_the_bits_of_one_that_tiles_in_its_workers(recipe_content, run_recipe, tmp_path, packing):
+def test_a_run_ends_with_the_bits_of_one_that_tiles_in_its_workers(
+    recipe_content, run_recipe, tmp_path, packing, monkeypatch
+):
+    cut, tiles_of = [], DeviceTiles.__call__
+    monkeypatch.setattr(DeviceTiles, "__call__", lambda self, pixels: cut.append(pixels) or tiles_of(self, pixels))
     del recipe_content["evaluation"], recipe_content["stages"]["projector"]
     keys = {"validation_fraction": 0.1, "eval_steps": 3, "save_steps": 3, "packing": packing, "logging_steps": 1}
     one = run_recipe(recipe_content, tmp_path / "workers", **keys)
+    assert not cut
     two = run_recipe(recipe_content, tmp_path / "device", **keys, device_tiles=True, dataloader_workers=int(packing))
+    assert cut
     finals = [path / "stages/1-instruct/final" for path in (one, two)]
     ends = [load_file(final / "model.safetensors") for final in finals]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
