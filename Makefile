@@ -37,6 +37,7 @@ bench: $(VENV)/.dev ## the benchmarks that run anywhere
 torture: $(VENV)/.dev ## kills, signals, faults, full disks, hostile records: hundreds of each, and long runs of every engine (over an hour)
 	TORTURE=1 $(BIN)/pytest -s tests/test_torture.py
 	ENGINE_STEPS=50 $(BIN)/pytest tests/test_engines.py -k every_engine
+	TORTURE=1 $(BIN)/pytest tests/test_engines.py -k planned_peak
 	FUZZ_SCALE=10 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py -k "any_json or mutated"
 
 trace-8b: $(VENV)/.dev ## the 8B step on every engine, at its true shape and without its memory

@@ -1,16 +1,20 @@
 """Tiny models, processors and pictures, made offline."""
 
+import contextlib
 import copy
+import ctypes
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -240,6 +244,32 @@ def recipe_content(base_folder, data_folder):
         },
         "evaluation": {"data": str(data_folder / "questions.jsonl"), "baselines": True, "max_new_tokens": 4},
     }
+
+
+@pytest.fixture(scope="session")
+def adopted_orphans() -> None:
+    """A launcher's ranks become children of the tests' process when the launcher is gone, and so are found."""
+    if sys.platform == "linux":
+        pr_set_child_subreaper = 36  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left(adopted_orphans) -> Iterator[None]:
+    """What a test started ends with it, after a timeout too."""
+    me = psutil.Process()
+    before = set(me.children(recursive=True))
+    yield
+    left = set()
+    for child in me.children():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            # multiprocessing keeps a fork server and a resource tracker for later tests
+            if "from multiprocessing" not in " ".join(child.cmdline()):
+                left |= {child, *child.children(recursive=True)}
+    for process in left - before:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left - before, timeout=10)
 
 
 @pytest.fixture(autouse=True)

@@ -328,9 +328,21 @@ def test_counting_needs_no_torch():
 def test_peak_is_the_best_shape_by_the_clock_that_is_given():
     ticks = iter(range(10_000))
     shapes = ((8, 8, 8), (8, 16, 8))
-    # every look at this clock is a second later, so that a measurement takes one second
-    peak = measure_matrix_peak(
-        torch.float32, "cpu", shapes=shapes, num_repeats=3, seconds_per_repeat=4.0, clock=lambda: next(ticks)
-    )
-    assert peak == 4 * 2 * 8 * 16 * 8
-    assert measure_matrix_peak(torch.float32, "cpu", shapes=shapes, seconds_per_repeat=1e-3) > 0
+    # every look at this clock is a second later, so that a measurement takes one second: readings of 8 products
+    peak = measure_matrix_peak(torch.float32, "cpu", shapes=shapes, seconds=160.0, clock=lambda: next(ticks))
+    assert peak == 8 * 2 * 8 * 16 * 8
+    assert measure_matrix_peak(torch.float32, "cpu", shapes=shapes, seconds=1e-3) > 0
+
+
+def test_measuring_a_peak_takes_a_moment_where_products_are_slow(monkeypatch):
+    """As bfloat16's on a CPU without instructions for it: 1.3 GFLOP/s."""
+    now, products = 0.0, []
+
+    def slow(left, right, out):
+        nonlocal now
+        now += 2 * left.shape[0] * left.shape[1] * right.shape[1] / 1.3e9
+        products.append(left.shape)
+
+    monkeypatch.setattr(torch, "mm", slow)
+    assert measure_matrix_peak(torch.bfloat16, "cpu", clock=lambda: now) == pytest.approx(1.3e9)
+    assert now < 0.5 and set(products) == {(256, 256)}

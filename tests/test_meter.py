@@ -1,5 +1,6 @@
 """The meters count what the step computes, and nothing of what stands beside it."""
 
+import functools
 import subprocess
 import sys
 
@@ -118,3 +119,11 @@ def test_the_command_line_asks_for_huge_pages():
     code += "; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == "1"
+
+
+def test_the_peak_of_a_cpu_is_measured_once_whatever_its_name(monkeypatch):
+    measured = []
+    monkeypatch.setattr(meters, "_matrix_peak", functools.cache(lambda dtype, device: measured.append(device) or 1e9))
+    for name in ("cpu", "cpu:0", "cuda:0", "cuda:1", "cpu"):
+        meters.matrix_peak(torch.float32, torch.device(name))
+    assert [str(device) for device in measured] == ["cpu", "cuda:0", "cuda:1"]

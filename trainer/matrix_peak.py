@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 
 
-# (m, k, n): squares, and the tall products of a decoder's layers
-_SMALL = ((1024, 1024, 1024), (2048, 2048, 2048), (2048, 1024, 4096))
-_LARGE = ((4096, 4096, 4096), (8192, 8192, 8192), (8192, 4096, 14336), (16384, 8192, 8192))
+# (m, k, n): a first look, squares, and the tall products of a decoder's layers
+_SMALL = ((256, 256, 256), (1024, 1024, 1024), (2048, 2048, 2048), (2048, 1024, 4096))
+_LARGE = ((1024, 1024, 1024), (4096, 4096, 4096), (8192, 8192, 8192), (8192, 4096, 14336), (16384, 8192, 8192))
+_MIN_REPEATS = 3
 
 
 def measure_matrix_peak(
@@ -17,34 +18,37 @@ def measure_matrix_peak(
     device: torch.device | str,
     *,
     shapes: tuple[tuple[int, int, int], ...] | None = None,
-    num_repeats: int = 7,
-    seconds_per_repeat: float = 0.05,
+    seconds: float = 0.4,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """FLOP/s of `torch.mm` into an output that is there: the best shape's median over the repeats.
+    """FLOP/s of `torch.mm` into an existing output: the best shape's median over the repeats.
 
-    As PyTorch is set: the number of its threads, and TF32 for float32, count.
+    It depends on PyTorch's settings: the number of threads, and TF32 for float32.
 
     Args:
-        shapes: (m, k, n) of the products (m, k) times (k, n); by default as large as the device likes them.
-        seconds_per_repeat: products are repeated to fill it.
+        shapes: (m, k, n) of the products (m, k) times (k, n), smallest first; by default as large as the device
+            likes them. A shape whose few repeats would exceed its share of the time is left out: a CPU without
+            bfloat16 instructions takes minutes for products that another does in milliseconds.
+        seconds: of all shapes together, about.
         clock: seconds; `time.process_time` for FLOP per CPU second on a shared machine.
     """
     device = torch.device(device)
     chosen = shapes or (_SMALL if device.type == "cpu" else _LARGE)
-    return max(_speed(dtype, device, shape, num_repeats, seconds_per_repeat, clock) for shape in chosen)
+    peak = 0.0
+    for m, k, n in chosen:
+        share, num_operations = seconds / len(chosen), 2 * m * k * n
+        if peak and (1 + _MIN_REPEATS) * num_operations / peak > 2 * share:  # larger products may be twice as fast
+            break
+        peak = max(peak, num_operations / _seconds_of_product(dtype, device, (m, k, n), share, clock))
+    return peak
 
 
-def _speed(
-    dtype: torch.dtype,
-    device: torch.device,
-    shape: tuple[int, int, int],
-    num_repeats: int,
-    seconds: float,
-    clock: Callable[[], float],
+def _seconds_of_product(
+    dtype: torch.dtype, device: torch.device, shape: tuple[int, int, int], share: float, clock: Callable[[], float]
 ) -> float:
+    """Median seconds of one product, repeated until `share` seconds are over."""
     m, k, n = shape
-    # numbers that are not all alike: a GPU draws less power, and clocks higher, on zeros
+    # random numbers: a GPU draws less power, and clocks higher, on zeros
     left, right = (torch.randn(size, device=device, dtype=dtype) for size in ((m, k), (k, n)))
     output = torch.empty(m, n, device=device, dtype=dtype)
 
@@ -56,6 +60,9 @@ def _speed(
             torch.cuda.synchronize(device)
         return (clock() - begin) / count
 
-    measure(2)  # kernels are chosen and pages touched
-    count = max(1, round(seconds / max(measure(1), 1e-9)))
-    return 2 * m * k * n / statistics.median(measure(count) for _ in range(num_repeats))
+    measure(1)  # kernels are chosen and pages touched
+    first = measure(1)
+    # ten readings, or as many as fit; each of several products, for a clock's tick is not to count
+    count = max(1, round(share / 10 / max(first, 1e-9)))
+    num_readings = max(_MIN_REPEATS - 1, min(10, round(share / max(first * count, 1e-9))))
+    return statistics.median([first, *(measure(count) for _ in range(num_readings))])

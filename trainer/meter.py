@@ -120,10 +120,13 @@ class Meter:
         return seconds, meters
 
 
-@functools.cache
 def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """`measure_matrix_peak`, once a process."""
-    return measure_matrix_peak(dtype, device)
+    """`measure_matrix_peak`, once per process and device."""
+    # Accelerate calls the one CPU `cpu` or, with several processes, `cpu:0`
+    return _matrix_peak(dtype, torch.device("cpu") if device.type == "cpu" else device)
+
+
+_matrix_peak = functools.cache(measure_matrix_peak)
 
 
 def peak_memory(device: torch.device) -> int:
