@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llava_llama31.trainer.check_data import _first_equal, check_sources
-from llava_llama31.trainer.check_rows import Limits, RowChecker, check_rows
-from llava_llama31.trainer.recipe import DataSource
-from llava_llama31.trainer.records import open_records
+from llava_llama31.trainer.data.check.check import _first_equal, check_sources
+from llava_llama31.trainer.data.check.row_checker import Limits, RowChecker, check_rows
+from llava_llama31.trainer.data.sources.records import open_records
+from llava_llama31.trainer.recipes.schema import DataSource
 
 
 NUM_IMAGES = 200

@@ -26,11 +26,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llava_llama31.processing import CHAT_TOKENS, LlavaLlama31Processor, build_processor
-from llava_llama31.trainer.collator import Collator
-from llava_llama31.trainer.dataset import StageDataset
-from llava_llama31.trainer.feature_cache import FeatureCache, picture_key
-from llava_llama31.trainer.recipe import DataSource
-from llava_llama31.trainer.records import RecordStore, open_records
+from llava_llama31.trainer.data.batches.collator import Collator
+from llava_llama31.trainer.data.batches.dataset import StageDataset
+from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, picture_key
+from llava_llama31.trainer.data.sources.records import RecordStore, open_records
+from llava_llama31.trainer.recipes.schema import DataSource
 
 
 MICRO_BATCH = 8

@@ -38,12 +38,12 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import IGNORE_INDEX
-from llava_llama31.trainer.collator import Collator, Sample
-from llava_llama31.trainer.flops import Flops, ModelShape, Work, hfu, mfu, needed_flops
-from llava_llama31.trainer.meter import matrix_peak, peak_memory
-from llava_llama31.trainer.module_groups import freeze
-from llava_llama31.trainer.order import BatchOrder, Lengths, RankBatches
-from llava_llama31.trainer.recipe import Stage, derive, load_recipe, num_held_out
+from llava_llama31.trainer.costs.flops import Flops, ModelShape, Work, hfu, mfu, needed_flops
+from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, RankBatches
+from llava_llama31.trainer.data.batches.collator import Collator, Sample
+from llava_llama31.trainer.model.module_groups import freeze
+from llava_llama31.trainer.recipes.schema import Stage, derive, load_recipe, num_held_out
+from llava_llama31.trainer.training.meter import matrix_peak, peak_memory
 
 
 RECIPE = "llama31-8b-card"

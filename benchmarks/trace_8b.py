@@ -33,15 +33,15 @@ from torch.utils._pytree import tree_iter
 from transformers.initialization import no_init_weights
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
-from llava_llama31.trainer.adapters import adapt
-from llava_llama31.trainer.device_options import checkpoint_activations
-from llava_llama31.trainer.engine import fsdp_plugin
-from llava_llama31.trainer.memory import ENGINES as ENGINES_OF_PLAN
-from llava_llama31.trainer.memory import Memory, MicroBatch, estimate
-from llava_llama31.trainer.module_groups import freeze, group_parameters
-from llava_llama31.trainer.optimizers import AdamWBfloat16
-from llava_llama31.trainer.plan import setup_of
-from llava_llama31.trainer.recipe import Stage, load_recipe
+from llava_llama31.trainer.costs.memory import ENGINES as ENGINES_OF_PLAN
+from llava_llama31.trainer.costs.memory import Memory, MicroBatch, estimate
+from llava_llama31.trainer.distributed.engine import fsdp_plugin
+from llava_llama31.trainer.model.adapters import adapt
+from llava_llama31.trainer.model.device_options import checkpoint_activations
+from llava_llama31.trainer.model.module_groups import freeze, group_parameters
+from llava_llama31.trainer.planning.plan import setup_of
+from llava_llama31.trainer.recipes.schema import Stage, load_recipe
+from llava_llama31.trainer.training.optimizers import AdamWBfloat16
 
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -253,7 +253,7 @@ def _make_model(config: LlavaLlama31Config, stage: Stage, dtype: torch.dtype) ->
 
 
 def _prepare(model: LlavaLlama31ForConditionalGeneration, stage: Stage, *, narrows: bool) -> None:
-    """What `stages.py` does before the Trainer; adapters are put into the model in place."""
+    """What `runs/stage.py` does before the Trainer; adapters are put into the model in place."""
     if stage.lora is not None:
         adapt(model, stage.lora, seed=0, where="")
     report = freeze(model, stage.learning_rates(), freeze_image_newline="frozen_image_newline" in stage.quirks)

@@ -281,7 +281,7 @@ def matrix_peak(options: argparse.Namespace) -> float:
     """Operations a CPU second of the best matrix product in this precision, in a process with as many threads."""
     code = f"""
 import time, torch
-from llava_llama31.trainer.matrix_peak import measure_matrix_peak
+from llava_llama31.trainer.costs.matrix_peak import measure_matrix_peak
 print(measure_matrix_peak(torch.{DTYPES[options.precision]}, "cpu", clock=time.process_time))
 """
     variables = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}

@@ -22,8 +22,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import CHAT_TOKENS, IGNORE_INDEX, LlavaLlama31Processor, build_processor
-from llava_llama31.trainer import flops
-from llava_llama31.trainer.flops import ModelShape, Work
+from llava_llama31.trainer.costs import flops
+from llava_llama31.trainer.costs.flops import ModelShape, Work
 
 
 TILE, PATCH = 112, 14

@@ -45,7 +45,7 @@ def measured_steps(folder: Path) -> Any:
     """Counts the tensors of this process; their most of each step goes into `folder`, by the process's rank."""
     from transformers import TrainerCallback
 
-    from llava_llama31.trainer.llava_trainer import LlavaTrainer
+    from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
     sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
     from peak_memory import PeakMemory

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from llava_llama31.trainer.dataset import StageDataset
+from llava_llama31.trainer.data.batches.dataset import StageDataset
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.llava_trainer import LlavaTrainer
+from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
 
 FACTORS = ("nan", "inf", "1e9")  # of the loss

@@ -9,10 +9,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
-from llava_llama31.trainer.adapters import adapt, quantization
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.llava_trainer import LlavaTrainer
-from llava_llama31.trainer.recipe import Lora
+from llava_llama31.trainer.model.adapters import adapt, quantization
+from llava_llama31.trainer.recipes.schema import Lora
+from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
 
 pytest.importorskip("peft")
@@ -118,7 +118,7 @@ def test_what_qlora_publishes_computes_what_it_trained(run_adapters, base_folder
 def test_quantized_weights_are_refused_where_nothing_shows_that_they_work(recipe_content, key, value):
     from pydantic import ValidationError
 
-    from llava_llama31.trainer.recipe import Stage
+    from llava_llama31.trainer.recipes.schema import Stage
 
     stage = {**recipe_content["stages"]["instruct"], "lora": {"quantize": "nf4"}, key: value}
     with pytest.raises(ValidationError, match=f"quantized weights under {key}"):

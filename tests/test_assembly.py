@@ -29,9 +29,9 @@ from transformers import (
 from llava_llama31.assembly import AssemblyError, plan_assembly, write_assembly
 from llava_llama31.checkpoint_parts import Vocabulary
 from llava_llama31.processing import CHAT_TOKENS, LlavaLlama31Processor
-from llava_llama31.trainer.assemble import assemble, convert_original
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.model.assemble import assemble, convert_original
 
 
 TILE, PATCH = 28, 14

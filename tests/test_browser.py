@@ -25,6 +25,7 @@ import pytest
 from PIL import Image
 
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation import browser as browser_module
 from llava_llama31.trainer.evaluation.browser import write_browser
@@ -32,7 +33,6 @@ from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.scoring import score_answers
 from llava_llama31.trainer.evaluation.textvqa import evaluate
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS, normalize, vqa_accuracy
-from llava_llama31.trainer.images import ImageRef
 
 
 HOSTILE = (

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +14,19 @@ from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from llava_llama31.trainer import check_cache, check_data, check_rows, decoding
-from llava_llama31.trainer.check_data import Limits, check_sources, parse_policy, run_check, select_rows
-from llava_llama31.trainer.decoding import Decoder
+from llava_llama31.trainer import redaction
+from llava_llama31.trainer.data import check as check_room
+from llava_llama31.trainer.data import sources
+from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths
+from llava_llama31.trainer.data.check import check as check_data
+from llava_llama31.trainer.data.check import image_decoder as decoding
+from llava_llama31.trainer.data.check import row_checker as check_rows
+from llava_llama31.trainer.data.check.check import Limits, check_sources, parse_policy, run_check, select_rows
+from llava_llama31.trainer.data.check.image_decoder import Decoder
+from llava_llama31.trainer.data.sources.records import open_records
+from llava_llama31.trainer.data.sources.reject_reasons import REASONS
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.order import BatchOrder, Lengths
-from llava_llama31.trainer.reasons import REASONS
-from llava_llama31.trainer.recipe import DataSource
-from llava_llama31.trainer.records import open_records
+from llava_llama31.trainer.recipes.schema import DataSource
 
 
 SKIP = {"default": "skip"}
@@ -74,7 +80,7 @@ FATAL_SIZE = (66, 6)
 FATAL_CODE = f"""
 import os, sys
 from PIL import Image
-from llava_llama31.trainer.decoding import serve
+from llava_llama31.trainer.data.check.image_decoder import serve
 convert = Image.Image.convert
 Image.Image.convert = lambda self, mode: os.abort() if self.size == {FATAL_SIZE} else convert(self, mode)
 serve(*map(int, sys.argv[1:]))
@@ -390,16 +396,17 @@ def test_cache_sees_settings_and_processor(cached, processor, tmp_path):
 
 
 def test_cache_sees_the_code(cached, monkeypatch, tmp_path):
-    copies = tmp_path / "code"
-    copies.mkdir()
-    original = Path(check_cache.__file__)
-    for module in check_cache._MODULES:
-        (copies / f"{module}.py").write_bytes(original.with_name(f"{module}.py").read_bytes())
-    monkeypatch.setattr(check_cache, "__file__", str(copies / "check_cache.py"))
-    assert cached()
-    for module in check_cache._MODULES:
-        with open(copies / f"{module}.py", "a") as file:
-            file.write("# changed\n")
+    copies = []
+    for module in (redaction, sources, check_room):
+        folder = tmp_path / module.__name__.rpartition(".")[2]
+        shutil.copytree(
+            Path(module.__file__).parent, folder, ignore=lambda _, names: {n for n in names if n[-3:] != ".py"}
+        )
+        monkeypatch.setattr(module, "__file__", str(folder / Path(module.__file__).name))
+        copies += [folder / "redaction.py"] if module is redaction else folder.glob("*.py")
+    assert cached() and len(copies) > 10
+    for file in copies:
+        file.write_text(file.read_text() + "# changed\n")
         assert not cached() and cached()
 
 

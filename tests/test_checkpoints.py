@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.checkpoint import atomic_folders
 
 
 @pytest.fixture
@@ -15,20 +15,20 @@ def whole(tmp_path):
 
     def make(step):
         final = tmp_path / f"checkpoint-{step}"
-        staging = checkpoints.stage(final)
+        staging = atomic_folders.stage(final)
         (staging / "sub").mkdir()
         (staging / "a.bin").write_bytes(bytes([step]) * 100)
         (staging / "sub" / "b.txt").write_text(f"step {step}")
         assert not final.exists()
-        checkpoints.publish(staging, final, {"step": step})
+        atomic_folders.publish(staging, final, {"step": step})
         return final
 
     return [make(2), make(10)]
 
 
 def test_the_newest_whole_one_is_found_by_its_step(whole, tmp_path):
-    assert checkpoints.newest_whole(tmp_path) == (whole[1], [])
-    assert checkpoints.read_manifest(whole[1])["step"] == 10
+    assert atomic_folders.newest_whole(tmp_path) == (whole[1], [])
+    assert atomic_folders.read_manifest(whole[1])["step"] == 10
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2", "checkpoint-10"] or len(
         list(tmp_path.iterdir())
     ) == 2
@@ -51,21 +51,21 @@ CASES += [("manifest.json", damage) for damage in ("truncated", "emptied", "dele
 @pytest.mark.parametrize(("name", "damage"), CASES)
 def test_every_damage_falls_back_to_the_one_before_and_is_named(whole, tmp_path, damage, name):
     DAMAGE[damage](whole[1] / name)
-    found, skipped = checkpoints.newest_whole(tmp_path)
+    found, skipped = atomic_folders.newest_whole(tmp_path)
     assert found == whole[0]
     assert skipped[0][0] == whole[1] and (name in skipped[0][1] or name == "manifest.json")
 
 
 def test_rotation_keeps_the_newest(whole, tmp_path):
-    checkpoints.rotate(tmp_path, 1)
-    assert checkpoints.checkpoints(tmp_path) == [whole[1]]
+    atomic_folders.rotate(tmp_path, 1)
+    assert atomic_folders.checkpoints(tmp_path) == [whole[1]]
 
 
 def test_a_leftover_of_a_killed_save_is_not_seen_and_is_swept(whole, tmp_path):
-    staging = checkpoints.stage(tmp_path / "checkpoint-12")
+    staging = atomic_folders.stage(tmp_path / "checkpoint-12")
     (staging / "half").write_text("x")
-    assert checkpoints.newest_whole(tmp_path)[0] == whole[1]
-    assert list(checkpoints.stage(tmp_path / "checkpoint-12").iterdir()) == []
+    assert atomic_folders.newest_whole(tmp_path)[0] == whole[1]
+    assert list(atomic_folders.stage(tmp_path / "checkpoint-12").iterdir()) == []
 
 
 def test_training_state_round_trips_without_pickle(tmp_path):
@@ -82,9 +82,9 @@ def test_training_state_round_trips_without_pickle(tmp_path):
         "cpu": torch.get_rng_state(),
         "nested": {1: (1.5, None, [True, "é"]), "x": ()},
     }
-    checkpoints.save_tree(tmp_path / "state", tree)
+    atomic_folders.save_tree(tmp_path / "state", tree)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
-    back = checkpoints.load_tree(tmp_path / "state")
+    back = atomic_folders.load_tree(tmp_path / "state")
     assert back["nested"] == tree["nested"]
     assert torch.equal(back["cpu"], tree["cpu"])
     assert np.array_equal(back["numpy"][1], tree["numpy"][1]) and back["numpy"][0] == tree["numpy"][0]
@@ -97,7 +97,7 @@ def test_training_state_round_trips_without_pickle(tmp_path):
 
 def test_what_has_no_place_in_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(TypeError, match="holds a object"):
-        checkpoints.save_tree(tmp_path / "state", {"a": object()})
+        atomic_folders.save_tree(tmp_path / "state", {"a": object()})
     with pytest.raises(ValueError, match="JSON compliant"):
-        checkpoints.write_json(tmp_path / "x.json", {"loss": float("nan")})
+        atomic_folders.write_json(tmp_path / "x.json", {"loss": float("nan")})
     assert not (tmp_path / "x.json").exists()

@@ -15,15 +15,20 @@ from torch.compiler import set_stance
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.packed_llama_llava_llama31 import EAGER
-from llava_llama31.trainer import device_options
-from llava_llama31.trainer.checkpoints import load_tree, save_tree
+from llava_llama31.trainer.checkpoint.atomic_folders import load_tree, save_tree
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.guard import Requests
-from llava_llama31.trainer.module_groups import freeze
-from llava_llama31.trainer.optimizers import AdamWBfloat16, load_portable_state, portable_state, round_by_chance
-from llava_llama31.trainer.recipe import Stage
-from llava_llama31.trainer.stage_model import use_device_options
+from llava_llama31.trainer.fault_tolerance.stage_guard import Requests
+from llava_llama31.trainer.model import device_options
+from llava_llama31.trainer.model.module_groups import freeze
+from llava_llama31.trainer.model.stage_model import use_device_options
+from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.training.optimizers import (
+    AdamWBfloat16,
+    load_portable_state,
+    portable_state,
+    round_by_chance,
+)
 
 
 def stage(**changes):
@@ -415,7 +420,7 @@ def test_a_run_is_refused_before_it_starts(tmp_path, recipe_content, capsys):
 
 def test_a_machine_without_a_compiler_is_refused(tmp_path):
     code = (
-        "from llava_llama31.trainer.device_options import _check_compiler\n"
+        "from llava_llama31.trainer.model.device_options import _check_compiler\n"
         "from llava_llama31.trainer.errors import UserError\n"
         "try:\n    _check_compiler('here', 'set compile: false')\n"
         "except UserError as error:\n    print(error)"

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from llava_llama31.processing import build_processor
-from llava_llama31.trainer import device_tiles
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.device_tiles import DeviceTiles, resize_as_pillow
+from llava_llama31.trainer.data.batches import device_tiles
+from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles, resize_as_pillow
 from llava_llama31.trainer.errors import UserError
 
 

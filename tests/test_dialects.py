@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
-from llava_llama31.trainer.dialects import DIALECTS, to_transformers_4
+from llava_llama31.trainer.export.dialects import DIALECTS, to_transformers_4
 
 
 # folders with a Transformers that is not installed, by os.pathsep

@@ -20,11 +20,11 @@ from transformers import AutoModelForImageTextToText
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.engine import as_launched
+from llava_llama31.trainer.distributed.engine import as_launched
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.meter import matrix_peak
 from llava_llama31.trainer.publishing.doors import empty_cache, fetch, open_doors
-from llava_llama31.trainer.recipe import Stage
+from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.training.meter import matrix_peak
 
 
 ROOT = Path(__file__).parents[1]

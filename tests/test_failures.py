@@ -13,9 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from llava_llama31.trainer import checkpoints
-from llava_llama31.trainer.peers import Peers
-from llava_llama31.trainer.watchdog import loader_failure
+from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.fault_tolerance.peers import Peers
+from llava_llama31.trainer.fault_tolerance.watchdog import loader_failure
 
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +114,7 @@ def test_a_disk_that_gets_full_under_deepspeed_leaves_the_former_checkpoint(reci
     assert "torch/serialization.py" not in output
     folders = sorted(stage.glob("checkpoint-*"))
     assert [folder.name for folder in folders] == ["checkpoint-1"]
-    assert all(checkpoints.verify(folder) is None for folder in folders)
+    assert all(atomic_folders.verify(folder) is None for folder in folders)
 
 
 @pytest.mark.slow

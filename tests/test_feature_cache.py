@@ -14,13 +14,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from llava_llama31.trainer import feature_cache
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.dataset import StageDataset
-from llava_llama31.trainer.feature_cache import FeatureCache, cache_key, fill, picture_key
-from llava_llama31.trainer.images import image_at
-from llava_llama31.trainer.recipe import DataSource
-from llava_llama31.trainer.records import open_records
+from llava_llama31.trainer.data.batches import feature_cache
+from llava_llama31.trainer.data.batches.dataset import StageDataset
+from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, fill, picture_key
+from llava_llama31.trainer.data.sources.images import image_at
+from llava_llama31.trainer.data.sources.records import open_records
+from llava_llama31.trainer.recipes.schema import DataSource
 
 
 CPU = torch.device("cpu")
@@ -214,7 +214,7 @@ def assert_whole(cache: FeatureCache, numbers) -> None:
 STORING = """
 import os, signal, sys, time, torch
 from pathlib import Path
-from llava_llama31.trainer import feature_cache
+from llava_llama31.trainer.data.batches import feature_cache
 
 folder, numbers, *death = sys.argv[1:]
 write = feature_cache._write_at

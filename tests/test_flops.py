@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
-from llava_llama31.trainer.device_options import checkpoint_activations
-from llava_llama31.trainer.flops import (
+from llava_llama31.trainer.costs.flops import (
     Flops,
     FlopsByPart,
     ModelShape,
@@ -24,8 +23,9 @@ from llava_llama31.trainer.flops import (
     mfu,
     needed_flops,
 )
-from llava_llama31.trainer.matrix_peak import measure_matrix_peak
-from llava_llama31.trainer.module_groups import GROUPS, freeze, lora_target_pattern
+from llava_llama31.trainer.costs.matrix_peak import measure_matrix_peak
+from llava_llama31.trainer.model.device_options import checkpoint_activations
+from llava_llama31.trainer.model.module_groups import GROUPS, freeze, lora_target_pattern
 
 
 PICTURES = [[(20, 90)], [(40, 60), (90, 30)], []]
@@ -321,7 +321,7 @@ def test_what_is_not_known_is_refused(tiny_config):
 
 
 def test_counting_needs_no_torch():
-    command = "import sys, llava_llama31.trainer.flops; sys.exit('torch' in sys.modules)"
+    command = "import sys, llava_llama31.trainer.costs.flops; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], timeout=60).returncode == 0
 
 

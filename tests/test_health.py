@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from llava_llama31.assembly import staged_folder
-from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.guard import Requests
-from llava_llama31.trainer.health import ENOUGH, MOST_SKIPPED_IN_A_ROW, WINDOW, Health, Unhealthy
-from llava_llama31.trainer.llava_trainer import LlavaTrainer
-from llava_llama31.trainer.recipe import Stage
+from llava_llama31.trainer.fault_tolerance.stage_guard import Requests
+from llava_llama31.trainer.fault_tolerance.step_health import ENOUGH, MOST_SKIPPED_IN_A_ROW, WINDOW, Health, Unhealthy
+from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_weights_that_are_broken_are_not_skipped_over_for_ever(train, spoil, cap
 
 @pytest.mark.parametrize("policy", ["warn", "skip", "stop"])
 def test_a_spike_is_told_skipped_or_stopped_at(train, spoil, caplog, capsys, policy, monkeypatch):
-    monkeypatch.setattr("llava_llama31.trainer.health.ENOUGH", 4)
+    monkeypatch.setattr("llava_llama31.trainer.fault_tolerance.step_health.ENOUGH", 4)
     spoil({6: 50.0}, micro_batch=0)
     code, run = train(on_spike=policy, max_steps=7, learning_rate=1e-4)
     told = capsys.readouterr().err if policy == "stop" else caplog.text
@@ -199,7 +199,7 @@ def test_deepspeed_can_not_skip_and_says_so(recipe_content, key):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_outside_of_training_stops_at_once(train, monkeypatch, capsys, number):
-    from llava_llama31.trainer import stages
+    from llava_llama31.trainer.runs import stage as stages
 
     original = stages._publish
 
@@ -260,7 +260,7 @@ def test_memory_that_is_full_names_what_to_lower(train, monkeypatch, capsys):
 
 def test_a_disk_without_room_is_noticed_before_anything_is_written(train, monkeypatch, capsys):
     assert train("once")[0] == 0
-    needed = checkpoints.size(next((train("once")[1] / "stages/1-projector").glob("checkpoint-6")))
+    needed = atomic_folders.size(next((train("once")[1] / "stages/1-projector").glob("checkpoint-6")))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(
         shutil, "disk_usage", lambda folder: usage(0, 0, 10**9 if not list(Path(folder).glob("c*-2")) else 9)
@@ -295,7 +295,7 @@ def test_a_disk_that_gets_full_in_a_save_leaves_the_former_checkpoint(train, mon
     folder = run / "stages/1-projector"
     assert code == 2 and error.startswith(f"error: {folder}: saving ") and "bytes failed, with" in error
     assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
-    assert not list(folder.glob(".*")) and all(checkpoints.verify(path) is None for path in folder.glob("c*"))
+    assert not list(folder.glob(".*")) and all(atomic_folders.verify(path) is None for path in folder.glob("c*"))
     assert train()[0] == 0
 
 

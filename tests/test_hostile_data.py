@@ -23,16 +23,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava_llama31.trainer import json_rows
-from llava_llama31.trainer.check_rows import Limits, RowChecker
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.decoding import Decoder
+from llava_llama31.trainer.data.check.image_decoder import Decoder
+from llava_llama31.trainer.data.check.row_checker import Limits, RowChecker
+from llava_llama31.trainer.data.sources import json_rows
+from llava_llama31.trainer.data.sources.images import ImageRef, image_at
+from llava_llama31.trainer.data.sources.records import open_records
+from llava_llama31.trainer.data.sources.reject_reasons import REASONS, RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.questions import load_questions
-from llava_llama31.trainer.images import ImageRef, image_at
-from llava_llama31.trainer.reasons import REASONS, RecordError
-from llava_llama31.trainer.recipe import DataSource
-from llava_llama31.trainer.records import open_records
+from llava_llama31.trainer.recipes.schema import DataSource
 
 
 # FUZZ_SCALE=10 looks ten times as far
@@ -336,8 +336,8 @@ BOMBS = {
 PEAK = """
 import resource, sys
 from pathlib import Path
-from llava_llama31.trainer.images import image_at
-from llava_llama31.trainer.reasons import RecordError
+from llava_llama31.trainer.data.sources.images import image_at
+from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 for call in ("size", "open"):
     try:
@@ -442,8 +442,8 @@ def test_the_decoder_has_only_the_memory_of_its_pixels():
 def test_the_decoder_ends_with_its_owner(tmp_path):
     code = """
 import os, sys
-from llava_llama31.trainer.decoding import Decoder
-from llava_llama31.trainer.images import image_at
+from llava_llama31.trainer.data.check.image_decoder import Decoder
+from llava_llama31.trainer.data.sources.images import image_at
 from pathlib import Path
 decoder = Decoder(10**6)
 print(decoder.size(image_at("x.png", Path(sys.argv[1]))), decoder._process.pid, flush=True)
@@ -461,7 +461,7 @@ os.kill(os.getpid(), 9)
 
 
 def test_a_decoder_that_cannot_start_is_no_fault_of_the_data(monkeypatch):
-    monkeypatch.setattr("llava_llama31.trainer.decoding._CODE", "raise SystemExit('no such module')")
+    monkeypatch.setattr("llava_llama31.trainer.data.check.image_decoder._CODE", "raise SystemExit('no such module')")
     with pytest.raises(RuntimeError, match="did not start: no such module"):
         Decoder(10**6).size(ImageRef("x", data=b""))
 

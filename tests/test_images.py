@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from llava_llama31.trainer.images import FORMATS, ImageRef, image_at
-from llava_llama31.trainer.reasons import RecordError
+from llava_llama31.trainer.data.sources.images import FORMATS, ImageRef, image_at
+from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 
 
 # FUZZ_SCALE=10 looks ten times as far
@@ -214,7 +214,7 @@ def test_absolute_path_through_a_linked_root(tmp_path, make_image):
 def test_data_uri(tmp_path, make_image):
     data = base64.b64encode(encoded(make_image(3, 5))).decode()
     assert image_at(f"data:image/png;base64,{data}", tmp_path).size() == (3, 5)
-    for bad in ("data:image/png;base64,@@", "data:image/png,raw", "data:;base64,aGk="):
+    for bad in ("data:image/png;base64,", "data:image/png,raw", "data:;base64,aGk="):
         assert reason_of(lambda bad=bad: image_at(bad, tmp_path).size()) in (
             "corrupt_image",
             "unsupported_image_format",

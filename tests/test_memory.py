@@ -15,12 +15,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
-from llava_llama31.trainer.flops import ModelShape
-from llava_llama31.trainer.memory import ENGINES, MicroBatch, Setup, estimate
-from llava_llama31.trainer.module_groups import GROUPS, freeze, lora_target_pattern
-from llava_llama31.trainer.parameters import Parameters, adapter_parameters
-from llava_llama31.trainer.plan_model import model_config
-from llava_llama31.trainer.recipe import load_recipe
+from llava_llama31.trainer.costs.flops import ModelShape
+from llava_llama31.trainer.costs.memory import ENGINES, MicroBatch, Setup, estimate
+from llava_llama31.trainer.costs.parameters import Parameters, adapter_parameters
+from llava_llama31.trainer.model.module_groups import GROUPS, freeze, lora_target_pattern
+from llava_llama31.trainer.planning.model_sizes import model_config
+from llava_llama31.trainer.recipes.schema import load_recipe
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava_llama31.trainer import meter as meters
-from llava_llama31.trainer.flops import ModelShape
-from llava_llama31.trainer.meter import Meter
+from llava_llama31.trainer.costs.flops import ModelShape
+from llava_llama31.trainer.training import meter as meters
+from llava_llama31.trainer.training.meter import Meter
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def make_meter(tiny_model, processor, monkeypatch):
 @pytest.mark.parametrize("share", [False, True])
 def test_needed_flops_are_those_of_a_packed_step(tiny_model, samples, collate, make_meter, trainable, share):
     """PyTorch counts the products; of attention it knows only other forms, so that is counted apart (test_flops)."""
-    from llava_llama31.trainer.flops import Work, needed_flops
+    from llava_llama31.trainer.costs.flops import Work, needed_flops
 
     for name, parameter in tiny_model.named_parameters():
         is_projector = "multi_modal_projector" in name or "image_newline" in name

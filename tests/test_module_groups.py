@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
-from llava_llama31.trainer.module_groups import GROUPS, freeze, group_parameters, lora_target_pattern
+from llava_llama31.trainer.model.module_groups import GROUPS, freeze, group_parameters, lora_target_pattern
 
 
 def test_every_parameter_belongs_to_exactly_one_group(tiny_model):

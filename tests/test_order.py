@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_llama31.trainer.order import BatchOrder, Lengths, RankBatches
+from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, RankBatches
 
 
 def samples_of(num_tokens):

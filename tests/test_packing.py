@@ -8,7 +8,7 @@ import torch.nn.attention.varlen
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31 import packed_llama_llava_llama31 as packed_llama
-from llava_llama31.trainer.collator import Collator
+from llava_llama31.trainer.data.batches.collator import Collator
 
 
 # the rows of the fixture `samples` by their picture

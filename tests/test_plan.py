@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from llava_llama31.trainer import meter as meter_module
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.meter import matrix_peak
+from llava_llama31.trainer.training import meter as meter_module
+from llava_llama31.trainer.training.meter import matrix_peak
 
 
 def planned(capsys, *arguments: str) -> dict:

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from hub_server import running_hub
 
-from llava_llama31.trainer.recipe import load_recipe
-from llava_llama31.trainer.run import run_recipe
-from llava_llama31.trainer.signals import Signals
+from llava_llama31.trainer.fault_tolerance.signals import Signals
+from llava_llama31.trainer.recipes.schema import load_recipe
+from llava_llama31.trainer.runs.run import run_recipe
 
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.publishing.doors import empty_cache, open_doors
 from llava_llama31.trainer.publishing.gate import REQUIRED, RULES, check_folder
@@ -30,10 +30,10 @@ def folder(exported, tmp_path):
 
 def sign(folder: Path) -> None:
     """A manifest that fits, so that only the rule under test can object."""
-    staging = checkpoints.stage(folder)
-    (folder / checkpoints.MANIFEST).unlink(missing_ok=True)
+    staging = atomic_folders.stage(folder)
+    (folder / atomic_folders.MANIFEST).unlink(missing_ok=True)
     shutil.copytree(folder, staging, dirs_exist_ok=True)
-    checkpoints.publish(staging, folder, {})
+    atomic_folders.publish(staging, folder, {})
 
 
 def edit_json(folder: Path, file: str, **values) -> None:

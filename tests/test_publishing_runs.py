@@ -11,16 +11,16 @@ import pytest
 import yaml
 from hub_server import User, hub_of_this_process
 
-from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.errors import Unpublished, UserError
+from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.publishing.beforehand import check_beforehand, check_strategy, provisional_record
 from llava_llama31.trainer.publishing.doors import empty_cache, fetch, open_doors
 from llava_llama31.trainer.publishing.gate import check_folder
 from llava_llama31.trainer.publishing.interim import BRANCH, CHECKPOINT, JOB, push
 from llava_llama31.trainer.publishing.pusher import Pusher
-from llava_llama31.trainer.recipe import Publish, Recipe, Stage, load_recipe
-from llava_llama31.trainer.run import run_recipe
-from llava_llama31.trainer.signals import Signals
+from llava_llama31.trainer.recipes.schema import Publish, Recipe, Stage, load_recipe
+from llava_llama31.trainer.runs.run import run_recipe
 
 
 TOKEN = "hf_" + "r" * 34
@@ -165,7 +165,7 @@ def job_of(saves, folder: Path, stage_name: str, **facts) -> Path:
     job = {"repo_id": REPO, "private": False, "with_state": False, "dtype": "bfloat16", "seed": recipe.seed}
     job |= {"record": provisional_record(recipe, Publish(repo_id=REPO), "train"), "resume": "run again"}
     job |= {"stage_name": stage_name, "step": 2, "origin": str(origin)}
-    checkpoints.write_json(folder / JOB, job | {"stage": recipe.stages[stage_name].model_dump(mode="json")} | facts)
+    atomic_folders.write_json(folder / JOB, job | {"stage": recipe.stages[stage_name].model_dump(mode="json")} | facts)
     return folder
 
 
@@ -183,7 +183,7 @@ def test_each_revision_opens_through_both_doors(hub, saves, tmp_path, stage_name
         open_doors(REPO, cache, revision=told["tag"])
         assert "still training: stage" in (folder / "README.md").read_text()
         if with_state:
-            assert checkpoints.verify(folder) is None and (folder / "optimizer.safetensors").is_file()
+            assert atomic_folders.verify(folder) is None and (folder / "optimizer.safetensors").is_file()
         else:
             assert check_folder(folder, "mine", links_within=folder.parents[1]) == []
     calls = hub.counts()
@@ -327,7 +327,7 @@ def test_a_run_of_two_processes_with_the_hub_down_and_up(hub, recipe_content, tm
     # the checks pass, then nothing can be written
     hub.faults = [("create_repo", "drop")] * 1000
     output = wait_for(launch(*arguments, processes=2))
-    summary = checkpoints.read_json(run / "summary.json")
+    summary = atomic_folders.read_json(run / "summary.json")
     assert (run / "export" / "manifest.json").is_file() and not hub.repos
     assert not summary["publish"]["published"]
     assert summary["publish"]["resume"] == f"llava-llama31 publish {run} --repo-id {REPO}"
@@ -345,7 +345,7 @@ def test_a_run_of_two_processes_with_the_hub_down_and_up(hub, recipe_content, tm
     last = launch(*arguments)
     output = wait_for(last)
     assert last.returncode == 0, output
-    told = checkpoints.read_json(run / "summary.json")["publish"]
+    told = atomic_folders.read_json(run / "summary.json")["publish"]
     assert told["published"] and told["revision"] == hub.repos[REPO].find("main").oid and "stage " not in output
 
 
@@ -363,7 +363,7 @@ def test_a_run_with_the_hub_up(hub, recipe_content, tmp_path, launch):
     process = launch("train.py", str(tmp_path / "recipe.yaml"), "--output", str(run))
     output = wait_for(process)
     assert process.returncode == 0 and TOKEN not in output, output
-    summary = checkpoints.read_json(run / "summary.json")
+    summary = atomic_folders.read_json(run / "summary.json")
     repo, saves = hub.repos[REPO], summary["saves"]
     assert not saves["failed"] and len(saves["pushed"]) + len(saves["skipped"]) == 4
     assert any(tag.startswith("instruct-step-6-") for tag in saves["pushed"])
@@ -372,7 +372,7 @@ def test_a_run_with_the_hub_up(hub, recipe_content, tmp_path, launch):
         assert repo.find(tag).oid == revision
         with empty_cache() as cache:
             fetched = fetch(REPO, tag, cache)
-            assert checkpoints.verify(fetched) is None
+            assert atomic_folders.verify(fetched) is None
             assert asdict(open_doors(REPO, cache, revision=tag))["logits_sha256"]
             if tag.startswith("projector-step-4-"):
                 shutil.copytree(fetched, again / "stages/1-projector/checkpoint-4")

@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava_llama31.trainer import json_rows, records
+from llava_llama31.trainer.data.sources import json_rows, records
+from llava_llama31.trainer.data.sources.images import ImageRef
+from llava_llama31.trainer.data.sources.records import REASONS, RecordError, data_files, open_records
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.images import ImageRef
-from llava_llama31.trainer.recipe import DataSource
-from llava_llama31.trainer.records import REASONS, RecordError, data_files, open_records
+from llava_llama31.trainer.recipes.schema import DataSource
 
 
 IMAGE = {"type": "image"}
@@ -479,7 +479,10 @@ def test_digest_sees_images_and_words(read):
 
 
 def test_the_readers_import_neither_torch_nor_datasets():
-    code = "import sys, llava_llama31.trainer.records; print([m for m in ('torch', 'datasets') if m in sys.modules])"
+    code = (
+        "import sys, llava_llama31.trainer.data.sources.records; "
+        "print([m for m in ('torch', 'datasets') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

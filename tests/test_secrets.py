@@ -14,8 +14,8 @@ import yaml
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipe import load_recipe
-from llava_llama31.trainer.safe_text import SafeFormatter, redacted
+from llava_llama31.trainer.recipes.schema import load_recipe
+from llava_llama31.trainer.redaction import SafeFormatter, redacted
 
 
 HUB = "hf_PlantedHubTokenXyz123456789"
@@ -106,7 +106,7 @@ def test_runs_that_fail_show_no_secret(planted, tmp_path, recipe, recipe_content
 
     fault = tmp_path / "fault.py"
     fault.write_text(
-        "import os, sys\nfrom llava_llama31.trainer import run\nfrom llava_llama31.trainer.cli import main\n"
+        "import os, sys\nfrom llava_llama31.trainer.runs import run\nfrom llava_llama31.trainer.cli import main\n"
         f"def fail(*_, **__): raise RuntimeError(os.environ['HF_TOKEN'] + ' at {URL}')\n"
         "run.preflight = fail\nsys.exit(main(sys.argv[1:]))\n"
     )

@@ -19,9 +19,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from llava_llama31.trainer.data.sources.records import open_records
 from llava_llama31.trainer.evaluation.questions import load_questions
-from llava_llama31.trainer.recipe import DataSource
-from llava_llama31.trainer.records import open_records
+from llava_llama31.trainer.recipes.schema import DataSource
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "prepare_smol.py"

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_llama31.trainer.stage_data import weighted
+from llava_llama31.trainer.data.batches.stage_rows import weighted
 
 
 @given(

@@ -22,15 +22,15 @@ from tokenizers.processors import TemplateProcessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedTokenizerFast
 
+from llava_llama31.trainer.commands.evaluate import evaluate_command
+from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation import generation, textvqa
-from llava_llama31.trainer.evaluation.evaluate_command import evaluate_command
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, load_model, undisturbed
 from llava_llama31.trainer.evaluation.presets import PRESETS, Preset
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.scoring import score_command
 from llava_llama31.trainer.evaluation.textvqa import derangement, evaluate
-from llava_llama31.trainer.images import ImageRef
 
 
 SIZES = [(28, 28), (20, 90), (90, 20), (60, 50), (5, 200), (120, 121), (33, 64)]

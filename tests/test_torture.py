@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.checkpoint import atomic_folders
 
 
 FULL = bool(os.environ.get("TORTURE"))
@@ -268,14 +268,14 @@ def test_every_damage_to_every_file_is_found_and_the_checkpoint_before_is_taken(
             (newest / name).unlink()  # links of other runs stay as they are
             (newest / name).write_bytes(content)
             damage(newest / name, former / name)
-            found, skipped = checkpoints.newest_whole(stage)
+            found, skipped = atomic_folders.newest_whole(stage)
             num_cases += 1
             num_found += found == former and skipped[0][0] == newest
             assert found == former and skipped[0][0] == newest, (name, kind)
             (newest / name).unlink(missing_ok=True)
             (newest / name).write_bytes(content)
             (newest / name).chmod(mode)
-    assert checkpoints.newest_whole(stage) == (newest, [])
+    assert atomic_folders.newest_whole(stage) == (newest, [])
     report("damage", f"{num_found} of {num_cases} found ({len(files)} files, {len(DAMAGE)} kinds)")
 
 

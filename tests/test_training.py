@@ -14,9 +14,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_llama31.trainer.checkpoints import load_tree
+from llava_llama31.trainer.checkpoint.atomic_folders import load_tree
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.llava_trainer import _assert_autocast
+from llava_llama31.trainer.training.llava_trainer import _assert_autocast
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(train, recipe_content, base_folder, lora):
-    from llava_llama31.trainer.guard import Requests
+    from llava_llama31.trainer.fault_tolerance.stage_guard import Requests
 
     del recipe_content["evaluation"]
     recipe_content["stages"]["instruct"] |= {

@@ -47,7 +47,7 @@ def count_operations(case: dict[str, Any]) -> None:
 
 def count_steps(file: str) -> None:
     """A byte in `file` for every step that was begun."""
-    from llava_llama31.trainer.llava_trainer import LlavaTrainer
+    from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
     steps, original = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), LlavaTrainer.get_batch_samples
 
@@ -126,9 +126,9 @@ def serve() -> None:
     import faults  # noqa: F401
     import torch
 
-    import llava_llama31.trainer.finish
-    import llava_llama31.trainer.run  # noqa: F401
-    from llava_llama31.trainer.meter import matrix_peak
+    import llava_llama31.trainer.runs.finish
+    import llava_llama31.trainer.runs.run  # noqa: F401
+    from llava_llama31.trainer.training.meter import matrix_peak
 
     torch.set_num_threads(1)
     matrix_peak(torch.float32, torch.device("cpu"))  # measured once a process

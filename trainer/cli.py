@@ -24,8 +24,8 @@ from llava_llama31.trainer.errors import (
     Interrupted,
     UserError,
 )
-from llava_llama31.trainer.safe_text import LONGEST_MESSAGE, SafeFormatter, printable, redacted, shown
-from llava_llama31.trainer.signals import Signals
+from llava_llama31.trainer.fault_tolerance.signals import Signals
+from llava_llama31.trainer.redaction import LONGEST_MESSAGE, SafeFormatter, printable, redacted, shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -259,26 +259,26 @@ def _run_folder(options: argparse.Namespace, recipe: str) -> Path:
 
 def _train(options: argparse.Namespace) -> int:
     with Signals().handled() as signals:
-        from llava_llama31.trainer.recipe import load_recipe
+        from llava_llama31.trainer.recipes.schema import load_recipe
 
         output = _run_folder(options, options.recipe)
         recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
         sets = [argument for override in options.overrides for argument in ("--set", override)]
         command = shlex.join(["llava-llama31", "train", options.recipe, *sets])
-        from llava_llama31.trainer.run import run_recipe
+        from llava_llama31.trainer.runs.run import run_recipe
 
         run_recipe(recipe, output, command=command, signals=signals)
     return 0
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.plan_command import plan_command
+    from llava_llama31.trainer.commands.plan import plan_command
 
     return plan_command(options, _run_folder(options, options.recipe))
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.recipe import SHIPPED, load_recipe, read_recipe_text
+    from llava_llama31.trainer.recipes.schema import SHIPPED, load_recipe, read_recipe_text
 
     if options.copy:
         sys.stdout.write(read_recipe_text(options.copy)[0])
@@ -289,8 +289,8 @@ def _recipes(options: argparse.Namespace) -> int:
 
 
 def _check_data(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.check_command import check_files, check_recipe
-    from llava_llama31.trainer.recipe import SHIPPED
+    from llava_llama31.trainer.commands.check_data import check_files, check_recipe
+    from llava_llama31.trainer.recipes.schema import SHIPPED
 
     is_recipe = options.data[0] in SHIPPED or Path(options.data[0]).suffix in (".yaml", ".yml")
     if is_recipe and len(options.data) > 1:
@@ -305,8 +305,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _assemble(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.assemble import assemble
-    from llava_llama31.trainer.hub import local_checkpoint
+    from llava_llama31.trainer.model.assemble import assemble
+    from llava_llama31.trainer.model.locating import local_checkpoint
 
     logging.getLogger("llava_llama31").setLevel(logging.INFO)
     assemble(
@@ -324,7 +324,7 @@ def _assemble(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.evaluation.evaluate_command import evaluate_command
+    from llava_llama31.trainer.commands.evaluate import evaluate_command
 
     return evaluate_command(
         options.model,
@@ -380,7 +380,7 @@ def _export_metric(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.finish import export_again
+    from llava_llama31.trainer.runs.finish import export_again
 
     folder = export_again(Path(options.folder), Path(options.output) if options.output else None, options.dialect)
     print(folder, file=sys.stderr)  # noqa: T201

@@ -89,7 +89,7 @@ def _checks(output: Path) -> Table:
 
 
 def _cache() -> Path:
-    from llava_llama31.trainer.check_data import default_cache_dir
+    from llava_llama31.trainer.data.check.check import default_cache_dir
 
     return default_cache_dir()
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from llava_llama31.trainer.data.sources.images import ImageRef
+from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, Prompt
 from llava_llama31.trainer.evaluation.presets import Preset
 from llava_llama31.trainer.evaluation.questions import Question
-from llava_llama31.trainer.images import ImageRef
-from llava_llama31.trainer.reasons import RecordError
 
 
 JPEG_QUALITY = 75

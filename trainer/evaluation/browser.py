@@ -19,12 +19,12 @@ from typing import Any, TextIO
 
 from PIL import Image
 
+from llava_llama31.trainer.data.sources.images import ImageRef
+from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.answer_files import read_answers
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS, normalize, vqa_accuracy
-from llava_llama31.trainer.images import ImageRef
-from llava_llama31.trainer.reasons import RecordError
 
 
 IMAGE_SIDE = 512

@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import CHAT_TOKENS, STOP_TOKENS, LlavaLlama31Processor
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.hub import local_checkpoint
+from llava_llama31.trainer.model.locating import local_checkpoint
 
 
 STEPS_BETWEEN_SYNCS = 4

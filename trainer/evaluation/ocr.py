@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from llava_llama31.trainer.data.sources.images import ImageRef
+from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.questions import Question
-from llava_llama31.trainer.images import ImageRef
-from llava_llama31.trainer.reasons import RecordError
 
 
 def with_ocr_tokens(

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llava_llama31.trainer.data.sources.images import ImageRef, image_at
+from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.row_files import (
     Row,
@@ -18,8 +20,6 @@ from llava_llama31.trainer.evaluation.row_files import (
     parquet_rows,
     tsv_rows,
 )
-from llava_llama31.trainer.images import ImageRef, image_at
-from llava_llama31.trainer.reasons import RecordError
 
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")

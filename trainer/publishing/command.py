@@ -10,13 +10,13 @@ from typing import Any
 
 from huggingface_hub.utils import logging as hub_logging
 
-from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.errors import Unpublished, UserError
 from llava_llama31.trainer.publishing.hub_calls import redact
 from llava_llama31.trainer.publishing.publish import publish, shown_size
 from llava_llama31.trainer.publishing.release import Release, check_repo_id
 from llava_llama31.trainer.publishing.staging import stage_run
-from llava_llama31.trainer.recipe import Publish
+from llava_llama31.trainer.recipes.schema import Publish
 
 
 def publish_command(
@@ -48,7 +48,7 @@ def publish_folder(
     Raises:
         UserError: what to mend, and the command that goes on.
     """
-    from llava_llama31.trainer.finish import RECORD
+    from llava_llama31.trainer.runs.finish import RECORD
 
     hub_logging.set_verbosity_error()  # its warnings show signed addresses
     resume = publish_line(path, repo_id, private=private, collection=collection)
@@ -68,26 +68,26 @@ def publish_run(
     Raises:
         Unpublished: with the one command that publishes it.
     """
-    from llava_llama31.trainer.finish import SUMMARY
+    from llava_llama31.trainer.runs.finish import SUMMARY
 
     told = summary.get("publish", {})
     if spec is None or (told.get("repo") == spec.repo_id and told.get("published")):
         return summary
     resume = publish_line(output, spec.repo_id, private=spec.private, collection=spec.collection)
     told = summary["publish"] = {"repo": spec.repo_id, "published": False, "resume": resume}
-    checkpoints.write_json(output / SUMMARY, summary)
+    atomic_folders.write_json(output / SUMMARY, summary)
     try:
         result = publish_folder(
             output, spec.repo_id, private=spec.private, collection=spec.collection, dry_run=False, say=say
         )
     except (UserError, OSError) as error:
         told["reason"] = redact(str(error))
-        checkpoints.write_json(output / SUMMARY, summary)
+        atomic_folders.write_json(output / SUMMARY, summary)
         fix = "" if resume in str(error) else resume
         what = f"the run is done, and its publication is outstanding: {told['reason']}"
         raise Unpublished(what, where=str(output), fix=fix) from error
     summary["publish"] = {"repo": spec.repo_id, "published": True} | {k: result[k] for k in ("revision", "url", "tag")}
-    checkpoints.write_json(output / SUMMARY, summary)
+    atomic_folders.write_json(output / SUMMARY, summary)
     say(f"published: {result['url']} ({result['tag']})")
     return summary
 

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
 from llava_llama31.model_card.card import LLAMA31, LLAMA31_NOTICE, LLAMA31_POLICY, LLAMA31_TITLE
-from llava_llama31.trainer.checkpoints import MANIFEST
+from llava_llama31.trainer.checkpoint.atomic_folders import MANIFEST
 from llava_llama31.trainer.publishing.contents import CARD, CARD_ERRORS, EXPORT_AGAIN, Contents, Finding, mapping
 from llava_llama31.trainer.publishing.gate_code import check_code
 from llava_llama31.trainer.publishing.gate_files import (

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import get_token
 
-from llava_llama31.trainer.checkpoints import MANIFEST, sha256
+from llava_llama31.trainer.checkpoint.atomic_folders import MANIFEST, sha256
 from llava_llama31.trainer.publishing.contents import CARD, EXPORT_AGAIN, WEIGHTS, Contents, Finding
 from llava_llama31.trainer.publishing.pickles import holds_pickle
 

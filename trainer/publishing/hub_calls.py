@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.safe_text import HIDDEN, redacted
+from llava_llama31.trainer.redaction import HIDDEN, redacted
 
 
 logger = logging.getLogger(__name__)

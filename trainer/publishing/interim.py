@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.utils import logging as hub_logging
 
-from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.publishing.contents import CARD, Contents
 from llava_llama31.trainer.publishing.gate import RULES, check_tensors
@@ -42,7 +42,7 @@ def push(folder: Path) -> dict[str, str]:
     Raises:
         UserError: naming what to mend.
     """
-    job = checkpoints.read_json(folder / JOB)
+    job = atomic_folders.read_json(folder / JOB)
     model = folder / MODEL
     if not model.is_dir():
         build(job, folder / CHECKPOINT, model)
@@ -85,9 +85,9 @@ def build(job: dict[str, Any], checkpoint: Path, folder: Path) -> None:
 
     With training state the checkpoint's files are there bit by bit: in the stage's folder they are the checkpoint.
     """
-    from llava_llama31.trainer.finish import licence_texts, write_export
+    from llava_llama31.trainer.runs.finish import licence_texts, write_export
 
-    staged = checkpoints.stage(folder)
+    staged = atomic_folders.stage(folder)
     if not (job["with_state"] and _is_whole_model(checkpoint)):
         model, processor = _load(job, checkpoint)
         write_export(staged, model, processor, job["record"], {})
@@ -109,9 +109,9 @@ def _load(job: dict[str, Any], checkpoint: Path) -> tuple[Any, Any]:
 
     from llava_llama31.processing import LlavaLlama31Processor
     from llava_llama31.trainer.evaluation.generation import load_model
-    from llava_llama31.trainer.llava_trainer import TRAINABLE_WEIGHTS
-    from llava_llama31.trainer.recipe import Stage
-    from llava_llama31.trainer.stage_model import load_model as load_stage_model
+    from llava_llama31.trainer.model.stage_model import load_model as load_stage_model
+    from llava_llama31.trainer.recipes.schema import Stage
+    from llava_llama31.trainer.training.llava_trainer import TRAINABLE_WEIGHTS
 
     if _is_whole_model(checkpoint):
         return load_model(checkpoint, dtype=job["dtype"], device="cpu")

@@ -15,11 +15,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.publishing.hub_calls import redact
 from llava_llama31.trainer.publishing.interim import CHECKPOINT, JOB
 from llava_llama31.trainer.publishing.staging import link
-from llava_llama31.trainer.recipe import Recipe, Stage
+from llava_llama31.trainer.recipes.schema import Recipe, Stage
 
 
 logger = logging.getLogger(__name__)
@@ -55,11 +55,11 @@ class Pusher:
         outcome = folder / OUTCOME
         self.outcome: dict[str, Any] = {"pushed": {}, "skipped": [], "failed": {}}
         if outcome.is_file():
-            self.outcome = checkpoints.read_json(outcome)
+            self.outcome = atomic_folders.read_json(outcome)
         for left in sorted(folder.glob(f"*/{JOB}"), key=lambda file: file.stat().st_mtime):
             self._put(left.parent)
         for broken in (path for path in folder.iterdir() if path.is_dir() and not (path / JOB).is_file()):
-            checkpoints.remove(broken)
+            atomic_folders.remove(broken)
         self._thread = threading.Thread(target=self._work, name="pusher", daemon=True)
         self._thread.start()
 
@@ -68,9 +68,9 @@ class Pusher:
         job = self.folder / f"{stage_name}-step-{step}"
         told = {"stage_name": stage_name, "step": step, "stage": stage.model_dump(mode="json"), "origin": str(origin)}
         try:
-            checkpoints.remove(job)
+            atomic_folders.remove(job)
             shutil.copytree(checkpoint, job / CHECKPOINT, copy_function=link)
-            checkpoints.write_json(job / JOB, {**self.job, **told})
+            atomic_folders.write_json(job / JOB, {**self.job, **told})
         except OSError as error:
             self._note_failure(job, str(error))
             return
@@ -93,7 +93,7 @@ class Pusher:
         self._thread.join()
         if finish:
             for path in (path for path in self.folder.iterdir() if path.is_dir()):
-                checkpoints.remove(path)
+                atomic_folders.remove(path)
         return self.outcome
 
     def _end_process(self) -> None:
@@ -106,7 +106,7 @@ class Pusher:
             if older is not None and older != job:
                 self.outcome["failed"].pop(older.name, None)
                 self.outcome["skipped"].append(older.name)
-                checkpoints.remove(older)
+                atomic_folders.remove(older)
                 self.say(f"{older.name} is not pushed: a newer save takes its place")
         self._waiting, self._failed = job, None
 
@@ -139,7 +139,7 @@ class Pusher:
     def _let_go(self, job: Path) -> None:
         with self._changed:
             if job not in (self._waiting, self._failed):  # a resumed run may save the same step again
-                checkpoints.remove(job)
+                atomic_folders.remove(job)
 
     def _run(self, job: Path) -> dict[str, str]:
         """Tag and commit of a pushed job; a process of its own, so that neither its memory nor its end is ours."""
@@ -176,7 +176,7 @@ class Pusher:
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):
-            checkpoints.write_json(self.folder / OUTCOME, self.outcome)
+            atomic_folders.write_json(self.folder / OUTCOME, self.outcome)
 
 
 class PushSaves(TrainerCallback):

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.errors import UserError
 
 
@@ -31,7 +31,7 @@ class LocalFile:
 
     @cached_property
     def sha256(self) -> str:
-        return checkpoints.sha256(self.path)
+        return atomic_folders.sha256(self.path)
 
     @cached_property
     def git_oid(self) -> str:

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from llava_llama31.trainer import checkpoints
+from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.publishing.contents import CARD, Contents
 from llava_llama31.trainer.publishing.gate_files import check_manifest
 
@@ -18,24 +18,24 @@ def stage_run(run: Path, repo_id: str) -> Path:
     Edited sections of the card in RUN/export stay; one without sections is a person's own and goes as it is.
     """
     from llava_llama31.model_card.sections import has_sections
-    from llava_llama31.trainer.finish import EXPORT, RECORD, card_text, export_again
+    from llava_llama31.trainer.runs.finish import EXPORT, RECORD, card_text, export_again
 
     export = run / EXPORT
-    if not (export / checkpoints.MANIFEST).is_file() or any(check_manifest(Contents(export, ""))):
+    if not (export / atomic_folders.MANIFEST).is_file() or any(check_manifest(Contents(export, ""))):
         export = export_again(run)
-    staged = checkpoints.stage(run / STAGED)
+    staged = atomic_folders.stage(run / STAGED)
     shutil.copytree(export, staged, copy_function=link, dirs_exist_ok=True)
-    manifest = checkpoints.read_manifest(export)
+    manifest = atomic_folders.read_manifest(export)
     (entry,) = (entry for entry in manifest["files"] if entry["name"] == CARD)
     former = (export / CARD).read_text(encoding="utf-8")
-    if checkpoints.sha256(export / CARD) == entry["sha256"] or has_sections(former):
-        record = checkpoints.read_json(run / RECORD) | {"name": repo_id.rpartition("/")[2], "model_id": repo_id}
+    if atomic_folders.sha256(export / CARD) == entry["sha256"] or has_sections(former):
+        record = atomic_folders.read_json(run / RECORD) | {"name": repo_id.rpartition("/")[2], "model_id": repo_id}
         (staged / CARD).unlink()
         (staged / CARD).write_text(card_text(record, former), encoding="utf-8")
-    entry |= {"size": (staged / CARD).stat().st_size, "sha256": checkpoints.sha256(staged / CARD)}
-    (staged / checkpoints.MANIFEST).unlink()
-    checkpoints.write_manifest(staged, manifest)
-    checkpoints.remove(run / STAGED)
+    entry |= {"size": (staged / CARD).stat().st_size, "sha256": atomic_folders.sha256(staged / CARD)}
+    (staged / atomic_folders.MANIFEST).unlink()
+    atomic_folders.write_manifest(staged, manifest)
+    atomic_folders.remove(run / STAGED)
     os.replace(staged, run / STAGED)
     return run / STAGED
 

@@ -1,0 +1,130 @@
+"""`llava-llama31 plan`: its options, and its tables."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llava_llama31.trainer.costs.memory import ENGINES
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.planning.plan import GB, USABLE, Machine, plan_recipe
+from llava_llama31.trainer.planning.row_lengths import Assumptions
+from llava_llama31.trainer.recipes.schema import load_recipe
+
+
+def plan_command(options: argparse.Namespace, output: Path) -> int:
+    """Plan and print.
+
+    Raises:
+        UserError: what an option or the recipe asks for can't be.
+    """
+    recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
+    plan = plan_recipe(recipe, output, _machine(options), Assumptions(_rows(options.rows), options.tokens_per_row))
+    if options.json_output:
+        sys.stdout.write(json.dumps(plan) + "\n")
+    else:
+        print_plan(plan)
+    return 0
+
+
+def _machine(options: argparse.Namespace) -> Machine:
+    if options.engine is not None and options.engine not in ENGINES:
+        raise UserError(f"there is no engine {options.engine!r}", where="--engine", fix=f"one of {', '.join(ENGINES)}")
+    if (options.mfu is None) != (options.peak_tflops is None):
+        raise UserError(
+            "an MFU is a share of a peak",
+            where="--mfu" if options.peak_tflops is None else "--peak-tflops",
+            fix="give both, e.g. --mfu 0.4 --peak-tflops 989: a training log's `mfu` is of the peak that it measured",
+        )
+    return Machine(
+        num_devices=options.devices,
+        device_memory=None if options.device_memory is None else options.device_memory * GB,
+        per_node=options.devices_per_node,
+        engine=options.engine,
+        mfu=options.mfu,
+        peak=None if options.peak_tflops is None else options.peak_tflops * 1e12,
+        price=options.price,
+    )
+
+
+def _rows(given: list[str]) -> dict[str, int]:
+    rows = {}
+    for text in given:
+        name, separator, number = text.partition("=")
+        if not separator or not number.isdigit() or int(number) < 1:
+            raise UserError(f"{text!r} is not NAME=N", where="--rows", fix="--rows llava-pretrain=558128")
+        rows[name] = int(number)
+    return rows
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """The plan as a table a stage, on standard output."""
+    console = Console(highlight=False, soft_wrap=True)
+    memory = "" if plan["device_memory"] is None else f" of {plan['device_memory']:g} GB"
+    model = f"sizes of {plan['model']}" if plan["model"] else "the model's parts are not here yet: no memory, no FLOPs"
+    console.print(f"{plan['recipe']} on {plan['devices']} device(s){memory}; {model}")
+    for stage in plan["stages"]:
+        console.print()
+        console.print(_stage_table(stage, plan["devices"]))
+        if stage["fits"] is False:
+            console.print(_fix_line(stage))
+        for note in stage["assumed"]:
+            console.print(f"assumed: {note}")
+    console.print()
+    for note in _notes(plan):
+        console.print(note)
+
+
+def _stage_table(stage: dict[str, Any], devices: int) -> Table:
+    rates = ", ".join(f"{group} at {rate:g}" for group, rate in stage["learning_rate"].items())
+    table = Table(stage["name"], rates, box=None, pad_edge=False)
+    batch = f"{stage['global_batch']} = {stage['micro_batch']} x {stage['gradient_accumulation']} accumulated"
+    table.add_row("steps", f"{_number(stage['steps'])} of {batch} x {devices} devices; {_number(stage['rows'])} rows")
+    lengths = ", ".join(f"{name} {value:,}" for name, value in stage["row_tokens"].items())
+    table.add_row("data", f"{_number(stage['tokens'])} tokens (a row: {lengths}), {_number(stage['tiles'])} tiles")
+    work = "not known" if stage["flops"] is None else f"{stage['flops']:.3g} FLOPs"
+    work += "" if stage["hours"] is None else f", {stage['hours']:,.1f} hours"
+    table.add_row("work", work + ("" if stage["cost"] is None else f", cost {stage['cost']:,.0f}"))
+    if stage["memory"]:
+        trained = sum(group["trainable"] for group in stage["parameters"].values())
+        total = sum(group["total"] for group in stage["parameters"].values())
+        table.add_row("parameters", f"{trained:,} of {total:,} trained")
+        table.add_row(*_memory_row(stage))
+    return table
+
+
+def _memory_row(stage: dict[str, Any]) -> tuple[str, str]:
+    memory = stage["memory"]
+    fits = {True: ": fits", False: ": does not fit", None: ""}[stage["fits"]]
+    parts = ", ".join(f"{name} {memory[name]:,.1f}" for name in ("weights", "gradients", "optimizer", "activations"))
+    row = f"a micro-batch of {stage['longest_micro_batch']:,} positions"
+    return f"GB, {stage['engine']}", f"peak {memory['peak']:,.1f}{fits} ({parts}; {row}); host {memory['host']:,.1f}"
+
+
+def _notes(plan: dict[str, Any]) -> list[str]:
+    notes = []
+    if any(stage["sampled"] for stage in plan["stages"]):
+        notes.append("Tiles, FLOPs and the longest micro-batch are those of evenly chosen steps.")
+    if plan["hours_from"]:
+        notes.append(f"Hours: {plan['hours_from']}; evaluation and checkpoints not counted.")
+    else:
+        notes.append("Hours: not without --mfu and --peak-tflops.")
+    if any(stage["memory"] for stage in plan["stages"]):
+        notes.append(f"Memory: the most at once, not the sum; it fits below {USABLE:.0%} of a device's memory.")
+    return notes
+
+
+def _fix_line(stage: dict[str, Any]) -> str:
+    fix = stage["fix"]
+    if fix is None:
+        return "no setting that was tried makes it fit: add devices, or lora"
+    launch = f" under accelerate launch --config_file {fix['accelerate']}" if fix["accelerate"] else ""
+    return f"{fix['peak']:,.1f} GB with {fix['engine']}{launch}: {' '.join(fix['set'])}"
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"

@@ -1,0 +1,459 @@
+"""How many floating-point operations a row needs, part by part: what MFU and HFU are made of.
+
+Counted are matrix products, two operations (a multiplication and an addition) an element, as PyTorch's
+`torch.utils.flop_counter` and Megatron-LM (Narayanan et al., 2021, arXiv:2104.04473) count them; norms, activations,
+rotary embeddings, softmax and the optimizer are not. Needed is what an exact implementation without any waste cannot
+do without, so that padding, a full attention mask or logits that nobody reads do not raise the figure (Chowdhery et
+al., 2022, arXiv:2204.02311, appendix B, name it MFU). docs/speed.md tells the formula in words.
+
+No torch here: `llava-llama31 plan` reads this from a configuration alone.
+
+Shapes in comments: n positions, i and o width of a linear layer's input and output.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any, Protocol, get_args
+
+from llava_llama31.trainer.recipes.schema import ModuleGroup
+
+
+Packing = Sequence[Sequence[int]]  # a row's trees: [trunk, branch, ...] in positions; a plain sample is [length]
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Config(Protocol):
+    """A configuration object of Transformers."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def attention_pairs(packing: Packing) -> int:
+    """Query-key pairs of causal attention in a packed row: a branch sees its trunk and itself, a trunk itself."""
+    pairs = 0
+    for trunk, *branches in packing:
+        pairs += trunk * (trunk + 1) // 2
+        pairs += sum(trunk * branch + branch * (branch + 1) // 2 for branch in branches)
+    return pairs
+
+
+def last_layer_attention(
+    packing: Packing, supervised: Sequence[int], *, to_segment_end: bool = False
+) -> tuple[int, int]:
+    """Queries and query-key pairs of a last layer that is computed only where its output is read.
+
+    Args:
+        packing: lengths of the row's trees.
+        supervised: ascending row positions whose output is read.
+        to_segment_end: count the queries from each segment's (trunk's or branch's) first supervised position to its
+            end, which is what kernels with a causal mask run; otherwise the supervised ones, which is what is needed.
+
+    Raises:
+        ValueError: a position lies outside the row, or they do not ascend.
+    """
+    num_queries = num_pairs = seen = begin = 0
+    for trunk, *branches in packing:
+        for length, num_before in [(trunk, 0), *((branch, trunk) for branch in branches)]:
+            own = []
+            while seen < len(supervised) and begin <= supervised[seen] < begin + length:
+                own.append(supervised[seen] - begin)
+                seen += 1
+            if own != sorted(set(own)):
+                raise ValueError(f"supervised positions do not ascend: {own} from position {begin} on")
+            queries = range(own[0], length) if own and to_segment_end else own
+            num_queries += len(queries)
+            num_pairs += sum(num_before + query + 1 for query in queries)
+            begin += length
+    if seen < len(supervised):
+        raise ValueError(f"supervised position {supervised[seen]} is out of order, or not in a row of {begin}")
+    return num_queries, num_pairs
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a row, or a micro-batch, asks of the model; all are counts.
+
+    Autograd treats a row as a whole: one with a picture passes gradients on everywhere, one without may do nowhere.
+    So a step's FLOPs are the sum of its rows' FLOPs, and not those of its summed work.
+
+    Args:
+        num_tiles: tiles that the vision tower reads.
+        num_image_features: patch features that pass the projector (no newlines).
+        num_tokens: positions of the language model, image features among them.
+        num_attention_pairs: query-key pairs of a layer's attention.
+        num_supervised_tokens: positions at which the head runs.
+        num_last_layer_queries: positions whose query is computed in the last layer; keys and values are at all.
+        num_last_layer_pairs: query-key pairs of the last layer's attention.
+        num_last_layer_outputs: positions at which the last layer's output projection and MLP run.
+    """
+
+    num_tiles: int
+    num_image_features: int
+    num_tokens: int
+    num_attention_pairs: int
+    num_supervised_tokens: int
+    num_last_layer_queries: int
+    num_last_layer_pairs: int
+    num_last_layer_outputs: int
+
+    @classmethod
+    def pruned(
+        cls,
+        packing: Packing,
+        supervised: Sequence[int],
+        *,
+        num_tiles: int = 0,
+        num_image_features: int = 0,
+        to_segment_end: bool = False,
+    ) -> "Work":
+        """A packed row whose last layer runs only where it is read; arguments as in `last_layer_attention`."""
+        queries, pairs = last_layer_attention(packing, supervised, to_segment_end=to_segment_end)
+        return cls(
+            num_tiles=num_tiles,
+            num_image_features=num_image_features,
+            num_tokens=sum(map(sum, packing)),
+            num_attention_pairs=attention_pairs(packing),
+            num_supervised_tokens=len(supervised),
+            num_last_layer_queries=queries,
+            num_last_layer_pairs=pairs,
+            num_last_layer_outputs=len(supervised),
+        )
+
+    @classmethod
+    def unpruned(
+        cls, packing: Packing, num_supervised_tokens: int, *, num_tiles: int = 0, num_image_features: int = 0
+    ) -> "Work":
+        """Rows whose last layer runs at every position, as stock Llama's does."""
+        num_tokens, pairs = sum(map(sum, packing)), attention_pairs(packing)
+        return cls(
+            num_tiles=num_tiles,
+            num_image_features=num_image_features,
+            num_tokens=num_tokens,
+            num_attention_pairs=pairs,
+            num_supervised_tokens=num_supervised_tokens,
+            num_last_layer_queries=num_tokens,
+            num_last_layer_pairs=pairs,
+            num_last_layer_outputs=num_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one part; `recompute` is activation checkpointing's second forward."""
+
+    forward: int = 0
+    backward: int = 0
+    recompute: int = 0
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.recompute + other.recompute)
+
+    @property
+    def needed(self) -> int:
+        """What MFU counts."""
+        return self.forward + self.backward
+
+    @property
+    def hardware(self) -> int:
+        """What HFU counts."""
+        return self.needed + self.recompute
+
+
+@dataclass(frozen=True)
+class FlopsByPart:
+    """Floating-point operations of the model's parts.
+
+    Args:
+        vision_tower: patch embedding and the layers up to the one that is read, their attention included.
+        multi_modal_projector: its two linear layers.
+        language_model: linear layers of the decoder, adapters included.
+        attention: the decoder's products of queries with keys and of weights with values.
+        lm_head: the head.
+    """
+
+    vision_tower: Flops = Flops()
+    multi_modal_projector: Flops = Flops()
+    language_model: Flops = Flops()
+    attention: Flops = Flops()
+    lm_head: Flops = Flops()
+
+    def __add__(self, other: "FlopsByPart") -> "FlopsByPart":
+        return FlopsByPart(
+            self.vision_tower + other.vision_tower,
+            self.multi_modal_projector + other.multi_modal_projector,
+            self.language_model + other.language_model,
+            self.attention + other.attention,
+            self.lm_head + other.lm_head,
+        )
+
+    @property
+    def total(self) -> Flops:
+        return _sum((self.vision_tower, self.multi_modal_projector, self.language_model, self.attention, self.lm_head))
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """Sizes of a CLIP or DINOv2 tower.
+
+    Args:
+        patch_numbers: channels times pixels of a patch.
+        num_patches: of a tile; a layer sees one position more, the CLS token's.
+        num_layers: that run: up to the last one that is read.
+        num_feature_layers: that are read.
+        mlp: (i, o) of a layer's MLP, in order.
+        saves_output: a layer keeps the output of its last linear layer for the backward pass.
+    """
+
+    hidden_size: int
+    patch_numbers: int
+    num_patches: int
+    num_layers: int
+    num_feature_layers: int
+    mlp: tuple[tuple[int, int], ...]
+    saves_output: bool
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a LlavaNext model on Llama that decide its FLOPs; make it once with `ModelShape.of`."""
+
+    tower: TowerShape
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, config: Config | Mapping[str, Any]) -> "ModelShape":
+        """Sizes from a LlavaNext configuration, or from the whole mapping that its `to_dict` gives.
+
+        Raises:
+            ValueError: a part is of a type that is not counted, or a mapping lacks a field (a configuration file may
+                leave defaults out).
+        """
+        fields = config if isinstance(config, Mapping) else config.to_dict()
+        try:
+            text = fields["text_config"]
+            if text["model_type"] not in ("llama", "mistral"):
+                raise ValueError(f"FLOPs of a {text['model_type']!r} language model are not known")
+            return cls(
+                tower=_tower_shape(fields["vision_config"], fields["vision_feature_layer"]),
+                hidden_size=text["hidden_size"],
+                intermediate_size=text["intermediate_size"],
+                num_layers=text["num_hidden_layers"],
+                num_heads=text["num_attention_heads"],
+                num_key_value_heads=text["num_key_value_heads"],
+                head_dim=text["head_dim"] or text["hidden_size"] // text["num_attention_heads"],
+                vocab_size=text["vocab_size"],
+            )
+        except KeyError as error:
+            raise ValueError(f"the configuration has no {error.args[0]}: give a whole one, config.to_dict()") from None
+
+
+def _tower_shape(vision: Mapping[str, Any], feature_layer: int | Sequence[int]) -> TowerShape:
+    hidden, num_layers = vision["hidden_size"], vision["num_hidden_layers"]
+    chosen = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    if vision["model_type"] == "clip_vision_model":
+        inner = vision["intermediate_size"]
+        mlp: tuple[tuple[int, int], ...] = ((hidden, inner), (inner, hidden))
+    elif vision["model_type"] == "dinov2":
+        inner = int(hidden * vision["mlp_ratio"])
+        mlp = ((hidden, inner), (inner, hidden))
+        if vision["use_swiglu_ffn"]:
+            inner = (int(inner * 2 / 3) + 7) // 8 * 8
+            mlp = ((hidden, inner), (hidden, inner), (inner, hidden))
+    else:
+        raise ValueError(f"FLOPs of a {vision['model_type']!r} vision tower are not known")
+    return TowerShape(
+        hidden_size=hidden,
+        patch_numbers=vision["num_channels"] * vision["patch_size"] ** 2,
+        num_patches=(vision["image_size"] // vision["patch_size"]) ** 2,
+        num_layers=max(layer if layer >= 0 else num_layers + 1 + layer for layer in chosen),
+        num_feature_layers=len(chosen),
+        mlp=mlp,
+        saves_output=vision["model_type"] == "dinov2",  # its learned scale multiplies that output
+    )
+
+
+def needed_flops(
+    model: ModelShape,
+    work: Work,
+    trainable: Collection[str],
+    *,
+    checkpointing: int = 0,
+    lora_rank: int = 0,
+    lora_targets: Collection[str] = LORA_TARGETS,
+) -> FlopsByPart:
+    """FLOPs of one forward and backward pass over a row or micro-batch.
+
+    A linear layer's gradient by its weights is counted where they are trained, that by its input where something
+    before it is trained; the head and whatever runs after a trained weight so pass gradients on though frozen.
+
+    Args:
+        trainable: module groups that are trained.
+        checkpointing: which transformer layers of tower and decoder compute their forward pass twice, where they have
+            a backward pass: every so manieth from the first; 1 (or True): all, 0: none.
+        lora_rank: of adapters that are trained in place of the language model's weights; 0: no adapters. Their
+            dropout is not counted, nor the weight norms of DoRA.
+        lora_targets: linear layers of the decoder that have an adapter.
+
+    Raises:
+        ValueError: an unknown module group or adapter target.
+    """
+    unknown = sorted({*trainable} - {*get_args(ModuleGroup)}) + sorted({*lora_targets} - {*LORA_TARGETS})
+    if unknown:
+        raise ValueError(f"neither a module group nor a linear layer of the decoder: {', '.join(unknown)}")
+    trains_tower, trains_projector = "vision_tower" in trainable, "multi_modal_projector" in trainable
+    trains_text = "language_model" in trainable
+    trains_weights = trains_text and not lora_rank
+    has_pictures = work.num_image_features > 0
+    decoder = _Decoder(
+        model,
+        trains_weights=trains_weights,
+        lora_rank=lora_rank if trains_text else 0,
+        lora_targets=frozenset(lora_targets),
+        checkpointing=checkpointing,
+    )
+    # the embeddings belong to the language model: trained, they make the first layer pass gradients on
+    linears, attention, has_grad = decoder.count(
+        work, has_grad=trains_weights or (has_pictures and (trains_tower or trains_projector))
+    )
+    return FlopsByPart(
+        vision_tower=_tower(model.tower, work.num_tiles, trains=trains_tower, checkpointing=checkpointing),
+        multi_modal_projector=_projector(model, work.num_image_features, trains_projector, trains_tower),
+        language_model=linears,
+        attention=attention,
+        lm_head=_linear(
+            work.num_supervised_tokens,
+            (model.hidden_size, model.vocab_size),
+            input_grad=has_grad,
+            weight_grad=trains_weights,
+        ),
+    )
+
+
+def mfu(flops: Flops, *, seconds: float, peak: float, num_devices: int = 1) -> float:
+    """Model FLOPs utilisation: the needed share of what `num_devices` of `peak` FLOP/s each could have done."""
+    return flops.needed / (seconds * peak * num_devices)
+
+
+def hfu(flops: Flops, *, seconds: float, peak: float, num_devices: int = 1) -> float:
+    """Hardware FLOPs utilisation: as `mfu`, with activation checkpointing's recomputation."""
+    return flops.hardware / (seconds * peak * num_devices)
+
+
+def _sum(parts: Iterable[Flops]) -> Flops:
+    return reduce(add, parts, Flops())
+
+
+def _linear(n: int, shape: tuple[int, int], *, input_grad: bool, weight_grad: bool) -> Flops:
+    """(n, i) times (i, o); each gradient is a product of the same size."""
+    once = 2 * n * shape[0] * shape[1]
+    return Flops(once, once * (input_grad + weight_grad))
+
+
+def _projector(model: ModelShape, n: int, trains: bool, trains_tower: bool) -> Flops:
+    first = (model.tower.hidden_size * model.tower.num_feature_layers, model.hidden_size)
+    second = (model.hidden_size, model.hidden_size)
+    return _linear(n, first, input_grad=trains_tower, weight_grad=trains) + _linear(
+        n, second, input_grad=trains or trains_tower, weight_grad=trains
+    )
+
+
+def _tower(tower: TowerShape, num_tiles: int, *, trains: bool, checkpointing: int) -> Flops:
+    hidden, num_positions = tower.hidden_size, tower.num_patches + 1
+    # pixels need no gradient
+    embedding = _linear(
+        num_tiles * tower.num_patches, (tower.patch_numbers, hidden), input_grad=False, weight_grad=trains
+    )
+    linears = [
+        _linear(num_tiles * num_positions, shape, input_grad=trains, weight_grad=trains)
+        for shape in [(hidden, hidden)] * 4 + list(tower.mlp)
+    ]
+    scores = 2 * 2 * num_tiles * num_positions**2 * hidden
+    layer = _sum([*linears, Flops(scores, 2 * scores * trains)])
+    repeated = Flops(recompute=layer.forward - (0 if tower.saves_output else linears[-1].forward))
+    num_repeated = sum(_is_repeated(i, checkpointing) for i in range(tower.num_layers)) if trains else 0
+    return _sum([embedding, *[layer] * tower.num_layers, *[repeated] * num_repeated])
+
+
+def _is_repeated(layer: int, checkpointing: int) -> bool:
+    return checkpointing > 0 and layer % checkpointing == 0
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """Llama's layers; what is trained in them."""
+
+    model: ModelShape
+    trains_weights: bool
+    lora_rank: int
+    lora_targets: frozenset[str]
+    checkpointing: int
+
+    def count(self, work: Work, *, has_grad: bool) -> tuple[Flops, Flops, bool]:
+        """Linear layers, attention, and whether the output has a gradient; `has_grad` is the input's."""
+        linears, attention = Flops(), Flops()
+        everywhere = (work.num_tokens, work.num_attention_pairs, work.num_tokens)
+        last = (work.num_last_layer_queries, work.num_last_layer_pairs, work.num_last_layer_outputs)
+        for i in range(self.model.num_layers):
+            queries, pairs, outputs = last if i == self.model.num_layers - 1 else everywhere
+            repeats = _is_repeated(i, self.checkpointing)
+            layer, scores, has_grad = self._layer(work.num_tokens, queries, pairs, outputs, has_grad, repeats)
+            linears, attention = linears + layer, attention + scores
+        return linears, attention, has_grad
+
+    def _layer(
+        self, num_tokens: int, num_queries: int, num_pairs: int, num_outputs: int, has_grad: bool, repeats: bool
+    ) -> tuple[Flops, Flops, bool]:
+        model = self.model
+        hidden, inner = model.hidden_size, model.intermediate_size
+        wide, narrow = (heads * model.head_dim for heads in (model.num_heads, model.num_key_value_heads))
+        q_grad, k_grad, v_grad = (has_grad or self._trains(name) for name in ("q_proj", "k_proj", "v_proj"))
+        mixed_grad = q_grad or k_grad or v_grad
+        middle_grad = has_grad or mixed_grad or self._trains("o_proj")
+        gated_grad = middle_grad or self._trains("gate_proj") or self._trains("up_proj")
+        out_grad = gated_grad or self._trains("down_proj")
+        down = self._linear("down_proj", num_outputs, (inner, hidden), gated_grad)
+        linears = _sum(
+            [
+                self._linear("q_proj", num_queries, (hidden, wide), has_grad),
+                self._linear("k_proj", num_tokens, (hidden, narrow), has_grad),
+                self._linear("v_proj", num_tokens, (hidden, narrow), has_grad),
+                self._linear("o_proj", num_outputs, (wide, hidden), mixed_grad),
+                self._linear("gate_proj", num_outputs, (hidden, inner), middle_grad),
+                self._linear("up_proj", num_outputs, (hidden, inner), middle_grad),
+                down,
+            ]
+        )
+        # every query head has its pairs, however many key heads there are. Backward: by values; by scores, from there
+        # by queries and by keys
+        product = 2 * num_pairs * wide
+        scores = Flops(2 * product, product * (v_grad + (q_grad or k_grad) + q_grad + k_grad))
+        if repeats and out_grad:
+            last_product = 2 * num_outputs * self.lora_rank * hidden if self._adapts("down_proj") else down.forward
+            # the backward pass reads nothing that comes after the last product's inputs, so PyTorch stops before it
+            linears += Flops(recompute=linears.forward - last_product)
+            scores += Flops(recompute=scores.forward)
+        return linears, scores, out_grad
+
+    def _adapts(self, name: str) -> bool:
+        return self.lora_rank > 0 and name in self.lora_targets
+
+    def _trains(self, name: str) -> bool:
+        return self.trains_weights or self._adapts(name)
+
+    def _linear(self, name: str, n: int, shape: tuple[int, int], input_grad: bool) -> Flops:
+        flops = _linear(n, shape, input_grad=input_grad, weight_grad=self.trains_weights)
+        return _sum([flops, *self._adapter(name, n, shape, input_grad)])
+
+    def _adapter(self, name: str, n: int, shape: tuple[int, int], input_grad: bool) -> Iterator[Flops]:
+        if self._adapts(name):
+            yield _linear(n, (shape[0], self.lora_rank), input_grad=input_grad, weight_grad=True)
+            yield _linear(n, (self.lora_rank, shape[1]), input_grad=True, weight_grad=True)

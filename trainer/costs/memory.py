@@ -1,0 +1,540 @@
+"""How many bytes a training step holds on each device and on its host, by engine and precision.
+
+Counted is what the step's own tensors take: weights, gradients, optimizer, what autograd keeps of a micro-batch, and
+the temporaries that are large. Not counted: the CUDA context, NCCL's buffers, workspaces of kernels, gaps that the
+allocator leaves. `benchmarks/trace_8b.py` adds up every tensor of a true step; docs/results/plan.md compares the two.
+
+No torch here: `llava-llama31 plan` reads this from a configuration alone.
+
+In comments: P parameters, t trained ones, N devices, S positions of the row, D hidden size, I width of the MLP, V
+vocabulary, a bytes of a number in products, r bytes of a number between the layers, w bytes of a weight.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from llava_llama31.trainer.costs.flops import LORA_TARGETS, ModelShape
+from llava_llama31.trainer.costs.parameters import Parameters, decoder_linears
+
+
+_HEAD_ROWS = 256  # positions whose logits exist at once, as in packed_llama_llava_llama31.py
+# bytes of both moments of a number: 8 bits each and a float32 scale for every 256 (torchao)
+_MOMENTS_8BIT = 2 * (1 + 4 / 256)
+# bytes of a number in NF4: 4 bits, 8 of a scale for every 64, and 32 for every 256 scales (Dettmers et al., 2023)
+_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+# numbers that AdamWBfloat16 widens at once, of one parameter, and how many float32 copies of them there are
+_STEP_CHUNK, _STEP_COPIES = 2**24, 9
+# DeepSpeed's own factor for what it keeps on the host: pinned memory comes in powers of two
+_HOST_FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Who keeps what: a device all of it, its share, or the host."""
+
+    name: str
+    deepspeed: bool = False
+    shards_optimizer: bool = False
+    shards_gradients: bool = False
+    shards_weights: bool = False
+    offloads_weights: bool = False
+    offloads_optimizer: bool = False
+
+
+_ZERO3 = {"deepspeed": True, "shards_optimizer": True, "shards_gradients": True, "shards_weights": True}
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine("ddp"),
+        Engine("zero1", deepspeed=True, shards_optimizer=True),
+        Engine("zero2", deepspeed=True, shards_optimizer=True, shards_gradients=True),
+        Engine("zero3", **_ZERO3),
+        Engine("zero3-offload-params", **_ZERO3, offloads_weights=True),
+        Engine("zero3-offload", **_ZERO3, offloads_weights=True, offloads_optimizer=True),
+        Engine("fsdp2", shards_optimizer=True, shards_gradients=True, shards_weights=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """What a DeepSpeed file says about buffers, in numbers; None: what Transformers puts in the place of "auto"."""
+
+    reduce_bucket: float | None = None
+    max_live: float = 1e9
+    sub_group: float = 1e9
+    overlap: bool = True
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one device forwards at once.
+
+    Args:
+        num_tokens: positions of the language model, padding among them.
+        num_keys: of all segments; more than positions where branches share a trunk.
+        num_supervised: positions whose logits are computed, and at which the last layer's MLP runs.
+        num_last_queries: queries of the last layer.
+        num_tiles: that the vision tower reads.
+        num_features: patch features that pass the projector.
+        keeps_logits: the loss is the stock one (rows that are not packed), which keeps all logits.
+        copies_attention: attention runs segment by segment, as on a CPU, and its outputs are put together in a copy.
+    """
+
+    num_tokens: int
+    num_keys: int
+    num_supervised: int
+    num_last_queries: int
+    num_tiles: int
+    num_features: int
+    keeps_logits: bool = False
+    copies_attention: bool = False
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a stage trains, and how.
+
+    Args:
+        trained: numbers of parameters that get a gradient, by module group.
+        lora_targets: linear layers of the decoder that have an adapter of `lora_rank`.
+        narrow_groups: groups whose frozen weights bfloat16 holds exactly, those beneath adapters among them.
+        quantized: the decoder's linear layers are kept in 4 bits.
+        checkpointing: every so manieth layer is recomputed; 0: none.
+        accumulates: more than one micro-batch a step.
+    """
+
+    model: ModelShape
+    parameters: Parameters
+    trained: Mapping[str, int]
+    precision: str = "bfloat16"
+    optimizer: str = "adamw"
+    checkpointing: int = 0
+    accumulates: bool = False
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ()
+    narrow_groups: frozenset[str] = frozenset()
+    quantized: bool = False
+    zero: ZeroSettings = ZeroSettings()
+
+    @property
+    def num_trained(self) -> int:
+        return sum(self.trained.values())
+
+    @property
+    def num_adapters(self) -> int:
+        return self.trained["language_model"] if self.lora_rank else 0
+
+    @property
+    def num_weights(self) -> int:
+        return sum(self.parameters.groups().values()) + self.num_adapters
+
+    @property
+    def trains_decoder(self) -> bool:
+        """Its weights themselves, not adapters."""
+        return self.trained["language_model"] > 0 and not self.lora_rank
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a device, and on the host of a machine; the phases hold all that lives at their most.
+
+    Args:
+        weights: between the steps.
+        gradients: at their most, with DDP's buckets.
+        optimizer: moments, and the float32 weights that DeepSpeed keeps beside its own.
+        activations: of a micro-batch, with what its layers, its head and gathered weights need while they run.
+        host: of one machine, for what is offloaded, or for weights while they are loaded.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    forward: float
+    backward: float
+    step: float
+    host: float
+
+    @property
+    def peak(self) -> float:
+        return max(self.forward, self.backward, self.step)
+
+
+def estimate(
+    setup: Setup, batch: MicroBatch, engine: Engine, num_devices: int, devices_per_node: int | None = None
+) -> Memory:
+    """Bytes of a step that is not the first: the optimizer has its state."""
+    step = _Step(setup, batch, engine, num_devices)
+    base = step.weights + step.optimizer
+    forward, backward = step.forward_extra, step.backward_extra
+    resident = base + step.kept_gradients
+    before = step.gradients - step.kept_gradients if setup.accumulates else 0.0
+    return Memory(
+        weights=step.weights,
+        gradients=step.gradients,
+        optimizer=step.optimizer,
+        activations=max(forward, step.backward_activations),
+        forward=resident + before + forward,
+        backward=resident + backward,
+        step=base + step.gradients + step.step_extra,
+        host=_host(setup, engine, num_devices, min(devices_per_node or num_devices, num_devices)),
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One device's step, in bytes."""
+
+    setup: Setup
+    batch: MicroBatch
+    engine: Engine
+    num_devices: int
+
+    # widths of numbers
+
+    @property
+    def half(self) -> bool:
+        return self.setup.precision != "float32"
+
+    @property
+    def a(self) -> int:
+        return 2 if self.half else 4
+
+    @property
+    def autocasts(self) -> bool:
+        """Weights are float32 and are cast for every forward pass."""
+        return self.setup.precision == "bfloat16" and not self.engine.deepspeed and not self.engine.shards_weights
+
+    @property
+    def w(self) -> int:
+        """Of a trained weight where it is computed with: DeepSpeed and FSDP cast whole, autocast layer by layer."""
+        return 4 if self.autocasts else self.a
+
+    @property
+    def kept_w(self) -> int:
+        """Of a trained weight where it is kept: FSDP keeps float32 under mixed precision."""
+        return 4 if self.engine.shards_weights and not self.engine.deepspeed else self.w
+
+    @property
+    def r(self) -> int:
+        """Between the decoder's layers: embeddings that autocast leaves alone decide it."""
+        wide = self.autocasts and "language_model" not in self.setup.narrow_groups
+        return 4 if wide or not self.half else 2
+
+    @property
+    def shares(self) -> int:
+        return self.num_devices if self.engine.shards_weights else 1
+
+    # states
+
+    @cached_property
+    def weights(self) -> float:
+        """P weights, or this device's share; runs/stage.py narrows frozen groups where nothing shards them."""
+        if self.engine.offloads_weights:
+            return 0.0
+        setup = self.setup
+        total = float(setup.num_adapters * self.kept_w)
+        for group, number in setup.parameters.groups().items():
+            width = 2 if self.autocasts and group in setup.narrow_groups else self.kept_w
+            packed = 0
+            if group == "language_model" and setup.quantized:
+                packed = setup.model.num_layers * sum(i * o for i, o in decoder_linears(setup.model).values())
+            total += (number - packed) * width + packed * _NF4
+        return total / self.shares
+
+    @cached_property
+    def optimizer(self) -> float:
+        """Two moments a trained number; DeepSpeed also keeps float32 weights of its own, whatever the model's are."""
+        if self.engine.offloads_optimizer:
+            return 0.0
+        shares = self.num_devices if self.engine.shards_optimizer else 1
+        if self.engine.deepspeed:
+            per_number: float = 12
+        else:
+            per_number = {"adamw": 2 * self.kept_w, "adamw_bf16": 4, "adamw_8bit": _MOMENTS_8BIT}[self.setup.optimizer]
+        return self.setup.num_trained * per_number / shares
+
+    @cached_property
+    def kept_gradients(self) -> float:
+        """Those whose memory is never given back: DDP's buckets, and ZeRO-3's flat buffer."""
+        if self.engine.name == "ddp" and self.num_devices > 1:
+            return float(self.setup.num_trained * self.kept_w)
+        if self.engine.deepspeed and self.engine.shards_weights and not self.engine.offloads_optimizer:
+            return self.setup.num_trained * self.a / self.num_devices
+        return 0.0
+
+    @cached_property
+    def gradients(self) -> float:
+        """All that are there after the backward pass, in the type of their weights."""
+        if self.engine.offloads_optimizer:
+            return 0.0
+        if self.engine.deepspeed and self.engine.shards_weights:
+            return self.kept_gradients
+        shares = self.num_devices if self.engine.shards_gradients else 1
+        return self.kept_gradients + self.setup.num_trained * self.kept_w / shares
+
+    @cached_property
+    def step_extra(self) -> float:
+        """What the optimizer's step holds for itself.
+
+        ZeRO-1/2 flatten their share of the gradients, and widen what is narrow (a + 4 bytes); ZeRO-3 does so for a
+        sub-group at a time. Fused AdamW works in place.
+        """
+        if self.engine.deepspeed:
+            if self.engine.offloads_optimizer:
+                return 0.0
+            per_number = 6 if self.half else 4
+            share = self.setup.num_trained / self.num_devices
+            if not self.engine.shards_weights:
+                # of ZeRO-1's gradients only its share is left by then
+                left = 0.0 if self.engine.shards_gradients else self.gradients * (1 - 1 / self.num_devices)
+                return share * per_number - left
+            return min(share, self.setup.zero.sub_group) * per_number
+        if self.setup.optimizer == "adamw_bf16":
+            model = self.setup.model
+            largest = max(self.setup.parameters.embedding, model.hidden_size * model.intermediate_size)
+            return min(_STEP_CHUNK, largest, self.setup.num_trained) * _STEP_COPIES * 4.0
+        return 0.0
+
+    # activations
+
+    @cached_property
+    def layer(self) -> float:
+        """What autograd keeps of a decoder layer that runs at every position, its input not counted."""
+        return self._layer(self.batch.num_tokens, self.batch.num_tokens)
+
+    @cached_property
+    def last_layer(self) -> float:
+        return self._layer(self.batch.num_last_queries, self.batch.num_supervised)
+
+    def _layer(self, num_queries: int, num_outputs: int) -> float:
+        """Tensors that a layer's backward pass reads.
+
+        Attention: rotated queries, keys and values as the kernel takes them, its output and a logarithm a query and
+        head. MLP: gate, its activation, and the other factor. Linear layers that are trained or have an adapter: their
+        input, that is the output of both norms, of attention and the product of the MLP; an adapter also its inner
+        product. Norms: their input, which is the stream between the layers, and a scale.
+        """
+        model, batch, a = self.setup.model, self.batch, self.a
+        num_tokens, hidden, wide = batch.num_tokens, model.hidden_size, model.num_heads * model.head_dim
+        narrow = model.num_key_value_heads * model.head_dim
+        attention = a * (num_queries * wide * 2 + batch.num_keys * narrow * 2) + 4 * num_queries * model.num_heads
+        if self._reads_input("o_proj") and (batch.copies_attention or num_outputs < num_queries):
+            attention += a * num_outputs * wide
+        mlp = a * num_outputs * model.intermediate_size * (3 + self._reads_input("down_proj"))
+        norms = a * hidden * num_tokens * self._reads_input("q_proj", "k_proj", "v_proj")
+        norms += a * hidden * num_outputs * self._reads_input("gate_proj", "up_proj")
+        stream = self.r * num_outputs * hidden + 4 * (num_tokens + num_outputs)
+        rows = dict(zip(LORA_TARGETS, (num_queries, *[num_tokens] * 2, *[num_outputs] * 4), strict=True))
+        adapters = a * self.setup.lora_rank * sum(rows[name] for name in self.setup.lora_targets)
+        return float(attention + mlp + norms + stream + adapters)
+
+    def _reads_input(self, *names: str) -> bool:
+        """Whether the backward pass of one of these linear layers reads its input."""
+        return self.setup.trains_decoder or any(name in self.setup.lora_targets for name in names)
+
+    @cached_property
+    def layer_input(self) -> float:
+        return float(self.r * self.batch.num_tokens * self.setup.model.hidden_size)
+
+    def _recomputes(self, layer: int) -> bool:
+        return self.setup.checkpointing > 0 and layer % self.setup.checkpointing == 0
+
+    def kept_by(self, layer: int) -> float:
+        """What of a decoder layer outlives its forward pass."""
+        if self._recomputes(layer):
+            return self.layer_input
+        return self.layer_input + self.inside(layer) + self.cast_layer
+
+    def inside(self, layer: int) -> float:
+        return self.last_layer if layer == self.setup.model.num_layers - 1 else self.layer
+
+    @cached_property
+    def cast_layer(self) -> float:
+        """Autocast's copies of a layer's weights: 2 bytes each, where they are float32."""
+        wide = self.autocasts and "language_model" not in self.setup.narrow_groups and not self.setup.quantized
+        return 2.0 * self.setup.parameters.decoder_layer if wide else 0.0
+
+    @cached_property
+    def kept_casts(self) -> float:
+        """Copies of trained weights that autocast keeps to the end of the forward pass, beyond what layers keep."""
+        if not self.setup.trains_decoder:
+            return 0.0
+        return sum(self.cast_layer for layer in range(self.setup.model.num_layers) if self._recomputes(layer))
+
+    @cached_property
+    def decoder_kept(self) -> float:
+        return sum(self.kept_by(layer) for layer in range(self.setup.model.num_layers))
+
+    @cached_property
+    def tower_kept(self) -> float:
+        """Of a trained tower; a frozen one keeps nothing."""
+        if not self.setup.trained["vision_tower"]:
+            return 0.0
+        tower, num = self.setup.model.tower, self.batch.num_tiles * (self.setup.model.tower.num_patches + 1)
+        width = 4 if self.autocasts or not self.half else 2
+        stream = width * num * tower.hidden_size
+        kept = stream if self.setup.checkpointing == 1 else stream + self._tower_layer(num, width)
+        extra = self._tower_layer(num, width) if self.setup.checkpointing == 1 else 0.0
+        return tower.num_layers * kept + extra
+
+    def _tower_layer(self, num: int, width: int) -> float:
+        """Both norms' inputs, their outputs (for each product a copy under autocast), attention, and the MLP."""
+        tower, a = self.setup.model.tower, self.a
+        inner = tower.mlp[0][1]
+        copies = 4 if self.autocasts else 2
+        return num * (tower.hidden_size * (width + a * (copies + 5 + 2 * tower.saves_output)) + 3 * a * inner)
+
+    @cached_property
+    def tower_transient(self) -> float:
+        """A frozen tower's largest moment: a layer's MLP."""
+        tower = self.setup.model.tower
+        num = self.batch.num_tiles * (tower.num_patches + 1)
+        return float(self.a * num * (3 * tower.mlp[0][1] + 4 * tower.hidden_size))
+
+    @cached_property
+    def projector_kept(self) -> float:
+        """Chosen features, what goes into the activation and what comes out; frozen behind a frozen tower: nothing."""
+        if not (self.setup.trained["multi_modal_projector"] or self.setup.trained["vision_tower"]):
+            return 0.0
+        model = self.setup.model
+        width = model.tower.hidden_size * model.tower.num_feature_layers + 2 * model.hidden_size
+        return float(self.a * self.batch.num_features * width)
+
+    # the head: a chunk's logits, in both types; gradients of the hidden states, and of V x D weights
+
+    @cached_property
+    def head_weights(self) -> float:
+        return float(self.setup.parameters.embedding)
+
+    @cached_property
+    def head_gradient(self) -> float:
+        return self.w * self.head_weights if self.setup.trains_decoder else 0.0
+
+    @cached_property
+    def head(self) -> float:
+        """At its most: the loss makes the gradients on the way forward.
+
+        The sum of the chunks' weight gradients (w), and a chunk's own where the type of products is another; then the
+        weights in that type too.
+        """
+        model, batch, a = self.setup.model, self.batch, self.a
+        if batch.keeps_logits:
+            return float(batch.num_supervised * model.vocab_size * (a + 3 * 4))
+        rows = min(batch.num_supervised, _HEAD_ROWS)
+        logits = rows * model.vocab_size * (a + (4 if a < 4 else 0))
+        hidden = batch.num_supervised * model.hidden_size * (2 * a)
+        weights = self.head_gradient
+        if self.autocasts and self.r == 4:
+            weights += a * self.head_weights
+        if self.setup.trains_decoder and self.w != a:
+            weights += a * self.head_weights
+        return float(logits + hidden) + weights
+
+    # weights that are gathered for a moment
+
+    @cached_property
+    def gathered(self) -> float:
+        """ZeRO-3 keeps up to `max_live` numbers gathered; FSDP two groups of layers, or the head twice."""
+        if not self.engine.shards_weights:
+            return 0.0
+        parameters = self.setup.parameters
+        if self.engine.deepspeed:
+            live = max(parameters.largest, min(self.setup.zero.max_live, self.setup.num_weights))
+            return float(self.a * live)
+        return float(self.a * 2 * parameters.embedding)
+
+    @cached_property
+    def gathered_layers(self) -> float:
+        """Beside a decoder layer's backward pass, with its gradient."""
+        if not self.engine.shards_weights:
+            return 0.0
+        if self.engine.deepspeed:
+            return self.gathered
+        return float(self.a * 3 * self.setup.parameters.decoder_layer)
+
+    @cached_property
+    def buckets(self) -> float:
+        """DeepSpeed gathers gradients in buckets before it reduces them, of full size however few gradients there are.
+
+        ZeRO-1/2 fill one while the other one is on its way.
+        """
+        if not self.engine.deepspeed:
+            return 0.0
+        zero = self.setup.zero
+        numbers = self.setup.model.hidden_size**2 if zero.reduce_bucket is None else zero.reduce_bucket
+        return float(numbers * self.a * (1 + (zero.overlap and not self.engine.shards_weights)))
+
+    # phases
+
+    @cached_property
+    def forward_extra(self) -> float:
+        """Beside the states: at the head, where all activations are, or within the last full layer."""
+        kept = self.tower_kept + self.projector_kept + self.decoder_kept + self.kept_casts
+        at_head = kept + self.head + self.gathered
+        in_layer = kept + self.layer + self.gathered_layers
+        return max(at_head, in_layer, self.tower_transient + self.gathered_layers)
+
+    @cached_property
+    def backward_extra(self) -> float:
+        """Beside the states and kept gradients: after each layer its gradients are there and its activations not."""
+        setup, num_layers = self.setup, self.setup.model.num_layers
+        new = self.gradients - self.kept_gradients
+        per_number = new / max(setup.num_trained, 1)
+        kept = self.tower_kept + self.projector_kept + self.decoder_kept
+        there = new if setup.accumulates else per_number * self.head_weights * setup.trains_decoder
+        of_layer = 0.0
+        if setup.trained["language_model"] and not setup.accumulates:
+            of_layer = per_number * (
+                setup.parameters.decoder_layer if setup.trains_decoder else setup.num_adapters / num_layers
+            )
+        peak = kept + there + self.whole_gradient
+        for layer in reversed(range(num_layers)):
+            peak = max(peak, kept + there + self.beside(layer))
+            kept -= self.kept_by(layer)
+            there += of_layer
+        # the embedding's gradient comes last
+        return max(peak, new + self.whole_gradient + self.buckets)
+
+    @cached_property
+    def whole_gradient(self) -> float:
+        """That of the head or of the embedding before it is added up or shared out: FSDP does so in float32."""
+        if not self.setup.trains_decoder or not (self.engine.shards_gradients or self.setup.accumulates):
+            return 0.0
+        reduced = 4 if self.engine.name == "fsdp2" and self.half else 0
+        return float((self.w + reduced) * self.setup.parameters.embedding)
+
+    def beside(self, layer: int) -> float:
+        """A layer's backward pass: what it recomputes, gathered weights, and gradients within the MLP.
+
+        There are three of those at once, and of each a second one by way of the adapters.
+        """
+        recomputed = self.inside(layer) + self.cast_layer if self._recomputes(layer) else 0.0
+        outputs = self.batch.num_supervised if layer == self.setup.model.num_layers - 1 else self.batch.num_tokens
+        within = self.a * outputs * self.setup.model.intermediate_size * (6 if self.setup.lora_rank else 3)
+        return recomputed + within + self.layer_input + self.gathered_layers + self.buckets
+
+    @cached_property
+    def backward_activations(self) -> float:
+        last = self.setup.model.num_layers - 1
+        kept = self.tower_kept + self.projector_kept + self.decoder_kept
+        return kept + max(self.beside(last), self.beside(last - 1) - self.kept_by(last) if last else 0.0)
+
+
+def _host(setup: Setup, engine: Engine, num_devices: int, devices_per_node: int) -> float:
+    """Bytes on a machine: what DeepSpeed offloads (its estimator's terms), or weights while they are loaded.
+
+    Offloaded are 2 bytes of weights and 16 of gradients and optimizer a number, times 1.5 for buffers. ZeRO-3 loads
+    straight into its shares and holds the largest part meanwhile; under FSDP one process of a machine loads all
+    weights, elsewhere every one.
+    """
+    share = devices_per_node / num_devices
+    if engine.offloads_weights or engine.offloads_optimizer:
+        weights = 2.0 * setup.num_weights * engine.offloads_weights
+        return (weights + 16.0 * setup.num_trained * engine.offloads_optimizer) * share * _HOST_FACTOR
+    if engine.deepspeed and engine.shards_weights:
+        return 4.0 * setup.parameters.largest * devices_per_node * _HOST_FACTOR
+    width = 2.0 if setup.precision == "bfloat16-weights" else 4.0
+    return width * setup.num_weights * (1 if engine.name == "fsdp2" else devices_per_node)

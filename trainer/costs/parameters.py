@@ -1,0 +1,143 @@
+"""How many parameters a LlavaNext configuration has, part by part, without making the model.
+
+No torch here: `llava-llama31 plan` reads this from a configuration alone. The numbers are those of Transformers'
+classes; tests/test_plan.py counts the real ones.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llava_llama31.trainer.costs.flops import LORA_TARGETS, ModelShape
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters.
+
+    Args:
+        vision_tower: all of it.
+        unused_tower: its layers behind the one that is read, which are never trained.
+        multi_modal_projector: with `image_newline`.
+        embedding: of the language model; the head has as many where it is not tied.
+        decoder_layer: one of them.
+        num_layers: of the decoder.
+        final_norm: of the language model.
+        tied: the head is the embedding.
+        tower_layer: one layer of the tower.
+    """
+
+    vision_tower: int
+    unused_tower: int
+    multi_modal_projector: int
+    embedding: int
+    decoder_layer: int
+    num_layers: int
+    final_norm: int
+    tied: bool
+    tower_layer: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Parameters":
+        """From a whole LlavaNext configuration, `config.to_dict()`.
+
+        Raises:
+            ValueError: as `ModelShape.of`.
+        """
+        shape, text, vision = ModelShape.of(config), config["text_config"], config["vision_config"]
+        tower_layer, around, last_norm = _tower(vision)
+        num_layers = vision["num_hidden_layers"]
+        hidden = shape.hidden_size
+        features = shape.tower.hidden_size * shape.tower.num_feature_layers
+        projector = features * hidden + hidden * hidden + (2 * hidden if config["multimodal_projector_bias"] else 0)
+        return cls(
+            vision_tower=around + last_norm + num_layers * tower_layer,
+            unused_tower=(num_layers - shape.tower.num_layers) * tower_layer + last_norm,
+            multi_modal_projector=projector + hidden,
+            embedding=shape.vocab_size * hidden,
+            decoder_layer=_decoder_layer(shape, text),
+            num_layers=shape.num_layers,
+            final_norm=hidden,
+            tied=config["tie_word_embeddings"] or text["tie_word_embeddings"],
+            tower_layer=tower_layer,
+        )
+
+    @property
+    def language_model(self) -> int:
+        matrices = self.embedding * (1 if self.tied else 2)
+        return matrices + self.num_layers * self.decoder_layer + self.final_norm
+
+    @property
+    def largest(self) -> int:
+        """Of the parts that are gathered at once: a layer, or the embedding."""
+        return max(self.embedding, self.decoder_layer, self.tower_layer)
+
+    def groups(self) -> dict[str, int]:
+        """By module group."""
+        return {
+            "vision_tower": self.vision_tower,
+            "multi_modal_projector": self.multi_modal_projector,
+            "language_model": self.language_model,
+        }
+
+    def trainable(
+        self, trainable: Collection[str], *, num_adapters: int | None = None, frozen_newline: int = 0
+    ) -> dict[str, int]:
+        """Those that get a gradient, by module group.
+
+        Args:
+            num_adapters: parameters of adapters, which are trained in place of the language model; None: none.
+            frozen_newline: size of `image_newline` where it is not trained with the projector.
+        """
+        numbers = {group: number if group in trainable else 0 for group, number in self.groups().items()}
+        if numbers["vision_tower"]:
+            numbers["vision_tower"] -= self.unused_tower
+        if numbers["multi_modal_projector"]:
+            numbers["multi_modal_projector"] -= frozen_newline
+        if numbers["language_model"] and num_adapters is not None:
+            numbers["language_model"] = num_adapters
+        return numbers
+
+
+def decoder_linears(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Width of input and output of a decoder layer's linear layers."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    wide, narrow = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    sizes = ((hidden, wide), (hidden, narrow), (hidden, narrow), (wide, hidden), (hidden, inner), (hidden, inner))
+    return dict(zip(LORA_TARGETS, (*sizes, (inner, hidden)), strict=True))
+
+
+def adapter_parameters(shape: ModelShape, rank: int, targets: Collection[str], *, dora: bool = False) -> int:
+    """Of low-rank adapters on these linear layers of all decoder layers; DoRA adds a magnitude an output."""
+    sizes = decoder_linears(shape)
+    per_layer = sum(rank * sum(sizes[name]) + dora * sizes[name][1] for name in targets)
+    return shape.num_layers * per_layer
+
+
+def _decoder_layer(shape: ModelShape, text: Mapping[str, Any]) -> int:
+    sizes = decoder_linears(shape)
+    number = 2 * shape.hidden_size + sum(i * o for i, o in sizes.values())
+    if text.get("attention_bias"):
+        number += sum(sizes[name][1] for name in LORA_TARGETS[:4])
+    if text.get("mlp_bias"):
+        number += sum(sizes[name][1] for name in LORA_TARGETS[4:])
+    return number
+
+
+def _tower(vision: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Parameters of a layer, around the layers, and of the norm behind the last."""
+    hidden, patches = vision["hidden_size"], (vision["image_size"] // vision["patch_size"]) ** 2
+    patch_numbers = vision["num_channels"] * vision["patch_size"] ** 2
+    attention, norm = 4 * (hidden * hidden + hidden), 2 * hidden
+    positions = hidden + (patches + 1) * hidden + patch_numbers * hidden
+    if vision["model_type"] == "clip_vision_model":
+        inner = vision["intermediate_size"]
+        return attention + 2 * norm + 2 * hidden * inner + inner + hidden, positions + norm, norm
+    # dinov2, which ModelShape.of has let pass
+    inner = int(hidden * vision["mlp_ratio"])
+    mlp = 2 * hidden * inner + inner + hidden
+    if vision["use_swiglu_ffn"]:
+        inner = (int(inner * 2 / 3) + 7) // 8 * 8
+        mlp = 3 * hidden * inner + 2 * inner + hidden
+    # patch bias and mask token; two learned scales a layer
+    return attention + 2 * norm + mlp + 2 * hidden, positions + 2 * hidden, norm

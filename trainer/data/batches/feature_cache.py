@@ -1,0 +1,293 @@
+"""Features of a frozen vision tower, kept on disk: a picture is decoded, tiled and encoded once.
+
+`KEY.features` has the pictures' features one behind the other, `KEY.index` a record for each, written last: an entry
+is complete or invisible. KEY changes with the tower's weights and with all else that the features depend on.
+
+Shapes: T tiles, P patches of a tile, D width of the chosen layers together.
+"""
+
+import fcntl
+import hashlib
+import inspect
+import json
+import logging
+import math
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch.utils.data import DataLoader, Subset
+
+from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.trainer.data.batches.collator import Sample
+from llava_llama31.trainer.data.sources import images
+from llava_llama31.trainer.data.sources.images import ImageRef
+
+
+if TYPE_CHECKING:  # a data loader's worker has no use for the model
+    from llava_llama31 import LlavaLlama31ForConditionalGeneration
+    from llava_llama31.trainer.data.batches.dataset import StageDataset
+
+
+logger = logging.getLogger(__name__)
+
+_RECORD = struct.Struct("<16sQIIII")  # picture, offset, tiles, height, width, checksum of these and of the features
+_PACKAGES = ("numpy", "pillow", "torch", "transformers")
+
+
+class Entry(NamedTuple):
+    """Where a picture's features lie; height and width are the picture's, in pixels."""
+
+    offset: int
+    num_tiles: int
+    height: int
+    width: int
+    checksum: int
+
+
+class FeatureCache:
+    """Features (T, P, D) by picture; several processes may read and store at once.
+
+    Args:
+        folder: of all caches that share the quota.
+        key: of the tower and of how pictures become tiles (`cache_key`).
+        shape: (P, D).
+        dtype: of the features.
+        quota: bytes that the folder may hold; nothing is ever evicted.
+    """
+
+    def __init__(self, folder: Path, key: str, shape: Sequence[int], dtype: torch.dtype, quota: int):
+        self.folder, self.shape, self.dtype, self.quota = folder, tuple(shape), dtype, quota
+        self.features, self.index = folder / f"{key}.features", folder / f"{key}.index"
+        self._tile_bytes = math.prod(self.shape) * dtype.itemsize
+        self._entries: dict[bytes, Entry] = {}
+        self._num_read = 0  # bytes of the index
+        self._end = 0  # of the last whole entry
+        folder.mkdir(parents=True, exist_ok=True)
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, picture: bytes) -> bool:
+        return picture in self._entries
+
+    def load(self, image: ImageRef) -> tuple[tuple[int, int], torch.Tensor] | None:
+        """(height, width) of a picture and its features (T, P, D), mapped from the file; None where there are none."""
+        picture = picture_key(image)
+        entry = self._entries.get(picture)
+        if entry is None:
+            return None
+        try:
+            # private: a tensor wants memory that may be written to
+            data = np.memmap(self.features, np.uint8, "c", entry.offset, (entry.num_tiles * self._tile_bytes,))
+        except (OSError, ValueError) as error:
+            return self._damaged(picture, image, str(error))
+        if _checksum(picture, entry, data) != entry.checksum:
+            return self._damaged(picture, image, "wrong checksum")
+        features = torch.from_numpy(data).view(self.dtype).view(entry.num_tiles, *self.shape)
+        return (entry.height, entry.width), features
+
+    def store(self, picture: bytes, size: tuple[int, int], features: torch.Tensor) -> bool:
+        """Keep the features of a picture of (height, width) pixels; False where the quota or the disk is full."""
+        assert features.shape[1:] == self.shape and features.dtype == self.dtype
+        data = features.detach().cpu().contiguous().view(torch.uint8).numpy().ravel()
+        try:
+            with self._locked():
+                self.refresh()
+                if picture in self._entries:
+                    return True
+                if self._used() + data.nbytes + _RECORD.size > self.quota:
+                    return False
+                entry = Entry(self._end, len(features), *size, checksum=0)
+                entry = entry._replace(checksum=_checksum(picture, entry, data))
+                _write_at(self.features, self._end, data)
+                _write_at(self.index, self._num_read, _RECORD.pack(picture, *entry))
+                self.refresh()
+                return True
+        except OSError as error:
+            logger.warning("%s: no more features are stored: %s", self.features, error)
+            return False
+
+    def refresh(self) -> None:
+        """See what other processes have stored."""
+        try:
+            size = self.index.stat().st_size
+            if size < self._num_read:  # deleted, and begun anew
+                self._entries, self._num_read, self._end = {}, 0, 0
+            with open(self.index, "rb") as file:
+                file.seek(self._num_read)
+                content = file.read()
+            end = self.features.stat().st_size
+        except FileNotFoundError:
+            return
+        whole = len(content) - len(content) % _RECORD.size  # a killed process may have left a part of a record
+        for picture, *numbers in _RECORD.iter_unpack(content[:whole]):
+            entry = Entry(*numbers)
+            if entry.offset + entry.num_tiles * self._tile_bytes > end:
+                logger.warning("%s: a damaged entry is ignored, it points behind the end of %s", self.index, end)
+                continue
+            self._entries[picture] = entry
+            self._end = max(self._end, entry.offset + entry.num_tiles * self._tile_bytes)
+        self._num_read += whole
+
+    def __getstate__(self) -> dict[str, object]:
+        # a data loader's worker reads the index by itself
+        return self.__dict__ | {"_entries": {}, "_num_read": 0, "_end": 0}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.refresh()
+
+    def _used(self) -> int:
+        """Bytes of the folder, without what a killed process left behind the last whole entry."""
+        own = (self.features, self.index)
+        others = (file.stat().st_size for file in self.folder.iterdir() if file not in own)
+        return self._end + self._num_read + sum(others)
+
+    def _damaged(self, picture: bytes, image: ImageRef, what: str) -> None:
+        logger.warning(
+            "%s: the features of %s are damaged (%s) and computed instead; delete the file to store all anew",
+            self.features,
+            image.name,
+            what,
+        )
+        del self._entries[picture]
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _checksum(picture: bytes, entry: Entry, data: np.ndarray) -> int:
+    return zlib.crc32(data, zlib.crc32(_RECORD.pack(picture, *entry._replace(checksum=0))))
+
+
+def _write_at(path: Path, end: int, content: bytes | np.ndarray) -> None:
+    """Write behind the whole entries, over what a killed process may have left there."""
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        file.truncate(end)
+        file.seek(end)
+        file.write(content)
+
+
+def picture_key(image: ImageRef) -> bytes:
+    """16 bytes that change with a picture's file (path, size, modification time), or with its bytes."""
+    signature = image.stat() if image.data is None else None
+    return hashlib.blake2b(repr((image.key(), signature)).encode(), digest_size=16).digest()
+
+
+def cache_key(
+    model: "LlavaLlama31ForConditionalGeneration",
+    processor: LlavaLlama31Processor,
+    device: torch.device,
+    pixel_dtype: torch.dtype,
+    *,
+    autocast: bool,
+) -> str:
+    """32 hex digits that change with the tower's weights, layers and arithmetic, the tiles, and the code of both."""
+    digest = hashlib.blake2b(digest_size=16)
+    config = model.config
+    settings = [
+        config.vision_config.to_dict(),
+        config.vision_config._attn_implementation,
+        config.vision_feature_layer,
+        config.vision_feature_select_strategy,
+        processor.image_processor.to_json_string(),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        [str(pixel_dtype), autocast, torch.get_float32_matmul_precision()],
+        [version(package) for package in _PACKAGES],
+    ]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for part in (images, inspect.getmodule(type(processor)), inspect.getmodule(type(model))):
+        digest.update(Path(inspect.getfile(part)).read_bytes())
+    for name, weight in sorted(model.model.vision_tower.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def default_folder() -> Path:
+    """`llava-llama31/features` under the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava-llama31" / "features"
+
+
+def fill(
+    cache: FeatureCache,
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    dataset: "StageDataset",
+    *,
+    share: tuple[int, int] = (0, 1),
+    wait_for_everyone: Callable[[], None] = lambda: None,
+    num_workers: int = 0,
+    console: Console | None = None,
+) -> None:
+    """Store the features of a data set's pictures, in its order, until the quota is full.
+
+    Args:
+        encode: tiles (T, 3, H, W) -> features (T, P, D).
+        dataset: without features.
+        share: (rank, number of processes) among those that share the folder and the work.
+        wait_for_everyone: barrier of these processes.
+        num_workers: processes that read and tile pictures.
+        console: to show progress on, where it is a terminal.
+    """
+    wanted = _missing(cache, dataset, share)
+    wait_for_everyone()  # all plan by the same state
+    loader = DataLoader(
+        Subset(dataset, [index for index, _ in wanted]),
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        multiprocessing_context="forkserver" if num_workers else None,
+        generator=torch.Generator(),  # the training's random numbers stay what they are
+    )
+    shown = console is not None and console.is_terminal
+    with Progress(console=console, disable=not shown, transient=True) as bar:
+        samples = zip(wanted, loader, strict=True)
+        for (_, pictures), sample in bar.track(samples, total=len(wanted), description="features of pictures"):
+            assert sample.pixel_values is not None
+            counts = [dataset.processor.num_tiles(size) for size in sample.image_sizes]
+            # a picture at a time, as its bits are asked for
+            features = (encode(tiles) for tiles in sample.pixel_values.split(counts))
+            entries = zip(pictures, sample.image_sizes, features, strict=True)
+            if not all(cache.store(*entry) for entry in entries):
+                logger.warning(
+                    "%s: %d pictures are stored, no more fit in feature_cache_gb; the others are computed",
+                    cache.features,
+                    len(cache),
+                )
+                break
+    wait_for_everyone()
+    cache.refresh()
+
+
+def _missing(
+    cache: FeatureCache, dataset: "StageDataset", share: tuple[int, int]
+) -> list[tuple[int, tuple[bytes, ...]]]:
+    """Samples, with their pictures, that bring a picture which is not stored; of them this process's share."""
+    rank, num_processes = share
+    planned: set[bytes] = set()
+    wanted = []
+    for index in range(len(dataset)):
+        pictures = tuple(picture_key(image) for image in dataset.record(index).images)
+        new = [picture for picture in pictures if picture not in cache and picture not in planned]
+        planned.update(new)
+        if new and new[0][0] % num_processes == rank:
+            wanted.append((index, pictures))
+    return wanted
+
+
+def _unchanged(sample: Sample) -> Sample:
+    return sample

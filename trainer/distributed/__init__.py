@@ -1,0 +1,1 @@
+"""Which process holds which part of a parameter."""

@@ -1,0 +1,1 @@
+"""The folder that opens through both doors, and what its card knows."""

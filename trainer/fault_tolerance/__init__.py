@@ -1,0 +1,1 @@
+"""Signals, hangs, lost ranks, bad steps, lack of memory."""

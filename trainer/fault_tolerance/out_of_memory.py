@@ -1,0 +1,51 @@
+"""Says what to lower when a device or the host runs out of memory."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from llava_llama31.trainer.errors import OutOfMemory
+from llava_llama31.trainer.recipes.schema import Stage
+
+
+@contextmanager
+def explained(stage: Stage, where: str) -> Iterator[None]:
+    """Within it a stage is loaded and trained.
+
+    Raises:
+        OutOfMemory: naming the keys to lower.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        on_device = isinstance(error, torch.OutOfMemoryError)
+        if not on_device and not _is_hosts(error):
+            raise
+        what = f"the {'device' if on_device else 'host'} has no memory left: {str(error).partition(chr(10))[0]}"
+        raise OutOfMemory(what, where=where, fix=_advice(stage, on_device)) from error
+
+
+def _is_hosts(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch's allocator of host memory raises a RuntimeError like any other
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _advice(stage: Stage, on_device: bool) -> str:
+    lower = []
+    if stage.micro_batch > 1:
+        lower.append(f"lower micro_batch (now {stage.micro_batch})")
+    if stage.packing:
+        lower.append(f"set max_row_tokens (now {stage.max_row_tokens or 'none'}) lower")
+    if not stage.activation_checkpointing:
+        lower.append("set activation_checkpointing: true")
+    if on_device:
+        if stage.optimizer == "adamw" and stage.deepspeed is None:
+            lower.append("set optimizer: adamw_8bit")
+        lower.append("spread the weights over more devices (deepspeed: zero3)")
+    elif stage.dataloader_workers:
+        lower.append(f"lower dataloader_workers (now {stage.dataloader_workers})")
+    return ", ".join(lower)

@@ -1,0 +1,108 @@
+"""What watches over a stage while it trains, and what is asked of it from outside."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.fault_tolerance.signals import Signals
+from llava_llama31.trainer.fault_tolerance.step_health import Health, Records, culprits_of, summed
+from llava_llama31.trainer.fault_tolerance.watchdog import Watchdog
+
+
+HEALTH = "health.json"
+SAVE_NOW = "save-now"
+
+
+class Requests(TrainerCallback):
+    """Acts at the end of a step, on all processes alike, on what any of them was asked before it.
+
+    The first signal saves and stops. A file `save-now` in the run's folder saves, and is removed.
+
+    Args:
+        save_now: that file, for the main process to look at; None for the others.
+    """
+
+    def __init__(self, signals: Signals, save_now: Path | None):
+        self.signals, self.save_now = signals, save_now
+        self.stopped = False
+        self._stop = self._save = False
+
+    def asked(self) -> tuple[float, float]:
+        """Whether this process was asked to stop, and to save."""
+        return float(self.signals.received is not None), float(self.save_now is not None and self.save_now.exists())
+
+    def agree(self, stop: float, save: float) -> None:
+        """Take over what all processes together were asked."""
+        self._stop, self._save = stop > 0, save > 0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if self._stop:
+            self.stopped = True
+            control.should_log = control.should_save = control.should_training_stop = True
+        if self._save:
+            control.should_log = control.should_save = True
+            if self.save_now is not None:
+                self.save_now.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A stage's watchers.
+
+    Args:
+        where: the stage, as messages and `--set` name it.
+        loader_timeout: seconds that a data worker may take for a micro-batch; 0: for ever.
+    """
+
+    where: str
+    health: Health
+    requests: Requests
+    watchdog: Watchdog
+    loader_timeout: float
+
+    def judge(
+        self,
+        step: int,
+        losses: Sequence[torch.Tensor],
+        grad_norm: torch.Tensor | float,
+        records: Callable[[], Records],
+        device: torch.device,
+    ) -> tuple[bool, float]:
+        """Look at a step before the optimizer runs: whether to skip it, and its gradient norm.
+
+        Every process calls this once a step. It is the step's one collective of ours and one wait for the device,
+        which carry requests from outside too.
+
+        Args:
+            losses: of this process's micro-batches.
+            records: ids of the step; asked for if something is wrong.
+
+        Raises:
+            Unhealthy: on all processes, where the stage stops at what was found.
+        """
+        num_processes = dist.get_world_size() if dist.is_initialized() else 1
+        stop, save, loss, norm = summed([*self.requests.asked(), torch.stack(list(losses)).sum(), grad_norm], device)
+        self.requests.agree(stop, save)
+        norm /= num_processes
+        finding = self.health.judge(loss / num_processes, norm)
+        culprits = culprits_of(losses, records) if finding else {}
+        self.health.note(step, finding, culprits)
+        if finding is not None:
+            self.health.act(step, finding, culprits, self.where)
+        return finding is not None and finding.action == "skip", norm
+
+    def save(self, folder: Path) -> None:
+        """Write what a resumed run needs into a checkpoint."""
+        atomic_folders.write_json(folder / HEALTH, self.health.state())
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take it from there; checkpoints of earlier versions have none."""
+        if (checkpoint / HEALTH).is_file():
+            self.health.restore(atomic_folders.read_json(checkpoint / HEALTH))

@@ -1,0 +1,1 @@
+"""A stage's model: its parts, adapters and origin."""

@@ -1,0 +1,97 @@
+"""The model of a stage: loaded from its origin, adapted, frozen, and fitted to what the stage asks of the machine."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from llava_llama31 import LlavaLlama31ForConditionalGeneration
+from llava_llama31.trainer.distributed.engine import uses_fsdp
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.model.adapters import adapt, quantization
+from llava_llama31.trainer.model.device_options import checkpoint_activations, use_float8
+from llava_llama31.trainer.model.module_groups import GroupReport, freeze, group_parameters
+from llava_llama31.trainer.recipes.schema import Stage
+
+
+logger = logging.getLogger(__name__)
+
+# what the weights are loaded in
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "bfloat16-weights": torch.bfloat16}
+
+
+def product_dtype(stage: Stage) -> torch.dtype:
+    """What the stage's products run in, and so what tiles are made in."""
+    return torch.float32 if stage.precision == "float32" else torch.bfloat16
+
+
+def load_model(origin: Path, stage: Stage, *, seed: int, where: str, quantized: bool = False) -> PreTrainedModel:
+    """The origin's model, with fresh adapters where the stage has some; `quantized` if those ask for it.
+
+    Raises:
+        UserError: the origin can't be loaded, or lacks weights.
+    """
+    dtype, lora = _DTYPES[stage.precision], stage.lora
+    options: dict[str, Any] = {}
+    if quantized and lora is not None and lora.quantize:
+        options = {"quantization_config": quantization(product_dtype(stage))}
+    try:
+        model, info = LlavaLlama31ForConditionalGeneration.from_pretrained(
+            origin, dtype=dtype, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"cannot be loaded: {reason}", where=str(origin), fix="make or download it again") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(
+            f"lacks {len(missing)} weights, the first {missing[0]}", where=str(origin), fix="make it again"
+        )
+    if lora is None:
+        return model
+    return adapt(model, lora, seed=seed, where=where)
+
+
+def base_model(model: PreTrainedModel, stage: Stage) -> LlavaLlama31ForConditionalGeneration:
+    """The model without its adapters' wrapper."""
+    return model if stage.lora is None else model.get_base_model()
+
+
+def freeze_groups(model: PreTrainedModel, stage: Stage) -> list[GroupReport]:
+    """Leave trainable what the stage trains; what is frozen becomes bfloat16 where the stage computes in it."""
+    report = freeze(
+        base_model(model, stage),
+        stage.learning_rates(),
+        freeze_image_newline="frozen_image_newline" in stage.quirks,
+    )
+    if stage.precision != "bfloat16" or stage.deepspeed is not None or uses_fsdp():  # those have types of their own
+        return report
+    for line in report:
+        # a group as a whole: a layer whose weights have two types would not run; adapters bring their own type
+        if line.num_trainable == 0 or (stage.lora is not None and line.group == "language_model"):
+            parameters = (parameter for _, parameter in group_parameters(base_model(model, stage), line.group))
+            _narrow([p for p in parameters if p.is_floating_point() and not p.requires_grad])
+    return report
+
+
+def _narrow(parameters: list[torch.nn.Parameter]) -> None:
+    """Make parameters bfloat16, if none of them loses anything by it."""
+    if all(_fits_bfloat16(parameter) for parameter in parameters):
+        for parameter in parameters:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def use_device_options(model: LlavaLlama31ForConditionalGeneration, stage: Stage) -> None:
+    if stage.fp8:
+        logger.info("float8 products in %d linear layers", len(use_float8(model)))
+    if stage.compile:
+        model.model.language_model.compile_token_wise()
+    if stage.activation_checkpointing:
+        checkpoint_activations(model, stage.trainable, int(stage.activation_checkpointing))
+
+
+def _fits_bfloat16(parameter: torch.nn.Parameter) -> bool:
+    return torch.equal(parameter.data.to(torch.bfloat16).to(parameter.dtype), parameter.data)

@@ -1,0 +1,381 @@
+"""What a recipe will do on a number of devices: steps, tokens, FLOPs, hours, and memory on each device.
+
+Without a GPU, without the model's weights, and without the data where that is not here: what is assumed is named.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from llava_llama31.trainer.costs.flops import ModelShape, Work, needed_flops
+from llava_llama31.trainer.costs.memory import ENGINES, Engine, Memory, MicroBatch, Setup, ZeroSettings, estimate
+from llava_llama31.trainer.costs.parameters import Parameters, adapter_parameters
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.planning.model_sizes import model_config
+from llava_llama31.trainer.planning.row_lengths import (
+    Assumptions,
+    StageRows,
+    counted_rows,
+    histogram,
+    passes,
+    stage_rows,
+)
+from llava_llama31.trainer.recipes.schema import Derived, Recipe, Stage, derive
+
+
+GB = 1e9
+# share of a device's memory that a step may take; the rest is for the CUDA context, NCCL and the allocator's gaps.
+# An assumption: no GPU has measured it here
+USABLE = 0.92
+# what a change costs in time, to try the cheapest first: rough ranks and no measurements
+_COST_MICRO_BATCH, _COST_CHECKPOINTING = 1.02, 1.3
+_COST_ENGINE = {
+    "ddp": 1.0,
+    "zero1": 1.01,
+    "zero2": 1.03,
+    "fsdp2": 1.1,
+    "zero3": 1.12,
+    "zero3-offload-params": 1.8,
+    "zero3-offload": 2.5,
+}
+_COST_OPTIMIZER = {"adamw": 1.0, "adamw_bf16": 1.04, "adamw_8bit": 1.05}
+_COST_OTHER_ENGINE, _COST_OTHER_OPTIMIZER = 1.005, 1.005
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a recipe is to run.
+
+    Args:
+        num_devices: of all machines.
+        device_memory: bytes; None: whether a stage fits is not asked.
+        per_node: devices of one machine.
+        engine: of all stages; None: what each stage says.
+        mfu: share of `peak` that training reaches.
+        peak: FLOP/s of a device in the type of the stage's products.
+        price: of a device for an hour.
+    """
+
+    num_devices: int = 1
+    device_memory: float | None = None
+    per_node: int | None = None
+    engine: str | None = None
+    mfu: float | None = None
+    peak: float | None = None
+    price: float | None = None
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A stage with all that its plan is made from; `setup` is None where the model is not known yet."""
+
+    name: str
+    stage: Stage
+    engine: Engine
+    rows: StageRows
+    seed: int
+    machine: Machine
+    config: Mapping[str, Any] | None
+    narrow_groups: frozenset[str]
+
+
+def plan_recipe(
+    recipe: Recipe, output: Path, machine: Machine, assumptions: Assumptions | None = None
+) -> dict[str, Any]:
+    """The plan as a mapping that JSON can hold; memory in 10^9 bytes, a figure that is not known is None.
+
+    Raises:
+        UserError: when a stage's batch does not divide among the devices, or the engine is none.
+    """
+    found = model_config(recipe, output)
+    config, origin = found if found else (None, None)
+    stages, trained_before = [], set[str]()
+    for number, (name, stage) in enumerate(recipe.stages.items()):
+        engine = engine_for(stage, machine.engine, where=f"stages.{name}")
+        counted = _counted(stage, recipe, output, origin)
+        rows = stage_rows(stage, counted, assumptions or Assumptions({}), recipe.seed + number)
+        narrow = _narrow_groups(stage, recipe, trained_before)
+        case = _Case(name, stage, engine, rows, recipe.seed, machine, config, narrow)
+        stages.append(_plan_stage(case))
+        trained_before |= set(stage.trainable)
+    return {
+        "recipe": recipe.name,
+        "devices": machine.num_devices,
+        "device_memory": None if machine.device_memory is None else machine.device_memory / GB,
+        "model": origin,
+        "hours_from": _hours_from(machine),
+        "stages": stages,
+    }
+
+
+def _hours_from(machine: Machine) -> str | None:
+    if machine.mfu is None or machine.peak is None:
+        return None
+    return f"--mfu {machine.mfu:g} of --peak-tflops {machine.peak / 1e12:g} a device, as given"
+
+
+def _counted(stage: Stage, recipe: Recipe, output: Path, origin: str | None) -> StageRows | None:
+    """What check-data has found of the stage's rows with the model's own processor."""
+    folder = output / "base" if (output / "base").exists() else Path(origin or "")
+    is_here = origin is not None and (folder / "processor_config.json").is_file()
+    return counted_rows(stage, folder, recipe.seed) if is_here else None
+
+
+def _narrow_groups(stage: Stage, recipe: Recipe, trained_before: set[str]) -> frozenset[str]:
+    """Groups whose frozen weights are as they were assembled, and so hold nothing that bfloat16 could not."""
+    if recipe.model.dtype != "bfloat16" or stage.precision != "bfloat16":
+        return frozenset()
+    changed = set(stage.trainable) - ({"language_model"} if stage.lora else set())
+    return frozenset({"vision_tower", "multi_modal_projector", "language_model"} - changed - trained_before)
+
+
+# engines
+
+
+def engine_for(stage: Stage, name: str | None, *, where: str) -> Engine:
+    """The engine that is asked for, else the one that the stage's DeepSpeed file describes, else DDP.
+
+    Raises:
+        UserError: there is no such engine, or no such file.
+    """
+    if name is not None:
+        return ENGINES[name]
+    if stage.deepspeed is None:
+        return ENGINES["ddp"]
+    return ENGINES[_engine_name(_deepspeed_content(stage.deepspeed, where))]
+
+
+def _deepspeed_content(name: str, where: str) -> dict[str, Any]:
+    for file in (Path(name).expanduser(), files("llava_llama31.trainer.recipes") / f"{name}.json"):
+        if file.is_file():
+            try:
+                return json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError("is no DeepSpeed file with ZeRO", where=str(file), fix="mend it") from None
+    raise UserError(f"there is no DeepSpeed file {name!r}", where=f"{where}.deepspeed", fix="give a path to a file")
+
+
+def _engine_name(zero: Mapping[str, Any]) -> str:
+    parameters, optimizer = (zero.get(key, {}).get("device") for key in ("offload_param", "offload_optimizer"))
+    if zero["stage"] < 3:
+        return f"zero{max(1, zero['stage'])}"
+    if optimizer not in (None, "none"):
+        return "zero3-offload"
+    return "zero3-offload-params" if parameters not in (None, "none") else "zero3"
+
+
+def _shipped(engine: str) -> str | None:
+    """The `deepspeed` value that gives an engine: of the shipped files the first without an optimizer of its own."""
+    folder = files("llava_llama31.trainer.recipes")
+    for file in sorted(folder.iterdir(), key=lambda file: (len(file.name), file.name)):
+        if file.name.endswith(".json"):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if "optimizer" not in content and _engine_name(content["zero_optimization"]) == engine:
+                return file.name.removesuffix(".json")
+    return None
+
+
+def _zero_settings(stage: Stage, engine: Engine) -> ZeroSettings:
+    """Sizes of DeepSpeed's buffers where the stage's file names them; its defaults else."""
+    if not engine.deepspeed or stage.deepspeed is None:
+        return ZeroSettings()
+    zero = _deepspeed_content(stage.deepspeed, "")
+    bucket = zero.get("reduce_bucket_size", 5e8)
+    return ZeroSettings(
+        reduce_bucket=None if bucket == "auto" else float(bucket),
+        max_live=float(zero.get("stage3_max_live_parameters", 1e9)),
+        sub_group=float(zero.get("sub_group_size", 1e9)),
+        overlap=bool(zero.get("overlap_comm", True)),
+    )
+
+
+# one stage
+
+
+def _plan_stage(case: _Case) -> dict[str, Any]:
+    case = replace(case, stage=_within_row_limit(case))
+    stage, machine, rows = case.stage, case.machine, case.rows
+    num_train = stage.global_batch if rows.num_train is None else rows.num_train
+    derived = derive(stage, num_train, machine.num_devices, where=f"stages.{case.name}")
+    steps = stage.max_steps if rows.num_train is None else derived.steps
+    planned: dict[str, Any] = {
+        "name": case.name,
+        "trainable": list(stage.trainable),
+        "learning_rate": stage.learning_rates(),
+        "engine": case.engine.name,
+        "rows": rows.num_rows,
+        "global_batch": stage.global_batch,
+        "micro_batch": stage.micro_batch,
+        "gradient_accumulation": derived.gradient_accumulation,
+        "steps": steps,
+        "warmup_steps": None if rows.num_train is None else derived.warmup_steps,
+        "row_tokens": histogram(rows.lengths),
+        "assumed": list(rows.assumed),
+    }
+    seen = passes(stage, rows, _order(case), steps or 1, machine.num_devices)
+    known = steps is not None
+    planned |= {"tokens": seen.tokens if known else None, "tiles": seen.tiles if known else None}
+    planned |= {"sampled": seen.sampled, "longest_micro_batch": seen.worst.num_tokens}
+    planned |= _work(case, seen.works if known else None)
+    return planned | _memory(case, seen.worst, derived)
+
+
+def _within_row_limit(case: _Case) -> Stage:
+    """The stage with the micro-batch that its `max_row_tokens` gives."""
+    if case.stage.max_row_tokens is None:
+        return case.stage
+    from llava_llama31.trainer.data.batches.stage_rows import within_row_limit
+
+    return within_row_limit(case.stage, case.rows.lengths, case.seed, case.machine.num_devices)
+
+
+def _order(case: _Case) -> Any:
+    from llava_llama31.trainer.data.batches.batch_order import BatchOrder
+
+    stage = case.stage
+    return BatchOrder(
+        case.rows.lengths,
+        global_batch=min(stage.global_batch, len(case.rows.lengths)),
+        seed=case.seed,
+        keep_last=stage.last_batch == "keep",
+        group_by_length=stage.group_by_length,
+        equal_tokens=stage.batch_by == "supervised_tokens",
+        share_prefix=stage.share_prefix if stage.packing else 1,
+    )
+
+
+def _work(case: _Case, works: tuple[Work, Work] | None) -> dict[str, Any]:
+    """FLOPs that the stage needs, hours and cost where an MFU is given."""
+    unknown = {"flops": None, "hours": None, "cost": None}
+    if works is None or case.config is None:
+        return unknown
+    stage, machine = case.stage, case.machine
+    shape, options = ModelShape.of(case.config), {"checkpointing": int(stage.activation_checkpointing)}
+    lora = {} if stage.lora is None else {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
+    # a micro-batch without pictures needs other gradients: the two kinds are counted apart
+    flops = sum(needed_flops(shape, work, stage.trainable, **options, **lora).total.needed for work in works)
+    if machine.mfu is None or machine.peak is None:
+        return unknown | {"flops": flops}
+    hours = flops / (machine.mfu * machine.peak * machine.num_devices) / 3600
+    cost = None if machine.price is None else hours * machine.num_devices * machine.price
+    return {"flops": flops, "hours": hours, "cost": cost}
+
+
+def _memory(case: _Case, worst: MicroBatch, derived: Derived) -> dict[str, Any]:
+    if case.config is None:
+        return {"parameters": None, "memory": None, "fits": None, "fix": None}
+    setup = setup_of(case.stage, case.config, case.engine, case.narrow_groups, derived.gradient_accumulation > 1)
+    machine = case.machine
+    memory = estimate(setup, worst, case.engine, machine.num_devices, machine.per_node)
+    groups = setup.parameters.groups()
+    parameters = {group: {"total": groups[group], "trainable": setup.trained[group]} for group in groups}
+    parameters["language_model"]["total"] += setup.num_adapters
+    fits = None if machine.device_memory is None else memory.peak <= USABLE * machine.device_memory
+    return {
+        "parameters": parameters,
+        "memory": {name: value / GB for name, value in (asdict(memory) | {"peak": memory.peak}).items()},
+        "fits": fits,
+        "fix": nearest_that_fits(case) if fits is False else None,
+    }
+
+
+def setup_of(
+    stage: Stage, config: Mapping[str, Any], engine: Engine, narrow_groups: frozenset[str], accumulates: bool
+) -> Setup:
+    """A stage as its memory depends on it."""
+    shape, parameters = ModelShape.of(config), Parameters.of(config)
+    lora, adapters = stage.lora, None
+    if lora is not None:
+        adapters = adapter_parameters(shape, lora.r, lora.targets, dora=lora.dora)
+    frozen_newline = shape.hidden_size if "frozen_image_newline" in stage.quirks else 0
+    return Setup(
+        shape,
+        parameters,
+        parameters.trainable(stage.trainable, num_adapters=adapters, frozen_newline=frozen_newline),
+        precision=stage.precision,
+        optimizer=stage.optimizer,
+        checkpointing=int(stage.activation_checkpointing),
+        accumulates=accumulates,
+        lora_rank=lora.r if lora else 0,
+        lora_targets=tuple(lora.targets) if lora else (),
+        narrow_groups=narrow_groups,
+        quantized=lora is not None and lora.quantize is not None,
+        zero=_zero_settings(stage, engine),
+    )
+
+
+# what fits
+
+
+def nearest_that_fits(case: _Case) -> dict[str, Any] | None:
+    """The cheapest change, by rank, with which the stage fits: overrides, and what else the launch needs."""
+    assert case.machine.device_memory is not None and case.config is not None
+    worst: dict[int, MicroBatch] = {}
+    for changes, engine in _changes(case):
+        try:
+            stage = Stage.model_validate(case.stage.model_dump() | changes)
+            changed = replace(case, stage=stage, engine=engine)
+            num_train = stage.global_batch if case.rows.num_train is None else case.rows.num_train
+            derived = derive(stage, num_train, case.machine.num_devices)
+        except (ValidationError, UserError):
+            continue  # the stage can't be run so
+        if stage.micro_batch not in worst:
+            worst[stage.micro_batch] = passes(stage, case.rows, _order(changed), 16, case.machine.num_devices).worst
+        setup = setup_of(stage, case.config, engine, case.narrow_groups, derived.gradient_accumulation > 1)
+        memory = estimate(setup, worst[stage.micro_batch], engine, case.machine.num_devices, case.machine.per_node)
+        if memory.peak <= USABLE * case.machine.device_memory:
+            return _fix(case, changes, engine, memory)
+    return None
+
+
+def _changes(case: _Case) -> Iterator[tuple[dict[str, Any], Engine]]:
+    """Keys of the stage with other values, and an engine; cheapest first."""
+    stage = case.stage
+    micro_batches = [size for size in range(stage.micro_batch, 0, -1) if stage.global_batch % size == 0]
+    checkpointing = [stage.activation_checkpointing] + [True] * (stage.activation_checkpointing is not True)
+    engines = [name for name in ENGINES if case.machine.num_devices > 1 or name != "fsdp2"]
+    choices: list[tuple[float, int, dict[str, Any], Engine]] = []
+    for micro_batch, recompute, name, optimizer in itertools.product(
+        micro_batches, checkpointing, engines, _COST_OPTIMIZER
+    ):
+        file = _shipped(name)
+        if not _can_run(stage, ENGINES[name], optimizer, file):
+            continue
+        changes: dict[str, Any] = {}
+        cost = _COST_MICRO_BATCH ** micro_batches.index(micro_batch) * _COST_ENGINE[name] * _COST_OPTIMIZER[optimizer]
+        if micro_batch != stage.micro_batch:
+            changes["micro_batch"] = micro_batch
+        if recompute != stage.activation_checkpointing:
+            changes["activation_checkpointing"] = recompute
+            cost *= _COST_CHECKPOINTING
+        if name != case.engine.name:
+            changes["deepspeed"] = file
+            cost *= _COST_OTHER_ENGINE
+        if optimizer != stage.optimizer:
+            changes["optimizer"] = optimizer
+            cost *= _COST_OTHER_OPTIMIZER
+        choices.append((cost, len(choices), changes, ENGINES[name]))
+    for _, _, changes, engine in sorted(choices, key=lambda choice: choice[:2]):
+        yield changes, engine
+
+
+def _can_run(stage: Stage, engine: Engine, optimizer: str, file: str | None) -> bool:
+    """What stages refuse of DeepSpeed, whose file must be there, and of FSDP."""
+    if engine.name == "ddp":
+        return True
+    options = stage.compile or stage.fp8 or stage.feature_cache_gb is not None
+    has_file = file is not None or not engine.deepspeed
+    return has_file and optimizer == "adamw" and stage.precision != "bfloat16-weights" and not options
+
+
+def _fix(case: _Case, changes: Mapping[str, Any], engine: Engine, memory: Memory) -> dict[str, Any]:
+    given = {key: value for key, value in changes.items() if getattr(case.stage, key) != value}
+    text = [f"--set stages.{case.name}.{key}={json.dumps(value).strip(chr(34))}" for key, value in given.items()]
+    launch = "examples/accelerate/fsdp2.yaml" if engine.name == "fsdp2" and case.engine != engine else None
+    return {"set": text, "engine": engine.name, "accelerate": launch, "peak": memory.peak / GB}

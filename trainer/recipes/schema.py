@@ -1,0 +1,569 @@
+"""A recipe: one YAML file that names the model's parts, the stages and the evaluation.
+
+Every object is frozen and checked when it is made; what is wrong is named by file, key and nearest right key.
+"""
+
+import difflib
+import importlib.resources
+import math
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.redaction import holds_credential
+
+
+ModuleGroup = Literal["vision_tower", "multi_modal_projector", "language_model"]
+Policy = Literal["error", "skip", "quarantine"]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+# as TrainingArguments and huggingface_hub call it
+_TOKEN_FIELDS = ("hub_token", "token")
+
+SHIPPED = ("tiny", "smol", "llama31-8b", "llama31-8b-card", "llama31-8b-card-commands")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+# of a stage: they change what is done about trouble and not what is trained, so a run that began may change them
+CHANGEABLE = ("on_nonfinite", "on_spike", "step_timeout", "loader_timeout")
+
+
+class DataSource(_Frozen):
+    """One set of records: JSON or JSON lines, WebDataset shards, parquet, a saved Hugging Face dataset or a Hub id."""
+
+    name: str
+    path: str
+    image_root: str | None = None
+    """Folder that image paths are relative to and may not leave; default: the folder of `path`."""
+    format: Literal["auto", "llava", "sharegpt", "messages", "cauldron"] = "auto"
+    split: str = "train"
+    sample: PositiveInt | None = None
+    """Number of rows to draw, without replacement, seeded; default: all."""
+    sample_when: Literal["before_filtering", "after_filtering"] = "after_filtering"
+    weight: PositiveFloat = 1.0
+    """How often an epoch sees each training row: 2.5 is twice, and half of them, drawn by the seed, a third time."""
+    images_only: bool = False
+    """Reject rows without a picture, by the reason `text_only`."""
+    license: str | None = None
+    hub_id: str | None = None
+    """Dataset of the Hub that the rows are from, for the model card."""
+
+
+class Model(_Frozen):
+    """Where the first stage starts: an assembled checkpoint, or the parts to assemble."""
+
+    checkpoint: str | None = None
+    vision_tower: str | None = None
+    language_model: str | None = None
+    projector: str | None = None
+    """Checkpoint to take the projector from; default: a fresh one, N(0, 0.02)."""
+    vision_feature_layer: int = -2
+    image_grid_pinpoints: list[list[PositiveInt]] | None = None
+    """(height, width) in pixels; default: LLaVA-1.6's five shapes in units of the tile."""
+    add_chat_tokens: bool = False
+    """Give a tokenizer that lacks them Llama 3.1's turn tokens, as new rows of the embedding."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    licence: str | None = None
+    """Licence of the language model, which the finished model inherits, as the Hub names it."""
+    vision_tower_licence: str | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Model":
+        parts = self.vision_tower is not None and self.language_model is not None
+        if (self.checkpoint is not None) == parts:
+            raise ValueError(
+                "no clear origin of the model (fix: give either checkpoint, or both vision_tower and language_model)"
+            )
+        return self
+
+
+class Lora(_Frozen):
+    """Low-rank adapters on the language model's linear layers (Hu et al., 2021), through PEFT."""
+
+    r: PositiveInt = 64
+    alpha: PositiveFloat = 128.0
+    dropout: Fraction = 0.0
+    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    dora: bool = False
+    quantize: Literal["nf4"] | None = None
+    """Keep the adapted weights in 4 bits while the adapters are trained (QLoRA, through bitsandbytes)."""
+
+
+class Stage(_Frozen):
+    """What is trained, on what data, from what weights; lengths in tokens, batches in samples."""
+
+    trainable: list[ModuleGroup] = Field(min_length=1)
+    learning_rate: PositiveFloat | dict[ModuleGroup, PositiveFloat]
+    data: list[DataSource] = Field(min_length=1)
+    global_batch: PositiveInt
+    """Samples of one optimizer step, over all devices and accumulation."""
+    batch_by: Literal["samples", "supervised_tokens"] = "samples"
+    """Steps of so many samples; or as many steps, of nearly the same number of supervised tokens each."""
+    micro_batch: PositiveInt = 1
+    """Samples that one device forwards at once."""
+    epochs: PositiveFloat | None = None
+    max_steps: PositiveInt | None = None
+    last_batch: Literal["keep", "drop"] = "keep"
+    """What becomes of an epoch's incomplete last batch."""
+    group_by_length: bool = False
+    """Bring samples of like length together within shuffled windows of 64 batches: for rows that are not packed."""
+    packing: bool = True
+    """One row of whole samples a micro-batch, without padding; the loss is the same."""
+    share_prefix: PositiveInt = 8
+    """Conversations about one picture come together, this many at most, and compute it once; 1: not at all."""
+    max_row_tokens: PositiveInt | None = None
+    """Longest packed row, and so longest record; micro_batch becomes the largest that keeps within it."""
+    init_from: str = "previous"
+    """`previous` (the former stage, or the model for the first) or a checkpoint."""
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Fraction = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat = 1.0
+    precision: Literal["float32", "bfloat16", "bfloat16-weights"] = "bfloat16"
+    """float32; bfloat16 autocast over float32 weights; or weights, gradients and optimizer in bfloat16 as well."""
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16"] = "adamw"
+    """Fused AdamW; its two moments in 8 bits (torchao or bitsandbytes); or in bfloat16, rounded by chance."""
+    compile: bool = False
+    """torch.compile for norms, projections and MLPs of the language model on packed rows."""
+    fp8: bool = False
+    """float8 products in the language model's layers (torchao), on GPUs that have them."""
+    activation_checkpointing: bool | PositiveInt = False
+    """Recompute activations in the backward pass; N: those of every Nth layer, from the first."""
+    lora: Lora | None = None
+    deepspeed: str | None = None
+    """A DeepSpeed JSON file, or the name of a shipped one."""
+    max_text_tokens: PositiveInt | None = None
+    """Longest row, image placeholders not counted."""
+    max_tokens: PositiveInt | None = None
+    """Longest row, image placeholders counted."""
+    on_bad_record: dict[str, Policy] = {"default": "error"}
+    """Policy per reject reason (`llava-llama31 check-data` lists them) and `default`."""
+    validation_fraction: Fraction = 0.0
+    eval_steps: PositiveInt | None = None
+    eval_questions: PositiveInt | None = None
+    """How many of the recipe's evaluation questions to ask at every `eval_steps`; logged as eval_accuracy."""
+    keep: Literal["last", "best_loss", "best_accuracy"] = "last"
+    """The weights that the stage ends with: its last, or those of the evaluation with the best metric."""
+    save_steps: PositiveInt = 200
+    save_total_limit: PositiveInt = 2
+    logging_steps: PositiveInt = 10
+    dataloader_workers: Annotated[int, Field(ge=0)] = 2
+    device_tiles: bool = False
+    """Resize pictures and cut their tiles on the training device, with the bits of the workers' Pillow."""
+    feature_cache_gb: PositiveFloat | None = None
+    """Quota (10^9 bytes, per machine) for features of the frozen vision tower kept on disk; default: none are kept."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose loss or gradient norm is not finite; skipped: it changes no weight."""
+    on_spike: Literal["warn", "skip", "stop"] = "warn"
+    """And of one beyond mean + 6 sigma of the 128 steps before."""
+    step_timeout: PositiveFloat = 3600.0
+    """Seconds that a process may spend on a micro-batch, a save or a batch of an evaluation before it is ended."""
+    loader_timeout: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds that a data worker may take for a micro-batch; 0: for ever."""
+    quirks: list[Literal["frozen_image_newline", "double_newline_after_image", "decay_all_parameters"]] = []
+    """Named departures of the model card's commands from what a reader would expect."""
+    trainer_args: dict[str, Any] = {}
+    """Further fields of Transformers' TrainingArguments; those that the stage owns are refused."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Stage":
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("the stage's length is not clear (fix: give exactly one of epochs and max_steps)")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} "
+                f"(fix: use a micro_batch that divides it)"
+            )
+        if self.packing and self.group_by_length:
+            raise ValueError("packed rows have no padding (fix: remove group_by_length, or set packing: false)")
+        if self.batch_by == "supervised_tokens" and not self.packing:
+            raise ValueError("batches of equal tokens need packed rows (fix: set packing: true, or batch_by: samples)")
+        if self.max_row_tokens is not None and not self.packing:
+            raise ValueError("max_row_tokens is a limit of packed rows (fix: remove it, or set packing: true)")
+        if isinstance(self.learning_rate, dict) and set(self.learning_rate) != set(self.trainable):
+            raise ValueError(
+                f"learning_rate names {sorted(self.learning_rate)} but trainable names {sorted(self.trainable)} "
+                f"(fix: give each trainable group its rate, or one rate for all)"
+            )
+        if len(set(self.trainable)) < len(self.trainable):
+            raise ValueError(f"trainable names a group twice: {self.trainable} (fix: name it once)")
+        if self.feature_cache_gb is not None:
+            self._check_feature_cache()
+        self._check_device_options()
+        if self.lora is not None and self.lora.quantize and (self.deepspeed is not None or self.compile):
+            key = "compile" if self.compile else "deepspeed"
+            raise ValueError(f"quantized weights under {key} are not there yet (fix: remove {key} or lora.quantize)")
+        if self.lora is not None and "language_model" not in self.trainable:
+            raise ValueError("lora adapts the language_model (fix: add language_model to trainable, or remove lora)")
+        self._check_evaluations()
+        names = [source.name for source in self.data]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data names a source twice: {names} (fix: rename one)")
+        return self
+
+    def _check_feature_cache(self) -> None:
+        if "vision_tower" in self.trainable:
+            raise ValueError("features of a trained vision_tower change (fix: remove feature_cache_gb, or freeze it)")
+        if not self.packing:
+            raise ValueError("feature_cache_gb is for packed rows (fix: remove it, or set packing: true)")
+        if self.device_tiles:
+            raise ValueError("stored features need no tiles on the device (fix: remove device_tiles)")
+        if self.deepspeed is not None:
+            raise ValueError("feature_cache_gb under DeepSpeed is not there yet (fix: remove one of the two)")
+
+    def _check_device_options(self) -> None:
+        asked = {"optimizer": self.optimizer != "adamw", "compile": self.compile, "fp8": self.fp8}
+        if self.deepspeed is not None and any(asked.values()):
+            key = next(key for key, is_asked in asked.items() if is_asked)
+            raise ValueError(f"{key} under DeepSpeed is not there yet (fix: remove deepspeed or {key})")
+        if self.deepspeed is not None and self.precision == "bfloat16-weights":
+            raise ValueError("DeepSpeed keeps trained weights in float32 (fix: set precision: bfloat16)")
+        if self.compile and not self.packing:
+            raise ValueError("compile is for packed rows (fix: set compile: false, or packing: true)")
+        if self.deepspeed is not None and (self.on_nonfinite == "skip" or self.on_spike == "skip"):
+            key = "on_nonfinite" if self.on_nonfinite == "skip" else "on_spike"
+            raise ValueError(
+                f"DeepSpeed takes its step before anyone can look at it, so {key} can't be skip (fix: set {key}: stop)"
+            )
+        if not self.fp8:
+            return
+        if not self.compile:
+            raise ValueError("fp8 without compile is slower than bfloat16 (fix: set compile: true)")
+        if self.precision == "float32":
+            raise ValueError("fp8 products in a float32 stage are a contradiction (fix: set precision: bfloat16)")
+        if self.lora is not None:
+            raise ValueError("fp8 under lora is not there yet (fix: remove fp8 or lora)")
+
+    def _check_evaluations(self) -> None:
+        if self.eval_questions is not None and self.eval_steps is None:
+            raise ValueError("eval_questions are asked at no step (fix: set eval_steps)")
+        if self.eval_steps is not None and self.validation_fraction == 0 and self.eval_questions is None:
+            raise ValueError(
+                "eval_steps has nothing to evaluate (fix: set validation_fraction above 0, or eval_questions)"
+            )
+        if self.keep == "last":
+            return
+        needed = {"best_loss": "validation_fraction", "best_accuracy": "eval_questions"}[self.keep]
+        if self.eval_steps is None or not (
+            self.validation_fraction if self.keep == "best_loss" else self.eval_questions
+        ):
+            raise ValueError(f"keep: {self.keep} compares evaluations (fix: set eval_steps and {needed})")
+        if self.eval_steps % self.save_steps:
+            raise ValueError(
+                f"eval_steps {self.eval_steps} is not a multiple of save_steps {self.save_steps}, so the best "
+                f"evaluation may have no checkpoint (fix: set save_steps to {self.eval_steps} or a part of it)"
+            )
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rate of each trainable group."""
+        if isinstance(self.learning_rate, dict):
+            return {group: self.learning_rate[group] for group in self.trainable}
+        return dict.fromkeys(self.trainable, self.learning_rate)
+
+
+class Evaluation(_Frozen):
+    """TextVQA-format questions on which the finished model is scored."""
+
+    data: str
+    image_root: str | None = None
+    name: str = "validation"
+    limit: PositiveInt | None = None
+    preset: Literal["card", "llava", "lmms-eval"] = "card"
+    """Whose prompt: docs/evaluation.md."""
+    batch_size: PositiveInt | None = None
+    """Default: by the device's memory."""
+    max_new_tokens: PositiveInt = 64
+    baselines: bool = False
+    """Also score the untrained model, and the trained one with pictures shuffled between questions."""
+
+
+class Publish(_Frozen):
+    """Where the model goes on the Hub; the token stays in the environment."""
+
+    repo_id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """OWNER/NAME; the name of a model made from Llama begins with Llama."""
+    private: bool = False
+    """Leave the repository private; it is while the run trains and until the model has passed the gate."""
+    collection: str | None = None
+    """Slug of a collection to put it into."""
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = "end"
+    """Also push each save as a revision that opens (`every_save`), with what resuming it needs (`checkpoint`)."""
+
+
+class Recipe(_Frozen):
+    """All of a run; see `trainer/recipes/` for complete ones."""
+
+    name: str
+    description: str = ""
+    seed: Annotated[int, Field(ge=0)] = 42
+    prepare: Literal["tiny", "smol"] | None = None
+    """Parts and data that have to be made first: `tiny` by the run itself, `smol` by examples/prepare_smol.py."""
+    model: Model
+    stages: dict[str, Stage] = Field(min_length=1)
+    evaluation: Evaluation | None = None
+    publish: Publish | None = None
+    device_watts: PositiveFloat | None = None
+    """Mean power of one device while it trains, as measured; the model card's energy follows from it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_credentials(cls, content: Any) -> Any:
+        for place in _credentials(content):
+            raise ValueError(
+                f"{place} holds a token or a password, and a recipe is written into its run and its card "
+                "(fix: take it out and change it; log in with `hf auth login`, or set HF_TOKEN in the environment)"
+            )
+        return content
+
+    @model_validator(mode="after")
+    def _names(self) -> "Recipe":
+        for name in self.stages:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                raise ValueError(f"{name!r} is no name for a stage (fix: use letters, digits, - and _)")
+        for name, stage in self.stages.items():
+            if stage.eval_questions is not None and self.evaluation is None:
+                raise ValueError(f"stage {name} has eval_questions, but there is no evaluation (fix: add one)")
+        return self
+
+
+def _credentials(content: Any, key: str = "the recipe") -> Iterator[str]:
+    """The keys under which a recipe holds secrets."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            if holds_credential(str(name)):
+                yield f"a key of {key}"
+            elif value and name in _TOKEN_FIELDS:
+                yield f"{key}: {name}"
+            else:
+                yield from _credentials(value, f"{key}: {name}" if key == "the recipe" else f"{key}.{name}")
+    elif isinstance(content, list | tuple):
+        for number, item in enumerate(content):
+            yield from _credentials(item, f"{key}.{number}")
+    elif isinstance(content, str) and holds_credential(content):
+        yield key
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What follows from a stage, its number of training samples and the number of devices."""
+
+    num_samples: int
+    num_processes: int
+    gradient_accumulation: int
+    steps_per_epoch: int
+    steps: int
+    warmup_steps: int
+
+
+def num_held_out(stage: Stage, num_rows: int) -> int:
+    """Validation rows: the stage's fraction, but one at least where there is a fraction."""
+    return max(1, int(num_rows * stage.validation_fraction)) if stage.validation_fraction else 0
+
+
+def derive(stage: Stage, num_samples: int, num_processes: int, *, where: str = "") -> Derived:
+    """Accumulation and steps of a stage.
+
+    Raises:
+        UserError: when the global batch does not divide among the devices, or no step remains.
+    """
+    per_pass = stage.micro_batch * num_processes
+    if stage.global_batch % per_pass:
+        raise UserError(
+            f"global_batch {stage.global_batch} is not a multiple of micro_batch {stage.micro_batch} x "
+            f"{num_processes} devices = {per_pass}",
+            where=where,
+            fix="change micro_batch or the number of devices",
+        )
+    whole, rest = divmod(num_samples, stage.global_batch)
+    steps_per_epoch = whole + (rest > 0 and stage.last_batch == "keep")
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"{num_samples} samples do not fill one batch of {stage.global_batch}",
+            where=where,
+            fix="add data, lower global_batch, or set last_batch: keep",
+        )
+    steps = stage.max_steps or math.ceil((stage.epochs or 0) * steps_per_epoch)
+    return Derived(
+        num_samples=num_samples,
+        num_processes=num_processes,
+        gradient_accumulation=stage.global_batch // per_pass,
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        warmup_steps=math.ceil(steps * stage.warmup_ratio),
+    )
+
+
+def load_recipe(name_or_path: str, *, output: Path | None = None, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name or a YAML file by path; `{output}` in it stands for the run's folder.
+
+    Args:
+        overrides: `stages.NAME.key=value` and the like; values are YAML.
+
+    Raises:
+        UserError: naming file, key and fix.
+    """
+    text, where = read_recipe_text(name_or_path)
+    try:
+        content = yaml.load(text, Loader=_Yaml12Loader)
+    except yaml.YAMLError as error:
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"not valid YAML: {error}", where=f"{where}{line}", fix="mend the syntax there") from None
+    if not isinstance(content, dict):
+        raise UserError("a recipe is a mapping with name, model and stages", where=where, fix="see a shipped recipe")
+    for override in overrides:
+        _apply_override(content, override)
+    if output is not None:
+        content = _substitute(content, "{output}", str(output))
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def read_recipe_text(name_or_path: str) -> tuple[str, str]:
+    """Text of a recipe and the name to call it by in messages."""
+    if name_or_path in SHIPPED:
+        file = importlib.resources.files("llava_llama31.trainer.recipes") / f"{name_or_path}.yaml"
+        return file.read_text(encoding="utf-8"), f"{name_or_path}.yaml"
+    path = Path(name_or_path).expanduser()
+    if not path.is_file():
+        near = difflib.get_close_matches(name_or_path, SHIPPED, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"name a YAML file, or one of {', '.join(SHIPPED)}"
+        raise UserError("there is no such recipe", where=name_or_path, fix=hint)
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(path), fix="give a readable UTF-8 file") from None
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-5 as a number (as YAML 1.2 does) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", node.value[i][0].start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+
+_Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _apply_override(content: dict, override: str) -> None:
+    path, separator, value = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise UserError(f"{override!r} is not KEY=VALUE", where="--set", fix="--set stages.NAME.key=value")
+    target = content
+    for depth, key in enumerate(keys[:-1]):
+        if depth == 1 and keys[0] == "stages" and key not in target:
+            raise UserError(
+                f"there is no stage {key!r}", where=f"--set {path}", fix=_nearest(key, list(target)) or "name a stage"
+            )
+        target = _list_item(target, key, path) if isinstance(target, list) else target.setdefault(key, {})
+        if not isinstance(target, dict | list):
+            raise UserError(f"{key!r} holds a single value", where=f"--set {path}", fix="set it as a whole")
+    try:
+        parsed = yaml.load(value, Loader=_Yaml12Loader)
+    except yaml.YAMLError:
+        raise UserError(
+            f"{value!r} is not YAML", where=f"--set {path}", fix="quote it, or close its brackets"
+        ) from None
+    if isinstance(target, list):
+        _list_item(target, keys[-1], path)
+        target[int(keys[-1])] = parsed
+    else:
+        target[keys[-1]] = parsed
+
+
+def _list_item(target: list, key: str, path: str) -> Any:
+    if not key.isdigit() or int(key) >= len(target):
+        raise UserError(
+            f"{key!r} is no position in a list of {len(target)}", where=f"--set {path}", fix="count from 0"
+        )
+    return target[int(key)]
+
+
+def _substitute(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _substitute(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_substitute(item, old, new) for item in value]
+    return value.replace(old, new) if isinstance(value, str) else value
+
+
+def _explain(error: ValidationError, where: str) -> UserError:
+    """First fault of a recipe as one line: file, key, what, nearest right key."""
+    errors = error.errors(include_url=False)
+    first, location = errors[0], _location(errors[0]["loc"])
+    key = ".".join(str(part) for part in location)
+    others = len({tuple(_location(one["loc"])) for one in errors}) - 1
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        return UserError(
+            "unknown key" + _and_others(others), where=f"{where}: {key}", fix=_nearest(str(location[-1]), known)
+        )
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return UserError("this key is missing" + _and_others(others), where=f"{where}: {key}", fix="add it")
+    if first["type"] == "value_error":
+        return UserError(message + _and_others(others), where=f"{where}: {key}" if key else where)
+    got = f", not {first['input']!r}"
+    return UserError(message + got + _and_others(others), where=f"{where}: {key}", fix="give a value of that type")
+
+
+def _location(parts: tuple[str | int, ...]) -> list[str | int]:
+    """Where a fault is, without pydantic's names for the members of a union."""
+    return [part for part in parts if not re.fullmatch(r"bool|constrained-\w+|\w+\[.*", str(part))]
+
+
+def _and_others(count: int) -> str:
+    return f" (and {count} more faults)" if count else ""
+
+
+def _fields_at(location: list) -> list[str]:
+    """Fields of the object at a location of a recipe, for the nearest right key."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            continue  # the name of a stage: its mapping was stepped into already
+        field = model.model_fields.get(part)
+        if field is None:
+            continue
+        model = _object_type(field.annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _object_type(annotation: Any) -> Any:
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return annotation
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else (f"one of {', '.join(known)}" if known else "")

@@ -1,0 +1,85 @@
+"""What the person at the terminal sees: on stderr, from the main process only."""
+
+import os
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llava_llama31.trainer.distributed.engine import engine_of, num_elements, num_held
+from llava_llama31.trainer.model.module_groups import GroupReport
+from llava_llama31.trainer.recipes.schema import Derived, Stage
+
+
+def make_console() -> Console:
+    """Console on stderr (stdout belongs to --json); silent on all ranks but the first."""
+    return Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) != 0, highlight=False, soft_wrap=True)
+
+
+def print_stage_start(
+    console: Console, name: str, stage: Stage, derived: Derived, report: list[GroupReport], origin: str
+) -> None:
+    """The freeze report, what was inherited from where, and the steps."""
+    console.rule(f"[bold]stage {name}")
+    table = Table("module group", "parameters", "trainable", "learning rate", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for line in report:
+        rate = f"{line.learning_rate:g}" if line.learning_rate is not None else "frozen"
+        table.add_row(line.group, f"{line.num_parameters:,}", f"{line.num_trainable:,}", rate)
+    console.print(table)
+    console.print(f"weights from {origin}; optimizer and schedule are fresh")
+    console.print(
+        f"{derived.num_samples:,} samples, {derived.steps:,} steps of {stage.global_batch} "
+        f"({stage.micro_batch} x {derived.gradient_accumulation} accumulated x {derived.num_processes} devices), "
+        f"{stage.schedule} schedule, {derived.warmup_steps} warm-up steps, {stage.precision}"
+    )
+
+
+class StageProgress(TrainerCallback):
+    """One line per log: step, loss, learning rate, speed, time left."""
+
+    def __init__(self, console: Console, stage: str):
+        self.console, self.stage = console, stage
+        self.started, self.first_step = 0.0, 0
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: torch.nn.Module,
+        **kwargs: object,
+    ) -> None:
+        self.started, self.first_step = time.monotonic(), state.global_step
+        if args.world_size > 1:
+            held, total = (sum(map(count, model.parameters())) for count in (num_held, num_elements))
+            self.console.print(
+                f"{engine_of(args)}: each of {args.world_size} devices keeps {held:,} of {total:,} parameters"
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: dict[str, float],
+        **kwargs: object,
+    ) -> None:
+        evaluated = [f"validation loss {logs['eval_loss']:.4f}"] if "eval_loss" in logs else []
+        evaluated += [f"validation accuracy {logs['eval_accuracy']:.1%}"] if "eval_accuracy" in logs else []
+        if evaluated:
+            self.console.print(f"{self.stage} {state.global_step:>6}/{state.max_steps}  {', '.join(evaluated)}")
+        if "loss" not in logs:
+            return
+        done = state.global_step - self.first_step
+        left = (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
+        self.console.print(
+            f"{self.stage} {state.global_step:>6}/{state.max_steps}  loss {logs['loss']:.4f}  "
+            f"lr {logs['learning_rate']:.2e}  {logs['samples_per_second']:.2f} samples/s  MFU {logs['mfu']:.0%}  "
+            f"{int(left) // 60}:{int(left) % 60:02d} left"
+        )

@@ -1,0 +1,137 @@
+"""What a training step is worth: FLOPs it needs, padding, time lost to waiting for data, memory."""
+
+import functools
+import resource
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llava_llama31.trainer.costs.flops import ModelShape, Work, needed_flops
+from llava_llama31.trainer.costs.matrix_peak import measure_matrix_peak
+
+
+_GIB = 2**30
+
+
+@dataclass
+class Meter:
+    """Adds up the micro-batches of this process between two readings.
+
+    Args:
+        model: sizes of the model.
+        trainable: module groups that are trained.
+        image_token_id, pad_token_id: in `input_ids`.
+        num_patch_features: of pictures of these (height, width), newlines left out.
+        num_tiles: of a picture of this (height, width).
+        device, dtype: on and in which the products run.
+        options: `checkpointing`, `lora_rank` and `lora_targets` of `needed_flops`.
+    """
+
+    model: ModelShape
+    trainable: Collection[str]
+    image_token_id: int
+    pad_token_id: int
+    num_patch_features: Callable[[Sequence[tuple[int, int]]], int]
+    num_tiles: Callable[[tuple[int, int]], int]
+    device: torch.device
+    dtype: torch.dtype
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        matrix_peak(self.dtype, self.device)  # now, and not within a step
+        self.restart()
+
+    def restart(self) -> None:
+        self._since = time.monotonic()
+        self._aside = 0.0
+        # needed FLOPs, FLOPs with recomputation, positions, those of them that are padding, seconds waited
+        self._sums = torch.zeros(5, dtype=torch.float64)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent here is waiting for data."""
+        started = time.monotonic()
+        yield
+        self._sums[4] += time.monotonic() - started
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time spent here is not training: evaluating, saving."""
+        started = time.monotonic()
+        yield
+        self._aside += time.monotonic() - started
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Count a micro-batch that still is on the host."""
+        work, num_padding = self._work(batch)
+        total = needed_flops(self.model, work, self.trainable, **self.options).total
+        counts = (total.needed, total.hardware, batch["input_ids"].numel(), num_padding, 0)
+        self._sums += torch.tensor(counts, dtype=torch.float64)
+
+    def _work(self, batch: dict[str, Any]) -> tuple[Work, int]:
+        """A micro-batch's needed work, as if nothing were padded, and how much of it is padding."""
+        ids, labels = batch["input_ids"], batch["labels"]
+        pictures: dict[str, int] = {}
+        if "image_sizes" in batch:
+            sizes = [(int(height), int(width)) for height, width in batch["image_sizes"]]
+            pictures["num_image_features"] = self.num_patch_features(sizes)
+            # those with known features need no tower
+            cut = len(batch.get("pixel_values", ()))
+            pictures["num_tiles"] = cut + sum(self.num_tiles(tuple(p.shape[:2])) for p in batch.get("pixels", ()))
+        if "packing" in batch:
+            packing = batch["packing"]
+            if int(ids[0, -1]) == self.pad_token_id:  # a row ends with its padding
+                packing = packing[:-1]
+            padding = ids.numel() - sum(map(sum, packing))
+            return Work.pruned(packing, batch["supervised_positions"], **pictures), padding
+        mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
+        lengths = mask.sum(dim=1).tolist()
+        supervised = (labels != -100)[mask].nonzero()[:, 0] - 1
+        work = Work.pruned([[length] for length in lengths], supervised.tolist(), **pictures)
+        return work, ids.numel() - sum(lengths)
+
+    def read(self) -> tuple[float, dict[str, float]]:
+        """Seconds of training since the last reading, and the meters of all processes together; starts anew."""
+        seconds = max(time.monotonic() - self._since - self._aside, 1e-9)
+        sums, num_devices = self._sums, 1
+        if dist.is_available() and dist.is_initialized():
+            num_devices = dist.get_world_size()
+            sums = sums.to(self.device)
+            dist.all_reduce(sums)
+        needed, hardware, positions, padding, waited = sums.tolist()
+        peak = matrix_peak(self.dtype, self.device) * num_devices
+        meters = {
+            "padding": round(padding / max(positions, 1), 4),
+            "data_wait": round(waited / num_devices / seconds, 4),
+            "memory_gib": round(peak_memory(self.device) / _GIB, 2),
+            "mfu": round(needed / seconds / peak, 4),
+        }
+        if hardware > needed:
+            meters["hfu"] = round(hardware / seconds / peak, 4)
+        self.restart()
+        return seconds, meters
+
+
+def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """`measure_matrix_peak`, once per process and device."""
+    # Accelerate calls the one CPU `cpu` or, with several processes, `cpu:0`
+    return _matrix_peak(dtype, torch.device("cpu") if device.type == "cpu" else device)
+
+
+_matrix_peak = functools.cache(measure_matrix_peak)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most allocated on a GPU since the last reading; on a CPU, held by the process at any time."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
