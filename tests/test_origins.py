@@ -27,10 +27,10 @@ def repo(monkeypatch, tmp_path, base_folder):
 
 
 def move(repo: Repo, folder: Path, scale: float = 1.0) -> str:
-    """Commit a checkpoint's files to main, its projector scaled; returns the commit."""
+    """Commit a checkpoint's files to main, its MLPs scaled; returns the commit."""
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     tensors = load_file(folder / "model.safetensors")
-    scaled = {name: tensor * (scale if "projector" in name else 1) for name, tensor in tensors.items()}
+    scaled = {name: tensor * (scale if "mlp" in name else 1) for name, tensor in tensors.items()}
     copy_of_weights = folder.parent / "moved.safetensors"
     save_file(scaled, copy_of_weights, metadata={"format": "pt"})
     files["model.safetensors"] = copy_of_weights.read_bytes()
