@@ -188,6 +188,11 @@ def _joined_metadata(metadata: dict[str, Any], previous: str) -> dict[str, Any]:
     }
 
 
+def _at_revision(base_model: Mapping[str, Any]) -> str | None:
+    revision = base_model.get("revision")
+    return f"{base_model['id']} at {revision}" if revision else base_model.get("id")
+
+
 def licence_files(base_models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Name -> text of the licence files that must go with weights made from these models.
 
@@ -258,7 +263,7 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         "policy_link": Markup(LLAMA31_POLICY),
         "licence": record.get("licence"),
         "base_models": [
-            [m.get("role"), m.get("id"), m.get("licence") or "not stated"] for m in record.get("base_models") or []
+            [m.get("role"), _at_revision(m), m.get("licence") or "not stated"] for m in record.get("base_models") or []
         ],
         "parameters": [[group, _text(count)] for group, count in (record.get("parameters") or {}).items()],
         "data": [_data_row(stage, source) for stage in stages for source in stage.get("data") or []],

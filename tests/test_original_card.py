@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from test_model_card import MARKDOWN, RECORD, STAGE, body, replaced, table_starting, tables, text, without_files
 
 from llava_llama31.model_card import render_card
+from llava_llama31.trainer.export.provenance import base_models_of
 from llava_llama31.trainer.recipes.schema import derive, load_recipe
-from llava_llama31.trainer.runs.finish import base_models_of
 
 
 # what a run of the recipe would have found out; the card's own figures where it tells any
@@ -24,7 +24,7 @@ QUESTION = "<image>\n{question}\nAnswer the question using a single word or phra
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llava_llama31.trainer.runs.finish.local_checkpoint", lambda name, where: tmp_path_factory)
+        patch.setattr("llava_llama31.trainer.export.provenance.local_checkpoint", lambda name, where: tmp_path_factory)
         recipe = load_recipe("llama31-8b-card")
         return make_record(recipe, base_models_of(recipe))
 

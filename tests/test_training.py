@@ -105,7 +105,7 @@ def test_a_finished_run_says_so_and_a_changed_recipe_is_refused(train, recipe_co
     assert train()[0] == 0
     capsys.readouterr()
     assert train()[0] == 0
-    assert "test is done" in capsys.readouterr().err
+    assert "test has already finished" in capsys.readouterr().err
     recipe_content["stages"]["instruct"]["epochs"] = 2
     assert train(recipe_content)[0] == 2
     error = capsys.readouterr().err

@@ -380,9 +380,11 @@ def _export_metric(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.runs.finish import export_again
+    from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+    from llava_llama31.trainer.export.export import export_again
 
-    folder = export_again(Path(options.folder), Path(options.output) if options.output else None, options.dialect)
+    run, output = RunFolder(Path(options.folder)), Path(options.output) if options.output else None
+    folder = export_again(run, output, options.dialect)
     print(folder, file=sys.stderr)  # noqa: T201
     return 0
 

@@ -15,7 +15,6 @@ from llava_llama31.trainer.fault_tolerance.watchdog import Watchdog
 
 
 HEALTH = "health.json"
-SAVE_NOW = "save-now"
 
 
 class Requests(TrainerCallback):

@@ -11,6 +11,8 @@ from huggingface_hub.utils import logging as hub_logging
 
 from llava_llama31.model_card.card import CardError, render_card
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.export.export import licence_texts
+from llava_llama31.trainer.export.provenance import record_of
 from llava_llama31.trainer.publishing.contents import CARD, Contents, Finding
 from llava_llama31.trainer.publishing.gate import check_card, check_licence
 from llava_llama31.trainer.publishing.gate_files import check_paths, check_secrets
@@ -18,7 +20,6 @@ from llava_llama31.trainer.publishing.hub_calls import redact
 from llava_llama31.trainer.publishing.publish import check_free_space, check_target, refuse
 from llava_llama31.trainer.publishing.release import check_repo_id
 from llava_llama31.trainer.recipes.schema import Publish, Recipe, Stage
-from llava_llama31.trainer.runs.finish import licence_texts, record_of
 
 
 logger = logging.getLogger(__name__)

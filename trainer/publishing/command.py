@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub.utils import logging as hub_logging
 
 from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.errors import Unpublished, UserError
 from llava_llama31.trainer.publishing.hub_calls import redact
 from llava_llama31.trainer.publishing.publish import publish, shown_size
@@ -48,12 +49,10 @@ def publish_folder(
     Raises:
         UserError: what to mend, and the command that goes on.
     """
-    from llava_llama31.trainer.runs.finish import RECORD
-
     hub_logging.set_verbosity_error()  # its warnings show signed addresses
     resume = publish_line(path, repo_id, private=private, collection=collection)
     try:
-        folder = stage_run(path, repo_id) if (path / RECORD).is_file() else path
+        folder = stage_run(path, repo_id) if RunFolder(path).record.is_file() else path
         release = Release(folder, repo_id, private, resume, collection)
         return publish(release, dry_run=dry_run, say=lambda line: say(redact(line)))
     except UserError as error:
@@ -68,26 +67,25 @@ def publish_run(
     Raises:
         Unpublished: with the one command that publishes it.
     """
-    from llava_llama31.trainer.runs.finish import SUMMARY
-
+    file = RunFolder(output).summary
     told = summary.get("publish", {})
     if spec is None or (told.get("repo") == spec.repo_id and told.get("published")):
         return summary
     resume = publish_line(output, spec.repo_id, private=spec.private, collection=spec.collection)
     told = summary["publish"] = {"repo": spec.repo_id, "published": False, "resume": resume}
-    atomic_folders.write_json(output / SUMMARY, summary)
+    atomic_folders.write_json(file, summary)
     try:
         result = publish_folder(
             output, spec.repo_id, private=spec.private, collection=spec.collection, dry_run=False, say=say
         )
     except (UserError, OSError) as error:
         told["reason"] = redact(str(error))
-        atomic_folders.write_json(output / SUMMARY, summary)
+        atomic_folders.write_json(file, summary)
         fix = "" if resume in str(error) else resume
         what = f"the run is done, and its publication is outstanding: {told['reason']}"
         raise Unpublished(what, where=str(output), fix=fix) from error
     summary["publish"] = {"repo": spec.repo_id, "published": True} | {k: result[k] for k in ("revision", "url", "tag")}
-    atomic_folders.write_json(output / SUMMARY, summary)
+    atomic_folders.write_json(file, summary)
     say(f"published: {result['url']} ({result['tag']})")
     return summary
 

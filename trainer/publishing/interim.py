@@ -85,7 +85,7 @@ def build(job: dict[str, Any], checkpoint: Path, folder: Path) -> None:
 
     With training state the checkpoint's files are there bit by bit: in the stage's folder they are the checkpoint.
     """
-    from llava_llama31.trainer.runs.finish import licence_texts, write_export
+    from llava_llama31.trainer.export.export import licence_texts, write_export
 
     staged = atomic_folders.stage(folder)
     if not (job["with_state"] and _is_whole_model(checkpoint)):
