@@ -99,7 +99,7 @@ class Meter(TrainerCallback):
         self.note_time()
 
     def order(self, num_steps: int) -> list[list[int]]:
-        order = self.trainer.order
+        order = self.trainer.batches.order
         steps: list[Any] = []
         while len(steps) < num_steps:
             steps += order.batches(len(steps) // order.steps_per_epoch)

@@ -201,7 +201,7 @@ def test_deepspeed_can_not_skip_and_says_so(recipe_content, key):
 def test_a_signal_outside_of_training_stops_at_once(train, monkeypatch, capsys, number):
     from llava_llama31.trainer.runs import stage as stages
 
-    original = stages._publish
+    original = stages.write_final_weights
 
     def publish(*arguments):
         signal.raise_signal(number)
@@ -209,7 +209,7 @@ def test_a_signal_outside_of_training_stops_at_once(train, monkeypatch, capsys, 
 
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "_publish", publish)
+        patch.setattr(stages, "write_final_weights", publish)
         assert train()[0] == (130 if number == signal.SIGINT else 75)
     assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+TRAINABLE_WEIGHTS = "trainable.safetensors"
+
+
 def adapt(model: PreTrainedModel, lora: Lora, *, seed: int, where: str) -> "PeftModel":
     """The model with fresh adapters, whose first values depend on the seed alone.
 

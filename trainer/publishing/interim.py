@@ -109,9 +109,9 @@ def _load(job: dict[str, Any], checkpoint: Path) -> tuple[Any, Any]:
 
     from llava_llama31.processing import LlavaLlama31Processor
     from llava_llama31.trainer.evaluation.generation import load_model
+    from llava_llama31.trainer.model.adapters import TRAINABLE_WEIGHTS
     from llava_llama31.trainer.model.stage_model import load_model as load_stage_model
     from llava_llama31.trainer.recipes.schema import Stage
-    from llava_llama31.trainer.training.llava_trainer import TRAINABLE_WEIGHTS
 
     if _is_whole_model(checkpoint):
         return load_model(checkpoint, dtype=job["dtype"], device="cpu")

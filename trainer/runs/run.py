@@ -80,7 +80,9 @@ def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
             run.console.print(f"{recipe.name} has already finished: {folder.summary}")
             if not run.is_main:
                 return None
-            return publish_run(recipe.publish, folder.path, atomic_folders.read_json(folder.summary), run.console.print)
+            return publish_run(
+                recipe.publish, folder.path, atomic_folders.read_json(folder.summary), run.console.print
+            )
         (revisions,) = broadcast_object_list(
             [resolve_revisions(recipe, folder, run.console.print) if run.is_main else None]
         )

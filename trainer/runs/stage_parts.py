@@ -1,68 +1,44 @@
 """What a stage trains with: features, Trainer, meters, guard and questions."""
 
-import contextlib
-import gc
-import logging
 import os
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import transformers
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
-from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
-from llava_llama31.trainer.checkpoint import atomic_folders
-from llava_llama31.trainer.model.adapters import take_dequantized
+from llava_llama31.trainer.costs.flops import ModelShape
 from llava_llama31.trainer.data.batches.collator import Collator
-from llava_llama31.trainer.runs.console import StageProgress, print_stage_start
 from llava_llama31.trainer.data.batches.dataset import StageDataset
-from llava_llama31.trainer.model.device_options import FLOAT8_MULTIPLE
 from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles
+from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, default_folder, fill
+from llava_llama31.trainer.data.batches.stage_rows import StageData, batch_order
 from llava_llama31.trainer.distributed.engine import (
-    check_resumable,
-    forget_deepspeed,
-    join_deepspeed,
-    num_elements,
     uses_fsdp,
 )
-from llava_llama31.trainer.errors import Interrupted, UserError
+from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import load_questions
-from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, default_folder, fill
-from llava_llama31.trainer.costs.flops import ModelShape
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard, Requests
 from llava_llama31.trainer.fault_tolerance.step_health import Health
-from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
-from llava_llama31.trainer.training.meter import Meter
-from llava_llama31.trainer.model.module_groups import GroupReport
-from llava_llama31.trainer.fault_tolerance.out_of_memory import explained
-from llava_llama31.trainer.fault_tolerance.peers import Peers
-from llava_llama31.trainer.publishing.pusher import Pusher, PushSaves
-from llava_llama31.trainer.recipes.schema import Derived, Evaluation, Stage, derive
-from llava_llama31.trainer.fault_tolerance.signals import Signals
-from llava_llama31.trainer.data.batches.stage_rows import StageData, batch_order, load_stage_data, within_row_limit
+from llava_llama31.trainer.fault_tolerance.watchdog import Watchdog
+from llava_llama31.trainer.model.device_options import FLOAT8_MULTIPLE
 from llava_llama31.trainer.model.stage_model import (
     base_model,
-    freeze_groups,
-    load_model,
     product_dtype,
-    use_device_options,
 )
-from llava_llama31.trainer.training.training_args import training_arguments
-from llava_llama31.trainer.fault_tolerance.watchdog import Watchdog, kill_workers
-from llava_llama31.trainer.checkpoint.run_folder import STAGE_RECORD, StageFolder
+from llava_llama31.trainer.publishing.pusher import PushSaves
+from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.runs.console import StageProgress
 from llava_llama31.trainer.runs.context import StageRun
+from llava_llama31.trainer.training.batch_loading import StageBatches
+from llava_llama31.trainer.training.llava_trainer import LlavaTrainer, TrainerOptions
+from llava_llama31.trainer.training.meter import Meter
 
 
 # of a tower's configuration: what makes its features random in training
@@ -124,7 +100,6 @@ def stage_trainer(
     features: FeatureCache | None,
 ) -> LlavaTrainer:
     stage = run.stage
-    order = batch_order(stage, data.lengths, run.seed)
     pixel_dtype = product_dtype(stage)
 
     def rows_of(rows: list[tuple[int, int]]) -> StageDataset:
@@ -133,26 +108,30 @@ def stage_trainer(
     trainer = LlavaTrainer(
         model,
         args,
-        collator=Collator(
-            processor.tokenizer.pad_token_id,
-            processor.image_token_id,
+        batches=StageBatches(
+            training=rows_of(data.train_rows),
+            validation=rows_of(data.eval_rows),
+            collator=Collator(
+                processor.tokenizer.pad_token_id,
+                processor.image_token_id,
+                packed=stage.packing,
+                share_prefix=stage.packing and stage.share_prefix > 1,
+                multiple_of=_row_multiple(stage, args),
+            ),
+            order=batch_order(stage, data.lengths, run.seed),
+            validation_lengths=data.eval_lengths,
             packed=stage.packing,
-            share_prefix=stage.packing and stage.share_prefix > 1,
-            multiple_of=_row_multiple(stage, args),
         ),
-        train_dataset=rows_of(data.train_rows),
-        eval_dataset=rows_of(data.eval_rows),
         processor=processor,
         learning_rates=stage.learning_rates(),
-        order=order,
-        eval_lengths=data.eval_lengths,
-        packed=stage.packing,
         device_tiles=DeviceTiles(processor, pixel_dtype) if stage.device_tiles else None,
         meter=_meter(base_model(model, stage), stage, processor, args.device),
         guard=_guard(run),
-        bfloat16_moments=stage.optimizer == "adamw_bf16",
-        decay_all_parameters="decay_all_parameters" in stage.quirks,
-        only_trainable=stage.lora is not None,
+        options=TrainerOptions(
+            bfloat16_moments=stage.optimizer == "adamw_bf16",
+            decay_all_parameters="decay_all_parameters" in stage.quirks,
+            only_trainable=stage.lora is not None,
+        ),
         questions=_questions(run),
         callbacks=[StageProgress(run.context.console, run.name), *_pushes(run)],
     )

@@ -1,68 +1,15 @@
 """What the model card and the summary say about a stage."""
 
-import contextlib
-import gc
-import logging
-import os
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
-import transformers
-from accelerate import PartialState
-from accelerate.state import AcceleratorState
-from rich.console import Console
-from transformers import PreTrainedModel, PrinterCallback
 
-from llava_llama31 import LlavaLlama31ForConditionalGeneration
-from llava_llama31.processing import LlavaLlama31Processor
-from llava_llama31.trainer.checkpoint import atomic_folders
-from llava_llama31.trainer.model.adapters import take_dequantized
-from llava_llama31.trainer.data.batches.collator import Collator
-from llava_llama31.trainer.runs.console import StageProgress, print_stage_start
-from llava_llama31.trainer.data.batches.dataset import StageDataset
-from llava_llama31.trainer.model.device_options import FLOAT8_MULTIPLE
-from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles
-from llava_llama31.trainer.distributed.engine import (
-    check_resumable,
-    forget_deepspeed,
-    join_deepspeed,
-    num_elements,
-    uses_fsdp,
-)
-from llava_llama31.trainer.errors import Interrupted, UserError
-from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
-from llava_llama31.trainer.evaluation.presets import PRESETS
-from llava_llama31.trainer.evaluation.questions import load_questions
-from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, default_folder, fill
-from llava_llama31.trainer.costs.flops import ModelShape
-from llava_llama31.trainer.fault_tolerance.stage_guard import Guard, Requests
-from llava_llama31.trainer.fault_tolerance.step_health import Health
-from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
-from llava_llama31.trainer.training.meter import Meter
+from llava_llama31.trainer.data.batches.stage_rows import StageData
 from llava_llama31.trainer.model.module_groups import GroupReport
-from llava_llama31.trainer.fault_tolerance.out_of_memory import explained
-from llava_llama31.trainer.fault_tolerance.peers import Peers
-from llava_llama31.trainer.publishing.pusher import Pusher, PushSaves
-from llava_llama31.trainer.recipes.schema import Derived, Evaluation, Stage, derive
-from llava_llama31.trainer.fault_tolerance.signals import Signals
-from llava_llama31.trainer.data.batches.stage_rows import StageData, batch_order, load_stage_data, within_row_limit
-from llava_llama31.trainer.model.stage_model import (
-    base_model,
-    freeze_groups,
-    load_model,
-    product_dtype,
-    use_device_options,
-)
-from llava_llama31.trainer.training.training_args import training_arguments
-from llava_llama31.trainer.fault_tolerance.watchdog import Watchdog, kill_workers
-from llava_llama31.trainer.checkpoint.run_folder import STAGE_RECORD, StageFolder
+from llava_llama31.trainer.recipes.schema import Derived
 from llava_llama31.trainer.runs.context import StageRun
+from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
 
 def stage_record(
@@ -71,9 +18,9 @@ def stage_record(
     """Data, steps, losses and settings of the finished stage."""
     stage, history = run.stage, trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    metrics = trainer.final_metrics()
+    metrics = _final_metrics(trainer)
     seconds = next((entry["seconds"] for entry in reversed(history) if "seconds" in entry), 0.0)
-    tokens = int(trainer.trained(derived.steps)[1])
+    tokens = int(trainer.throughput.trained(derived.steps)[1])
     return {
         "name": run.name,
         "trainable": [line.group for line in report if line.num_trainable],
@@ -107,3 +54,13 @@ def stage_record(
         "supervised_tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "minutes": round(seconds / 60, 2),
     }
+
+
+def _final_metrics(trainer: LlavaTrainer) -> dict[str, Any]:
+    """Metrics of the stage's final weights; evaluated now unless an evaluation chose them."""
+    step = trainer.state.best_global_step
+    for entry in trainer.state.log_history:
+        if step and entry["step"] == step and f"{trainer.args.metric_for_best_model}" in entry:
+            return entry
+    measures = len(trainer.batches.validation) > 0 or trainer.questions is not None
+    return trainer.evaluate() if measures else {}
