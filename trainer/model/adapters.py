@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from llava_llama31.trainer.distributed.engine import gathered
+from llava_llama31.trainer.distributed.parameters import gathered
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.module_groups import lora_target_pattern
 from llava_llama31.trainer.recipes.schema import Lora

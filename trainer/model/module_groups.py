@@ -8,7 +8,7 @@ from typing import get_args
 from torch import nn
 from transformers import LlavaNextForConditionalGeneration
 
-from llava_llama31.trainer.distributed.engine import num_elements
+from llava_llama31.trainer.distributed.parameters import num_elements
 from llava_llama31.trainer.recipes.schema import ModuleGroup
 
 

@@ -13,11 +13,7 @@ from accelerate.state import AcceleratorState
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.data.batches.stage_rows import load_stage_data, within_row_limit
-from llava_llama31.trainer.distributed.engine import (
-    check_resumable,
-    forget_deepspeed,
-    join_deepspeed,
-)
+from llava_llama31.trainer.distributed.engine import check_resumable, forget_deepspeed, join_deepspeed
 from llava_llama31.trainer.errors import Interrupted
 from llava_llama31.trainer.fault_tolerance.out_of_memory import explained
 from llava_llama31.trainer.fault_tolerance.watchdog import kill_workers

@@ -17,9 +17,7 @@ from llava_llama31.trainer.data.batches.dataset import StageDataset
 from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles
 from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, default_folder, fill
 from llava_llama31.trainer.data.batches.stage_rows import StageData, batch_order
-from llava_llama31.trainer.distributed.engine import (
-    uses_fsdp,
-)
+from llava_llama31.trainer.distributed.engine import uses_fsdp
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS

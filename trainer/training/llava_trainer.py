@@ -36,7 +36,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles
-from llava_llama31.trainer.distributed.engine import fsdp_plugin, unsharded, uses_fsdp, whole_parameters
+from llava_llama31.trainer.distributed.engine import fsdp_plugin, uses_fsdp
+from llava_llama31.trainer.distributed.parameters import unsharded, whole_parameters
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
 from llava_llama31.trainer.training.batch_loading import BatchLoader, StageBatches
@@ -126,8 +127,6 @@ class LlavaTrainer(Trainer):
             options["fsdp_plugin"] = fsdp_plugin(bfloat16=self.args.bf16)
         return options
 
-    # data
-
     def get_train_dataloader(self) -> DataLoader:
         return self.loader.loader(self.batches.training, self.loader.training_batches())
 
@@ -156,10 +155,9 @@ class LlavaTrainer(Trainer):
     def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             target = self.model if model is None else model
-            decaying = None if self.options.decay_all_parameters else self.get_decay_parameter_names(target)
-            groups = parameter_groups(
-                target, self._base(target), self.learning_rates, self.args.weight_decay, decaying
-            )
+            decayed = None if self.options.decay_all_parameters else self.get_decay_parameter_names(target)
+            rates, decay = self.learning_rates, self.args.weight_decay
+            groups = parameter_groups(target, self._base(target), rates, decay, decayed)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             if self.options.bfloat16_moments:
                 self.optimizer = AdamWBfloat16(groups, options["lr"], options["betas"], options["eps"])

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from llava_llama31.trainer.distributed.engine import sharded_like, unsharded
+from llava_llama31.trainer.distributed.parameters import sharded_like, unsharded
 from llava_llama31.trainer.model.module_groups import group_parameters
 
 

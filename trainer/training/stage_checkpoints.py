@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llava_llama31.trainer.checkpoint import atomic_folders
-from llava_llama31.trainer.distributed.engine import engine_of, num_elements, uses_deepspeed
+from llava_llama31.trainer.distributed.engine import engine_of, uses_deepspeed
+from llava_llama31.trainer.distributed.parameters import num_elements
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
 from llava_llama31.trainer.model.adapters import TRAINABLE_WEIGHTS
