@@ -22,7 +22,7 @@ from llava_llama31.assembly import staged_folder
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.fault_tolerance.stage_guard import Requests
+from llava_llama31.trainer.fault_tolerance.stage_guard import StopRequests
 from llava_llama31.trainer.fault_tolerance.step_health import ENOUGH, MOST_SKIPPED_IN_A_ROW, WINDOW, Health, Unhealthy
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
@@ -225,7 +225,7 @@ def test_a_signal_in_any_step_saves_that_step_and_stops(train, monkeypatch, step
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Requests, "on_step_begin", on_step_begin)
+        patch.setattr(StopRequests, "on_step_begin", on_step_begin)
         code, run = train(save_steps=100)
     assert code == 75 and steps(run) == [step] and not (run / "export").exists()
     assert train(save_steps=100)[0] == 0 and (run / "export").exists()
@@ -236,7 +236,7 @@ def test_save_now_saves_at_the_next_step_once(train, monkeypatch, tmp_path):
         if state.global_step == 2:
             (tmp_path / "run/save-now").touch()
 
-    monkeypatch.setattr(Requests, "on_step_begin", on_step_begin)
+    monkeypatch.setattr(StopRequests, "on_step_begin", on_step_begin)
     code, run = train(save_steps=100)
     assert code == 0 and steps(run) == [3, 6] and not (run / "save-now").exists()
 

@@ -14,7 +14,7 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.publishing import publish as publishing
 from llava_llama31.trainer.publishing.doors import Doors
 from llava_llama31.trainer.publishing.publish import Release, publish
-from llava_llama31.trainer.publishing.staging import stage_run
+from llava_llama31.trainer.publishing.staging import public_copy
 
 
 TOKEN = "hf_" + "q" * 34
@@ -293,8 +293,8 @@ def test_what_a_person_wrote_into_the_card_is_published(exported, tmp_path):
     card = run / "export" / "README.md"
     text = card.read_text()
     card.write_text(text.replace("for research", "for my thesis"))
-    published = (stage_run(run, REPO) / "README.md").read_text()
+    published = (public_copy(run, REPO) / "README.md").read_text()
     assert "for my thesis" in published and f'repo = "{REPO}"' in published and "# Llama-mine\n" in published
     assert card.read_text() == text.replace("for research", "for my thesis")
     card.write_text("---\nlicense: llama3.1\n---\n\n# All mine\n")
-    assert (stage_run(run, REPO) / "README.md").read_text() == card.read_text()
+    assert (public_copy(run, REPO) / "README.md").read_text() == card.read_text()

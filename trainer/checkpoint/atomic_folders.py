@@ -29,7 +29,7 @@ SEAL = "sha256"  # of the manifest itself; those of earlier versions have none
 PICKLES = frozenset((".bin", ".pkl", ".pickle", ".pt", ".pth"))
 
 
-def stage(final: Path) -> Path:
+def staging_folder(final: Path) -> Path:
     """Empty folder beside `final` to write into; leftovers of a killed save are removed."""
     staging = final.with_name(STAGING + final.name)
     remove(staging)
@@ -84,7 +84,7 @@ def room(folder: Path, needed: int, *, check: bool = True) -> Iterator[None]:
         ) from error
 
 
-def publish(staging: Path, final: Path, facts: dict[str, Any]) -> None:
+def commit(staging: Path, final: Path, facts: dict[str, Any]) -> None:
     """Give a staged folder its manifest and its name, durably.
 
     Args:
@@ -148,21 +148,21 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def numbered(folder: Path) -> list[Path]:
     """`checkpoint-N` folders, newest (highest step) first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
-def newest_published(folder: Path) -> Path | None:
+def newest_committed(folder: Path) -> Path | None:
     """The newest checkpoint that was given its manifest, unverified."""
-    return next((path for path in checkpoints(folder) if (path / MANIFEST).is_file()), None)
+    return next((path for path in numbered(folder) if (path / MANIFEST).is_file()), None)
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, and those that were skipped with the reason."""
     skipped: list[tuple[Path, str]] = []
-    for path in checkpoints(folder):
+    for path in numbered(folder):
         fault = verify(path)
         if fault is None:
             return path, skipped
@@ -172,7 +172,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 def rotate(folder: Path, keep: int, spare: Path | None = None) -> None:
     """Remove all but the newest `keep` checkpoints and `spare`."""
-    for path in checkpoints(folder)[keep:]:
+    for path in numbered(folder)[keep:]:
         if path != spare:
             shutil.rmtree(path)
 

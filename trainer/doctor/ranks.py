@@ -16,7 +16,7 @@ import torch
 from torch.distributed import TCPStore
 
 from llava_llama31.trainer.doctor.checks import check_agreement, check_ranks
-from llava_llama31.trainer.doctor.findings import Finding
+from llava_llama31.trainer.doctor.findings import DoctorFinding
 from llava_llama31.trainer.doctor.probe import Probes
 from llava_llama31.trainer.errors import UserError
 
@@ -56,7 +56,9 @@ class Place:
             ) from None
 
 
-def survey(place: Place, own: Sequence[Finding], output: Path, cache: Path, limit: float) -> list[Finding] | None:
+def survey(
+    place: Place, own: Sequence[DoctorFinding], output: Path, cache: Path, limit: float
+) -> list[DoctorFinding] | None:
     """Meet the other ranks; returns everybody's findings on rank 0, None on the others.
 
     Args:
@@ -91,7 +93,7 @@ def survey(place: Place, own: Sequence[Finding], output: Path, cache: Path, limi
     hosts = {rank: report["host"] for rank, report in reports.items()}
     found = [replace(finding, host=meeting.host) for finding in own]
     for rank, report in sorted(reports.items()):
-        found += [Finding(**finding) for finding in report["findings"] if rank and finding["level"] != "ok"]
+        found += [DoctorFinding(**finding) for finding in report["findings"] if rank and finding["level"] != "ok"]
     found += check_ranks(place.world_size, place.local_world_size, hosts, outcomes, meeting.address)
     versions, sees_output, sees_cache = (
         {rank: report[key] for rank, report in reports.items()} for key in ("versions", "sees_output", "sees_cache")
@@ -99,7 +101,7 @@ def survey(place: Place, own: Sequence[Finding], output: Path, cache: Path, limi
     return [*found, *check_agreement(versions, sees_output, sees_cache, hosts, output)]
 
 
-def _answer(meeting: "_Meeting", own: Sequence[Finding]) -> None:
+def _answer(meeting: "_Meeting", own: Sequence[DoctorFinding]) -> None:
     """What the other ranks do."""
     _introduce(meeting, own)
     for backend in meeting.ask("backends"):
@@ -118,7 +120,7 @@ def _mark(folder: Path) -> Path | None:
     return marker
 
 
-def _introduce(meeting: "_Meeting", own: Sequence[Finding]) -> None:
+def _introduce(meeting: "_Meeting", own: Sequence[DoctorFinding]) -> None:
     sees = [marker is None or Path(marker).is_file() for marker in meeting.ask("markers")]
     report = {
         "host": meeting.host,

@@ -11,7 +11,7 @@ from llava_llama31.trainer.recipes.schema import Stage
 
 
 @contextmanager
-def explained(stage: Stage, where: str) -> Iterator[None]:
+def advising(stage: Stage, where: str) -> Iterator[None]:
     """Within it a stage is loaded and trained.
 
     Raises:

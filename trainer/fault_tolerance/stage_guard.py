@@ -18,7 +18,7 @@ HEALTH = "health.json"
 SAVE_NOW = "save-now"
 
 
-class Requests(TrainerCallback):
+class StopRequests(TrainerCallback):
     """Acts at the end of a step, on all processes alike, on what any of them was asked before it.
 
     The first signal saves and stops. A file `save-now` in the run's folder saves, and is removed.
@@ -63,7 +63,7 @@ class Guard:
 
     where: str
     health: Health
-    requests: Requests
+    requests: StopRequests
     watchdog: Watchdog
     loader_timeout: float
 

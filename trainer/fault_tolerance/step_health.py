@@ -25,7 +25,7 @@ Action = Literal["warn", "skip", "stop"]
 Records = list[list[list[str]]]  # of a step, by rank and micro-batch
 
 
-class Finding(NamedTuple):
+class HealthFinding(NamedTuple):
     """What is wrong with a step."""
 
     what: str
@@ -50,11 +50,11 @@ class Health:
         self.num_skipped = self.num_spikes = self._in_a_row = 0
         self.events: list[dict[str, Any]] = []
 
-    def judge(self, loss: float, grad_norm: float) -> Finding | None:
+    def judge(self, loss: float, grad_norm: float) -> HealthFinding | None:
         """A step before its optimizer has run; None: nothing is wrong."""
         values = {"loss": loss, "gradient norm": grad_norm}
         if wrong := [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]:
-            return Finding(", ".join(wrong), False, self.on_nonfinite)
+            return HealthFinding(", ".join(wrong), False, self.on_nonfinite)
         spikes = []
         for name, value in values.items():
             window = self.windows[name]
@@ -63,9 +63,9 @@ class Health:
                 if value > mean + SIGMAS * sigma:
                     spikes.append(f"{name} {value:.4g} is a spike ({mean:.4g} +- {sigma:.2g} before)")
             window.append(value)
-        return Finding(", ".join(spikes), True, self.on_spike) if spikes else None
+        return HealthFinding(", ".join(spikes), True, self.on_spike) if spikes else None
 
-    def note(self, step: int, finding: Finding | None, culprits: dict[int, list[str]]) -> None:
+    def note(self, step: int, finding: HealthFinding | None, culprits: dict[int, list[str]]) -> None:
         """Count a judged step.
 
         Args:
@@ -84,7 +84,7 @@ class Health:
         """How many steps after this one were skipped."""
         return sum(event["action"] == "skip" and event["step"] > step for event in self.events)
 
-    def act(self, step: int, finding: Finding, culprits: dict[int, list[str]], where: str) -> None:
+    def act(self, step: int, finding: HealthFinding, culprits: dict[int, list[str]], where: str) -> None:
         """Say what was found, or stop.
 
         Raises:

@@ -11,7 +11,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 from llava_llama31.model_card.card import CardError, render_card
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.publishing.contents import CARD, Contents, Finding
+from llava_llama31.trainer.publishing.contents import CARD, Contents, GateFinding
 from llava_llama31.trainer.publishing.gate import check_card, check_licence
 from llava_llama31.trainer.publishing.gate_files import check_paths, check_secrets
 from llava_llama31.trainer.publishing.hub_calls import redact
@@ -103,7 +103,7 @@ def _check_card(record: dict[str, Any], name: str) -> str:
     if "LICENSE" not in files:
         fix = "name a licence whose text comes along (llama3.1, apache-2.0); or train without `publish`, put the text "
         fix += "into the run's export/LICENSE, and use the command `publish`"
-        findings.append(Finding("complete", "LICENSE", f"there is no text of {record['licence']!r}", fix))
+        findings.append(GateFinding("complete", "LICENSE", f"there is no text of {record['licence']!r}", fix))
     refuse(findings, where="publish")
     return card
 

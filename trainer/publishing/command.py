@@ -15,7 +15,7 @@ from llava_llama31.trainer.errors import Unpublished, UserError
 from llava_llama31.trainer.publishing.hub_calls import redact
 from llava_llama31.trainer.publishing.publish import publish, shown_size
 from llava_llama31.trainer.publishing.release import Release, check_repo_id
-from llava_llama31.trainer.publishing.staging import stage_run
+from llava_llama31.trainer.publishing.staging import public_copy
 from llava_llama31.trainer.recipes.schema import Publish
 
 
@@ -53,7 +53,7 @@ def publish_folder(
     hub_logging.set_verbosity_error()  # its warnings show signed addresses
     resume = publish_line(path, repo_id, private=private, collection=collection)
     try:
-        folder = stage_run(path, repo_id) if (path / RECORD).is_file() else path
+        folder = public_copy(path, repo_id) if (path / RECORD).is_file() else path
         release = Release(folder, repo_id, private, resume, collection)
         return publish(release, dry_run=dry_run, say=lambda line: say(redact(line)))
     except UserError as error:

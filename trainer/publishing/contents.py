@@ -24,7 +24,7 @@ MAX_WEIGHTS, MAX_OTHER = 50 * 10**9, 100 * 10**6
 
 
 @dataclass(frozen=True)
-class Finding:
+class GateFinding:
     """Why a folder is not published."""
 
     rule: str

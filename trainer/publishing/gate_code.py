@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava_llama31.trainer.publishing.contents import EXPORT_AGAIN, Contents, Finding
+from llava_llama31.trainer.publishing.contents import EXPORT_AGAIN, Contents, GateFinding
 
 
 MAX_CODE_FILES = 4
@@ -40,20 +40,22 @@ def own_code() -> dict[str, Path]:
     return files
 
 
-def check_code(contents: Contents) -> Iterator[Finding]:
+def check_code(contents: Contents) -> Iterator[GateFinding]:
     """Remote code is this package's own; where it is not, the first thing against the import law is named."""
     code = {file: path for file, path in contents.files.items() if path.suffix == ".py"}
     own = own_code()
     if len(code) > MAX_CODE_FILES:
         last = sorted(code)[-1]
-        yield Finding("code", last, f"is one of {len(code)} code files, at most {MAX_CODE_FILES}", f"remove {last}")
+        yield GateFinding(
+            "code", last, f"is one of {len(code)} code files, at most {MAX_CODE_FILES}", f"remove {last}"
+        )
     for file, path in code.items():
         if file not in own:
-            yield Finding("code", file, "is none of this package's code files", f"remove {file}")
+            yield GateFinding("code", file, "is none of this package's code files", f"remove {file}")
         elif path.read_bytes() != own[file].read_bytes():
             problems = code_problems(contents.read(file) or "", {Path(name).stem for name in own})
             what = "is not this version's file" + (f": {problems[0]}" if problems else "")
-            yield Finding("code", file, what, f"{EXPORT_AGAIN}; or publish with the version in manifest.json")
+            yield GateFinding("code", file, what, f"{EXPORT_AGAIN}; or publish with the version in manifest.json")
 
 
 def code_problems(source: str, siblings: set[str]) -> list[str]:

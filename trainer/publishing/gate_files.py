@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import get_token
 
 from llava_llama31.trainer.checkpoint.atomic_folders import MANIFEST, sha256
-from llava_llama31.trainer.publishing.contents import CARD, EXPORT_AGAIN, WEIGHTS, Contents, Finding
+from llava_llama31.trainer.publishing.contents import CARD, EXPORT_AGAIN, WEIGHTS, Contents, GateFinding
 from llava_llama31.trainer.publishing.pickles import holds_pickle
 
 
@@ -55,30 +55,32 @@ _BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{27,}")
 _ESCAPE = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
 
 
-def check_entries(contents: Contents) -> Iterator[Finding]:
+def check_entries(contents: Contents) -> Iterator[GateFinding]:
     """Regular files of a size that a model has, under names that mean the same everywhere."""
     for file, reason in contents.obstacles.items():
-        yield Finding("entries", ascii(file)[1:-1], reason, "put the file itself there, or remove it")
+        yield GateFinding("entries", ascii(file)[1:-1], reason, "put the file itself there, or remove it")
     seen: dict[str, str] = {}
     for file in contents.files:
         if not _PLAIN_NAME.fullmatch(file):
             fix = "name it with letters, digits, dot, hyphen and underscore"
-            yield Finding("entries", ascii(file)[1:-1], "has a name that shows or sorts otherwise elsewhere", fix)
+            yield GateFinding("entries", ascii(file)[1:-1], "has a name that shows or sorts otherwise elsewhere", fix)
         if file.lower() in seen:
             what = f"differs from {seen[file.lower()]} by capitals alone: some systems hold one of them"
-            yield Finding("entries", file, what, f"remove {file}")
+            yield GateFinding("entries", file, what, f"remove {file}")
         seen[file.lower()] = file
 
 
-def check_extensions(contents: Contents) -> Iterator[Finding]:
+def check_extensions(contents: Contents) -> Iterator[GateFinding]:
     """Only kinds of files that a model needs, and each is what its name says."""
     for file, path in contents.files.items():
         if path.suffix not in SUFFIXES and path.name not in NAMES:
-            yield Finding("extensions", file, "is no file of a model", f"remove {file}")
+            yield GateFinding("extensions", file, "is no file of a model", f"remove {file}")
         elif path.suffix in TEXT_SUFFIXES and not _is_text(path.read_bytes()):
-            yield Finding("extensions", file, "is no UTF-8 text, as its name says", f"remove {file}")
+            yield GateFinding("extensions", file, "is no UTF-8 text, as its name says", f"remove {file}")
         elif path.suffix in PICTURES and not PICTURES[path.suffix].match(path.read_bytes()):
-            yield Finding("extensions", file, f"is no {path.suffix[1:]} picture, as its name says", f"remove {file}")
+            yield GateFinding(
+                "extensions", file, f"is no {path.suffix[1:]} picture, as its name says", f"remove {file}"
+            )
 
 
 def _is_text(content: bytes) -> bool:
@@ -88,37 +90,37 @@ def _is_text(content: bytes) -> bool:
         return False
 
 
-def check_training_state(contents: Contents) -> Iterator[Finding]:
+def check_training_state(contents: Contents) -> Iterator[GateFinding]:
     """No training_args.bin (it holds the Hub token) and nothing else that only training reads."""
     for file, path in contents.files.items():
         if TRAINING_STATE.fullmatch(path.name):
-            yield Finding(
+            yield GateFinding(
                 "training-state", file, "is training state", f"remove {file}: nobody needs it to use the model"
             )
 
 
-def check_pickle(contents: Contents) -> Iterator[Finding]:
+def check_pickle(contents: Contents) -> Iterator[GateFinding]:
     """No pickled object, whatever the file is called and wherever in it the pickle begins; no YAML that makes one."""
     for file, path in contents.files.items():
         with path.open("rb") as stream:
             content = stream.read(1 << 20) if path.suffix == WEIGHTS else stream.read()
         fix = f"remove {file}; weights are safetensors, all else JSON"
         if content.startswith(b"PK\x03\x04") or zipfile.is_zipfile(io.BytesIO(content)):
-            yield Finding("pickle", file, "is a ZIP archive, as pickled checkpoints are", fix)
+            yield GateFinding("pickle", file, "is a ZIP archive, as pickled checkpoints are", fix)
         elif holds_pickle(content, anywhere=path.suffix != WEIGHTS):
-            yield Finding("pickle", file, "holds a pickled object, which runs code when it is read", fix)
+            yield GateFinding("pickle", file, "holds a pickled object, which runs code when it is read", fix)
         elif path.suffix in (".yaml", ".md") and b"!!python/" in content:
-            yield Finding("pickle", file, "holds a Python object in YAML, which runs code when it is read", fix)
+            yield GateFinding("pickle", file, "holds a Python object in YAML, which runs code when it is read", fix)
 
 
-def check_secrets(contents: Contents) -> Iterator[Finding]:
+def check_secrets(contents: Contents) -> Iterator[GateFinding]:
     """No token or key, plain, escaped or in base64; what is found is not repeated."""
     held = {name: os.environ.get(name) for name in SECRET_VARIABLES} | {"the Hub's token of this machine": get_token()}
     secrets = {name: value.encode() for name, value in held.items() if value and len(value) >= 8}
     for file, path in contents.files.items():
         found = next((kind for content in _readings(path) for kind in _secrets_in(content, secrets)), None)
         if found:
-            yield Finding("secrets", file, f"holds {found}", f"take it out of {file} and revoke it")
+            yield GateFinding("secrets", file, f"holds {found}", f"take it out of {file} and revoke it")
 
 
 def _secrets_in(content: bytes, secrets: dict[str, bytes]) -> Iterator[str]:
@@ -146,7 +148,7 @@ def _header(path: Path) -> bytes:
         return stream.read(min(size, 100_000_000))
 
 
-def check_paths(contents: Contents) -> Iterator[Finding]:
+def check_paths(contents: Contents) -> Iterator[GateFinding]:
     """No path of a machine: it tells names and means nothing elsewhere."""
     here = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), contents.folder.resolve()} - {Path("/")}
     mine = re.compile("|".join(rf"(?<![\w.:/-]){re.escape(str(path))}/" for path in sorted(here)))
@@ -162,7 +164,7 @@ def check_paths(contents: Contents) -> Iterator[Finding]:
                 parsed = None
             shown = _matched(_FOREIGN_PATH, text) or next(_whole_paths(parsed), "")
         if shown:
-            yield Finding("paths", file, f"holds a path of a machine: {shown!r}", f"take it out of {file}")
+            yield GateFinding("paths", file, f"holds a path of a machine: {shown!r}", f"take it out of {file}")
 
 
 def _matched(pattern: re.Pattern[str], text: str) -> str:
@@ -183,20 +185,20 @@ def _whole_paths(value: Any) -> Iterator[str]:
             yield from _whole_paths(item)
 
 
-def check_manifest(contents: Contents) -> Iterator[Finding]:
+def check_manifest(contents: Contents) -> Iterator[GateFinding]:
     """Files are those that the export wrote, bit by bit, but for the card and the licences."""
     if MANIFEST not in contents.files:
         return
     try:
         listed = {entry["name"]: (entry["size"], entry["sha256"]) for entry in contents.read_json(MANIFEST)["files"]}
     except (KeyError, TypeError):
-        yield Finding("manifest", MANIFEST, "lists no files with name, size and sha256", EXPORT_AGAIN)
+        yield GateFinding("manifest", MANIFEST, "lists no files with name, size and sha256", EXPORT_AGAIN)
         return
     for file in contents.files.keys() - listed.keys() - EDITABLE - {MANIFEST, ".gitattributes"}:
-        yield Finding("manifest", file, f"is not in {MANIFEST}", f"remove {file}, or {EXPORT_AGAIN}")
+        yield GateFinding("manifest", file, f"is not in {MANIFEST}", f"remove {file}, or {EXPORT_AGAIN}")
     for file in listed.keys() - EDITABLE:
         path = contents.files.get(file)
         if path is None:
-            yield Finding("manifest", file, f"is in {MANIFEST} and missing here", EXPORT_AGAIN)
+            yield GateFinding("manifest", file, f"is in {MANIFEST} and missing here", EXPORT_AGAIN)
         elif (path.stat().st_size, sha256(path)) != listed[file]:
-            yield Finding("manifest", file, "is not the file that was exported", EXPORT_AGAIN)
+            yield GateFinding("manifest", file, "is not the file that was exported", EXPORT_AGAIN)

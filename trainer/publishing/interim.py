@@ -87,7 +87,7 @@ def build(job: dict[str, Any], checkpoint: Path, folder: Path) -> None:
     """
     from llava_llama31.trainer.runs.finish import licence_texts, write_export
 
-    staged = atomic_folders.stage(folder)
+    staged = atomic_folders.staging_folder(folder)
     if not (job["with_state"] and _is_whole_model(checkpoint)):
         model, processor = _load(job, checkpoint)
         write_export(staged, model, processor, job["record"], {})

@@ -17,7 +17,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.publishing.contents import CARD, Finding
+from llava_llama31.trainer.publishing.contents import CARD, GateFinding
 from llava_llama31.trainer.publishing.doors import Doors, empty_cache, fetch, open_doors, run_snippet
 from llava_llama31.trainer.publishing.gate import RULES, check_folder
 from llava_llama31.trainer.publishing.hub_calls import attempt
@@ -54,7 +54,7 @@ def doors_of_revision(release: Release, revision: str) -> Doors:
         return replace(doors, snippet=run_snippet(folder, cache))
 
 
-def refuse(findings: Sequence[Finding], *, where: str) -> None:
+def refuse(findings: Sequence[GateFinding], *, where: str) -> None:
     """Raise what the gate found, if anything."""
     if findings:
         shown = "; ".join(map(str, findings[:MAX_FINDINGS]))

@@ -12,7 +12,7 @@ from llava_llama31.trainer.publishing.gate_files import check_manifest
 STAGED = "publish"
 
 
-def stage_run(run: Path, repo_id: str) -> Path:
+def public_copy(run: Path, repo_id: str) -> Path:
     """RUN/publish: the run's export under its public name; files are linked, the card is written for `repo_id`.
 
     Edited sections of the card in RUN/export stay; one without sections is a person's own and goes as it is.
@@ -23,7 +23,7 @@ def stage_run(run: Path, repo_id: str) -> Path:
     export = run / EXPORT
     if not (export / atomic_folders.MANIFEST).is_file() or any(check_manifest(Contents(export, ""))):
         export = export_again(run)
-    staged = atomic_folders.stage(run / STAGED)
+    staged = atomic_folders.staging_folder(run / STAGED)
     shutil.copytree(export, staged, copy_function=link, dirs_exist_ok=True)
     manifest = atomic_folders.read_manifest(export)
     (entry,) = (entry for entry in manifest["files"] if entry["name"] == CARD)

@@ -41,12 +41,12 @@ from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import load_questions
 from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, default_folder, fill
 from llava_llama31.trainer.costs.flops import ModelShape
-from llava_llama31.trainer.fault_tolerance.stage_guard import Guard, Requests
+from llava_llama31.trainer.fault_tolerance.stage_guard import Guard, StopRequests
 from llava_llama31.trainer.fault_tolerance.step_health import Health
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 from llava_llama31.trainer.training.meter import Meter
 from llava_llama31.trainer.model.module_groups import GroupReport
-from llava_llama31.trainer.fault_tolerance.out_of_memory import explained
+from llava_llama31.trainer.fault_tolerance.out_of_memory import advising
 from llava_llama31.trainer.fault_tolerance.peers import Peers
 from llava_llama31.trainer.publishing.pusher import Pusher, PushSaves
 from llava_llama31.trainer.recipes.schema import Derived, Evaluation, Stage, derive
@@ -118,7 +118,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         Interrupted: when a signal came; while the stage trained, after a checkpoint.
         UserError: naming what to mend.
     """
-    with explained(run.stage, run.where):
+    with advising(run.stage, run.where):
         return _run_stage(run)
 
 
@@ -258,7 +258,7 @@ def _guard(run: StageRun) -> Guard:
     return Guard(
         run.where,
         Health(on_nonfinite=stage.on_nonfinite, on_spike=stage.on_spike, can_skip=stage.deepspeed is None),
-        Requests(run.signals, run.save_now),
+        StopRequests(run.signals, run.save_now),
         Watchdog(stage.step_timeout, run.where, run.peers.report),
         stage.loader_timeout,
     )
@@ -413,7 +413,7 @@ def _publish(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -> No
 def _write_final(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -> None:
     if run.is_main:
         atomic_folders.sweep(run.folder)
-    staging = atomic_folders.stage(run.final) if run.is_main else run.final
+    staging = atomic_folders.staging_folder(run.final) if run.is_main else run.final
     if run.stage.lora is not None:
         adapted = _whole_adapted(run, trainer)
         if run.is_main:
@@ -425,6 +425,6 @@ def _write_final(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -
     if run.is_main:
         atomic_folders.write_json(staging / RECORD, record)
         started = time.monotonic()
-        atomic_folders.publish(staging, run.final, {"step": record["steps"], "num_processes": run.num_processes})
+        atomic_folders.commit(staging, run.final, {"step": record["steps"], "num_processes": run.num_processes})
         logger.info("published %s in %.1f s", run.final, time.monotonic() - started)
     trainer.accelerator.wait_for_everyone()

@@ -454,7 +454,7 @@ class LlavaTrainer(Trainer):
     def _room(self) -> AbstractContextManager[None]:
         """The main process makes sure of the space that a checkpoint needs; DeepSpeed writes on all of them."""
         folder = Path(self.args.output_dir)
-        former = atomic_folders.newest_published(folder)
+        former = atomic_folders.newest_committed(folder)
         needed = self._estimated_bytes() if former is None else atomic_folders.size(former)
         return atomic_folders.room(folder, needed, check=self.args.should_save)
 
@@ -493,7 +493,7 @@ class LlavaTrainer(Trainer):
                 "num_processes": self.args.world_size,
                 "engine": engine_of(self.args),
             }
-            atomic_folders.publish(staging, final, facts)
+            atomic_folders.commit(staging, final, facts)
             atomic_folders.remove(staging.parent)
             atomic_folders.rotate(final.parent, self.args.save_total_limit, spare=self.best_checkpoint)
         self._barrier()
