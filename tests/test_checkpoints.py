@@ -96,7 +96,7 @@ def test_training_state_round_trips_without_pickle(tmp_path):
 
 
 def test_what_has_no_place_in_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="holds a object"):
+    with pytest.raises(TypeError, match="contains a object"):
         atomic_folders.save_tree(tmp_path / "state", {"a": object()})
     with pytest.raises(ValueError, match="JSON compliant"):
         atomic_folders.write_json(tmp_path / "x.json", {"loss": float("nan")})

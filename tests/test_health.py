@@ -127,7 +127,10 @@ def test_a_logged_loss_is_the_mean_of_the_steps_that_were_taken(train, spoil):
 def test_weights_that_are_broken_are_not_skipped_over_for_ever(train, spoil, capsys):
     spoil(dict.fromkeys(range(2, 100), math.nan), micro_batch=0)
     assert train(on_nonfinite="skip", max_steps=20)[0] == 4
-    assert f"step {MOST_SKIPPED_IN_A_ROW + 1}: the {MOST_SKIPPED_IN_A_ROW}th step in a row" in capsys.readouterr().err
+    assert (
+        f"step {MOST_SKIPPED_IN_A_ROW + 1}: {MOST_SKIPPED_IN_A_ROW} steps in a row were skipped"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("policy", ["warn", "skip", "stop"])
@@ -211,7 +214,7 @@ def test_a_signal_outside_of_training_stops_at_once(train, monkeypatch, capsys, 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "_publish", publish)
         assert train()[0] == (130 if number == signal.SIGINT else 75)
-    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert "run the same command to resume from the last checkpoint" in capsys.readouterr().err
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     assert train()[0] == 0
 
@@ -254,7 +257,7 @@ def test_memory_that_is_full_names_what_to_lower(train, monkeypatch, capsys):
         monkeypatch.setattr(LlavaTrainer, "compute_loss", compute_loss)
         assert train()[0] == 6
         error_line = capsys.readouterr().err.splitlines()[-1]
-        assert f"error: stages.projector: {place} has no memory left" in error_line
+        assert f"error: stages.projector: {place} is out of memory" in error_line
         assert "lower micro_batch (now 4)" in error_line and "activation_checkpointing" in error_line
 
 
@@ -268,7 +271,9 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(train, monkey
     code, run = train()
     error = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and steps(run) == [1, 2]
-    assert f"{run / 'stages/1-projector'}: saving needs " in error and "and 9 are free; nothing was written" in error
+    assert (
+        f"{run / 'stages/1-projector'}: saving needs " in error and "but only 9 are free; nothing was written" in error
+    )
     said = int(error.partition("needs ")[2].partition(" bytes")[0].replace(",", ""))
     assert said == pytest.approx(needed, rel=0.02)
     monkeypatch.undo()
