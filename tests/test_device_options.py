@@ -389,7 +389,7 @@ def test_the_8_bit_optimizer_is_the_one_that_is_there(machine):
 def test_fp8_wants_a_gpu_that_has_it(machine):
     eight = stage(fp8=True, compile=True)
     for packages, capability, message in (
-        (["torchao"], None, "needs a GPU, and none is here"),
+        (["torchao"], None, "needs a GPU, and this machine has none"),
         (["torchao"], (8, 6), r"8\.9 .* this one has 8\.6"),
         ([], (9, 0), "fp8 needs torchao"),
     ):
@@ -407,7 +407,7 @@ def test_fsdp_is_refused(machine, monkeypatch, changes):
     device_options.check_device_options(stage(**changes), "here")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     device_options.check_device_options(stage(), "here")
-    with pytest.raises(UserError, match=rf"here\.{next(iter(changes))}: not under FSDP"):
+    with pytest.raises(UserError, match=rf"here\.{next(iter(changes))}: is not supported under FSDP"):
         device_options.check_device_options(stage(**changes), "here")
 
 
