@@ -99,7 +99,7 @@ def _check_folder(role: str, path: Callable[[], Path]) -> list[DoctorFinding]:
 
 
 def _check_nccl(scratch: Path) -> list[DoctorFinding]:
-    """One process for each GPU, where there are several."""
+    """One process for each GPU, if there are several."""
     num_gpus = len(facts.gpus().devices)
     if num_gpus < 2:
         return []

@@ -13,9 +13,9 @@ STAGED = "publish"
 
 
 def public_copy(run: Path, repo_id: str) -> Path:
-    """RUN/publish: the run's export under its public name; files are linked, the card is written for `repo_id`.
+    """Write RUN/publish, the run's export under its public name: files are linked, the card is made for `repo_id`.
 
-    Edited sections of the card in RUN/export stay; one without sections is a person's own and goes as it is.
+    Edited sections of the card in RUN/export are kept; a card without sections is the user's own and is copied as is.
     """
     from llava_llama31.model_card.sections import has_sections
     from llava_llama31.trainer.runs.finish import EXPORT, RECORD, card_text, export_again
