@@ -71,7 +71,12 @@ class AssemblyError(ValueError):
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor known by its header; `read` loads the data."""
+    """A tensor known by its header.
+
+    Args:
+        shape, dtype: of the tensor that `read` returns.
+        read: loads the data.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -102,7 +107,14 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class LlavaSettings:
-    """Settings that join the parts of a LLaVA model; LLaVA-1.5 has no pinpoints."""
+    """Settings that join the parts of a LLaVA model.
+
+    Args:
+        vision_feature_layer: hidden state(s) of the tower that the projector reads.
+        image_grid_pinpoints: (height, width) in pixels; empty for LLaVA-1.5, which has none.
+        projector_hidden_act: activation between the projector's two layers.
+        multimodal_projector_bias: whether these layers have biases.
+    """
 
     vision_feature_layer: int | list[int] = -2
     image_grid_pinpoints: Sequence[Sequence[int]] = ()
@@ -112,7 +124,13 @@ class LlavaSettings:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the model: its tensors under native keys, and its checkpoint's settings if that is a LLaVA."""
+    """One part of the model.
+
+    Args:
+        path: of its checkpoint.
+        tensors: by native key.
+        settings: of its checkpoint, if that is a LLaVA.
+    """
 
     path: Path
     tensors: Mapping[str, PlannedTensor]
@@ -121,7 +139,12 @@ class Part:
 
 @dataclass(frozen=True)
 class ModelPart(Part):
-    """A part with its own config: the vision tower or the language model."""
+    """A part with its own config: the vision tower or the language model.
+
+    Args:
+        config: of the part.
+        notes: remarks for the user on how it was changed.
+    """
 
     config: PreTrainedConfig
     notes: tuple[str, ...]
@@ -319,7 +342,11 @@ def _safetensors_files(path: Path) -> list[Path]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
+    """The object in a JSON file; empty if there is no such file.
+
+    Raises:
+        AssemblyError: the file is unreadable or holds no object.
+    """
     if not file.is_file():
         return {}
     try:

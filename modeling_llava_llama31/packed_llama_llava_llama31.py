@@ -47,7 +47,12 @@ _SEGMENT_MULTIPLE = 32
 
 
 class Segment(NamedTuple):
-    """Queries that see the same keys: a trunk, and themselves up to the diagonal; row positions, ends exclusive."""
+    """Queries that see the same keys: those of a trunk, and their own segment's up to the diagonal.
+
+    Args:
+        own: (begin, end) of the segment in the row, end exclusive.
+        trunk: (begin, end) of its trunk, end exclusive; empty for a trunk itself.
+    """
 
     query_begin: int  # index of the first query among all queries
     num_queries: int  # the last of the segment's own positions

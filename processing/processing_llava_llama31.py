@@ -83,7 +83,13 @@ class Encoding(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """A resized image centred in its grid of tiles; all in pixels."""
+    """A resized image centred in its grid of tiles; all in pixels.
+
+    Args:
+        grid_height, grid_width: of all tiles together.
+        top, left: of the resized image within the grid.
+        height, width: of the resized image.
+    """
 
     grid_height: int
     grid_width: int

@@ -218,7 +218,14 @@ class TowerShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a LlavaNext model on Llama that determine its FLOPs; create it with `ModelShape.of`."""
+    """Sizes of a LlavaNext model on Llama that determine its FLOPs; create it with `ModelShape.of`.
+
+    Args:
+        hidden_size: of the language model, like all that follow.
+        intermediate_size: width of its MLP.
+        num_layers: of the decoder.
+        num_heads: query heads.
+    """
 
     tower: TowerShape
     hidden_size: int

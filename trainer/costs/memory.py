@@ -59,7 +59,14 @@ ENGINES = {
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """A DeepSpeed file's buffer sizes, in elements; None: Transformers' value for "auto"."""
+    """A DeepSpeed file's buffer sizes, in elements.
+
+    Args:
+        reduce_bucket: None: Transformers' value for "auto".
+        max_live: parameters that ZeRO-3 keeps gathered at most.
+        sub_group: parameters that ZeRO-3's optimizer steps at once.
+        overlap: whether reducing overlaps the backward pass.
+    """
 
     reduce_bucket: float | None = None
     max_live: float = 1e9

@@ -292,6 +292,8 @@ def hub_cache() -> Path:
 
 @dataclass(frozen=True)
 class BuildLock:
+    """The lock file of a build of DeepSpeed's operators, and its age in minutes."""
+
     path: str
     minutes: float
 

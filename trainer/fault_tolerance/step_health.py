@@ -26,7 +26,13 @@ Records = list[list[list[str]]]  # record ids of a step, by rank and micro-batch
 
 
 class HealthFinding(NamedTuple):
-    """What is wrong with a step."""
+    """What is wrong with a step.
+
+    Args:
+        what: for the user.
+        is_finite: a spike; otherwise a loss or gradient norm that is not finite.
+        action: what the recipe wants done about it.
+    """
 
     what: str
     is_finite: bool

@@ -102,6 +102,9 @@ def prepare_tokenizer(
 
     Added chat tokens start from useful values: `<|eot_id|>` from the token that ends the model's answers today (which
     stays a stop id), `<|begin_of_text|>` from its bos token, the others from the mean.
+
+    Raises:
+        AssemblyError: the folder has no tokenizer.
     """
     from transformers import AutoTokenizer, LlamaConfig
 

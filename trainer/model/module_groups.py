@@ -16,7 +16,11 @@ GROUPS: tuple[str, ...] = get_args(ModuleGroup)
 
 
 def group_parameters(model: LlavaNextForConditionalGeneration, group: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of a group; the projector includes `image_newline`, the language model the head."""
+    """Names and parameters of a group; the projector includes `image_newline`, the language model the head.
+
+    Raises:
+        ValueError: there is no such group.
+    """
     inner = model.model
     if group == "vision_tower":
         yield from inner.vision_tower.named_parameters(prefix="model.vision_tower")
