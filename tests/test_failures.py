@@ -40,9 +40,9 @@ def ended(job: subprocess.Popen) -> tuple[str, list[int]]:
 
 CASES = {
     "nan,1,3": ([4, 4], "stages.projector, step 3: loss is nan, gradient norm is nan; rank 1: records r"),
-    "kill,1,3": ([7, -9], r"the process of rank 1 \(pid \d+\) is gone without a word"),
+    "kill,1,3": ([7, -9], r"the process of rank 1 \(pid \d+\) disappeared without an error"),
     "user:_save_rng_state,1,1": ([2, 2], "error: planted"),
-    "hang,1,3": ([5, 5], r"rank \d has not moved for 8 s; it was training on micro-batch \d of step 3"),
+    "hang,1,3": ([5, 5], r"rank \d has made no progress for 8 s; it was training on micro-batch \d of step 3"),
 }
 
 
@@ -126,7 +126,7 @@ def test_a_data_worker_that_is_stuck_is_named_with_its_records_and_killed(launch
     output, _ = job.communicate(timeout=150)
     assert job.returncode == 5, output
     named = re.search(
-        r"error: stages.projector: data worker \d was asked for records (.*) and gave nothing for 20 s", output
+        r"error: stages.projector: data worker \d was asked for records (.*) and returned nothing for 20 s", output
     )
     assert named is not None, output
     if "projector      2/6" in output:  # else the worker needed longer to start, and was rightly named for that

@@ -60,11 +60,11 @@ def test_what_can_be_published_is_told_what_the_card_leaves_out(hub, recipe_cont
     ("licence", "publish", "message"),
     [
         (None, {}, "README.md: names no licence .fix: set model.licence"),
-        ("mit", {}, "LICENSE: there is no text of 'mit'"),
+        ("mit", {}, "LICENSE: the text of 'mit' is not included"),
         ("llama3.1", {}, "the Llama 3.1 agreement must go with the model"),
         ("apache-2.0", {"repo_id": "me/a--b"}, "publish.repo_id"),
         ("apache-2.0", {"repo_id": "you/mine"}, "me cannot write to you"),
-        ("apache-2.0", {"collection": "me/none-0123"}, "collection: the Hub said 404"),
+        ("apache-2.0", {"collection": "me/none-0123"}, "collection: the Hub answered 404"),
     ],
 )
 def test_what_would_fail_at_the_end_is_refused_at_once(hub, recipe_content, tmp_path, licence, publish, message):
@@ -93,7 +93,7 @@ def test_a_run_that_has_begun_goes_on_without_the_hub(hub, recipe_content, tmp_p
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.faults = [("whoami", 503)] * 50
     recipe = recipe_of(recipe_content, tmp_path)
-    with pytest.raises(UserError, match="the Hub said 503"):
+    with pytest.raises(UserError, match="the Hub answered 503"):
         check(recipe)
     check(recipe, begun=True)
     assert "could not be published" in caplog.text and TOKEN not in caplog.text
@@ -218,7 +218,7 @@ def test_what_is_not_fit_is_not_pushed(hub, saves, tmp_path):
     job = job_of(saves, tmp_path / "job", "whole", with_state=True)
     (job / CHECKPOINT / "global_step2").mkdir()
     (job / CHECKPOINT / "global_step2" / "states.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"states.pt: is no file of a model"):
+    with pytest.raises(UserError, match=r"states.pt: is not a type of file that a model needs"):
         push(job)
     assert not hub.calls
 
@@ -266,7 +266,7 @@ def test_the_newest_waits_and_older_ones_are_skipped(tmp_path, monkeypatch, save
         slow.end.release()
     outcome = pusher.close(finish=True)
     assert list(outcome["pushed"]) == ["s-step-1", "s-step-4"] and outcome["skipped"] == ["s-step-2", "s-step-3"]
-    assert not outcome["failed"] and "s-step-2 is not pushed: a newer save takes its place" in said
+    assert not outcome["failed"] and "s-step-2 is not pushed: a newer save replaces it" in said
     assert [path.name for path in (tmp_path / "interim").iterdir()] == ["pushed.json"]
 
 
@@ -331,7 +331,11 @@ def test_a_run_of_two_processes_with_the_hub_down_and_up(hub, recipe_content, tm
     assert (run / "export" / "manifest.json").is_file() and not hub.repos
     assert not summary["publish"]["published"]
     assert summary["publish"]["resume"] == f"llava-llama31 publish {run} --repo-id {REPO}"
-    assert summary["publish"]["resume"] in output and "publication is outstanding" in output and TOKEN not in output
+    assert (
+        summary["publish"]["resume"] in output
+        and "the run has finished but is not yet published" in output
+        and TOKEN not in output
+    )
     saves = summary["saves"]
     assert not saves["pushed"] and "instruct-step-6" in saves["failed"]
     assert len(saves["skipped"]) + len(saves["failed"]) == 6
@@ -340,7 +344,7 @@ def test_a_run_of_two_processes_with_the_hub_down_and_up(hub, recipe_content, tm
     recipe = load_recipe(str(tmp_path / "recipe.yaml"), output=run)
     with pytest.raises(Unpublished) as caught:
         run_recipe(recipe, run, command="test", signals=Signals())
-    assert caught.value.exit_code == 8 and "the Hub said 403" in str(caught.value)
+    assert caught.value.exit_code == 8 and "the Hub answered 403" in str(caught.value)
     # up: the same command publishes and trains nothing
     last = launch(*arguments)
     output = wait_for(last)

@@ -98,7 +98,7 @@ def staged_checkpoint(args: TrainingArguments, state: TrainerState, guard: Guard
         state.save_to_json(str(staging / TRAINER_STATE_NAME))
         guard.save(staging)
         facts = {"step": state.global_step, "num_processes": args.world_size, "engine": engine_of(args)}
-        atomic_folders.publish(staging, final, facts)
+        atomic_folders.commit(staging, final, facts)
         atomic_folders.remove(staging.parent)
         atomic_folders.rotate(final.parent, args.save_total_limit, spare=best_checkpoint(args, state))
     _barrier(args)
