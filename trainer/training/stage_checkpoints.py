@@ -57,7 +57,7 @@ def room_for_checkpoint(
 ) -> AbstractContextManager[None]:
     """Rank 0 makes sure of the space that a checkpoint needs; DeepSpeed writes on all ranks."""
     folder = Path(args.output_dir)
-    former = atomic_folders.newest_published(folder)
+    former = atomic_folders.newest_committed(folder)
     needed = _estimated_bytes(args, model, only_trainable) if former is None else atomic_folders.size(former)
     return atomic_folders.room(folder, needed, check=args.should_save)
 
