@@ -11,7 +11,8 @@ from llava_llama31.trainer.data.check.report import print_report
 from llava_llama31.trainer.data.sources.images import MAX_PIXELS
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.locating import local_checkpoint
-from llava_llama31.trainer.recipes.schema import DataSource, load_recipe
+from llava_llama31.trainer.recipes.loading import load_recipe
+from llava_llama31.trainer.recipes.schema import DataSource
 
 
 def check_recipe(options: argparse.Namespace, output: Path) -> int:

@@ -12,7 +12,8 @@ from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, 
 from llava_llama31.trainer.data.sources.records import open_records
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.planning.model_sizes import published
-from llava_llama31.trainer.recipes.schema import DataSource, Stage, num_held_out
+from llava_llama31.trainer.recipes.derived import num_held_out
+from llava_llama31.trainer.recipes.schema import DataSource, Stage
 
 
 # batches that are gone through one by one; more are sampled evenly

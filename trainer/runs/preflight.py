@@ -22,7 +22,8 @@ from llava_llama31.trainer.export.provenance import base_models_of
 from llava_llama31.trainer.model.device_options import check_device_options
 from llava_llama31.trainer.model.locating import local_checkpoint
 from llava_llama31.trainer.publishing.beforehand import check_beforehand, check_strategy
-from llava_llama31.trainer.recipes.schema import Publish, Stage, derive
+from llava_llama31.trainer.recipes.derived import derive
+from llava_llama31.trainer.recipes.schema import Publish, Stage
 from llava_llama31.trainer.runs.base_model import base_of, is_ours
 from llava_llama31.trainer.runs.context import RunContext
 from llava_llama31.trainer.training.training_args import check_deepspeed, check_trainer_args

@@ -49,7 +49,8 @@ from llava_llama31.trainer.model.module_groups import GroupReport
 from llava_llama31.trainer.fault_tolerance.out_of_memory import explained
 from llava_llama31.trainer.fault_tolerance.peers import Peers
 from llava_llama31.trainer.publishing.pusher import Pusher, PushSaves
-from llava_llama31.trainer.recipes.schema import Derived, Evaluation, Stage, derive
+from llava_llama31.trainer.recipes.derived import Derived, derive
+from llava_llama31.trainer.recipes.schema import Evaluation, Stage
 from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.data.batches.stage_rows import StageData, batch_order, load_stage_data, within_row_limit
 from llava_llama31.trainer.model.stage_model import (

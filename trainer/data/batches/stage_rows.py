@@ -17,7 +17,8 @@ from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, 
 from llava_llama31.trainer.data.check.check import DataReport, Limits, check_sources, default_cache_dir, select_rows
 from llava_llama31.trainer.data.sources.records import RecordStore, open_records
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipes.schema import Stage, num_held_out
+from llava_llama31.trainer.recipes.derived import num_held_out
+from llava_llama31.trainer.recipes.schema import Stage
 
 
 @dataclass(frozen=True)
