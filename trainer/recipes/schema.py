@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from llava_llama31.trainer.recipes.data_formats import DataFormat
 from llava_llama31.trainer.redaction import holds_credential
 
 
@@ -35,7 +36,7 @@ class DataSource(_Frozen):
     path: str
     image_root: str | None = None
     """Folder that image paths are relative to and may not leave; default: the folder of `path`."""
-    format: Literal["auto", "llava", "sharegpt", "messages", "cauldron"] = "auto"
+    format: Literal["auto", DataFormat] = "auto"
     split: str = "train"
     sample: PositiveInt | None = None
     """Number of rows to draw, without replacement, seeded; default: all."""
