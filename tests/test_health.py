@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from llava_llama31.assembly import staged_folder
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.errors import Unhealthy, UserError
 from llava_llama31.trainer.fault_tolerance.stage_guard import StopRequests
-from llava_llama31.trainer.fault_tolerance.step_health import ENOUGH, MOST_SKIPPED_IN_A_ROW, WINDOW, Health, Unhealthy
+from llava_llama31.trainer.fault_tolerance.step_health import ENOUGH, MOST_SKIPPED_IN_A_ROW, WINDOW, Health
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 

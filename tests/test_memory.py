@@ -20,7 +20,7 @@ from llava_llama31.trainer.costs.memory import ENGINES, MicroBatch, Setup, estim
 from llava_llama31.trainer.costs.parameters import Parameters, adapter_parameters
 from llava_llama31.trainer.model.module_groups import GROUPS, freeze, lora_target_pattern
 from llava_llama31.trainer.planning.model_sizes import model_config
-from llava_llama31.trainer.recipes.schema import load_recipe
+from llava_llama31.trainer.recipes.loading import load_recipe
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -12,7 +12,7 @@ import yaml
 from hub_server import running_hub
 
 from llava_llama31.trainer.fault_tolerance.signals import Signals
-from llava_llama31.trainer.recipes.schema import load_recipe
+from llava_llama31.trainer.recipes.loading import load_recipe
 from llava_llama31.trainer.runs.run import run_recipe
 
 

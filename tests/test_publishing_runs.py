@@ -19,7 +19,8 @@ from llava_llama31.trainer.publishing.doors import empty_cache, fetch, open_door
 from llava_llama31.trainer.publishing.gate import check_folder
 from llava_llama31.trainer.publishing.interim import BRANCH, CHECKPOINT, JOB, push
 from llava_llama31.trainer.publishing.pusher import Pusher
-from llava_llama31.trainer.recipes.schema import Publish, Recipe, Stage, load_recipe
+from llava_llama31.trainer.recipes.loading import load_recipe
+from llava_llama31.trainer.recipes.schema import Publish, Recipe, Stage
 from llava_llama31.trainer.runs.run import run_recipe
 
 

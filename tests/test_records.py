@@ -17,7 +17,8 @@ from PIL import Image
 
 from llava_llama31.trainer.data.sources import json_rows, records
 from llava_llama31.trainer.data.sources.images import ImageRef
-from llava_llama31.trainer.data.sources.records import REASONS, RecordError, data_files, open_records
+from llava_llama31.trainer.data.sources.records import data_files, open_records
+from llava_llama31.trainer.data.sources.reject_reasons import REASONS, RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.schema import DataSource
 

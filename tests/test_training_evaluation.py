@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipes.schema import load_recipe
+from llava_llama31.trainer.recipes.loading import load_recipe
 
 
 ASKING = {"eval_questions": 5, "eval_steps": 2}

@@ -259,7 +259,7 @@ def _run_folder(options: argparse.Namespace, recipe: str) -> Path:
 
 def _train(options: argparse.Namespace) -> int:
     with Signals().handled() as signals:
-        from llava_llama31.trainer.recipes.schema import load_recipe
+        from llava_llama31.trainer.recipes.loading import load_recipe
 
         output = _run_folder(options, options.recipe)
         recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
@@ -278,7 +278,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.recipes.schema import SHIPPED, load_recipe, read_recipe_text
+    from llava_llama31.trainer.recipes.loading import SHIPPED, load_recipe, read_recipe_text
 
     if options.copy:
         sys.stdout.write(read_recipe_text(options.copy)[0])
@@ -290,7 +290,7 @@ def _recipes(options: argparse.Namespace) -> int:
 
 def _check_data(options: argparse.Namespace) -> int:
     from llava_llama31.trainer.commands.check_data import check_files, check_recipe
-    from llava_llama31.trainer.recipes.schema import SHIPPED
+    from llava_llama31.trainer.recipes.loading import SHIPPED
 
     is_recipe = options.data[0] in SHIPPED or Path(options.data[0]).suffix in (".yaml", ".yml")
     if is_recipe and len(options.data) > 1:

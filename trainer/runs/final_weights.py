@@ -12,9 +12,7 @@ from llava_llama31.trainer.checkpoint.run_folder import STAGE_RECORD
 from llava_llama31.trainer.distributed.engine import forget_deepspeed
 from llava_llama31.trainer.distributed.parameters import num_elements
 from llava_llama31.trainer.model.adapters import take_dequantized
-from llava_llama31.trainer.model.stage_model import (
-    load_model,
-)
+from llava_llama31.trainer.model.stage_model import load_model
 from llava_llama31.trainer.runs.context import StageRun
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 

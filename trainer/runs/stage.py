@@ -17,13 +17,9 @@ from llava_llama31.trainer.distributed.engine import check_resumable, forget_dee
 from llava_llama31.trainer.errors import Interrupted
 from llava_llama31.trainer.fault_tolerance.out_of_memory import advising
 from llava_llama31.trainer.fault_tolerance.watchdog import kill_workers
-from llava_llama31.trainer.model.stage_model import (
-    base_model,
-    freeze_groups,
-    load_model,
-    use_device_options,
-)
-from llava_llama31.trainer.recipes.schema import Derived, Stage, derive
+from llava_llama31.trainer.model.stage_model import base_model, freeze_groups, load_model, use_device_options
+from llava_llama31.trainer.recipes.derived import Derived, derive
+from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs.console import print_stage_start
 from llava_llama31.trainer.runs.context import StageRun
 from llava_llama31.trainer.runs.final_weights import write_final_weights

@@ -26,10 +26,7 @@ from llava_llama31.trainer.fault_tolerance.stage_guard import Guard, StopRequest
 from llava_llama31.trainer.fault_tolerance.step_health import Health
 from llava_llama31.trainer.fault_tolerance.watchdog import Watchdog
 from llava_llama31.trainer.model.device_options import FLOAT8_MULTIPLE
-from llava_llama31.trainer.model.stage_model import (
-    base_model,
-    product_dtype,
-)
+from llava_llama31.trainer.model.stage_model import base_model, product_dtype
 from llava_llama31.trainer.publishing.pusher import PushSaves
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs.console import StageProgress
