@@ -38,10 +38,11 @@ torture: $(VENV)/.dev ## kills, signals, faults, full disks, hostile records: hu
 	TORTURE=1 $(BIN)/pytest -s tests/processes/test_torture.py
 	ENGINE_STEPS=50 TORTURE=1 $(BIN)/pytest tests/processes/test_engines.py -k every_engine
 	TORTURE=1 $(BIN)/pytest tests/processes/test_engines.py -k "planned_peak or killed_run"
-	FUZZ_SCALE=10 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py -k "any_json or mutated"
+	FUZZ_SCALE=10 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py -k "any_json or mutated or largest"
 
 trace-8b: $(VENV)/.dev ## the 8B step on every engine, at its true shape and without its memory
 	$(BIN)/python benchmarks/trace_8b.py
+	TRACE_8B=1 $(BIN)/pytest tests/test_memory.py -k traced_8b_step
 
 clean:
 	rm -rf $(VENV) build *.egg-info
