@@ -128,22 +128,6 @@ def test_the_best_weights_are_kept(recipe_path, tmp_path, monkeypatch, lora, sto
         assert any(not torch.equal(final[name], last[name]) for name in final)
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_questions(launch, recipe_path, tmp_path):
-    stages = {}
-    for processes in (1, 2):
-        path = recipe_path(**ASKING, lora=None, micro_batch=1)
-        job = launch("train.py", path, "--output", str(tmp_path / str(processes)), processes=processes)
-        output, _ = job.communicate(timeout=240)
-        assert job.returncode == 0, output
-        stages[processes] = tmp_path / str(processes) / "stages" / "1-instruct"
-    answers = {}
-    for processes, stage in stages.items():
-        lines = (stage / "evaluation" / "step-2.jsonl").read_text().splitlines()
-        answers[processes] = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-    assert answers[1] == answers[2] and len(answers[1]) == 5
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
