@@ -23,7 +23,12 @@ from llava_llama31.trainer.model import device_options
 from llava_llama31.trainer.model.module_groups import freeze
 from llava_llama31.trainer.model.stage_model import use_device_options
 from llava_llama31.trainer.recipes.schema import Stage
-from llava_llama31.trainer.training.optimizers import AdamWBfloat16, load_portable_state, portable_state, round_by_chance
+from llava_llama31.trainer.training.optimizers import (
+    AdamWBfloat16,
+    load_portable_state,
+    portable_state,
+    round_by_chance,
+)
 
 
 def stage(**changes):

@@ -17,7 +17,19 @@ import pytest
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.doctor import checks, command, facts, ranks
-from llava_llama31.trainer.doctor.facts import AccelerateConfig, BuildLock, Compilers, Folder, Gpu, Gpus, Hub, Installations, Launch, Machine, Package
+from llava_llama31.trainer.doctor.facts import (
+    AccelerateConfig,
+    BuildLock,
+    Compilers,
+    Folder,
+    Gpu,
+    Gpus,
+    Hub,
+    Installations,
+    Launch,
+    Machine,
+    Package,
+)
 from llava_llama31.trainer.doctor.probe import Outcome, Probes, all_reduce_commands
 
 

@@ -10,7 +10,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
-from llava_llama31.trainer.costs.flops import Flops, FlopsByPart, ModelShape, Work, attention_pairs, hfu, last_layer_attention, mfu, needed_flops
+from llava_llama31.trainer.costs.flops import (
+    Flops,
+    FlopsByPart,
+    ModelShape,
+    Work,
+    attention_pairs,
+    hfu,
+    last_layer_attention,
+    mfu,
+    needed_flops,
+)
 from llava_llama31.trainer.costs.matrix_peak import measure_matrix_peak
 from llava_llama31.trainer.model.device_options import checkpoint_activations
 from llava_llama31.trainer.model.module_groups import GROUPS, freeze, lora_target_pattern

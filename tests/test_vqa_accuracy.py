@@ -8,7 +8,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llava_llama31.trainer.evaluation.vqa_accuracy import CONTRACTIONS, PROTOCOLS, mean_score, normalize, score_all, vqa_accuracy
+from llava_llama31.trainer.evaluation.vqa_accuracy import (
+    CONTRACTIONS,
+    PROTOCOLS,
+    mean_score,
+    normalize,
+    score_all,
+    vqa_accuracy,
+)
 
 
 VLMEVALKIT_2024, VLMEVALKIT_2025, M4C = PROTOCOLS

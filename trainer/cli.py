@@ -14,7 +14,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llava_llama31 import __version__
-from llava_llama31.trainer.errors import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_KEYBOARD, EXIT_MEMORY, EXIT_USER, EndedElsewhere, Interrupted, UserError
+from llava_llama31.trainer.errors import (
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_KEYBOARD,
+    EXIT_MEMORY,
+    EXIT_USER,
+    EndedElsewhere,
+    Interrupted,
+    UserError,
+)
 from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.redaction import LONGEST_MESSAGE, SafeFormatter, printable, redacted, shown
 

@@ -329,7 +329,7 @@ def test_a_killed_run_goes_on_under_its_engine(start, recipe_content, tmp_path, 
         if name == "killed":
             kill_when(process, tmp_path / "killed/stages/2-instruct/checkpoint-2")
             output = finish(start(options, recipe, "--output", tmp_path / name))
-            assert re.search(r"going on from .*checkpoint-[24], step [24] of 6", output)
+            assert re.search(r"resuming from .*checkpoint-[24], step [24] of 6", output)
         else:
             finish(process)
     for stage in ("1-projector", "2-instruct"):
@@ -380,7 +380,7 @@ def test_stages_go_from_engine_to_engine_and_the_export_opens_through_both_doors
     kill_when(start(f"--config_file {launched}", recipe, "--output", run), run / "stages/1-projector/final")
     kill_when(start(None, recipe, "--output", run), run / "stages/3-last/checkpoint-2")
     output = finish(start(engine_options("fsdp2", tmp_path)[0], recipe, "--output", run))
-    assert "going on from" in output and "keeps 91,264 of 182,496" in output
+    assert "resuming from" in output and "keeps 91,264 of 182,496" in output
     manifests = [json.loads(file.read_text()) for file in sorted(run.glob("stages/*/checkpoint-*/manifest.json"))]
     assert [manifest["engine"] for manifest in manifests] == ["zero3", "zero3", "plain", "fsdp2", "fsdp2"]
     for stage in ("1-projector", "2-instruct", "3-last"):

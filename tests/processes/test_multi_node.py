@@ -209,7 +209,7 @@ def test_slurm_saves_requeues_and_goes_on_with_other_machines(sbatch, recipe_fil
 
     again = sbatch(1, *arguments)
     output, _ = again.communicate(timeout=200)
-    assert again.returncode == 0 and "going on from" in output, output
+    assert again.returncode == 0 and "resuming from" in output, output
     assert json.loads((run / FINAL / "stage.json").read_text())["num_processes"] == 1
     assert (tmp_path / "requeued").read_text().count("\n") == 1
 

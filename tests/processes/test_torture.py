@@ -106,7 +106,7 @@ def assert_goes_on(run: Path, log: str, before: tuple[str, int]) -> None:
     if step:
         assert f"{stage}/checkpoint-{step}, step {step} of" in log, (before, log[-3000:])
     else:
-        first = re.search(r"going on from \S*/(\S+)/checkpoint-", log)
+        first = re.search(r"resuming from \S*/(\S+)/checkpoint-", log)
         assert first is None or first[1] != stage, (before, log[-3000:])
 
 

@@ -66,7 +66,7 @@ def test_a_real_signal_loses_nothing(launch, forks, recipe_file, tmp_path, numbe
     again = forks.start("train", *arguments)
     output, _ = again.communicate(timeout=200)
     assert again.returncode == 0, output
-    assert re.search(r"going on from \S+, step [1-9]\d* of 120", output)
+    assert re.search(r"resuming from \S+, step [1-9]\d* of 120", output)
 
 
 def test_two_processes_share_the_questions(forks, recipe_content, tmp_path):

@@ -8,7 +8,18 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from llava_llama31.trainer.doctor.facts import AccelerateConfig, Compilers, Folder, Gpu, Gpus, Hub, Installations, Launch, Machine, Package
+from llava_llama31.trainer.doctor.facts import (
+    AccelerateConfig,
+    Compilers,
+    Folder,
+    Gpu,
+    Gpus,
+    Hub,
+    Installations,
+    Launch,
+    Machine,
+    Package,
+)
 from llava_llama31.trainer.doctor.findings import DoctorFinding
 from llava_llama31.trainer.doctor.probe import Outcome
 

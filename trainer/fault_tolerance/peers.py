@@ -21,7 +21,17 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from llava_llama31.trainer.errors import EXIT_FAULT, EXIT_HANG, EXIT_INTERRUPTED, EXIT_KEYBOARD, EXIT_LOST, EndedElsewhere, Interrupted, ProcessLost, UserError
+from llava_llama31.trainer.errors import (
+    EXIT_FAULT,
+    EXIT_HANG,
+    EXIT_INTERRUPTED,
+    EXIT_KEYBOARD,
+    EXIT_LOST,
+    EndedElsewhere,
+    Interrupted,
+    ProcessLost,
+    UserError,
+)
 from llava_llama31.trainer.fault_tolerance.watchdog import dump_stacks, end_process
 from llava_llama31.trainer.redaction import LONGEST_MESSAGE, printable, redacted
 

@@ -18,7 +18,14 @@ from llava_llama31.trainer.costs.memory import ENGINES, Engine, Memory, MicroBat
 from llava_llama31.trainer.costs.parameters import Parameters, adapter_parameters
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.planning.model_sizes import model_config
-from llava_llama31.trainer.planning.row_lengths import Assumptions, StageRows, counted_rows, histogram, passes, stage_rows
+from llava_llama31.trainer.planning.row_lengths import (
+    Assumptions,
+    StageRows,
+    counted_rows,
+    histogram,
+    passes,
+    stage_rows,
+)
 from llava_llama31.trainer.recipes.deepspeed_files import deepspeed_content, deepspeed_file, shipped_deepspeed_files
 from llava_llama31.trainer.recipes.derived import Derived, derive
 from llava_llama31.trainer.recipes.schema import Recipe, Stage

@@ -18,7 +18,16 @@ from llava_llama31.model_card.card import LLAMA31, LLAMA31_NOTICE, LLAMA31_POLIC
 from llava_llama31.trainer.checkpoint.atomic_folders import MANIFEST
 from llava_llama31.trainer.publishing.contents import CARD, CARD_ERRORS, EXPORT_AGAIN, Contents, GateFinding, mapping
 from llava_llama31.trainer.publishing.gate_code import check_code
-from llava_llama31.trainer.publishing.gate_files import TRAINING_STATE, check_entries, check_extensions, check_manifest, check_paths, check_pickle, check_secrets, check_training_state
+from llava_llama31.trainer.publishing.gate_files import (
+    TRAINING_STATE,
+    check_entries,
+    check_extensions,
+    check_manifest,
+    check_paths,
+    check_pickle,
+    check_secrets,
+    check_training_state,
+)
 
 
 ARCHITECTURE, MODEL_TYPE, STOCK_PROCESSOR = "LlavaNextForConditionalGeneration", "llava_next", "LlavaNextProcessor"

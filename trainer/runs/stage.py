@@ -71,7 +71,7 @@ def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived) -> None:
         manifest = atomic_folders.read_manifest(checkpoint)
         check_resumable(manifest, trainer.args, checkpoint)
         step = manifest["step"]
-        run.context.console.print(f"going on from {checkpoint}, step {step} of {derived.steps}")
+        run.context.console.print(f"resuming from {checkpoint}, step {step} of {derived.steps}")
         if step >= derived.steps:  # Trainer would take one more step
             trainer.restore(checkpoint)
             return

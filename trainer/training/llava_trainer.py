@@ -43,7 +43,18 @@ from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
 from llava_llama31.trainer.training.batch_loading import BatchLoader, StageBatches
 from llava_llama31.trainer.training.meter import Meter
 from llava_llama31.trainer.training.optimizers import AdamWBfloat16, parameter_groups
-from llava_llama31.trainer.training.stage_checkpoints import load_optimizer, load_rng_state, load_weights, room_for_checkpoint, save_optimizer, save_rng_state, save_weights, saved_parameters, staged_checkpoint, whole_best_checkpoint
+from llava_llama31.trainer.training.stage_checkpoints import (
+    load_optimizer,
+    load_rng_state,
+    load_weights,
+    room_for_checkpoint,
+    save_optimizer,
+    save_rng_state,
+    save_weights,
+    saved_parameters,
+    staged_checkpoint,
+    whole_best_checkpoint,
+)
 from llava_llama31.trainer.training.throughput import Throughput
 from llava_llama31.trainer.training.validation import check_finite, validation_loss
 
