@@ -1,4 +1,4 @@
-"""Ask a model about a picture.
+"""Ask a model about an image.
 
 python examples/chat.py runs/tiny/export picture.png "what does the sign say?"
 """

