@@ -39,7 +39,8 @@ from llava_llama31.trainer.errors import Interrupted, UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import load_questions
-from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, default_folder, fill
+from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, default_folder
+from llava_llama31.trainer.data.batches.feature_filling import fill
 from llava_llama31.trainer.costs.flops import ModelShape
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard, Requests
 from llava_llama31.trainer.fault_tolerance.step_health import Health
@@ -52,7 +53,8 @@ from llava_llama31.trainer.publishing.pusher import Pusher, PushSaves
 from llava_llama31.trainer.recipes.derived import Derived, derive
 from llava_llama31.trainer.recipes.schema import Evaluation, Stage
 from llava_llama31.trainer.fault_tolerance.signals import Signals
-from llava_llama31.trainer.data.batches.stage_rows import StageData, batch_order, load_stage_data, within_row_limit
+from llava_llama31.trainer.data.batches.batch_order import batch_order, within_row_limit
+from llava_llama31.trainer.data.batches.stage_rows import StageData, load_stage_data
 from llava_llama31.trainer.model.stage_model import (
     base_model,
     freeze_groups,
@@ -84,9 +86,9 @@ def _run_stage(run: StageRun) -> dict[str, Any]:
     stage = run.stage
     processor = LlavaLlama31Processor.from_pretrained(run.origin)
     data = load_stage_data(stage, processor, run.folder.rejects, run.seed)
-    stage = within_row_limit(stage, data.lengths, run.seed, run.context.num_processes)
+    stage = within_row_limit(stage, data.train.lengths, run.seed, run.context.num_processes)
     run = replace(run, stage=stage)
-    derived = derive(stage, len(data.train_rows), run.context.num_processes, where=run.where)
+    derived = derive(stage, len(data.train), run.context.num_processes, where=run.where)
     # before the model: DeepSpeed's configuration must be alive when the weights are loaded
     join_deepspeed(stage)
     args = training_arguments(stage, derived, output_dir=run.folder.path, seed=run.seed, where=run.where)

@@ -39,7 +39,8 @@ from llava_llama31.trainer.errors import Interrupted, UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import load_questions
-from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, default_folder, fill
+from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, default_folder
+from llava_llama31.trainer.data.batches.feature_filling import fill
 from llava_llama31.trainer.costs.flops import ModelShape
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard, Requests
 from llava_llama31.trainer.fault_tolerance.step_health import Health
@@ -52,7 +53,8 @@ from llava_llama31.trainer.publishing.pusher import Pusher, PushSaves
 from llava_llama31.trainer.recipes.derived import Derived, derive
 from llava_llama31.trainer.recipes.schema import Evaluation, Stage
 from llava_llama31.trainer.fault_tolerance.signals import Signals
-from llava_llama31.trainer.data.batches.stage_rows import StageData, batch_order, load_stage_data, within_row_limit
+from llava_llama31.trainer.data.batches.batch_order import batch_order, within_row_limit
+from llava_llama31.trainer.data.batches.stage_rows import StageData, load_stage_data
 from llava_llama31.trainer.model.stage_model import (
     base_model,
     freeze_groups,
@@ -106,7 +108,7 @@ def stage_features(
     fill(
         cache,
         encode,
-        StageDataset(data.stores, [*data.train_rows, *data.eval_rows], processor, product_dtype(stage)),
+        StageDataset(data.stores, [*data.train.places, *data.validation.places], processor, product_dtype(stage)),
         share=(state.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))),
         wait_for_everyone=state.wait_for_everyone,
         num_workers=stage.dataloader_workers,
@@ -125,7 +127,7 @@ def stage_trainer(
     features: FeatureCache | None,
 ) -> LlavaTrainer:
     stage = run.stage
-    order = batch_order(stage, data.lengths, run.seed)
+    order = batch_order(stage, data.train.lengths, run.seed)
     pixel_dtype = product_dtype(stage)
 
     def rows_of(rows: list[tuple[int, int]]) -> StageDataset:
@@ -141,12 +143,12 @@ def stage_trainer(
             share_prefix=stage.packing and stage.share_prefix > 1,
             multiple_of=_row_multiple(stage, args),
         ),
-        train_dataset=rows_of(data.train_rows),
-        eval_dataset=rows_of(data.eval_rows),
+        train_dataset=rows_of(data.train.places),
+        eval_dataset=rows_of(data.validation.places),
         processor=processor,
         learning_rates=stage.learning_rates(),
         order=order,
-        eval_lengths=data.eval_lengths,
+        eval_lengths=data.validation.lengths,
         packed=stage.packing,
         device_tiles=DeviceTiles(processor, pixel_dtype) if stage.device_tiles else None,
         meter=_meter(base_model(model, stage), stage, processor, args.device),
