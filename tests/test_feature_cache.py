@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.data.batches import feature_cache
 from llava_llama31.trainer.data.batches.dataset import StageDataset
-from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, fill, picture_key
+from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, picture_key
+from llava_llama31.trainer.data.batches.feature_filling import _missing, fill
 from llava_llama31.trainer.data.sources.images import image_at
 from llava_llama31.trainer.data.sources.records import open_records
 from llava_llama31.trainer.recipes.schema import DataSource
@@ -259,7 +260,7 @@ def test_two_processes_store_at_once(folder):
 
 
 def test_shares_of_the_work_are_disjoint_and_complete(dataset, cache):
-    shares = [feature_cache._missing(cache, dataset(), (rank, 16)) for rank in range(16)]
+    shares = [_missing(cache, dataset(), (rank, 16)) for rank in range(16)]
     assert sorted(index for share in shares for index, _ in share) == [0, 1]
     assert {picture for share in shares for _, pictures in share for picture in pictures} == {
         picture_key(image) for index in range(5) for image in dataset().record(index).images

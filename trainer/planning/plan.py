@@ -16,6 +16,7 @@ from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.costs.flops import ModelShape, Work, needed_flops
 from llava_llama31.trainer.costs.memory import ENGINES, Engine, Memory, MicroBatch, Setup, ZeroSettings, estimate
 from llava_llama31.trainer.costs.parameters import Parameters, adapter_parameters
+from llava_llama31.trainer.data.batches.batch_order import BatchOrder, batch_order, within_row_limit
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.planning.model_sizes import model_config
 from llava_llama31.trainer.planning.row_lengths import (
@@ -195,8 +196,9 @@ def _zero_settings(stage: Stage, engine: Engine) -> ZeroSettings:
 
 
 def _plan_stage(case: _Case) -> dict[str, Any]:
-    case = replace(case, stage=_within_row_limit(case))
-    stage, machine, rows = case.stage, case.machine, case.rows
+    machine, rows = case.machine, case.rows
+    stage = within_row_limit(case.stage, rows.lengths, case.seed, machine.num_devices)
+    case = replace(case, stage=stage)
     num_train = stage.global_batch if rows.num_train is None else rows.num_train
     derived = derive(stage, num_train, machine.num_devices, where=f"stages.{case.name}")
     steps = stage.max_steps if rows.num_train is None else derived.steps
@@ -222,28 +224,11 @@ def _plan_stage(case: _Case) -> dict[str, Any]:
     return planned | _memory(case, seen.worst, derived)
 
 
-def _within_row_limit(case: _Case) -> Stage:
-    """The stage with the micro-batch that its `max_row_tokens` gives."""
-    if case.stage.max_row_tokens is None:
-        return case.stage
-    from llava_llama31.trainer.data.batches.stage_rows import within_row_limit
-
-    return within_row_limit(case.stage, case.rows.lengths, case.seed, case.machine.num_devices)
-
-
-def _order(case: _Case) -> Any:
-    from llava_llama31.trainer.data.batches.batch_order import BatchOrder
-
-    stage = case.stage
-    return BatchOrder(
-        case.rows.lengths,
-        global_batch=min(stage.global_batch, len(case.rows.lengths)),
-        seed=case.seed,
-        keep_last=stage.last_batch == "keep",
-        group_by_length=stage.group_by_length,
-        equal_tokens=stage.batch_by == "supervised_tokens",
-        share_prefix=stage.share_prefix if stage.packing else 1,
-    )
+def _order(case: _Case) -> BatchOrder:
+    """The stage's order; rows that are drawn may be fewer than a global batch."""
+    lengths = case.rows.lengths
+    whole = case.stage.model_copy(update={"global_batch": min(case.stage.global_batch, len(lengths))})
+    return batch_order(whole, lengths, case.seed)
 
 
 def _work(case: _Case, works: tuple[Work, Work] | None) -> dict[str, Any]:
@@ -252,10 +237,12 @@ def _work(case: _Case, works: tuple[Work, Work] | None) -> dict[str, Any]:
     if works is None or case.config is None:
         return unknown
     stage, machine = case.stage, case.machine
-    shape, options = ModelShape.of(case.config), {"checkpointing": int(stage.activation_checkpointing)}
-    lora = {} if stage.lora is None else {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
+    shape = ModelShape.of(case.config)
+    options: dict[str, Any] = {"checkpointing": int(stage.activation_checkpointing)}
+    if stage.lora is not None:
+        options |= {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
     # a micro-batch without pictures needs other gradients: the two kinds are counted apart
-    flops = sum(needed_flops(shape, work, stage.trainable, **options, **lora).total.needed for work in works)
+    flops = sum(needed_flops(shape, work, stage.trainable, **options).total.needed for work in works)
     if machine.mfu is None or machine.peak is None:
         return unknown | {"flops": flops}
     hours = flops / (machine.mfu * machine.peak * machine.num_devices) / 3600

@@ -12,7 +12,8 @@ from accelerate.state import AcceleratorState
 
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
-from llava_llama31.trainer.data.batches.stage_rows import load_stage_data, within_row_limit
+from llava_llama31.trainer.data.batches.batch_order import within_row_limit
+from llava_llama31.trainer.data.batches.stage_rows import load_stage_data
 from llava_llama31.trainer.distributed.engine import check_resumable, forget_deepspeed, join_deepspeed
 from llava_llama31.trainer.errors import Interrupted
 from llava_llama31.trainer.fault_tolerance.out_of_memory import advising
@@ -44,9 +45,9 @@ def _run_stage(run: StageRun) -> dict[str, Any]:
     stage = run.stage
     processor = LlavaLlama31Processor.from_pretrained(run.origin)
     data = load_stage_data(stage, processor, run.folder.rejects, run.seed)
-    stage = within_row_limit(stage, data.lengths, run.seed, run.context.num_processes)
+    stage = within_row_limit(stage, data.train.lengths, run.seed, run.context.num_processes)
     run = replace(run, stage=stage)
-    derived = derive(stage, len(data.train_rows), run.context.num_processes, where=run.where)
+    derived = derive(stage, len(data.train), run.context.num_processes, where=run.where)
     # before the model: DeepSpeed's configuration must be alive when the weights are loaded
     join_deepspeed(stage)
     args = training_arguments(stage, derived, output_dir=run.folder.path, seed=run.seed, where=run.where)
