@@ -26,11 +26,12 @@ from llava_llama31.trainer.commands.evaluate import evaluate_command
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation import generation, textvqa
-from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, load_model, undisturbed
+from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, undisturbed
 from llava_llama31.trainer.evaluation.presets import PRESETS, Preset
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.scoring import score_command
 from llava_llama31.trainer.evaluation.textvqa import derangement, evaluate
+from llava_llama31.trainer.model.opening import open_model
 
 
 SIZES = [(28, 28), (20, 90), (90, 20), (60, 50), (5, 200), (120, 121), (33, 64)]
@@ -743,7 +744,7 @@ def test_models_that_cannot_be_opened_are_named(folder, tmp_path, wrong):
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     with pytest.raises(UserError, match=wrong):
-        load_model(str(path))
+        open_model(str(path))
 
 
 def test_a_checkpoint_without_some_weights_is_refused(folder, tmp_path):
@@ -754,7 +755,7 @@ def test_a_checkpoint_without_some_weights_is_refused(folder, tmp_path):
     weights.pop("lm_head.weight")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="lacks 1 weights, the first lm_head.weight"):
-        load_model(str(tmp_path))
+        open_model(str(tmp_path))
     assert textvqa.weights_revision(tmp_path) != textvqa.weights_revision(folder)
 
 

@@ -53,13 +53,13 @@ def evaluate_command(
     import transformers
 
     from llava_llama31.trainer.evaluation.asker import digest
-    from llava_llama31.trainer.evaluation.generation import load_model
     from llava_llama31.trainer.evaluation.textvqa import evaluate, weights_revision
+    from llava_llama31.trainer.model.opening import open_model
 
     transformers.utils.logging.disable_progress_bar()  # ours is enough
     processes = _processes(device)
     folder = local_checkpoint(model, where="MODEL")
-    loaded, processor = load_model(folder, dtype=dtype, device=processes.device if processes else device)
+    loaded, processor = open_model(folder, dtype=dtype, device=processes.device if processes else device)
     revision = weights_revision(folder) or "unknown"
     if output is None:
         asked = [revision, data, limit, preset, ocr, jpeg_rounds, batch_size, max_new_tokens, batch_invariant, blind]

@@ -16,11 +16,12 @@ from transformers import LlavaNextForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.asker import Asker, digest
-from llava_llama31.trainer.evaluation.generation import ADAPTER_CONFIG, GreedyAnswerer, adapted_base, undisturbed
+from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, undisturbed
 from llava_llama31.trainer.evaluation.predictions import PREDICTIONS, PredictionsFile
 from llava_llama31.trainer.evaluation.presets import PRESETS, Preset, check_ocr
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.scoring import Report, score_answers
+from llava_llama31.trainer.model.opening import ADAPTER_CONFIG, adapted_base
 
 
 # beside the weights

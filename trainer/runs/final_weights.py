@@ -55,7 +55,7 @@ from llava_llama31.trainer.data.batches.stage_rows import StageData, batch_order
 from llava_llama31.trainer.model.stage_model import (
     base_model,
     freeze_groups,
-    load_model,
+    load_stage_model,
     product_dtype,
     use_device_options,
 )
@@ -101,7 +101,7 @@ def _whole_adapted(run: StageRun, trainer: LlavaTrainer) -> PreTrainedModel:
     if not run.context.is_main:
         return trainer.model
     forget_deepspeed()  # it would shard the model over ranks that don't take part
-    model = load_model(run.origin, run.stage, seed=run.seed, where=run.where)
+    model = load_stage_model(run.origin, run.stage, seed=run.seed, where=run.where)
     if run.stage.lora.quantize:
         take_dequantized(model, trainer.model)
     _, unexpected = model.load_state_dict(trained, strict=False)

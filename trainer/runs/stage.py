@@ -55,7 +55,7 @@ from llava_llama31.trainer.data.batches.stage_rows import StageData, batch_order
 from llava_llama31.trainer.model.stage_model import (
     base_model,
     freeze_groups,
-    load_model,
+    load_stage_model,
     product_dtype,
     use_device_options,
 )
@@ -90,7 +90,7 @@ def _run_stage(run: StageRun) -> dict[str, Any]:
     join_deepspeed(stage)
     args = training_arguments(stage, derived, output_dir=run.folder.path, seed=run.seed, where=run.where)
     transformers.set_seed(run.seed)
-    model = load_model(run.origin, stage, seed=run.seed, where=run.where, quantized=True)
+    model = load_stage_model(run.origin, stage, seed=run.seed, where=run.where, quantized=True)
     report = freeze_groups(model, stage)
     use_device_options(base_model(model, stage), stage)
     print_stage_start(run.context.console, run.name, stage, derived, report, str(run.origin))

@@ -55,7 +55,7 @@ from llava_llama31.trainer.data.batches.stage_rows import StageData, batch_order
 from llava_llama31.trainer.model.stage_model import (
     base_model,
     freeze_groups,
-    load_model,
+    load_stage_model,
     product_dtype,
     use_device_options,
 )
