@@ -211,7 +211,7 @@ def test_a_signal_outside_of_training_stops_at_once(train, monkeypatch, capsys, 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "_publish", publish)
         assert train()[0] == (130 if number == signal.SIGINT else 75)
-    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert "the same command resumes from the last checkpoint" in capsys.readouterr().err
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     assert train()[0] == 0
 

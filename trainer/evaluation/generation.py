@@ -1,8 +1,8 @@
-"""Greedy answers to questions about pictures: each picture read once, its questions as branches of one prefix.
+"""Greedy answers to questions about images: each image read once, its questions as branches of one prefix.
 
 A prompt is cut behind its last image placeholder. What is before, the prefix, is the same for all questions about a
-picture: it goes through the vision tower and the language model once, by itself, so its keys and values depend on the
-picture alone. The questions then go on from copies of them in batches. Exact: every position sees what it would see in
+image: it goes through the vision tower and the language model once, by itself, so its keys and values depend on the
+image alone. The questions then go on from copies of them in batches. Exact: every position sees what it would see in
 a row of its own, and masked positions weigh zero.
 
 Shapes: B rows, P positions of the longest prefix, S of the longest question, N new tokens, T tiles, H W a tile in
@@ -35,8 +35,8 @@ class Prompt:
 
     Args:
         input_ids: token ids, image placeholders expanded, ending with the assistant's header.
-        tiles: float32 (tiles, 3, H, W) of each picture; prompts that share these very arrays share their prefix.
-        image_sizes: (height, width) in pixels of each picture.
+        tiles: float32 (tiles, 3, H, W) of each image; prompts that share these very arrays share their prefix.
+        image_sizes: (height, width) in pixels of each image.
     """
 
     input_ids: list[int]
@@ -102,7 +102,7 @@ class GreedyAnswerer:
         tiles: Sequence[np.ndarray],
         image_sizes: Sequence[tuple[int, int]],
     ) -> Prompt:
-        """`prompt` for pictures that are already cut into tiles."""
+        """`prompt` for images that are already cut into tiles."""
         sizes = tuple(image_sizes)
         encode = self.processor.encode_prompt if self._encodes_llama31 else self._encode_by_template
         return Prompt(encode(messages, sizes), tuple(tiles), sizes)
@@ -116,7 +116,7 @@ class GreedyAnswerer:
         per_position = (
             2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * self.model.dtype.itemsize
         )
-        # twice: the prefix of a picture and its copy in the batch
+        # twice: the prefix of an image and its copy in the batch
         row = 2 * positions * per_position
         free = torch.cuda.get_device_properties(self.model.device).total_memory - self.model.get_memory_footprint()
         return max(1, min(LARGEST_BATCH_SIZE, int(free / 2 / row)))
@@ -142,7 +142,7 @@ class GreedyAnswerer:
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _prefix_length(self, prompt: Prompt) -> int:
-        """Positions up to the last image placeholder; without a picture all but the last."""
+        """Positions up to the last image placeholder; without an image all but the last."""
         if not prompt.tiles:
             return len(prompt.input_ids) - 1
         return len(prompt.input_ids) - prompt.input_ids[::-1].index(self.processor.image_token_id)
@@ -151,7 +151,7 @@ class GreedyAnswerer:
         return tuple(map(id, prompt.tiles)), tuple(prompt.input_ids[: self._prefix_length(prompt)])
 
     def _prefix(self, key: Hashable, prompt: Prompt) -> DynamicCache:
-        """Keys and values of the prefix; the last one is kept, for the questions of a picture that fills a batch."""
+        """Keys and values of the prefix; the last one is kept, for the questions of an image that fills a batch."""
         if self._last_prefix is not None and self._last_prefix[0] == key:
             return self._last_prefix[2]
         self._last_prefix = None

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.recipes.row_formats import RowFormat
 from llava_llama31.trainer.redaction import holds_credential
 
 
@@ -45,7 +46,7 @@ class DataSource(_Frozen):
     path: str
     image_root: str | None = None
     """Folder that image paths are relative to and may not leave; default: the folder of `path`."""
-    format: Literal["auto", "llava", "sharegpt", "messages", "cauldron"] = "auto"
+    format: RowFormat = "auto"
     split: str = "train"
     sample: PositiveInt | None = None
     """Number of rows to draw, without replacement, seeded; default: all."""

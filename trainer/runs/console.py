@@ -10,8 +10,8 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava_llama31.trainer.distributed.engine import engine_of, num_elements, num_held
+from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOL
 from llava_llama31.trainer.model.module_groups import GroupReport
-from llava_llama31.trainer.evaluation.in_training import PROTOCOL
 from llava_llama31.trainer.recipes.schema import Derived, Stage
 
 

@@ -14,11 +14,11 @@ from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.evaluation.browser import write_browser
-from llava_llama31.trainer.evaluation.in_training import PROTOCOL
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
+from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 from llava_llama31.trainer.evaluation.textvqa import Evaluation, evaluate, weights_revision
-from llava_llama31.trainer.evaluation.vqa_accuracy import vqa_accuracy
+from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOL, vqa_accuracy
 from llava_llama31.trainer.export.export import CURVES, attachments, curve_file, public_rows, write_export
 from llava_llama31.trainer.export.provenance import record_of
 from llava_llama31.trainer.model.module_groups import GROUPS, group_parameters
@@ -92,11 +92,13 @@ def _score(
             processor,
             questions,
             run.folder.evaluation / name,
-            revision=revision,
-            preset=PRESETS[spec.preset],
-            batch_size=spec.batch_size,
-            max_new_tokens=spec.max_new_tokens,
-            blind_seed=blind_seed,
+            EvaluationSettings(
+                revision=revision,
+                preset=PRESETS[spec.preset],
+                batch_size=spec.batch_size,
+                max_new_tokens=spec.max_new_tokens,
+                blind_seed=blind_seed,
+            ),
         )
 
     revision = weights_revision(final) or "unknown"
