@@ -163,10 +163,10 @@ def base_folder(tmp_path_factory, pristine_config, processor):
 @pytest.fixture(scope="session")
 def lively_folder(tmp_path_factory, base_folder) -> Path:
     """A checkpoint with larger random weights than a fresh one's, so that its answers differ in length and content."""
-    from llava_llama31.trainer.evaluation.generation import load_model
+    from llava_llama31.trainer.model.opening import open_model
 
     folder = tmp_path_factory.mktemp("lively")
-    weights, processor = load_model(base_folder)
+    weights, processor = open_model(base_folder)
     torch.manual_seed(1)
     for parameter in weights.parameters():
         parameter.data = 0.25 * torch.randn_like(parameter)
@@ -179,12 +179,12 @@ def lively_folder(tmp_path_factory, base_folder) -> Path:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory, base_folder) -> Path:
     """Folders as a run exports them: `llama`, made from Llama 3.1, and `other`."""
-    from llava_llama31.trainer.evaluation.generation import load_model
     from llava_llama31.trainer.export.export import write_export
+    from llava_llama31.trainer.model.opening import open_model
 
     root = tmp_path_factory.mktemp("exported")
     (root / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n(text of the agreement, made up)\n")
-    model, processor = load_model(base_folder)
+    model, processor = open_model(base_folder)
     for name, licence in (("llama", "llama3.1"), ("other", "apache-2.0")):
         base = {"role": "language_model", "id": "meta/base", "licence": licence, "folder": str(root)}
         sample = {"question": "what?", "prediction": "red", "answers": ["red"], "image": "samples/1.png"}

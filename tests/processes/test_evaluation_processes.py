@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.evaluation.generation import load_model
+from llava_llama31.trainer.model.opening import open_model
 
 
 SIZES = [(28, 28), (20, 90), (90, 20), (60, 50), (5, 200), (120, 121), (33, 64)]
@@ -142,7 +142,7 @@ def wait_for_more(job, output: Path, before: int) -> None:
 def test_adapters_answer_like_the_model_they_are_merged_into(lively_folder, data, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    weights, processor = load_model(lively_folder)
+    weights, processor = open_model(lively_folder)
     torch.manual_seed(3)
     config = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|up_proj)", init_lora_weights=False)
     adapted = get_peft_model(weights, config)
@@ -163,7 +163,7 @@ def test_adapters_that_do_not_fit_are_refused(lively_folder, data, tmp_path, cap
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
 
-    weights, _ = load_model(lively_folder)
+    weights, _ = open_model(lively_folder)
     adapted = get_peft_model(weights, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
     adapted.peft_config["default"].base_model_name_or_path = str(lively_folder)
     adapted.save_pretrained(tmp_path)

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from llava_llama31.trainer.evaluation.generation import load_model
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import load_questions
+from llava_llama31.trainer.model.opening import open_model
 
 
 WORKER = """
@@ -16,14 +16,14 @@ import sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from llava_llama31.trainer.evaluation.generation import load_model
+from llava_llama31.trainer.model.opening import open_model
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import load_questions
 
 engine, folder, data, output = sys.argv[1:]
 torch.set_num_threads(1)
-model, processor = load_model(folder)
+model, processor = open_model(folder)
 whole = sum(parameter.numel() for parameter in model.parameters())
 if engine == "fsdp":
     from torch.distributed.device_mesh import init_device_mesh
@@ -62,7 +62,7 @@ def test_sharded_weights_answer_as_whole_ones(forks, lively_folder, data_folder,
     if engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     data = str(data_folder / "questions.jsonl")
-    weights, processor = load_model(lively_folder)
+    weights, processor = open_model(lively_folder)
     asked = TrainingQuestions(load_questions(data), PRESETS["card"], 6, 2, tmp_path / "whole")
     asked.ask(weights, processor, step=7)
     worker = tmp_path / "worker.py"

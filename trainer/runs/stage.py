@@ -18,7 +18,7 @@ from llava_llama31.trainer.distributed.engine import check_resumable, forget_dee
 from llava_llama31.trainer.errors import Interrupted
 from llava_llama31.trainer.fault_tolerance.out_of_memory import advising
 from llava_llama31.trainer.fault_tolerance.watchdog import kill_workers
-from llava_llama31.trainer.model.stage_model import base_model, freeze_groups, load_model, use_device_options
+from llava_llama31.trainer.model.stage_model import base_model, freeze_groups, load_stage_model, use_device_options
 from llava_llama31.trainer.recipes.derived import Derived, derive
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs.console import print_stage_start
@@ -52,7 +52,7 @@ def _run_stage(run: StageRun) -> dict[str, Any]:
     join_deepspeed(stage)
     args = training_arguments(stage, derived, output_dir=run.folder.path, seed=run.seed, where=run.where)
     transformers.set_seed(run.seed)
-    model = load_model(run.origin, stage, seed=run.seed, where=run.where, quantized=True)
+    model = load_stage_model(run.origin, stage, seed=run.seed, where=run.where, quantized=True)
     report = freeze_groups(model, stage)
     use_device_options(base_model(model, stage), stage)
     print_stage_start(run.context.console, run.name, stage, derived, report, str(run.origin))
