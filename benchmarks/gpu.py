@@ -42,7 +42,9 @@ from llava_llama31.trainer.costs.flops import Flops, ModelShape, Work, hfu, mfu,
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, RankBatches
 from llava_llama31.trainer.data.batches.collator import Collator, Sample
 from llava_llama31.trainer.model.module_groups import freeze
-from llava_llama31.trainer.recipes.schema import Stage, derive, load_recipe, num_held_out
+from llava_llama31.trainer.recipes.derived import derive, num_held_out
+from llava_llama31.trainer.recipes.loading import load_recipe
+from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.training.meter import matrix_peak, peak_memory
 
 

@@ -40,7 +40,8 @@ from llava_llama31.trainer.model.adapters import adapt
 from llava_llama31.trainer.model.device_options import checkpoint_activations
 from llava_llama31.trainer.model.module_groups import freeze, group_parameters
 from llava_llama31.trainer.planning.plan import setup_of
-from llava_llama31.trainer.recipes.schema import Stage, load_recipe
+from llava_llama31.trainer.recipes.loading import load_recipe
+from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.training.optimizers import AdamWBfloat16
 
 

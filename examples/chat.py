@@ -7,7 +7,8 @@ import argparse
 
 from PIL import Image
 
-from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, load_model
+from llava_llama31.trainer.evaluation.generation import GreedyAnswerer
+from llava_llama31.trainer.model.opening import open_model
 
 
 def main() -> None:
@@ -17,7 +18,7 @@ def main() -> None:
     parser.add_argument("question")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     options = parser.parse_args()
-    model, processor = load_model(options.model)
+    model, processor = open_model(options.model)
     answerer = GreedyAnswerer(model, processor, max_new_tokens=options.max_new_tokens)
     content = [{"type": "image"}, {"type": "text", "text": options.question}]
     prompt = answerer.prompt([{"role": "user", "content": content}], [Image.open(options.image)])

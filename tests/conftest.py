@@ -5,7 +5,6 @@ import copy
 import ctypes
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,10 +163,10 @@ def base_folder(tmp_path_factory, pristine_config, processor):
 @pytest.fixture(scope="session")
 def lively_folder(tmp_path_factory, base_folder) -> Path:
     """A checkpoint with larger random weights than a fresh one's, so that its answers differ in length and content."""
-    from llava_llama31.trainer.evaluation.generation import load_model
+    from llava_llama31.trainer.model.opening import open_model
 
     folder = tmp_path_factory.mktemp("lively")
-    weights, processor = load_model(base_folder)
+    weights, processor = open_model(base_folder)
     torch.manual_seed(1)
     for parameter in weights.parameters():
         parameter.data = 0.25 * torch.randn_like(parameter)
@@ -180,12 +179,12 @@ def lively_folder(tmp_path_factory, base_folder) -> Path:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory, base_folder) -> Path:
     """Folders as a run exports them: `llama`, made from Llama 3.1, and `other`."""
-    from llava_llama31.trainer.evaluation.generation import load_model
     from llava_llama31.trainer.export.export import write_export
+    from llava_llama31.trainer.model.opening import open_model
 
     root = tmp_path_factory.mktemp("exported")
     (root / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n(text of the agreement, made up)\n")
-    model, processor = load_model(base_folder)
+    model, processor = open_model(base_folder)
     for name, licence in (("llama", "llama3.1"), ("other", "apache-2.0")):
         base = {"role": "language_model", "id": "meta/base", "licence": licence, "folder": str(root)}
         sample = {"question": "what?", "prediction": "red", "answers": ["red"], "image": "samples/1.png"}
@@ -217,8 +216,8 @@ def data_folder(tmp_path_factory, make_image):
     return folder
 
 
-@pytest.fixture
-def recipe_content(base_folder, data_folder):
+@pytest.fixture(scope="session")
+def pristine_recipe(base_folder, data_folder):
     """A two-stage recipe of seconds, as the mapping that its YAML file holds."""
     stage = {
         "data": [{"name": "rows", "path": str(data_folder / "rows.json")}],
@@ -244,6 +243,12 @@ def recipe_content(base_folder, data_folder):
         },
         "evaluation": {"data": str(data_folder / "questions.jsonl"), "baselines": True, "max_new_tokens": 4},
     }
+
+
+@pytest.fixture
+def recipe_content(pristine_recipe):
+    """A copy of its own for every test."""
+    return copy.deepcopy(pristine_recipe)
 
 
 @pytest.fixture(scope="session")
@@ -291,24 +296,6 @@ def run_recipe():
         return folder
 
     return run
-
-
-@pytest.fixture(scope="session")
-def launch():
-    """Start a script of examples/ in a process of its own, or in several through `accelerate launch`."""
-
-    def start(script: str, *arguments: str, processes: int = 1) -> subprocess.Popen:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-        command = [str(Path(__file__).parents[1] / "examples" / script), *arguments]
-        if processes > 1:
-            options = f"--multi_gpu --num_machines 1 --num_processes {processes} --main_process_port 0"
-            options += " --mixed_precision no --dynamo_backend no"
-            command = ["-m", "accelerate.commands.launch", *options.split(), *command]
-        return subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
-
-    return start
 
 
 def user(*parts):

@@ -31,6 +31,7 @@ from llava_llama31.trainer.evaluation import browser as browser_module
 from llava_llama31.trainer.evaluation.browser import write_browser
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.scoring import score_answers
+from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 from llava_llama31.trainer.evaluation.textvqa import evaluate
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS, normalize, vqa_accuracy
 
@@ -145,7 +146,7 @@ def test_the_file_holds_what_was_asked_answered_and_scored(evaluation, tmp_path)
         "prediction": "new yorkny",
         "answers": [{"text": "new yorkny", "count": 9}, {"text": "ny", "count": 1}],
     }
-    assert (written.num_questions, written.num_unanswered, written.num_pictures) == (8, 2, 2)
+    assert (written.num_questions, written.num_unanswered, written.num_images) == (8, 2, 2)
     assert written.unknown == ("77",) and list(written.unreadable) == ["cut"]
 
 
@@ -179,7 +180,9 @@ def test_an_answer_in_normal_form_is_compared_as_it_stands(tmp_path):
 def test_rows_of_an_evaluation_say_what_was_cut_and_shown(tiny_model, processor, picture, tmp_path):
     other = replace(picture, name="p1")
     questions = [make_question(0, image=picture), make_question(1, image_id="p1", image=other)]
-    evaluate(tiny_model, processor, questions, tmp_path, revision="r", max_new_tokens=1, blind_seed=0)
+    evaluate(
+        tiny_model, processor, questions, tmp_path, EvaluationSettings(revision="r", max_new_tokens=1, blind_seed=0)
+    )
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     _, data = read(write_browser(questions, rows, tmp_path / "b.html").path)
     stop_ids = tiny_model.generation_config.eos_token_id
@@ -275,7 +278,7 @@ def test_unreadable_pictures_are_named(picture, tmp_path):
         "none": "missing_image",
     }
     assert {key: stored[key] for key in written.unreadable} == written.unreadable
-    assert stored["late"].size == (40, 30) and written.num_pictures == 1
+    assert stored["late"].size == (40, 30) and written.num_images == 1
 
 
 def test_a_broken_off_write_leaves_the_old_file(evaluation, tmp_path):
@@ -356,8 +359,8 @@ def test_browse_command(evaluation, tmp_path, capsys):
     predictions, data = write_files(tmp_path, *evaluation)
     assert main(["browse", predictions, "--data", data]) == 0
     out = capsys.readouterr().out
-    assert "8 questions, 2 pictures" in out and "without an answer: 2" in out
-    assert "pictures not shown: 1: cut (missing_image" in out and "not in the data: 1: 77" in out
+    assert "8 questions, 2 images" in out and "without an answer: 2" in out
+    assert "images not shown: 1: cut (missing_image" in out and "not in the data: 1: 77" in out
     assert read(tmp_path / "predictions.html")[1]["title"] == "predictions.jsonl on questions.jsonl"
     submission = tmp_path / "textvqa_submission.json"
     submission.write_text(json.dumps([{"question_id": i, "answer": "stop"} for i in (1, 2)]))

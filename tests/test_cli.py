@@ -1,12 +1,16 @@
-"""The command line: one JSON object on stdout where asked, one line and exit code 2 for what can be mended."""
+"""The command line: one JSON object on stdout where asked, one line and exit code 2 for what the user can fix."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.recipes.schema import SHIPPED
+from llava_llama31.trainer.publishing.published import is_outstanding
+from llava_llama31.trainer.recipes.loading import SHIPPED
+from llava_llama31.trainer.recipes.schema import Publish
 
 
 @pytest.fixture
@@ -93,3 +97,39 @@ def test_what_is_not_there_is_one_line(arguments, capsys):
     assert captured.out == "" and captured.err.startswith("error: ") and "\n" not in captured.err.strip()
     assert main([*arguments, "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+HEAVY = {"torch", "transformers", "datasets", "pyarrow"}
+TRAIN = f"""
+import sys
+from llava_llama31.trainer.cli import main
+assert main(sys.argv[1:]) == 0
+assert not {HEAVY} & set(sys.modules)
+"""
+
+
+def test_a_finished_run_says_so_without_the_heavy_libraries(recipe_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "summary.json").write_text("{}")
+    arguments = ["train", str(recipe_file), "--output", str(run)]
+    done = subprocess.run([sys.executable, "-c", TRAIN, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip().endswith(f"has already finished: {run / 'summary.json'}")
+    (run / "stages" / "1-projector" / "final").mkdir(parents=True)
+    assert main([*arguments, "--set", "seed=77"]) == 2
+    assert "this run began with another recipe: seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recorded", "outstanding"),
+    [
+        ({}, True),
+        ({"publish": {"repo": "me/Llama-x", "published": False}}, True),
+        ({"publish": {"repo": "me/Llama-y", "published": True}}, True),
+        ({"publish": {"repo": "me/Llama-x", "published": True}}, False),
+    ],
+)
+def test_a_publication_is_outstanding_until_the_summary_records_it(recorded, outstanding):
+    assert is_outstanding(Publish(repo_id="me/Llama-x"), recorded) == outstanding
+    assert not is_outstanding(None, recorded)

@@ -246,27 +246,6 @@ def test_compiled_equals_eager(tiny_config, samples, collate, autocast, toleranc
     torch.compiler.reset()
 
 
-@pytest.mark.slow
-def test_two_compiled_processes_end_as_one_that_is_not(launch, tmp_path, recipe_content):
-    del recipe_content["evaluation"], recipe_content["stages"]["projector"]
-    recipe_content["stages"]["instruct"] |= {"max_steps": 2, "epochs": None, "micro_batch": 2}
-    ends = []
-    for processes, options in ((1, {}), (2, {"compile": True, "activation_checkpointing": 2})):
-        recipe_content["stages"]["instruct"] |= options
-        path, output = tmp_path / f"{processes}.yaml", tmp_path / f"{processes}"
-        path.write_text(yaml.safe_dump(recipe_content))
-        job = launch("train.py", str(path), "--output", str(output), processes=processes)
-        text, _ = job.communicate(timeout=280)
-        assert job.returncode == 0, text
-        ends.append(load_file(output / "stages/1-instruct/final/model.safetensors"))
-    start = load_file(os.path.join(recipe_content["model"]["checkpoint"], "model.safetensors"))
-    apart, moved = (
-        sum((end[n] - other[n]).square().sum() for n in end) ** 0.5
-        for end, other in ((ends[0], ends[1]), (ends[0], start))
-    )
-    assert apart < 1e-3 * moved
-
-
 def test_layers_are_compiled_where_the_stage_asks_for_it(tiny_model):
     layers = tiny_model.model.language_model.layers
     use_device_options(tiny_model, stage())

@@ -415,7 +415,7 @@ def free_port() -> int:
 SURVEY = """
 import sys
 from pathlib import Path
-from llava_llama31.trainer.doctor.command import report
+from llava_llama31.trainer.commands.doctor import report
 from llava_llama31.trainer.doctor.ranks import Place, survey
 
 found = survey(Place.of_environment(), [], Path(sys.argv[1]), Path(sys.argv[1]), 10)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.data.batches import feature_cache
 from llava_llama31.trainer.data.batches.dataset import StageDataset
-from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, fill, picture_key
+from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, picture_key
+from llava_llama31.trainer.data.batches.feature_filling import _missing, fill
 from llava_llama31.trainer.data.sources.images import image_at
 from llava_llama31.trainer.data.sources.records import open_records
 from llava_llama31.trainer.recipes.schema import DataSource
@@ -259,7 +260,7 @@ def test_two_processes_store_at_once(folder):
 
 
 def test_shares_of_the_work_are_disjoint_and_complete(dataset, cache):
-    shares = [feature_cache._missing(cache, dataset(), (rank, 16)) for rank in range(16)]
+    shares = [_missing(cache, dataset(), (rank, 16)) for rank in range(16)]
     assert sorted(index for share in shares for index, _ in share) == [0, 1]
     assert {picture for share in shares for _, pictures in share for picture in pictures} == {
         picture_key(image) for index in range(5) for image in dataset().record(index).images
@@ -387,20 +388,3 @@ def test_stages_that_can_not_have_it_are_refused(recipe_content, tmp_path, capsy
     assert main(["train", str(recipe), "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert message in error and "(fix: " in error
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_work_and_end_alike(launch, recipe_content, tmp_path, monkeypatch):
-    del recipe_content["evaluation"], recipe_content["stages"]["instruct"]
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(recipe_content))
-    ends = []
-    for name, options in (("plain", []), ("cached", ["--set", "stages.projector.feature_cache_gb=1.0"])):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        job = launch("train.py", str(recipe), "--output", str(tmp_path / name), *options, processes=2)
-        output, _ = job.communicate(timeout=240)
-        assert job.returncode == 0, output
-        ends.append(load_file(tmp_path / name / "stages/1-projector/final/model.safetensors"))
-    assert "33 pictures' features are in" in output
-    for name in ends[0]:
-        assert torch.equal(ends[0][name], ends[1][name]), name

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from llava_llama31.assembly import staged_folder
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.errors import Unhealthy, UserError
 from llava_llama31.trainer.fault_tolerance.stage_guard import StopRequests
-from llava_llama31.trainer.fault_tolerance.step_health import ENOUGH, MOST_SKIPPED_IN_A_ROW, WINDOW, Health, Unhealthy
+from llava_llama31.trainer.fault_tolerance.step_health import ENOUGH, MOST_SKIPPED_IN_A_ROW, WINDOW, Health
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
@@ -96,7 +96,7 @@ def test_a_skipped_step_changes_nothing_and_the_run_that_stopped_there_may_skip_
     spoil({3: math.nan})
     assert train("run")[0] == 4
     code, run = train("run", on_nonfinite="skip")
-    assert code == 0 and "going on from" in capsys.readouterr().err
+    assert code == 0 and "resuming from" in capsys.readouterr().err
     before, after, next_one = (weights(run, step) for step in (2, 3, 4))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert any(not torch.equal(after[name], next_one[name]) for name in after)

@@ -11,7 +11,8 @@ from test_model_card import MARKDOWN, RECORD, STAGE, body, replaced, table_start
 
 from llava_llama31.model_card import render_card
 from llava_llama31.trainer.export.provenance import base_models_of
-from llava_llama31.trainer.recipes.schema import derive, load_recipe
+from llava_llama31.trainer.recipes.derived import derive
+from llava_llama31.trainer.recipes.loading import load_recipe
 
 
 # what a run of the recipe would have found out; the card's own figures where it tells any

@@ -13,7 +13,8 @@ from llava_llama31.trainer import cli
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.publishing import publish as publishing
 from llava_llama31.trainer.publishing.doors import Doors
-from llava_llama31.trainer.publishing.publish import Release, publish
+from llava_llama31.trainer.publishing.publish import publish
+from llava_llama31.trainer.publishing.release import Release
 from llava_llama31.trainer.publishing.staging import public_copy
 
 

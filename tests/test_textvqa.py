@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -22,15 +23,16 @@ from tokenizers.processors import TemplateProcessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedTokenizerFast
 
-from llava_llama31.trainer.commands.evaluate import evaluate_command
+from llava_llama31.trainer.cli import command_parser
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation import generation, textvqa
-from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, load_model, undisturbed
+from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, undisturbed
 from llava_llama31.trainer.evaluation.presets import PRESETS, Preset
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
-from llava_llama31.trainer.evaluation.scoring import score_command
+from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 from llava_llama31.trainer.evaluation.textvqa import derangement, evaluate
+from llava_llama31.trainer.model.opening import open_model
 
 
 SIZES = [(28, 28), (20, 90), (90, 20), (60, 50), (5, 200), (120, 121), (33, 64)]
@@ -94,14 +96,26 @@ def token_ids(folder):
 
 
 def test_answers_do_not_depend_on_batch_size_or_order(lively_model, processor, many_questions, tmp_path):
-    evaluate(lively_model, processor, many_questions, tmp_path / "1", revision="r", batch_size=1, max_new_tokens=16)
+    evaluate(
+        lively_model,
+        processor,
+        many_questions,
+        tmp_path / "1",
+        EvaluationSettings(revision="r", batch_size=1, max_new_tokens=16),
+    )
     expected = token_ids(tmp_path / "1")
     lengths = {len(ids) for ids in expected.values()}
     assert len(expected) == 500 and len({tuple(ids) for ids in expected.values()}) > 200 and len(lengths) > 8
     shuffled = random.Random(3).sample(many_questions, 500)
     for batch_size, asked in ((3, many_questions), (16, many_questions), (7, shuffled)):
         folder = tmp_path / str(batch_size)
-        evaluate(lively_model, processor, asked, folder, revision="r", batch_size=batch_size, max_new_tokens=16)
+        evaluate(
+            lively_model,
+            processor,
+            asked,
+            folder,
+            EvaluationSettings(revision="r", batch_size=batch_size, max_new_tokens=16),
+        )
         assert token_ids(folder) == expected
     # in the caller's own order, without the evaluator's sorting
     answerer = GreedyAnswerer(lively_model, processor, max_new_tokens=16)
@@ -130,8 +144,13 @@ def test_batch_invariant_answers_are_the_same_bits_in_bfloat16(lively_model, pro
 
     for name, batch_size, questions in (("1", 1, asked), ("16", 16, asked), ("s", 5, shuffled)):
         handle = model.lm_head.register_forward_hook(record(name))
-        evaluate(model, processor, questions, tmp_path / name, revision="r", batch_size=batch_size,
-                 max_new_tokens=8, batch_invariant=True)  # fmt: skip
+        evaluate(
+            model,
+            processor,
+            questions,
+            tmp_path / name,
+            EvaluationSettings(revision="r", batch_size=batch_size, max_new_tokens=8, batch_invariant=True),
+        )
         handle.remove()
     assert token_ids(tmp_path / "1") == token_ids(tmp_path / "16") == token_ids(tmp_path / "s")
     # not just the ids: the sorted rows of all logits, bit by bit
@@ -176,7 +195,13 @@ def test_each_picture_is_encoded_once(lively_model, processor, questions, tmp_pa
     for batch_size in (1, 4, 16):
         calls.clear()
         folder = tmp_path / str(batch_size)
-        evaluate(lively_model, processor, questions, folder, revision="r", batch_size=batch_size, max_new_tokens=3)
+        evaluate(
+            lively_model,
+            processor,
+            questions,
+            folder,
+            EvaluationSettings(revision="r", batch_size=batch_size, max_new_tokens=3),
+        )
         assert len(calls) == 25  # 40 questions
     handle.remove()
 
@@ -216,7 +241,9 @@ def test_answers_equal_stock_generation(lively_model, processor, questions, tmp_
     processor.save_pretrained(stock_folder)
     stock = LlavaNextForConditionalGeneration.from_pretrained(stock_folder).eval()
     stock_processor = LlavaNextProcessor.from_pretrained(stock_folder)
-    evaluate(lively_model, processor, questions[:8], tmp_path / "ours", revision="r", max_new_tokens=9)
+    evaluate(
+        lively_model, processor, questions[:8], tmp_path / "ours", EvaluationSettings(revision="r", max_new_tokens=9)
+    )
     ours = token_ids(tmp_path / "ours")
     for question in questions[:8]:
         content = [{"type": "image", "image": question.image.open()}, {"type": "text", "text": prompt_of(question)}]
@@ -232,17 +259,17 @@ def test_answers_equal_stock_generation(lively_model, processor, questions, tmp_
 
 
 def test_checkpoint_settings_cannot_bend_the_greedy_search(lively_model, processor, questions, tmp_path):
-    evaluate(lively_model, processor, questions[:9], tmp_path / "plain", revision="r")
+    evaluate(lively_model, processor, questions[:9], tmp_path / "plain", EvaluationSettings(revision="r"))
     lively_model.generation_config.update(
         do_sample=True, temperature=3.0, top_p=0.5, repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=12
     )
-    evaluate(lively_model, processor, questions[:9], tmp_path / "bent", revision="r")
+    evaluate(lively_model, processor, questions[:9], tmp_path / "bent", EvaluationSettings(revision="r"))
     assert token_ids(tmp_path / "bent") == token_ids(tmp_path / "plain")
 
 
 def test_a_training_run_is_left_as_it_was(lively_model, processor, questions, tmp_path):
     model = lively_model
-    evaluate(model, processor, questions[:6], tmp_path / "eval", revision="r")
+    evaluate(model, processor, questions[:6], tmp_path / "eval", EvaluationSettings(revision="r"))
     model.train()
     model.model.vision_tower.eval()
     model.config.use_cache = model.config.text_config.use_cache = False
@@ -253,7 +280,7 @@ def test_a_training_run_is_left_as_it_was(lively_model, processor, questions, tm
     modes = [module.training for module in model.modules()]
     config = model.config.to_dict()
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    evaluate(model, processor, questions[:6], tmp_path / "train", revision="r")
+    evaluate(model, processor, questions[:6], tmp_path / "train", EvaluationSettings(revision="r"))
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
     assert model.config.to_dict() == config
@@ -327,7 +354,12 @@ def test_rows_hold_what_made_them(lively_model, processor, questions, tmp_path):
         progress.append((done, total))
 
     evaluation = evaluate(
-        lively_model, processor, questions, tmp_path, revision="abc", max_new_tokens=9, on_progress=on_progress
+        lively_model,
+        processor,
+        questions,
+        tmp_path,
+        EvaluationSettings(revision="abc", max_new_tokens=9),
+        on_progress=on_progress,
     )
     answerer = GreedyAnswerer(lively_model, processor)
     by_id = {question.question_id: question for question in questions}
@@ -355,7 +387,7 @@ def test_rows_hold_what_made_them(lively_model, processor, questions, tmp_path):
 def test_a_killed_evaluation_goes_on_and_ends_the_same(lively_model, processor, questions, tmp_path, share):
     """The file cut at any byte is what a kill leaves behind."""
     asked = questions[:14]
-    evaluate(lively_model, processor, asked, tmp_path / "whole", revision="r", batch_size=4)
+    evaluate(lively_model, processor, asked, tmp_path / "whole", EvaluationSettings(revision="r", batch_size=4))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     file = tmp_path / "cut" / "predictions.jsonl"
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
@@ -365,8 +397,7 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(lively_model, processor, 
         processor,
         asked,
         tmp_path / "cut",
-        revision="r",
-        batch_size=4,
+        EvaluationSettings(revision="r", batch_size=4),
         on_progress=lambda done, _: calls.append(done),
     )
     assert without_seconds(tmp_path / "cut") == without_seconds(tmp_path / "whole")
@@ -382,10 +413,17 @@ def test_an_interrupted_evaluation_keeps_its_batches(lively_model, processor, qu
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(lively_model, processor, questions, tmp_path, revision="r", batch_size=4, on_progress=interrupt)
+        evaluate(
+            lively_model,
+            processor,
+            questions,
+            tmp_path,
+            EvaluationSettings(revision="r", batch_size=4),
+            on_progress=interrupt,
+        )
     assert len(rows(tmp_path)) == done[-1] >= 9
     before = rows(tmp_path)
-    evaluate(lively_model, processor, questions, tmp_path, revision="r", batch_size=4)
+    evaluate(lively_model, processor, questions, tmp_path, EvaluationSettings(revision="r", batch_size=4))
     assert len(rows(tmp_path)) == 40 and all(row in rows(tmp_path) for row in before)
 
 
@@ -402,15 +440,15 @@ def test_an_interrupted_evaluation_keeps_its_batches(lively_model, processor, qu
 )
 def test_answers_of_different_settings_are_never_mixed(tiny_model, processor, questions, tmp_path, change):
     settings = {"revision": "r", "batch_size": 4}
-    evaluate(tiny_model, processor, questions[:6], tmp_path, **settings)
+    evaluate(tiny_model, processor, questions[:6], tmp_path, EvaluationSettings(**settings))
     named = {"max_new_tokens": "decoding"}.get(next(iter(change)), next(iter(change)))
     with pytest.raises(UserError, match=f"another {named}.*fix: pass another --output"):
-        evaluate(tiny_model, processor, questions[:6], tmp_path, **settings | change)
+        evaluate(tiny_model, processor, questions[:6], tmp_path, EvaluationSettings(**(settings | change)))
     with pytest.raises(UserError, match="another questions_sha256"):
-        evaluate(tiny_model, processor, questions[1:7], tmp_path, **settings)
+        evaluate(tiny_model, processor, questions[1:7], tmp_path, EvaluationSettings(**settings))
     (tmp_path / "settings.json").unlink()
     with pytest.raises(UserError, match="no settings.json"):
-        evaluate(tiny_model, processor, questions[:6], tmp_path, **settings)
+        evaluate(tiny_model, processor, questions[:6], tmp_path, EvaluationSettings(**settings))
 
 
 def test_failures_are_counted_and_named(lively_model, processor, questions, tmp_path, monkeypatch):
@@ -429,7 +467,9 @@ def test_failures_are_counted_and_named(lively_model, processor, questions, tmp_
         return answer(self, prompts)
 
     monkeypatch.setattr(GreedyAnswerer, "answer", answer_or_fail)
-    report = evaluate(lively_model, processor, asked, tmp_path / "out", revision="r", batch_size=5).report
+    report = evaluate(
+        lively_model, processor, asked, tmp_path / "out", EvaluationSettings(revision="r", batch_size=5)
+    ).report
     unanswerable = {question.question_id for question in asked[3:] if question.image.size() == poison}
     assert unanswerable and set(report.failed) == {100, 101, 102} | unanswerable and not report.complete
     assert [report.failed[i].split(":")[0] for i in (100, 101, 102)] == [
@@ -444,23 +484,23 @@ def test_failures_are_counted_and_named(lively_model, processor, questions, tmp_
     failed = [row for row in rows(tmp_path / "out") if row["answer"] is None]
     assert {row["question_id"]: row["error"] for row in failed} == report.failed
     with pytest.raises(UserError, match="not one of 3 questions is answered; question 100: corrupt_image"):
-        evaluate(lively_model, processor, asked[:3], tmp_path / "nothing", revision="r")
+        evaluate(lively_model, processor, asked[:3], tmp_path / "nothing", EvaluationSettings(revision="r"))
 
 
 def test_what_was_mended_is_asked_again_and_what_changed_is_refused(lively_model, processor, questions, tmp_path):
     missing = ImageRef("p0", path=str(tmp_path / "p0.png"), root=str(tmp_path))
     asked = [replace(questions[0], image=missing), *questions[1:6]]
     settings = {"revision": "r", "batch_size": 2, "max_new_tokens": 4}
-    first = evaluate(lively_model, processor, asked, tmp_path / "out", **settings).report
+    first = evaluate(lively_model, processor, asked, tmp_path / "out", EvaluationSettings(**settings)).report
     assert list(first.failed) == [100]
     (tmp_path / "p0.png").write_bytes(questions[0].image.data)
-    again = evaluate(lively_model, processor, asked, tmp_path / "out", **settings).report
+    again = evaluate(lively_model, processor, asked, tmp_path / "out", EvaluationSettings(**settings)).report
     assert again.complete
-    evaluate(lively_model, processor, questions[:6], tmp_path / "whole", **settings)
+    evaluate(lively_model, processor, questions[:6], tmp_path / "whole", EvaluationSettings(**settings))
     assert without_seconds(tmp_path / "out") == without_seconds(tmp_path / "whole")
     (tmp_path / "p0.png").write_bytes(questions[1].image.data)
-    with pytest.raises(UserError, match="question 100 was answered from another picture p0"):
-        evaluate(lively_model, processor, asked, tmp_path / "out", **settings)
+    with pytest.raises(UserError, match="question 100 was answered from another image p0"):
+        evaluate(lively_model, processor, asked, tmp_path / "out", EvaluationSettings(**settings))
 
 
 def test_one_bad_question_fails_alone(lively_model, processor, questions, tmp_path):
@@ -471,7 +511,9 @@ def test_one_bad_question_fails_alone(lively_model, processor, questions, tmp_pa
         replace(questions[2], question="line\u2028and\x85ends?"),
         *questions[3:6],
     ]
-    report = evaluate(lively_model, processor, asked, tmp_path, revision="r", jpeg_rounds=1, max_new_tokens=3).report
+    report = evaluate(
+        lively_model, processor, asked, tmp_path, EvaluationSettings(revision="r", jpeg_rounds=1, max_new_tokens=3)
+    ).report
     assert 100 in report.failed and not set(report.failed) - {100, 101}
     assert [row["question_id"] for row in rows(tmp_path)] == [100, 101, 102, 103, 104, 105]
 
@@ -479,9 +521,18 @@ def test_one_bad_question_fails_alone(lively_model, processor, questions, tmp_pa
 def test_two_evaluations_do_not_write_into_one_folder(lively_model, processor, questions, tmp_path):
     def again(done, total):
         with pytest.raises(UserError, match="another evaluation writes into this folder"):
-            evaluate(lively_model, processor, questions[:4], tmp_path, revision="r", max_new_tokens=2)
+            evaluate(
+                lively_model, processor, questions[:4], tmp_path, EvaluationSettings(revision="r", max_new_tokens=2)
+            )
 
-    evaluate(lively_model, processor, questions[:4], tmp_path, revision="r", max_new_tokens=2, on_progress=again)
+    evaluate(
+        lively_model,
+        processor,
+        questions[:4],
+        tmp_path,
+        EvaluationSettings(revision="r", max_new_tokens=2),
+        on_progress=again,
+    )
 
 
 @given(st.sets(st.text(max_size=5), min_size=2, max_size=40), st.integers(0, 5))
@@ -493,15 +544,17 @@ def test_no_picture_keeps_its_place_in_a_derangement(image_ids, seed):
 
 
 def test_blind_shows_each_question_another_picture(lively_model, processor, questions, tmp_path):
-    evaluate(lively_model, processor, questions, tmp_path / "blind", revision="r", blind_seed=2)
+    evaluate(lively_model, processor, questions, tmp_path / "blind", EvaluationSettings(revision="r", blind_seed=2))
     pictures = {question.image_id: question.image for question in questions}
     blind = {row["question_id"]: row for row in rows(tmp_path / "blind")}
     assert all(row["shown_image_id"] != row["image_id"] for row in blind.values())
     swapped = [replace(q, image=pictures[blind[q.question_id]["shown_image_id"]]) for q in questions]
-    evaluate(lively_model, processor, swapped, tmp_path / "swapped", revision="r")
+    evaluate(lively_model, processor, swapped, tmp_path / "swapped", EvaluationSettings(revision="r"))
     assert token_ids(tmp_path / "swapped") == token_ids(tmp_path / "blind")
-    with pytest.raises(UserError, match="at least two pictures"):
-        evaluate(lively_model, processor, questions[:1], tmp_path / "one", revision="r", blind_seed=2)
+    with pytest.raises(UserError, match="at least two images"):
+        evaluate(
+            lively_model, processor, questions[:1], tmp_path / "one", EvaluationSettings(revision="r", blind_seed=2)
+        )
 
 
 def test_presets_word_the_question_as_their_evaluators_do(lively_model, processor, questions, tmp_path):
@@ -516,22 +569,36 @@ def test_presets_word_the_question_as_their_evaluators_do(lively_model, processo
     with pytest.raises(
         UserError, match="question 100: the prompt of llava tells OCR tokens, and 40 questions have no"
     ):
-        evaluate(lively_model, processor, questions, tmp_path, revision="r", preset=PRESETS["llava"])
+        evaluate(
+            lively_model, processor, questions, tmp_path, EvaluationSettings(revision="r", preset=PRESETS["llava"])
+        )
     with_tokens = [replace(question, ocr_tokens=("a",)) for question in questions[:3]]
-    evaluate(lively_model, processor, with_tokens, tmp_path, revision="r", preset=PRESETS["llava"], max_new_tokens=2)
+    evaluate(
+        lively_model,
+        processor,
+        with_tokens,
+        tmp_path,
+        EvaluationSettings(revision="r", preset=PRESETS["llava"], max_new_tokens=2),
+    )
     assert all("\nReference OCR token: a\n" in row["prompt"] for row in rows(tmp_path))
 
 
 def test_jpeg_rounds_are_what_the_model_sees(lively_model, processor, questions, tmp_path):
-    evaluate(lively_model, processor, questions, tmp_path / "2", revision="r", jpeg_rounds=2, max_new_tokens=8)
+    evaluate(
+        lively_model,
+        processor,
+        questions,
+        tmp_path / "2",
+        EvaluationSettings(revision="r", jpeg_rounds=2, max_new_tokens=8),
+    )
     twice = []
     for question in questions:
         image = question.image.open()
         for _ in range(2):
             image = Image.open(io.BytesIO(encoded(image, "JPEG"))).convert("RGB")
         twice.append(replace(question, image=ImageRef(question.image_id, data=encoded(image))))
-    evaluate(lively_model, processor, twice, tmp_path / "once", revision="r", max_new_tokens=8)
-    evaluate(lively_model, processor, questions, tmp_path / "0", revision="r", max_new_tokens=8)
+    evaluate(lively_model, processor, twice, tmp_path / "once", EvaluationSettings(revision="r", max_new_tokens=8))
+    evaluate(lively_model, processor, questions, tmp_path / "0", EvaluationSettings(revision="r", max_new_tokens=8))
     assert token_ids(tmp_path / "2") == token_ids(tmp_path / "once") != token_ids(tmp_path / "0")
 
 
@@ -640,21 +707,33 @@ def folder(processor, pristine_config, tmp_path_factory):
     return folder
 
 
+def command(*arguments: object) -> int:
+    """Exit code of a command, whose errors are raised."""
+    options = command_parser().parse_args(list(map(str, arguments)))
+    return options.run(options)
+
+
+def test_the_output_folder_keeps_its_name():
+    settings = EvaluationSettings(revision="abc", data="data/q.jsonl", limit=9, jpeg_rounds=2, blind_seed=0)
+    # of an evaluation by an earlier version: it resumes there
+    assert settings.folder("models/mine", "torch.float32") == Path("runs/evaluate/mine-q-3d4576a4")
+
+
 def test_evaluate_and_score_commands_agree(folder, files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert evaluate_command(str(folder), data=str(files / "q.jsonl"), limit=9, json_output=True) == 0
+    assert command("evaluate", folder, "--data", files / "q.jsonl", "--limit", 9, "--json") == 0
     evaluated = json.loads(capsys.readouterr().out)
     assert evaluated["num_questions"] == 9 and set(evaluated["protocols"]["m4c"]) == {"accuracy", "low", "high"}
     assert evaluated["settings"]["revision"] == textvqa.weights_revision(folder)
     lines = [line for number, line in enumerate((files / "q.jsonl").read_text().splitlines()) if number < 9]
     (tmp_path / "nine.jsonl").write_text("\n".join(lines))
-    assert score_command(evaluated["predictions"], annotations="nine.jsonl", json_output=True) == 0
+    assert command("score", evaluated["predictions"], "--annotations", "nine.jsonl", "--json") == 0
     scored = json.loads(capsys.readouterr().out)
     assert scored.pop("layout") == "question ids and answers"
     assert scored == {key: evaluated[key] for key in scored}
     # the second time there is nothing left to generate
     monkeypatch.setattr(GreedyAnswerer, "answer", None)
-    assert evaluate_command(str(folder), data=str(files / "q.jsonl"), limit=9) == 0
+    assert command("evaluate", folder, "--data", files / "q.jsonl", "--limit", 9) == 0
     out = capsys.readouterr().out
     assert "9 of 9 questions" in out and "vlmevalkit-2024" in out and "unanswered" not in out
 
@@ -662,8 +741,8 @@ def test_evaluate_and_score_commands_agree(folder, files, tmp_path, monkeypatch,
 def test_the_bar_shows_how_far_it_is_and_how_long_it_takes(folder, files, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    output = str(tmp_path / "out")
-    assert evaluate_command(str(folder), data=str(files / "q.jsonl"), batch_size=1, output=output, browser=False) == 0
+    options = ["--data", files / "q.jsonl", "--batch-size", 1, "--output", tmp_path / "out", "--no-browser"]
+    assert command("evaluate", folder, *options) == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
     frames = re.findall(r"answering .*?(\d+)/40 (\d:\d\d:\d\d) (\d:\d\d:\d\d|-:--:--)", shown)
     done = [int(frame[0]) for frame in frames]
@@ -676,8 +755,8 @@ def test_failed_questions_set_the_exit_code(folder, files, tmp_path, capsys):
     for i in (0, 1):
         shutil.copy(next(files.glob(f"p{i}.*")), tmp_path)
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
-    arguments = {"data": str(tmp_path / "q.jsonl"), "output": str(tmp_path / "out"), "max_new_tokens": 2}
-    assert evaluate_command(str(folder), **arguments) == 3
+    options = ["--data", tmp_path / "q.jsonl", "--output", tmp_path / "out", "--max-new-tokens", 2]
+    assert command("evaluate", folder, *options) == 3
     out = capsys.readouterr().out
     assert "2 of 3 questions answered" in out and "unanswered as 0" in out and "102 (missing_image" in out
 
@@ -703,7 +782,7 @@ def test_score_counts_missing_failed_doubled_and_unknown_answers(tmp_path, capsy
             {"question_id": 4, "answer": "yes"},
         ],
     )
-    assert score_command(predictions, annotations=annotations, json_output=True) == 3
+    assert command("score", predictions, "--annotations", annotations, "--json") == 3
     result = json.loads(capsys.readouterr().out)
     counts = {key: result[key] for key in ("num_questions", "missing", "failed", "duplicates", "unknown")}
     assert counts == {"num_questions": 6, "missing": 2, "failed": 1, "duplicates": 1, "unknown": 1}
@@ -712,7 +791,7 @@ def test_score_counts_missing_failed_doubled_and_unknown_answers(tmp_path, capsy
     for name in ("vlmevalkit-2024", "vlmevalkit-2025", "m4c"):
         assert result["protocols"][name]["accuracy"] == 2 / 3
         assert result["protocols_failed_as_zero"][name]["accuracy"] == 2 / 6
-    assert score_command(predictions, annotations=annotations) == 3
+    assert command("score", predictions, "--annotations", annotations) == 3
     out = capsys.readouterr().out
     assert "missing: 2: 3, 5" in out and "not annotated: 1: 77" in out and "2 (corrupt_image: cut)" in out
 
@@ -723,12 +802,12 @@ def test_score_reads_the_answers_that_llava_writes(tmp_path, capsys):
         [{"question_id": i, "image_id": f"p{i // 2}", "question": "?", "answers": [f"w{i}"] * 10} for i in range(4)],
     )
     theirs = [{"question_id": f"p{i // 2}", "prompt": "?", "text": f"W{i}"} for i in range(4)]
-    assert score_command(write_lines(tmp_path / "l.jsonl", theirs), annotations=annotations, json_output=True) == 0
+    assert command("score", write_lines(tmp_path / "l.jsonl", theirs), "--annotations", annotations, "--json") == 0
     assert json.loads(capsys.readouterr().out)["protocols"]["m4c"]["accuracy"] == 1
-    with pytest.raises(UserError, match="not the annotated pictures in the same order"):
-        score_command(write_lines(tmp_path / "l.jsonl", theirs[::-1]), annotations=annotations)
+    with pytest.raises(UserError, match="not the annotated images in the same order"):
+        command("score", write_lines(tmp_path / "l.jsonl", theirs[::-1]), "--annotations", annotations)
     with pytest.raises(UserError, match=r"l.jsonl:1: no question_id, or no answer"):
-        score_command(write_lines(tmp_path / "l.jsonl", [{"question_id": 1}]), annotations=annotations)
+        command("score", write_lines(tmp_path / "l.jsonl", [{"question_id": 1}]), "--annotations", annotations)
 
 
 @pytest.mark.parametrize("wrong", ["nowhere", "empty", "not_a_model", "other_type"])
@@ -743,7 +822,7 @@ def test_models_that_cannot_be_opened_are_named(folder, tmp_path, wrong):
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     with pytest.raises(UserError, match=wrong):
-        load_model(str(path))
+        open_model(str(path))
 
 
 def test_a_checkpoint_without_some_weights_is_refused(folder, tmp_path):
@@ -754,7 +833,7 @@ def test_a_checkpoint_without_some_weights_is_refused(folder, tmp_path):
     weights.pop("lm_head.weight")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="lacks 1 weights, the first lm_head.weight"):
-        load_model(str(tmp_path))
+        open_model(str(tmp_path))
     assert textvqa.weights_revision(tmp_path) != textvqa.weights_revision(folder)
 
 

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -246,43 +244,6 @@ def recipe_file(tmp_path, recipe_content):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_content, sort_keys=False))
     return path
-
-
-@pytest.mark.slow
-def test_two_processes_end_with_the_weights_of_one(launch, recipe_file, tmp_path, base_folder):
-    # every fourth row has no picture, and micro-batches of 1 leave some ranks without any
-    micro = ["--set", "stages.projector.micro_batch=1", "--set", "stages.instruct.micro_batch=1"]
-    runs = {}
-    for processes in (1, 2):
-        runs[processes] = tmp_path / f"{processes}"
-        job = launch("train.py", str(recipe_file), "--output", str(runs[processes]), *micro, processes=processes)
-        output, _ = job.communicate(timeout=240)
-        assert job.returncode == 0, output
-    record = json.loads((runs[2] / "stages/2-instruct/final/stage.json").read_text())
-    assert record["num_processes"] == 2 and record["gradient_accumulation"] == 4
-    one, two = (weights(run / "stages/2-instruct/final") for run in (runs[1], runs[2]))
-    assert_same_training(one, two, weights(base_folder))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_real_signal_loses_nothing(launch, recipe_file, tmp_path, number):
-    run = tmp_path / "run"
-    arguments = [str(recipe_file), "--output", str(run)]
-    for override in ("max_steps=120", "epochs=null", "save_steps=10", "logging_steps=20"):
-        arguments += ["--set", f"stages.projector.{override}"]
-    job = launch("train.py", *arguments)
-    while not list((run / "stages").glob("1-projector/checkpoint-*")):
-        assert job.poll() is None, job.stdout.read()
-        time.sleep(0.05)
-    job.send_signal(number)
-    output, _ = job.communicate(timeout=60)
-    assert job.returncode == (-number if number == signal.SIGKILL else 75), output
-    assert "Traceback" not in output
-    again = launch("train.py", *arguments)
-    output, _ = again.communicate(timeout=200)
-    assert again.returncode == 0, output
-    assert re.search(r"going on from \S+, step [1-9]\d* of 120", output)
 
 
 BAD = [

@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from llava_llama31.trainer.errors import UserError
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 MANIFEST = "manifest.json"
@@ -181,7 +182,9 @@ def rotate(folder: Path, keep: int, spare: Path | None = None) -> None:
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Write nested dicts, lists, tuples, numbers, strings and tensors to `path`.json and `path`.safetensors."""
+    """Write nested dicts, lists, tuples, numbers, strings and tensors as `path`.json and `path`.safetensors."""
+    from safetensors.torch import save_file
+
     tensors: dict[str, torch.Tensor] = {}
     content = _encode(tree, tensors)
     save_file(tensors, path.with_suffix(".safetensors"))
@@ -189,12 +192,17 @@ def save_tree(path: Path, tree: Any) -> None:
 
 
 def load_tree(path: Path) -> Any:
-    """Read what `save_tree` wrote; tensors are on the CPU."""
+    """What `save_tree` wrote; tensors are on the CPU."""
+    from safetensors.torch import load_file
+
     tensors = load_file(path.with_suffix(".safetensors"))
     return _decode(read_json(path.with_suffix(".json")), tensors)
 
 
-def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _encode(value: Any, tensors: "dict[str, torch.Tensor]") -> Any:
+    import numpy as np
+    import torch  # a finished run is recognised without it
+
     if isinstance(value, torch.Tensor | np.ndarray):
         tensor = torch.as_tensor(value).detach().cpu().clone()
         tensors[str(len(tensors))] = tensor.contiguous()
@@ -210,7 +218,7 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     raise TypeError(f"training state contains a {type(value).__name__}, which a checkpoint cannot store")
 
 
-def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _decode(value: Any, tensors: "dict[str, torch.Tensor]") -> Any:
     if isinstance(value, list):
         return [_decode(item, tensors) for item in value]
     if not isinstance(value, dict):

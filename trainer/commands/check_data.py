@@ -4,17 +4,41 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
-from llava_llama31.trainer.checkpoint.run_folder import RunFolder
-from llava_llama31.trainer.data.check.check import Limits, check_sources, default_cache_dir, parse_policy, run_check
-from llava_llama31.trainer.data.check.report import print_report
-from llava_llama31.trainer.data.sources.images import MAX_PIXELS
+from llava_llama31.trainer.commands.options import add_json, run_folder
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.model.locating import local_checkpoint
-from llava_llama31.trainer.recipes.schema import DataSource, load_recipe
+from llava_llama31.trainer.recipes.data_formats import DataFormat
 
 
-def check_recipe(options: argparse.Namespace, output: Path) -> int:
+HELP = "check all records and images before training"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", nargs="+", metavar="RECIPE|FILE", help="one recipe, or data files")
+    parser.add_argument("--image-root", metavar="DIR", help="default: the folder of each file")
+    parser.add_argument("--processor", metavar="DIR", help="checkpoint whose processor counts the tokens of FILES")
+    parser.add_argument("--format", default="auto", choices=("auto", *get_args(DataFormat)))
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest record, image tokens counted")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="largest image, height x width")
+    parser.add_argument("--on-bad", metavar="POLICY", help="error, skip or quarantine; or REASON=POLICY,...")
+    parser.add_argument("--rejects", metavar="FILE", help="where the unusable records are listed (JSON lines)")
+    parser.add_argument("--no-decode", action="store_true", help="read image headers only")
+    parser.add_argument("--output", metavar="DIR", help="the recipe's run folder; default: runs/RECIPE")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from llava_llama31.trainer.recipes.loading import SHIPPED
+
+    is_recipe = options.data[0] in SHIPPED or Path(options.data[0]).suffix in (".yaml", ".yml")
+    if is_recipe and len(options.data) > 1:
+        raise UserError("a recipe is checked alone", where=options.data[1], fix="give one recipe, or data files")
+    return _check_recipe(options, run_folder(options, options.data[0])) if is_recipe else _check_files(options)
+
+
+def _check_recipe(options: argparse.Namespace, output: Path) -> int:
     """Check the data of every stage with the processor of the recipe's model.
 
     Raises:
@@ -23,7 +47,11 @@ def check_recipe(options: argparse.Namespace, output: Path) -> int:
     from rich.console import Console
 
     from llava_llama31.processing import LlavaLlama31Processor
+    from llava_llama31.trainer.checkpoint.run_folder import RunFolder
     from llava_llama31.trainer.data.batches.stage_rows import keeps_data_newline, stage_limits
+    from llava_llama31.trainer.data.check.check import check_sources, default_cache_dir
+    from llava_llama31.trainer.data.check.report import parse_policy, print_report
+    from llava_llama31.trainer.recipes.loading import load_recipe
     from llava_llama31.trainer.runs.base_model import base_of, prepare
     from llava_llama31.trainer.runs.origins import at_revisions, resolve_revisions
 
@@ -67,8 +95,14 @@ def _rejects(given: str | None, stage: str) -> Path | None:
     return Path(given).with_stem(f"{Path(given).stem}-{stage}") if given else None
 
 
-def check_files(options: argparse.Namespace) -> int:
+def _check_files(options: argparse.Namespace) -> int:
     """Check data files; tokens are counted where a processor is named."""
+    from llava_llama31.trainer.data.check.check import run_check
+    from llava_llama31.trainer.data.check.report import parse_policy
+    from llava_llama31.trainer.data.check.row_checker import Limits
+    from llava_llama31.trainer.data.sources.images import MAX_PIXELS
+    from llava_llama31.trainer.recipes.schema import DataSource
+
     sources = [
         DataSource(name=Path(path).stem, path=path, image_root=options.image_root, format=options.format)
         for path in options.data
@@ -76,6 +110,7 @@ def check_files(options: argparse.Namespace) -> int:
     processor = None
     if options.processor:
         from llava_llama31.processing import LlavaLlama31Processor
+        from llava_llama31.trainer.model.locating import local_checkpoint
 
         processor = LlavaLlama31Processor.from_pretrained(local_checkpoint(options.processor, where="--processor"))
     run_check(

@@ -1,5 +1,6 @@
 """`llava-llama31 evaluate`: a model folder and a question file to answers, scores and a page to browse them."""
 
+import argparse
 import atexit
 import json
 import os
@@ -9,102 +10,159 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_llama31.trainer.commands.options import add_json, positive
+from llava_llama31.trainer.commands.score_tables import print_json, print_report
 from llava_llama31.trainer.evaluation.presets import PRESETS, check_ocr
-from llava_llama31.trainer.evaluation.questions import Question, load_questions
-from llava_llama31.trainer.evaluation.scoring import EXIT_INCOMPLETE, print_json, print_report
-from llava_llama31.trainer.model.locating import local_checkpoint
+from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 
 
 if TYPE_CHECKING:
     from accelerate import PartialState
     from rich.progress import Progress
 
+    from llava_llama31 import LlavaLlama31ForConditionalGeneration
+    from llava_llama31.processing import LlavaLlama31Processor
+    from llava_llama31.trainer.evaluation.questions import Question
     from llava_llama31.trainer.evaluation.textvqa import Evaluation
 
 
-def evaluate_command(
-    model: str,
-    *,
-    data: str,
-    questions_file: str | None = None,
-    image_root: str | None = None,
-    preset: str = "card",
-    ocr: str | None = None,
-    jpeg_rounds: int = 0,
-    limit: int | None = None,
-    batch_size: int | None = None,
-    max_new_tokens: int = 64,
-    batch_invariant: bool = False,
-    dtype: str = "auto",
-    device: str | None = None,
-    blind: bool = False,
-    output: str | None = None,
-    browser: bool = True,
-    json_output: bool = False,
-) -> int:
-    """`llava-llama31 evaluate`: exit code 0, or 3 if a question could not be answered.
+HELP = "ask a model the questions of a TextVQA-format file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder that stock Transformers opens as LlavaNext")
+    parser.add_argument("--data", required=True, metavar="FILE", help="JSON lines, official JSON, or parquet")
+    parser.add_argument("--questions", metavar="FILE", help="the questions that go with VQA-style annotations")
+    parser.add_argument("--image-root", metavar="DIR", help="default: the folder of FILE")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="card", help="whose prompt; default: card")
+    parser.add_argument("--ocr", choices=("rapidocr",), help="read OCR tokens for --preset llava from the images")
+    parser.add_argument(
+        "--jpeg-rounds",
+        type=int,
+        choices=range(10),
+        default=0,
+        metavar="N",
+        help="re-encode each image N times; the card did it twice",
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="ask only the first N questions")
+    parser.add_argument(
+        "--batch-size", type=_number_or_auto, metavar="N|auto", help="default: auto, by the device's memory"
+    )
+    parser.add_argument("--max-new-tokens", type=positive, default=EvaluationSettings.max_new_tokens, metavar="N")
+    parser.add_argument(
+        "--batch-invariant", action="store_true", help="bfloat16 answers that no batch size changes; slower"
+    )
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device", metavar="NAME", help="torch's name; default: the GPU where there is one")
+    parser.add_argument("--blind", action="store_true", help="shuffle the images between questions")
+    parser.add_argument("--output", metavar="DIR", help="default: a folder under runs/evaluate")
+    parser.add_argument("--no-browser", action="store_true", help="write no HTML file to browse")
+    add_json(parser)
+
+
+def _number_or_auto(text: str) -> int | None:
+    return None if text == "auto" else positive(text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code 0, or 3 if a question could not be answered.
 
     Under `accelerate launch` the processes share the questions, and the first one prints.
     """
+    from llava_llama31.trainer.evaluation.questions import load_questions
+    from llava_llama31.trainer.evaluation.scoring import EXIT_INCOMPLETE
+
     # before the weights: it fails faster
-    questions = load_questions(data, questions=questions_file, image_root=image_root, limit=limit)
-    if ocr is None:
-        check_ocr(PRESETS[preset], questions)
-    import transformers
-
-    from llava_llama31.trainer.evaluation.asker import digest
-    from llava_llama31.trainer.evaluation.generation import load_model
-    from llava_llama31.trainer.evaluation.textvqa import evaluate, weights_revision
-
-    transformers.utils.logging.disable_progress_bar()  # ours is enough
-    processes = _processes(device)
-    folder = local_checkpoint(model, where="MODEL")
-    loaded, processor = load_model(folder, dtype=dtype, device=processes.device if processes else device)
-    revision = weights_revision(folder) or "unknown"
-    if output is None:
-        asked = [revision, data, limit, preset, ocr, jpeg_rounds, batch_size, max_new_tokens, batch_invariant, blind]
-        asked_hash = digest([*asked, str(loaded.dtype)])
-        output = str(Path("runs", "evaluate", f"{Path(model).name}-{Path(data).stem}-{asked_hash[:8]}"))
+    questions = load_questions(
+        options.data, questions=options.questions, image_root=options.image_root, limit=options.limit
+    )
+    if options.ocr is None:
+        check_ocr(PRESETS[options.preset], questions)
+    processes = _processes(options.device)
+    model, processor, settings = _open(options, processes)
+    output = Path(options.output) if options.output else settings.folder(options.model, str(model.dtype))
     is_main = processes is None or processes.is_main_process
-    with _progress(is_main) as progress:
-        if ocr is not None:
-            questions = _read_by_ocr(questions, output, processes, progress)
-        task = progress.add_task("answering", total=len(questions))
-        evaluation = evaluate(
-            loaded,
-            processor,
-            questions,
-            output,
-            revision=revision,
-            preset=PRESETS[preset],
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            batch_invariant=batch_invariant,
-            jpeg_rounds=jpeg_rounds,
-            blind_seed=0 if blind else None,
-            processes=processes,
-            on_progress=lambda done, _: progress.update(task, completed=done),
-        )
-        if is_main and browser:
-            page = _write_browser(evaluation, questions, progress)
+    evaluation, page = _evaluate(model, processor, questions, output, settings, processes, not options.no_browser)
     if is_main:
-        from rich.console import Console
-
-        if json_output:
-            print_json(evaluation.to_json())
-        else:
-            title = f"{Path(model).name} on {Path(data).name}, prompt {preset}{', pictures shuffled' if blind else ''}"
-            print_report(evaluation.report, title)
-            console = Console(soft_wrap=True)
-            console.print(f"answers: {evaluation.predictions} ({evaluation.seconds:.1f} s)", markup=False)
-            if browser:
-                console.print(f"to browse: {page}", markup=False)
+        _print(options, evaluation, page)
     if processes is not None:
         processes.wait_for_everyone()  # a launcher ends all processes as soon as one ends with another code than 0
     return 0 if evaluation.report.complete or not is_main else EXIT_INCOMPLETE
 
 
-def _write_browser(evaluation: "Evaluation", questions: Sequence[Question], progress: "Progress") -> Path:
+def _open(
+    options: argparse.Namespace, processes: "PartialState | None"
+) -> "tuple[LlavaLlama31ForConditionalGeneration, LlavaLlama31Processor, EvaluationSettings]":
+    """Model and processor, and the settings of their evaluation."""
+    import transformers
+
+    from llava_llama31.trainer.evaluation.textvqa import weights_revision
+    from llava_llama31.trainer.model.locating import local_checkpoint
+    from llava_llama31.trainer.model.opening import open_model
+
+    transformers.utils.logging.disable_progress_bar()  # ours is enough
+    folder = local_checkpoint(options.model, where="MODEL")
+    device = processes.device if processes else options.device
+    model, processor = open_model(folder, dtype=options.dtype, device=device)
+    settings = EvaluationSettings(
+        revision=weights_revision(folder) or "unknown",
+        preset=PRESETS[options.preset],
+        jpeg_rounds=options.jpeg_rounds,
+        blind_seed=0 if options.blind else None,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        batch_invariant=options.batch_invariant,
+        data=options.data,
+        limit=options.limit,
+        ocr=options.ocr,
+    )
+    return model, processor, settings
+
+
+def _evaluate(
+    model: "LlavaLlama31ForConditionalGeneration",
+    processor: "LlavaLlama31Processor",
+    questions: "list[Question]",
+    output: Path,
+    settings: EvaluationSettings,
+    processes: "PartialState | None",
+    browser: bool,
+) -> "tuple[Evaluation, Path | None]":
+    """The evaluation and, in the first process and if it is wanted, the page to browse it."""
+    from llava_llama31.trainer.evaluation.textvqa import evaluate
+
+    is_main = processes is None or processes.is_main_process
+    with _progress(is_main) as progress:
+        if settings.ocr is not None:
+            questions = _read_by_ocr(questions, output, processes, progress)
+        task = progress.add_task("answering", total=len(questions))
+        evaluation = evaluate(
+            model,
+            processor,
+            questions,
+            output,
+            settings,
+            processes=processes,
+            on_progress=lambda done, _: progress.update(task, completed=done),
+        )
+        return evaluation, _write_browser(evaluation, questions, progress) if is_main and browser else None
+
+
+def _print(options: argparse.Namespace, evaluation: "Evaluation", page: Path | None) -> None:
+    from rich.console import Console
+
+    if options.json_output:
+        print_json(evaluation.to_json())
+        return
+    title = f"{Path(options.model).name} on {Path(options.data).name}, prompt {options.preset}"
+    print_report(evaluation.report, f"{title}, images shuffled" if options.blind else title)
+    console = Console(soft_wrap=True)
+    console.print(f"answers: {evaluation.predictions} ({evaluation.seconds:.1f} s)", markup=False)
+    if page is not None:
+        console.print(f"to browse: {page}", markup=False)
+
+
+def _write_browser(evaluation: "Evaluation", questions: Sequence["Question"], progress: "Progress") -> Path:
     from llava_llama31.trainer.evaluation.browser import write_browser
 
     with evaluation.predictions.open(encoding="utf-8") as file:
@@ -118,13 +176,13 @@ def _write_browser(evaluation: "Evaluation", questions: Sequence[Question], prog
 
 
 def _processes(device: str | None) -> "PartialState | None":
-    """Those that `accelerate launch` or torchrun started, if more than one."""
+    """The processes that `accelerate launch` or torchrun started, if more than one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     import torch
     from accelerate import PartialState
 
-    # the first process may read pictures by OCR for hours
+    # the first process may read images by OCR for hours
     processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(hours=24))
     atexit.register(processes.destroy_process_group)  # its threads abort a process whose interpreter is gone
     return processes
@@ -139,14 +197,14 @@ def _progress(shown: bool) -> "Progress":
 
 
 def _read_by_ocr(
-    questions: list[Question], output: str, processes: "PartialState | None", progress: "Progress"
-) -> list[Question]:
-    """Questions with OCR tokens; the first process reads the pictures, the others its results."""
+    questions: "list[Question]", output: Path, processes: "PartialState | None", progress: "Progress"
+) -> "list[Question]":
+    """Questions with OCR tokens; the first process reads the images, the others its results."""
     from llava_llama31.trainer.evaluation.ocr import with_ocr_tokens
 
     with processes.main_process_first() if processes else nullcontext():
         task = progress.add_task("reading by OCR")
-        cache = Path(output, "ocr_tokens.jsonl")
+        cache = output / "ocr_tokens.jsonl"
         return with_ocr_tokens(
             questions, cache, lambda done, total: progress.update(task, completed=done, total=total)
         )

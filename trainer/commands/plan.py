@@ -3,25 +3,48 @@
 import argparse
 import json
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
-from llava_llama31.trainer.costs.memory import ENGINES
+from llava_llama31.trainer.commands.options import above_zero, add_json, add_recipe, positive, run_folder
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.planning.plan import GB, USABLE, Machine, plan_recipe
-from llava_llama31.trainer.planning.row_lengths import Assumptions
-from llava_llama31.trainer.recipes.schema import load_recipe
 
 
-def plan_command(options: argparse.Namespace, output: Path) -> int:
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from llava_llama31.trainer.planning.plan import Machine
+
+
+HELP = "what a recipe will do, without doing it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--devices", type=positive, default=1, metavar="N", help="of all machines; default: 1")
+    parser.add_argument("--devices-per-node", type=positive, metavar="M", help="default: all in one machine")
+    parser.add_argument("--device-memory", type=above_zero, metavar="GB", help="10^9 bytes: does each stage fit?")
+    parser.add_argument(
+        "--engine", metavar="NAME", help="ddp, zero1 to zero3, zero3-offload-params, zero3-offload, fsdp2"
+    )
+    parser.add_argument("--mfu", type=above_zero, metavar="X", help="share of the peak that training reaches: hours")
+    parser.add_argument("--peak-tflops", type=above_zero, metavar="X", help="of a device, in the stage's precision")
+    parser.add_argument("--price", type=above_zero, metavar="P", help="of a device for an hour: cost")
+    parser.add_argument("--rows", action="append", default=[], metavar="NAME=N", help="of data that is not here")
+    parser.add_argument("--tokens-per-row", type=positive, metavar="N", help="of data that is not counted")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
     """Plan and print.
 
     Raises:
-        UserError: what an option or the recipe asks for can't be.
+        UserError: an option, or the recipe, asks for something impossible.
     """
+    from llava_llama31.trainer.planning.plan import plan_recipe
+    from llava_llama31.trainer.planning.row_lengths import Assumptions
+    from llava_llama31.trainer.recipes.loading import load_recipe
+
+    output = run_folder(options, options.recipe)
     recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
     plan = plan_recipe(recipe, output, _machine(options), Assumptions(_rows(options.rows), options.tokens_per_row))
     if options.json_output:
@@ -31,7 +54,10 @@ def plan_command(options: argparse.Namespace, output: Path) -> int:
     return 0
 
 
-def _machine(options: argparse.Namespace) -> Machine:
+def _machine(options: argparse.Namespace) -> "Machine":
+    from llava_llama31.trainer.costs.memory import ENGINES
+    from llava_llama31.trainer.planning.plan import GB, Machine
+
     if options.engine is not None and options.engine not in ENGINES:
         raise UserError(f"there is no engine {options.engine!r}", where="--engine", fix=f"one of {', '.join(ENGINES)}")
     if (options.mfu is None) != (options.peak_tflops is None):
@@ -62,7 +88,9 @@ def _rows(given: list[str]) -> dict[str, int]:
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    """The plan as a table a stage, on standard output."""
+    """Print the plan on standard output, one table per stage."""
+    from rich.console import Console
+
     console = Console(highlight=False, soft_wrap=True)
     memory = "" if plan["device_memory"] is None else f" of {plan['device_memory']:g} GB"
     model = f"sizes of {plan['model']}" if plan["model"] else "the model's parts are not here yet: no memory, no FLOPs"
@@ -79,7 +107,9 @@ def print_plan(plan: dict[str, Any]) -> None:
         console.print(note)
 
 
-def _stage_table(stage: dict[str, Any], devices: int) -> Table:
+def _stage_table(stage: dict[str, Any], devices: int) -> "Table":
+    from rich.table import Table
+
     rates = ", ".join(f"{group} at {rate:g}" for group, rate in stage["learning_rate"].items())
     table = Table(stage["name"], rates, box=None, pad_edge=False)
     batch = f"{stage['global_batch']} = {stage['micro_batch']} x {stage['gradient_accumulation']} accumulated"
@@ -106,6 +136,8 @@ def _memory_row(stage: dict[str, Any]) -> tuple[str, str]:
 
 
 def _notes(plan: dict[str, Any]) -> list[str]:
+    from llava_llama31.trainer.planning.plan import USABLE
+
     notes = []
     if any(stage["sampled"] for stage in plan["stages"]):
         notes.append("Tiles, FLOPs and the longest micro-batch are those of evenly chosen steps.")

@@ -175,7 +175,9 @@ def font_names() -> tuple[str, ...]:
 @lru_cache(maxsize=1024)
 def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """A font of that size in pixels."""
-    return ImageFont.load_default(size) if not name else ImageFont.truetype(_font_folder() / f"{name}.ttf", size)
+    font = ImageFont.load_default(size) if not name else ImageFont.truetype(_font_folder() / f"{name}.ttf", size)
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    return font
 
 
 @lru_cache(maxsize=1)
@@ -241,6 +243,7 @@ def _receipt(rng: random.Random) -> Scene:
     store, items = _invented_name(rng), rng.sample(ITEMS, 2)
     prices = [_price(rng) for _ in items]
     shape = rng.choice(("square", "square", "broad", "pole"))
+    lines: tuple[tuple[str, ...], ...]
     if shape == "pole":
         lines = ((store,), *((cell,) for pair in zip(items, prices, strict=True) for cell in pair))
     else:

@@ -7,14 +7,7 @@ from typing import Any
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.questions import Question
-from llava_llama31.trainer.evaluation.row_files import (
-    Row,
-    json_lines,
-    json_objects,
-    json_value,
-    tsv_rows,
-    xlsx_rows,
-)
+from llava_llama31.trainer.evaluation.row_files import Row, json_lines, json_objects, json_value, tsv_rows, xlsx_rows
 from llava_llama31.trainer.evaluation.vqa_accuracy import is_normalized
 
 
@@ -60,7 +53,7 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> AnswerFile:
     | written by | what the file holds                                                                              |
     |------------|--------------------------------------------------------------------------------------------------|
     | evaluate   | `.jsonl`, one {question_id, answer} or {question_id, error} a line                               |
-    | LLaVA      | `.jsonl`, one {question_id, text} a line; the id is the picture's, the order the questions'       |
+    | LLaVA      | `.jsonl`, one {question_id, text} a line; the id is the image's, the order the questions'       |
     | lmms-eval  | `.json`, a list of {question_id, answer}, normalised as m4c does (`textvqa_submission_*.json`)   |
     | lmms-eval  | `.jsonl` of `--log_samples`: {filtered_resps, submission: {question_id, ...}}, the model's words |
     | VLMEvalKit | `.xlsx`, `.tsv` or `.json` with {index, question, prediction}; the index is TextVQA's            |
@@ -144,7 +137,7 @@ def _sample(row: dict[str, Any], where: str) -> dict[str, Any]:
 def _llava_answers(rows: list[Row], questions: Sequence[Question], path: Path) -> list[dict[str, Any]]:
     if [str(row["question_id"]) for _, row in rows] != [question.image_id for question in questions]:
         raise UserError(
-            "LLaVA's answers name pictures, and these are not the annotated pictures in the same order",
+            "LLaVA's answers name images, and these are not the annotated images in the same order",
             where=str(path),
             fix="pass the annotations that the answers were made for",
         )

@@ -1,10 +1,8 @@
-"""From questions to prediction rows: pictures decoded ahead, whole pictures to a batch, every failure named."""
+"""From questions to prediction rows: images decoded ahead, whole images to a batch, every failure named."""
 
-import hashlib
 import io
-import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -17,8 +15,9 @@ from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, Prompt
-from llava_llama31.trainer.evaluation.presets import Preset
+from llava_llama31.trainer.evaluation.predictions import PREDICTIONS
 from llava_llama31.trainer.evaluation.questions import Question
+from llava_llama31.trainer.evaluation.settings import EvaluationSettings, digest
 
 
 JPEG_QUALITY = 75
@@ -29,41 +28,39 @@ class Asker:
     """Turns questions into prediction rows; a question that cannot be answered becomes a row that says why.
 
     Args:
-        pictures: image id -> picture.
-        shown: image id -> image id of the picture that is shown for it.
+        images: image id -> image.
+        shown: image id -> image id of the image that is shown for it.
     """
 
     def __init__(
         self,
         answerer: GreedyAnswerer,
-        pictures: Mapping[str, ImageRef],
+        images: Mapping[str, ImageRef],
         shown: Mapping[str, str],
-        preset: Preset,
-        revision: str,
-        jpeg_rounds: int = 0,
+        settings: EvaluationSettings,
     ):
         self.answerer, self.processor = answerer, answerer.processor
-        self.pictures, self.shown = pictures, shown
-        self.preset, self.revision, self.jpeg_rounds = preset, revision, jpeg_rounds
+        self.images, self.shown = images, shown
+        self.settings = settings
         self.num_image_tokens: dict[str, int] = {}
         """Image id -> placeholders, 0 where the header can't be read."""
-        for image_id, image in pictures.items():
+        for image_id, image in images.items():
             try:
                 self.num_image_tokens[image_id] = self.processor.num_image_tokens(image.size())
             except RecordError:
                 self.num_image_tokens[image_id] = 0
 
     def plan(self, questions: Sequence[Question], batch_size: int) -> list[list[Question]]:
-        """Batches of whole pictures, like length beside like; the longest first, where memory that lacks shows early.
+        """Batches of whole images, like length beside like; the longest first, where memory that lacks shows early.
 
-        A picture with more questions than `batch_size` fills several batches.
+        An image with more questions than `batch_size` fills several batches.
         """
-        by_picture: dict[str, list[Question]] = {}
+        by_image: dict[str, list[Question]] = {}
         for question in questions:
-            by_picture.setdefault(self.shown.get(question.image_id, ""), []).append(question)
+            by_image.setdefault(self.shown.get(question.image_id, ""), []).append(question)
         batches: list[list[Question]] = []
-        for image_id in sorted(by_picture, key=lambda image_id: (-self.num_image_tokens.get(image_id, 0), image_id)):
-            asked = by_picture[image_id]
+        for image_id in sorted(by_image, key=lambda image_id: (-self.num_image_tokens.get(image_id, 0), image_id)):
+            asked = by_image[image_id]
             if batches and len(batches[-1]) + len(asked) <= batch_size:
                 batches[-1] += asked
             else:
@@ -71,76 +68,76 @@ class Asker:
         return batches
 
     def ask_all(self, batches: Sequence[Sequence[Question]]) -> Iterator[list[dict[str, Any]]]:
-        """Prediction rows batch by batch, while threads decode the pictures of the batches ahead."""
+        """Prediction rows batch by batch, while threads decode the images of the batches ahead."""
         with ThreadPoolExecutor(NUM_BATCHES_AHEAD) as pool:
-            opened: dict[str, Future[_Picture | str]] = {}
+            opened: dict[str, Future[_Tiled | str]] = {}
             for number, batch in enumerate(batches):
                 ahead = chain.from_iterable(batches[number : number + 1 + NUM_BATCHES_AHEAD])
                 image_ids = dict.fromkeys(self.shown[q.image_id] for q in ahead if q.image_id in self.shown)
-                # one object for all batches of a picture; what lies behind is let go
+                # one object for all batches of an image; those of earlier batches are freed
                 opened = {
                     image_id: opened.get(image_id) or pool.submit(self._open, image_id) for image_id in image_ids
                 }
                 yield self._ask(batch, opened)
 
-    def _open(self, image_id: str) -> "_Picture | str":
-        """Tiles of a picture, or why there are none."""
+    def _open(self, image_id: str) -> "_Tiled | str":
+        """Tiles of an image, or why there are none."""
         try:
-            image = self.pictures[image_id].open()
-            for _ in range(self.jpeg_rounds):
+            image = self.images[image_id].open()
+            for _ in range(self.settings.jpeg_rounds):
                 image = _through_jpeg(image)
-            sha256 = self.pictures[image_id].sha256()
-            return _Picture(self.processor.tiles(image), (image.height, image.width), sha256)
+            sha256 = self.images[image_id].sha256()
+            return _Tiled(self.processor.tiles(image), (image.height, image.width), sha256)
         except RecordError as error:
             return str(error)
         except (OSError, ValueError, RuntimeError) as error:  # e.g. too long for JPEG, too thin for tiles
             return f"{type(error).__name__}: {error}"
 
     def check(self, row: dict[str, Any]) -> None:
-        """Whether the picture of an answered row is still the same.
+        """Whether the image of an answered row is still the same.
 
         Raises:
             UserError: it is another one now, or gone.
         """
         shown = row.get("shown_image_id", row["image_id"])
         try:
-            same = self.pictures[shown].sha256() == row["image_sha256"]
+            same = self.images[shown].sha256() == row["image_sha256"]
         except (KeyError, RecordError):
             same = False
         if not same:
-            what = f"question {row['question_id']} was answered from another picture {shown}"
-            raise UserError(what, where="predictions.jsonl", fix="pass another --output, or bring the picture back")
+            what = f"question {row['question_id']} was answered from another image {shown}"
+            raise UserError(what, where=PREDICTIONS, fix="pass another --output, or bring the image back")
 
-    def _ask(self, batch: Sequence[Question], opened: "Mapping[str, Future[_Picture | str]]") -> list[dict[str, Any]]:
+    def _ask(self, batch: Sequence[Question], opened: "Mapping[str, Future[_Tiled | str]]") -> list[dict[str, Any]]:
         started = time.perf_counter()
         results: list[list[int] | str] = [""] * len(batch)
         prompts: dict[int, Prompt] = {}
         facts: list[dict[str, Any]] = [{} for _ in batch]
         for i, question in enumerate(batch):
             if question.image_id not in self.shown:
-                results[i] = "missing_image: the question has no picture"
+                results[i] = "missing_image: the question has no image"
                 continue
-            picture = opened[self.shown[question.image_id]].result()
-            if isinstance(picture, str):
-                results[i] = picture
+            image = opened[self.shown[question.image_id]].result()
+            if isinstance(image, str):
+                results[i] = image
                 continue
-            prompt = self._prompt(question, picture)
+            prompt = self._prompt(question, image)
             if isinstance(prompt, str):
                 results[i] = prompt
             else:
                 prompts[i] = prompt
-                facts[i] = {"prompt_sha256": digest(prompts[i].input_ids), "image_sha256": picture.sha256}
+                facts[i] = {"prompt_sha256": digest(prompts[i].input_ids), "image_sha256": image.sha256}
         for i, result in zip(prompts, self._answers(list(prompts.values())), strict=True):
             results[i] = result
         seconds = {"seconds": round((time.perf_counter() - started) / len(batch), 6)}
         rows = zip(batch, results, facts, strict=True)
         return [self._row(question, result) | fact | seconds for question, result, fact in rows]
 
-    def _prompt(self, question: Question, picture: "_Picture") -> Prompt | str:
-        content = [{"type": "image"}, {"type": "text", "text": self.preset.text(question)}]
+    def _prompt(self, question: Question, image: "_Tiled") -> Prompt | str:
+        content = [{"type": "image"}, {"type": "text", "text": self.settings.preset.text(question)}]
         messages = [{"role": "user", "content": content}]
         try:
-            return self.answerer.prompt_from_tiles(messages, [picture.tiles], [picture.size])
+            return self.answerer.prompt_from_tiles(messages, [image.tiles], [image.size])
         except (RuntimeError, TypeError, ValueError) as error:  # tokenizers refuse what is no text, each in its way
             return f"{type(error).__name__}: {error}"
 
@@ -168,12 +165,12 @@ class Asker:
         else:
             ended = result[-1] in self.answerer.stop_ids
             row |= {"answer": self.answerer.text(result), "token_ids": result, "ended": "stop" if ended else "length"}
-        return row | {"prompt": self.preset.text(question), "model": self.revision}
+        return row | {"prompt": self.settings.preset.text(question), "model": self.settings.revision}
 
 
 @dataclass(frozen=True, eq=False)
-class _Picture:
-    """Tiles (T, 3, H, W) of a decoded picture, its (height, width) in pixels, and the hash of its file."""
+class _Tiled:
+    """Tiles (T, 3, H, W) of a decoded image, its (height, width) in pixels, and the hash of its file."""
 
     tiles: np.ndarray
     size: tuple[int, int]
@@ -181,12 +178,7 @@ class _Picture:
 
 
 def _through_jpeg(image: Image.Image) -> Image.Image:
-    """The picture written as JPEG by Pillow's defaults (quality 75, 4:2:0) and read again."""
+    """The image written as JPEG by Pillow's defaults (quality 75, 4:2:0) and read again."""
     with io.BytesIO() as file:
         image.save(file, "JPEG", quality=JPEG_QUALITY)
         return Image.open(file).convert("RGB")
-
-
-def digest(values: Iterable[Any]) -> str:
-    """SHA-256 over the JSON list of values."""
-    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""The wrong-answer browser: one HTML file that holds an evaluation's questions, pictures, answers and scores.
+"""The wrong-answer browser: one HTML file that holds an evaluation's questions, images, answers and scores.
 
 The file needs nothing else and asks for nothing: its Content-Security-Policy allows only its own style, its own script
-and `data:` pictures. What the data says enters the page as escaped JSON and leaves it as text nodes, never as markup.
+and `data:` images. What the data says enters the page as escaped JSON and leaves it as text nodes, never as markup.
 """
 
 import json
@@ -22,8 +22,7 @@ from PIL import Image
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.evaluation.answer_files import read_answers
-from llava_llama31.trainer.evaluation.questions import Question, load_questions
+from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS, normalize, vqa_accuracy
 
 
@@ -40,15 +39,15 @@ class Browser:
         path: the HTML file.
         num_questions: questions in it, answered or not.
         num_unanswered: those of them whose answer is missing or failed.
-        num_pictures: pictures in it, unreadable ones not counted.
-        unreadable: image_id -> why its picture is not shown.
+        num_images: images in it, unreadable ones not counted.
+        unreadable: image_id -> why its image is not shown.
         unknown: answered question_ids that are not among the questions, so not shown.
     """
 
     path: Path
     num_questions: int
     num_unanswered: int
-    num_pictures: int
+    num_images: int
     unreadable: Mapping[str, str]
     unknown: tuple[str, ...]
 
@@ -65,19 +64,19 @@ def write_browser(
 ) -> Browser:
     """Write the browser of one evaluation; the file appears when it is complete.
 
-    One picture at a time is in memory, and each is stored once however many questions it has.
+    One image at a time is in memory, and each is stored once however many questions it has.
 
     Args:
-        questions: with their pictures; they are listed in this order.
+        questions: with their images; they are listed in this order.
         rows: `{question_id, answer}` or `{question_id, answer: null, error}`, as in predictions.jsonl; of several rows
             to one question the first counts, as in the score. Heeded where a row has them: `ended` ("length": the
-            answer was cut), `shown_image_id` (the picture that a blind evaluation showed instead) and `normalized`
+            answer was cut), `shown_image_id` (the image that a blind evaluation showed instead) and `normalized`
             (the protocol whose normal form the answer is in already).
         path: the HTML file; its folder is made if it is not there.
         title: what the page is called; by default the file's name.
         note: what has to be known about all of the scores.
-        image_side: longest side of a stored picture, in pixels.
-        on_progress: called with (pictures done, all pictures) after each picture.
+        image_side: longest side of a stored image, in pixels.
+        on_progress: called with (images done, all images) after each image.
 
     Raises:
         UserError: there are no questions, `image_side` is not positive, or the file cannot be written.
@@ -85,9 +84,32 @@ def write_browser(
     if not questions:
         raise UserError("there are no questions to browse", fix="pass at least one")
     if image_side < 1:
-        raise UserError(f"a picture cannot be {image_side} pixels long", where="image_side", fix="pass 1 or more")
-    path, pictures = Path(path), _pictures(questions)
-    entries, unknown = _entries(questions, rows, {image_id: i for i, image_id in enumerate(pictures)})
+        raise UserError(f"an image cannot be {image_side} pixels long", where="image_side", fix="pass 1 or more")
+    path, images = Path(path), _images(questions)
+    entries, unknown = _entries(questions, rows, {image_id: i for i, image_id in enumerate(images)})
+    data = {
+        "title": title or path.stem,
+        "note": note,
+        "protocols": list(PROTOCOLS),
+        "questions": entries,
+        "unknown": unknown,
+    }
+    described = _write_page(path, data, lambda file: _write_images(file, images, image_side, on_progress))
+    unreadable = {image["id"]: image["error"] for image in described if "error" in image}
+    return Browser(
+        path,
+        num_questions=len(entries),
+        num_unanswered=sum("scores" not in entry for entry in entries),
+        num_images=len(images) - len(unreadable),
+        unreadable=unreadable,
+        unknown=tuple(unknown),
+    )
+
+
+def _write_page(
+    path: Path, data: Mapping[str, Any], write_images: Callable[[TextIO], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Write the whole page in one piece; returns what `write_images` does, the descriptions of the images."""
     head, tail = _page()
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -95,106 +117,39 @@ def write_browser(
         try:
             with partial.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(head)
-                described = _write_pictures(file, pictures, image_side, on_progress)
-                data = {
-                    "title": title or path.stem,
-                    "note": note,
-                    "protocols": list(PROTOCOLS),
-                    "pictures": described,
-                    "questions": entries,
-                    "unknown": unknown,
-                }
-                file.write(f'<script type="application/json" id="data">{_json(data)}</script>\n{tail}')
+                described = write_images(file)
+                content = _json({**data, "pictures": described})
+                file.write(f'<script type="application/json" id="data">{content}</script>\n{tail}')
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
         fix = "free some space, or pass another --output"
         raise UserError(f"cannot be written: {error.strerror or error}", where=str(path), fix=fix) from error
-    unreadable = {picture["id"]: picture["error"] for picture in described if "error" in picture}
-    return Browser(
-        path,
-        num_questions=len(entries),
-        num_unanswered=sum("scores" not in entry for entry in entries),
-        num_pictures=len(pictures) - len(unreadable),
-        unreadable=unreadable,
-        unknown=tuple(unknown),
-    )
+    return described
 
 
-def browse_command(
-    predictions: str,
-    *,
-    data: str,
-    image_root: str | None = None,
-    output: str | None = None,
-    limit: int | None = None,
-    image_side: int = IMAGE_SIDE,
-) -> int:
-    """`llava-llama31 browse`: exit code 0 once the file is written."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    # all questions, whatever the limit: answers to those beyond it are not unknown
-    questions = load_questions(data, image_root=image_root)
-    answers = read_answers(predictions, questions)
-    shown, beyond = questions[:limit], {str(question.question_id) for question in questions[len(questions[:limit]) :]}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("pictures", total=None)
-        browser = write_browser(
-            shown,
-            [row for row in answers.rows if str(row["question_id"]) not in beyond],
-            output or Path(predictions).with_suffix(".html"),
-            title=f"{Path(predictions).name} on {Path(data).name}",
-            note=answers.note,
-            image_side=image_side,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
-    _print_browser(browser, answers.note)
-    return 0
-
-
-def _print_browser(browser: Browser, note: str) -> None:
-    from rich.console import Console
-
-    console, megabytes = Console(), browser.path.stat().st_size / 1e6
-    counted = f"{browser.num_questions} questions, {browser.num_pictures} pictures, {megabytes:.1f} MB"
-    lines = [f"{browser.path}: {counted}"]
-    if browser.num_unanswered:
-        lines.append(f"without an answer: {browser.num_unanswered}")
-    named = {
-        "pictures not shown": [f"{image_id} ({reason})" for image_id, reason in browser.unreadable.items()],
-        "answers left out, as their questions are not in the data": browser.unknown,
-    }
-    for what, ids in named.items():
-        if ids:
-            more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
-            lines.append(f"{what}: {len(ids)}: {', '.join(ids[:5])}{more}")
-    for line in [*lines, f"note: {note}"] if note else lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _pictures(questions: Sequence[Question]) -> dict[str, ImageRef | None]:
-    """The picture of every image_id, in the order of the questions."""
-    pictures: dict[str, ImageRef | None] = {}
+def _images(questions: Sequence[Question]) -> dict[str, ImageRef | None]:
+    """The image of every image_id, in the order of the questions."""
+    images: dict[str, ImageRef | None] = {}
     for question in questions:
-        if pictures.get(question.image_id) is None:
-            pictures[question.image_id] = question.image
-    return pictures
+        if images.get(question.image_id) is None:
+            images[question.image_id] = question.image
+    return images
 
 
-def _write_pictures(
+def _write_images(
     file: TextIO,
-    pictures: Mapping[str, ImageRef | None],
+    images: Mapping[str, ImageRef | None],
     side: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> list[dict[str, Any]]:
     """Write each thumbnail into an element of its own; (id, width, height) or (id, error) of each."""
     described: list[dict[str, Any]] = []
-    for index, (image_id, image) in enumerate(pictures.items()):
+    for index, (image_id, image) in enumerate(images.items()):
         try:
             if image is None:
-                raise RecordError("missing_image", "the question has no picture")
+                raise RecordError("missing_image", "the question has no image")
             jpeg, (width, height) = _thumbnail(image, side)
         except RecordError as error:
             described.append({"id": image_id, "error": str(error)})
@@ -203,26 +158,26 @@ def _write_pictures(
             file.write(f'<script type="text/plain" id="picture-{index}">{b64encode(jpeg).decode()}</script>\n')
             described.append({"id": image_id, "width": width, "height": height})
         if on_progress is not None:
-            on_progress(index + 1, len(pictures))
+            on_progress(index + 1, len(images))
     return described
 
 
 def _thumbnail(image: ImageRef, side: int) -> tuple[bytes, tuple[int, int]]:
-    """(JPEG, (width, height)) with no side longer than `side`; a smaller picture keeps its size.
+    """(JPEG, (width, height)) with no side longer than `side`; a smaller image keeps its size.
 
     Raises:
-        RecordError: the picture cannot be read.
+        RecordError: the image cannot be read.
     """
-    picture = image.open()
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    opened = image.open()
+    opened.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = BytesIO()
     # a comment in the original would come along
-    picture.save(file, "JPEG", quality=JPEG_QUALITY, optimize=True, comment=b"")
-    return file.getvalue(), picture.size
+    opened.save(file, "JPEG", quality=JPEG_QUALITY, optimize=True, comment=b"")
+    return file.getvalue(), opened.size
 
 
 def _entries(
-    questions: Sequence[Question], rows: Iterable[Mapping[str, Any]], picture_index: Mapping[str, int]
+    questions: Sequence[Question], rows: Iterable[Mapping[str, Any]], image_index: Mapping[str, int]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """What the page says of each question, and the ids that are answered but not among the questions."""
     first: dict[str, Mapping[str, Any]] = {}
@@ -237,7 +192,7 @@ def _entries(
         known.add(key)
         entry = {
             "id": key,  # as text: a number above 2**53 would not survive JavaScript
-            "picture": picture_index[question.image_id],
+            "picture": image_index[question.image_id],
             "question": question.question,
             **_answered(question, first.get(key)),
         }
@@ -245,7 +200,7 @@ def _entries(
             entry["times"] = times[key]
         shown = first.get(key, {}).get("shown_image_id")
         if shown is not None:
-            entry["shown"] = {"id": str(shown), "picture": picture_index.get(str(shown))}
+            entry["shown"] = {"id": str(shown), "picture": image_index.get(str(shown))}
         entries.append(entry)
     return entries, [key for key in first if key not in known]
 

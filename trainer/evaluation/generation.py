@@ -1,37 +1,32 @@
-"""Greedy answers to questions about pictures: each picture read once, its questions as branches of one prefix.
+"""Greedy answers to questions about images: each image read once, its questions as branches of one prefix.
 
 A prompt is cut behind its last image placeholder. What is before, the prefix, is the same for all questions about a
-picture: it goes through the vision tower and the language model once, by itself, so its keys and values depend on the
-picture alone. The questions then go on from copies of them in batches. Exact: every position sees what it would see in
+image: it goes through the vision tower and the language model once, by itself, so its keys and values depend on the
+image alone. The questions then go on from copies of them in batches. Exact: every position sees what it would see in
 a row of its own, and masked positions weigh zero.
 
 Shapes: B rows, P positions of the longest prefix, S of the longest question, N new tokens, T tiles, H W a tile in
 pixels.
 """
 
-import json
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from transformers import Cache, DynamicCache, LlavaNextForConditionalGeneration, PreTrainedConfig
+from transformers import Cache, DynamicCache, LlavaNextForConditionalGeneration
 from transformers.cache_utils import DynamicLayer
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import CHAT_TOKENS, STOP_TOKENS, LlavaLlama31Processor
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.model.locating import local_checkpoint
 
 
 STEPS_BETWEEN_SYNCS = 4
 BATCH_SIZE_ON_CPU, LARGEST_BATCH_SIZE, POSITIONS_OF_A_QUESTION = 16, 64, 256
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +35,8 @@ class Prompt:
 
     Args:
         input_ids: token ids, image placeholders expanded, ending with the assistant's header.
-        tiles: float32 (tiles, 3, H, W) of each picture; prompts that share these very arrays share their prefix.
-        image_sizes: (height, width) in pixels of each picture.
+        tiles: float32 (tiles, 3, H, W) of each image; prompts that share these very arrays share their prefix.
+        image_sizes: (height, width) in pixels of each image.
     """
 
     input_ids: list[int]
@@ -107,7 +102,7 @@ class GreedyAnswerer:
         tiles: Sequence[np.ndarray],
         image_sizes: Sequence[tuple[int, int]],
     ) -> Prompt:
-        """`prompt` for pictures that are already cut into tiles."""
+        """`prompt` for images that are already cut into tiles."""
         sizes = tuple(image_sizes)
         encode = self.processor.encode_prompt if self._encodes_llama31 else self._encode_by_template
         return Prompt(encode(messages, sizes), tuple(tiles), sizes)
@@ -121,7 +116,7 @@ class GreedyAnswerer:
         per_position = (
             2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * self.model.dtype.itemsize
         )
-        # twice: the prefix of a picture and its copy in the batch
+        # twice: the prefix of an image and its copy in the batch
         row = 2 * positions * per_position
         free = torch.cuda.get_device_properties(self.model.device).total_memory - self.model.get_memory_footprint()
         return max(1, min(LARGEST_BATCH_SIZE, int(free / 2 / row)))
@@ -147,7 +142,7 @@ class GreedyAnswerer:
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _prefix_length(self, prompt: Prompt) -> int:
-        """Positions up to the last image placeholder; without a picture all but the last."""
+        """Positions up to the last image placeholder; without an image all but the last."""
         if not prompt.tiles:
             return len(prompt.input_ids) - 1
         return len(prompt.input_ids) - prompt.input_ids[::-1].index(self.processor.image_token_id)
@@ -156,7 +151,7 @@ class GreedyAnswerer:
         return tuple(map(id, prompt.tiles)), tuple(prompt.input_ids[: self._prefix_length(prompt)])
 
     def _prefix(self, key: Hashable, prompt: Prompt) -> DynamicCache:
-        """Keys and values of the prefix; the last one is kept, for the questions of a picture that fills a batch."""
+        """Keys and values of the prefix; the last one is kept, for the questions of an image that fills a batch."""
         if self._last_prefix is not None and self._last_prefix[0] == key:
             return self._last_prefix[2]
         self._last_prefix = None
@@ -307,101 +302,6 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
-
-
-def load_model(
-    folder: str | Path, *, dtype: str = "auto", device: str | torch.device | None = None
-) -> tuple[LlavaLlama31ForConditionalGeneration, LlavaLlama31Processor]:
-    """Open any folder that stock Transformers opens as LlavaNext, or a folder of PEFT adapters for one.
-
-    Adapters stay beside the weights, unmerged: merging rounds in half precision.
-
-    Args:
-        folder: what `save_pretrained` wrote, here or elsewhere.
-        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
-        device: torch's name of a device; by default the GPU where there is one.
-
-    Raises:
-        UserError: there is no such model, it is not a LlavaNext, or it lacks weights.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not Path(folder, ADAPTER_CONFIG).is_file():
-        model = _load_whole(folder, dtype)
-        processor_folder = Path(folder)
-    else:
-        base = adapted_base(folder)
-        model = _load_adapters(_load_whole(base, dtype), folder)
-        processor_folder = Path(folder if Path(folder, "processor_config.json").is_file() else base)
-    try:
-        processor = LlavaLlama31Processor.from_pretrained(processor_folder)
-    except (OSError, ValueError) as error:
-        what = f"has no processor of a LlavaNext: {error}"
-        raise UserError(what, where=str(processor_folder), fix="export it again") from error
-    try:
-        return model.to(device).eval(), processor
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"cannot go to device {device}: {reason}", where=str(folder), fix="pass --device cpu"
-        ) from error
-
-
-def _load_whole(folder: str | Path, dtype: str) -> LlavaLlama31ForConditionalGeneration:
-    where = str(folder)
-    if not Path(folder, "config.json").is_file():
-        raise UserError("no config.json", where=where, fix="name a folder that save_pretrained or export wrote")
-    model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-    if model_type != "llava_next":
-        raise UserError(f"model_type is {model_type}, not llava_next", where=where, fix="assemble or export it first")
-    try:
-        loaded: Any = LlavaLlama31ForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot be opened as LlavaNext: {error}", where=where, fix="check the path") from error
-    model, info = loaded
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"lacks {len(missing)} weights, the first {missing[0]}", where=where, fix="export it again")
-    return model
-
-
-def adapted_base(folder: str | Path) -> str:
-    """Folder of the model that adapters were made for.
-
-    Raises:
-        UserError: they name none, or it is not there.
-    """
-    where = str(Path(folder, ADAPTER_CONFIG))
-    try:
-        base = json.loads(Path(where).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except ValueError as error:
-        raise UserError(f"not JSON: {error}", where=where, fix="save the adapters again") from error
-    if not isinstance(base, str):
-        raise UserError("names no base_model_name_or_path", where=where, fix="add the base model's folder or Hub id")
-    return str(local_checkpoint(base, where=f"{where}: base_model_name_or_path"))
-
-
-def _load_adapters(
-    model: LlavaLlama31ForConditionalGeneration, folder: str | Path
-) -> LlavaLlama31ForConditionalGeneration:
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise UserError("adapters need peft", where=str(folder), fix="pip install 'llava-llama31[peft]'") from error
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-        if config.is_prompt_learning:
-            raise UserError("these adapters are a prompt, not weights", where=str(folder), fix="evaluate LoRA or DoRA")
-        adapted = PeftModel(model, config)
-        result = adapted.load_adapter(str(folder), "default")
-        wrong = sorted([*result.missing_keys, *result.unexpected_keys])
-        if wrong:
-            raise ValueError(f"{len(wrong)} tensors are missing or unknown, the first {wrong[0]}")
-        return adapted.get_base_model()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        what = f"the adapters do not fit their base model: {error}"
-        raise UserError(what, where=str(folder), fix="name the base model they were trained on") from error
 
 
 def _stop_ids(model: LlavaNextForConditionalGeneration, processor: LlavaLlama31Processor) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import LlavaNextForConditionalGeneration
 
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.evaluation.asker import Asker
@@ -18,11 +19,12 @@ from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, undistur
 from llava_llama31.trainer.evaluation.presets import Preset
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.scoring import score_answers
+from llava_llama31.trainer.evaluation.settings import EvaluationSettings
+from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOL
 
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = "vlmevalkit-2024"
 BATCH_SIZE = 4  # beside optimizer and gradients there is little memory
 
 
@@ -43,7 +45,7 @@ class TrainingQuestions:
 
     def ask(
         self,
-        model: torch.nn.Module,
+        model: LlavaNextForConditionalGeneration,
         processor: LlavaLlama31Processor,
         *,
         step: int,
@@ -65,8 +67,9 @@ class TrainingQuestions:
         num_processes = dist.get_world_size() if dist.is_initialized() else 1
         rank = dist.get_rank() if num_processes > 1 else 0
         answerer = GreedyAnswerer(model, processor, max_new_tokens=self.max_new_tokens, forward=sharded)
-        pictures = {question.image_id: question.image for question in self.questions if question.image is not None}
-        asker = Asker(answerer, pictures, {image_id: image_id for image_id in pictures}, self.preset, f"step-{step}")
+        images = {question.image_id: question.image for question in self.questions if question.image is not None}
+        settings = EvaluationSettings(revision=f"step-{step}", preset=self.preset, max_new_tokens=self.max_new_tokens)
+        asker = Asker(answerer, images, {image_id: image_id for image_id in images}, settings)
         batches = asker.plan(self.questions, self.batch_size or BATCH_SIZE)
         mine = batches if sharded is not None else batches[rank::num_processes]
         with undisturbed(sharded or model), autocast or contextlib.nullcontext():

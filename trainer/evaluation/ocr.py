@@ -17,27 +17,27 @@ from llava_llama31.trainer.evaluation.questions import Question
 def with_ocr_tokens(
     questions: Sequence[Question], cache: Path, on_progress: Callable[[int, int], None] | None = None
 ) -> list[Question]:
-    """The same questions, each with the words that rapidocr reads in its picture.
+    """The same questions, each with the words that rapidocr reads in its image.
 
     Args:
-        cache: JSON Lines {image_id, ocr_tokens} that grow picture by picture; what is there is not read again.
-        on_progress: called with (pictures done, all pictures).
+        cache: JSON Lines {image_id, ocr_tokens} that grow image by image; what is there is not read again.
+        on_progress: called with (images done, all images).
 
     Raises:
         UserError: rapidocr is not installed.
     """
-    pictures = {question.image_id: question.image for question in questions if question.image is not None}
+    images = {question.image_id: question.image for question in questions if question.image is not None}
     tokens = _read_cache(cache)
-    read = _reader() if pictures.keys() - tokens.keys() else None
+    read = _reader() if images.keys() - tokens.keys() else None
     cache.parent.mkdir(parents=True, exist_ok=True)
     with cache.open("a", encoding="utf-8") as file:
-        for done, (image_id, image) in enumerate(pictures.items(), 1):
+        for done, (image_id, image) in enumerate(images.items(), 1):
             if image_id not in tokens and read is not None:
                 tokens[image_id] = _words(read, image)
                 file.write(json.dumps({"image_id": image_id, "ocr_tokens": tokens[image_id]}) + "\n")
                 file.flush()
             if on_progress is not None:
-                on_progress(done, len(pictures))
+                on_progress(done, len(images))
     return [replace(question, ocr_tokens=tuple(tokens.get(question.image_id, ()))) for question in questions]
 
 

@@ -4,9 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.evaluation.questions import Question
+
+
+if TYPE_CHECKING:
+    from llava_llama31.trainer.evaluation.questions import Question
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Preset:
 
     Args:
         name: what stands beside every score.
-        prompt: the text after the picture, with `{question}` and, where asked for, `{ocr_tokens}`.
+        prompt: the text after the image, with `{question}` and, where asked for, `{ocr_tokens}`.
         capitalize: first letter upper case and, as Python's `str.capitalize` does it, all others lower.
     """
 
@@ -38,8 +42,8 @@ class Preset:
         """Whether the prompt tells the model what an OCR engine read."""
         return "{ocr_tokens}" in self.prompt
 
-    def text(self, question: Question) -> str:
-        """The words after the picture."""
+    def text(self, question: "Question") -> str:
+        """The words after the image."""
         asked = question.question.capitalize() if self.capitalize else question.question
         values = {"question": asked, "ocr_tokens": ", ".join(question.ocr_tokens or ())}
         # one pass: a question that says {ocr_tokens} stays what it is
@@ -61,7 +65,7 @@ PRESETS: Mapping[str, "Preset"] = MappingProxyType(
 )
 
 
-def check_ocr(preset: Preset, questions: Sequence[Question]) -> None:
+def check_ocr(preset: Preset, questions: "Sequence[Question]") -> None:
     """Refuse a preset that tells OCR tokens where a question has none.
 
     Raises:

@@ -23,7 +23,7 @@ from llava_llama31.trainer.evaluation.row_files import (
 
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
-# VLMEvalKit's own line between a picture in base64 and the index of the row that holds it
+# VLMEvalKit's own line between an image in base64 and the index of the row that holds it
 LONGEST_IMAGE_INDEX = 64
 LONGEST_ANSWER_LIST = 100_000
 
@@ -32,15 +32,15 @@ _REQUIRED = ("question_id", "image_id", "question", "answers")
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one picture.
+    """One question about one image.
 
     Args:
         question_id: as the file has it, a number or a string.
-        image_id: key of the picture; questions with the same key share it.
-        image: the picture, or None where only scores are wanted.
+        image_id: key of the image; questions with the same key share it.
+        image: the image, or None where only scores are wanted.
         question: text as the file has it.
         answers: what the annotators said, ten in TextVQA.
-        ocr_tokens: words that a reader found in the picture, in its order; None where the file has none.
+        ocr_tokens: words that a reader found in the image, in its order; None where the file has none.
     """
 
     question_id: int | str
@@ -66,26 +66,26 @@ def load_questions(
     | `.jsonl`   | one {question_id, image_id, question, answers} a line                                            |
     | `.json`    | a list of them, alone or under "data" (TextVQA's official files); or VQA's annotations, with      |
     |            | their questions in a file of their own                                                           |
-    | `.tsv`     | VLMEvalKit's {index, image, question, answer}, the picture in base64 or as another row's index    |
-    | `.parquet` | lmms-lab's rows, the picture inside: a file, or a folder or pattern of the shards of one split    |
+    | `.tsv`     | VLMEvalKit's {index, image, question, answer}, the image in base64 or as another row's index    |
+    | `.parquet` | lmms-lab's rows, the image inside: a file, or a folder or pattern of the shards of one split    |
 
-    JSON rows may also have `image`, a path under `image_root`; without it the picture is `image_root / image_id` with
+    JSON rows may also have `image`, a path under `image_root`; without it the image is `image_root / image_id` with
     .jpg, .png or .jpeg. JSON and parquet rows may have `ocr_tokens`.
 
     Args:
         data: file, folder or pattern.
         questions: the questions file that goes with VQA's annotations, and with no other format.
-        image_root: folder of the pictures; by default the folder of `data`.
+        image_root: folder of the images; by default the folder of `data`.
         limit: read no more than this many.
-        with_images: False leaves the pictures out, as scoring needs none.
+        with_images: False leaves the images out, as scoring needs none.
 
     Raises:
-        UserError: a missing file, a row without a field, a doubled question_id, a picture outside `image_root`.
+        UserError: a missing file, a row without a field, a doubled question_id, an image outside `image_root`.
     """
     path = Path(data)
     root = Path(path.parent if image_root is None else image_root).resolve()
     loaded: list[Question] = []
-    pictures: dict[str, ImageRef] = {}
+    images: dict[str, ImageRef] = {}
     seen: set[str] = set()
     for where, row in _rows(path, questions, with_images):
         if limit is not None and len(loaded) >= limit:
@@ -95,9 +95,9 @@ def load_questions(
             raise UserError(f"question_id {question.question_id} occurs twice", where=where, fix="make ids unique")
         seen.add(str(question.question_id))
         if with_images:
-            if question.image_id not in pictures:
-                pictures[question.image_id] = _picture(row, question.image_id, root, where)
-            question = replace(question, image=pictures[question.image_id])
+            if question.image_id not in images:
+                images[question.image_id] = _image_of(row, question.image_id, root, where)
+            question = replace(question, image=images[question.image_id])
         loaded.append(question)
     if not loaded:
         raise UserError("no questions", where=str(data), fix="name a file with at least one question")
@@ -160,22 +160,22 @@ def _vqa_rows(annotations: list[Any], path: Path, questions: str | Path | None) 
 def _vlmevalkit_rows(path: Path, with_images: bool) -> Iterator[Row]:
     """VLMEvalKit's table (`vlmeval/dataset/image_base.py`); in its TextVQA_VAL the index is TextVQA's question_id."""
     read: list[tuple[str, dict[str, Any], str]] = []
-    pictures: dict[str, bytes] = {}
+    images: dict[str, bytes] = {}
     for where, cells in tsv_rows(path):
         index, image = cells.get("index") or cells.get("question_id"), cells.get("image") or ""
         if not index or not cells.get("answer"):
             fix = "VLMEvalKit's tables have index, image, question and answer"
             raise UserError("no index, or no answer", where=where, fix=fix)
-        # a picture is stored once, and the other rows that show it name that row
+        # an image is stored once, and the other rows that show it name that row
         holder = image if 0 < len(image) <= LONGEST_IMAGE_INDEX else index
         if with_images and image and holder == index:
-            pictures[index] = _base64(image, where)
+            images[index] = _base64(image, where)
         read.append((where, _vlmevalkit_row(cells, index, holder, where), holder if image else ""))
     for where, row, holder in read:
         if with_images and holder:
-            if holder not in pictures:
+            if holder not in images:
                 raise UserError(f"image names row {holder}, which has none", where=where, fix="download it again")
-            row["image"] = {"bytes": pictures[holder]}
+            row["image"] = {"bytes": images[holder]}
         yield where, row
 
 
@@ -241,7 +241,7 @@ def _ocr_tokens(tokens: Any, where: str) -> tuple[str, ...] | None:
     return tuple(tokens)
 
 
-def _picture(row: dict[str, Any], image_id: str, root: Path, where: str) -> ImageRef:
+def _image_of(row: dict[str, Any], image_id: str, root: Path, where: str) -> ImageRef:
     image = row.get("image")
     if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
         return ImageRef(image_id, data=image["bytes"])
@@ -252,6 +252,6 @@ def _picture(row: dict[str, Any], image_id: str, root: Path, where: str) -> Imag
     try:
         images = [image_at(name, root) for name in names]
     except RecordError as error:
-        raise UserError(f"{names[0]}: {error}", where=where, fix="keep all pictures under --image-root") from None
-    # a picture that is not there is a question that fails and is counted, not a file that cannot be read
+        raise UserError(f"{names[0]}: {error}", where=where, fix="keep all images under --image-root") from None
+    # an image that is not there is a question that fails and is counted, not a file that cannot be read
     return next((image for image in images if image.path is not None and os.path.isfile(image.path)), images[0])

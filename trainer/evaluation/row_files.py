@@ -11,7 +11,7 @@ from llava_llama31.trainer.errors import UserError
 
 Row = tuple[str, dict[str, Any]]
 
-# a cell may hold a picture in base64; the module's own limit of 128 KiB is too small for that
+# a cell may hold an image in base64; the module's own limit of 128 KiB is too small for that
 LARGEST_CELL = 1 << 28
 
 

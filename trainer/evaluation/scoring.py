@@ -3,22 +3,18 @@
 llava-llama31 score predictions.jsonl --annotations textvqa_val.jsonl
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.evaluation.answer_files import AnswerFile, read_answers
-from llava_llama31.trainer.evaluation.questions import Question, load_questions
+from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS, Score, mean_score, vqa_accuracy
 
 
 EXIT_INCOMPLETE = 3
-IDS_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -188,47 +184,6 @@ def compare_answers(
     )
 
 
-def score_command(
-    predictions: str,
-    other: str | None = None,
-    *,
-    annotations: str,
-    questions: str | None = None,
-    json_output: bool = False,
-) -> int:
-    """`llava-llama31 score`: exit code 0, or 3 if answers are missing, failed, doubled or unknown."""
-    annotated = load_questions(annotations, questions=questions, with_images=False)
-    if other is not None:
-        return _compare_command(predictions, other, annotated, Path(annotations).name, json_output)
-    file = read_answers(predictions, annotated)
-    report = score_answers(annotated, file.rows)
-    if json_output:
-        print_json(report.to_json() | _origin(predictions, file))
-    else:
-        print_report(report, f"{Path(predictions).name} ({file.layout}) against {Path(annotations).name}")
-        _print_notes([file])
-    return 0 if report.complete else EXIT_INCOMPLETE
-
-
-def _compare_command(first: str, second: str, questions: list[Question], annotations: str, json_output: bool) -> int:
-    files = [read_answers(path, questions) for path in (first, second)]
-    comparison = compare_answers(questions, files[0].rows, files[1].rows)
-    if json_output:
-        value = comparison.to_json()
-        value["first"] |= _origin(first, files[0])
-        value["second"] |= _origin(second, files[1])
-        print_json(value)
-    else:
-        names = [f"{Path(path).name} ({file.layout})" for path, file in zip((first, second), files, strict=True)]
-        print_comparison(comparison, f"B = {names[1]} against A = {names[0]}, annotations {annotations}")
-        _print_notes(files)
-    return 0 if comparison.first.complete and comparison.second.complete else EXIT_INCOMPLETE
-
-
-def _origin(path: str, file: AnswerFile) -> dict[str, Any]:
-    return {"predictions": path, "layout": file.layout} | ({"note": file.note} if file.note else {})
-
-
 @dataclass(frozen=True)
 class _Matched:
     """Answers under the questions they belong to, and what is left over."""
@@ -264,7 +219,7 @@ def _report(matched: _Matched) -> Report:
         what = "".join(
             f"; question {question_id}: {reason}" for question_id, reason in list(matched.failed.items())[:1]
         )
-        fix = "check the pictures" if matched.failed else "check that both files have the same question ids"
+        fix = "check the images" if matched.failed else "check that both files have the same question ids"
         raise UserError(f"not one of {len(annotated)} questions is answered{what}", fix=fix)
     protocols, as_zero = {}, {}
     unanswered = [0.0] * (len(annotated) - len(matched.answered))
@@ -303,88 +258,3 @@ def _difference(first: _Matched, second: _Matched, keys: Sequence[str], protocol
         lost=lost,
         num_tied=len(keys) - len(gained) - len(lost),
     )
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout, wide as it is."""
-    from rich.console import Console
-
-    Console(soft_wrap=True).out(json.dumps(value, indent=2), highlight=False)
-
-
-def print_report(report: Report, title: str) -> None:
-    """The table of the protocols, then every question without exactly one answer."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console, as_zero = Console(), report.protocols_failed_as_zero
-    answered = report.num_questions - len(report.failed) - len(report.missing)
-    table = Table()
-    counted = f"{title}: {answered} of {report.num_questions} questions answered"
-    console.print(counted, markup=False, highlight=False, soft_wrap=True)
-    table.add_column("protocol")
-    for column in ("accuracy %", "95 % interval", *(["unanswered as 0"] if answered < report.num_questions else [])):
-        table.add_column(column, justify="right")
-    for name, score in report.protocols.items():
-        cells = [name, f"{100 * score.accuracy:.3f}", f"{100 * score.low:.2f} to {100 * score.high:.2f}"]
-        table.add_row(*cells, *([f"{100 * as_zero[name].accuracy:.3f}"] if answered < report.num_questions else []))
-    console.print(table)
-    _print_ids(_unaccounted(report))
-
-
-def print_comparison(comparison: Comparison, title: str) -> None:
-    """The table of the differences, then the questions that changed, and those that were left out."""
-    from rich.console import Console
-    from rich.table import Table
-
-    compared = f"{comparison.num_compared} of {comparison.num_questions} questions answered by both"
-    console, table = Console(), Table(box=None, pad_edge=False)  # narrow enough for 80 columns
-    console.print(f"{title}: {compared}", markup=False, highlight=False, soft_wrap=True)
-    table.add_column("protocol")
-    for column in ("A %", "B %", "B - A", "95 % interval", "gained", "lost", "tied"):
-        table.add_column(column, justify="right")
-    changed: dict[tuple[str, tuple[int | str, ...]], list[str]] = {}
-    for name, pair in comparison.protocols.items():
-        points = [f"{100 * pair.first:.3f}", f"{100 * pair.second:.3f}", f"{100 * pair.difference:+.3f}"]
-        interval = f"{100 * pair.low:+.2f} to {100 * pair.high:+.2f}"
-        table.add_row(name, *points, interval, *map(str, (len(pair.gained), len(pair.lost), pair.num_tied)))
-        for what, ids in (("gained", pair.gained), ("lost", pair.lost)):
-            changed.setdefault((what, ids), []).append(name)
-    console.print(table)
-    _print_ids({f"{what} under {', '.join(names)}": ids for (what, ids), names in changed.items()})
-    left_out = {
-        "only A answers, left out": comparison.only_first,
-        "only B answers, left out": comparison.only_second,
-        "neither answers, left out": comparison.neither,
-    }
-    _print_ids(left_out)
-    for side, report in (("A", comparison.first), ("B", comparison.second)):
-        _print_ids({f"{side}, {what}": ids for what, ids in _unaccounted(report).items()})
-
-
-def _unaccounted(report: Report) -> dict[str, Sequence[int | str]]:
-    return {
-        "failed": [f"{question_id} ({reason})" for question_id, reason in report.failed.items()],
-        "missing": report.missing,
-        "answered more than once": report.duplicates,
-        "not annotated": report.unknown,
-        "cut at the length limit": report.cut,
-    }
-
-
-def _print_ids(named: Mapping[str, Sequence[int | str]]) -> None:
-    """How many there are of each, and the first of them by name."""
-    from rich.console import Console
-
-    for what, ids in named.items():
-        if ids:
-            more = f" and {len(ids) - IDS_NAMED} more (--json names all)" if len(ids) > IDS_NAMED else ""
-            line = f"{what}: {len(ids)}: {', '.join(map(str, ids[:IDS_NAMED]))}{more}"
-            Console().print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _print_notes(files: Iterable[AnswerFile]) -> None:
-    from rich.console import Console
-
-    for note in dict.fromkeys(file.note for file in files if file.note):
-        Console().print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)

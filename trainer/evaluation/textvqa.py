@@ -15,12 +15,14 @@ from transformers import LlavaNextForConditionalGeneration
 
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.evaluation.asker import Asker, digest
-from llava_llama31.trainer.evaluation.generation import ADAPTER_CONFIG, GreedyAnswerer, adapted_base, undisturbed
+from llava_llama31.trainer.evaluation.asker import Asker
+from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, undisturbed
 from llava_llama31.trainer.evaluation.predictions import PREDICTIONS, PredictionsFile
-from llava_llama31.trainer.evaluation.presets import PRESETS, Preset, check_ocr
+from llava_llama31.trainer.evaluation.presets import check_ocr
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.scoring import Report, score_answers
+from llava_llama31.trainer.evaluation.settings import EvaluationSettings, digest
+from llava_llama31.trainer.model.opening import ADAPTER_CONFIG, adapted_base
 
 
 # beside the weights
@@ -38,7 +40,7 @@ ANSWER_FILES = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation: its scores, where its answers lie, and what they were made with."""
+    """A finished evaluation: its scores, the file of its answers, and what they were made with."""
 
     report: Report
     predictions: Path
@@ -56,65 +58,40 @@ def evaluate(
     processor: LlavaLlama31Processor,
     questions: Sequence[Question],
     output: str | Path,
+    settings: EvaluationSettings,
     *,
-    revision: str,
-    preset: Preset = PRESETS["card"],
-    batch_size: int | None = None,
-    max_new_tokens: int = 64,
-    batch_invariant: bool = False,
-    jpeg_rounds: int = 0,
-    blind_seed: int | None = None,
     processes: PartialState | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Answer every question by greedy generation and score the answers.
 
-    Answers are appended batch by batch to `output/predictions.jsonl`; called again with the same settings it goes on
+    Answers are appended batch by batch to `output/predictions.jsonl`; called again with the same settings it resumes
     where it stopped, and the file ends the same, in the order of the questions. The model's modes and configuration
     and all random states are left as they were found.
 
     Args:
         model: LlavaNext, unwrapped.
         output: folder for predictions.jsonl, settings.json and scores.json.
-        revision: what names these weights: a hash, a run's step.
-        preset: how the question is worded.
-        batch_size: questions answered together; those of one picture stay together. Default: by the device's memory.
-        batch_invariant: no sum depends on the batch, so that bfloat16 answers do not either; see docs/evaluation.md.
-        jpeg_rounds: times that each picture is written and read as JPEG first; the card's pictures went through two.
-        blind_seed: show each question another question's picture, by a derangement of the pictures with this seed.
+        settings: everything that the answers depend on, beside model and questions.
         processes: those that evaluate together, each with the whole model; all of them call this. Default: this alone.
-        on_progress: called with (questions done, all questions) after each batch, other processes guessed.
+        on_progress: called with (questions done, all questions) after each batch; other processes are estimated.
 
     Raises:
         UserError: `output` holds the answers of another evaluation, not one question could be answered, or the preset
             asks for OCR tokens that a question does not have.
     """
-    check_ocr(preset, questions)
-    pictures = {question.image_id: question.image for question in questions if question.image is not None}
-    shown = {image_id: image_id for image_id in pictures} if blind_seed is None else derangement(pictures, blind_seed)
-    answerer = GreedyAnswerer(model, processor, max_new_tokens=max_new_tokens, batch_invariant=batch_invariant)
-    asker = Asker(answerer, pictures, shown, preset, revision, jpeg_rounds)
-    batch_size = batch_size or answerer.auto_batch_size(max(asker.num_image_tokens.values(), default=0))
+    check_ocr(settings.preset, questions)
+    asker = _asker(model, processor, questions, settings)
+    largest = max(asker.num_image_tokens.values(), default=0)
+    batch_size = settings.batch_size or asker.answerer.auto_batch_size(largest)
     batch_size = _of_first_process(batch_size, processes)
-    settings = {
-        "revision": revision,
-        "preset": preset.name,
-        "prompt": preset.prompt,
-        "jpeg_rounds": jpeg_rounds,
-        "blind_seed": blind_seed,
-        "decoding": f"greedy, at most {max_new_tokens} new tokens",
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "batch_size": None if batch_invariant else batch_size,
-        "num_questions": len(questions),
-        "questions_sha256": digest((q.question_id, q.image_id, preset.text(q)) for q in questions),
-    }
+    written = _written_settings(settings, model, questions, batch_size)
     started = time.monotonic()
     batches = {batch[0].question_id: batch for batch in asker.plan(questions, batch_size)}
     ids = [[question.question_id for question in batch] for batch in batches.values()]
     if _of_first_process(digest(ids), processes) != digest(ids):
-        raise UserError("this process reads other pictures than the first", fix="give all of them the same files")
-    with PredictionsFile(output, settings, ids, processes, asker.check) as file, undisturbed(model):
+        raise UserError("this process reads other images than the first", fix="give all of them the same files")
+    with PredictionsFile(output, written, ids, processes, asker.check) as file, undisturbed(model):
         before = file.num_answered
         for rows in asker.ask_all([batches[batch[0]] for batch in file.left]):
             file.append(rows)
@@ -122,12 +99,42 @@ def evaluate(
                 done = before + (file.num_answered - before) * (processes.num_processes if processes else 1)
                 on_progress(min(done, len(questions)), len(questions))
         rows = file.finish([question.question_id for question in questions])
-    report = score_answers(questions, rows)
-    evaluation = Evaluation(report, file.path, time.monotonic() - started, settings)
+    evaluation = Evaluation(score_answers(questions, rows), file.path, time.monotonic() - started, written)
     if processes is None or processes.is_main_process:
         scores = json.dumps(evaluation.to_json() | {"predictions": PREDICTIONS}, indent=2)
         file.path.with_name("scores.json").write_text(scores + "\n", encoding="utf-8")
     return evaluation
+
+
+def _asker(
+    model: LlavaNextForConditionalGeneration,
+    processor: LlavaLlama31Processor,
+    questions: Sequence[Question],
+    settings: EvaluationSettings,
+) -> Asker:
+    images = {question.image_id: question.image for question in questions if question.image is not None}
+    seed = settings.blind_seed
+    shown = {image_id: image_id for image_id in images} if seed is None else derangement(images, seed)
+    answerer = GreedyAnswerer(
+        model, processor, max_new_tokens=settings.max_new_tokens, batch_invariant=settings.batch_invariant
+    )
+    return Asker(answerer, images, shown, settings)
+
+
+def _written_settings(
+    settings: EvaluationSettings,
+    model: LlavaNextForConditionalGeneration,
+    questions: Sequence[Question],
+    batch_size: int,
+) -> dict[str, Any]:
+    """The content of settings.json."""
+    return settings.to_json() | {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "batch_size": None if settings.batch_invariant else batch_size,
+        "num_questions": len(questions),
+        "questions_sha256": digest((q.question_id, q.image_id, settings.preset.text(q)) for q in questions),
+    }
 
 
 def _of_first_process(value: Any, processes: PartialState | None) -> Any:
@@ -135,14 +142,14 @@ def _of_first_process(value: Any, processes: PartialState | None) -> Any:
 
 
 def derangement(image_ids: Iterable[str], seed: int) -> dict[str, str]:
-    """Another picture for every picture: one random cycle through all of them.
+    """Another image for every image: one random cycle through all of them.
 
     Raises:
-        UserError: there are fewer than two pictures.
+        UserError: there are fewer than two images.
     """
     before = sorted(image_ids)
     if len(before) < 2:
-        raise UserError("the blind baseline needs at least two pictures", fix="raise --limit or leave out --blind")
+        raise UserError("the blind baseline needs at least two images", fix="raise --limit or leave out --blind")
     after, draw = list(before), random.Random(seed)
     for last in range(len(after) - 1, 0, -1):
         # strictly below `last` (Sattolo, 1986): a single cycle, in which nothing keeps its place
@@ -154,12 +161,12 @@ def derangement(image_ids: Iterable[str], seed: int) -> dict[str, str]:
 def weights_revision(folder: str | Path) -> str | None:
     """SHA-256 over the files of a folder that answers depend on, and its adapters' base; None where it has none."""
     files = sorted(p for p in Path(folder).glob("*") if p.suffix in (".safetensors", ".bin") or p.name in ANSWER_FILES)
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     if Path(folder, ADAPTER_CONFIG).is_file():
-        digest.update(str(weights_revision(adapted_base(folder))).encode())
+        content.update(str(weights_revision(adapted_base(folder))).encode())
     for path in files:
-        digest.update(path.name.encode())
+        content.update(path.name.encode())
         with path.open("rb") as file:
             while chunk := file.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest() if files else None
+                content.update(chunk)
+    return content.hexdigest() if files else None

@@ -23,6 +23,8 @@ from functools import lru_cache
 from types import MappingProxyType
 
 
+PROTOCOL = "vlmevalkit-2024"
+"""The protocol of the model card, and of every single score."""
 ANNOTATORS_FOR_FULL_SCORE = 3
 ARTICLES = frozenset(("a", "an", "the"))
 NUMBER_WORDS = MappingProxyType(
@@ -86,7 +88,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {
         protocol.name: protocol
         for protocol in (
-            Protocol("vlmevalkit-2024", splits_possessive=False, period=PERIOD_UNLESS_BEFORE_DIGIT),
+            Protocol(PROTOCOL, splits_possessive=False, period=PERIOD_UNLESS_BEFORE_DIGIT),
             Protocol("vlmevalkit-2025", splits_possessive=False, period=PERIOD_AWAY_FROM_DIGITS),
             Protocol("m4c", splits_possessive=True, period=PERIOD_UNLESS_BEFORE_DIGIT),
         )

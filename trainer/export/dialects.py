@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
 from llava_llama31.trainer.checkpoint.atomic_folders import read_json, write_json
 
 
@@ -61,6 +59,8 @@ def _rewrite_weights(folder: Path, *, is_clip: bool) -> None:
 
 
 def _rename(file: Path, older: Callable[[str], str]) -> None:
+    from safetensors.torch import load_file, save_file
+
     tensors = {older(name): tensor for name, tensor in load_file(file).items()}
     staging = file.with_suffix(".renamed")
     save_file(tensors, staging, metadata={"format": "pt"})

@@ -17,8 +17,8 @@ from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.evaluation.generation import load_model
 from llava_llama31.trainer.export.dialects import NATIVE, TRANSFORMERS_4, to_transformers_4
+from llava_llama31.trainer.model.opening import open_model
 
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def export_again(run: RunFolder, output: Path | None = None, dialect: str = NATI
     folder = (output or default).resolve()
     if folder.exists() and not (folder / atomic_folders.MANIFEST).is_file():
         raise UserError("exists and is not an export", where=str(folder), fix="choose a new folder")
-    model, processor = load_model(str(run.stage(names[-1], names).final), dtype=record["recipe"]["model"]["dtype"])
+    model, processor = open_model(str(run.stage(names[-1], names).final), dtype=record["recipe"]["model"]["dtype"])
     write_export(folder, model, processor, record, *attachments(run, record), dialect=dialect)
     return folder
 

@@ -28,7 +28,7 @@ def product_dtype(stage: Stage) -> torch.dtype:
     return torch.float32 if stage.precision == "float32" else torch.bfloat16
 
 
-def load_model(origin: Path, stage: Stage, *, seed: int, where: str, quantized: bool = False) -> PreTrainedModel:
+def load_stage_model(origin: Path, stage: Stage, *, seed: int, where: str, quantized: bool = False) -> PreTrainedModel:
     """Load the origin's model, with fresh adapters if the stage has any; `quantized` if these ask for it.
 
     Raises:

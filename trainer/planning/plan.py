@@ -7,7 +7,6 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.costs.flops import ModelShape, Work, needed_flops
 from llava_llama31.trainer.costs.memory import ENGINES, Engine, Memory, MicroBatch, Setup, ZeroSettings, estimate
 from llava_llama31.trainer.costs.parameters import Parameters, adapter_parameters
+from llava_llama31.trainer.data.batches.batch_order import BatchOrder, batch_order, within_row_limit
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.planning.model_sizes import model_config
 from llava_llama31.trainer.planning.row_lengths import (
@@ -27,7 +27,9 @@ from llava_llama31.trainer.planning.row_lengths import (
     passes,
     stage_rows,
 )
-from llava_llama31.trainer.recipes.schema import Derived, Recipe, Stage, derive
+from llava_llama31.trainer.recipes.deepspeed_files import deepspeed_content, deepspeed_file, shipped_deepspeed_files
+from llava_llama31.trainer.recipes.derived import Derived, derive
+from llava_llama31.trainer.recipes.schema import Recipe, Stage
 
 
 GB = 1e9
@@ -149,17 +151,14 @@ def engine_for(stage: Stage, name: str | None, *, where: str) -> Engine:
         return ENGINES[name]
     if stage.deepspeed is None:
         return ENGINES["ddp"]
-    return ENGINES[_engine_name(_deepspeed_content(stage.deepspeed, where))]
+    return ENGINES[_engine_name(_zero_content(stage.deepspeed, where))]
 
 
-def _deepspeed_content(name: str, where: str) -> dict[str, Any]:
-    for file in (Path(name).expanduser(), files("llava_llama31.trainer.recipes") / f"{name}.json"):
-        if file.is_file():
-            try:
-                return json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError("is no DeepSpeed file with ZeRO", where=str(file), fix="mend it") from None
-    raise UserError(f"there is no DeepSpeed file {name!r}", where=f"{where}.deepspeed", fix="give a path to a file")
+def _zero_content(name: str, where: str) -> dict[str, Any]:
+    zero = deepspeed_content(name, where).get("zero_optimization")
+    if not isinstance(zero, dict):
+        raise UserError("not a DeepSpeed file with ZeRO", where=str(deepspeed_file(name, where)), fix="fix the file")
+    return zero
 
 
 def _engine_name(zero: Mapping[str, Any]) -> str:
@@ -173,12 +172,9 @@ def _engine_name(zero: Mapping[str, Any]) -> str:
 
 def _shipped(engine: str) -> str | None:
     """The `deepspeed` value that gives an engine: of the shipped files the first without an optimizer of its own."""
-    folder = files("llava_llama31.trainer.recipes")
-    for file in sorted(folder.iterdir(), key=lambda file: (len(file.name), file.name)):
-        if file.name.endswith(".json"):
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if "optimizer" not in content and _engine_name(content["zero_optimization"]) == engine:
-                return file.name.removesuffix(".json")
+    for name, content in shipped_deepspeed_files().items():
+        if "optimizer" not in content and _engine_name(content["zero_optimization"]) == engine:
+            return name
     return None
 
 
@@ -186,7 +182,7 @@ def _zero_settings(stage: Stage, engine: Engine) -> ZeroSettings:
     """Sizes of DeepSpeed's buffers where the stage's file names them; its defaults else."""
     if not engine.deepspeed or stage.deepspeed is None:
         return ZeroSettings()
-    zero = _deepspeed_content(stage.deepspeed, "")
+    zero = _zero_content(stage.deepspeed, "")
     bucket = zero.get("reduce_bucket_size", 5e8)
     return ZeroSettings(
         reduce_bucket=None if bucket == "auto" else float(bucket),
@@ -200,8 +196,9 @@ def _zero_settings(stage: Stage, engine: Engine) -> ZeroSettings:
 
 
 def _plan_stage(case: _Case) -> dict[str, Any]:
-    case = replace(case, stage=_within_row_limit(case))
-    stage, machine, rows = case.stage, case.machine, case.rows
+    machine, rows = case.machine, case.rows
+    stage = within_row_limit(case.stage, rows.lengths, case.seed, machine.num_devices)
+    case = replace(case, stage=stage)
     num_train = stage.global_batch if rows.num_train is None else rows.num_train
     derived = derive(stage, num_train, machine.num_devices, where=f"stages.{case.name}")
     steps = stage.max_steps if rows.num_train is None else derived.steps
@@ -227,28 +224,11 @@ def _plan_stage(case: _Case) -> dict[str, Any]:
     return planned | _memory(case, seen.worst, derived)
 
 
-def _within_row_limit(case: _Case) -> Stage:
-    """The stage with the micro-batch that its `max_row_tokens` gives."""
-    if case.stage.max_row_tokens is None:
-        return case.stage
-    from llava_llama31.trainer.data.batches.stage_rows import within_row_limit
-
-    return within_row_limit(case.stage, case.rows.lengths, case.seed, case.machine.num_devices)
-
-
-def _order(case: _Case) -> Any:
-    from llava_llama31.trainer.data.batches.batch_order import BatchOrder
-
-    stage = case.stage
-    return BatchOrder(
-        case.rows.lengths,
-        global_batch=min(stage.global_batch, len(case.rows.lengths)),
-        seed=case.seed,
-        keep_last=stage.last_batch == "keep",
-        group_by_length=stage.group_by_length,
-        equal_tokens=stage.batch_by == "supervised_tokens",
-        share_prefix=stage.share_prefix if stage.packing else 1,
-    )
+def _order(case: _Case) -> BatchOrder:
+    """The stage's order; rows that are drawn may be fewer than a global batch."""
+    lengths = case.rows.lengths
+    whole = case.stage.model_copy(update={"global_batch": min(case.stage.global_batch, len(lengths))})
+    return batch_order(whole, lengths, case.seed)
 
 
 def _work(case: _Case, works: tuple[Work, Work] | None) -> dict[str, Any]:
@@ -257,10 +237,12 @@ def _work(case: _Case, works: tuple[Work, Work] | None) -> dict[str, Any]:
     if works is None or case.config is None:
         return unknown
     stage, machine = case.stage, case.machine
-    shape, options = ModelShape.of(case.config), {"checkpointing": int(stage.activation_checkpointing)}
-    lora = {} if stage.lora is None else {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
+    shape = ModelShape.of(case.config)
+    options: dict[str, Any] = {"checkpointing": int(stage.activation_checkpointing)}
+    if stage.lora is not None:
+        options |= {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
     # a micro-batch without pictures needs other gradients: the two kinds are counted apart
-    flops = sum(needed_flops(shape, work, stage.trainable, **options, **lora).total.needed for work in works)
+    flops = sum(needed_flops(shape, work, stage.trainable, **options).total.needed for work in works)
     if machine.mfu is None or machine.peak is None:
         return unknown | {"flops": flops}
     hours = flops / (machine.mfu * machine.peak * machine.num_devices) / 3600

@@ -12,7 +12,8 @@ from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, 
 from llava_llama31.trainer.data.sources.records import open_records
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.planning.model_sizes import published
-from llava_llama31.trainer.recipes.schema import DataSource, Stage, num_held_out
+from llava_llama31.trainer.recipes.derived import num_held_out
+from llava_llama31.trainer.recipes.schema import DataSource, Stage
 
 
 # batches that are gone through one by one; more are sampled evenly
@@ -157,8 +158,9 @@ def _lognormal(draw: np.random.Generator, quantiles: list[int], number: int) -> 
 def counted_rows(stage: Stage, model_folder: Path, seed: int) -> StageRows | None:
     """The rows as check-data found them; None where it has not checked them, or they have changed since."""
     from llava_llama31.processing import LlavaLlama31Processor
-    from llava_llama31.trainer.data.batches.stage_rows import keeps_data_newline, stage_limits, weighted
-    from llava_llama31.trainer.data.check.check import cached_reports, default_cache_dir, select_rows
+    from llava_llama31.trainer.data.batches.stage_rows import keeps_data_newline, split_rows, stage_limits
+    from llava_llama31.trainer.data.check.check import cached_reports, default_cache_dir
+    from llava_llama31.trainer.data.check.report import select_rows
 
     try:
         processor = LlavaLlama31Processor.from_pretrained(model_folder)
@@ -181,11 +183,7 @@ def counted_rows(stage: Stage, model_folder: Path, seed: int) -> StageRows | Non
         columns.append((*counts[:3], np.where(counts[2] > 0, found.prefixes[chosen], 0), *counts[3:]))
     joined = [np.concatenate(column) for column in zip(*columns, strict=True)]
     num_rows = len(joined[0])
-    held_out = num_held_out(stage, num_rows)
-    # the split of load_stage_data
-    trained = np.sort(np.random.default_rng([seed, num_rows]).permutation(num_rows)[held_out:])
-    sources = np.repeat(np.arange(len(columns)), [len(column[0]) for column in columns])
-    trained = weighted(trained, sources[trained], [source.weight for source in stage.data], seed)
+    trained, _ = split_rows(stage, np.repeat(np.arange(len(columns)), [len(column[0]) for column in columns]), seed)
     tokens, supervised, prefix, prefixes, tiles, image_tokens = (column[trained] for column in joined)
     return StageRows(Lengths(tokens, supervised, prefix, prefixes), tiles, image_tokens, num_rows, len(trained), ())
 

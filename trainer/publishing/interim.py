@@ -108,13 +108,13 @@ def _load(job: dict[str, Any], checkpoint: Path) -> tuple[Any, Any]:
     from safetensors.torch import load_file
 
     from llava_llama31.processing import LlavaLlama31Processor
-    from llava_llama31.trainer.evaluation.generation import load_model
     from llava_llama31.trainer.model.adapters import TRAINABLE_WEIGHTS
-    from llava_llama31.trainer.model.stage_model import load_model as load_stage_model
+    from llava_llama31.trainer.model.opening import open_model
+    from llava_llama31.trainer.model.stage_model import load_stage_model
     from llava_llama31.trainer.recipes.schema import Stage
 
     if _is_whole_model(checkpoint):
-        return load_model(checkpoint, dtype=job["dtype"], device="cpu")
+        return open_model(checkpoint, dtype=job["dtype"], device="cpu")
     stage = Stage.model_validate(job["stage"])
     adapted = load_stage_model(Path(job["origin"]), stage, seed=job["seed"], where=f"stages.{job['stage_name']}")
     _, unexpected = adapted.load_state_dict(load_file(checkpoint / TRAINABLE_WEIGHTS), strict=False)

@@ -12,9 +12,7 @@ from llava_llama31.trainer.checkpoint.run_folder import STAGE_RECORD
 from llava_llama31.trainer.distributed.engine import forget_deepspeed
 from llava_llama31.trainer.distributed.parameters import num_elements
 from llava_llama31.trainer.model.adapters import take_dequantized
-from llava_llama31.trainer.model.stage_model import (
-    load_model,
-)
+from llava_llama31.trainer.model.stage_model import load_stage_model
 from llava_llama31.trainer.runs.context import StageRun
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
@@ -57,7 +55,7 @@ def _whole_adapted(run: StageRun, trainer: LlavaTrainer) -> PreTrainedModel:
     if not run.context.is_main:
         return trainer.model
     forget_deepspeed()  # it would shard the model over ranks that don't take part
-    model = load_model(run.origin, run.stage, seed=run.seed, where=run.where)
+    model = load_stage_model(run.origin, run.stage, seed=run.seed, where=run.where)
     if run.stage.lora.quantize:
         take_dequantized(model, trainer.model)
     _, unexpected = model.load_state_dict(trained, strict=False)

@@ -14,15 +14,15 @@ from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.evaluation.browser import write_browser
-from llava_llama31.trainer.evaluation.generation import load_model
-from llava_llama31.trainer.evaluation.in_training import PROTOCOL
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
+from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 from llava_llama31.trainer.evaluation.textvqa import Evaluation, evaluate, weights_revision
-from llava_llama31.trainer.evaluation.vqa_accuracy import vqa_accuracy
+from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOL, vqa_accuracy
 from llava_llama31.trainer.export.export import CURVES, attachments, curve_file, public_rows, write_export
 from llava_llama31.trainer.export.provenance import record_of
 from llava_llama31.trainer.model.module_groups import GROUPS, group_parameters
+from llava_llama31.trainer.model.opening import open_model
 from llava_llama31.trainer.runs.base_model import base_of
 from llava_llama31.trainer.runs.console import print_summary
 from llava_llama31.trainer.runs.context import RunContext
@@ -42,7 +42,7 @@ def finish(
         minutes: that the run has taken so far.
     """
     recipe, folder = run.recipe, run.folder
-    model, processor = load_model(str(final), dtype=recipe.model.dtype)
+    model, processor = open_model(str(final), dtype=recipe.model.dtype)
     record = record_of(recipe, run.command)
     record["parameters"] = {group: sum(p.numel() for _, p in group_parameters(model, group)) for group in GROUPS}
     record["stages"] = [{**stage, "curve_image": curve_file(i, stage)} for i, stage in enumerate(stages, start=1)]
@@ -92,11 +92,13 @@ def _score(
             processor,
             questions,
             run.folder.evaluation / name,
-            revision=revision,
-            preset=PRESETS[spec.preset],
-            batch_size=spec.batch_size,
-            max_new_tokens=spec.max_new_tokens,
-            blind_seed=blind_seed,
+            EvaluationSettings(
+                revision=revision,
+                preset=PRESETS[spec.preset],
+                batch_size=spec.batch_size,
+                max_new_tokens=spec.max_new_tokens,
+                blind_seed=blind_seed,
+            ),
         )
 
     revision = weights_revision(final) or "unknown"
@@ -111,7 +113,7 @@ def _score(
     }
     if spec.baselines:
         base = base_of(recipe, run.folder)
-        before, _ = load_model(str(base), dtype=recipe.model.dtype)
+        before, _ = open_model(str(base), dtype=recipe.model.dtype)
         for name, done in (
             ("before", ask("before", before, weights_revision(base) or "unknown")),
             ("blind", ask("blind", model, revision, blind_seed=recipe.seed)),

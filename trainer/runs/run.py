@@ -19,13 +19,14 @@ from llava_llama31.trainer.fault_tolerance.peers import Peers
 from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.fault_tolerance.watchdog import start_fork_server
 from llava_llama31.trainer.model.locating import local_checkpoint
-from llava_llama31.trainer.publishing.command import publish_run
+from llava_llama31.trainer.publishing.publish_run import publish_run
 from llava_llama31.trainer.publishing.pusher import pushing
 from llava_llama31.trainer.recipes.schema import Recipe
 from llava_llama31.trainer.runs.base_model import base_of, prepare
 from llava_llama31.trainer.runs.console import make_console
 from llava_llama31.trainer.runs.context import RunContext, StageRun
 from llava_llama31.trainer.runs.finish import finish
+from llava_llama31.trainer.runs.finished import finished_line
 from llava_llama31.trainer.runs.origins import at_revisions, resolve_revisions
 from llava_llama31.trainer.runs.preflight import check_inputs, check_publishing, check_shared, check_stages
 from llava_llama31.trainer.runs.stage import run_stage
@@ -77,7 +78,7 @@ def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
         check_shared(folder, state)
         if folder.summary.is_file():
             forget_deepspeed()
-            run.console.print(f"{recipe.name} has already finished: {folder.summary}")
+            run.console.print(finished_line(recipe, folder))
             if not run.is_main:
                 return None
             return publish_run(

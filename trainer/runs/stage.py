@@ -12,18 +12,15 @@ from accelerate.state import AcceleratorState
 
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
-from llava_llama31.trainer.data.batches.stage_rows import load_stage_data, within_row_limit
+from llava_llama31.trainer.data.batches.batch_order import within_row_limit
+from llava_llama31.trainer.data.batches.stage_rows import load_stage_data
 from llava_llama31.trainer.distributed.engine import check_resumable, forget_deepspeed, join_deepspeed
 from llava_llama31.trainer.errors import Interrupted
 from llava_llama31.trainer.fault_tolerance.out_of_memory import advising
 from llava_llama31.trainer.fault_tolerance.watchdog import kill_workers
-from llava_llama31.trainer.model.stage_model import (
-    base_model,
-    freeze_groups,
-    load_model,
-    use_device_options,
-)
-from llava_llama31.trainer.recipes.schema import Derived, Stage, derive
+from llava_llama31.trainer.model.stage_model import base_model, freeze_groups, load_stage_model, use_device_options
+from llava_llama31.trainer.recipes.derived import Derived, derive
+from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs.console import print_stage_start
 from llava_llama31.trainer.runs.context import StageRun
 from llava_llama31.trainer.runs.final_weights import write_final_weights
@@ -48,14 +45,14 @@ def _run_stage(run: StageRun) -> dict[str, Any]:
     stage = run.stage
     processor = LlavaLlama31Processor.from_pretrained(run.origin)
     data = load_stage_data(stage, processor, run.folder.rejects, run.seed)
-    stage = within_row_limit(stage, data.lengths, run.seed, run.context.num_processes)
+    stage = within_row_limit(stage, data.train.lengths, run.seed, run.context.num_processes)
     run = replace(run, stage=stage)
-    derived = derive(stage, len(data.train_rows), run.context.num_processes, where=run.where)
+    derived = derive(stage, len(data.train), run.context.num_processes, where=run.where)
     # before the model: DeepSpeed's configuration must be alive when the weights are loaded
     join_deepspeed(stage)
     args = training_arguments(stage, derived, output_dir=run.folder.path, seed=run.seed, where=run.where)
     transformers.set_seed(run.seed)
-    model = load_model(run.origin, stage, seed=run.seed, where=run.where, quantized=True)
+    model = load_stage_model(run.origin, stage, seed=run.seed, where=run.where, quantized=True)
     report = freeze_groups(model, stage)
     use_device_options(base_model(model, stage), stage)
     print_stage_start(run.context.console, run.name, stage, derived, report, str(run.origin))
@@ -75,7 +72,7 @@ def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived) -> None:
         manifest = atomic_folders.read_manifest(checkpoint)
         check_resumable(manifest, trainer.args, checkpoint)
         step = manifest["step"]
-        run.context.console.print(f"going on from {checkpoint}, step {step} of {derived.steps}")
+        run.context.console.print(f"resuming from {checkpoint}, step {step} of {derived.steps}")
         if step >= derived.steps:  # Trainer would take one more step
             trainer.restore(checkpoint)
             return

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel, PrinterCallback
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.costs.flops import ModelShape
+from llava_llama31.trainer.data.batches.batch_order import batch_order
 from llava_llama31.trainer.data.batches.collator import Collator
 from llava_llama31.trainer.data.batches.dataset import StageDataset
 from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles
-from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, default_folder, fill
-from llava_llama31.trainer.data.batches.stage_rows import StageData, batch_order
+from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, default_folder
+from llava_llama31.trainer.data.batches.feature_filling import fill
+from llava_llama31.trainer.data.batches.stage_rows import StageData
 from llava_llama31.trainer.distributed.engine import uses_fsdp
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
@@ -26,10 +28,7 @@ from llava_llama31.trainer.fault_tolerance.stage_guard import Guard, StopRequest
 from llava_llama31.trainer.fault_tolerance.step_health import Health
 from llava_llama31.trainer.fault_tolerance.watchdog import Watchdog
 from llava_llama31.trainer.model.device_options import FLOAT8_MULTIPLE
-from llava_llama31.trainer.model.stage_model import (
-    base_model,
-    product_dtype,
-)
+from llava_llama31.trainer.model.stage_model import base_model, product_dtype
 from llava_llama31.trainer.publishing.pusher import PushSaves
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs.console import StageProgress
@@ -79,7 +78,7 @@ def stage_features(
     fill(
         cache,
         encode,
-        StageDataset(data.stores, [*data.train_rows, *data.eval_rows], processor, product_dtype(stage)),
+        StageDataset(data.stores, [*data.train.places, *data.validation.places], processor, product_dtype(stage)),
         share=(state.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))),
         wait_for_everyone=state.wait_for_everyone,
         num_workers=stage.dataloader_workers,
@@ -107,8 +106,8 @@ def stage_trainer(
         model,
         args,
         batches=StageBatches(
-            training=rows_of(data.train_rows),
-            validation=rows_of(data.eval_rows),
+            training=rows_of(data.train.places),
+            validation=rows_of(data.validation.places),
             collator=Collator(
                 processor.tokenizer.pad_token_id,
                 processor.image_token_id,
@@ -116,8 +115,8 @@ def stage_trainer(
                 share_prefix=stage.packing and stage.share_prefix > 1,
                 multiple_of=_row_multiple(stage, args),
             ),
-            order=batch_order(stage, data.lengths, run.seed),
-            validation_lengths=data.eval_lengths,
+            order=batch_order(stage, data.train.lengths, run.seed),
+            validation_lengths=data.validation.lengths,
             packed=stage.packing,
         ),
         processor=processor,

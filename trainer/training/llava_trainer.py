@@ -42,10 +42,7 @@ from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
 from llava_llama31.trainer.training.batch_loading import BatchLoader, StageBatches
 from llava_llama31.trainer.training.meter import Meter
-from llava_llama31.trainer.training.optimizers import (
-    AdamWBfloat16,
-    parameter_groups,
-)
+from llava_llama31.trainer.training.optimizers import AdamWBfloat16, parameter_groups
 from llava_llama31.trainer.training.stage_checkpoints import (
     load_optimizer,
     load_rng_state,

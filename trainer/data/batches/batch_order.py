@@ -1,10 +1,13 @@
 """The order of samples: a pure function of (seed, epoch, step), the same for any number of ranks and workers."""
 
 import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+from llava_llama31.trainer.recipes.schema import Stage
 
 
 WINDOW_BATCHES = 64
@@ -213,3 +216,33 @@ class RankBatches:
             return [part.tolist() for part in np.array_split(batch, number)]
         rows = self.order.rows(batch, min(number, len(batch)))
         return rows + [[]] * (number - len(rows))
+
+
+def batch_order(stage: Stage, lengths: Lengths, seed: int) -> BatchOrder:
+    """The stage's global batches."""
+    return BatchOrder(
+        lengths,
+        global_batch=stage.global_batch,
+        seed=seed,
+        keep_last=stage.last_batch == "keep",
+        group_by_length=stage.group_by_length,
+        equal_tokens=stage.batch_by == "supervised_tokens",
+        share_prefix=stage.share_prefix if stage.packing else 1,
+    )
+
+
+def within_row_limit(stage: Stage, lengths: Lengths, seed: int, num_processes: int) -> Stage:
+    """The stage with the largest micro-batch whose packed rows keep within `max_row_tokens`, as all samples do."""
+    limit, order = stage.max_row_tokens, batch_order(stage, lengths, seed)
+    if limit is None:
+        return stage
+    epochs = math.ceil(stage.epochs or (stage.max_steps or 0) / max(1, order.steps_per_epoch))
+    batches = [batch for epoch in range(epochs) for batch in order.batches(epoch)]
+    samples = stage.global_batch // num_processes
+
+    def fits(micro_batch: int) -> bool:
+        rows = RankBatches(order, micro_batch=micro_batch, rank=0, num_processes=num_processes, packed=True)
+        return all(order.row_length(row) <= limit for batch in batches for row in rows.micro_batches(batch)[:1])
+
+    sizes = (size for size in range(samples, 0, -1) if samples % size == 0 and fits(size))
+    return stage.model_copy(update={"micro_batch": next(sizes, 1)})

@@ -57,7 +57,8 @@ class DeviceTiles:
     def _cut(self, picture: torch.Tensor) -> torch.Tensor:
         """uint8 (tiles of the picture, 3, S, S) of uint8 (3, H, W)."""
         side = self.processor.tile_size
-        place = self.processor.placement(tuple(picture.shape[1:]))
+        height, width = picture.shape[1:]
+        place = self.processor.placement((height, width))
         canvas = picture.new_zeros((3, place.grid_height, place.grid_width))
         rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
         canvas[:, rows, columns] = resize_as_pillow(picture, place.height, place.width)

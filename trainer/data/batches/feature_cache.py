@@ -15,27 +15,23 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from torch.utils.data import DataLoader, Subset
 
 from llava_llama31.processing import LlavaLlama31Processor
-from llava_llama31.trainer.data.batches.collator import Sample
+from llava_llama31.trainer.data.check.cache import user_cache
 from llava_llama31.trainer.data.sources import images
 from llava_llama31.trainer.data.sources.images import ImageRef
 
 
 if TYPE_CHECKING:  # a data loader's worker has no use for the model
     from llava_llama31 import LlavaLlama31ForConditionalGeneration
-    from llava_llama31.trainer.data.batches.dataset import StageDataset
 
 
 logger = logging.getLogger(__name__)
@@ -91,9 +87,11 @@ class FeatureCache:
             # private: a tensor wants memory that may be written to
             data = np.memmap(self.features, np.uint8, "c", entry.offset, (entry.num_tiles * self._tile_bytes,))
         except (OSError, ValueError) as error:
-            return self._damaged(picture, image, str(error))
+            self._forget(picture, image, str(error))
+            return None
         if _checksum(picture, entry, data) != entry.checksum:
-            return self._damaged(picture, image, "wrong checksum")
+            self._forget(picture, image, "wrong checksum")
+            return None
         features = torch.from_numpy(data).view(self.dtype).view(entry.num_tiles, *self.shape)
         return (entry.height, entry.width), features
 
@@ -110,7 +108,7 @@ class FeatureCache:
                     return False
                 entry = Entry(self._end, len(features), *size, checksum=0)
                 entry = entry._replace(checksum=_checksum(picture, entry, data))
-                _write_at(self.features, self._end, data)
+                _write_at(self.features, self._end, data.data)
                 _write_at(self.index, self._num_read, _RECORD.pack(picture, *entry))
                 self.refresh()
                 return True
@@ -154,7 +152,7 @@ class FeatureCache:
         others = (file.stat().st_size for file in self.folder.iterdir() if file not in own)
         return self._end + self._num_read + sum(others)
 
-    def _damaged(self, picture: bytes, image: ImageRef, what: str) -> None:
+    def _forget(self, picture: bytes, image: ImageRef, what: str) -> None:
         logger.warning(
             "%s: the features of %s are damaged (%s) and computed instead; delete the file to store all anew",
             self.features,
@@ -171,10 +169,10 @@ class FeatureCache:
 
 
 def _checksum(picture: bytes, entry: Entry, data: np.ndarray) -> int:
-    return zlib.crc32(data, zlib.crc32(_RECORD.pack(picture, *entry._replace(checksum=0))))
+    return zlib.crc32(data.data, zlib.crc32(_RECORD.pack(picture, *entry._replace(checksum=0))))
 
 
-def _write_at(path: Path, end: int, content: bytes | np.ndarray) -> None:
+def _write_at(path: Path, end: int, content: bytes | memoryview) -> None:
     """Write behind the whole entries, over what a killed process may have left there."""
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
         file.truncate(end)
@@ -199,9 +197,10 @@ def cache_key(
     """32 hex digits that change with the tower's weights, layers and arithmetic, the tiles, and the code of both."""
     digest = hashlib.blake2b(digest_size=16)
     config = model.config
+    vision: Any = config.vision_config
     settings = [
-        config.vision_config.to_dict(),
-        config.vision_config._attn_implementation,
+        vision.to_dict(),
+        vision._attn_implementation,
         config.vision_feature_layer,
         config.vision_feature_select_strategy,
         processor.image_processor.to_json_string(),
@@ -210,7 +209,7 @@ def cache_key(
         [version(package) for package in _PACKAGES],
     ]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for part in (images, inspect.getmodule(type(processor)), inspect.getmodule(type(model))):
+    for part in (images, type(processor), type(model)):
         digest.update(Path(inspect.getfile(part)).read_bytes())
     for name, weight in sorted(model.model.vision_tower.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -220,74 +219,4 @@ def cache_key(
 
 def default_folder() -> Path:
     """`llava-llama31/features` under the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava-llama31" / "features"
-
-
-def fill(
-    cache: FeatureCache,
-    encode: Callable[[torch.Tensor], torch.Tensor],
-    dataset: "StageDataset",
-    *,
-    share: tuple[int, int] = (0, 1),
-    wait_for_everyone: Callable[[], None] = lambda: None,
-    num_workers: int = 0,
-    console: Console | None = None,
-) -> None:
-    """Store the features of a data set's pictures, in its order, until the quota is full.
-
-    Args:
-        encode: tiles (T, 3, H, W) -> features (T, P, D).
-        dataset: without features.
-        share: (rank, number of processes) among those that share the folder and the work.
-        wait_for_everyone: barrier of these processes.
-        num_workers: processes that read and tile pictures.
-        console: to show progress on, where it is a terminal.
-    """
-    wanted = _missing(cache, dataset, share)
-    wait_for_everyone()  # all plan by the same state
-    loader = DataLoader(
-        Subset(dataset, [index for index, _ in wanted]),
-        batch_size=None,
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        multiprocessing_context="forkserver" if num_workers else None,
-        generator=torch.Generator(),  # the training's random numbers stay what they are
-    )
-    shown = console is not None and console.is_terminal
-    with Progress(console=console, disable=not shown, transient=True) as bar:
-        samples = zip(wanted, loader, strict=True)
-        for (_, pictures), sample in bar.track(samples, total=len(wanted), description="features of pictures"):
-            assert sample.pixel_values is not None
-            counts = [dataset.processor.num_tiles(size) for size in sample.image_sizes]
-            # a picture at a time, as its bits are asked for
-            features = (encode(tiles) for tiles in sample.pixel_values.split(counts))
-            entries = zip(pictures, sample.image_sizes, features, strict=True)
-            if not all(cache.store(*entry) for entry in entries):
-                logger.warning(
-                    "%s: %d pictures are stored, no more fit in feature_cache_gb; the others are computed",
-                    cache.features,
-                    len(cache),
-                )
-                break
-    wait_for_everyone()
-    cache.refresh()
-
-
-def _missing(
-    cache: FeatureCache, dataset: "StageDataset", share: tuple[int, int]
-) -> list[tuple[int, tuple[bytes, ...]]]:
-    """Samples, with their pictures, that bring a picture which is not stored; of them this process's share."""
-    rank, num_processes = share
-    planned: set[bytes] = set()
-    wanted = []
-    for index in range(len(dataset)):
-        pictures = tuple(picture_key(image) for image in dataset.record(index).images)
-        new = [picture for picture in pictures if picture not in cache and picture not in planned]
-        planned.update(new)
-        if new and new[0][0] % num_processes == rank:
-            wanted.append((index, pictures))
-    return wanted
-
-
-def _unchanged(sample: Sample) -> Sample:
-    return sample
+    return user_cache("features")

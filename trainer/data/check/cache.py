@@ -34,7 +34,7 @@ _SAMPLE_BYTES = 2**20
 class WatchedFiles:
     """Image files with the size and modification time that they had when they were checked."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._seen: set[int] = set()
         self._names = bytearray()
         self._signatures = array("q")
@@ -107,6 +107,11 @@ class CheckCache:
         return kept
 
 
+def user_cache(name: str) -> Path:
+    """The folder `llava-llama31/NAME` under the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava-llama31" / name
+
+
 def write_atomically(path: Path, pieces: Iterable[str]) -> None:
     """Write a text file that is either there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +169,7 @@ def code_signature(processor: "LlavaLlama31Processor | None") -> dict:
     """Hash of the source that decides what is found, and the versions of the libraries beneath it."""
     files = [Path(redaction.__file__)]
     for room in (sources, check):
-        files += sorted(Path(room.__file__).parent.glob("*.py"))
+        files += sorted(file for folder in room.__path__ for file in Path(folder).glob("*.py"))
     if processor is not None:
         files.append(Path(inspect.getfile(type(processor))))
     digest = hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=16)

@@ -4,7 +4,6 @@ The command is `llava-llama31 check-data RECIPE|FILES...`; `train` makes the sam
 """
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from llava_llama31.trainer.data.check.cache import CheckCache, WatchedFiles, fingerprint, write_atomically
+from llava_llama31.trainer.data.check.cache import CheckCache, WatchedFiles, fingerprint, user_cache, write_atomically
 from llava_llama31.trainer.data.check.report import (
     ACTIONS,
     Action,
@@ -159,7 +158,7 @@ def run_check(
 
 def default_cache_dir() -> Path:
     """`llava-llama31/check-data` under the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava-llama31" / "check-data"
+    return user_cache("check-data")
 
 
 @dataclass

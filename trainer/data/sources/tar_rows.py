@@ -164,7 +164,7 @@ def _members(shard: Path) -> Iterator[_Member]:
         with _Headers(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             position = -1
             while (found := tar.next()) is not None:
-                tar.members = []  # it would keep every header
+                tar.members = []  # type: ignore[attr-defined]  # it would keep every header
                 if found.offset <= position or found.size < 0:  # would go round for ever
                     raise tarfile.ReadError(f"a size of {found.size} bytes at byte {found.offset}")
                 position = found.offset

@@ -1,12 +1,8 @@
-"""Gather, judge, report: `llava-llama31 doctor`, alone or as the script of a launcher."""
+"""Gather the facts of this machine and judge them."""
 
-import json
-import os
-import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,36 +15,12 @@ from llava_llama31.trainer.doctor.probe import Probes, all_reduce_commands
 
 Table: TypeAlias = list[tuple[str, Callable[[], list[DoctorFinding]]]]  # name and check
 
-EXIT_ERRORS = 1
 _HUB_SECONDS = 4.0
 _LOCAL_SECONDS = 20.0
-_RANKS_SECONDS = 60.0
-_STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
-def doctor_command(output: str | None, *, json_output: bool, debug: bool = False) -> int:
-    """Print the findings; returns 0, or 1 where one of them is an error.
-
-    Raises:
-        UserError: a launcher's variables are incomplete, or its ranks don't meet.
-    """
-    folder = Path(output or "runs")
-    if "RANK" not in os.environ:
-        found: list[DoctorFinding] | None = _local_findings(folder, debug, alone=True)
-    else:
-        from llava_llama31.trainer.doctor.ranks import Place, survey
-
-        place = Place.of_environment()
-        own = _local_findings(folder, debug, alone=False) if place.local_rank == 0 else []
-        found = survey(place, own, folder, _cache(), _RANKS_SECONDS)
-    if found is None:
-        return 0
-    report(found, json_output=json_output)
-    return EXIT_ERRORS if any(finding.level == "error" for finding in found) else 0
-
-
-def _local_findings(output: Path, debug: bool, *, alone: bool) -> list[DoctorFinding]:
-    """Of this machine; `alone` also lets two processes of it talk to each other, and its GPUs."""
+def local_findings(output: Path, debug: bool, *, alone: bool) -> list[DoctorFinding]:
+    """Findings on this machine; `alone` also tests the communication between two processes, and between its GPUs."""
     modules = [module for module in ("torchvision", "torchao") if find_spec(module)]
     with tempfile.TemporaryDirectory() as scratch:
         pair = all_reduce_commands("gloo", 2, Path(scratch), _LOCAL_SECONDS) if alone else []
@@ -71,7 +43,7 @@ def _local_findings(output: Path, debug: bool, *, alone: bool) -> list[DoctorFin
 def _checks(output: Path) -> Table:
     folders: dict[str, Callable[[], Path]] = {
         "output": lambda: output,
-        "cache": _cache,
+        "cache": cache_folder,
         "Hub cache": facts.hub_cache,
         "temporary": lambda: Path(tempfile.gettempdir()),
     }
@@ -88,7 +60,7 @@ def _checks(output: Path) -> Table:
     ]
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     from llava_llama31.trainer.data.check.check import default_cache_dir
 
     return default_cache_dir()
@@ -120,28 +92,3 @@ def _run(table: Table, debug: bool) -> list[DoctorFinding]:
             why = "what it looks for may be there"
             found.append(DoctorFinding(name, "error", what, why, "report it with what --debug prints"))
     return found
-
-
-def report(found: Sequence[DoctorFinding], *, json_output: bool) -> None:
-    """Findings on stdout, errors last, or as one JSON object."""
-    counts = {level: sum(finding.level == level for finding in found) for level in _STYLES}
-    if json_output:
-        content = {
-            "ok": not counts["error"],
-            "num_errors": counts["error"],
-            "num_warnings": counts["warning"],
-            "findings": [asdict(finding) for finding in found],
-        }
-        sys.stdout.write(json.dumps(content) + "\n")
-        return
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(soft_wrap=True, highlight=False)
-    for level, style in _STYLES.items():
-        for finding in (finding for finding in found if finding.level == level):
-            name = f"{finding.check} on {finding.host}" if finding.host else finding.check
-            console.print(f"[{style}]{level:8}[/] {escape(name)}: {escape(finding.what)}")
-            if level != "ok":
-                console.print(f"{'':9}why: {escape(finding.why)}\n{'':9}fix: {escape(finding.fix)}")
-    console.print(f"{counts['error']} error(s), {counts['warning']} warning(s), {counts['ok']} ok")

@@ -1,10 +1,7 @@
-"""The command `publish`, and the last step of a run whose recipe has `publish`."""
+"""Publish a folder, or a run whose recipe asks for it."""
 
-import json
 import shlex
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +11,11 @@ from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.errors import Unpublished, UserError
 from llava_llama31.trainer.publishing.hub_calls import redact
-from llava_llama31.trainer.publishing.publish import publish, shown_size
-from llava_llama31.trainer.publishing.release import Release, check_repo_id
+from llava_llama31.trainer.publishing.publish import publish
+from llava_llama31.trainer.publishing.published import is_outstanding
+from llava_llama31.trainer.publishing.release import Release
 from llava_llama31.trainer.publishing.staging import public_copy
 from llava_llama31.trainer.recipes.schema import Publish
-
-
-def publish_command(
-    source: str, repo_id: str, *, private: bool, collection: str | None, dry_run: bool, json_output: bool
-) -> int:
-    """`llava-llama31 publish`: progress on stderr, the plan or the result on stdout."""
-    check_repo_id(repo_id, "--repo-id")
-    path = Path(source)
-    if not path.is_dir():
-        raise UserError("no such folder", where=source, fix="name a finished run or an exported folder")
-    with redirect_stdout(sys.stderr):  # libraries print to stdout when imported
-        result = publish_folder(
-            path,
-            repo_id,
-            private=private,
-            collection=collection,
-            dry_run=dry_run,
-            say=lambda line: print(line),  # noqa: T201
-        )
-    sys.stdout.write(redact(json.dumps(result) if json_output else _rendered(result)) + "\n")
-    return 0
 
 
 def publish_folder(
@@ -68,8 +45,7 @@ def publish_run(
         Unpublished: names the command that publishes it.
     """
     file = RunFolder(output).summary
-    told = summary.get("publish", {})
-    if spec is None or (told.get("repo") == spec.repo_id and told.get("published")):
+    if spec is None or not is_outstanding(spec, summary):
         return summary
     resume = publish_line(output, spec.repo_id, private=spec.private, collection=spec.collection)
     told = summary["publish"] = {"repo": spec.repo_id, "published": False, "resume": resume}
@@ -94,17 +70,3 @@ def publish_line(path: Path, repo_id: str, *, private: bool, collection: str | N
     """The command that publishes, also after a failure."""
     options = [*(["--private"] if private else []), *(["--collection", collection] if collection else [])]
     return shlex.join(["llava-llama31", "publish", str(path), "--repo-id", repo_id, *options])
-
-
-def _rendered(result: Mapping[str, Any]) -> str:
-    if "steps" not in result:
-        samples = [f"  {sample['question']} -> {sample['answer']}" for sample in result["checks"]["samples"]]
-        return "\n".join(
-            ["answers of the published model:", *samples, f"published: {result['url']} ({result['tag']})"]
-        )
-    steps = [f"{number}. {step}" for number, step in enumerate(result["steps"], start=1)]
-    files = [f"  {shown_size(size):>12}  {name}" for name, size in result["files"].items()]
-    removed = [f"  {'removed':>12}  {name}" for name in result["removed"]]
-    return "\n".join(
-        [f"{result['repo']}: dry run, nothing was written; the steps would be", *steps, "files:", *files, *removed]
-    )

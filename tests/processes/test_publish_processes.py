@@ -12,11 +12,11 @@ import yaml
 from hub_server import running_hub
 
 from llava_llama31.trainer.fault_tolerance.signals import Signals
-from llava_llama31.trainer.recipes.schema import load_recipe
+from llava_llama31.trainer.recipes.loading import load_recipe
 from llava_llama31.trainer.runs.run import run_recipe
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOKEN = "hf_" + "e" * 34
 REPO = "me/mine"
 
@@ -28,7 +28,6 @@ def start(hub, home: Path, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], cwd=home, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_from_a_run_to_a_stranger(recipe_content, make_image, tmp_path):
     recipe_content["model"] |= {"licence": "apache-2.0"}

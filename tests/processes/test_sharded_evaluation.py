@@ -2,16 +2,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from llava_llama31.trainer.evaluation.generation import load_model
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import load_questions
+from llava_llama31.trainer.model.opening import open_model
 
 
 WORKER = """
@@ -19,14 +16,14 @@ import sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from llava_llama31.trainer.evaluation.generation import load_model
+from llava_llama31.trainer.model.opening import open_model
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import load_questions
 
 engine, folder, data, output = sys.argv[1:]
 torch.set_num_threads(1)
-model, processor = load_model(folder)
+model, processor = open_model(folder)
 whole = sum(parameter.numel() for parameter in model.parameters())
 if engine == "fsdp":
     from torch.distributed.device_mesh import init_device_mesh
@@ -60,22 +57,20 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
-def test_sharded_weights_answer_as_whole_ones(lively_folder, data_folder, tmp_path, engine):
+def test_sharded_weights_answer_as_whole_ones(forks, lively_folder, data_folder, tmp_path, engine):
     if engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     data = str(data_folder / "questions.jsonl")
-    weights, processor = load_model(lively_folder)
+    weights, processor = open_model(lively_folder)
     asked = TrainingQuestions(load_questions(data), PRESETS["card"], 6, 2, tmp_path / "whole")
     asked.ask(weights, processor, step=7)
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
-    command = [sys.executable, *launcher, engine, str(lively_folder), data, str(tmp_path / engine)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert run.returncode == 0, run.stdout + run.stderr
+    arguments = (engine, lively_folder, data, tmp_path / engine)
+    job = forks.start(*arguments, processes=2, engines=True, script=str(worker))
+    output, _ = job.communicate(timeout=100)
+    assert job.codes == [0, 0], output
     ids = {}
     for name in ("whole", engine):
         lines = (tmp_path / name / "step-7.jsonl").read_text().splitlines()

@@ -54,10 +54,10 @@ print(json.dumps([transformers.__version__, faults, inputs["input_ids"][0].tolis
 @pytest.fixture(scope="module")
 def folders(lively_folder, tmp_path_factory):
     """The same model with Llama 3.1's rotary embedding in native words and in older ones, in two files of weights."""
-    from llava_llama31.trainer.evaluation.generation import load_model
+    from llava_llama31.trainer.model.opening import open_model
 
     root = tmp_path_factory.mktemp("dialects")
-    model, processor = load_model(lively_folder)
+    model, processor = open_model(lively_folder)
     model.config.text_config.rope_parameters = LLAMA3_ROPE
     for name in ("native", "older"):
         model.save_pretrained(root / name, max_shard_size="400KB")

@@ -1,0 +1,72 @@
+"""`llava-llama31 browse`."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_llama31.trainer.commands.options import positive
+
+
+if TYPE_CHECKING:
+    from llava_llama31.trainer.evaluation.browser import Browser
+
+
+HELP = "one HTML file with every question, image, answer and score"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("predictions", metavar="PREDICTIONS")
+    parser.add_argument("--data", required=True, metavar="FILE", help="JSON lines, official JSON, or parquet")
+    parser.add_argument("--image-root", metavar="DIR", help="default: the folder of FILE")
+    parser.add_argument("--output", metavar="FILE.html", help="default: beside PREDICTIONS, with its name")
+    parser.add_argument("--limit", type=positive, metavar="N", help="show only the first N questions")
+    parser.add_argument("--image-side", type=positive, metavar="PX", help="longest side of an image; default: 512")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code 0 once the file is written."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from llava_llama31.trainer.evaluation.answer_files import read_answers
+    from llava_llama31.trainer.evaluation.browser import IMAGE_SIDE, write_browser
+    from llava_llama31.trainer.evaluation.questions import load_questions
+
+    # all questions, whatever the limit: answers to those beyond it are not unknown
+    questions = load_questions(options.data, image_root=options.image_root)
+    answers = read_answers(options.predictions, questions)
+    shown = questions[: options.limit]
+    beyond = {str(question.question_id) for question in questions[len(shown) :]}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("images", total=None)
+        browser = write_browser(
+            shown,
+            [row for row in answers.rows if str(row["question_id"]) not in beyond],
+            options.output or Path(options.predictions).with_suffix(".html"),
+            title=f"{Path(options.predictions).name} on {Path(options.data).name}",
+            note=answers.note,
+            image_side=options.image_side or IMAGE_SIDE,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    _print_browser(browser, answers.note)
+    return 0
+
+
+def _print_browser(browser: "Browser", note: str) -> None:
+    from rich.console import Console
+
+    console, megabytes = Console(), browser.path.stat().st_size / 1e6
+    counted = f"{browser.num_questions} questions, {browser.num_images} images, {megabytes:.1f} MB"
+    lines = [f"{browser.path}: {counted}"]
+    if browser.num_unanswered:
+        lines.append(f"without an answer: {browser.num_unanswered}")
+    named = {
+        "images not shown": [f"{image_id} ({reason})" for image_id, reason in browser.unreadable.items()],
+        "answers left out, as their questions are not in the data": browser.unknown,
+    }
+    for what, ids in named.items():
+        if ids:
+            more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+            lines.append(f"{what}: {len(ids)}: {', '.join(ids[:5])}{more}")
+    for line in [*lines, f"note: {note}"] if note else lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

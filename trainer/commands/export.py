@@ -1,0 +1,31 @@
+"""`llava-llama31 export`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from llava_llama31.trainer.export.dialects import DIALECTS, NATIVE
+
+
+HELP = "write a finished run's two-door folder again, with its card"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--output", metavar="DIR", help="default: RUN/export, or RUN/export-DIALECT")
+    parser.add_argument(
+        "--dialect",
+        choices=DIALECTS,
+        default=NATIVE,
+        help="transformers-4.52: for Transformers 4.52 to 5.5, stock classes only",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+    from llava_llama31.trainer.export.export import export_again
+
+    run, output = RunFolder(Path(options.folder)), Path(options.output) if options.output else None
+    folder = export_again(run, output, options.dialect)
+    print(folder, file=sys.stderr)  # noqa: T201
+    return 0

@@ -1,0 +1,63 @@
+"""`llava-llama31 publish`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from llava_llama31.trainer.commands.options import add_json
+from llava_llama31.trainer.errors import UserError
+
+
+HELP = "check a model, upload it, check what was uploaded, and merge it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RUN|FOLDER", help="a finished run, or an exported folder")
+    parser.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="a model made from Llama: OWNER/Llama…")
+    parser.add_argument("--private", action="store_true", help="leave the repository private")
+    parser.add_argument("--collection", metavar="SLUG", help="collection to put it into, as its address names it")
+    parser.add_argument("--dry-run", action="store_true", help="check and show what would be done; write nothing")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Publish: progress on stderr, the plan or the result on stdout."""
+    from llava_llama31.trainer.publishing.hub_calls import redact
+    from llava_llama31.trainer.publishing.publish_run import publish_folder
+    from llava_llama31.trainer.publishing.release import check_repo_id
+
+    check_repo_id(options.repo_id, "--repo-id")
+    path = Path(options.source)
+    if not path.is_dir():
+        raise UserError("no such folder", where=options.source, fix="name a finished run or an exported folder")
+    with redirect_stdout(sys.stderr):  # libraries print there when they are imported
+        result = publish_folder(
+            path,
+            options.repo_id,
+            private=options.private,
+            collection=options.collection,
+            dry_run=options.dry_run,
+            say=lambda line: print(line),  # noqa: T201
+        )
+    sys.stdout.write(redact(json.dumps(result) if options.json_output else _shown(result)) + "\n")
+    return 0
+
+
+def _shown(result: Mapping[str, Any]) -> str:
+    from llava_llama31.trainer.publishing.publish import shown_size
+
+    if "steps" not in result:
+        samples = [f"  {sample['question']} -> {sample['answer']}" for sample in result["checks"]["samples"]]
+        return "\n".join(
+            ["answers of the published model:", *samples, f"published: {result['url']} ({result['tag']})"]
+        )
+    steps = [f"{number}. {step}" for number, step in enumerate(result["steps"], start=1)]
+    files = [f"  {shown_size(size):>12}  {name}" for name, size in result["files"].items()]
+    removed = [f"  {'removed':>12}  {name}" for name in result["removed"]]
+    return "\n".join(
+        [f"{result['repo']}: dry run, nothing was written; the steps would be", *steps, "files:", *files, *removed]
+    )

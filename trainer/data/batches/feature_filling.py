@@ -1,0 +1,86 @@
+"""Computes the vision tower's features of a stage's images and keeps them in the feature cache."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch.utils.data import DataLoader, Subset
+
+from llava_llama31.trainer.data.batches.collator import Sample
+from llava_llama31.trainer.data.batches.dataset import StageDataset
+from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, picture_key
+
+
+logger = logging.getLogger(__name__)
+
+
+def fill(
+    cache: FeatureCache,
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    dataset: StageDataset,
+    *,
+    share: tuple[int, int] = (0, 1),
+    wait_for_everyone: Callable[[], None] = lambda: None,
+    num_workers: int = 0,
+    console: Console | None = None,
+) -> None:
+    """Store the features of a data set's pictures, in its order, until the quota is full.
+
+    Args:
+        encode: tiles (T, 3, H, W) -> features (T, P, D).
+        dataset: without features.
+        share: (rank, number of processes) among those that share the folder and the work.
+        wait_for_everyone: barrier of these processes.
+        num_workers: processes that read and tile pictures.
+        console: to show progress on, where it is a terminal.
+    """
+    wanted = _missing(cache, dataset, share)
+    wait_for_everyone()  # all plan by the same state
+    loader = DataLoader(
+        Subset(dataset, [index for index, _ in wanted]),
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_unchanged,  # type: ignore[arg-type]  # without batches it gets a sample
+        multiprocessing_context="forkserver" if num_workers else None,
+        generator=torch.Generator(),  # the training's random numbers stay what they are
+    )
+    shown = console is not None and console.is_terminal
+    with Progress(console=console, disable=not shown, transient=True) as bar:
+        samples = zip(wanted, loader, strict=True)
+        for (_, pictures), sample in bar.track(samples, total=len(wanted), description="features of pictures"):
+            assert sample.pixel_values is not None
+            counts = [dataset.processor.num_tiles(size) for size in sample.image_sizes]
+            # a picture at a time, as its bits are asked for
+            features = (encode(tiles) for tiles in sample.pixel_values.split(counts))
+            entries = zip(pictures, sample.image_sizes, features, strict=True)
+            if not all(cache.store(*entry) for entry in entries):
+                logger.warning(
+                    "%s: %d pictures are stored, no more fit in feature_cache_gb; the others are computed",
+                    cache.features,
+                    len(cache),
+                )
+                break
+    wait_for_everyone()
+    cache.refresh()
+
+
+def _missing(
+    cache: FeatureCache, dataset: StageDataset, share: tuple[int, int]
+) -> list[tuple[int, tuple[bytes, ...]]]:
+    """Samples, with their pictures, that bring a picture which is not stored; of them this process's share."""
+    rank, num_processes = share
+    planned: set[bytes] = set()
+    wanted = []
+    for index in range(len(dataset)):
+        pictures = tuple(picture_key(image) for image in dataset.record(index).images)
+        new = [picture for picture in pictures if picture not in cache and picture not in planned]
+        planned.update(new)
+        if new and new[0][0] % num_processes == rank:
+            wanted.append((index, pictures))
+    return wanted
+
+
+def _unchanged(sample: Sample) -> Sample:
+    return sample

@@ -1,0 +1,113 @@
+"""Open a trained model, or adapters on their base, for evaluation, export and chat."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig
+
+from llava_llama31 import LlavaLlama31ForConditionalGeneration
+from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.model.locating import local_checkpoint
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def open_model(
+    folder: str | Path, *, dtype: str = "auto", device: str | torch.device | None = None
+) -> tuple[LlavaLlama31ForConditionalGeneration, LlavaLlama31Processor]:
+    """Open any folder that stock Transformers opens as LlavaNext, or a folder of PEFT adapters for one.
+
+    Adapters stay unmerged beside the weights: merging rounds in half precision.
+
+    Args:
+        folder: what `save_pretrained` wrote, here or elsewhere.
+        dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
+        device: torch's name of a device; by default the GPU where there is one.
+
+    Raises:
+        UserError: there is no such model, it is not a LlavaNext, or it lacks weights.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not Path(folder, ADAPTER_CONFIG).is_file():
+        model = _load_whole(folder, dtype)
+        processor_folder = Path(folder)
+    else:
+        base = adapted_base(folder)
+        model = _load_adapters(_load_whole(base, dtype), folder)
+        processor_folder = Path(folder if Path(folder, "processor_config.json").is_file() else base)
+    try:
+        processor = LlavaLlama31Processor.from_pretrained(processor_folder)
+    except (OSError, ValueError) as error:
+        what = f"has no processor of a LlavaNext: {error}"
+        raise UserError(what, where=str(processor_folder), fix="export it again") from error
+    placed: Any = model  # the decorator of `to` hides its arguments
+    try:
+        return placed.to(device).eval(), processor
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"cannot go to device {device}: {reason}", where=str(folder), fix="pass --device cpu"
+        ) from error
+
+
+def _load_whole(folder: str | Path, dtype: str) -> LlavaLlama31ForConditionalGeneration:
+    where = str(folder)
+    if not Path(folder, "config.json").is_file():
+        raise UserError("no config.json", where=where, fix="name a folder that save_pretrained or export wrote")
+    model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if model_type != "llava_next":
+        raise UserError(f"model_type is {model_type}, not llava_next", where=where, fix="assemble or export it first")
+    try:
+        loaded: Any = LlavaLlama31ForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot be opened as LlavaNext: {error}", where=where, fix="check the path") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"lacks {len(missing)} weights, the first {missing[0]}", where=where, fix="export it again")
+    return model
+
+
+def adapted_base(folder: str | Path) -> str:
+    """Folder of the model that adapters were made for.
+
+    Raises:
+        UserError: the adapters name no base, or it does not exist.
+    """
+    where = str(Path(folder, ADAPTER_CONFIG))
+    try:
+        base = json.loads(Path(where).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", where=where, fix="save the adapters again") from error
+    if not isinstance(base, str):
+        raise UserError("names no base_model_name_or_path", where=where, fix="add the base model's folder or Hub id")
+    return str(local_checkpoint(base, where=f"{where}: base_model_name_or_path"))
+
+
+def _load_adapters(
+    model: LlavaLlama31ForConditionalGeneration, folder: str | Path
+) -> LlavaLlama31ForConditionalGeneration:
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise UserError("adapters need peft", where=str(folder), fix="pip install 'llava-llama31[peft]'") from error
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        if config.is_prompt_learning:
+            raise UserError("these adapters are a prompt, not weights", where=str(folder), fix="evaluate LoRA or DoRA")
+        adapted: Any = PeftModel(model, config)
+        result = adapted.load_adapter(str(folder), "default")
+        wrong = sorted([*result.missing_keys, *result.unexpected_keys])
+        if wrong:
+            raise ValueError(f"{len(wrong)} tensors are missing or unknown, the first {wrong[0]}")
+        return adapted.get_base_model()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        what = f"the adapters do not fit their base model: {error}"
+        raise UserError(what, where=str(folder), fix="name the base model they were trained on") from error
