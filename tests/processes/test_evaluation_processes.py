@@ -179,7 +179,7 @@ def test_adapters_without_their_base_are_named(tmp_path, capsys):
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"question_id": 1, "image_id": "a", "question": "?", "answers": ["a"]}')
     assert main(["evaluate", str(tmp_path), "--data", str(questions)]) == 2
-    assert "base_model_name_or_path: there is no folder 'nowhere'" in capsys.readouterr().err
+    assert "base_model_name_or_path: no folder 'nowhere'" in capsys.readouterr().err
 
 
 def test_stock_checkpoints_are_evaluated_as_they_are(lively_folder, data, tmp_path):

@@ -79,7 +79,7 @@ class RunFolder:
 
     @property
     def base(self) -> Path:
-        """The checkpoint assembled for the first stage, where the recipe names parts or another layout."""
+        """The checkpoint assembled for the first stage, if the recipe names parts or another layout."""
         return self.path / "base"
 
     @property

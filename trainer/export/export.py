@@ -1,4 +1,4 @@
-"""The folder that opens through two doors, with its card and what its licences ask for."""
+"""Writes the exported folder, which opens through two doors, with its card and licence files."""
 
 import json
 import logging
@@ -38,11 +38,11 @@ def write_export(
 ) -> None:
     """The folder that opens through two doors, with its card and what its licences ask for.
 
-    A card that is there already keeps what a person wrote into it.
+    An existing card keeps what a user wrote into it.
 
     Args:
         images: relative path in the folder -> image that the card shows.
-        texts: likewise, further files.
+        texts: relative path -> content of further files.
         dialect: one of `dialects.DIALECTS`; any but the native one opens through stock classes only.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -65,13 +65,13 @@ def write_export(
 
 
 def export_again(run: RunFolder, output: Path | None = None, dialect: str = NATIVE) -> Path:
-    """Write the two-door folder of a finished run again, from its last stage and its record.
+    """Export a finished run again, from its last stage and its record.
 
     Args:
         output: default: RUN/export, and RUN/export-DIALECT for another dialect than the native one.
 
     Raises:
-        UserError: when the run is not finished.
+        UserError: the run is not finished.
     """
     if not run.record.is_file():
         what = "this is not a finished run"
@@ -88,10 +88,10 @@ def export_again(run: RunFolder, output: Path | None = None, dialect: str = NATI
 
 
 def licence_texts(base_models: list[dict[str, Any]]) -> dict[str, str]:
-    """Licence files that must go with a model made from these.
+    """Licence files that must go with a model made from these base models.
 
     Raises:
-        UserError: when an agreement is due and its text is not with the base model.
+        UserError: an agreement is required, but the base model's folder lacks its text.
     """
     try:
         return licence_files(base_models)
@@ -100,14 +100,14 @@ def licence_texts(base_models: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def card_text(record: dict[str, Any], previous: str = "") -> str:
-    """The card of a record, around what a person wrote into the previous one.
+    """The card of a record, keeping what a user wrote into the previous one.
 
     Raises:
-        UserError: when it can't be written.
+        UserError: it can't be written.
     """
     kept = edited_sections(previous)
     if kept:
-        logger.warning("README.md: sections that were edited stay as they are: %s", ", ".join(kept))
+        logger.warning("README.md: edited sections are kept: %s", ", ".join(kept))
     try:
         return render_card(record, previous)
     except CardError as error:
@@ -129,7 +129,7 @@ def attachments(run: RunFolder, record: Mapping[str, Any]) -> tuple[dict[str, Im
 
 
 def public_rows(file: Path) -> str:
-    """A predictions file without this machine's paths, which reasons of failures hold."""
+    """A predictions file without this machine's paths, which reasons for failures contain."""
     with file.open(encoding="utf-8") as rows:
         return "".join(json.dumps(public(json.loads(row)), ensure_ascii=False) + "\n" for row in rows)
 

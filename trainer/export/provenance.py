@@ -1,4 +1,4 @@
-"""Where a model comes from: what its card tells before the first step, and what ran it."""
+"""Where a model comes from: the card's facts known before the first step, and the environment."""
 
 import importlib.metadata
 import os
@@ -19,7 +19,7 @@ PACKAGES = ("llava-llama31", "torch", "transformers", "accelerate", "datasets", 
 
 
 def record_of(recipe: Recipe, command: str) -> dict[str, Any]:
-    """What the card tells that is known before the first step."""
+    """The card's record, as far as it is known before the first step."""
     return {
         "name": recipe.name,
         "recipe": recipe.model_dump(mode="json"),
@@ -33,7 +33,7 @@ def record_of(recipe: Recipe, command: str) -> dict[str, Any]:
 
 
 def base_models_of(recipe: Recipe) -> list[dict[str, Any]]:
-    """What the model is made from, for the card and the licences."""
+    """The base models, for the card and the licences."""
     model = recipe.model
     if model.checkpoint is not None:
         named = [("checkpoint", model.checkpoint, model.licence)]
@@ -58,7 +58,7 @@ def _base_model(role: str, name: str, licence: str | None) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Commit of the project when it runs from a checkout, with `-dirty` where that was changed."""
+    """Commit of the project if it runs from a checkout, with `-dirty` if that has changes."""
     if _checkout() is None:
         return None
     return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
@@ -73,7 +73,7 @@ def _lock() -> dict[str, str] | None:
 
 
 def _checkout() -> Path | None:
-    """Root of the project's own repository, where this file is one of it and not installed into another one."""
+    """Root of the project's own repository, if this file belongs to it and is not installed in another one."""
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
     root = _git("rev-parse", "--show-toplevel") if tracked else None
     return Path(root) if root else None

@@ -35,7 +35,7 @@ def local_checkpoint(name: str, *, where: str, file: bool = False) -> Path:
         return path
     named = hub_id(name)
     if named is None:
-        raise UserError(f"there is no folder {name!r}", where=where, fix="name a checkpoint folder or a Hub id")
+        raise UserError(f"no folder {name!r}", where=where, fix="name a checkpoint folder or a Hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
