@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, GenerationConfig, LlamaForCausalLM
 from transformers.image_processing_utils import select_best_resolution
 
-from llava_llama31.trainer.demo import parts, pictures
+from llava_llama31.trainer.demo import images, parts
 
 
 SMALL = parts.Settings(
@@ -29,7 +29,7 @@ SMALL = parts.Settings(
 @pytest.fixture(scope="module")
 def scenes():
     rng = random.Random(5)
-    return {split: [pictures.make_scene(rng, split) for _ in range(3000)] for split in ("train", "validation")}
+    return {split: [images.make_scene(rng, split) for _ in range(3000)] for split in ("train", "validation")}
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,10 @@ def test_no_words_and_layout_pair_is_in_both_splits(scenes):
 
 
 def test_layout_is_kind_shape_and_words_per_cell():
-    scene = pictures.Scene("receipt", "square", (("KORA",), ("ICE CREAM", "2.50")), "", ())
+    scene = images.Scene("receipt", "square", (("KORA",), ("ICE CREAM", "2.50")), "", ())
     assert scene.words == ("KORA", "ICE", "CREAM", "2.50")
     assert scene.layout == ("receipt", "square", ((1,), (2, 1)))
-    moved = pictures.Scene("receipt", "square", (("KORA ICE",), ("CREAM", "2.50")), "another caption", ())
+    moved = images.Scene("receipt", "square", (("KORA ICE",), ("CREAM", "2.50")), "another caption", ())
     assert moved.words == scene.words and moved.layout != scene.layout
 
 
@@ -71,17 +71,17 @@ def test_every_anyres_grid_is_needed(scenes):
     rng = random.Random(1)
     grids = set()
     for scene in scenes["train"][:200]:
-        picture, _ = pictures.paint(scene, rng)
-        grids.add(select_best_resolution((picture.height, picture.width), pictures.GRID_PINPOINTS))
-    assert grids == {tuple(grid) for grid in pictures.GRID_PINPOINTS}
+        picture, _ = images.paint(scene, rng)
+        grids.add(select_best_resolution((picture.height, picture.width), images.GRID_PINPOINTS))
+    assert grids == {tuple(grid) for grid in images.GRID_PINPOINTS}
 
 
 def test_glyphs_stand_where_the_ink_is(scenes):
     rng = random.Random(2)
     for scene in scenes["train"][:100]:
-        picture, glyphs = pictures.paint(scene, rng)
+        picture, glyphs = images.paint(scene, rng)
         assert "".join(glyph.character for glyph in glyphs) == "".join(scene.words)
-        columns, rows = pictures.SHAPES[scene.shape]
+        columns, rows = images.SHAPES[scene.shape]
         cell = picture.width // columns
         assert picture.size == (columns * cell, rows * cell)
         grey = np.asarray(picture.convert("L"), dtype=np.int64)
@@ -94,8 +94,8 @@ def test_glyphs_stand_where_the_ink_is(scenes):
 def test_every_character_has_a_patch_of_its_own(scenes):
     rng = random.Random(4)
     for scene in scenes["train"][:300] + scenes["validation"][:300]:
-        _, glyphs = pictures.paint(scene, rng)
-        columns, rows = pictures.SHAPES[scene.shape]
+        _, glyphs = images.paint(scene, rng)
+        columns, rows = images.SHAPES[scene.shape]
         assert len({(glyph.row, glyph.column) for glyph in glyphs}) == len(glyphs)
         assert all(0 <= glyph.column < columns and 0 <= glyph.row < rows for glyph in glyphs)
 
@@ -123,8 +123,8 @@ def test_ten_answers_of_which_most_are_true(scenes):
 def test_page_holds_the_text_in_reading_order(scenes):
     rng = random.Random(7)
     for scene in scenes["train"][:200]:
-        _, glyphs = pictures.paint(scene, rng)
-        columns, rows = pictures.SHAPES[scene.shape]
+        _, glyphs = images.paint(scene, rng)
+        columns, rows = images.SHAPES[scene.shape]
         lines = parts.lay_out(glyphs, columns, rows).split("\n")
         assert len(lines) == rows + 1 and {len(line) for line in lines[:-1]} == {columns}
         assert "".join(lines).replace(" ", "") == "".join(scene.words)
@@ -149,7 +149,7 @@ def test_tokenizer_keeps_the_text_of_pictures_in_single_characters(scenes):
     tokenizer = parts.train_tokenizer(scenes["train"][:600], 383)
     assert len(tokenizer) == 383
     assert len(tokenizer.encode("MILK 12.50", add_special_tokens=False)) == len("MILK 12.50")
-    assert len(tokenizer.encode(pictures.PROMPT_SUFFIX, add_special_tokens=False)) < 14
+    assert len(tokenizer.encode(images.PROMPT_SUFFIX, add_special_tokens=False)) < 14
     assert [tokenizer.decode(tokenizer.convert_tokens_to_ids(t)) for t in parts.SPECIAL_TOKENS] == list(
         parts.SPECIAL_TOKENS
     )
@@ -162,7 +162,7 @@ def test_parts_open_and_fit_together(prepared):
     assert any("tower: reads" in line for line in said)
     tower = CLIPVisionModel.from_pretrained(folder / "vision_tower")
     assert tower.config.num_hidden_layers == SMALL.tower.layers + 1
-    assert (tower.config.image_size, tower.config.patch_size) == (pictures.TILE, pictures.PATCH)
+    assert (tower.config.image_size, tower.config.patch_size) == (images.TILE, images.PATCH)
     preprocessor = CLIPImageProcessor.from_pretrained(folder / "vision_tower")
     pixels = preprocessor(Image.new("RGB", (90, 70), "white"), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 48, 48) and torch.allclose(pixels, torch.tensor(2.0))
@@ -184,7 +184,7 @@ def test_data_is_in_llava_and_textvqa_form(prepared):
             assert [("<image>" in turn["value"]) for turn in turns] == [True] + [False] * (len(turns) - 1)
             assert turns[0]["value"].startswith("<image>\n")
             if name == "instruct":
-                assert all(turn["value"].endswith(pictures.PROMPT_SUFFIX) for turn in turns[::2])
+                assert all(turn["value"].endswith(images.PROMPT_SUFFIX) for turn in turns[::2])
             Image.open(data / row["image"]).verify()
     rows = [json.loads(line) for line in (data / "validation.jsonl").read_text().splitlines()]
     assert len({row["question_id"] for row in rows}) == len(rows) >= SMALL.validation_pictures

@@ -15,6 +15,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
+from llava_llama31 import packed_llama_llava_llama31 as packed
+from llava_llama31.trainer.costs import memory as costs
 from llava_llama31.trainer.costs.flops import ModelShape
 from llava_llama31.trainer.costs.memory import ENGINES, MicroBatch, Setup, estimate
 from llava_llama31.trainer.costs.parameters import Parameters, adapter_parameters
@@ -234,3 +236,7 @@ def test_a_parameter_without_gradient_fails_the_trace(trace_8b):
     finally:
         trace_8b._RUNS["single"] = runs["single"]
     assert missing and all("encoder.layers.3" in name or "post_layernorm" in name for name in missing)
+
+
+def test_the_plan_and_the_model_agree_on_the_rows_whose_logits_exist_at_once():
+    assert costs._HEAD_ROWS == packed._HEAD_ROWS

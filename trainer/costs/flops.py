@@ -17,12 +17,10 @@ from functools import reduce
 from operator import add
 from typing import Any, Protocol, get_args
 
-from llava_llama31.trainer.recipes.schema import ModuleGroup
+from llava_llama31.trainer.recipes.schema import LORA_TARGETS, ModuleGroup
 
 
 Packing = Sequence[Sequence[int]]  # a row's trees: [trunk, branch, ...] in positions; a plain sample is [length]
-
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Config(Protocol):

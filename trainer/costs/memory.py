@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from llava_llama31.trainer.costs.flops import LORA_TARGETS, ModelShape
+from llava_llama31.trainer.costs.flops import ModelShape
 from llava_llama31.trainer.costs.parameters import Parameters, decoder_linears
+from llava_llama31.trainer.recipes.schema import LORA_TARGETS
 
 
 _HEAD_ROWS = 256  # positions whose logits exist at once, as in packed_llama_llava_llama31.py

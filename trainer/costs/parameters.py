@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llava_llama31.trainer.costs.flops import LORA_TARGETS, ModelShape
+from llava_llama31.trainer.costs.flops import ModelShape
+from llava_llama31.trainer.recipes.schema import LORA_TARGETS
 
 
 @dataclass(frozen=True)

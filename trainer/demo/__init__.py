@@ -1,1 +1,1 @@
-"""The embedded default: pictures, questions and stand-in parts that the project makes by itself."""
+"""The embedded default: images, questions and stand-in parts that the project generates."""

@@ -35,7 +35,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .pictures import (
+from .images import (
     ALPHABET,
     PATCH,
     PROMPT_SUFFIX,
@@ -338,7 +338,7 @@ def draw_sheet(rng: random.Random) -> Sheet:
         while column < side:
             letters = ALPHABET[26:] if rng.random() < 0.35 else ALPHABET[:26]
             text = "".join(rng.choices(letters, k=rng.randint(1, 7)))[: side - column]
-            glyphs += write(canvas, text, font, column, row, cell, ink, rng)
+            glyphs += write(canvas, text, font, (column, row), cell, ink, rng)
             column += len(text) + rng.randint(1, 2)
     characters = np.zeros((side, side), dtype=np.int64)
     for glyph in glyphs:

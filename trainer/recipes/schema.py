@@ -17,6 +17,9 @@ ModuleGroup = Literal["vision_tower", "multi_modal_projector", "language_model"]
 Policy = Literal["error", "skip", "quarantine"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
+# the linear layers of a decoder layer, by their names in the Llama model
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 # as TrainingArguments and huggingface_hub call it
 _TOKEN_FIELDS = ("hub_token", "token")
 
@@ -84,7 +87,7 @@ class Lora(_Frozen):
     r: PositiveInt = 64
     alpha: PositiveFloat = 128.0
     dropout: Fraction = 0.0
-    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    targets: list[str] = [*LORA_TARGETS]
     dora: bool = False
     quantize: Literal["nf4"] | None = None
     """Keep the adapted weights in 4 bits while the adapters are trained (QLoRA, through bitsandbytes)."""

@@ -1,6 +1,6 @@
-"""Pictures with text in them: signs, product labels, receipts and clocks, with captions, questions and answers.
+"""Images with text in them: signs, product labels, receipts and clocks, with captions, questions and answers.
 
-A `Scene` is what a picture says: words, layout, caption, questions. `paint` turns a scene into pixels. Every scene
+A `Scene` is what an image says: words, layout, caption, questions. `paint` turns a scene into pixels. Every scene
 belongs to one split by a hash of its (words, layout) pair, so no pair is ever in both training and validation.
 """
 
@@ -55,7 +55,7 @@ UNITS = ("G", "ML")
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture, its true answer, and another way in which people put that answer."""
+    """A question about an image, its true answer, and another way in which people put that answer."""
 
     text: str
     answer: str
@@ -64,7 +64,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture says.
+    """What an image says.
 
     Args:
         kind: sign, label, receipt or clock.
@@ -120,15 +120,15 @@ def make_scene(rng: random.Random, split: str) -> Scene:
 
 
 def paint(scene: Scene, rng: random.Random) -> tuple[Image.Image, list[Glyph]]:
-    """The scene as an RGB picture, in fonts, colours, sizes and positions of the generator's choice."""
+    """The scene as an RGB image, in fonts, colours, sizes and positions of the generator's choice."""
     columns, rows = SHAPES[scene.shape]
     # whole pixels per patch keep the shape exact: LLaVA's choice of tiles turns on the last pixel
     cell = rng.randint(12, 24)
     ground, ink = random_colours(rng)
-    picture = Image.new("RGB", (columns * cell, rows * cell), ground)
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (columns * cell, rows * cell), ground)
+    canvas = ImageDraw.Draw(image)
     if rng.random() < 0.3:
-        canvas.rectangle((0, 0, picture.width - 1, picture.height - 1), outline=ink)
+        canvas.rectangle((0, 0, image.width - 1, image.height - 1), outline=ink)
     style, centred = rng.choice(font_names()), rng.random() < 0.5
     # a free row below each line: choose places among the rows that are left, then spread them
     places = sorted(rng.sample(range(rows - len(scene.lines) + 1), len(scene.lines)))
@@ -136,27 +136,27 @@ def paint(scene: Scene, rng: random.Random) -> tuple[Image.Image, list[Glyph]]:
     for number, (place, line) in enumerate(zip(places, scene.lines, strict=True)):
         font = fitting_font(style, cell, rng)
         for text, column in _cell_columns(line, columns, centred, rng):
-            glyphs += write(canvas, text, font, column, place + number, cell, ink, rng)
-    return picture, glyphs
+            glyphs += write(canvas, text, font, (column, place + number), cell, ink, rng)
+    return image, glyphs
 
 
 def write(
     canvas: ImageDraw.ImageDraw,
     text: str,
     font: ImageFont.FreeTypeFont,
-    column: int,
-    row: int,
+    place: tuple[int, int],
     cell: int,
     ink: tuple[int, int, int],
     rng: random.Random,
 ) -> list[Glyph]:
-    """Writes a text, one character a cell, and tells which stands where."""
+    """Write a text from a place (column, row) on, one character per cell; returns where each character is."""
+    column, row = place
     right, down = rng.uniform(-JITTER, JITTER), rng.uniform(-JITTER, JITTER)
     # capitals of these fonts are 0.73 em high: half of that below the middle is their foot
     foot = (row + 0.5 + down) * cell + 0.365 * font.size
-    for place, character in enumerate(text, column):
-        canvas.text(((place + 0.5 + right) * cell, foot), character, fill=ink, font=font, anchor="ms")
-    return [Glyph(character, place, row) for place, character in enumerate(text, column) if character != " "]
+    for position, character in enumerate(text, column):
+        canvas.text(((position + 0.5 + right) * cell, foot), character, fill=ink, font=font, anchor="ms")
+    return [Glyph(character, position, row) for position, character in enumerate(text, column) if character != " "]
 
 
 def random_colours(rng: random.Random) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
