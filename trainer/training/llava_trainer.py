@@ -18,13 +18,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
+    LlavaNextForConditionalGeneration,
     PreTrainedModel,
-    ProcessorMixin,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -35,6 +35,8 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.trainer.data.batches.batch_order import RankBatches
 from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles
 from llava_llama31.trainer.distributed.engine import fsdp_plugin, uses_fsdp
 from llava_llama31.trainer.distributed.parameters import unsharded, whole_parameters
@@ -90,7 +92,7 @@ class LlavaTrainer(Trainer):
         args: TrainingArguments,
         *,
         batches: StageBatches,
-        processor: ProcessorMixin,
+        processor: LlavaLlama31Processor,
         learning_rates: Mapping[str, float],
         meter: Meter,
         guard: Guard,
@@ -101,6 +103,7 @@ class LlavaTrainer(Trainer):
     ):
         self.batches, self.learning_rates, self.options = batches, dict(learning_rates), options or TrainerOptions()
         self.meter, self.guard, self.device_tiles, self.questions = meter, guard, device_tiles, questions
+        self.processor = processor
         self.loader = BatchLoader(batches, args, guard)
         self.throughput = Throughput(batches.order, meter)
         self.saving_to: Path | None = None
@@ -116,7 +119,7 @@ class LlavaTrainer(Trainer):
             callbacks=[_Epochs(self), *(callbacks or []), guard.requests],
         )
         if args.bf16 and not self._is_sharded:
-            self._base(model).lm_head.register_forward_pre_hook(_assert_autocast)
+            self._base(model).get_submodule("lm_head").register_forward_pre_hook(_assert_autocast)
 
     def _build_accelerator_args(self, **kwargs: object) -> dict[str, Any]:
         options = super()._build_accelerator_args(**kwargs)
@@ -149,9 +152,9 @@ class LlavaTrainer(Trainer):
 
     # optimisation
 
-    def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            target = self.model if model is None else model
+            target = cast(PreTrainedModel, self.model if model is None else model)
             decayed = None if self.options.decay_all_parameters else self.get_decay_parameter_names(target)
             rates, decay = self.learning_rates, self.args.weight_decay
             groups = parameter_groups(target, self._base(target), rates, decay, decayed)
@@ -207,7 +210,7 @@ class LlavaTrainer(Trainer):
     @torch.no_grad()
     def evaluate(
         self,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -227,8 +230,8 @@ class LlavaTrainer(Trainer):
             metrics[f"{prefix}_loss"] = loss
         if self.questions is not None:
             accuracy, num_unanswered = self.questions.ask(
-                self._base(self.model),
-                self.processing_class,
+                self._base(self._stage_model),
+                self.processor,
                 step=self.state.global_step,
                 sharded=self.model_wrapped if self._is_sharded else None,
                 # the wrapped model's forward enters autocast; the modules inside it don't
@@ -238,9 +241,13 @@ class LlavaTrainer(Trainer):
             metrics |= {f"{prefix}_accuracy": accuracy, f"{prefix}_unanswered": num_unanswered}
         return metrics
 
-    def _base(self, model: torch.nn.Module) -> torch.nn.Module:
+    @property
+    def _stage_model(self) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.model)
+
+    def _base(self, model: torch.nn.Module) -> LlavaNextForConditionalGeneration:
         """The model without wrappers and adapters."""
-        base = self.accelerator.unwrap_model(model)
+        base: Any = self.accelerator.unwrap_model(model)
         return base.get_base_model() if self.options.only_trainable else base
 
     @property
@@ -273,14 +280,14 @@ class LlavaTrainer(Trainer):
     def _get_output_dir(self, trial: object | None) -> str:
         return str(self.saving_to or self.args.output_dir)
 
-    def _save_checkpoint(self, model: PreTrainedModel, trial: object | None) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.guard.watchdog.beat("saving")
-        room = room_for_checkpoint(self.args, self.model, only_trainable=self.options.only_trainable)
+        room = room_for_checkpoint(self.args, self._stage_model, only_trainable=self.options.only_trainable)
         with self.meter.aside(), room:
             self._save_whole(model, trial)
         self.guard.watchdog.beat("saved")
 
-    def _save_whole(self, model: PreTrainedModel, trial: object | None) -> None:
+    def _save_whole(self, model: torch.nn.Module, trial: Any) -> None:
         with staged_checkpoint(self.args, self.state, self.guard) as self.saving_to:
             super()._save_checkpoint(model, trial)
         self.saving_to = None
@@ -293,18 +300,18 @@ class LlavaTrainer(Trainer):
         """What rank 0 saves; None: what its model holds. Collective."""
         if not (self.options.only_trainable or self._is_sharded):
             return None
-        saved = saved_parameters(self.model, only_trainable=self.options.only_trainable)
+        saved = saved_parameters(self._stage_model, only_trainable=self.options.only_trainable)
         return whole_parameters(saved, deepspeed=self.is_deepspeed_enabled)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model)
-            folder = Path(output_dir or self.args.output_dir)
+            model = self.accelerator.unwrap_model(self._stage_model)
+            folder = Path(str(output_dir or self.args.output_dir))
             save_weights(folder, model, state_dict, only_trainable=self.options.only_trainable)
-            self.processing_class.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
-        load_weights(self.model, Path(resume_from_checkpoint), only_trainable=self.options.only_trainable)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        load_weights(self._stage_model, Path(resume_from_checkpoint), only_trainable=self.options.only_trainable)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
@@ -337,15 +344,10 @@ class _Epochs(TrainerCallback):
         self.trainer.throughput.start(state)
 
     def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        train_dataloader: DataLoader,
-        **kwargs: object,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        train_dataloader.batch_sampler.set_epoch(state.global_step // self.trainer.batches.order.steps_per_epoch)
+        batches: RankBatches = kwargs["train_dataloader"].batch_sampler
+        batches.set_epoch(state.global_step // self.trainer.batches.order.steps_per_epoch)
         self.trainer.num_drawn = 0
 
     def on_step_end(

@@ -1,4 +1,4 @@
-"""What a training step is worth: FLOPs it needs, padding, time lost to waiting for data, memory."""
+"""Measures FLOPs, padding, data wait and memory per step."""
 
 import functools
 import resource
@@ -27,9 +27,9 @@ class Meter:
         model: sizes of the model.
         trainable: module groups that are trained.
         image_token_id, pad_token_id: in `input_ids`.
-        num_patch_features: of pictures of these (height, width), newlines left out.
-        num_tiles: of a picture of this (height, width).
-        device, dtype: on and in which the products run.
+        num_patch_features: of images of these (height, width), without newlines.
+        num_tiles: of an image of this (height, width).
+        device, dtype: of the matrix products.
         options: `checkpointing`, `lora_rank` and `lora_targets` of `needed_flops`.
     """
 
@@ -77,29 +77,33 @@ class Meter:
         self._sums += torch.tensor(counts, dtype=torch.float64)
 
     def _work(self, batch: dict[str, Any]) -> tuple[Work, int]:
-        """A micro-batch's needed work, as if nothing were padded, and how much of it is padding."""
+        """The work that a micro-batch needs without its padding, and the number of padding positions."""
         ids, labels = batch["input_ids"], batch["labels"]
-        pictures: dict[str, int] = {}
+        num_tiles = num_image_features = 0
         if "image_sizes" in batch:
             sizes = [(int(height), int(width)) for height, width in batch["image_sizes"]]
-            pictures["num_image_features"] = self.num_patch_features(sizes)
-            # those with known features need no tower
-            cut = len(batch.get("pixel_values", ()))
-            pictures["num_tiles"] = cut + sum(self.num_tiles(tuple(p.shape[:2])) for p in batch.get("pixels", ()))
+            num_image_features = self.num_patch_features(sizes)
+            # images with cached features need no tower
+            num_tiles = len(batch.get("pixel_values", ()))
+            num_tiles += sum(self.num_tiles(tuple(pixels.shape[:2])) for pixels in batch.get("pixels", ()))
         if "packing" in batch:
             packing = batch["packing"]
             if int(ids[0, -1]) == self.pad_token_id:  # a row ends with its padding
                 packing = packing[:-1]
             padding = ids.numel() - sum(map(sum, packing))
-            return Work.pruned(packing, batch["supervised_positions"], **pictures), padding
+            supervised = batch["supervised_positions"]
+            work = Work.pruned(packing, supervised, num_tiles=num_tiles, num_image_features=num_image_features)
+            return work, padding
         mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
         lengths = mask.sum(dim=1).tolist()
-        supervised = (labels != -100)[mask].nonzero()[:, 0] - 1
-        work = Work.pruned([[length] for length in lengths], supervised.tolist(), **pictures)
+        supervised = ((labels != -100)[mask].nonzero()[:, 0] - 1).tolist()
+        work = Work.pruned(
+            [[length] for length in lengths], supervised, num_tiles=num_tiles, num_image_features=num_image_features
+        )
         return work, ids.numel() - sum(lengths)
 
     def read(self) -> tuple[float, dict[str, float]]:
-        """Seconds of training since the last reading, and the meters of all processes together; starts anew."""
+        """Seconds of training since the last reading, and the meters of all processes together; then restart."""
         seconds = max(time.monotonic() - self._since - self._aside, 1e-9)
         sums, num_devices = self._sums, 1
         if dist.is_available() and dist.is_initialized():

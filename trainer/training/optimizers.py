@@ -1,9 +1,10 @@
-"""Optimizers with less state than two float32 numbers a parameter, and how their state goes into a checkpoint."""
+"""A stage's parameter groups, optimizers with small state, and how that state goes into a checkpoint."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+from transformers import LlavaNextForConditionalGeneration
 
 from llava_llama31.trainer.distributed.parameters import sharded_like, unsharded
 from llava_llama31.trainer.model.module_groups import group_parameters
@@ -15,7 +16,7 @@ _CHUNK = 2**24
 
 def parameter_groups(
     target: torch.nn.Module,
-    base: torch.nn.Module,
+    base: LlavaNextForConditionalGeneration,
     learning_rates: Mapping[str, float],
     weight_decay: float,
     decaying: Collection[str] | None,
@@ -42,12 +43,12 @@ def parameter_groups(
 
 
 class AdamWBfloat16(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, 2019) whose two moments are bfloat16, rounded up or down by chance.
+    """AdamW (Loshchilov and Hutter, 2019) whose two moments are bfloat16 with stochastic rounding.
 
-    Rounded to nearest, the second moment would stand still: at beta2 = 0.999 its changes are smaller than half of
-    bfloat16's spacing. By chance it is right on average (Zamirai et al., 2020, arXiv:2010.06192). Weights in bfloat16
-    are rounded so too; float32 weights are not rounded. The chance is a function of the step and of the parameter's
-    place alone: all processes round alike, and so does a resumed run.
+    Rounded to nearest, the second moment would never change: at beta2 = 0.999 its updates are smaller than half of
+    bfloat16's spacing. Rounded stochastically it is right on average (Zamirai et al., 2020, arXiv:2010.06192). Weights
+    in bfloat16 are rounded in the same way; float32 weights are not rounded. The random numbers depend only on the
+    step and the parameter's position: all processes round alike, and so does a resumed run.
 
     Args:
         groups: of parameters, as torch.optim.AdamW takes them.
@@ -65,7 +66,7 @@ class AdamWBfloat16(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -75,10 +76,10 @@ class AdamWBfloat16(torch.optim.Optimizer):
             for parameter in group["params"]:
                 place += 1
                 if parameter.grad is not None:
-                    self._update(parameter, group, place)
+                    self._update(parameter, parameter.grad, group, place)
         return loss
 
-    def _update(self, parameter: torch.nn.Parameter, group: dict[str, Any], place: int) -> None:
+    def _update(self, parameter: torch.nn.Parameter, grad: torch.Tensor, group: dict[str, Any], place: int) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = 0
@@ -89,8 +90,8 @@ class AdamWBfloat16(torch.optim.Optimizer):
         (beta1, beta2), rate = group["betas"], group["lr"]
         rest1, rest2 = (1 - beta ** state["step"] for beta in (beta1, beta2))
         flat = (x.view(-1).split(_CHUNK) for x in (parameter, state["exp_avg"], state["exp_avg_sq"]))
-        for weight, mean, square, grad in zip(*flat, parameter.grad.reshape(-1).split(_CHUNK), strict=True):
-            wide = grad.float()
+        for weight, mean, square, part in zip(*flat, grad.reshape(-1).split(_CHUNK), strict=True):
+            wide = part.float()
             new_mean = mean.float().lerp_(wide, 1 - beta1)
             new_square = square.float().mul_(beta2).addcmul_(wide, wide, value=1 - beta2)
             new_weight = weight.float() * (1 - rate * group["weight_decay"])
@@ -100,7 +101,7 @@ class AdamWBfloat16(torch.optim.Optimizer):
                 target.copy_(round_by_chance(source, chance) if target.dtype == torch.bfloat16 else source)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the parent's, which gives the moments the type of their parameter."""
+        """As the parent's, but with the moments in bfloat16 and not in their parameter's dtype."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             for name in ("exp_avg", "exp_avg_sq"):
@@ -108,7 +109,7 @@ class AdamWBfloat16(torch.optim.Optimizer):
 
 
 def round_by_chance(x: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
-    """Float32 numbers as bfloat16: one of the two neighbours, the nearer one the more often; right on average."""
+    """float32 numbers rounded stochastically to bfloat16: to a neighbour, more likely to the nearer one."""
     noise = torch.randint(0, 1 << 16, x.shape, generator=chance, device=x.device, dtype=torch.int32)
     rounded = ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
     # the noise would carry a NaN over into another number

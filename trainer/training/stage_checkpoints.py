@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 def best_checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
     """The checkpoint with the best metric, if the stage looks for one."""
     step = state.best_global_step
-    return Path(args.output_dir, f"checkpoint-{step}") if step else None
+    return Path(str(args.output_dir), f"checkpoint-{step}") if step else None
 
 
 def whole_best_checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
@@ -56,7 +57,7 @@ def room_for_checkpoint(
     args: TrainingArguments, model: torch.nn.Module, *, only_trainable: bool
 ) -> AbstractContextManager[None]:
     """Rank 0 makes sure of the space that a checkpoint needs; DeepSpeed writes on all ranks."""
-    folder = Path(args.output_dir)
+    folder = Path(str(args.output_dir))
     former = atomic_folders.newest_committed(folder)
     needed = _estimated_bytes(args, model, only_trainable) if former is None else atomic_folders.size(former)
     return atomic_folders.room(folder, needed, check=args.should_save)
@@ -79,7 +80,7 @@ def saved_parameters(model: torch.nn.Module, *, only_trainable: bool) -> list[tu
 @contextmanager
 def staged_checkpoint(args: TrainingArguments, state: TrainerState, guard: Guard) -> Iterator[Path]:
     """The parent folder in which Transformers saves; at the end the checkpoint in it is committed. Collective."""
-    final = Path(args.output_dir, f"checkpoint-{state.global_step}")
+    final = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
     staging = final.parent / atomic_folders.STAGING / final.name
     if args.should_save:
         atomic_folders.sweep(final.parent)
@@ -100,6 +101,7 @@ def staged_checkpoint(args: TrainingArguments, state: TrainerState, guard: Guard
         facts = {"step": state.global_step, "num_processes": args.world_size, "engine": engine_of(args)}
         atomic_folders.commit(staging, final, facts)
         atomic_folders.remove(staging.parent)
+        assert args.save_total_limit is not None
         atomic_folders.rotate(final.parent, args.save_total_limit, spare=best_checkpoint(args, state))
     _barrier(args)
 
@@ -123,7 +125,8 @@ def load_weights(model: PreTrainedModel, folder: Path, *, only_trainable: bool) 
     if set(saved) != expected:
         wrong = sorted(set(saved) ^ expected)
         raise ValueError(f"{folder}: {len(wrong)} tensors do not belong to this stage, e.g. {wrong[0]}")
-    set_model_state_dict(model, saved, options=StateDictOptions(full_state_dict=True, strict=False))
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, cast(dict[str, Any], saved), options=options)
 
 
 def save_weights(
@@ -139,17 +142,23 @@ def save_weights(
 
 
 def save_optimizer(
-    folder: Path, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, *, write: bool
+    folder: Path,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    *,
+    write: bool,
 ) -> None:
     """Optimizer and schedule, unsharded. Collective; rank 0 writes."""
+    assert optimizer is not None and scheduler is not None
     state = {"optimizer": portable_state(optimizer), "scheduler": scheduler.state_dict()}
     if write:
         atomic_folders.save_tree(folder / "optimizer", state)
 
 
 def load_optimizer(
-    folder: Path, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler
+    folder: Path, optimizer: torch.optim.Optimizer | None, scheduler: torch.optim.lr_scheduler.LRScheduler | None
 ) -> None:
+    assert optimizer is not None and scheduler is not None
     state = atomic_folders.load_tree(folder / "optimizer")
     load_portable_state(optimizer, state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])

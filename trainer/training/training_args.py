@@ -69,7 +69,7 @@ OWNED_BY_STAGE = {
     "ignore_data_skip": "nothing: a resumed run sees the samples that are left",
     "save_on_each_node": "nothing: one process writes",
     "fsdp": "accelerate's configuration",
-    "parallelism_config": "max_row_tokens: rows with pictures are not cut among devices",
+    "parallelism_config": "max_row_tokens: rows with images are not cut among devices",
     "bf16_full_eval": "precision",
     "fp16_full_eval": "precision",
     "dataloader_prefetch_factor": "dataloader_workers",
@@ -125,7 +125,7 @@ def training_arguments(
             **{"disable_tqdm": True, "ddp_find_unused_parameters": False, **stage.trainer_args},
         )
     except (TypeError, ValueError) as error:
-        raise UserError(f"TrainingArguments refuses it: {error}", where=f"{where}.trainer_args") from error
+        raise UserError(f"TrainingArguments rejects it: {error}", where=f"{where}.trainer_args") from error
 
 
 def check_trainer_args(trainer_args: dict[str, Any], where: str) -> None:
