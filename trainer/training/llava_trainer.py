@@ -150,8 +150,6 @@ class LlavaTrainer(Trainer):
             inputs["pixel_values"] = self.device_tiles(inputs.pop("pixels"))
         return inputs
 
-    # optimisation
-
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             target = cast(PreTrainedModel, self.model if model is None else model)
@@ -198,8 +196,6 @@ class LlavaTrainer(Trainer):
             self.guard.restore(Path(str(resume_from_checkpoint)))
         with self.guard.watchdog.watching():
             return super().train(resume_from_checkpoint)
-
-    # logs and evaluation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
