@@ -180,7 +180,7 @@ def lively_folder(tmp_path_factory, base_folder) -> Path:
 def exported(tmp_path_factory, base_folder) -> Path:
     """Folders as a run exports them: `llama`, made from Llama 3.1, and `other`."""
     from llava_llama31.trainer.evaluation.generation import load_model
-    from llava_llama31.trainer.runs.finish import write_export
+    from llava_llama31.trainer.export.export import write_export
 
     root = tmp_path_factory.mktemp("exported")
     (root / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n(text of the agreement, made up)\n")

@@ -190,6 +190,8 @@ def hub_of_this_process(token: str, monkeypatch: pytest.MonkeyPatch) -> Iterator
     """A Hub that this process and its children talk to."""
     with running_hub(token) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         names = {"ENDPOINT": hub.endpoint, "TOKEN": token, "HUB_DISABLE_XET": "1", "HUB_OFFLINE": "0"}

@@ -18,7 +18,7 @@ from llava_llama31.packed_llama_llava_llama31 import EAGER
 from llava_llama31.trainer.checkpoint.atomic_folders import load_tree, save_tree
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.fault_tolerance.stage_guard import Requests
+from llava_llama31.trainer.fault_tolerance.stage_guard import StopRequests
 from llava_llama31.trainer.model import device_options
 from llava_llama31.trainer.model.module_groups import freeze
 from llava_llama31.trainer.model.stage_model import use_device_options
@@ -168,7 +168,7 @@ def test_a_stage_with_a_low_bit_optimizer_resumes_with_the_same_bits(tmp_path, r
                 signal.raise_signal(signal.SIGINT)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Requests, "on_step_begin", on_step_begin)
+            patch.setattr(StopRequests, "on_step_begin", on_step_begin)
             assert run(tmp_path, recipe_content, "stopped")[0] == 75
         code, stopped = run(tmp_path, recipe_content, "stopped")
     assert code == 0
@@ -368,7 +368,7 @@ def test_the_8_bit_optimizer_is_the_one_that_is_there(machine):
 def test_fp8_wants_a_gpu_that_has_it(machine):
     eight = stage(fp8=True, compile=True)
     for packages, capability, message in (
-        (["torchao"], None, "needs a GPU, and none is here"),
+        (["torchao"], None, "needs a GPU, and this machine has none"),
         (["torchao"], (8, 6), r"8\.9 .* this one has 8\.6"),
         ([], (9, 0), "fp8 needs torchao"),
     ):
@@ -386,7 +386,7 @@ def test_fsdp_is_refused(machine, monkeypatch, changes):
     device_options.check_device_options(stage(**changes), "here")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     device_options.check_device_options(stage(), "here")
-    with pytest.raises(UserError, match=rf"here\.{next(iter(changes))}: not under FSDP"):
+    with pytest.raises(UserError, match=rf"here\.{next(iter(changes))}: is not supported under FSDP"):
         device_options.check_device_options(stage(**changes), "here")
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from test_model_card import MARKDOWN, RECORD, STAGE, body, replaced, table_starting, tables, text, without_files
 
 from llava_llama31.model_card import render_card
+from llava_llama31.trainer.export.provenance import base_models_of
 from llava_llama31.trainer.recipes.schema import derive, load_recipe
-from llava_llama31.trainer.runs.finish import base_models_of
 
 
 # what a run of the recipe would have found out; the card's own figures where it tells any
@@ -24,7 +24,7 @@ QUESTION = "<image>\n{question}\nAnswer the question using a single word or phra
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llava_llama31.trainer.runs.finish.local_checkpoint", lambda name, where: tmp_path_factory)
+        patch.setattr("llava_llama31.trainer.export.provenance.local_checkpoint", lambda name, where: tmp_path_factory)
         recipe = load_recipe("llama31-8b-card")
         return make_record(recipe, base_models_of(recipe))
 
@@ -79,13 +79,13 @@ STAGE_FACTS = {
         "DeepSpeed",
         ["none", "zero3", "zero3-offload-params"],
     ),
-    "warm-up ratio 0.03": ("warm-up, share of the steps", ["0.03"] * 3),
+    "warm-up ratio 0.03": ("warm-up, share of steps", ["0.03"] * 3),
     "weight decay 0.1": ("weight decay", ["0.1"] * 3),
     "beta 1": ("Adam beta 1", ["0.9"] * 3),
     "beta 2": ("Adam beta 2", ["0.95"] * 3),
     "Adam epsilon": ("Adam epsilon", ["1e-8"] * 3),
     "AdamW": ("optimizer", ["adamw"] * 3),
-    "clip 1.0": ("largest gradient norm", ["1"] * 3),
+    "clip 1.0": ("maximum gradient norm", ["1"] * 3),
     "bf16": ("precision", ["bfloat16"] * 3),
     "gradient checkpointing": ("activation checkpointing", ["yes"] * 3),
     "schedule": ("schedule", ["cosine"] * 3),

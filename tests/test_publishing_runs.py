@@ -61,11 +61,11 @@ def test_what_can_be_published_is_told_what_the_card_leaves_out(hub, recipe_cont
     ("licence", "publish", "message"),
     [
         (None, {}, "README.md: names no licence .fix: set model.licence"),
-        ("mit", {}, "LICENSE: there is no text of 'mit'"),
+        ("mit", {}, "LICENSE: the text of 'mit' is not included"),
         ("llama3.1", {}, "the Llama 3.1 agreement must go with the model"),
         ("apache-2.0", {"repo_id": "me/a--b"}, "publish.repo_id"),
         ("apache-2.0", {"repo_id": "you/mine"}, "me cannot write to you"),
-        ("apache-2.0", {"collection": "me/none-0123"}, "collection: the Hub said 404"),
+        ("apache-2.0", {"collection": "me/none-0123"}, "collection: the Hub answered 404"),
     ],
 )
 def test_what_would_fail_at_the_end_is_refused_at_once(hub, recipe_content, tmp_path, licence, publish, message):
@@ -94,7 +94,7 @@ def test_a_run_that_has_begun_goes_on_without_the_hub(hub, recipe_content, tmp_p
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.faults = [("whoami", 503)] * 50
     recipe = recipe_of(recipe_content, tmp_path)
-    with pytest.raises(UserError, match="the Hub said 503"):
+    with pytest.raises(UserError, match="the Hub answered 503"):
         check(recipe)
     check(recipe, begun=True)
     assert "could not be published" in caplog.text and TOKEN not in caplog.text
@@ -223,7 +223,7 @@ def test_what_is_not_fit_is_not_pushed(hub, saves, tmp_path):
     job = job_of(saves, tmp_path / "job", "whole", with_state=True)
     (job / CHECKPOINT / "global_step2").mkdir()
     (job / CHECKPOINT / "global_step2" / "states.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"states.pt: is no file of a model"):
+    with pytest.raises(UserError, match=r"states.pt: is not a type of file that a model needs"):
         push(job)
     assert not hub.calls
 
@@ -271,7 +271,7 @@ def test_the_newest_waits_and_older_ones_are_skipped(tmp_path, monkeypatch, save
         slow.end.release()
     outcome = pusher.close(finish=True)
     assert list(outcome["pushed"]) == ["s-step-1", "s-step-4"] and outcome["skipped"] == ["s-step-2", "s-step-3"]
-    assert not outcome["failed"] and "s-step-2 is not pushed: a newer save takes its place" in said
+    assert not outcome["failed"] and "s-step-2 is not pushed: a newer save replaces it" in said
     assert [path.name for path in (tmp_path / "interim").iterdir()] == ["pushed.json"]
 
 

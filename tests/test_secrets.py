@@ -108,7 +108,7 @@ def test_runs_that_fail_show_no_secret(planted, tmp_path, recipe, recipe_content
     fault.write_text(
         "import os, sys\nfrom llava_llama31.trainer.runs import run\nfrom llava_llama31.trainer.cli import main\n"
         f"def fail(*_, **__): raise RuntimeError(os.environ['HF_TOKEN'] + ' at {URL}')\n"
-        "run.preflight = fail\nsys.exit(main(sys.argv[1:]))\n"
+        "run.check_stages = fail\nsys.exit(main(sys.argv[1:]))\n"
     )
     output = launched(str(fault), "train", recipe, "--output", "fault", code=1)
     assert "RuntimeError: *** at https://***@data.example" in output

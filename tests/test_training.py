@@ -103,7 +103,7 @@ def test_a_finished_run_says_so_and_a_changed_recipe_is_refused(train, recipe_co
     assert train()[0] == 0
     capsys.readouterr()
     assert train()[0] == 0
-    assert "test is done" in capsys.readouterr().err
+    assert "test has already finished" in capsys.readouterr().err
     recipe_content["stages"]["instruct"]["epochs"] = 2
     assert train(recipe_content)[0] == 2
     error = capsys.readouterr().err
@@ -132,7 +132,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(train, recipe_content, base_folder, lora):
-    from llava_llama31.trainer.fault_tolerance.stage_guard import Requests
+    from llava_llama31.trainer.fault_tolerance.stage_guard import StopRequests
 
     del recipe_content["evaluation"]
     recipe_content["stages"]["instruct"] |= {
@@ -154,7 +154,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, recipe_content, b
                     signal.raise_signal(signal.SIGINT)
 
             with patch.context() as one:
-                one.setattr(Requests, "on_step_begin", on_step_begin)
+                one.setattr(StopRequests, "on_step_begin", on_step_begin)
                 code, run = train(output="stopped")
             assert code == 75, stop_at
         code, run = train(output="stopped")
@@ -250,7 +250,7 @@ BAD = [
     (["no-such-recipe"], "no-such-recipe: there is no such recipe"),
     (["RECIPE", "--set", "stages.projector.lerning_rate=1"], "stages.projector.lerning_rate: unknown key"),
     (["RECIPE", "--set", "stages.projector.data.0.path=gone.json"], "gone.json"),
-    (["RECIPE", "--set", "model.checkpoint=nowhere"], "there is no folder 'nowhere'"),
+    (["RECIPE", "--set", "model.checkpoint=nowhere"], "no folder 'nowhere'"),
     (["RECIPE", "--set", "stages.projector.micro_batch=3"], "not a multiple of micro_batch 3"),
     (["RECIPE", "--set", "stages.projector.trainer_args={learning_rate: 1.0}"], "set learning_rate instead"),
     (["RECIPE", "--set", "stages.projector.trainer_args={optimm: adafactor}"], "did you mean optim?"),

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _say(f"{error.filename or 'a file'}: {error.strerror or error}", EXIT_USER, debug=options.debug)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
+        print("stopped; run the same command to resume from the last checkpoint", file=sys.stderr)  # noqa: T201
         return EXIT_KEYBOARD
     except Exception:  # a fault of ours: Python's own traceback would show a secret that a message holds
         sys.stderr.write(shown(traceback.format_exc()))
@@ -380,9 +380,11 @@ def _export_metric(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.runs.finish import export_again
+    from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+    from llava_llama31.trainer.export.export import export_again
 
-    folder = export_again(Path(options.folder), Path(options.output) if options.output else None, options.dialect)
+    run, output = RunFolder(Path(options.folder)), Path(options.output) if options.output else None
+    folder = export_again(run, output, options.dialect)
     print(folder, file=sys.stderr)  # noqa: T201
     return 0
 

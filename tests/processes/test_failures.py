@@ -31,9 +31,9 @@ def recipe(tmp_path, recipe_content):
 
 CASES = {
     "nan,1,3": ([4, 4], "stages.projector, step 3: loss is nan, gradient norm is nan; rank 1: records r"),
-    "kill,1,3": ([7, -9], r"the process of rank 1 \(pid \d+\) is gone without a word"),
+    "kill,1,3": ([7, -9], r"the process of rank 1 \(pid \d+\) disappeared without an error"),
     "user:_save_rng_state,1,1": ([2, 2], "error: planted"),
-    "hang,1,3": ([5, 5], r"rank \d has not moved for 3 s; it was training on micro-batch \d of step 3"),
+    "hang,1,3": ([5, 5], r"rank \d has made no progress for 3 s; it was training on micro-batch \d of step 3"),
 }
 
 
@@ -105,7 +105,7 @@ def test_a_data_worker_that_is_stuck_is_named_with_its_records_and_killed(forks,
     output, _ = job.communicate(timeout=150)
     assert job.returncode == 5, output
     named = re.search(
-        r"error: stages.projector: data worker \d was asked for records (.*) and gave nothing for 3 s", output
+        r"error: stages.projector: data worker \d was asked for records (.*) and returned nothing for 3 s", output
     )
     assert named is not None and "r14" in named[1], output
     assert re.search(r'faults.py", line \d+ in crash', output), output

@@ -40,7 +40,7 @@ def test_from_a_run_to_a_stranger(recipe_content, make_image, tmp_path):
     with running_hub(TOKEN) as hub:
         hub.faults = [("merge", "lost"), ("tag", 403), ("resolve_get", 500)]
         first = start(hub, home, script, str(run), "--repo-id", REPO, "--json")
-        assert first.returncode == 2 and "the Hub said 403" in first.stderr and TOKEN not in first.stderr
+        assert first.returncode == 2 and "the Hub answered 403" in first.stderr and TOKEN not in first.stderr
         second = start(hub, home, script, str(run), "--repo-id", REPO, "--json")
         assert second.returncode == 0, second.stderr
         result = json.loads(second.stdout)

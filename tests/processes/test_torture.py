@@ -319,7 +319,7 @@ def test_a_value_that_is_not_finite_on_one_of_two_ranks_stops_both_in_that_step(
 FAULTS = {  # kind -> exit codes of the process that has it and of the other, and what is told once
     "user": (2, 2, "error: planted"),
     "key": (1, 1, "KeyError: 'planted'"),
-    "memory": (6, 6, "has no memory left"),
+    "memory": (6, 6, "is out of memory"),
     "kill": (-9, 7, "is gone"),
 }
 

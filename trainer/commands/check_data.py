@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.data.check.check import Limits, check_sources, default_cache_dir, parse_policy, run_check
 from llava_llama31.trainer.data.check.report import print_report
 from llava_llama31.trainer.data.sources.images import MAX_PIXELS
@@ -23,15 +24,18 @@ def check_recipe(options: argparse.Namespace, output: Path) -> int:
 
     from llava_llama31.processing import LlavaLlama31Processor
     from llava_llama31.trainer.data.batches.stage_rows import keeps_data_newline, stage_limits
-    from llava_llama31.trainer.runs.run import base_of, claimed, prepare, stage_folder
+    from llava_llama31.trainer.runs.base_model import base_of, prepare
+    from llava_llama31.trainer.runs.origins import at_revisions, resolve_revisions
 
     for name in ("image_root", "processor", "max_tokens", "max_pixels"):
         if getattr(options, name) is not None:
             raise UserError("belongs to data files", where=f"--{name.replace('_', '-')}", fix="set it in the recipe")
     recipe = load_recipe(options.data[0], output=output, overrides=options.overrides)
-    with claimed(recipe, output, True):
-        prepare(recipe, output, Console(stderr=True))
-    processor = LlavaLlama31Processor.from_pretrained(base_of(recipe, output))
+    folder, console = RunFolder(output), Console(stderr=True)
+    with folder.claimed(recipe, is_main=True):
+        recipe = at_revisions(recipe, resolve_revisions(recipe, folder, console.print))
+        prepare(recipe, folder, console)
+    processor = LlavaLlama31Processor.from_pretrained(base_of(recipe, folder))
     reports = {
         name: check_sources(
             stage.data,
@@ -39,7 +43,7 @@ def check_recipe(options: argparse.Namespace, output: Path) -> int:
             limits=stage_limits(stage),
             policy=parse_policy(options.on_bad) if options.on_bad else stage.on_bad_record,
             cache_dir=default_cache_dir(),
-            rejects=_rejects(options.rejects, name) or stage_folder(output, recipe, name) / "rejects.jsonl",
+            rejects=_rejects(options.rejects, name) or folder.stage(name, recipe.stages).rejects,
             decode=not options.no_decode,
             keep_data_newline=keeps_data_newline(stage),
             enforce=False,

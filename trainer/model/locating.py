@@ -1,4 +1,4 @@
-"""Checkpoints by folder or by Hub id."""
+"""Finds checkpoints by folder or Hub id."""
 
 import re
 from pathlib import Path
@@ -6,36 +6,46 @@ from pathlib import Path
 from llava_llama31.trainer.errors import UserError
 
 
-# weights as safetensors only: nothing is unpickled
+# weights only as safetensors: nothing is unpickled
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
+_HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@(.+))?")
+
+
+def hub_id(name: str) -> tuple[str, str | None] | None:
+    """(OWNER/NAME, revision or None) of a Hub id; None for a path."""
+    match = None if Path(name).expanduser().exists() else _HUB_ID.fullmatch(name)
+    return (match[1], match[2]) if match else None
+
+
 def local_checkpoint(name: str, *, where: str, file: bool = False) -> Path:
-    """Folder of a checkpoint; a Hub id (`OWNER/NAME`, or `OWNER/NAME@REVISION`) is downloaded into the Hub's cache.
+    """Folder of a checkpoint; a Hub id (`OWNER/NAME` or `OWNER/NAME@REVISION`) is downloaded into the Hub cache.
 
     Args:
         name: folder or Hub id.
-        where: what a message calls it.
-        file: a single file will do, as for a projector.
+        where: its name in messages.
+        file: also accept a single file, e.g. a projector.
 
     Raises:
-        UserError: when there is neither such a folder nor such a repository.
+        UserError: there is neither such a folder nor such a repository.
     """
     path = Path(name).expanduser()
     if path.is_dir() or (file and path.is_file()):
         return path
-    repo_id, _, revision = name.partition("@")
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo_id):
+    named = hub_id(name)
+    if named is None:
         raise UserError(f"there is no folder {name!r}", where=where, fix="name a checkpoint folder or a Hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(CHECKPOINT_FILES)))
+        repo_id, revision = named
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(CHECKPOINT_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{name} is neither a folder nor can it be downloaded: {reason}",
+            f"{name} is not a folder and cannot be downloaded: {reason}",
             where=where,
             fix="download it and name the folder, or log in with `hf auth login` if it is gated",
         ) from error

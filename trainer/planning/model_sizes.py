@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.schema import Model, Recipe
 
@@ -26,7 +27,7 @@ def published() -> dict[str, Any]:
 
 def model_config(recipe: Recipe, output: Path) -> tuple[Mapping[str, Any], str] | None:
     """Configuration of the model that the first stage starts from, and where it comes from; None: not known yet."""
-    base = output / "base"
+    base = RunFolder(output).base
     folder = base if base.exists() else Path(recipe.model.checkpoint or "").expanduser()
     if recipe.model.checkpoint is not None or base.exists():
         found = _folder_config(folder)

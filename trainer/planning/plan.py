@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.costs.flops import ModelShape, Work, needed_flops
 from llava_llama31.trainer.costs.memory import ENGINES, Engine, Memory, MicroBatch, Setup, ZeroSettings, estimate
 from llava_llama31.trainer.costs.parameters import Parameters, adapter_parameters
@@ -122,7 +123,7 @@ def _hours_from(machine: Machine) -> str | None:
 
 def _counted(stage: Stage, recipe: Recipe, output: Path, origin: str | None) -> StageRows | None:
     """What check-data has found of the stage's rows with the model's own processor."""
-    folder = output / "base" if (output / "base").exists() else Path(origin or "")
+    folder = RunFolder(output).base if RunFolder(output).base.exists() else Path(origin or "")
     is_here = origin is not None and (folder / "processor_config.json").is_file()
     return counted_rows(stage, folder, recipe.seed) if is_here else None
 

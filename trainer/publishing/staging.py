@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.publishing.contents import CARD, Contents
 from llava_llama31.trainer.publishing.gate_files import check_manifest
 
@@ -12,24 +13,25 @@ from llava_llama31.trainer.publishing.gate_files import check_manifest
 STAGED = "publish"
 
 
-def stage_run(run: Path, repo_id: str) -> Path:
-    """RUN/publish: the run's export under its public name; files are linked, the card is written for `repo_id`.
+def public_copy(run: Path, repo_id: str) -> Path:
+    """Write RUN/publish, the run's export under its public name: files are linked, the card is made for `repo_id`.
 
-    Edited sections of the card in RUN/export stay; one without sections is a person's own and goes as it is.
+    Edited sections of the card in RUN/export are kept; a card without sections is the user's own and is copied as is.
     """
     from llava_llama31.model_card.sections import has_sections
-    from llava_llama31.trainer.runs.finish import EXPORT, RECORD, card_text, export_again
+    from llava_llama31.trainer.export.export import card_text, export_again
 
-    export = run / EXPORT
+    folder = RunFolder(run)
+    export = folder.export
     if not (export / atomic_folders.MANIFEST).is_file() or any(check_manifest(Contents(export, ""))):
-        export = export_again(run)
-    staged = atomic_folders.stage(run / STAGED)
+        export = export_again(folder)
+    staged = atomic_folders.staging_folder(run / STAGED)
     shutil.copytree(export, staged, copy_function=link, dirs_exist_ok=True)
     manifest = atomic_folders.read_manifest(export)
     (entry,) = (entry for entry in manifest["files"] if entry["name"] == CARD)
     former = (export / CARD).read_text(encoding="utf-8")
     if atomic_folders.sha256(export / CARD) == entry["sha256"] or has_sections(former):
-        record = atomic_folders.read_json(run / RECORD) | {"name": repo_id.rpartition("/")[2], "model_id": repo_id}
+        record = atomic_folders.read_json(folder.record) | {"name": repo_id.rpartition("/")[2], "model_id": repo_id}
         (staged / CARD).unlink()
         (staged / CARD).write_text(card_text(record, former), encoding="utf-8")
     entry |= {"size": (staged / CARD).stat().st_size, "sha256": atomic_folders.sha256(staged / CARD)}

@@ -2,13 +2,16 @@
 
 import os
 import time
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava_llama31.trainer.distributed.engine import engine_of, num_elements, num_held
+from llava_llama31.trainer.distributed.engine import engine_of
+from llava_llama31.trainer.distributed.parameters import num_elements, num_held
+from llava_llama31.trainer.evaluation.in_training import PROTOCOL
 from llava_llama31.trainer.model.module_groups import GroupReport
 from llava_llama31.trainer.recipes.schema import Derived, Stage
 
@@ -83,3 +86,37 @@ class StageProgress(TrainerCallback):
             f"lr {logs['learning_rate']:.2e}  {logs['samples_per_second']:.2f} samples/s  MFU {logs['mfu']:.0%}  "
             f"{int(left) // 60}:{int(left) % 60:02d} left"
         )
+
+
+def print_summary(console: Console, summary: dict[str, Any], record: dict[str, Any]) -> None:
+    """Stages, scores, samples and where everything is."""
+    console.rule(f"[bold]{summary['recipe']}")
+    table = Table("stage", "steps", "loss", "supervised tokens", "tokens/s", "minutes", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stage in record["stages"]:
+        table.add_row(
+            stage["name"],
+            f"{stage['steps']:,}",
+            f"{stage['loss_first']:.3f} -> {stage['loss']:.3f}" if stage["loss"] is not None else "",
+            f"{stage['supervised_tokens']:,}",
+            f"{stage['supervised_tokens_per_second'] or 0:,.0f}",
+            f"{stage['minutes']:.1f}",
+        )
+    console.print(table)
+    for key, label in (
+        ("accuracy_before", "before training"),
+        ("accuracy_after", "after training"),
+        ("accuracy_blind", "blind (images shuffled between questions)"),
+    ):
+        if key in summary:
+            console.print(f"accuracy {label}: {summary[key]:.1%} of {summary['num_questions']} questions ({PROTOCOL})")
+    if "samples" in record:
+        samples = Table("image", "question", "answer", "truth", box=None, pad_edge=False)
+        for sample in record["samples"]:
+            truth = max(set(sample["answers"]), key=sample["answers"].count)
+            samples.add_row(sample["image"], sample["question"], sample["prediction"] or "", truth)
+        console.print(samples)
+    if "browser" in summary:
+        console.print(f"all answers, to browse: {summary['browser']}")
+    console.print(f"model: {summary['export']}\ncard: {summary['card']}\n{summary['minutes']:.1f} minutes")

@@ -1,15 +1,44 @@
 """Optimizers with less state than two float32 numbers a parameter, and how their state goes into a checkpoint."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from llava_llama31.trainer.distributed.engine import sharded_like, unsharded
+from llava_llama31.trainer.distributed.parameters import sharded_like, unsharded
+from llava_llama31.trainer.model.module_groups import group_parameters
 
 
 # numbers that are updated at once: temporary float32 copies stay small beside the weights
 _CHUNK = 2**24
+
+
+def parameter_groups(
+    target: torch.nn.Module,
+    base: torch.nn.Module,
+    learning_rates: Mapping[str, float],
+    weight_decay: float,
+    decaying: Collection[str] | None,
+) -> list[dict[str, Any]]:
+    """The trained parameters as torch.optim takes them: a learning rate per module group, decay or none.
+
+    Args:
+        target: the model as it is trained, wrappers included.
+        base: the model without wrappers and adapters.
+        learning_rates: by module group.
+        decaying: names in `target` of what weight decay applies to; None: everything.
+    """
+    name_of = {id(parameter): name for name, parameter in target.named_parameters()}
+    names = None if decaying is None else set(decaying)
+    groups = []
+    for group, learning_rate in learning_rates.items():
+        trained = [parameter for _, parameter in group_parameters(base, group) if parameter.requires_grad]
+        for decays in (True, False):
+            chosen = [p for p in trained if (names is None or name_of[id(p)] in names) == decays]
+            if chosen:
+                decay = weight_decay if decays else 0.0
+                groups.append({"params": chosen, "lr": learning_rate, "weight_decay": decay})
+    return groups
 
 
 class AdamWBfloat16(torch.optim.Optimizer):

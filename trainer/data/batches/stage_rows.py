@@ -80,7 +80,7 @@ def weighted(rows: np.ndarray, sources: np.ndarray, weights: Sequence[float], se
     return np.repeat(rows, times)
 
 
-def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, folder: Path, seed: int) -> StageData:
+def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, rejects: Path, seed: int) -> StageData:
     """Check the data (the first process of a machine does, the others find its result) and choose the rows.
 
     Raises:
@@ -88,8 +88,8 @@ def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, folder: Path
     """
     state = PartialState()
     with state.local_main_process_first():
-        rejects = folder / "rejects.jsonl" if state.is_main_process else None  # one writer
-        report = check_stage(stage, processor, rejects, progress=state.is_main_process)
+        own_rejects = rejects if state.is_main_process else None  # one writer
+        report = check_stage(stage, processor, own_rejects, progress=state.is_main_process)
     rows: list[tuple[int, int]] = []
     lengths = []
     summary = []

@@ -1,0 +1,217 @@
+"""The layout of a run's folder, and who may write into it."""
+
+import fcntl
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.recipes.schema import CHANGEABLE, Recipe
+
+
+logger = logging.getLogger(__name__)
+
+STAGE_RECORD = "stage.json"
+_FINAL = "final"
+# recipe keys that may change between two starts of a run, beside `CHANGEABLE`
+_UNTRAINED = ("description", "device_watts", "hub_id")
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """What one stage leaves in a run's folder: its checkpoints, and its weights in `final`."""
+
+    path: Path
+
+    @property
+    def final(self) -> Path:
+        """The stage's weights: complete, or absent."""
+        return self.path / _FINAL
+
+    @property
+    def rejects(self) -> Path:
+        """Records that can't be used, with their reasons."""
+        return self.path / "rejects.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        """Answers given while the stage trained."""
+        return self.path / "evaluation"
+
+    def finished_record(self) -> dict[str, Any] | None:
+        """The record of a stage whose weights are complete, or None."""
+        if not (self.final / STAGE_RECORD).is_file():
+            return None
+        fault = atomic_folders.verify(self.final)
+        if fault is not None:
+            logger.warning("%s is damaged (%s): the stage resumes from its newest whole checkpoint", self.final, fault)
+            return None
+        return atomic_folders.read_json(self.final / STAGE_RECORD)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder; nothing else knows its layout."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe that the run began with."""
+        return self.path / "recipe.json"
+
+    @property
+    def origins(self) -> Path:
+        """The revisions of the Hub's repositories that the run uses."""
+        return self.path / "origins.json"
+
+    @property
+    def prepared(self) -> Path:
+        """Parts and data that a recipe makes itself."""
+        return self.path / "prepared"
+
+    @property
+    def base(self) -> Path:
+        """The checkpoint assembled for the first stage, where the recipe names parts or another layout."""
+        return self.path / "base"
+
+    @property
+    def save_now(self) -> Path:
+        """A file that asks a running stage to save."""
+        return self.path / "save-now"
+
+    @property
+    def shared_mark(self) -> Path:
+        """Written by rank 0 for all machines to see."""
+        return self.path / ".shared"
+
+    @property
+    def evaluation(self) -> Path:
+        """One folder of answers per evaluation at the end of the run."""
+        return self.path / "evaluation"
+
+    @property
+    def predictions(self) -> Path:
+        return self.path / "predictions.jsonl"
+
+    @property
+    def browser(self) -> Path:
+        """The page to look through the answers."""
+        return self.path / "predictions.html"
+
+    @property
+    def export(self) -> Path:
+        """The folder that opens through both doors."""
+        return self.path / "export"
+
+    @property
+    def record(self) -> Path:
+        """What the model card is made from."""
+        return self.path / "record.json"
+
+    @property
+    def summary(self) -> Path:
+        """Written last: a run that has it is finished."""
+        return self.path / "summary.json"
+
+    def stage(self, name: str, stages: Iterable[str]) -> StageFolder:
+        """The folder of a stage, by its place among the recipe's stages."""
+        return StageFolder(self.path / "stages" / f"{list(stages).index(name) + 1}-{name}")
+
+    def has_begun(self) -> bool:
+        """Whether any stage has saved."""
+        stages = self.path / "stages"
+        return any(stages.glob("*/checkpoint-*")) or any(stages.glob(f"*/{_FINAL}"))
+
+    @contextmanager
+    def claimed(self, recipe: Recipe, *, is_main: bool) -> Iterator[None]:
+        """Hold the folder for this run alone.
+
+        Raises:
+            UserError: another process holds it, it can't be written, or it belongs to another recipe.
+        """
+        if not is_main:
+            yield
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(
+                f"cannot be written: {error.strerror}", where=str(self.path), fix="choose another --output"
+            ) from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    "another run works in this folder",
+                    where=str(self.path),
+                    fix="wait for it, or choose another --output",
+                ) from None
+            self._settle_recipe(recipe)
+            yield
+
+    @contextmanager
+    def clocked(self, *, is_main: bool) -> Iterator[Callable[[], float]]:
+        """Gives the minutes that a run has taken, summed over all its starts."""
+        file, started = self.path / "elapsed.json", time.monotonic()
+        before = atomic_folders.read_json(file)["minutes"] if file.is_file() else 0.0
+
+        def minutes() -> float:
+            return before + (time.monotonic() - started) / 60
+
+        try:
+            yield minutes
+        finally:
+            if is_main:
+                try:
+                    atomic_folders.write_json(file, {"minutes": minutes()})
+                except OSError as error:  # must not mask the original error
+                    logger.warning("%s is not written: %s", file, error)
+
+    def _settle_recipe(self, recipe: Recipe) -> None:
+        """Write down what the folder is for; before the first checkpoint of a run it may still change."""
+        now = recipe.model_dump(mode="json")
+        before = self._recipe_before() if self.recipe.is_file() else now
+        if self.has_begun():
+            self._refuse_changes(before, now)
+        elif before["model"] != now["model"] or before["seed"] != now["seed"]:
+            atomic_folders.remove(self.base)
+        atomic_folders.write_json(self.recipe, now)
+
+    def _recipe_before(self) -> dict[str, Any]:
+        """The recipe that a run began with; keys that are newer than it have their defaults."""
+        before = atomic_folders.read_json(self.recipe)
+        try:
+            return Recipe.model_validate(before).model_dump(mode="json")
+        except ValidationError:
+            return before
+
+    def _refuse_changes(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        free = (*_UNTRAINED, *CHANGEABLE)
+        before, now = before | {"publish": None}, now | {"publish": None}  # does not change the training
+        changes = [change for change in _differences(before, now) if change[0].rpartition(".")[2] not in free]
+        if changes:
+            listed = "; ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in changes[:5])
+            more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
+            raise UserError(
+                f"this run began with another recipe: {listed}{more}",
+                where=str(self.path),
+                fix="choose another --output, or undo the change",
+            )
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in {**before, **now}:
+            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif before != now:
+        yield key, before, now

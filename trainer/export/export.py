@@ -1,0 +1,138 @@
+"""The folder that opens through two doors, with its card and what its licences ask for."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava_llama31.model_card.card import CardError, licence_files, public, render_card
+from llava_llama31.model_card.curves import draw_curve
+from llava_llama31.model_card.sections import edited_sections
+from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.generation import load_model
+from llava_llama31.trainer.export.dialects import NATIVE, TRANSFORMERS_4, to_transformers_4
+
+
+logger = logging.getLogger(__name__)
+
+CURVES = ("loss_curve", "validation_curve")
+
+
+def write_export(
+    folder: Path,
+    model: torch.nn.Module,
+    processor: LlavaLlama31Processor,
+    record: dict[str, Any],
+    images: Mapping[str, Image.Image],
+    texts: Mapping[str, str] = MappingProxyType({}),
+    *,
+    dialect: str = NATIVE,
+) -> None:
+    """The folder that opens through two doors, with its card and what its licences ask for.
+
+    A card that is there already keeps what a person wrote into it.
+
+    Args:
+        images: relative path in the folder -> image that the card shows.
+        texts: likewise, further files.
+        dialect: one of `dialects.DIALECTS`; any but the native one opens through stock classes only.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    with atomic_folders.room(folder.parent, weights):
+        staging = atomic_folders.staging_folder(folder)
+        model.save_pretrained(staging, max_shard_size="5GB")
+        processor.save_pretrained(staging)
+        if dialect == TRANSFORMERS_4:
+            to_transformers_4(staging)
+            record = record | {"stock_only": True}
+        for name, image in images.items():
+            (staging / name).parent.mkdir(exist_ok=True)
+            image.save(staging / name)
+        former = folder / "README.md"
+        card = card_text(record, former.read_text(encoding="utf-8") if former.is_file() else "")
+        for name, text in {**texts, "README.md": card, **licence_texts(record["base_models"])}.items():
+            (staging / name).write_text(text, encoding="utf-8")
+        atomic_folders.commit(staging, folder, {})
+
+
+def export_again(run: RunFolder, output: Path | None = None, dialect: str = NATIVE) -> Path:
+    """Write the two-door folder of a finished run again, from its last stage and its record.
+
+    Args:
+        output: default: RUN/export, and RUN/export-DIALECT for another dialect than the native one.
+
+    Raises:
+        UserError: when the run is not finished.
+    """
+    if not run.record.is_file():
+        what = "this is not a finished run"
+        raise UserError(what, where=str(run.path), fix=f"train it to its end: {run.record.name} is missing")
+    record = atomic_folders.read_json(run.record)
+    names = [stage["name"] for stage in record["stages"]]
+    default = run.export if dialect == NATIVE else run.export.with_name(f"{run.export.name}-{dialect}")
+    folder = (output or default).resolve()
+    if folder.exists() and not (folder / atomic_folders.MANIFEST).is_file():
+        raise UserError("exists and is not an export", where=str(folder), fix="choose a new folder")
+    model, processor = load_model(str(run.stage(names[-1], names).final), dtype=record["recipe"]["model"]["dtype"])
+    write_export(folder, model, processor, record, *attachments(run, record), dialect=dialect)
+    return folder
+
+
+def licence_texts(base_models: list[dict[str, Any]]) -> dict[str, str]:
+    """Licence files that must go with a model made from these.
+
+    Raises:
+        UserError: when an agreement is due and its text is not with the base model.
+    """
+    try:
+        return licence_files(base_models)
+    except CardError as error:
+        raise UserError(str(error)) from error
+
+
+def card_text(record: dict[str, Any], previous: str = "") -> str:
+    """The card of a record, around what a person wrote into the previous one.
+
+    Raises:
+        UserError: when it can't be written.
+    """
+    kept = edited_sections(previous)
+    if kept:
+        logger.warning("README.md: sections that were edited stay as they are: %s", ", ".join(kept))
+    try:
+        return render_card(record, previous)
+    except CardError as error:
+        raise UserError(str(error)) from error
+
+
+def attachments(run: RunFolder, record: Mapping[str, Any]) -> tuple[dict[str, Image.Image], dict[str, str]]:
+    """Images and further texts of a run's export."""
+    images, texts = {}, {}
+    for sample in record.get("samples", []):
+        with Image.open(run.path / sample["image"]) as image:
+            images[sample["image"]] = image.copy()
+    for stage in record["stages"]:
+        if stage.get("curve_image"):
+            images[stage["curve_image"]] = draw_curve(f"stage {stage['name']}", *(stage[key] for key in CURVES))
+    if "predictions" in record.get("evaluation", {}):
+        texts[run.predictions.name] = public_rows(run.predictions)
+    return images, texts
+
+
+def public_rows(file: Path) -> str:
+    """A predictions file without this machine's paths, which reasons of failures hold."""
+    with file.open(encoding="utf-8") as rows:
+        return "".join(json.dumps(public(json.loads(row)), ensure_ascii=False) + "\n" for row in rows)
+
+
+def curve_file(number: int, stage: Mapping[str, Any]) -> str | None:
+    return f"curves/{number}-{stage['name']}.png" if stage.get("loss_curve") else None

@@ -1,0 +1,102 @@
+"""Where a model comes from: what its card tells before the first step, and what ran it."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.model.locating import hub_id, local_checkpoint
+from llava_llama31.trainer.recipes.schema import Recipe
+
+
+LOCK = "constraints.txt"
+PACKAGES = ("llava-llama31", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "pillow")
+
+
+def record_of(recipe: Recipe, command: str) -> dict[str, Any]:
+    """What the card tells that is known before the first step."""
+    return {
+        "name": recipe.name,
+        "recipe": recipe.model_dump(mode="json"),
+        "command": command,
+        "commit": _commit(),
+        "lock": _lock(),
+        "licence": recipe.model.licence,
+        "base_models": base_models_of(recipe),
+        "environment": _environment(),
+    }
+
+
+def base_models_of(recipe: Recipe) -> list[dict[str, Any]]:
+    """What the model is made from, for the card and the licences."""
+    model = recipe.model
+    if model.checkpoint is not None:
+        named = [("checkpoint", model.checkpoint, model.licence)]
+    else:
+        named = [
+            ("vision_tower", model.vision_tower, model.vision_tower_licence),
+            ("language_model", model.language_model, model.licence),
+        ]
+    return [_base_model(role, str(name), licence) for role, name, licence in named]
+
+
+def _base_model(role: str, name: str, licence: str | None) -> dict[str, Any]:
+    on_hub = hub_id(name)
+    return {
+        "role": role,
+        # a local folder is called by its name: a card has no paths
+        "id": on_hub[0] if on_hub else Path(name).name,
+        "revision": on_hub[1] if on_hub else None,
+        "licence": licence,
+        "folder": str(local_checkpoint(name, where=f"model.{role}")),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the project when it runs from a checkout, with `-dirty` where that was changed."""
+    if _checkout() is None:
+        return None
+    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _lock() -> dict[str, str] | None:
+    """The checkout's file of pinned versions, and its hash."""
+    checkout = _checkout()
+    if checkout is None or not (checkout / LOCK).is_file():
+        return None
+    return {"file": LOCK, "sha256": atomic_folders.sha256(checkout / LOCK)}
+
+
+def _checkout() -> Path | None:
+    """Root of the project's own repository, where this file is one of it and not installed into another one."""
+    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
+    root = _git("rev-parse", "--show-toplevel") if tracked else None
+    return Path(root) if root else None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip()
+
+
+def _environment() -> dict[str, Any]:
+    if torch.cuda.is_available():
+        hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    else:
+        hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in PACKAGES}
+    return {"hardware": hardware, "python": platform.python_version(), **versions}

@@ -1,0 +1,63 @@
+"""The checkpoint that the first stage starts from."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from llava_llama31.processing import CHAT_TEMPLATE
+from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+from llava_llama31.trainer.model.assemble import assemble
+from llava_llama31.trainer.model.locating import local_checkpoint
+from llava_llama31.trainer.recipes.schema import Recipe
+
+
+def prepare(recipe: Recipe, folder: RunFolder, console: Console) -> None:
+    """Make the parts that a recipe makes itself, and the checkpoint that the first stage starts from."""
+    if recipe.prepare == "tiny":
+        from llava_llama31.trainer.demo.parts import prepare as prepare_tiny  # needs the `demo` extra
+
+        prepare_tiny(folder.prepared, seed=recipe.seed, progress=console.print)
+    model = recipe.model
+    if folder.base.exists():
+        return
+    if model.checkpoint is not None:
+        tower = language = projector = local_checkpoint(model.checkpoint, where="model.checkpoint")
+        if is_ours(tower):
+            return
+        # llava-hf's or LLaVA's own layout: the same parts, our processor
+    else:
+        assert model.vision_tower is not None and model.language_model is not None
+        tower = local_checkpoint(model.vision_tower, where="model.vision_tower")
+        language = local_checkpoint(model.language_model, where="model.language_model")
+        projector = local_checkpoint(model.projector, where="model.projector", file=True) if model.projector else None
+    counts = assemble(
+        tower,
+        language,
+        folder.base,
+        projector=projector,
+        image_grid_pinpoints=model.image_grid_pinpoints,
+        vision_feature_layer=model.vision_feature_layer,
+        add_chat_tokens=model.add_chat_tokens,
+        dtype=model.dtype,
+        seed=recipe.seed,
+    )
+    console.print(f"assembled {folder.base}: " + ", ".join(f"{part} {count:,}" for part, count in counts.items()))
+
+
+def base_of(recipe: Recipe, folder: RunFolder) -> Path:
+    """The checkpoint that the first stage starts from, after `prepare`."""
+    if folder.base.exists():
+        return folder.base
+    assert recipe.model.checkpoint is not None
+    return local_checkpoint(recipe.model.checkpoint, where="model.checkpoint")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a checkpoint has our processor, so that a stage can start from it as it is."""
+    template, processor = folder / "chat_template.jinja", folder / "processor_config.json"
+    if not (template.is_file() and processor.is_file()):
+        return False
+    # by its name, and not by the file with its code, which is not downloaded
+    names = json.loads(processor.read_text(encoding="utf-8")).get("auto_map", {}).get("AutoProcessor", "")
+    return "LlavaLlama31Processor" in str(names) and template.read_text(encoding="utf-8") == CHAT_TEMPLATE

@@ -1,0 +1,66 @@
+"""What the model card and the summary say about a stage."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from llava_llama31.trainer.data.batches.stage_rows import StageData
+from llava_llama31.trainer.model.module_groups import GroupReport
+from llava_llama31.trainer.recipes.schema import Derived
+from llava_llama31.trainer.runs.context import StageRun
+from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
+
+
+def stage_record(
+    run: StageRun, data: StageData, derived: Derived, report: list[GroupReport], trainer: LlavaTrainer
+) -> dict[str, Any]:
+    """Data, steps, losses and settings of the finished stage."""
+    stage, history = run.stage, trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    metrics = _final_metrics(trainer)
+    seconds = next((entry["seconds"] for entry in reversed(history) if "seconds" in entry), 0.0)
+    tokens = int(trainer.throughput.trained(derived.steps)[1])
+    return {
+        "name": run.name,
+        "trainable": [line.group for line in report if line.num_trainable],
+        "groups": [asdict(line) for line in report],
+        "learning_rate": stage.learning_rates(),
+        "data": data.summary,
+        "epochs": stage.epochs or round(derived.steps / derived.steps_per_epoch, 3),
+        "steps": derived.steps,
+        "global_batch": stage.global_batch,
+        "micro_batch": stage.micro_batch,
+        "gradient_accumulation": derived.gradient_accumulation,
+        "num_processes": run.context.num_processes,
+        "num_samples": derived.num_samples,
+        "schedule": stage.schedule,
+        "warmup_steps": derived.warmup_steps,
+        "weight_decay": stage.weight_decay,
+        "precision": stage.precision,
+        "optimizer": stage.optimizer,
+        "fp8": stage.fp8,
+        "lora": stage.lora.model_dump() if stage.lora else None,
+        "init_from": str(run.origin),
+        "loss_first": losses[0] if losses else None,
+        "loss": float(np.mean(losses[-5:])) if losses else None,
+        "loss_curve": [(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
+        "validation_curve": [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry],
+        "health": trainer.guard.health.summary(),
+        "weights_of_step": trainer.state.best_global_step or derived.steps,
+        "validation_loss": metrics.get("eval_loss"),
+        "validation_accuracy": metrics.get("eval_accuracy"),
+        "supervised_tokens": tokens,
+        "supervised_tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+        "minutes": round(seconds / 60, 2),
+    }
+
+
+def _final_metrics(trainer: LlavaTrainer) -> dict[str, Any]:
+    """Metrics of the stage's final weights; evaluated now unless an evaluation chose them."""
+    step = trainer.state.best_global_step
+    for entry in trainer.state.log_history:
+        if step and entry["step"] == step and f"{trainer.args.metric_for_best_model}" in entry:
+            return entry
+    measures = len(trainer.batches.validation) > 0 or trainer.questions is not None
+    return trainer.evaluate() if measures else {}

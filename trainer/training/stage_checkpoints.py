@@ -1,0 +1,181 @@
+"""What a stage's checkpoints hold, and how they become complete or stay invisible."""
+
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.distributed.engine import engine_of, uses_deepspeed
+from llava_llama31.trainer.distributed.parameters import num_elements
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
+from llava_llama31.trainer.model.adapters import TRAINABLE_WEIGHTS
+from llava_llama31.trainer.training.optimizers import load_portable_state, portable_state
+
+
+logger = logging.getLogger(__name__)
+
+
+def best_checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
+    """The checkpoint with the best metric, if the stage looks for one."""
+    step = state.best_global_step
+    return Path(args.output_dir, f"checkpoint-{step}") if step else None
+
+
+def whole_best_checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
+    """The best checkpoint, unless it is the newest one, whose weights the model has.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    best = best_checkpoint(args, state)
+    if best is None or state.best_global_step == state.global_step:
+        return None
+    fault = atomic_folders.verify(best)
+    if fault is not None:
+        raise UserError(
+            f"holds the best weights and is damaged: {fault}",
+            where=str(best),
+            fix="set the stage's keep to last, or return to an earlier checkpoint",
+        )
+    logger.info("taking the weights of step %d: %s", state.best_global_step, state.best_metric)
+    return best
+
+
+def room_for_checkpoint(
+    args: TrainingArguments, model: torch.nn.Module, *, only_trainable: bool
+) -> AbstractContextManager[None]:
+    """Rank 0 makes sure of the space that a checkpoint needs; DeepSpeed writes on all ranks."""
+    folder = Path(args.output_dir)
+    former = atomic_folders.newest_published(folder)
+    needed = _estimated_bytes(args, model, only_trainable) if former is None else atomic_folders.size(former)
+    return atomic_folders.room(folder, needed, check=args.should_save)
+
+
+def _estimated_bytes(args: TrainingArguments, model: torch.nn.Module, only_trainable: bool) -> int:
+    """Weights plus two float32 moments; under DeepSpeed weights twice, plus float32 originals."""
+    parameters = list(model.parameters())
+    saved = [parameter for _, parameter in saved_parameters(model, only_trainable=only_trainable)]
+    weights = sum(num_elements(parameter) * parameter.element_size() for parameter in saved)
+    trained = sum(num_elements(parameter) for parameter in parameters if parameter.requires_grad)
+    return 2 * weights + 12 * trained if uses_deepspeed(args) else weights + 8 * trained
+
+
+def saved_parameters(model: torch.nn.Module, *, only_trainable: bool) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters that a checkpoint holds, with their names."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad or not only_trainable]
+
+
+@contextmanager
+def staged_checkpoint(args: TrainingArguments, state: TrainerState, guard: Guard) -> Iterator[Path]:
+    """The parent folder in which Transformers saves; at the end the checkpoint in it is committed. Collective."""
+    final = Path(args.output_dir, f"checkpoint-{state.global_step}")
+    staging = final.parent / atomic_folders.STAGING / final.name
+    if args.should_save:
+        atomic_folders.sweep(final.parent)
+        staging.mkdir(parents=True)
+    _barrier(args)
+    try:
+        yield staging.parent
+    except BaseException:
+        if args.should_save:
+            atomic_folders.remove(staging.parent)
+        raise
+    _barrier(args)
+    if args.should_save:
+        # Transformers noted the staging folder; `best_checkpoint` owns this fact
+        state.best_model_checkpoint = None
+        state.save_to_json(str(staging / TRAINER_STATE_NAME))
+        guard.save(staging)
+        facts = {"step": state.global_step, "num_processes": args.world_size, "engine": engine_of(args)}
+        atomic_folders.commit(staging, final, facts)
+        atomic_folders.remove(staging.parent)
+        atomic_folders.rotate(final.parent, args.save_total_limit, spare=best_checkpoint(args, state))
+    _barrier(args)
+
+
+def load_weights(model: PreTrainedModel, folder: Path, *, only_trainable: bool) -> None:
+    """Restore every weight or fail: Transformers loads with strict=False and only warns (transformers #43701).
+
+    Raises:
+        ValueError: the checkpoint lacks weights, or holds others.
+    """
+    if only_trainable:
+        saved = load_file(folder / TRAINABLE_WEIGHTS)
+        expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    else:
+        saved = {}
+        for file in sorted(folder.glob("model*.safetensors")):
+            saved.update(load_file(file))
+        expected = set(model.state_dict())
+        if model.config.tie_word_embeddings:
+            expected -= set(model.all_tied_weights_keys)
+    if set(saved) != expected:
+        wrong = sorted(set(saved) ^ expected)
+        raise ValueError(f"{folder}: {len(wrong)} tensors do not belong to this stage, e.g. {wrong[0]}")
+    set_model_state_dict(model, saved, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def save_weights(
+    folder: Path, model: PreTrainedModel, weights: dict[str, torch.Tensor] | None, *, only_trainable: bool
+) -> None:
+    """Weights in Transformers' layout or the trainable ones alone; no training_args.bin, which holds the Hub token."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if only_trainable:
+        assert weights is not None
+        save_file(weights, folder / TRAINABLE_WEIGHTS)
+    else:
+        model.save_pretrained(folder, state_dict=weights)
+
+
+def save_optimizer(
+    folder: Path, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, *, write: bool
+) -> None:
+    """Optimizer and schedule, unsharded. Collective; rank 0 writes."""
+    state = {"optimizer": portable_state(optimizer), "scheduler": scheduler.state_dict()}
+    if write:
+        atomic_folders.save_tree(folder / "optimizer", state)
+
+
+def load_optimizer(
+    folder: Path, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler
+) -> None:
+    state = atomic_folders.load_tree(folder / "optimizer")
+    load_portable_state(optimizer, state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+
+
+def save_rng_state(folder: Path, rank: int) -> None:
+    """Every rank saves its own."""
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    atomic_folders.save_tree(folder / f"rng_state_{rank}", state)
+
+
+def load_rng_state(folder: Path | None, rank: int) -> None:
+    path = (folder or Path()) / f"rng_state_{rank}"
+    if folder is None or not path.with_suffix(".json").is_file():
+        logger.warning("no random state of rank %d in %s: randomness starts fresh", rank, path)
+        return
+    state = atomic_folders.load_tree(path)
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _barrier(args: TrainingArguments) -> None:
+    if args.world_size > 1:
+        dist.barrier()
