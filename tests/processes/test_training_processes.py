@@ -97,7 +97,7 @@ def test_two_processes_share_the_work_of_a_feature_cache_and_end_alike(forks, re
         output, _ = job.communicate(timeout=240)
         assert not any(job.codes), output
         ends.append(load_file(tmp_path / name / "stages/1-projector/final/model.safetensors"))
-    assert "33 pictures' features are in" in output
+    assert "33 images' features are in" in output
     for name in ends[0]:
         assert torch.equal(ends[0][name], ends[1][name]), name
 
