@@ -169,7 +169,7 @@ def code_signature(processor: "LlavaLlama31Processor | None") -> dict:
     """Hash of the source that decides what is found, and the versions of the libraries beneath it."""
     files = [Path(redaction.__file__)]
     for room in (sources, check):
-        files += sorted(file for folder in room.__path__ for file in Path(folder).glob("*.py"))
+        files += sorted(Path(str(room.__file__)).parent.glob("*.py"))
     if processor is not None:
         files.append(Path(inspect.getfile(type(processor))))
     digest = hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=16)
