@@ -9,7 +9,7 @@ from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
 from torch.distributed import run as torchrun
 
-from llava_llama31.trainer.cli import _parser
+from llava_llama31.trainer.cli import command_parser
 
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ LINES = [pytest.param(line, id=f"{path.name}: {' '.join(line)}") for path in TEX
 
 
 def check_ours(words: list[str]) -> None:
-    _parser().parse_args(words)
+    command_parser().parse_args(words)
 
 
 def check_script(script: str, arguments: list[str], *, python: bool) -> None:
