@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.doctor import checks, command, facts, ranks
+from llava_llama31.trainer.commands.doctor import report
+from llava_llama31.trainer.doctor import checks, facts, gathering, ranks
 from llava_llama31.trainer.doctor.facts import (
     AccelerateConfig,
     BuildLock,
@@ -285,13 +286,13 @@ def test_a_check_that_fails_is_a_finding():
     def broken():
         raise ZeroDivisionError("by [nothing]")
 
-    found = command._run([("broken", broken), ("whole", lambda: checks.check_gpus(Gpus()))], debug=False)
+    found = gathering._run([("broken", broken), ("whole", lambda: checks.check_gpus(Gpus()))], debug=False)
     assert [f.level for f in found] == ["error", "ok"]
     assert found[0].what == "the check failed: ZeroDivisionError: by [nothing]"
 
 
 def test_the_report_ends_with_errors_and_says_how_to_mend_them(capsys):
-    command.report([*checks.check_gpus(gpus(devices=())), *checks.check_gpus(GPUS)], json_output=False)
+    report([*checks.check_gpus(gpus(devices=())), *checks.check_gpus(GPUS)], json_output=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("ok") and lines[-1] == "1 error(s), 0 warning(s), 2 ok"
     assert [line.strip().partition(" ")[0] for line in lines[-4:-1]] == ["error", "why:", "fix:"]
