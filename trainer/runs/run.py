@@ -49,10 +49,14 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) 
             fix="start it with `accelerate launch examples/train.py RECIPE`, or set CUDA_VISIBLE_DEVICES",
         )
     # rank 0 may prepare and check data for hours, while the others wait
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
-    transformers.utils.logging.disable_progress_bar()
-    start_fork_server()
-    peers = Peers.connect(state.process_index, state.num_processes)
+    try:
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
+        transformers.utils.logging.disable_progress_bar()
+        start_fork_server()
+        peers = Peers.connect(state.process_index, state.num_processes)
+    except RuntimeError:
+        signals.act()  # the same signal has ended another rank before this one met it
+        raise
     run = RunContext(
         recipe=recipe,
         folder=RunFolder(output),
