@@ -22,26 +22,27 @@ test: $(VENV)/.dev ## style, types and all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist worksteal
 
-check: $(VENV)/.dev ## style, types and the fast tests
+check: $(VENV)/.dev ## style, types and the tests that take seconds in one process
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/processes -m "not slow"
 
 bench: $(VENV)/.dev ## the benchmarks that run anywhere
 	$(BIN)/python benchmarks/check_data.py
 	$(BIN)/python benchmarks/evaluation.py
 
 torture: $(VENV)/.dev ## kills, signals, faults, full disks, hostile records: hundreds of each, and long runs of every engine (over an hour)
-	TORTURE=1 $(BIN)/pytest -s tests/test_torture.py
-	ENGINE_STEPS=50 $(BIN)/pytest tests/test_engines.py -k every_engine
-	TORTURE=1 $(BIN)/pytest tests/test_engines.py -k planned_peak
-	FUZZ_SCALE=10 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py -k "any_json or mutated"
+	TORTURE=1 $(BIN)/pytest -s tests/processes/test_torture.py
+	ENGINE_STEPS=50 TORTURE=1 $(BIN)/pytest tests/processes/test_engines.py -k every_engine
+	TORTURE=1 $(BIN)/pytest tests/processes/test_engines.py -k "planned_peak or killed_run"
+	FUZZ_SCALE=10 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py -k "any_json or mutated or largest"
 
 trace-8b: $(VENV)/.dev ## the 8B step on every engine, at its true shape and without its memory
 	$(BIN)/python benchmarks/trace_8b.py
+	TRACE_8B=1 $(BIN)/pytest tests/test_memory.py -k traced_8b_step
 
 clean:
 	rm -rf $(VENV) build *.egg-info

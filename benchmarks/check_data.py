@@ -1,10 +1,10 @@
-"""How fast and how lean the check of all data is.
+"""Measures the speed and memory of the data check.
 
     python benchmarks/check_data.py [--records 1000000] [--with-tokens 20000]
 
-Makes LLaVA records (JSON array) in a temporary folder and prints records per CPU second of one core: for the checks of
-the JSON alone, then with image headers, then with tokens by a small byte-level BPE tokenizer. Peak memory is of the
-process that made the measurement. Time is CPU time, so a busy machine does not change it much.
+Writes LLaVA records (JSON array) to a temporary folder and prints records per CPU second of one core: for the checks
+of the JSON only, then with image headers, then with tokens by a small byte-level BPE tokenizer. Peak memory is that of
+the measuring process. Times are CPU times, which a busy machine does not change much.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def write_records(path: Path, num_records: int) -> None:
 
 
 def write_images(folder: Path) -> None:
-    """JPEGs of photographs' sizes."""
+    """Write JPEGs with the sizes of photographs."""
     folder.mkdir()
     rng = random.Random(0)
     for number in range(NUM_IMAGES):
@@ -62,7 +62,7 @@ def write_images(folder: Path) -> None:
 
 
 def json_side(folder: Path) -> Callable[[], int]:
-    """Index, parse and check every row, and look for duplicates; no image, no tokens."""
+    """Index, parse and check every row, and look for duplicates, without images or tokens."""
 
     def run() -> int:
         store = open_records(DataSource(name="million", path=str(folder / "million.json")))
@@ -136,7 +136,7 @@ def _processor():
 
 
 def measured(prepare: Callable[[Path], Callable[[], int]], folder: Path) -> tuple[int, float, float]:
-    """Records, CPU seconds (without imports) and peak memory in MB of a run in a process of its own."""
+    """Records, CPU seconds (without imports) and peak memory in MB of a run in a separate process."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(prepare, folder, sender))
@@ -155,7 +155,7 @@ def _measure(prepare: Callable[[Path], Callable[[], int]], folder: Path, sender)
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of those that it has waited for: images are decoded in one of their own."""
+    """CPU seconds of this process and its finished children: a separate process decodes the images."""
     return sum(os.times()[:4])
 
 

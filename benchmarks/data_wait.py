@@ -1,11 +1,11 @@
-"""What a training sample costs the host, part by part: read, decode, tile, tokenise, collate.
+"""Measures the host's cost of a training sample, part by part: read, decode, tile, tokenise, collate.
 
     OMP_NUM_THREADS=1 python benchmarks/data_wait.py [--pictures 40] [--rounds 5]
 
-Makes JPEGs of 640 x 480 and LLaVA records about them (two conversations a picture, about 160 tokens of text each) in a
-temporary folder, and takes rows through the training's own data set and collator: anyres tiles of 336 px in bfloat16,
-packed micro-batches of 8. Each figure is the median over the rounds of this process's CPU time, so a busy machine does
-not change it much. `whole` is a DataLoader worker's loop without the parts' clocks; samples/s a core follow from it.
+Makes JPEGs of 640 x 480 and LLaVA records about them (two conversations per image, about 160 tokens of text each) in a
+temporary folder, and feeds rows through training's own data set and collator: anyres tiles of 336 px in bfloat16,
+packed micro-batches of 8. Each figure is the median over the rounds of this process's CPU time, which a busy machine
+does not change much. `whole` is a DataLoader worker's loop without the clocks of parts; it gives samples/s per core.
 `device_tiles` leaves resizing and tiling to the training device, whose time is not counted here.
 The last lines read features of 576 x 1024 in bfloat16 for each tile from a feature cache (`feature_cache_gb`).
 """
@@ -37,11 +37,11 @@ MICRO_BATCH = 8
 SHAPE, DTYPE = (576, 1024), torch.bfloat16  # of a tile's features: CLIP-L at 336 px
 
 
-def write_data(folder: Path, num_pictures: int) -> list[str]:
-    """Pictures and records; returns the texts."""
+def write_data(folder: Path, num_images: int) -> list[str]:
+    """Write images and records; returns the texts."""
     rng, words = random.Random(0), made_up_words()
     texts, rows = [], []
-    for number in range(num_pictures):
+    for number in range(num_images):
         noise = Image.effect_noise((640, 480), 80).filter(ImageFilter.GaussianBlur(1.5))
         channels = (noise, noise.transpose(Image.Transpose.ROTATE_180), noise)
         Image.merge("RGB", channels).save(folder / f"{number:06d}.jpg", quality=90)
@@ -59,7 +59,7 @@ def write_data(folder: Path, num_pictures: int) -> list[str]:
 
 
 def made_up_words(number: int = 8000) -> list[str]:
-    """Pronounceable words, short ones more often."""
+    """Pronounceable words, mostly short."""
     rng = random.Random(1)
     syllables = [a + b for a in "bcdfglmnprstvw" for b in ("a", "e", "i", "o", "u", "en", "ar", "ing")]
     return ["".join(rng.choices(syllables, k=rng.choice((1, 1, 2, 2, 3)))) for _ in range(number)]
@@ -91,17 +91,17 @@ def cpu_seconds(run: Callable[[], object]) -> float:
 
 
 def parts(store: RecordStore, processor: LlavaLlama31Processor, dataset: StageDataset, collate: Collator) -> dict:
-    """CPU seconds of a sample in each part, pictures read for each of their conversations anew."""
+    """CPU seconds per sample in each part; an image is read again for each of its conversations."""
     records = [store[row] for row in range(len(store))]
-    pictures = [image for record in records for image in record.images]
-    opened = [image.open() for image in pictures[: 2 * MICRO_BATCH]]
+    images = [image for record in records for image in record.images]
+    opened = [image.open() for image in images[: 2 * MICRO_BATCH]]
     tiles = [torch.from_numpy(processor.tiles(image)) for image in opened]
     sizes = [[(480, 640)]] * len(records)
     samples = dataset.__getitems__(range(MICRO_BATCH))
     number = len(records)
     return {
         "read and check the record": cpu_seconds(lambda: [store[row] for row in range(number)]) / number,
-        "read and decode the picture": cpu_seconds(lambda: [image.open() for image in pictures]) / number,
+        "read and decode the image": cpu_seconds(lambda: [image.open() for image in images]) / number,
         "tiles": cpu_seconds(lambda: [processor.tiles(image) for image in opened]) / len(opened),
         "tiles to bfloat16": cpu_seconds(lambda: [tile.to(DTYPE) for tile in tiles]) / len(tiles),
         "tokenise, ids and labels": cpu_seconds(
@@ -113,7 +113,7 @@ def parts(store: RecordStore, processor: LlavaLlama31Processor, dataset: StageDa
 
 
 def whole(dataset: StageDataset, collate: Collator, *, shared: bool) -> float:
-    """CPU seconds of a sample as a worker makes it, conversations about a picture together or far apart."""
+    """CPU seconds per sample in a worker's loop, conversations about an image together or far apart."""
     order = np.arange(len(dataset))
     if not shared:
         order = order.reshape(-1, 2).T.ravel()
@@ -122,7 +122,7 @@ def whole(dataset: StageDataset, collate: Collator, *, shared: bool) -> float:
 
 
 def filled_cache(folder: Path, store: RecordStore, processor: LlavaLlama31Processor) -> FeatureCache:
-    """A cache with features of the right shape; what they say takes no time."""
+    """A cache with features of the right shape; their values don't affect the time."""
     cache = FeatureCache(folder, "0" * 32, SHAPE, DTYPE, quota=2**34)
     for row in range(0, len(store), 2):
         (image,) = store[row].images
@@ -150,17 +150,17 @@ def main() -> None:
         rounds = []
         for _ in range(args.rounds):
             found = parts(store, processor, plain, collate)
-            found["whole, pictures apart"] = whole(plain, collate, shared=False)
-            found["whole, two conversations a picture"] = whole(plain, collate, shared=True)
-            found["whole, device_tiles, pictures apart"] = whole(pixels, collate, shared=False)
-            found["whole, device_tiles, two a picture"] = whole(pixels, collate, shared=True)
-            found["whole, cached features, pictures apart"] = whole(cached, collate, shared=False)
-            found["whole, cached features, two a picture"] = whole(cached, collate, shared=True)
+            found["whole, images apart"] = whole(plain, collate, shared=False)
+            found["whole, two conversations per image"] = whole(plain, collate, shared=True)
+            found["whole, device_tiles, images apart"] = whole(pixels, collate, shared=False)
+            found["whole, device_tiles, two per image"] = whole(pixels, collate, shared=True)
+            found["whole, cached features, images apart"] = whole(cached, collate, shared=False)
+            found["whole, cached features, two per image"] = whole(cached, collate, shared=True)
             rounds.append(found)
     medians = {part: statistics.median(found[part] for found in rounds) for part in rounds[0]}
-    print(f"{'part':42}{'ms a sample':>12}{'share':>8}{'samples/s a core':>18}")
+    print(f"{'part':42}{'ms/sample':>12}{'share':>8}{'samples/s/core':>18}")
     for part, seconds in medians.items():
-        share = seconds / medians["whole, pictures apart"]
+        share = seconds / medians["whole, images apart"]
         rate = f"{1 / seconds:>18.1f}" if part.startswith("whole") else ""
         print(f"{part:42}{seconds * 1000:>12.3f}{share:>8.1%}{rate}")
 

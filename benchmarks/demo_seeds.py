@@ -1,4 +1,4 @@
-"""Run the demo for several seeds and hold it to its bar: at least 60 % accuracy, untrained and blind below 15 %.
+"""Run the demo for several seeds and check its bar: at least 60 % accuracy, untrained and blind below 15 %.
 
 python benchmarks/demo_seeds.py --seeds 1 2 3
 """

@@ -1,9 +1,9 @@
-"""Questions per second of our evaluator beside the way VLMEvalKit and lmms-eval drive the same model.
+"""Compares our evaluator's questions per second with the way VLMEvalKit and lmms-eval run the same model.
 
-Their way: one question at a time, its picture through processor and vision tower each time, `generate` on stock
-Transformers. Both get the same folder, a small LlavaNext with random weights whose answers have a few tokens, and the
-same questions with TextVQA's ratio of questions to pictures (5,000 : 3,166) and its sizes of pictures. Each driver
-runs in a process of its own, turn by turn.
+Their way: one question at a time, its image through processor and vision tower each time, `generate` on stock
+Transformers. Both get the same folder, a small LlavaNext with random weights and answers of a few tokens, and the
+same questions, with TextVQA's ratio of questions to images (5,000 : 3,166) and its image sizes. Each driver runs in a
+separate process, taking turns.
 
 python benchmarks/evaluation.py --dtype float32 bfloat16
 """
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 
-NUM_QUESTIONS, NUM_PICTURES = 95, 60
+NUM_QUESTIONS, NUM_IMAGES = 95, 60
 MAX_NEW_TOKENS = 16
 SIZES = [(768, 1024), (1024, 768), (683, 1024), (1024, 683), (576, 1024), (1024, 1024), (1024, 577)]  # height, width
 DRIVERS = ("theirs", "ours", "invariant")
@@ -41,12 +41,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder, "model"))
         make_questions(Path(folder))
-        print(f"{platform.machine()}, {NUM_QUESTIONS} questions on {NUM_PICTURES} pictures, best of {options.rounds}")
+        print(f"{platform.machine()}, {NUM_QUESTIONS} questions on {NUM_IMAGES} images, best of {options.rounds}")
         return max(compare(Path(folder), dtype, options.rounds, options.batch_size) for dtype in options.dtype)
 
 
 def compare(folder: Path, dtype: str, rounds: int, batch_size: int) -> int:
-    """Print one table; 1 if float32 answers differ."""
+    """Print one table; returns 1 if float32 answers differ."""
     results = {driver: [] for driver in DRIVERS}
     for _ in range(rounds):
         for driver in DRIVERS:
@@ -70,7 +70,7 @@ def compare(folder: Path, dtype: str, rounds: int, batch_size: int) -> int:
         same = sum(a == b for a, b in zip(theirs, answers, strict=True))
         rounds_named, length = ", ".join(f"{x:.2f}" for x in ratio), statistics.mean(map(len, answers))
         print(f"{driver}: {statistics.median(ratio):.2f} times as fast as theirs (by round: {rounds_named});")
-        print(f"  {same} of {NUM_QUESTIONS} answers identical, {length:.1f} tokens each")
+        print(f"  {same} of {NUM_QUESTIONS} answers identical, {length:.1f} tokens on average")
     return int(dtype == "float32" and any(run["answers"] != theirs for driver in DRIVERS for run in results[driver]))
 
 
@@ -111,7 +111,7 @@ def ask_one_by_one(folder: Path, dtype):
             messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
             prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
             image = Image.open(folder / row["image"]).convert("RGB")
-            # the template has the BOS already
+            # the template already contains BOS
             inputs = processor(images=image, text=prompt, return_tensors="pt", add_special_tokens=False).to(dtype)
             with torch.inference_mode():
                 output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
@@ -160,14 +160,14 @@ def make_questions(folder: Path) -> None:
     from PIL import Image
 
     draw = random.Random(0)
-    for i in range(NUM_PICTURES):
+    for i in range(NUM_IMAGES):
         height, width = SIZES[i % len(SIZES)]
         coarse = np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
     rows = []
     for i in range(NUM_QUESTIONS):
         words = draw.choices(["what", "is", "the", "brand", "of", "this", "camera", "number", "sign"], k=7)
-        rows.append({"question_id": i, "image_id": str(i % NUM_PICTURES), "image": f"{i % NUM_PICTURES}.jpg"})
+        rows.append({"question_id": i, "image_id": str(i % NUM_IMAGES), "image": f"{i % NUM_IMAGES}.jpg"})
         rows[-1] |= {"question": f"{' '.join(words)}?", "answers": ["stop"] * 10}
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -201,7 +201,7 @@ def make_model(folder: Path) -> None:
     text = LlamaConfig(
         vocab_size=8192, hidden_size=576, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=4096, pad_token_id=processor.tokenizer.pad_token_id,
-        # one id in four ends an answer, so that answers are about as short as TextVQA's
+        # one id in four ends an answer, which makes answers about as short as TextVQA's
         eos_token_id=list(range(3, 8192, 4)), tie_word_embeddings=False,
     )  # fmt: skip
     vision = CLIPVisionConfig(
@@ -214,7 +214,7 @@ def make_model(folder: Path) -> None:
     torch.manual_seed(0)
     model = LlavaLlama31ForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
-        if "norm" not in name:  # larger than a fresh model's, or all pictures look the same to it
+        if "norm" not in name:  # larger than a fresh model's, or all images would look the same to it
             parameter.data.mul_(4)
     model.generation_config.eos_token_id = text.eos_token_id
     model.generation_config.pad_token_id = text.pad_token_id

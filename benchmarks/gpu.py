@@ -1,13 +1,13 @@
-"""Training speed of LLaVA-1.6 at the size of Llama 3.1 8B on one GPU, beside stock Transformers on the same rows.
+"""Measures training speed of LLaVA-1.6 at Llama 3.1 8B's size on one GPU, against stock Transformers on the same rows.
 
-The model has random bfloat16 weights that are made on the device; activation checkpointing, fused AdamW with bfloat16
-states and clipped gradients, so that all of it fits in 80 GB. The rows have the lengths of the model card's data:
-anyres pictures at 336 px, conversations like llava-instruct's (two a picture) and captions like llava-pretrain's. Ours
-packs them, with and without sharing pictures; stock LlavaNext pads them on the right and computes its own loss. Each
-runs in a process of its own, in the largest micro-batch that fits. Preparing the data is not timed, copying it is.
+The model has random bfloat16 weights made on the device, activation checkpointing, fused AdamW with bfloat16 states
+and gradient clipping, so that everything fits in 80 GB. The rows have the lengths of the model card's data:
+anyres images at 336 px, conversations like llava-instruct's (two per image) and captions like llava-pretrain's. Ours
+packs them, with and without sharing images; stock LlavaNext pads them on the right and computes its own loss. Each
+runs in a separate process, with the largest micro-batch that fits. Preparing the data is not timed, copying it is.
 
-The hours of the card's stages are counted work at the measured share of the measured matrix peak: eight devices that
-wait neither for each other nor for data, no evaluation, no checkpoints.
+The hours of the card's stages are counted work at the measured MFU: eight devices that wait neither for each other nor
+for data, without evaluation or checkpoints.
 
 python benchmarks/gpu.py            # minutes for each stage on a GPU; on a CPU the small shape
 python benchmarks/gpu.py --stages instruct --steps 10 --json
@@ -42,7 +42,9 @@ from llava_llama31.trainer.costs.flops import Flops, ModelShape, Work, hfu, mfu,
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, RankBatches
 from llava_llama31.trainer.data.batches.collator import Collator, Sample
 from llava_llama31.trainer.model.module_groups import freeze
-from llava_llama31.trainer.recipes.schema import Stage, derive, load_recipe, num_held_out
+from llava_llama31.trainer.recipes.derived import derive, num_held_out
+from llava_llama31.trainer.recipes.loading import load_recipe
+from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.training.meter import matrix_peak, peak_memory
 
 
@@ -52,15 +54,15 @@ DTYPE = torch.bfloat16
 SEED = 0
 SHARED, PACKED, STOCK = "shared", "packed", "stock"
 OUT_OF_MEMORY = 3  # exit code of a run whose micro-batch does not fit
-LOSS_TOLERANCE = 3e-3  # relative, of any step; bfloat16 adds up differently
-NUM_COUNTED = 256  # samples from which a stage's work is counted
+LOSS_TOLERANCE = 3e-3  # relative, for every step; bfloat16 sums differ
+NUM_COUNTED = 256  # samples that a stage's work is estimated from
 
-# (height, width) of pictures and how often: 2,140 features on average at 336 px
+# (height, width) of images and how often: 2,140 features on average at 336 px
 SIZES = {(427, 640): 6, (480, 640): 2, (360, 640): 2, (640, 427): 1}
-# pairs of messages of a conversation and how often
+# rounds per conversation, and how often
 ROUNDS = {1: 11, 2: 2, 3: 4, 4: 3}
-# tokens that the chat template puts before a picture, around a question, and before an answer
-BEFORE_PICTURE, AROUND_QUESTION, BEFORE_ANSWER = 5, 5, 4
+# tokens that the chat template puts before an image, around a question, and before an answer
+BEFORE_IMAGE, AROUND_QUESTION, BEFORE_ANSWER = 5, 5, 4
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,16 @@ class DataSet:
 
     Args:
         num_rows: of the published file.
-        per_picture: conversations about one picture.
+        per_image: conversations about one image.
     """
 
     num_rows: int
-    per_picture: int
+    per_image: int
 
 
 DATA_SETS = {
-    "llava-pretrain": DataSet(num_rows=558_128, per_picture=1),
-    "llava-instruct-150k": DataSet(num_rows=157_712, per_picture=2),
+    "llava-pretrain": DataSet(num_rows=558_128, per_image=1),
+    "llava-instruct-150k": DataSet(num_rows=157_712, per_image=2),
 }
 
 
@@ -163,10 +165,10 @@ class Settings:
 
 
 class Workload:
-    """Rows with a stage's lengths, in the order and the micro-batches that our trainer gives them.
+    """Rows with a stage's lengths, in our trainer's order and micro-batches.
 
     Args:
-        num_samples: all of which are used once.
+        num_samples: each is used once.
         samples_per_step: on one device.
     """
 
@@ -176,9 +178,9 @@ class Workload:
         with torch.device("meta"):
             self._layouts = LlavaLlama31ForConditionalGeneration(shape.config).model
         draw = random.Random(SEED)
-        num_pictures = -(-num_samples // self.data.per_picture)
-        sizes = draw.choices(list(SIZES), list(SIZES.values()), k=num_pictures)
-        self.samples = [self._sample(draw, i % num_pictures, sizes[i % num_pictures]) for i in range(num_samples)]
+        num_images = -(-num_samples // self.data.per_image)
+        sizes = draw.choices(list(SIZES), list(SIZES.values()), k=num_images)
+        self.samples = [self._sample(draw, i % num_images, sizes[i % num_images]) for i in range(num_samples)]
         self.lengths = Lengths(
             np.array([len(sample.input_ids) for sample in self.samples]),
             np.array([_num_supervised(sample) for sample in self.samples]),
@@ -186,11 +188,11 @@ class Workload:
             np.array([int(sample.images[0]) + 1 for sample in self.samples]),
         )
 
-    def _sample(self, draw: random.Random, picture: int, size: tuple[int, int]) -> Sample:
+    def _sample(self, draw: random.Random, image: int, size: tuple[int, int]) -> Sample:
         config = self.shape.config
         layout = self._layouts.feature_layout([size])[0]
         num_tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-        prefix = [0] * BEFORE_PICTURE + [config.image_token_id] * len(layout)
+        prefix = [0] * BEFORE_IMAGE + [config.image_token_id] * len(layout)
         ids, labels = list(prefix), [IGNORE_INDEX] * len(prefix)
         for num_asked, num_answered in _conversation(draw, self.data):
             words = [draw.randrange(1, self.shape.num_words - 1) for _ in range(num_asked + num_answered)]
@@ -204,11 +206,11 @@ class Workload:
             image_sizes=[size],
             num_image_tokens=len(layout),
             num_prefix_tokens=len(prefix),
-            images=(str(picture),),
+            images=(str(image),),
         )
 
     def with_pixels(self, sample: Sample) -> Sample:
-        """The sample with noise for a picture, the same for the same picture."""
+        """The sample with noise for an image, the same for the same image."""
         assert sample.pixel_values is not None
         side = self.shape.vision["image_size"]
         generator = torch.Generator().manual_seed(int(sample.images[0]))
@@ -216,7 +218,7 @@ class Workload:
         return sample._replace(pixel_values=noise.to(DTYPE))
 
     def micro_batches(self, variant: str, micro_batch: int) -> list[list[list[Sample]]]:
-        """Micro-batches of each step. A step has the same samples in every variant, sharing or not."""
+        """Micro-batches of each step; every variant has the same samples in a step."""
         order, grouped = (
             BatchOrder(
                 self.lengths, global_batch=self.samples_per_step, seed=SEED, keep_last=False, share_prefix=share
@@ -231,7 +233,7 @@ class Workload:
             packed=variant != STOCK,
         )
         steps = grouped.batches(0)
-        if variant == STOCK:  # samples of like length together: less padding
+        if variant == STOCK:  # samples of similar length together: less padding
             steps = [step[np.argsort(self.lengths.num_tokens[step], kind="stable")] for step in steps]
         return [[[self.samples[i] for i in row] for row in rows.micro_batches(step)] for step in steps]
 
@@ -245,7 +247,7 @@ class Workload:
         )
 
     def flops(self, variant: str, row: Sequence[Sample]) -> Flops:
-        """What a micro-batch needs; padding is not needed, and pictures twice only where they are not shared."""
+        """A micro-batch's needed FLOPs: no padding, and a shared image only once."""
         batch = self.collator(SHARED if variant == SHARED else PACKED)(row)
         layout = self._layouts.feature_layout(batch["image_sizes"])[0]
         work = Work.pruned(
@@ -263,8 +265,8 @@ def _num_supervised(sample: Sample) -> int:
 
 
 def _conversation(draw: random.Random, data: DataSet) -> list[tuple[int, int]]:
-    """Tokens of each round that are only read, and that are learnt."""
-    if data.per_picture == 1:  # captions: 15 to 24 supervised tokens
+    """Tokens of each round: unsupervised and supervised."""
+    if data.per_image == 1:  # captions: 15 to 24 supervised tokens
         return [(AROUND_QUESTION + draw.randint(5, 14) + BEFORE_ANSWER, draw.randint(15, 24))]
     # supervised tokens as in llava-instruct: 5, 50 and 95 % at 69, 127 and 235, mean 135
     total = math.exp(draw.gauss(math.log(127), math.log(235 / 69) / 2 / 1.645))
@@ -281,11 +283,11 @@ def card_stage(name: str) -> Stage:
 
 
 def make_model(shape: Shape, stage: Stage, variant: str, device: str) -> nn.Module:
-    """Random weights, the same for all variants, made where they are used."""
+    """Random weights, the same for all variants, made on the device."""
     model_class = LlavaNextForConditionalGeneration if variant == STOCK else LlavaLlama31ForConditionalGeneration
     with torch.device(device):
         model = model_class._from_config(shape.config, dtype=DTYPE)
-    # the classes make their parts in different orders; norms are ones and biases zeros
+    # the classes create their parts in different orders; norms are ones and biases zeros
     vectors = {model.model.image_newline, model.model.vision_tower.embeddings.class_embedding}
     torch.manual_seed(SEED)
     with torch.no_grad():
@@ -313,8 +315,8 @@ def make_optimizer(name: str, stage: Stage, parameters: list[nn.Parameter]) -> t
 def make_batches(
     workload: Workload, steps: Sequence[Sequence[Sequence[Sample]]], variant: str, device: str
 ) -> list[list[dict[str, Any]]]:
-    """Micro-batches of each step on the host, as the model takes them."""
-    # CPU kernels for bfloat16 are built anew for every shape
+    """Micro-batches of each step on the host, as model inputs."""
+    # CPU kernels for bfloat16 are built for every new shape
     collate = workload.collator(variant, multiple_of=128 if device == "cpu" else 1)
     steps_of: list[list[dict[str, Any]]] = []
     for step in steps:
@@ -332,7 +334,7 @@ def _pinned(value: Any) -> Any:
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[dict[str, Any]], num_items: int, device: str
 ) -> torch.Tensor:
-    """One optimizer step; its loss."""
+    """Run one optimizer step; returns its loss."""
     total = torch.zeros((), device=device)
     for batch in batches:
         there = {
@@ -391,7 +393,7 @@ def drive(settings: Settings) -> dict[str, Any]:
 def measurement(
     samples: Sequence[Sample], flops: Flops, seconds: Sequence[float], peak: float, padding: float
 ) -> dict[str, Any]:
-    """Figures of the timed steps; a picture that is shared counts its tokens for every sample."""
+    """Figures of the timed steps; a shared image's tokens count for every sample."""
     total = sum(seconds)
     return {
         "seconds": [min(seconds), statistics.median(seconds), max(seconds)],
@@ -428,7 +430,7 @@ def in_own_process(settings: Settings) -> dict[str, Any]:
     Raises:
         torch.OutOfMemoryError: the micro-batch does not fit the GPU.
     """
-    # blocks of every size come and go: a GPU's memory must not end up in pieces
+    # blocks of many sizes are allocated and freed: avoid fragmentation
     environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     command = [sys.executable, __file__, "--drive", json.dumps(asdict(settings))]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -442,7 +444,7 @@ Runner = Callable[[Settings], dict[str, Any]]
 
 
 def largest_that_fits(settings: Settings, run: Runner) -> dict[str, Any] | None:
-    """The run with the largest micro-batch, halved from that of the settings on; None: not even one sample fits."""
+    """The run with the largest micro-batch, halved until it fits; None: not even one sample fits."""
     micro_batch = settings.micro_batch
     while micro_batch:
         try:
@@ -454,11 +456,11 @@ def largest_that_fits(settings: Settings, run: Runner) -> dict[str, Any] | None:
 
 
 def measure(options: argparse.Namespace, run: Runner = in_own_process) -> dict[str, Any]:
-    """All that `--json` prints: by stage, variants, ratios over stock and hours."""
+    """Everything that `--json` prints: by stage, variants, ratios to stock and hours."""
     stages: dict[str, Any] = {}
     for name in options.stages:
         stage = card_stage(name)
-        shares = DATA_SETS[stage.data[0].name].per_picture > 1
+        shares = DATA_SETS[stage.data[0].name].per_image > 1
         results: dict[str, Any] = {}
         for variant in (SHARED, PACKED, STOCK) if shares else (PACKED, STOCK):
             settings = Settings(
@@ -489,7 +491,7 @@ def measure(options: argparse.Namespace, run: Runner = in_own_process) -> dict[s
 
 
 def compare(stage: str, results: dict[str, Any]) -> dict[str, Any]:
-    """Samples a second over stock's, whether the losses are those of stock, and the stage's projected hours."""
+    """Samples per second relative to stock, whether the losses match, and the stage's projected hours."""
     compared: dict[str, Any] = {"ratios": {}, "loss_difference": {}}
     stock = results.get(STOCK)
     for variant in (SHARED, PACKED):
@@ -503,7 +505,7 @@ def compare(stage: str, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def project(name: str, variant: str, result: dict[str, Any]) -> dict[str, float]:
-    """Needed FLOPs of a whole stage of the card at 8B, and its hours at this run's speed on eight such devices."""
+    """Needed FLOPs of a complete stage of the card at 8B, and its hours at this run's speed on eight such devices."""
     stage = card_stage(name)
     source = stage.data[0]
     num_rows = source.sample or DATA_SETS[source.name].num_rows
@@ -531,7 +533,7 @@ def device_name(device: str) -> str:
 def print_report(report: dict[str, Any]) -> None:
     print(
         f"{report['device']}; {report['shape']} shape in bfloat16, {report['optimizer']}, activation checkpointing; "
-        f"{report['samples_per_step']} samples a step, {report['steps']} steps; torch {report['torch']}, "
+        f"{report['samples_per_step']} samples per step, {report['steps']} steps; torch {report['torch']}, "
         f"Transformers {report['transformers']}"
     )
     for name, stage in report["stages"].items():
@@ -544,7 +546,7 @@ def print_report(report: dict[str, Any]) -> None:
                 f"{name:12}{variant:9}{projected['samples']:9,}{projected['exaflop']:14,.1f}{projected['hours']:11,.1f}"
             )
     if report["shape"] != "8b":
-        print("This run's MFU is that of a small shape: its hours only show that the command works.")
+        print("This run's MFU is for a small shape: its hours only show that the command works.")
 
 
 def print_stage(name: str, stage: dict[str, Any]) -> None:
@@ -553,8 +555,8 @@ def print_stage(name: str, stage: dict[str, Any]) -> None:
         print(f"\n{name}: not even one sample fits")
         return
     print(
-        f"\n{name}: rows of {any_run['mean_tokens']:,.0f} tokens, {any_run['mean_image_tokens']:,.0f} of them of the "
-        f"picture, {any_run['mean_supervised_tokens']:.0f} supervised"
+        f"\n{name}: rows of {any_run['mean_tokens']:,.0f} tokens, {any_run['mean_image_tokens']:,.0f} of them image "
+        f"tokens, {any_run['mean_supervised_tokens']:.0f} supervised"
     )
     print(
         f"{'':9}{'micro':>6}{'s/step':>9}{'samples/s':>11}{'tokens/s':>10}{'superv./s':>11}{'padding':>9}"
@@ -574,14 +576,14 @@ def print_stage(name: str, stage: dict[str, Any]) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a small shape; the default where there is no GPU")
+    parser.add_argument("--small", action="store_true", help="a small shape; the default without a GPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     names = list(load_recipe(RECIPE).stages)
     parser.add_argument("--stages", nargs="+", choices=names, default=names)
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument("--samples-per-step", type=int, help="default: 32, as the card on 8 devices; 8 when small")
-    parser.add_argument("--micro-batch", type=int, help="largest to try; default: 8, or 4 when small")
+    parser.add_argument("--warmup", type=int, default=2, help="warm-up steps before the timed ones")
+    parser.add_argument("--samples-per-step", type=int, help="default: 32, like the card on 8 devices; 8 with --small")
+    parser.add_argument("--micro-batch", type=int, help="largest to try; default: 8, or 4 with --small")
     parser.add_argument("--optimizer", choices=("adamw", "adamw-8bit"), default="adamw", help="8bit: through torchao")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--drive", help=argparse.SUPPRESS)
@@ -594,7 +596,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """1 if a loss is not that of stock Transformers."""
+    """Returns 1 if a loss differs from stock Transformers'."""
     options = parse()
     if options.drive:
         try:

@@ -1,9 +1,9 @@
-"""Memory that the language model's head and its loss add to a training step, ours beside the stock path.
+"""Measures the memory that the head and its loss add to a training step, ours against the stock path.
 
 Stock: `lm_head` at every position, then Transformers' loss on a float32 copy of the logits. Ours: the head at labelled
 positions, chunk by chunk. Both start from hidden states that need a gradient, run forward and backward, and leave the
-gradients of hidden states and weights; each runs in a process of its own. Measured is the peak over what was there
-before: of resident memory on a CPU, of allocated memory on a GPU.
+gradients of hidden states and weights; each runs in a separate process. The figure is the peak above the initial
+level: of resident memory on a CPU, of allocated memory on a GPU.
 
 python benchmarks/head_memory.py
 python benchmarks/head_memory.py --hidden-size 4096 --frozen --json
@@ -31,12 +31,12 @@ from llava_llama31.packed_llama_llava_llama31 import SupervisedHead
 IGNORE_INDEX = -100
 WAYS = ("stock", "ours")
 WARM_POSITIONS = 64
-LOSS_TOLERANCE = 1e-2  # relative; bfloat16 adds up differently
+LOSS_TOLERANCE = 1e-2  # relative; bfloat16 sums differ
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What both ways get; `labelled` is a share of the positions, `frozen` the head."""
+    """Settings for both; `labelled` is a share of the positions, `frozen` refers to the head."""
 
     device: str
     dtype: str
@@ -56,7 +56,7 @@ def loss_of(way: str, head: SupervisedHead, hidden: torch.Tensor, labels: torch.
 
 
 def drive(way: str, settings: Settings) -> dict[str, float]:
-    """Bytes added at most, those of them that stay as gradients, and the loss."""
+    """Peak of added bytes, how many of them remain as gradients, and the loss."""
     torch.manual_seed(0)
     dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
     with torch.device(device):
@@ -64,10 +64,12 @@ def drive(way: str, settings: Settings) -> dict[str, float]:
         hidden = torch.randn(1, settings.positions, settings.hidden_size, dtype=dtype, requires_grad=True)
         labels = torch.randint(settings.vocabulary, (1, settings.positions))
         labels[torch.rand(labels.shape) >= settings.labelled] = IGNORE_INDEX
-        labels[0, 1] = 0  # so that a short row has a label too
+        labels[0, 1] = 0  # so that even a short row has a label
     head.requires_grad_(not settings.frozen)
     warm = slice(0, min(WARM_POSITIONS, settings.positions))
-    loss_of(way, head, hidden[:, warm], labels[:, warm]).backward()  # kernels and threads take their memory
+    loss_of(
+        way, head, hidden[:, warm], labels[:, warm]
+    ).backward()  # warm up: kernels and threads allocate their memory
     head.weight.grad = hidden.grad = None
     read = _growth(device)
     loss = loss_of(way, head, hidden, labels)
@@ -77,9 +79,9 @@ def drive(way: str, settings: Settings) -> dict[str, float]:
 
 
 def _growth(device: torch.device) -> Callable[[], int]:
-    """Start measuring; the result tells the peak since then over what was there then.
+    """Start measuring; the returned function gives the peak since then above the level at the start.
 
-    A CPU's peak is that of the whole process: setting up must not take more than the work itself.
+    A CPU's peak is that of the whole process: the setup must not take more memory than the work.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -108,7 +110,7 @@ def in_own_process(way: str, settings: Settings) -> dict[str, float]:
 
 
 def measure(settings: Settings, run: Callable[[str, Settings], dict[str, float]] = in_own_process) -> dict[str, Any]:
-    """All that `--json` prints; bytes."""
+    """Everything that `--json` prints; in bytes."""
     results = {way: run(way, settings) for way in WAYS}
     stock, ours = results["stock"], results["ours"]
     return {
@@ -116,7 +118,7 @@ def measure(settings: Settings, run: Callable[[str, Settings], dict[str, float]]
         "machine": platform.machine(),
         "results": results,
         "share": ours["bytes"] / stock["bytes"],
-        # the gradients that both leave apart: no exact training step is without them
+        # without the gradients that both leave, which every exact training step needs
         "share_beyond_gradients": (ours["bytes"] - ours["gradients"]) / (stock["bytes"] - stock["gradients"]),
         "loss_difference": abs(ours["loss"] - stock["loss"]) / stock["loss"],
     }
@@ -129,7 +131,7 @@ def print_report(report: dict[str, Any]) -> None:
         f"{settings['positions']:,} positions, {settings['labelled']:.0%} labelled, hidden size "
         f"{settings['hidden_size']:,}, {'frozen' if settings['frozen'] else 'trained'} head"
     )
-    print(f"{'':8}{'added at most':>15}{'left as gradients':>20}{'loss':>10}")
+    print(f"{'':8}{'peak added':>15}{'left as gradients':>20}{'loss':>10}")
     for way, result in report["results"].items():
         added, left = result["bytes"] / 2**20, result["gradients"] / 2**20
         print(f"{way:8}{added:11,.0f} MiB{left:16,.0f} MiB{result['loss']:10.4f}")
@@ -147,14 +149,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--positions", type=int, default=4096)
     parser.add_argument("--labelled", type=float, default=0.05, help="share of the positions")
     parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--frozen", action="store_true", help="the head is not trained")
+    parser.add_argument("--frozen", action="store_true", help="freeze the head")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--drive", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def main() -> int:
-    """1 if the losses differ."""
+    """Returns 1 if the losses differ."""
     options = vars(parse())
     as_json, driven = options.pop("json"), options.pop("drive")
     if driven:

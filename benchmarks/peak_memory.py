@@ -1,4 +1,4 @@
-"""Bytes of all tensors that live at once, counted as they are made."""
+"""Counts the bytes of all live tensors as they are created."""
 
 import weakref
 from typing import Any
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_iter
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of all storages that live now, and the most since the last `restart`; real tensors count if asked."""
+    """Bytes of all live storages, and their peak since the last `restart`; real tensors count only on request."""
 
     def __init__(self, *, fake: bool = True):
         super().__init__()
@@ -27,7 +27,7 @@ class PeakMemory(TorchDispatchMode):
         return output
 
     def __enter__(self) -> "PeakMemory":
-        # FSDP empties and fills its buffers through this, which no dispatch mode sees
+        # FSDP frees and allocates its buffers through this, which no dispatch mode sees
         self._resize = torch.UntypedStorage.resize_
         torch.UntypedStorage.resize_ = self._resized  # type: ignore[method-assign]
         super().__enter__()
@@ -66,6 +66,6 @@ class PeakMemory(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
     def restart(self) -> int:
-        """The most bytes since the last call."""
+        """Peak bytes since the last call."""
         peak, self.peak = self.peak, self.now
         return peak

@@ -1,9 +1,9 @@
-"""One training step of the 8B model at its true shape, without its memory: tensors have shapes, no numbers.
+"""Traces one training step of the 8B model at its real shape without its memory: tensors have shapes but no data.
 
-Rank 0 of a process group that talks to nobody; FakeTensor for all that holds floating-point numbers; our packed path,
-the real `fully_shard`, DDP and DeepSpeed engine. Printed are the shapes and the memory that the step holds in each of
-its phases. A trainable parameter without a gradient is an error. Not in the figures: what the CUDA context, NCCL, the
-kernels' workspaces and the allocator's gaps take.
+Runs rank 0 of a fake process group; FakeTensor for all floating-point data; our packed path, the real `fully_shard`,
+DDP and DeepSpeed engine. Prints the shapes, and the memory of the step in each of its phases. A trainable parameter
+without a gradient is an error. The figures do not include the CUDA context, NCCL, kernel workspaces and allocator
+fragmentation.
 
 python benchmarks/trace_8b.py                        # the card's pretrain stage on all engines: make trace-8b
 python benchmarks/trace_8b.py --engines zero3 fsdp2 --set activation_checkpointing=false --set micro_batch=1
@@ -40,20 +40,21 @@ from llava_llama31.trainer.model.adapters import adapt
 from llava_llama31.trainer.model.device_options import checkpoint_activations
 from llava_llama31.trainer.model.module_groups import freeze, group_parameters
 from llava_llama31.trainer.planning.plan import setup_of
-from llava_llama31.trainer.recipes.schema import Stage, load_recipe
+from llava_llama31.trainer.recipes.loading import load_recipe
+from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.training.optimizers import AdamWBfloat16
 
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
-STEPS = 2  # the optimizer makes its state in the first
-NUM_TEXT, NUM_SUPERVISED = 1184, 256  # tokens of a sample behind its picture
+STEPS = 2  # the optimizer creates its state in the first
+NUM_TEXT, NUM_SUPERVISED = 1184, 256  # tokens of a sample after its image
 GB = 1e9
 
 
 class RealIndices(TorchDispatchMode):
-    """Lets tensors that are real (indices, made before) be computed with, so that `nonzero` has an answer.
+    """Computes on real tensors (indices, made beforehand), so that `nonzero` has a result.
 
-    A number that is read from a fake tensor is 0: losses and norms decide nothing here but whether they are finite.
+    A number read from a fake tensor is 0: the only decision made on losses and norms is whether they are finite.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -70,7 +71,7 @@ class RealIndices(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Row:
-    """What a micro-batch looks like: trees of positions, each with one picture of a size, in front."""
+    """Layout of a micro-batch: trees of positions, each starting with one image of a given size."""
 
     packing: list[list[int]]
     image_sizes: list[tuple[int, int]]
@@ -84,7 +85,7 @@ class Row:
 
 
 def make_row(config: LlavaLlama31Config, num_samples: int, num_text: int, num_supervised: int) -> Row:
-    """Samples with one picture of two by two tiles each and their answer at the end."""
+    """Samples with one image of two by two tiles each and their answer at the end."""
     with torch.device("meta"):
         layouts = LlavaLlama31ForConditionalGeneration(config).model
     size = (2 * config.vision_config.image_size,) * 2
@@ -97,7 +98,7 @@ def make_row(config: LlavaLlama31Config, num_samples: int, num_text: int, num_su
 
 
 def batch_of(row: Row, config: LlavaLlama31Config, dtype: torch.dtype) -> dict[str, Any]:
-    """The row as the collator gives it; call it outside fake mode, but for `pixel_values`."""
+    """The row in the collator's format; call outside fake mode, except for `pixel_values`."""
     total, begins = row.num_tokens, [0]
     for tree in row.packing:
         begins.append(begins[-1] + sum(tree))
@@ -142,7 +143,7 @@ def trace(
     accumulation: int = 1,
     fake: bool = True,
 ) -> Traced:
-    """Two optimizer steps of rank 0; the memory is that of the second. Without `fake` they are really computed."""
+    """Two optimizer steps of rank 0; the memory is that of the second. Without `fake` they run on real data."""
     batch = batch_of(row, config, torch.float32)
     with torch.device("meta"):
         layouts = LlavaLlama31ForConditionalGeneration(config).model
@@ -218,7 +219,7 @@ def make_optimizer(stage: Stage, parameters: list[nn.Parameter]) -> torch.optim.
 
 
 class _DeepSpeedRun(_Run):
-    """The same through DeepSpeed's engine, which casts, accumulates, clips and steps by itself."""
+    """A run through DeepSpeed's engine, which casts, accumulates, clips and steps by itself."""
 
     def __init__(self, model: LlavaLlama31ForConditionalGeneration, settings: dict[str, Any], stage: Stage):
         import deepspeed
@@ -238,7 +239,7 @@ class _DeepSpeedRun(_Run):
             self.wrapped.step()  # counts
 
     def without_gradient(self) -> list[str]:
-        # the engine takes gradients away as they come
+        # the engine removes gradients as they arrive
         return [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in self.reduced]
 
     def step(self) -> None:
@@ -287,21 +288,21 @@ def _ddp(config: LlavaLlama31Config, stage: Stage, num_devices: int, accumulatio
 
 
 def _reduced_alone(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP's all-reduce without the others; the fake group's own gives it nothing."""
+    """DDP's all-reduce without the other ranks; the fake group's own returns nothing."""
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
 
 
 def _fsdp2(config: LlavaLlama31Config, stage: Stage, num_devices: int, accumulation: int) -> tuple[nn.Module, _Run]:
-    """Wrapped as Accelerate's `fsdp2_prepare_model` does."""
+    """Wrap a model like Accelerate's `fsdp2_prepare_model`."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = _plain(config, stage, narrows=False)
     with unset_fake_temporarily():
         mesh = init_device_mesh("cpu", (num_devices,))
-    os.environ["FSDP_VERSION"] = "2"  # as `accelerate launch` sets it
+    os.environ["FSDP_VERSION"] = "2"  # like `accelerate launch`
     policy = fsdp_plugin(bfloat16=stage.precision != "float32").mixed_precision_policy
     inner = model.model
     for layer in (*inner.vision_tower.encoder.layers, *inner.language_model.layers):
@@ -324,7 +325,9 @@ def _deepspeed(number: int) -> Any:
                 model = _make_model(config, stage, torch.bfloat16 if half else torch.float32)
         else:
             model = _make_model(config, stage, torch.bfloat16 if half else torch.float32)
-            model._apply = lambda *_: model  # the engine's own cast would swap the parameters, which fake ones refuse
+            model._apply = lambda *_: (
+                model
+            )  # the engine's own cast would swap the parameters, which fake tensors do not support
         _prepare(model, stage, narrows=False)
         return model, _DeepSpeedRun(model, settings, stage)
 
@@ -334,7 +337,7 @@ def _deepspeed(number: int) -> Any:
 def deepspeed_settings(
     number: int, stage: Stage, config: LlavaLlama31Config, num_devices: int, accumulation: int
 ) -> dict[str, Any]:
-    """The shipped file's with what Transformers puts in the place of "auto"."""
+    """The shipped file's settings, with Transformers' values for "auto"."""
     hidden = config.text_config.hidden_size
     zero: dict[str, Any] = {
         "stage": number,
@@ -362,7 +365,7 @@ def deepspeed_settings(
 
 
 def _quiet_deepspeed(num_devices: int) -> None:
-    """Join the fake group, and leave out what asks the other ranks, who are not there."""
+    """Join the fake group, and skip everything that communicates with the missing ranks."""
     import deepspeed
     import deepspeed.runtime.zero.partition_parameters
     import deepspeed.runtime.zero.partitioned_param_coordinator
@@ -394,7 +397,7 @@ _RUNS = {
 def planned(
     config: LlavaLlama31Config, stage: Stage, row: Row, engine: str, num_devices: int, accumulates: bool
 ) -> Memory:
-    """What `llava-llama31 plan` says of the same step; attention runs as it does on a CPU, where the trace is made."""
+    """`llava-llama31 plan`'s prediction for the same step, with a CPU's attention, since the trace runs on a CPU."""
     kind = ENGINES_OF_PLAN["ddp" if engine == "single" else engine]
     groups = {"vision_tower", "multi_modal_projector", "language_model"} - set(stage.trainable)
     groups |= {"language_model"} if stage.lora else set()
@@ -415,7 +418,7 @@ PHASES = ("forward", "backward", "step", "peak")
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Traced and planned GB of one engine."""
+    """Compare traced and planned GB of one engine."""
     engine = options.engines[0]
     prefix = f"stages.{options.stage}."
     overrides = [f"{prefix}{override}" for override in options.overrides]
@@ -441,7 +444,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_own_process(engine: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """`compare` in a fresh process: DeepSpeed keeps what a group was."""
+    """`compare` in a fresh process: DeepSpeed remembers the former group."""
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, *arguments, "--engines", engine, "--drive"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -468,16 +471,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--recipe", default="llama31-8b-card")
     parser.add_argument("--stage", default="pretrain")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    parser.add_argument("--real", action="store_true", help="compute with numbers: for --shape small")
+    parser.add_argument("--real", action="store_true", help="compute on real data; for --shape small")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--drive", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def main() -> int:
-    """1 if a trainable parameter has no gradient."""
+    """Returns 1 if a trainable parameter has no gradient."""
     options = parse()
     if options.drive:
         print(json.dumps(compare(options)))

@@ -1,8 +1,8 @@
-"""Our training beside stock Transformers, TRL, ms-swift and LLaMA-Factory on the same work.
+"""Compares our training with stock Transformers, TRL, ms-swift and LLaMA-Factory on the same work.
 
 All train the same small LlavaNext with the same rows in the same order, batches, precision and optimizer, each in a
-process and an environment of its own (made from PyPI when first needed), turn by turn. Measured are CPU seconds with
-one thread, which a busy machine disturbs least, or wall seconds with more (`--threads 2`, on an idle machine).
+separate process and environment (made from PyPI on first use), taking turns. Times are CPU seconds with one thread,
+which a busy machine disturbs least, or wall seconds with more (`--threads 2`, on an idle machine).
 
 python benchmarks/training.py
 python benchmarks/training.py --without-sharing --only ms-swift --precision fp32
@@ -51,12 +51,12 @@ PEERS = ("transformers", "trl", "ms-swift", "llamafactory")
 OURS = "ours"
 TRAINABLE = {"instruct": ["multi_modal_projector", "language_model"], "projector": ["multi_modal_projector"]}
 GLOBAL_BATCH = 4
-# what the peers forward at once; other splits of the batch did not make them faster
+# the peers' micro-batch; other splits of the batch did not make them faster
 MICRO_BATCH = 2
 LEARNING_RATE = 5e-4
 SEED = 0
 SKIPPED_STEPS = 3
-# what our recipe's stage says beyond what is the same for all
+# settings of our recipe's stage beyond the common ones
 OUR_STAGE_KEYS: dict[str, Any] = {"micro_batch": GLOBAL_BATCH}
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 # relative difference of a step's loss from stock Transformers'
@@ -71,7 +71,7 @@ class Run:
     wall_seconds: float
     peak: int
     beyond_weights: int
-    """At most, beyond the program, the weights, their gradients and the optimizer's state."""
+    """Peak beyond the program, the weights, their gradients and the optimizer's state."""
     losses: list[float]
     tokens: int
     supervised_tokens: int
@@ -89,7 +89,7 @@ class Bench:
     config: LlavaLlama31Config
     rows: list[Row]
     order: list[list[int]] = field(default_factory=list)
-    """Rows of every step, as our trainer took them in its first run."""
+    """Rows of every step, in the order of our trainer's first run."""
 
     def step_rows(self) -> list[list[Row]]:
         return [[self.rows[i] for i in step] for step in self.order]
@@ -132,7 +132,7 @@ class Bench:
         stage = {
             "trainable": TRAINABLE[self.options.stage],
             "learning_rate": LEARNING_RATE,
-            "data": [{"name": "rows", "path": str(self.folder / "pictures" / "rows.json")}],
+            "data": [{"name": "rows", "path": str(self.folder / "images" / "rows.json")}],
             "global_batch": GLOBAL_BATCH,
             "max_steps": self.options.steps,
             "schedule": "constant",
@@ -147,7 +147,7 @@ class Bench:
         return {"name": "benchmark", "seed": SEED, "model": model, "stages": {self.options.stage: stage}}
 
     def start(self, trainer: str, folder: Path) -> None:
-        """Train in a process of its own; its output is shown only if it fails."""
+        """Train in a separate process; its output is shown only if it fails."""
         script = Path(__file__).with_name("training_peers.py")
         command = [python_of(trainer, self.environments), str(script), str(folder / "settings.json")]
         with (folder / "log.txt").open("w") as log:
@@ -205,27 +205,29 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", action="append", choices=(*PEERS, OURS), help="this trainer beside ours; may be given several times"
+        "--only", action="append", choices=(*PEERS, OURS), help="compare only this trainer with ours; may be repeated"
     )
     parser.add_argument("--stage", choices=("instruct", "projector"), default="instruct")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="bf16 is autocast")
-    parser.add_argument("--without-sharing", action="store_true", help="one conversation a picture instead of two")
+    parser.add_argument("--without-sharing", action="store_true", help="one conversation per image instead of two")
     parser.add_argument("--rows", type=int, default=240)
-    parser.add_argument("--steps", type=int, default=16, help="optimizer steps of a run")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds in which each trainer runs once")
+    parser.add_argument("--steps", type=int, default=16, help="optimizer steps per run")
+    parser.add_argument("--repeats", type=int, default=3, help="number of rounds; each trainer runs once per round")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--environments", type=Path, default=default_folder(), help="where the peers are installed")
-    parser.add_argument("--folder", type=Path, help="new folder to keep the workload, logs and results in")
-    parser.add_argument("--profile", type=Path, help="write torch.profiler's table of a run of ours into this file")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--folder", type=Path, help="new folder for the workload, logs and results")
+    parser.add_argument("--profile", type=Path, help="write torch.profiler's table of one of our runs to this file")
+    parser.add_argument("--json", action="store_true", help="print only one JSON object")
     options = parser.parse_args()
     if options.steps < SKIPPED_STEPS + 3:
-        parser.error(f"--steps: {SKIPPED_STEPS + 3} at least, {SKIPPED_STEPS} and the last are not timed")
+        parser.error(
+            f"--steps: must be at least {SKIPPED_STEPS + 3}: the first {SKIPPED_STEPS} and the last are not timed"
+        )
     return options
 
 
 def compare(folder: Path, options: argparse.Namespace) -> int:
-    """Run all rounds and print what they tell; 1 if a loss curve is another than stock Transformers'."""
+    """Run all rounds and print the results; returns 1 if a loss curve differs from stock Transformers'."""
     console = Console(stderr=options.json, width=None if sys.stdout.isatty() else 119)
     peers = [peer for peer in PEERS if options.only is None or peer in options.only]
     for peer in peers:
@@ -235,10 +237,10 @@ def compare(folder: Path, options: argparse.Namespace) -> int:
     peaks = []
     for number in range(options.repeats):
         peaks.append(matrix_peak(options))
-        for trainer, done in runs.items():  # ours first: it tells the order of the rows
+        for trainer, done in runs.items():  # ours first: it determines the order of the rows
             done.append(bench.run(trainer, number))
             bench.order = bench.order or done[0].order
-            console.print(f"round {number + 1}, {trainer}: {done[-1].cpu_seconds:.3f} CPU s a step", style="dim")
+            console.print(f"round {number + 1}, {trainer}: {done[-1].cpu_seconds:.3f} CPU s/step", style="dim")
     flops = [needed_flops(rows, bench.config, TRAINABLE[options.stage]) for rows in bench.step_rows()]
     peak = max(peaks)
     floor = statistics.mean(flops[SKIPPED_STEPS:-1]) / peak
@@ -263,9 +265,9 @@ def make_bench(folder: Path, options: argparse.Namespace) -> Bench:
     config = make_config(processor)
     make_checkpoint(folder / "checkpoint", config, processor, SEED)
     make_stock_checkpoint(folder / "checkpoint", folder / "stock-checkpoint")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     rows = make_rows(
-        folder / "pictures",
+        folder / "images",
         words,
         processor,
         stage=options.stage,
@@ -273,12 +275,12 @@ def make_bench(folder: Path, options: argparse.Namespace) -> Bench:
         share=not options.without_sharing and options.stage == "instruct",
         seed=SEED,
     )
-    write_llava(rows, folder / "pictures" / "rows.json")
+    write_llava(rows, folder / "images" / "rows.json")
     return Bench(folder, options.environments, options, config, rows)
 
 
 def matrix_peak(options: argparse.Namespace) -> float:
-    """Operations a CPU second of the best matrix product in this precision, in a process with as many threads."""
+    """Operations per CPU second of the best matrix product in this precision, in a process with as many threads."""
     code = f"""
 import time, torch
 from llava_llama31.trainer.costs.matrix_peak import measure_matrix_peak
@@ -290,7 +292,7 @@ print(measure_matrix_peak(torch.{DTYPES[options.precision]}, "cpu", clock=time.p
 
 
 class Result:
-    """All rounds of one trainer beside ours.
+    """All rounds of one trainer, compared with ours.
 
     Args:
         floor: CPU seconds that a step's needed operations would take at the measured matrix peak.
@@ -322,11 +324,11 @@ def as_json(results: dict[str, Result]) -> dict[str, dict[str, float]]:
 def show(console: Console, bench: Bench, results: dict[str, Result], peak: float) -> None:
     options = bench.options
     clock = "CPU" if options.threads == 1 else "wall"
-    conversations = "one conversation" if len({row.picture for row in bench.rows}) == len(bench.rows) else "two"
-    about = f"stage {options.stage}, {options.precision}, {conversations} a picture, {options.threads} thread(s)"
+    conversations = "one conversation" if len({row.image for row in bench.rows}) == len(bench.rows) else "two"
+    about = f"stage {options.stage}, {options.precision}, {conversations} per image, {options.threads} thread(s)"
     table = Table(title=f"{about}, median of {options.repeats} (min-max)", box=rich.box.SIMPLE)
     columns = ("samples/s", "MFU", "memory", "beyond weights", "loss", "ours is faster by")
-    for name in ("trainer", f"{clock} s a step", *columns):
+    for name in ("trainer", f"{clock} s/step", *columns):
         table.add_column(name, justify="left" if name == "trainer" else "right")
     for name, result in results.items():
         losses = result.first.losses
@@ -343,12 +345,12 @@ def show(console: Console, bench: Bench, results: dict[str, Result], peak: float
     console.print(table)
     lengths = describe([row.num_tokens for row in bench.rows])
     supervised = describe([len(row.read_positions) for row in bench.rows])
-    console.print(f"{platform.machine()}, torch.mm reaches {peak / 1e9:.0f} GFLOP a CPU second")
+    console.print(f"{platform.machine()}, torch.mm reaches {peak / 1e9:.0f} GFLOP per CPU second")
     for name, result in results.items():
         first = result.first
         tokens = f"{first.tokens:,} positions in all steps, {first.supervised_tokens:,} supervised"
         console.print(f"{name}: {tokens}, {first.trained:,} weights trained")
-    console.print(f"{len(bench.rows)} rows; tokens a row at 5, 50, 95 %: {lengths}, of them supervised: {supervised}")
+    console.print(f"{len(bench.rows)} rows; tokens per row at 5, 50, 95 %: {lengths}, supervised: {supervised}")
 
 
 def spread(values: Sequence[float]) -> str:
@@ -361,7 +363,7 @@ def describe(values: Sequence[int]) -> str:
 
 
 def loss_faults(runs: dict[str, list[Run]], precision: str) -> list[str]:
-    """Trainers whose losses are not those of the first peer that ran, step by step."""
+    """Trainers whose losses differ at any step from those of the first peer that ran."""
     reference = next((name for name in runs if name != OURS), OURS)
     expected, faults = runs[reference][0].losses, []
     for name, done in runs.items():
@@ -371,7 +373,7 @@ def loss_faults(runs: dict[str, list[Run]], precision: str) -> list[str]:
                 continue
             worst = max(abs(a - b) / b for a, b in zip(run.losses, expected, strict=True))
             if not math.isfinite(worst) or worst > TOLERANCE[precision]:
-                faults.append(f"{name}: a loss differs by {worst:.2%} from that of {reference}")
+                faults.append(f"{name}: a loss differs by {worst:.2%} from {reference}'s")
     return faults
 
 

@@ -1,4 +1,4 @@
-"""An environment of its own for every trainer that benchmarks/training.py compares ours with, made from PyPI."""
+"""Makes a separate environment, from PyPI, for every trainer that benchmarks/training.py compares with ours."""
 
 import hashlib
 import os
@@ -11,14 +11,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Environment:
-    """What a virtual environment gets besides torch and torchvision, and which packages lose their compiled part."""
+    """Packages of a virtual environment besides torch and torchvision, and those that lose their compiled part."""
 
     name: str
     packages: tuple[str, ...]
     stripped: tuple[str, ...] = ()
 
 
-# first and alone: asked for through another package torch may come as another build and release
+# first and alone: as a dependency of another package, torch might come in another build and release
 TORCH = "torch==2.13.0"
 # PyPI's build does not load its compiled part beside a CPU torch; training_peers.py makes do without it
 TORCHVISION = "torchvision==0.28.0"
@@ -73,7 +73,7 @@ def default_folder() -> Path:
 
 
 def python_of(trainer: str, folder: Path) -> str:
-    """The interpreter of a trainer's environment, which is made first if it is not there or is outdated."""
+    """The interpreter of a trainer's environment, which is first made if missing or outdated."""
     if trainer == "ours":
         return sys.executable
     environment = ENVIRONMENTS[trainer]

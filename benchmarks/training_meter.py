@@ -1,6 +1,6 @@
-"""A meter for any subclass of Transformers' Trainer, the same for all that are compared; needs nothing of the project.
+"""A meter for any subclass of Transformers' Trainer, the same for all compared; imports nothing of the project.
 
-Per step it notes the clock, the CPU seconds of the process and all its children, and the loss; per run the memory.
+Per step it records the clock, the CPU seconds of the process and all its children, and the loss; per run the memory.
 """
 
 import ctypes
@@ -41,13 +41,13 @@ def _descendants(process: int) -> list[int]:
 def _ticks(process: int) -> int:
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:  # it has ended in between
+    except FileNotFoundError:  # it has ended in the meantime
         return 0
     return sum(int(ticks) for ticks in fields[11:15])  # user and system, own and of ended children
 
 
 def memory(field: str) -> int:
-    """Bytes of this process: `VmRSS` now, `VmHWM` at most since `forget_peak`."""
+    """Bytes of this process: `VmRSS` now, `VmHWM` the peak since `forget_peak`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -64,12 +64,12 @@ def return_freed_memory() -> None:
 
 
 class Meter(TrainerCallback):
-    """Notes what a Trainer does and writes it when training ends.
+    """Records what a Trainer does and writes it when training ends.
 
     Args:
         trainer: any subclass of Transformers' Trainer.
         result: JSON file.
-        note_order: also write which rows our trainer took at which step.
+        note_order: also write which rows our trainer used at which step.
         profile: file for torch.profiler's table of three steps, if wanted.
         profile_from: the step before these three.
     """
@@ -81,7 +81,7 @@ class Meter(TrainerCallback):
         self.record: dict[str, Any] = {"wall": [], "cpu": [], "losses": [], "tokens": 0, "supervised_tokens": 0}
 
     def counting(self, collate: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """The collator, whose positions, padding included, and supervised tokens are counted."""
+        """The collator, with a count of its positions (including padding) and supervised tokens."""
 
         def collate_and_count(rows: Any) -> Any:
             batch = collate(rows)
@@ -143,7 +143,7 @@ class Meter(TrainerCallback):
 
 
 def attach(result: Path, **options: Any) -> None:
-    """From here on a Trainer that this process makes has a Meter, made with these options."""
+    """Give every Trainer that this process makes from now on a Meter with these options."""
     original = Trainer.__init__
 
     @functools.wraps(original)  # ms-swift looks at the signature

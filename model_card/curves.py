@@ -1,4 +1,4 @@
-"""The loss of a stage over its steps, as a small picture."""
+"""Draws the loss of a stage over its steps as a small image."""
 
 import math
 from collections.abc import Sequence
@@ -15,20 +15,22 @@ Points = Sequence[tuple[float, float]]
 
 
 def draw_curve(title: str, training: Points, validation: Points = ()) -> Image.Image:
-    """Losses at steps, training as a line and validation as a line with dots.
+    """Draw losses over steps: training as a line, validation as a line with dots.
 
     Args:
+        title: above the curves.
         training: (step, loss); not empty.
+        validation: (step, loss); may be empty.
 
     Raises:
         ValueError: there is no point, or one is not finite.
     """
     points = [*training, *validation]
     if not training or not all(math.isfinite(number) for point in points for number in point):
-        raise ValueError("a loss curve needs points, all of them finite")
+        raise ValueError("a loss curve needs at least one training point, and all points must be finite")
     steps, losses = _ticks([step for step, _ in points]), _ticks([loss for _, loss in points])
-    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
 
     def place(step: float, loss: float) -> tuple[float, float]:
         across = (step - steps[0]) / (steps[-1] - steps[0])
@@ -52,11 +54,11 @@ def draw_curve(title: str, training: Points, validation: Points = ()) -> Image.I
     for number, (label, colour) in enumerate(reversed(labels)):
         pen.text((WIDTH - RIGHT - 120 * number, 8), label, fill=colour, font=font, anchor="ra")
     pen.text((WIDTH - RIGHT, HEIGHT - 16), "step", fill=TEXT, font=font, anchor="ra")
-    return picture
+    return image
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
-    """Round numbers at equal distances, from at most the least value to at least the largest."""
+    """Equally spaced round numbers that cover all values."""
     low, high = min(values), max(values)
     span = (high - low) or abs(high) or 1.0
     power = 10 ** math.floor(math.log10(span / NUM_TICKS))

@@ -1,8 +1,8 @@
-"""Sections of a card between markers, so that a card can be written again around what a person wrote.
+"""Puts a card's sections between markers, so that rewriting the card keeps what a user wrote.
 
-A marker holds a hash of the text that was written below it: a section that no longer fits its hash was edited and
-stays, and so does text outside of all sections. The closing marker repeats the hash, which no text can hold of itself,
-so data cannot forge one.
+A marker contains a hash of the text written below it: a section that no longer matches its hash was edited and is
+kept, as is text outside all sections. The closing marker repeats the hash; no text can contain its own hash, so data
+cannot forge a marker.
 """
 
 import hashlib
@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 
 NOTE = (
+    "<!-- Each section is between two markers. Sections that you edit, and text that you add between sections, are "
+    "kept when the card is rewritten; delete a section with its markers to have it regenerated. -->"
+)
+FORMER_NOTE = (  # of cards written by earlier versions
     "<!-- Each section stands between two markers. One that you edit, and text that you add between sections, stays "
     "when the card is written again; delete a section with its markers to have it written anew. -->"
 )
@@ -25,7 +29,7 @@ _SECTION = re.compile(
 
 @dataclass(frozen=True)
 class _Part:
-    """A section as a card has it, and the text of no section that follows it."""
+    """A section as found in a card, and the unmarked text that follows it."""
 
     name: str
     digest: str
@@ -43,20 +47,20 @@ def has_sections(body: str) -> bool:
 
 
 def edited_sections(body: str) -> list[str]:
-    """Names of the sections that are not as they were written."""
+    """Names of the sections that were edited."""
     return [part.name for part in _parts(body)[1] if part.edited]
 
 
 def join_sections(sections: Mapping[str, str], previous: str = "") -> str:
-    """Body of a card.
+    """Join sections into the body of a card.
 
     Args:
-        sections: name -> text as it is now.
-        previous: body of the former card, whose edited sections and text between sections are taken over.
+        sections: name -> current text.
+        previous: body of the former card; its edited sections and the text between sections are kept.
     """
     before, parts = _parts(previous)
     former = {part.name: part for part in parts}
-    # an edited section stays even where the new card has none of its name
+    # an edited section is kept even if the new card has no section of its name
     names = [*sections, *(part.name for part in parts if part.name not in sections)]
     written = [NOTE, before]
     for name in names:
@@ -80,7 +84,7 @@ def _parts(body: str) -> tuple[str, list[_Part]]:
         _Part(match["name"], match["digest"], match["text"].strip(), body[match.end() : end].strip())
         for match, end in zip(found, ends, strict=True)
     ]
-    return body[: found[0].start()].replace(NOTE, "").strip(), parts
+    return body[: found[0].start()].replace(NOTE, "").replace(FORMER_NOTE, "").strip(), parts
 
 
 def _marked(name: str, digest: str, text: str) -> str:

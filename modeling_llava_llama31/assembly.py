@@ -1,7 +1,7 @@
-"""Vision tower + projector + language model -> one LlavaNext checkpoint, without ever holding a model in memory.
+"""Vision tower + projector + language model -> one LlavaNext checkpoint, without holding a model in memory.
 
-`plan_assembly` reads configs and safetensors headers only and names every wrong part. `write_assembly` streams the
-planned tensors, one at a time, into a folder that appears complete or not at all; the peak is one tensor (twice, for
+`plan_assembly` reads only configs and safetensors headers and names every wrong part. `write_assembly` streams the
+planned tensors, one at a time, into a folder that appears complete or not at all; peak memory is one tensor (two for
 the embedding), about 2 GB for an 8B model. The keys are those of `LlavaNextForConditionalGeneration.state_dict()`.
 """
 
@@ -56,7 +56,7 @@ _COUNTED_PARTS = {
 
 @dataclass(frozen=True)
 class AssemblyPlan:
-    """A checkpoint that can be written; none of its tensors is in memory.
+    """A checkpoint ready to be written; none of its tensors is in memory.
 
     Args:
         config: of the finished model.
@@ -64,7 +64,7 @@ class AssemblyPlan:
         tensors: native key -> tensor, in the model's order.
         dtype: of all tensors of the output.
         image_mean, image_std: of the vision tower's pre-processing, on pixel values in [0, 1].
-        notes: what a user should know about how the parts were joined.
+        notes: remarks for the user on how the parts were joined.
     """
 
     config: LlavaNextConfig
@@ -80,7 +80,7 @@ class AssemblyPlan:
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values()) * self.dtype.itemsize
 
     def parameter_counts(self) -> dict[str, int]:
-        """Number of parameters of each part; a head that is tied to the embedding counts with the embedding."""
+        """Number of parameters of each part; a head tied to the embedding counts as part of the embedding."""
         counts = dict.fromkeys(_COUNTED_PARTS.values(), 0)
         for name, tensor in self.tensors.items():
             part = next(part for prefix, part in _COUNTED_PARTS.items() if name.startswith(prefix))
@@ -100,22 +100,22 @@ def plan_assembly(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> AssemblyPlan:
-    """Plan one checkpoint out of its parts, reading configs and safetensors headers only.
+    """Plan one checkpoint from its parts, reading only configs and safetensors headers.
 
     Args:
         vision_tower: folder of a LLaVA checkpoint, a CLIP or a DINOv2.
-        language_model: folder of a Llama-family model, or of a LLaVA checkpoint that holds one.
+        language_model: folder of a Llama-family model, or of a LLaVA checkpoint that contains one.
         vocabulary: of the finished tokenizer.
         projector: folder of a LLaVA checkpoint, or a projector's safetensors file; default: a fresh one.
-        image_size: side of a tile in pixels; default: the tower's own.
+        image_size: side of a tile in pixels; default: the tower's.
         image_grid_pinpoints: (height, width) in pixels; default: those of the LLaVA checkpoint that the tower comes
             from, else LLaVA-1.6's five shapes in units of the tile.
         vision_feature_layer: hidden state(s) that the projector reads; default: that checkpoint's, else -2.
         dtype: of the output; default: the language model's.
-        seed: of a fresh projector and a fresh `image_newline`.
+        seed: for a fresh projector and a fresh `image_newline`.
 
     Raises:
-        AssemblyError: with one line for each wrong part.
+        AssemblyError: the parts do not fit; one line for each wrong part.
     """
     problems: list[str] = []
     with collecting(problems):
@@ -133,7 +133,7 @@ def plan_assembly(
     config.dtype = dtype or tensors["model.language_model.embed_tokens.weight"].dtype
     notes = [*tower.notes, *language.notes, *_projector_notes(given, seed)]
     if not stated:
-        notes.append(f"{tower.path}: names no image mean and standard deviation; those of its family are taken")
+        notes.append(f"{tower.path}: names no image mean and standard deviation; using those of its family")
     return AssemblyPlan(
         config=config,
         generation_config=GenerationConfig(
@@ -150,7 +150,7 @@ def plan_assembly(
 
 
 def write_assembly(plan: AssemblyPlan, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write weights, config and generation config into a new folder, which appears when it is complete."""
+    """Write weights, config and generation config into a new folder, which appears once complete."""
     with staged_folder(folder) as staging:
         write_model_files(plan, staging, max_shard_bytes=max_shard_bytes)
 
@@ -159,12 +159,12 @@ def write_model_files(plan: AssemblyPlan, folder: Path, *, max_shard_bytes: int 
     """Stream the plan's tensors, one at a time, into safetensors shards in an existing folder.
 
     Raises:
-        AssemblyError: when the disk has too little room, before anything is written.
+        AssemblyError: the disk has too little space; raised before anything is written.
     """
     free = shutil.disk_usage(folder).free
     if free < plan.num_bytes:
         raise AssemblyError(
-            f"{folder.parent}: {plan.num_bytes / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free "
+            f"{folder.parent}: {plan.num_bytes / 1e9:.1f} GB are needed but only {free / 1e9:.1f} GB are free "
             f"(fix: make room, or another output)"
         )
     shards = _shards(plan, max_shard_bytes)
@@ -187,16 +187,16 @@ def write_model_files(plan: AssemblyPlan, folder: Path, *, max_shard_bytes: int 
 
 @contextmanager
 def staged_folder(output: str | Path) -> Iterator[Path]:
-    """A hidden folder beside `output` that takes its name when the block ends well, and is removed when not.
+    """Context with a hidden folder beside `output`, renamed to `output` on success and removed on failure.
 
-    Those that killed processes left are removed first.
+    Leftovers of killed processes are removed first.
 
     Raises:
-        AssemblyError: when `output` exists and is not an empty folder.
+        AssemblyError: `output` exists and is not an empty folder.
     """
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise AssemblyError(f"{output}: exists already (fix: another output, or remove it)")
+        raise AssemblyError(f"{output}: already exists (fix: choose another output, or remove it)")
     output.parent.mkdir(parents=True, exist_ok=True)
     for leftover in output.parent.glob(f".staging-{glob.escape(output.name)}-*"):
         with _locked(leftover) as is_ours:
@@ -209,7 +209,7 @@ def staged_folder(output: str | Path) -> Iterator[Path]:
 
 def _filled(staging: Path, output: Path) -> Iterator[Path]:
     try:
-        staging.chmod(0o755)  # mkdtemp makes it private
+        staging.chmod(0o755)  # mkdtemp creates private folders
         yield staging
         for path in [*staging.rglob("*"), staging]:
             _fsync(path)
@@ -222,13 +222,13 @@ def _filled(staging: Path, output: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder's lock, which ends with the process; whether it could be had."""
+    """Context that tries to hold a folder's lock, which ends with the process; yields whether it holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = True
-        except OSError:  # another process works in it, or the file system has no locks
+        except OSError:  # another process uses the folder, or the file system has no locks
             held = False
         yield held
     finally:
@@ -237,7 +237,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def collecting(problems: list[str]) -> Iterator[None]:
-    """Add the problems of an `AssemblyError` in the block to `problems` and go on."""
+    """Context that adds the problems of an `AssemblyError` to `problems` and continues."""
     try:
         yield
     except AssemblyError as error:
@@ -254,7 +254,7 @@ def _chosen_settings(
     pinpoints: Sequence[Sequence[int]] | None,
     layer: int | list[int] | None,
 ) -> LlavaSettings:
-    """What the caller asks for, else what the tower's LLaVA checkpoint says, else LLaVA-1.6's; checked."""
+    """The caller's settings, else those of the tower's LLaVA checkpoint, else LLaVA-1.6's; validated."""
     stated = tower.settings or LlavaSettings()
     pinpoints = pinpoints or stated.image_grid_pinpoints or _scaled_grid(tower.config.image_size)
     settings = replace(
@@ -287,7 +287,7 @@ def _assembled_config(
 def _checked_tensors(
     config: LlavaNextConfig, tower: ModelPart, given: Part | None, language: ModelPart, seed: int
 ) -> dict[str, PlannedTensor]:
-    """The parts' tensors and the fresh ones in the model's order, compared with the model itself."""
+    """The parts' tensors and the fresh ones in the model's order, checked against the model itself."""
     shapes = _native_shapes(config)
     kept = {} if given is None else dict(given.tensors)
     tensors = {**tower.tensors, **_fresh_tensors(shapes, kept, seed), **kept, **language.tensors}
@@ -309,7 +309,7 @@ def _native_shapes(config: LlavaNextConfig) -> dict[str, tuple[int, ...]]:
 def _fresh_tensors(
     shapes: Mapping[str, tuple[int, ...]], kept: Mapping[str, PlannedTensor], seed: int
 ) -> dict[str, PlannedTensor]:
-    """Projector (unless one is kept) and newline, initialised as Transformers does."""
+    """Projector (unless one is given) and newline, initialised like Transformers'."""
     prefixes: tuple[str, ...] = ("model.image_newline",)
     if not any(name.startswith("model.multi_modal_projector.") for name in kept):
         prefixes = ("model.multi_modal_projector.", *prefixes)
@@ -342,15 +342,15 @@ def _grid_problems(tower: ModelPart, settings: LlavaSettings) -> list[str]:
     ]
     if odd or any(len(pinpoint) != 2 for pinpoint in settings.image_grid_pinpoints):
         problems.append(
-            f"image_grid_pinpoints: {listed([str(pinpoint) for pinpoint in odd])} not (height, width) in multiples of "
-            f"the tile of {size} px (fix: {[list(pinpoint) for pinpoint in _scaled_grid(size)]})"
+            f"image_grid_pinpoints: {listed([str(pair) for pair in odd])} are not (height, width) in multiples "
+            f"of the tile of {size} px (fix: {[list(pinpoint) for pinpoint in _scaled_grid(size)]})"
         )
     layer = settings.vision_feature_layer
     depth = config.num_hidden_layers
     for index in [layer] if isinstance(layer, int) else layer:
         if not -(depth + 1) <= index <= depth:
             problems.append(
-                f"{tower.path}: vision_feature_layer {index} of a tower with {depth} layers (fix: "
+                f"{tower.path}: vision_feature_layer is {index}, but the tower has {depth} layers (fix: "
                 f"{-(depth + 1)} to {depth}; 0 is the embedding)"
             )
     return problems
@@ -370,9 +370,9 @@ def _projector_problems(given: Part | None, settings: LlavaSettings) -> list[str
 
 def _projector_notes(given: Part | None, seed: int) -> list[str]:
     if given is None:
-        return [f"fresh projector and image_newline: weights N(0, {INITIALIZER_STD}), biases 0, seed {seed}"]
+        return [f"fresh projector and image_newline: weights from N(0, {INITIALIZER_STD}), biases 0, seed {seed}"]
     if "model.image_newline" not in given.tensors:
-        return [f"{given.path}: has no image_newline (LLaVA-1.5 had none); a fresh one is made, seed {seed}"]
+        return [f"{given.path}: has no image_newline (LLaVA-1.5 had none); initialised a fresh one, seed {seed}"]
     return []
 
 
@@ -383,7 +383,7 @@ def _tensor_problems(
     given: Part | None,
     language: ModelPart,
 ) -> list[str]:
-    """What of the model is missing from the parts, has another shape, or has no place in the model."""
+    """Tensors that are missing from the parts, have the wrong shape, or do not belong to the model."""
     widths = f"the vision tower is {tower.config.hidden_size} wide, the language model {language.config.hidden_size}"
     owners = {"model.vision_tower.": tower.path, "model.language_model.": language.path, "lm_head.": language.path}
     if given is not None:
@@ -398,8 +398,8 @@ def _tensor_problems(
         strangers = [name for name in found if name not in wanted]
         if strangers:
             problems.append(
-                f"{path}: {listed(strangers)} not in the model that its config.json describes (fix: the config.json "
-                f"that belongs to the weights)"
+                f"{path}: {listed(strangers)} not in the model that its config.json describes (fix: use the "
+                f"config.json that belongs to the weights)"
             )
         wrong = [
             f"{name} is {list(found[name])} and should be {list(shape)}"
@@ -407,7 +407,7 @@ def _tensor_problems(
             if name in found and found[name] != shape
         ]
         if wrong:
-            problems.append(f"{path}: {listed(wrong)}; {widths} (fix: parts that fit each other)")
+            problems.append(f"{path}: {listed(wrong)}; {widths} (fix: choose parts that fit each other)")
     return problems
 
 
@@ -425,7 +425,7 @@ def _shards(plan: AssemblyPlan, max_shard_bytes: int) -> list[list[str]]:
 
 
 def _write_safetensors(file: Path, tensors: Mapping[str, PlannedTensor], dtype: torch.dtype) -> None:
-    """Write one safetensors file tensor by tensor; `save_file` would want all of its tensors in memory at once.
+    """Write one safetensors file tensor by tensor; `save_file` would need all tensors in memory at once.
 
     Format: https://github.com/huggingface/safetensors (length of the header, header in JSON, little-endian data).
     """

@@ -1,6 +1,6 @@
-"""The parts of a model - vision tower, projector, language model - read out of checkpoints in any layout.
+"""Reads the parts of a model - vision tower, projector, language model - from checkpoints in any layout.
 
-Only configs and safetensors headers are read here; a `PlannedTensor` reads its data when it is asked to.
+Only configs and safetensors headers are read here; a `PlannedTensor` reads its data on demand.
 
 Layouts: LLaVA in Transformers' old keys (`language_model.model.*`, `vision_tower.vision_model.*`) and new keys
 (`model.language_model.*`, `model.vision_tower.*`, with and without `vision_model.`), LLaVA-1.6's original layout
@@ -25,7 +25,9 @@ from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedCo
 
 LANGUAGE_MODELS = ("llama", "mistral")  # one tensor layout
 VISION_TOWERS = ("clip_vision_model", "dinov2")  # both start with one CLS token
-ROW_MULTIPLE = 64  # rows of the embedding: a round number for the head's GEMM and for sharding the vocabulary
+ROW_MULTIPLE = (
+    64  # embedding rows are padded to a multiple of this, for the head's GEMM and for sharding the vocabulary
+)
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -60,7 +62,7 @@ _DINOV2_NAMES = {
 
 
 class AssemblyError(ValueError):
-    """The parts do not make a checkpoint; `problems` has one line for each fault, with where and how to mend it."""
+    """The parts do not make a checkpoint; `problems` has one line per fault: where it is and how to fix it."""
 
     def __init__(self, *problems: str):
         self.problems = problems
@@ -69,7 +71,12 @@ class AssemblyError(ValueError):
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor that is known by its header: `read` gets the data, and only then is any in memory."""
+    """A tensor known by its header.
+
+    Args:
+        shape, dtype: of the tensor that `read` returns.
+        read: loads the data.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -78,15 +85,15 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the finished tokenizer says about the rows of the embedding.
+    """How the finished tokenizer determines the rows of the embedding.
 
     Args:
-        size: number of tokens, the added ones included.
-        first_new_id: the first id that the language model has never seen, whose row and the rows behind it are made;
-            None: there is no new token.
+        size: number of tokens, including the added ones.
+        first_new_id: the first id that the language model has never seen; its row and all later rows are new. None:
+            there is no new token.
         image_token_id: id of `<image>`.
         bos_token_id, pad_token_id, eos_token_ids: for the generation config; every id that ends an answer.
-        copies: new id -> the old id whose row it starts from; other new rows start from the mean of the old rows.
+        copies: new id -> old id whose row it copies; other new rows start from the mean of the old rows.
     """
 
     size: int
@@ -100,7 +107,14 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class LlavaSettings:
-    """How the parts of a LLaVA model work together; no pinpoints: LLaVA-1.5, which has none."""
+    """Settings that join the parts of a LLaVA model.
+
+    Args:
+        vision_feature_layer: hidden state(s) of the tower that the projector reads.
+        image_grid_pinpoints: (height, width) in pixels; empty for LLaVA-1.5, which has none.
+        projector_hidden_act: activation between the projector's two layers.
+        multimodal_projector_bias: whether these layers have biases.
+    """
 
     vision_feature_layer: int | list[int] = -2
     image_grid_pinpoints: Sequence[Sequence[int]] = ()
@@ -110,7 +124,13 @@ class LlavaSettings:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the model: its tensors under native keys, and what its checkpoint says if that is a LLaVA."""
+    """One part of the model.
+
+    Args:
+        path: of its checkpoint.
+        tensors: by native key.
+        settings: of its checkpoint, if that is a LLaVA.
+    """
 
     path: Path
     tensors: Mapping[str, PlannedTensor]
@@ -119,7 +139,12 @@ class Part:
 
 @dataclass(frozen=True)
 class ModelPart(Part):
-    """A part with a config of its own: the vision tower or the language model."""
+    """A part with its own config: the vision tower or the language model.
+
+    Args:
+        config: of the part.
+        notes: remarks for the user on how it was changed.
+    """
 
     config: PreTrainedConfig
     notes: tuple[str, ...]
@@ -130,7 +155,7 @@ class Checkpoint:
     """A folder of safetensors files with a config.json, or one safetensors file.
 
     Args:
-        config: contents of config.json; empty where there is none.
+        config: contents of config.json; empty if there is none.
         headers: key -> tensor.
     """
 
@@ -143,7 +168,7 @@ class Checkpoint:
         """Read config.json and all headers.
 
         Raises:
-            AssemblyError: naming what is absent, unreadable, or a pickle.
+            AssemblyError: a file is missing, unreadable or a pickle; names it.
         """
         path = Path(path)
         headers: dict[str, PlannedTensor] = {}
@@ -156,15 +181,15 @@ class Checkpoint:
         return is_original_llava(self.config)
 
     def settings(self) -> LlavaSettings | None:
-        """From either layout of a LLaVA checkpoint's config; None for any other checkpoint."""
+        """Settings from either layout of a LLaVA config; None for any other checkpoint."""
         config = self.config
         if self.is_original_llava:
             strategy = config.get("mm_vision_select_feature", "patch")
             kind = config.get("mm_projector_type", "linear")
             if strategy != "patch" or kind != "mlp2x_gelu":
                 raise AssemblyError(
-                    f"{self.path}: mm_projector_type {kind!r} on {strategy!r} features; LLaVA-1.6 has 'mlp2x_gelu' on "
-                    f"'patch' features (fix: another checkpoint)"
+                    f"{self.path}: mm_projector_type {kind!r} on {strategy!r} features is not "
+                    f"supported; LLaVA-1.6 has 'mlp2x_gelu' on 'patch' features (fix: use another checkpoint)"
                 )
             return LlavaSettings(config.get("mm_vision_select_layer", -2), config.get("image_grid_pinpoints") or ())
         if "vision_config" not in config or "text_config" not in config or config.get("model_type") == "clip":
@@ -173,7 +198,7 @@ class Checkpoint:
         if strategy != "default":
             raise AssemblyError(
                 f"{self.path}: vision_feature_select_strategy is {strategy!r}, which keeps the CLS token; the model "
-                f"drops it (fix: a checkpoint with 'default')"
+                f"drops it (fix: use a checkpoint with 'default')"
             )
         return LlavaSettings(
             config.get("vision_feature_layer", -2),
@@ -187,10 +212,10 @@ def vision_part(checkpoint: Checkpoint, image_size: int | None = None) -> ModelP
     """The vision tower of a LLaVA, CLIP or DINOv2 checkpoint.
 
     Args:
-        image_size: side of a tile in pixels; DINOv2's position embeddings are resized to it, once and for all.
+        image_size: side of a tile in pixels; DINOv2's position embeddings are permanently resized to it.
 
     Raises:
-        AssemblyError: when there is none, or one of another kind or size.
+        AssemblyError: there is none, or it has another type or size.
     """
     tensors = {}
     for key, tensor in checkpoint.headers.items():
@@ -203,13 +228,13 @@ def vision_part(checkpoint: Checkpoint, image_size: int | None = None) -> ModelP
     if image_size is not None and image_size != config.image_size:
         if config.model_type != "dinov2":
             raise AssemblyError(
-                f"{checkpoint.path}: its position embeddings are for {config.image_size} px, not for {image_size} px "
-                f"(fix: leave image_size out; only DINOv2's are resized)"
+                f"{checkpoint.path}: the position embeddings are for {config.image_size} px, not for {image_size} px "
+                f"(fix: leave image_size out; only DINOv2's can be resized)"
             )
         config.image_size = image_size
     positions = "model.vision_tower.embeddings.position_embeddings"
     if config.model_type == "dinov2":
-        config.use_mask_token = False  # a parameter of pre-training that never gets a gradient here
+        config.use_mask_token = False  # a pre-training parameter that would never get a gradient here
         grid = config.image_size // config.patch_size
         if positions in tensors and tensors[positions].shape[1] != grid**2 + 1:
             notes.append(f"position embeddings resized to {grid}x{grid} patches (bicubic)")
@@ -221,7 +246,7 @@ def language_part(checkpoint: Checkpoint, vocabulary: Vocabulary) -> ModelPart:
     """The Llama-family language model of a checkpoint, its embedding (and head) grown to the vocabulary.
 
     Raises:
-        AssemblyError: when there is none, or one of another family.
+        AssemblyError: there is none, or it is of another family.
     """
     config = _language_config(checkpoint)
     tensors = {}
@@ -236,9 +261,11 @@ def language_part(checkpoint: Checkpoint, vocabulary: Vocabulary) -> ModelPart:
     kept = old_rows if vocabulary.first_new_id is None else min(vocabulary.first_new_id, old_rows)
     notes = []
     if kept < rows:
-        notes.append(f"embedding: {kept} rows kept, {rows - kept} made from the mean of those, {rows} in all")
+        notes.append(f"embedding: {kept} rows kept, {rows - kept} new rows initialised to their mean, {rows} in all")
         for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
-            if name in tensors and tensors[name].shape[0] == old_rows:  # else the check against the model names it
+            if (
+                name in tensors and tensors[name].shape[0] == old_rows
+            ):  # otherwise the check against the model reports it
                 tensors[name] = _grown(tensors[name], rows, kept, vocabulary.copies)
     config.vocab_size = rows
     config.bos_token_id, config.pad_token_id = vocabulary.bos_token_id, vocabulary.pad_token_id
@@ -247,10 +274,10 @@ def language_part(checkpoint: Checkpoint, vocabulary: Vocabulary) -> ModelPart:
 
 
 def projector_part(checkpoint: Checkpoint) -> Part:
-    """The two-layer projector, and `image_newline` where it is there, of a LLaVA checkpoint or a projector's file.
+    """The two-layer projector, and `image_newline` if present, of a LLaVA checkpoint or a projector's file.
 
     Raises:
-        AssemblyError: when there is none, or one of another depth.
+        AssemblyError: there is none, or it has another depth.
     """
     tensors, strangers = {}, []
     for key, tensor in checkpoint.headers.items():
@@ -262,16 +289,18 @@ def projector_part(checkpoint: Checkpoint) -> Part:
         elif match:
             strangers.append(key)
     if strangers or not tensors:
-        found = f"{listed(strangers)} is not of a two-layer projector" if strangers else "holds no projector"
+        found = (
+            f"{listed(strangers)} does not belong to a two-layer projector" if strangers else "contains no projector"
+        )
         raise AssemblyError(
-            f"{checkpoint.path}: {found} (fix: a LLaVA-1.5 or 1.6 checkpoint, or leave the projector out to get a "
+            f"{checkpoint.path}: {found} (fix: use a LLaVA-1.5 or 1.6 checkpoint, or leave the projector out to get a "
             f"fresh one)"
         )
     return Part(checkpoint.path, tensors, checkpoint.settings())
 
 
 def image_statistics(folder: Path, tower_type: str) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
-    """Mean and standard deviation per channel of a tower's pre-processing, and whether its folder says so."""
+    """Mean and standard deviation per channel of a tower's pre-processing, and whether its folder names them."""
     named = read_json(folder / "preprocessor_config.json")
     named = named or read_json(folder / "processor_config.json").get("image_processor", {})
     if "image_mean" in named and "image_std" in named:
@@ -281,7 +310,7 @@ def image_statistics(folder: Path, tower_type: str) -> tuple[tuple[float, ...], 
 
 
 def is_original_llava(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of LLaVA's own code and not of Transformers'."""
+    """Whether a config.json was written by LLaVA's own code rather than by Transformers."""
     return "mm_vision_tower" in config
 
 
@@ -303,17 +332,21 @@ def _safetensors_files(path: Path) -> list[Path]:
             files = [single] if single.exists() else sorted(path.glob("*.safetensors"))
     absent = [file.name for file in files if not file.is_file()]
     if absent:
-        raise AssemblyError(f"{path}: {listed(absent)} is in the index but not there (fix: download the folder again)")
+        raise AssemblyError(f"{path}: {listed(absent)} is in the index but missing (fix: download the folder again)")
     if not files:
         raise AssemblyError(
-            f"{path}: holds no safetensors file; pickles (.bin, .pt) run code when they are opened and are refused "
-            f"(fix: a revision with safetensors, or convert it in a sandbox with safetensors.torch.save_file)"
+            f"{path}: contains no safetensors file; pickles (.bin, .pt) can run code when opened and are refused "
+            f"(fix: use a revision with safetensors, or convert it in a sandbox with safetensors.torch.save_file)"
         )
     return files
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Contents of a JSON file that holds an object; empty where there is no such file."""
+    """The object in a JSON file; empty if there is no such file.
+
+    Raises:
+        AssemblyError: the file is unreadable or holds no object.
+    """
     if not file.is_file():
         return {}
     try:
@@ -334,7 +367,9 @@ def _headers(file: Path) -> dict[str, PlannedTensor]:
         raise AssemblyError(f"{file}: unreadable: {error} (fix: download it again)") from error
     odd = sorted({dtype for _, dtype in heads.values()} - set(_DTYPES) - {"I64"})  # I64: buffers of old checkpoints
     if odd:
-        raise AssemblyError(f"{file}: holds {listed(odd)} tensors (fix: weights in floating point, not quantised)")
+        raise AssemblyError(
+            f"{file}: contains {listed(odd)} tensors (fix: use weights in floating point, not quantised)"
+        )
     return {
         key: PlannedTensor(shape, _DTYPES[dtype], partial(_read_tensor, file, key))
         for key, (shape, dtype) in heads.items()
@@ -343,7 +378,7 @@ def _headers(file: Path) -> dict[str, PlannedTensor]:
 
 
 def _read_tensor(file: Path, key: str) -> torch.Tensor:
-    # opened anew for every tensor: pages of a closed file do not stay mapped
+    # opened again for every tensor, so that the pages do not stay mapped
     with safe_open(str(file), "pt") as source:
         return source.get_tensor(key)
 
@@ -360,21 +395,23 @@ def _vision_config(checkpoint: Checkpoint, tensors: Mapping[str, PlannedTensor])
     fields = checkpoint.config
     if not tensors:
         named = f" (it names {fields['mm_vision_tower']!r})" if checkpoint.is_original_llava else ""
-        raise AssemblyError(f"{checkpoint.path}: holds no vision tower{named} (fix: the folder of the tower itself)")
+        raise AssemblyError(
+            f"{checkpoint.path}: contains no vision tower{named} (fix: name the folder of the tower itself)"
+        )
     if checkpoint.is_original_llava:
         return _clip_config_of(checkpoint.path, tensors)
     if "vision_config" in fields:
         fields = {"model_type": "clip_vision_model"} | fields["vision_config"]
     if fields.get("model_type") not in VISION_TOWERS:
         raise AssemblyError(
-            f"{checkpoint.path}: a vision tower of type {fields.get('model_type')!r} (fix: CLIP, DINOv2 without "
-            f"registers, or a LLaVA checkpoint)"
+            f"{checkpoint.path}: a vision tower of type {fields.get('model_type')!r} is not supported "
+            f"(fix: use CLIP, DINOv2 without registers, or a LLaVA checkpoint)"
         )
     return _native_config(fields)
 
 
 def _clip_config_of(path: Path, tensors: Mapping[str, PlannedTensor]) -> CLIPVisionConfig:
-    """Config of one of OpenAI's CLIP towers from its shapes: LLaVA's original layout only gives its name."""
+    """Config of one of OpenAI's CLIP towers, from its shapes: LLaVA's original layout only names the tower."""
     prefix = "model.vision_tower."
     try:
         positions, hidden = tensors[prefix + "embeddings.position_embedding.weight"].shape
@@ -387,7 +424,7 @@ def _clip_config_of(path: Path, tensors: Mapping[str, PlannedTensor]) -> CLIPVis
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=len(layers),
-        num_attention_heads=max(1, hidden // 64),  # heads of all OpenAI CLIP models are 64 wide
+        num_attention_heads=max(1, hidden // 64),  # all OpenAI CLIP models have heads of size 64
         image_size=math.isqrt(positions - 1) * patch,
         patch_size=patch,
         projection_dim=768,
@@ -405,8 +442,8 @@ def _language_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         fields = {"model_type": "llama"} | fields["text_config"]
     if fields.get("model_type") not in LANGUAGE_MODELS:
         raise AssemblyError(
-            f"{checkpoint.path}: a language model of type {fields.get('model_type')!r} (fix: one of the Llama family, "
-            f"for instance Llama-3.1-8B-Instruct)"
+            f"{checkpoint.path}: a language model of type {fields.get('model_type')!r} is not supported "
+            f"(fix: use one of the Llama family, for instance Llama-3.1-8B-Instruct)"
         )
     return _native_config(fields)
 
@@ -418,7 +455,7 @@ def _resized_positions(positions: PlannedTensor, grid: int) -> PlannedTensor:
         whole = positions.read()
         side = math.isqrt(whole.shape[1] - 1)
         patches = whole[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        # as Dinov2Embeddings.interpolate_pos_encoding does at every forward
+        # like Dinov2Embeddings.interpolate_pos_encoding, which does it in every forward pass
         patches = F.interpolate(patches.float(), size=(grid, grid), mode="bicubic", align_corners=False)
         patches = patches.to(whole.dtype).permute(0, 2, 3, 1).reshape(1, grid**2, -1)
         return torch.cat((whole[:, :1], patches), dim=1)
@@ -427,10 +464,10 @@ def _resized_positions(positions: PlannedTensor, grid: int) -> PlannedTensor:
 
 
 def _grown(matrix: PlannedTensor, rows: int, kept: int, copies: Mapping[int, int]) -> PlannedTensor:
-    """`matrix` (V, D) with the first `kept` rows and new ones up to `rows`.
+    """`matrix` (V, D) cut to its first `kept` rows and extended by new ones up to `rows`.
 
-    A new row starts as the mean of the kept ones: in the head its logit is then the mean of the other logits, so that
-    it takes next to no probability from tokens that the model knows; random rows can win against all of them.
+    A new row starts as the mean of the kept ones: in the head its logit is then the mean of the other logits, which
+    takes almost no probability from known tokens; a random row could outscore all of them.
     """
 
     def read() -> torch.Tensor:
@@ -438,7 +475,9 @@ def _grown(matrix: PlannedTensor, rows: int, kept: int, copies: Mapping[int, int
         new = old.new_empty(rows, old.shape[1])
         new[:kept] = old[:kept]
         total = torch.zeros(old.shape[1], dtype=torch.float64)
-        for chunk in old[:kept].split(4096):  # in pieces: a float64 copy of the whole would be four times as large
+        for chunk in old[:kept].split(
+            4096
+        ):  # in chunks: a float64 copy of the whole matrix would be four times as large
             total += chunk.double().sum(0)
         new[kept:] = (total / kept).to(old.dtype)
         for row, source in copies.items():

@@ -8,14 +8,14 @@ from transformers import LlavaNextConfig
 
 
 class LlavaLlama31Config(LlavaNextConfig):
-    """`LlavaNextConfig` that is written so that a folder opens through two doors.
+    """`LlavaNextConfig`, saved so that a folder opens through two doors.
 
-    The fields, their defaults and `model_type` are the stock ones. What is written names the stock architecture, which
-    opens without remote code, and maps the Auto classes to ours, which open with `trust_remote_code=True`.
+    Fields, defaults and `model_type` are the stock ones. The saved file names the stock architecture, which opens
+    without remote code, and maps the Auto classes to ours, which open with `trust_remote_code=True`.
     """
 
     def to_diff_dict(self) -> dict:
-        # here and not as attributes: values equal to a default would be left out of the file
+        # set here, not as attributes: values equal to a default would be left out of the file
         output = super().to_diff_dict()
         model_class = "modeling_llava_llama31.LlavaLlama31ForConditionalGeneration"
         output["architectures"] = ["LlavaNextForConditionalGeneration"]
@@ -28,7 +28,9 @@ class LlavaLlama31Config(LlavaNextConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         if push_to_hub:
-            raise ValueError("push the saved folder: huggingface_hub.upload_folder takes it as it is")
+            raise ValueError(
+                "push_to_hub is not supported: upload the saved folder with huggingface_hub.upload_folder"
+            )
         super().save_pretrained(save_directory, **kwargs)
         shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
 

@@ -1,13 +1,13 @@
-"""LLaVA-NeXT on Llama 3.1: Transformers' LlavaNext with the same weights and keys, made for training.
+"""LLaVA-NeXT on Llama 3.1: Transformers' LlavaNext with the same weights and keys, optimized for training.
 
-What differs from `LlavaNextForConditionalGeneration` (transformers/models/llava_next/modeling_llava_next.py):
- - the loss and the logits under `labels` are computed at supervised positions only;
- - rows may be packed, and samples about one picture share it (packed_llama_llava_llama31.py);
- - a frozen vision tower runs without a graph, and no tower runs the layers behind the one that is used;
- - a text-only micro-batch with labels does a one-tile pass, so that all ranks call the same modules;
+Differences from `LlavaNextForConditionalGeneration` (transformers/models/llava_next/modeling_llava_next.py):
+ - with `labels`, loss and logits are computed at supervised positions only;
+ - rows may be packed, and samples about one image share it (packed_llama_llava_llama31.py);
+ - a frozen vision tower runs without a graph, and no tower runs layers after the used one;
+ - a text-only micro-batch with labels runs a one-tile pass, so that all ranks call the same modules;
  - a wrong number of image placeholders is reported row by row, with both counts.
 
-Shapes: B rows, S positions, N supervised positions, I pictures, T tiles of all pictures, P patches of a tile,
+Shapes: B rows, S positions, N supervised positions, I images, T tiles of all images, P patches of a tile,
 V vocabulary, D hidden size, H W height and width of a tile.
 """
 
@@ -68,10 +68,10 @@ class LlavaLlama31Model(LlavaNextModel):
         vision_feature_select_strategy: str | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """Projected features of each picture, packed row by row with `image_newline`, in `pooler_output`.
+        """Projected features of each image, packed row by row with `image_newline`, in `pooler_output`.
 
         Args:
-            pixel_values: (T, 3, H, W), or (I, max tiles, 3, H, W) padded as the stock processor does.
+            pixel_values: (T, 3, H, W), or (I, max tiles, 3, H, W) padded like the stock processor's.
             image_sizes: (I, 2), height and width in pixels.
         """
         num_tiles = [
@@ -82,7 +82,7 @@ class LlavaLlama31Model(LlavaNextModel):
             pixel_values = torch.cat([tiles[:n] for tiles, n in zip(pixel_values, num_tiles, strict=True)])
         if pixel_values.dim() != 4 or pixel_values.shape[0] != sum(num_tiles):
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, but pictures of {len(image_sizes)} sizes need "
+                f"pixel_values has shape {tuple(pixel_values.shape)}, but {len(image_sizes)} images need "
                 f"{sum(num_tiles)} tiles: pass tiles as (T, 3, H, W) or (I, max tiles, 3, H, W)"
             )
         features = self._tower_features(pixel_values, vision_feature_layer)
@@ -93,7 +93,7 @@ class LlavaLlama31Model(LlavaNextModel):
         return BaseModelOutputWithPooling(pooler_output=packed)
 
     def _tower_features(self, tiles: torch.Tensor, feature_layer: int | list[int]) -> torch.Tensor:
-        """Hidden states (T, 1 + P, D) of the chosen layers, running the tower no further than the last of them."""
+        """Hidden states (T, 1 + P, D) of the chosen layers; the tower runs up to the last of them."""
         tower = self.vision_tower
         trainable = any(parameter.requires_grad for parameter in tower.parameters())
         with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
@@ -123,15 +123,16 @@ class LlavaLlama31Model(LlavaNextModel):
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
-        """Mask (B, S, 1) of the image placeholders, whose number is checked against the features."""
+        """Mask (B, S, 1) of the image placeholders; checks their number against the features."""
         if input_ids is None:
             return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)
         mask = input_ids == self.config.image_token_id
         if mask.sum() != image_features.shape[0]:
             per_row = ", ".join(f"row {row}: {count}" for row, count in enumerate(mask.sum(dim=1).tolist()))
             raise ValueError(
-                f"the batch has {int(mask.sum())} image placeholders ({per_row}) but the pictures give "
-                f"{image_features.shape[0]} features: expand <image> with the processor, and cut no image tokens"
+                f"the batch has {int(mask.sum())} image placeholders ({per_row}) but the images have "
+                f"{image_features.shape[0]} features: expand <image> with the processor, and do not truncate image "
+                "tokens"
             )
         return mask.unsqueeze(-1)
 
@@ -140,17 +141,17 @@ class LlavaLlama31Model(LlavaNextModel):
         return self.image_newline.requires_grad or any(parameter.requires_grad for parameter in projector)
 
     def _text_only_embeds(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """Embeddings of a text-only micro-batch, joined to a blank tile's features by a factor of zero.
+        """Embeddings of a text-only micro-batch, plus zero times a blank tile's features.
 
         Under DDP, ZeRO and FSDP every rank must call the same modules in the same order (DeepSpeed #7170), so this
         follows the order of the image path: embeddings, tower, projector, newline. With one process it gives a trained
-        projector its gradient of zero, so that the loss has a graph and every world size takes the same steps.
+        projector a zero gradient, so that the loss has a graph and every world size takes the same steps.
         """
         embeds = self.get_input_embeddings()(input_ids)
         size = self.config.vision_config.image_size
         blank = torch.zeros(1, 3, size, size, device=embeds.device)
         features = self.multi_modal_projector(self._tower_features(blank, self.config.vision_feature_layer))
-        # means and not sums: a factor of zero keeps only finite values out
+        # means, not sums: only finite values vanish when multiplied by zero
         return embeds + ((features.float().mean() + self.image_newline.float().mean()) * 0.0).to(embeds.dtype)
 
     def packed_embeds(
@@ -162,9 +163,9 @@ class LlavaLlama31Model(LlavaNextModel):
         image_features: torch.Tensor | None = None,
         has_features: Sequence[bool] | None = None,
     ) -> torch.Tensor:
-        """Embeddings (1, S, D) of a packed row with its pictures' features at `image_positions`.
+        """Embeddings (1, S, D) of a packed row with its images' features at `image_positions`.
 
-        Only patches that survive the unpadding are projected.
+        Only patches that remain after unpadding are projected.
         """
         if pixel_values is None and image_features is None:
             if _world_size() > 1 or self._trains_projector():
@@ -178,12 +179,12 @@ class LlavaLlama31Model(LlavaNextModel):
         )
         if num_tiles != given:
             raise ValueError(
-                f"pixel_values and image_features have {given} tiles, but the {len(sizes)} pictures need {num_tiles}"
+                f"pixel_values and image_features have {given} tiles, but the {len(sizes)} images need {num_tiles}"
             )
         if len(layout) != len(image_positions):
             raise ValueError(
-                f"the row has {len(image_positions)} image placeholders but the pictures give {len(layout)} features: "
-                "expand <image> with the processor, and cut no image tokens"
+                f"the row has {len(image_positions)} image placeholders but the images have {len(layout)} features: "
+                "expand <image> with the processor, and do not truncate image tokens"
             )
         embeds = self.get_input_embeddings()(input_ids)
         is_newline = layout < 0
@@ -201,7 +202,7 @@ class LlavaLlama31Model(LlavaNextModel):
         return row[None]
 
     def tile_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the projector gets of tiles (T, 3, H, W): (T, P, D) of the tower's chosen layers."""
+        """The projector's input for tiles (T, 3, H, W): (T, P, D) of the tower's chosen layers."""
         features = self._tower_features(pixel_values, self.config.vision_feature_layer)
         return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
 
@@ -210,20 +211,22 @@ class LlavaLlama31Model(LlavaNextModel):
         if text.model_type != "llama":
             raise ValueError(f"packing needs a Llama language model, not {text.model_type}")
         if text.attention_dropout:
-            raise ValueError(f"packing has no attention dropout, but the language model's is {text.attention_dropout}")
+            raise ValueError(
+                f"packing does not support attention dropout, but the language model's is {text.attention_dropout}"
+            )
         if num_positions != row_length:
-            raise ValueError(f"packing speaks of {num_positions} positions, but the row has {row_length}")
+            raise ValueError(f"packing has {num_positions} positions, but the row has {row_length}")
 
     def feature_layout(
         self, image_sizes: Sequence[tuple[int, int]], has_features: Sequence[bool] | None = None
     ) -> tuple[torch.Tensor, tuple[int, int]]:
-        """For each feature of the pictures in turn its patch among those of all tiles, -1 for a newline.
+        """For each image feature in order, its patch among those of all tiles, or -1 for a newline.
 
-        Behind it the number of tiles of pictures without and with features.
+        Also returns the number of tiles of images without and with features.
 
         Args:
-            image_sizes: (height, width) of each picture in pixels.
-            has_features: whose tiles come behind all the others'; default: nobody's.
+            image_sizes: (height, width) of each image in pixels.
+            has_features: the images whose tiles come after all others; default: none.
         """
         vision, strategy = self.config.vision_config, self.config.vision_feature_select_strategy
         num_patches = (vision.image_size // vision.patch_size) ** 2 + (strategy != "default")
@@ -233,11 +236,11 @@ class LlavaLlama31Model(LlavaNextModel):
             for size in image_sizes
         ]
         num_without = sum(own for own, known in zip(counts, has_features, strict=True) if not known)
-        tiles = [0, num_without]  # the next one of pictures without and with features
+        tiles = [0, num_without]  # next tile of images without and with features
         layouts = []
         for size, own, known in zip(image_sizes, counts, has_features, strict=True):
             if size not in self._layouts:
-                # stock packing, of the patches' numbers instead of their features
+                # stock packing, applied to patch indices instead of features
                 numbers = torch.arange(own * num_patches).view(own, num_patches, 1)
                 packed, _ = self.pack_image_features([numbers], [size], strategy, torch.tensor([-1]))
                 self._layouts[size] = packed[0][:, 0]
@@ -266,19 +269,19 @@ class LlavaLlama31Model(LlavaNextModel):
         has_features: Sequence[bool] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaNextModelOutputWithPast | tuple:
-        """As the stock one's; with `packing` the hidden states (1, N, D) of a packed row at `supervised_positions`."""
+        """Like the stock forward; with `packing`, hidden states (1, N, D) of a packed row's `supervised_positions`."""
         if packing is not None:
             if image_positions is None:
                 image_positions = (input_ids[0] == self.config.image_token_id).nonzero()[:, 0]
             self._check_packing(packing, input_ids.shape[1])
-            # in here, and not called from outside: ZeRO-3 gathers image_newline for this module's forward alone
+            # called inside forward: ZeRO-3 gathers image_newline only for this module's forward
             embeds = self.packed_embeds(
                 input_ids, pixel_values, image_sizes, image_positions, image_features, has_features
             )
             hidden = self.language_model.packed(embeds, position_ids, packing, supervised_positions, past_key_values)
             return LlavaNextModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
         text_only = input_ids is not None and pixel_values is None and mm_encoder_outputs is None
-        # no cache: a row with labels, in training or in validation, which all ranks run side by side
+        # no cache: a row with labels, in training or validation, which all ranks run in parallel
         if text_only and use_cache is False and (_world_size() > 1 or self._trains_projector()):
             input_ids, inputs_embeds = None, self._text_only_embeds(input_ids)
         return super().forward(
@@ -306,18 +309,18 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
 
     Packing: one row of whole samples with `position_ids` that restart at each sample, no `attention_mask`, no cache.
     With `packing`, the lengths of the row's trees (packed_llama_llava_llama31.py), and labels, only the loss is
-    computed, no logits; without labels `past_key_values` takes the row's keys and values, and nothing else is
-    computed. To spare a GPU all waiting for the host, give too:
+    computed, no logits; without labels `past_key_values` receives the row's keys and values, and nothing else is
+    computed. To avoid all waiting of a GPU for the host, also pass:
         image_sizes: as a list, not a tensor.
         image_positions: (number of image features,) row positions of the placeholders.
         supervised_positions: ascending row positions i whose label i + 1 is not -100, as a list.
-    Where the vision tower's features of some pictures are known (`tile_features`), give them instead of their tiles:
-        image_features: (T, P, D) of all tiles of those pictures; `pixel_values` has the tiles of the others.
-        has_features: for each of `image_sizes`, whether it is one of those pictures.
+    If the vision tower's features of some images are known (`tile_features`), pass them instead of their tiles:
+        image_features: (T, P, D) of all tiles of those images; `pixel_values` has the tiles of the others.
+        has_features: for each of `image_sizes`, whether it is one of those images.
 
     Raises:
-        ValueError: from `forward`, when placeholders and image features differ in number, or no label is supervised
-            and `num_items_in_batch` is not given, or a row is packed for another language model than Llama, or
+        ValueError: from `forward`, if the numbers of placeholders and image features differ, no label is supervised
+            and `num_items_in_batch` is not given, a row is packed for a language model other than Llama, or
             `image_features` are given without `packing`.
 
     Source: LLaVA-NeXT (Liu et al., 2024); Transformers' models/llava_next.
@@ -326,7 +329,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
     config: LlavaLlama31Config
 
     def __init__(self, config: LlavaLlama31Config):
-        # not the parent's: it would build the stock inner model first
+        # skip the parent's __init__, which would build the stock inner model first
         super(LlavaNextForConditionalGeneration, self).__init__(config)
         self.model = LlavaLlama31Model(config)
         self.lm_head = SupervisedHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -371,7 +374,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
                 past_key_values=past_key_values,
                 packing=packing,
                 image_positions=image_positions,
-                # one at least under labels: every layer runs on every process, as the others' gathers want it
+                # at least one with labels: every layer runs on every process, because the others' gathers wait for it
                 supervised_positions=list(supervised_positions) or ([] if labels is None else [0]),
                 image_features=image_features,
                 has_features=has_features,
@@ -381,7 +384,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
             loss = self._packed_loss(hidden[0], labels[0], supervised_positions, num_items_in_batch)
             return LlavaNextCausalLMOutputWithPast(loss=loss)
         if image_features is not None:
-            raise ValueError("image_features are for packed rows only: give packing, or pixel_values")
+            raise ValueError("image_features are for packed rows only: pass packing, or pixel_values")
         targets = None
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -407,7 +410,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
             **kwargs,
         )
         if targets is not None:
-            # float32 at least, and not always: float64 stays exact
+            # at least float32; float64 stays exact
             logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
             total = F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
             output.loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
@@ -427,14 +430,14 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         return total / (len(supervised) if num_items_in_batch is None else num_items_in_batch)
 
     def _supports_mm_encoder_outputs(self) -> bool:
-        # generate would call get_image_features outside forward, where ZeRO-3 has not gathered image_newline
+        # otherwise generate would call get_image_features outside forward, where ZeRO-3 has not gathered image_newline
         return False
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> "LlavaLlama31ForConditionalGeneration":
-        """Stock `from_pretrained`; opens llava-hf's old and new key dialects as well as this class's own."""
+        """Stock `from_pretrained`; also opens llava-hf's old and new key dialects."""
         if get_checkpoint_conversion_mapping(cls.__name__) is None:
-            # conversions are looked up by class: without its own a renamed class would get a random lm_head
+            # conversions are looked up by class: without its own, a renamed class would get a random lm_head
             register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping("llava_next"))
         return super().from_pretrained(*args, **kwargs)
 
@@ -447,9 +450,11 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         max_shard_size: int | str = "50GB",
         **kwargs,
     ) -> None:
-        """Save in native keys with the code files, so that stock Transformers and this class both open the folder."""
+        """Save in native keys with the code files, so that both stock Transformers and this class open the folder."""
         if push_to_hub:
-            raise ValueError("push the saved folder: huggingface_hub.upload_folder takes it as it is")
+            raise ValueError(
+                "push_to_hub is not supported: upload the saved folder with huggingface_hub.upload_folder"
+            )
         kwargs["save_original_format"] = False  # Trainer restores native keys only (transformers #43701)
         super().save_pretrained(
             save_directory, is_main_process, state_dict=state_dict, max_shard_size=max_shard_size, **kwargs
@@ -469,7 +474,7 @@ def _as_list(layers: int | list[int]) -> list[int]:
 
 
 def _hidden_state_index(layer: int, num_layers: int) -> int:
-    """Index into the num_layers + 1 hidden states; negative ones count from the end."""
+    """Index into the num_layers + 1 hidden states; negative values count from the end."""
     return layer if layer >= 0 else num_layers + 1 + layer
 
 

@@ -1,11 +1,11 @@
-"""Llama for training on packed rows: no padding, shared prefixes, and no work at positions that nothing reads.
+"""Llama for training on packed rows: no padding, shared prefixes, and no work at positions that are never read.
 
 A packed row is a sequence of trees. A tree is a list of lengths: `[n]` is one sample of n tokens; `[n, a, b]` is a
-trunk of n tokens (system turn and picture) with two branches, the conversations about it. A branch sees its trunk and
-itself; a trunk sees itself alone; positions of a branch go on from its trunk's end. So every sample computes what it
-would compute alone, and a trunk is computed once.
+trunk of n tokens (system turn and image) with two branches, the conversations about it. A branch sees its trunk and
+itself; a trunk sees only itself; a branch's positions continue from its trunk's end. So every sample computes what it
+would compute alone, and each trunk is computed once.
 
-Weights, keys and, without packing, the computation are those of Transformers' models/llama.
+Weights and keys, and without packing also the computation, are those of Transformers' models/llama.
 
 Shapes: S positions of the row, N supervised positions, Q queries of the last layer, H heads, D hidden size, V
 vocabulary.
@@ -34,23 +34,28 @@ Packing = Sequence[Sequence[int]]
 Positions = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, S, head size) each
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys, values
 
-# positions whose logits exist at once: few enough to be no memory, enough for a full matrix product
+# positions whose logits exist at once: few enough to need little memory, enough for an efficient matrix product
 _HEAD_ROWS = 256
-# those of them that are worked on in float32 at once: few enough for a CPU's cache
+# of those, how many are processed in float32 at once: few enough for a CPU's cache
 _SOFTMAX_ROWS = 64
-# on a CPU: queries of one block, and the keys up to which blocks beat the fused kernel
+# on a CPU: queries per block, and the number of keys up to which blocks beat the fused kernel
 _BLOCK_QUERIES = 256
 _MAX_BLOCK_KEYS = 1024
-# types whose kernels a CPU builds anew for every shape (0.7 ms), and what segments are filled up to then
+# types whose kernels a CPU builds for every new shape (0.7 ms), and the multiple that segments are then padded to
 _FILLED_DTYPES = (torch.bfloat16,)
 _SEGMENT_MULTIPLE = 32
 
 
 class Segment(NamedTuple):
-    """Queries that see the same keys: a trunk, and themselves up to the diagonal; row positions, ends excluded."""
+    """Queries that see the same keys: those of a trunk, and their own segment's up to the diagonal.
 
-    query_begin: int  # first query's place among the queries
-    num_queries: int  # the last ones of the segment's own positions
+    Args:
+        own: (begin, end) of the segment in the row, end exclusive.
+        trunk: (begin, end) of its trunk, end exclusive; empty for a trunk itself.
+    """
+
+    query_begin: int  # index of the first query among all queries
+    num_queries: int  # the last of the segment's own positions
     own: tuple[int, int]
     trunk: tuple[int, int]
 
@@ -63,21 +68,21 @@ class Segment(NamedTuple):
         return slice(self.query_begin, self.query_begin + self.num_queries)
 
     def keys(self, x: torch.Tensor) -> torch.Tensor:
-        """What the segment sees of keys or values (..., S, head size)."""
+        """The keys or values (..., S, head size) that the segment sees."""
         own = x[..., slice(*self.own), :]
         if self.trunk[0] == self.trunk[1]:
             return own
         return torch.cat([x[..., slice(*self.trunk), :], own], dim=-2)
 
     def add(self, x: torch.Tensor, part: torch.Tensor) -> None:
-        """Add to (..., S, head size) what belongs to the segment's keys."""
+        """Add gradients of the segment's keys to (..., S, head size)."""
         length = self.trunk[1] - self.trunk[0]
         x[..., slice(*self.own), :] += part[..., length:, :]
         if length:
             x[..., slice(*self.trunk), :] += part[..., :length, :]
 
     def blocks(self, size: int) -> list["Segment"]:
-        """The segment cut into equal blocks of queries, each of which sees the keys up to its last query alone."""
+        """The segment cut into equal blocks of queries, each of which sees only the keys up to its last query."""
         size = -(-self.num_queries // -(-self.num_queries // size))
         after = self.own[1] - self.num_queries
         return [
@@ -92,15 +97,15 @@ class Segment(NamedTuple):
 
 
 class Aligned(NamedTuple):
-    """Segments whose keys and queries are filled up to a multiple, and the way there and back.
+    """Segments with keys and queries padded to a multiple, and the indices to pad and unpad.
 
-    A segment's filling stands behind its keys, where no query of its own sees it, and around its queries.
+    A segment's padding comes after its keys, where none of its own queries sees it, and around its queries.
 
     Args:
-        segments: in places of the filled row.
-        queries, keys: (Q',), (S',) from where each place is filled.
-        query_places: (Q,) where the queries went.
-        key_places, key_positions: (N,) where the keys that somebody sees went, and where they are from.
+        segments: in places of the padded row.
+        queries, keys: (Q',), (S',) the source index of each padded place.
+        query_places: (Q,) the padded place of each query.
+        key_places, key_positions: (N,) padded place and source position of each key that any query sees.
     """
 
     segments: list[Segment]
@@ -113,12 +118,12 @@ class Aligned(NamedTuple):
 
 @dataclass
 class AttentionPlan:
-    """Who sees whom in a packed row; made once, read by every layer.
+    """Which positions see which in a packed row; made once, used by every layer.
 
     Args:
         segments: in the order of their queries.
         queries: (Q,) row positions of the queries; None: all.
-        kept: (N,) which queries the layer gives back; None: all.
+        kept: (N,) queries whose output the layer returns; None: all.
     """
 
     segments: list[Segment]
@@ -129,14 +134,14 @@ class AttentionPlan:
     _aligned: Aligned | None = None
 
     def aligned(self, multiple: int) -> Aligned:
-        """The segments on a CPU, each filled up to a multiple; a trunk is filled where it stands as a segment."""
+        """The segments on a CPU, each padded to a multiple; a trunk is padded where it is its own segment."""
         if self._aligned is not None:
             return self._aligned
         segments: list[Segment] = []
         queries: list[int] = []
         keys: list[int] = []
         query_places: list[int] = []
-        places: dict[tuple[int, int], int] = {}  # of the keys from one position to another
+        places: dict[tuple[int, int], int] = {}  # of the keys between two positions
         for segment in self.segments:
             for span in (segment.own, segment.trunk):
                 if span not in places:
@@ -164,7 +169,7 @@ class AttentionPlan:
         return self._aligned
 
     def mask(self, segment: Segment, query: torch.Tensor) -> torch.Tensor:
-        """Additive (num_queries, num_keys) mask that is causal towards the last key."""
+        """Additive (num_queries, num_keys) mask, causal and aligned at the last key."""
         shape = (segment.num_queries, segment.num_keys)
         if shape not in self._masks:
             hidden = torch.full(shape, float("-inf"), dtype=query.dtype, device=query.device)
@@ -177,7 +182,7 @@ class AttentionPlan:
         return self.mask(square, query)
 
     def varlen(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Key positions, and cumulative lengths of queries and keys, as varlen kernels take them."""
+        """Key positions, and cumulative lengths of queries and keys, in the form that varlen kernels take."""
         if self._varlen is None:
             keys = [torch.cat([torch.arange(*segment.trunk), torch.arange(*segment.own)]) for segment in self.segments]
             num_queries = torch.tensor([0, *(segment.num_queries for segment in self.segments)])
@@ -203,7 +208,7 @@ def plan_row(packing: Packing) -> AttentionPlan:
 def plan_last_layer(row: AttentionPlan, supervised: Sequence[int], device: torch.device) -> AttentionPlan:
     """Attention of the last layer: queries from each segment's first supervised position on.
 
-    They end with their segment, so that its last query sees its last key, as varlen kernels want it.
+    Queries end with their segment, so that its last query sees its last key, as varlen kernels require.
 
     Args:
         supervised: ascending row positions whose output is read.
@@ -232,8 +237,8 @@ def packed_attention(
 ) -> torch.Tensor:
     """Attention (1, Q, H, head size) of queries (1, H, Q, head size) over the row's keys (1, key heads, S, head size).
 
-    A GPU in half precision runs one varlen kernel over all segments. Elsewhere the segments run one by one, since a
-    mask over the whole row would cost more than padding does.
+    A GPU in half precision runs one varlen kernel over all segments. Otherwise segments run one by one, since a mask
+    over the whole row would cost more than padding.
     """
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         return _varlen_attention(query, key, value, plan, scaling)
@@ -255,8 +260,8 @@ def packed_attention(
 class _BlockAttention(torch.autograd.Function):
     """Attention in blocks of queries, as plain matrix products.
 
-    In bfloat16 a CPU's fused kernel takes as long as in float32, while its matrix products are several times faster;
-    and gradients add up in place, where slices would each fill a tensor of the whole row's size.
+    In bfloat16 a CPU's fused kernel is no faster than in float32, while its matrix products are several times faster;
+    and gradients add up in place, whereas each slice would fill a tensor as large as the whole row.
     """
 
     @staticmethod
@@ -271,7 +276,7 @@ class _BlockAttention(torch.autograd.Function):
         groups = query.shape[1] // key.shape[1]
         aligned = plan.aligned(_SEGMENT_MULTIPLE) if query.dtype in _FILLED_DTYPES else None
         ctx.num_positions, ctx.aligned, ctx.groups, ctx.scaling = key.shape[2], aligned, groups, scaling
-        # (positions, heads, head size), as the projections left them: rows are taken and placed whole
+        # (positions, heads, head size), the projections' layout: rows are gathered and scattered whole
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         if aligned is not None:
             query = query.index_select(0, aligned.queries)
@@ -298,7 +303,7 @@ class _BlockAttention(torch.autograd.Function):
         aligned, groups = ctx.aligned, ctx.groups
         grad = grad[0]
         along = (grad * output).sum(-1, keepdim=True)
-        if aligned is not None:  # what fills up has no gradient
+        if aligned is not None:  # padding has no gradient
             grad, along = (
                 x.new_zeros(query.shape[1], *x.shape[1:]).index_copy_(0, aligned.query_places, x)
                 for x in (grad, along)
@@ -326,7 +331,7 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def _fold(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """(H, Q, size) -> (key heads, groups x Q, size): the query heads of a key head below each other."""
+    """(H, Q, size) -> (key heads, groups x Q, size): stacks the query heads of each key head."""
     return x.unflatten(0, (-1, groups)).flatten(1, 2)
 
 
@@ -356,7 +361,7 @@ def _varlen_attention(
 
 
 class LlavaLlama31Attention(LlamaAttention):
-    """Llama's attention, with a way through for packed rows."""
+    """Llama's attention, with a path for packed rows."""
 
     def project(self, hidden: torch.Tensor, positions: Positions, queries: torch.Tensor | None) -> Heads:
         """Rotated queries (1, H, Q, head size), rotated keys and values (1, key heads, S, head size) of (1, S, D)."""
@@ -372,7 +377,7 @@ class LlavaLlama31Attention(LlamaAttention):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def packed(self, heads: Heads, plan: AttentionPlan, cache: Cache | None = None) -> torch.Tensor:
-        """What the output projection takes (1, N, H x head size); `cache` keeps keys and values."""
+        """Input of the output projection (1, N, H x head size); `cache` stores keys and values."""
         query, key, value = heads
         if cache is not None:
             cache.update(key, value, self.layer_idx)
@@ -381,9 +386,9 @@ class LlavaLlama31Attention(LlamaAttention):
 
 
 class _Rotary(torch.autograd.Function):
-    """Rotary embedding of x (1, H, Q, head size) by `cos` and `sin` (1, Q, head size), as Llama pairs the halves.
+    """Rotary embedding of x (1, H, Q, head size) by `cos` and `sin` (1, Q, head size), pairing halves like Llama.
 
-    The products have the wider type, the output has that of x; a rotation's way back is the opposite rotation.
+    Products use the wider type, the output has x's type; the backward pass is the opposite rotation.
     """
 
     @staticmethod
@@ -410,7 +415,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 
 
 class LlavaLlama31RMSNorm(LlamaRMSNorm):
-    """Llama's norm, which keeps its input alone for the way back, and gives what autocast would make of its output."""
+    """Llama's norm; saves only its input for the backward pass, and returns the type that autocast would cast to."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         device = hidden_states.device.type
@@ -421,7 +426,7 @@ class LlavaLlama31RMSNorm(LlamaRMSNorm):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich, 2019), in float32 at least."""
+    """weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich, 2019), in at least float32."""
 
     @staticmethod
     def forward(
@@ -448,7 +453,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
-    """Llama's decoder layer; with a plan it runs a packed row, and only at the positions that the plan keeps."""
+    """Llama's decoder layer; with a plan it runs a packed row, only at the positions that the plan keeps."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -478,7 +483,7 @@ class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        if not plan.segments:  # nobody reads the output: keys and values are all
+        if not plan.segments:  # the output is never read: only keys and values are needed
             normed = self.input_layernorm(hidden_states)
             keys_and_values = self.self_attn.keys_and_values(normed, position_embeddings)
             past_key_values.update(*keys_and_values, self.self_attn.layer_idx)
@@ -492,7 +497,7 @@ class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
 
 
 class TokenWise(NamedTuple):
-    """What a layer computes position by position, before and after its attention: these parts can be compiled."""
+    """The position-wise parts of a layer, before and after its attention; these can be compiled."""
 
     before: Callable[[LlavaLlama31DecoderLayer, torch.Tensor, Positions, torch.Tensor | None], Heads]
     after: Callable[[LlavaLlama31DecoderLayer, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -518,7 +523,7 @@ class LlavaLlama31TextModel(LlamaModel):
     _no_split_modules = ["LlavaLlama31DecoderLayer"]
 
     def __init__(self, config: LlamaConfig):
-        # not the parent's: it would build the stock layers first
+        # skip the parent's __init__, which would build the stock layers first
         super(LlamaModel, self).__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -532,7 +537,7 @@ class LlavaLlama31TextModel(LlamaModel):
     def compile_token_wise(self) -> None:
         """Compile the layers' norms, projections and MLPs for training on packed rows, once for all row lengths.
 
-        Attention is left out: its plan is made of Python lists, and it would be compiled anew for every row.
+        Attention is left out: its plan consists of Python lists, so every row would trigger a new compilation.
         """
         compiled = TokenWise(*(torch.compile(function, dynamic=True) for function in EAGER))
         for layer in self.layers:
@@ -550,10 +555,10 @@ class LlavaLlama31TextModel(LlamaModel):
 
         Args:
             inputs_embeds: (1, S, D).
-            position_ids: (1, S), restarting at each tree and going on from the trunk in each branch.
+            position_ids: (1, S), restarting at each tree and continuing from the trunk in each branch.
             packing: lengths of the trees, S in all.
             supervised: ascending row positions.
-            cache: takes the keys and values of all positions.
+            cache: stores the keys and values of all positions.
         """
         positions = self.rotary_emb(inputs_embeds, position_ids)
         plan = plan_row(packing)
@@ -568,7 +573,7 @@ class LlavaLlama31TextModel(LlamaModel):
 
 
 class SupervisedHead(nn.Linear):
-    """The language model's head; given targets, it returns their loss without keeping logits."""
+    """The language model's head; given targets, it returns their loss without storing the logits."""
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (..., V) of hidden states (..., D); with `targets` (N,), the sum of their cross-entropies."""
@@ -579,9 +584,9 @@ class SupervisedHead(nn.Linear):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies of `hidden @ weight.T`, chunk by chunk; gradients are made on the way forward.
+    """Sum of cross-entropies of `hidden @ weight.T`, chunk by chunk; gradients are computed in the forward pass.
 
-    As in Cut Your Losses (Wijmans et al., 2024) and Liger's fused loss: of the logits only one chunk ever exists.
+    As in Cut Your Losses (Wijmans et al., 2024) and Liger's fused loss, only one chunk of logits exists at a time.
     """
 
     @staticmethod
@@ -595,7 +600,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden, narrow_weight = hidden.to(dtype), weight.to(dtype)
             total = torch.zeros((), dtype=exact, device=hidden.device)
             rows = min(len(targets), _HEAD_ROWS)
-            # written over chunk by chunk: fresh memory of this size costs as much as the products
+            # overwritten chunk by chunk: allocating memory of this size costs as much as the products
             logits = hidden.new_empty(rows, weight.shape[0])
             room = hidden.new_empty(0 if dtype == exact else _SOFTMAX_ROWS, weight.shape[0], dtype=exact)
             for begin in range(0, len(targets), rows):
@@ -628,9 +633,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _cross_entropy(logits: torch.Tensor, room: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropies of logits (N, V), which become its gradient.
+    """Sum of the cross-entropies of logits (N, V); overwrites the logits with their gradient.
 
-    `room` (R, V), of the type to work in, is written over; it may be empty where the logits have that type.
+    `room` (R, V), of the type to compute in, is scratch space; it may be empty if the logits have that type.
     """
     total = room.new_zeros(())
     for part, index in zip(logits.split(_SOFTMAX_ROWS), targets[:, None].split(_SOFTMAX_ROWS), strict=True):
@@ -638,7 +643,7 @@ def _cross_entropy(logits: torch.Tensor, room: torch.Tensor, targets: torch.Tens
         wanted, largest = (x.to(wide.dtype) for x in (part.gather(1, index), part.amax(dim=1, keepdim=True)))
         wide.copy_(part)
         torch.softmax(wide, dim=1, out=wide)
-        # the logarithm of the sum of exponentials, from the one probability that can't be too small
+        # log-sum-exp, computed from the largest probability, which cannot underflow
         normaliser = largest - wide.amax(dim=1, keepdim=True).log()
         part.copy_(wide.scatter_add_(1, index, torch.full_like(wanted, -1)))
         total += (normaliser - wanted).sum()

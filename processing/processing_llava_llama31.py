@@ -1,8 +1,8 @@
-"""Processor of LLaVA-NeXT on Llama 3.1: conversations and pictures -> token ids, labels and tiles.
+"""Processor of LLaVA-NeXT on Llama 3.1: conversations and images -> token ids, labels and tiles.
 
 It is Transformers' `LlavaNextProcessor` (same files, same attributes) with three additions: the Llama-3.1 chat
-template below, ids and labels built turn by turn (`encode`), and a lean path to the tiles that is bit-equal to
-Transformers' PIL image processor (`tiles`). A folder that it saves also opens as the stock class, without this file.
+template below, ids and labels built turn by turn (`encode`), and a fast path to the tiles, bit-identical to
+Transformers' PIL image processor (`tiles`). A folder that it saves also opens with the stock class, without this file.
 
 Shapes: T tiles, H W the height and width of a tile, S tokens of a conversation.
 """
@@ -30,7 +30,7 @@ END_OF_TURN = "<|eot_id|>"
 STOP_TOKENS = ("<|end_of_text|>", "<|eom_id|>", END_OF_TURN)
 CHAT_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", PAD_TOKEN, *STOP_TOKENS)
 
-# Llama-3.1 turns as in Meta's ChatFormat (llama_models/llama3/chat_format.py), without tools and date lines.
+# Llama-3.1 turns as in Meta's ChatFormat (llama_models/llama3/chat_format.py), without tools and dates.
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -69,8 +69,8 @@ Message = dict  # {"role": str, "content": str | list[{"type": "image"} | {"type
 class Encoding(NamedTuple):
     """Token ids of one conversation and their labels: -100 except in assistant turns and their `<|eot_id|>`.
 
-    `num_prefix_tokens` reach to the end of the last picture, before anything supervised: conversations about the same
-    pictures begin alike up to there. 0 without pictures, or with one in a later turn.
+    The first `num_prefix_tokens` end with the last image, before anything supervised: conversations about the same
+    images share them. 0 without images, or with an image in a later turn.
     """
 
     input_ids: list[int]
@@ -83,7 +83,13 @@ class Encoding(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """A resized picture in the middle of its grid of tiles; all in pixels."""
+    """A resized image centred in its grid of tiles; all in pixels.
+
+    Args:
+        grid_height, grid_width: of all tiles together.
+        top, left: of the resized image within the grid.
+        height, width: of the resized image.
+    """
 
     grid_height: int
     grid_width: int
@@ -94,15 +100,14 @@ class Placement(NamedTuple):
 
 
 class LlavaLlama31Processor(LlavaNextProcessor):
-    """`LlavaNextProcessor` whose chat template, ids and labels are those of Llama 3.1.
+    """`LlavaNextProcessor` with the chat template, ids and labels of Llama 3.1.
 
-    `__call__`, `apply_chat_template` and `decode` are the stock ones. `encode` gives the ids that
-    `apply_chat_template` gives with Llama's tokenizer; it tokenises what follows a header apart from the header (as
-    Meta's ChatFormat does), so that training and generation agree with any tokenizer, and text that looks like a
-    special token stays text.
+    `__call__`, `apply_chat_template` and `decode` are the stock ones. With Llama's tokenizer, `encode` returns the
+    same ids as `apply_chat_template`; it tokenises a header separately from what follows (like Meta's ChatFormat), so
+    that training and generation agree with any tokenizer, and text that looks like a special token stays text.
 
     Raises:
-        ValueError: from `encode`, when the images and the image parts of the messages differ in number.
+        ValueError: from `encode`, if the numbers of images and of image parts in the messages differ.
     """
 
     @cached_property
@@ -115,7 +120,7 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         return {}
 
     def num_image_tokens(self, image_size: tuple[int, int]) -> int:
-        """Number of placeholders of a picture of (height, width) pixels, equal to the model's feature count."""
+        """Number of placeholders of an image of (height, width) pixels; equals the model's feature count."""
         known = self._num_image_tokens
         if image_size not in known:
             height, width = image_size
@@ -124,7 +129,7 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         return known[image_size]
 
     def num_tiles(self, image_size: tuple[int, int]) -> int:
-        """Number of tiles of a picture of (height, width) pixels, the base tile included."""
+        """Number of tiles of an image of (height, width) pixels, including the base tile."""
         height, width = select_best_resolution(image_size, self.image_processor.image_grid_pinpoints)
         return 1 + (height // self.tile_size) * (width // self.tile_size)
 
@@ -135,8 +140,8 @@ class LlavaLlama31Processor(LlavaNextProcessor):
     def encode_batch(
         self, conversations: Sequence[Sequence[Message]], image_sizes: Sequence[Sequence[tuple[int, int]]]
     ) -> list[Encoding]:
-        """`encode` for many conversations with one call of the tokenizer."""
-        # every distinct string once: headers and short answers repeat
+        """`encode` many conversations with one call of the tokenizer."""
+        # each distinct string once: headers and short answers repeat
         texts: dict[str, list[int]] = {"\n\n": []}
         for messages in conversations:
             for message in messages:
@@ -153,15 +158,15 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         return self.encode(messages, image_sizes).input_ids + self._header("assistant", self._header_texts)
 
     def placement(self, image_size: tuple[int, int]) -> Placement:
-        """Where a picture of (height, width) pixels comes to lie in its grid of tiles."""
+        """Where an image of (height, width) pixels is placed in its grid of tiles."""
         best = select_best_resolution(image_size, self.image_processor.image_grid_pinpoints)
-        # the function wants a picture for its size alone
+        # only the shape of this array is used
         height, width = get_patch_output_size(np.empty((3, *image_size), bool), best, "channels_first")
         top, left = (best[0] - height) // 2, (best[1] - width) // 2
         return Placement(best[0], best[1], top, left, height, width)
 
     def tiles(self, image: Image.Image) -> np.ndarray:
-        """Base tile and anyres tiles of a picture: float32 (T, 3, H, W), bit-equal to the PIL image processor's."""
+        """Base tile and anyres tiles of an image: float32 (T, 3, H, W), bit-identical to the PIL image processor's."""
         size, resample = self.tile_size, self.image_processor.resample
         image = image.convert("RGB")
         place = self.placement((image.height, image.width))
@@ -175,13 +180,13 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         values = np.empty(tiles.shape, np.float32)
         for tile in range(len(tiles)):
             for channel, table in enumerate(self.pixel_levels):
-                # no uint8 is out of range: `clip` only spares a slow check
+                # no uint8 is out of range: `clip` only avoids a slow check
                 np.take(table, tiles[tile, channel], out=values[tile, channel], mode="clip")
         return values
 
     @cached_property
     def pixel_levels(self) -> np.ndarray:
-        """float32 (3, 256): what rescaling and normalising make of each uint8 value of a channel."""
+        """float32 (3, 256): each uint8 value of a channel after rescaling and normalising."""
         ip = self.image_processor
         levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
         if ip.do_rescale:
@@ -208,7 +213,9 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         segments = [_segments(message) for message in messages]
         num_images = sum(segment is None for turn in segments for segment in turn)
         if num_images != len(image_sizes):
-            raise ValueError(f"the messages hold {num_images} images, but {len(image_sizes)} image sizes were given")
+            raise ValueError(
+                f"the messages contain {num_images} images, but {len(image_sizes)} image sizes were given"
+            )
         sizes = iter([(height, width) for height, width in image_sizes])
         input_ids = [self._ids["<|begin_of_text|>"]]
         labels = [IGNORE_INDEX]
@@ -240,7 +247,7 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         return output
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """Save so that the stock class (without remote code) and this one (with it) both open the folder."""
+        """Save so that both the stock class (without remote code) and this one (with it) open the folder."""
         files = super().save_pretrained(save_directory, push_to_hub=False, **kwargs)
         tokenizer_config = Path(save_directory, "tokenizer_config.json")
         config = json.loads(tokenizer_config.read_text(encoding="utf-8"))
@@ -249,12 +256,14 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
         if push_to_hub:
-            raise ValueError("push the saved folder: huggingface_hub.upload_folder takes it as it is")
+            raise ValueError(
+                "push_to_hub is not supported: upload the saved folder with huggingface_hub.upload_folder"
+            )
         return files
 
 
 def _segments(message: Message) -> list[str | None]:
-    """A turn as the template renders it, cut at its images (None); the whole is trimmed as the template trims it."""
+    """A turn as the template renders it, split at its images (None) and trimmed like the template trims it."""
     content = message["content"]
     if isinstance(content, str):
         return [content.strip()]
@@ -281,18 +290,18 @@ def build_processor(
     image_grid_pinpoints: Sequence[Sequence[int]],
     resample: int = Image.Resampling.BICUBIC,
 ) -> LlavaLlama31Processor:
-    """Processor for a vision tower with a CLS token and a Llama-3.1 tokenizer, to which `<image>` is added.
+    """Build the processor for a vision tower with a CLS token and a Llama-3.1 tokenizer, adding `<image>` to it.
 
     Args:
         tokenizer: a fast tokenizer with Llama 3.1's special tokens; changed in place.
         image_size: side of a tile in pixels.
         patch_size: side of a patch in pixels.
         image_mean, image_std: per channel, on pixel values in [0, 1].
-        image_grid_pinpoints: (height, width) in pixels of the resolutions that a picture may be tiled at.
-        resample: PIL's code of the filter.
+        image_grid_pinpoints: (height, width) in pixels of the resolutions that an image may be tiled at.
+        resample: PIL's code for the filter.
 
     Raises:
-        ValueError: naming the chat tokens that the tokenizer lacks.
+        ValueError: the tokenizer lacks chat tokens; names them.
     """
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in CHAT_TOKENS if token not in vocabulary]

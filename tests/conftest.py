@@ -5,7 +5,6 @@ import copy
 import ctypes
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,8 +216,8 @@ def data_folder(tmp_path_factory, make_image):
     return folder
 
 
-@pytest.fixture
-def recipe_content(base_folder, data_folder):
+@pytest.fixture(scope="session")
+def pristine_recipe(base_folder, data_folder):
     """A two-stage recipe of seconds, as the mapping that its YAML file holds."""
     stage = {
         "data": [{"name": "rows", "path": str(data_folder / "rows.json")}],
@@ -244,6 +243,12 @@ def recipe_content(base_folder, data_folder):
         },
         "evaluation": {"data": str(data_folder / "questions.jsonl"), "baselines": True, "max_new_tokens": 4},
     }
+
+
+@pytest.fixture
+def recipe_content(pristine_recipe):
+    """A copy of its own for every test."""
+    return copy.deepcopy(pristine_recipe)
 
 
 @pytest.fixture(scope="session")
@@ -291,24 +296,6 @@ def run_recipe():
         return folder
 
     return run
-
-
-@pytest.fixture(scope="session")
-def launch():
-    """Start a script of examples/ in a process of its own, or in several through `accelerate launch`."""
-
-    def start(script: str, *arguments: str, processes: int = 1) -> subprocess.Popen:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-        command = [str(Path(__file__).parents[1] / "examples" / script), *arguments]
-        if processes > 1:
-            options = f"--multi_gpu --num_machines 1 --num_processes {processes} --main_process_port 0"
-            options += " --mixed_precision no --dynamo_backend no"
-            command = ["-m", "accelerate.commands.launch", *options.split(), *command]
-        return subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
-
-    return start
 
 
 def user(*parts):

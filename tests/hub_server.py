@@ -179,6 +179,12 @@ def running_hub(token: str) -> Iterator[Hub]:
         server.server_close()
 
 
+def adopt(endpoint: str) -> None:
+    """Make this process, forked by one that had other variables, talk to a Hub."""
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = endpoint, False, True
+    close_session()
+
+
 @contextmanager
 def hub_of_this_process(token: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub that this process and its children talk to."""

@@ -479,14 +479,19 @@ def spoil_json(folder):
 NORM = "model.norm.weight"
 SHAPE = r"linear_1.weight is \[48, 32\] and should be \[48, 64\].*vision tower is 64 wide, the language model 48"
 ROWS = r"embed_tokens.weight is \[\d+, 48\] and should be \[\d+, 48\]"
-PINPOINT = r"\[28, 50\] not .*tile of 28 px"
+PINPOINT = r"\[28, 50\] are not .*tile of 28 px"
 SIGLIP = "siglip_vision_model"
 narrow, third = torch.zeros(48, 32), torch.zeros(2)
 int8 = torch.zeros(48, dtype=torch.int8)
 # which part is spoiled, how, further arguments, what the message says
 WRONG_PARTS = {
     "projector of another width": ("projector", put(model__mm_projector__0__weight=narrow), {}, SHAPE),
-    "deeper projector": ("projector", put(mm_projector__4__weight=third), {}, "mm_projector.4.weight is not of a two"),
+    "deeper projector": (
+        "projector",
+        put(mm_projector__4__weight=third),
+        {},
+        "mm_projector.4.weight does not belong to a two",
+    ),
     "no projector inside": ("projector", overwrite, {}, "no projector"),
     "projector of another layer": ("projector", nothing, {"vision_feature_layer": -1}, "on vision_feature_layer -2"),
     "image size and patch": (
@@ -500,7 +505,7 @@ WRONG_PARTS = {
         "tower",
         nothing,
         {"vision_feature_layer": 4},
-        "vision_feature_layer 4 of a tower with 3 layers",
+        "vision_feature_layer is 4, but the tower has 3 layers",
     ),
     "image size of CLIP": ("tower", nothing, {"image_size": 56}, "embeddings are for 28 px, not for 56 px"),
     "tower lacks a tensor": ("tower", drop("vision_model.pre_layrnorm.weight"), {}, "lacks .*pre_layrnorm.weight"),
@@ -511,15 +516,15 @@ WRONG_PARTS = {
         r"layers.2.* and \d+ more not in the model",
     ),
     "tower of another kind": ("tower", configure(model_type=SIGLIP), {}, f"vision tower of type '{SIGLIP}'"),
-    "tower without weights": ("tower", overwrite, {}, "holds no vision tower"),
+    "tower without weights": ("tower", overwrite, {}, "contains no vision tower"),
     "language model lacks a tensor": ("language", drop(NORM), {}, "lacks model.language_model.norm.weight"),
     "language model of another family": ("language", configure(model_type="qwen2"), {}, "model of type 'qwen2'"),
     "language model's rows": ("language", configure(vocab_size=300), {}, ROWS),
     "cut file": ("language", truncate, {}, "model.safetensors: unreadable"),
     "config that is no JSON": ("language", spoil_json, {}, "config.json: unreadable"),
-    "quantised weights": ("language", put(model__norm__weight=int8), {}, "holds I8 tensors"),
-    "pickle only": ("language", only_pickle, {}, "holds no safetensors file; pickles .* are refused"),
-    "lost shard": ("language", lost_shard, {}, "model-00002-of-00002.safetensors is in the index but not there"),
+    "quantised weights": ("language", put(model__norm__weight=int8), {}, "contains I8 tensors"),
+    "pickle only": ("language", only_pickle, {}, "contains no safetensors file; pickles .* are refused"),
+    "lost shard": ("language", lost_shard, {}, "model-00002-of-00002.safetensors is in the index but missing"),
     "no tokenizer": ("language", lambda folder: (folder / "tokenizer.json").unlink(), {}, "no tokenizer"),
     "no such folder": ("language", shutil.rmtree, {}, "language"),
 }
@@ -563,7 +568,7 @@ def test_all_wrong_parts_are_named_at_once(tower_folders, language_model, tmp_pa
 def test_output_that_exists_is_kept(clip_folder, language_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         assemble(clip_folder, language_folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "mine").read_text() == "kept"
 
@@ -571,7 +576,7 @@ def test_output_that_exists_is_kept(clip_folder, language_folder, tmp_path):
 def test_full_disk_is_named_before_writing(clip_folder, language_folder, vocabulary, tmp_path):
     plan = plan_assembly(clip_folder, language_folder, vocabulary=vocabulary)
     huge = dataclasses.replace(plan.tensors["model.image_newline"], shape=(10**15,))
-    with pytest.raises(AssemblyError, match=r"GB are needed and .* GB are free"):
+    with pytest.raises(AssemblyError, match=r"GB are needed but only .* GB are free"):
         write_assembly(dataclasses.replace(plan, tensors={"model.image_newline": huge}), tmp_path / "parent" / "out")
     assert list((tmp_path / "parent").iterdir()) == []
 

@@ -21,8 +21,10 @@ from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths
 from llava_llama31.trainer.data.check import check as check_data
 from llava_llama31.trainer.data.check import image_decoder as decoding
 from llava_llama31.trainer.data.check import row_checker as check_rows
-from llava_llama31.trainer.data.check.check import Limits, check_sources, parse_policy, run_check, select_rows
+from llava_llama31.trainer.data.check.check import check_sources, run_check
 from llava_llama31.trainer.data.check.image_decoder import Decoder
+from llava_llama31.trainer.data.check.report import parse_policy, select_rows
+from llava_llama31.trainer.data.check.row_checker import Limits
 from llava_llama31.trainer.data.sources.records import open_records
 from llava_llama31.trainer.data.sources.reject_reasons import REASONS
 from llava_llama31.trainer.errors import UserError

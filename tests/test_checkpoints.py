@@ -15,12 +15,12 @@ def whole(tmp_path):
 
     def make(step):
         final = tmp_path / f"checkpoint-{step}"
-        staging = atomic_folders.stage(final)
+        staging = atomic_folders.staging_folder(final)
         (staging / "sub").mkdir()
         (staging / "a.bin").write_bytes(bytes([step]) * 100)
         (staging / "sub" / "b.txt").write_text(f"step {step}")
         assert not final.exists()
-        atomic_folders.publish(staging, final, {"step": step})
+        atomic_folders.commit(staging, final, {"step": step})
         return final
 
     return [make(2), make(10)]
@@ -58,14 +58,14 @@ def test_every_damage_falls_back_to_the_one_before_and_is_named(whole, tmp_path,
 
 def test_rotation_keeps_the_newest(whole, tmp_path):
     atomic_folders.rotate(tmp_path, 1)
-    assert atomic_folders.checkpoints(tmp_path) == [whole[1]]
+    assert atomic_folders.numbered(tmp_path) == [whole[1]]
 
 
 def test_a_leftover_of_a_killed_save_is_not_seen_and_is_swept(whole, tmp_path):
-    staging = atomic_folders.stage(tmp_path / "checkpoint-12")
+    staging = atomic_folders.staging_folder(tmp_path / "checkpoint-12")
     (staging / "half").write_text("x")
     assert atomic_folders.newest_whole(tmp_path)[0] == whole[1]
-    assert list(atomic_folders.stage(tmp_path / "checkpoint-12").iterdir()) == []
+    assert list(atomic_folders.staging_folder(tmp_path / "checkpoint-12").iterdir()) == []
 
 
 def test_training_state_round_trips_without_pickle(tmp_path):
@@ -96,7 +96,7 @@ def test_training_state_round_trips_without_pickle(tmp_path):
 
 
 def test_what_has_no_place_in_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="holds a object"):
+    with pytest.raises(TypeError, match="contains a object"):
         atomic_folders.save_tree(tmp_path / "state", {"a": object()})
     with pytest.raises(ValueError, match="JSON compliant"):
         atomic_folders.write_json(tmp_path / "x.json", {"loss": float("nan")})

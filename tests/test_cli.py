@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.recipes.schema import SHIPPED
+from llava_llama31.trainer.recipes.loading import SHIPPED
 
 
 @pytest.fixture

@@ -18,17 +18,12 @@ from llava_llama31.packed_llama_llava_llama31 import EAGER
 from llava_llama31.trainer.checkpoint.atomic_folders import load_tree, save_tree
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.fault_tolerance.stage_guard import Requests
+from llava_llama31.trainer.fault_tolerance.stage_guard import StopRequests
 from llava_llama31.trainer.model import device_options
 from llava_llama31.trainer.model.module_groups import freeze
 from llava_llama31.trainer.model.stage_model import use_device_options
 from llava_llama31.trainer.recipes.schema import Stage
-from llava_llama31.trainer.training.optimizers import (
-    AdamWBfloat16,
-    load_portable_state,
-    portable_state,
-    round_by_chance,
-)
+from llava_llama31.trainer.training.optimizers import AdamWBfloat16, load_portable_state, portable_state, round_by_chance
 
 
 def stage(**changes):
@@ -168,7 +163,7 @@ def test_a_stage_with_a_low_bit_optimizer_resumes_with_the_same_bits(tmp_path, r
                 signal.raise_signal(signal.SIGINT)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Requests, "on_step_begin", on_step_begin)
+            patch.setattr(StopRequests, "on_step_begin", on_step_begin)
             assert run(tmp_path, recipe_content, "stopped")[0] == 75
         code, stopped = run(tmp_path, recipe_content, "stopped")
     assert code == 0
@@ -244,27 +239,6 @@ def test_compiled_equals_eager(tiny_config, samples, collate, autocast, toleranc
         model.eval()(**rows[0])
     assert counters["stats"]["unique_graphs"] == num_graphs[-1]
     torch.compiler.reset()
-
-
-@pytest.mark.slow
-def test_two_compiled_processes_end_as_one_that_is_not(launch, tmp_path, recipe_content):
-    del recipe_content["evaluation"], recipe_content["stages"]["projector"]
-    recipe_content["stages"]["instruct"] |= {"max_steps": 2, "epochs": None, "micro_batch": 2}
-    ends = []
-    for processes, options in ((1, {}), (2, {"compile": True, "activation_checkpointing": 2})):
-        recipe_content["stages"]["instruct"] |= options
-        path, output = tmp_path / f"{processes}.yaml", tmp_path / f"{processes}"
-        path.write_text(yaml.safe_dump(recipe_content))
-        job = launch("train.py", str(path), "--output", str(output), processes=processes)
-        text, _ = job.communicate(timeout=280)
-        assert job.returncode == 0, text
-        ends.append(load_file(output / "stages/1-instruct/final/model.safetensors"))
-    start = load_file(os.path.join(recipe_content["model"]["checkpoint"], "model.safetensors"))
-    apart, moved = (
-        sum((end[n] - other[n]).square().sum() for n in end) ** 0.5
-        for end, other in ((ends[0], ends[1]), (ends[0], start))
-    )
-    assert apart < 1e-3 * moved
 
 
 def test_layers_are_compiled_where_the_stage_asks_for_it(tiny_model):
@@ -389,7 +363,7 @@ def test_the_8_bit_optimizer_is_the_one_that_is_there(machine):
 def test_fp8_wants_a_gpu_that_has_it(machine):
     eight = stage(fp8=True, compile=True)
     for packages, capability, message in (
-        (["torchao"], None, "needs a GPU, and none is here"),
+        (["torchao"], None, "needs a GPU, and this machine has none"),
         (["torchao"], (8, 6), r"8\.9 .* this one has 8\.6"),
         ([], (9, 0), "fp8 needs torchao"),
     ):
@@ -407,7 +381,7 @@ def test_fsdp_is_refused(machine, monkeypatch, changes):
     device_options.check_device_options(stage(**changes), "here")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     device_options.check_device_options(stage(), "here")
-    with pytest.raises(UserError, match=rf"here\.{next(iter(changes))}: not under FSDP"):
+    with pytest.raises(UserError, match=rf"here\.{next(iter(changes))}: is not supported under FSDP"):
         device_options.check_device_options(stage(**changes), "here")
 
 

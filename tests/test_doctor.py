@@ -17,19 +17,7 @@ import pytest
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.doctor import checks, command, facts, ranks
-from llava_llama31.trainer.doctor.facts import (
-    AccelerateConfig,
-    BuildLock,
-    Compilers,
-    Folder,
-    Gpu,
-    Gpus,
-    Hub,
-    Installations,
-    Launch,
-    Machine,
-    Package,
-)
+from llava_llama31.trainer.doctor.facts import AccelerateConfig, BuildLock, Compilers, Folder, Gpu, Gpus, Hub, Installations, Launch, Machine, Package
 from llava_llama31.trainer.doctor.probe import Outcome, Probes, all_reduce_commands
 
 
@@ -90,7 +78,7 @@ CASES = [
     (checks.check_installations, (Installations(("/venv",), "/clone"),), "ok", "/clone"),
     (checks.check_installations, (Installations(("/a", "/b"), "/b/llava"),), "warning", "2 installations: /a, /b"),
     (checks.check_gpus, (GPUS,), "ok", "GPU 0, 1: NVIDIA H100, 85 GB, capability 9.0, bfloat16 and float8"),
-    (checks.check_gpus, (GPUS,), "ok", "570.86.15, CUDA 12.8 at most; torch's is 12.8"),
+    (checks.check_gpus, (GPUS,), "ok", "570.86.15, CUDA up to 12.8; torch uses 12.8"),
     (
         checks.check_gpus,
         (gpus(devices=(H100, replace(H100, free=20 * GB))),),
@@ -117,7 +105,7 @@ CASES = [
         checks.check_gpus,
         (gpus(architectures=("sm_75",), devices=(replace(H100, capability=(7, 5)),)),),
         "warning",
-        "has no bfloat16 products",
+        "has no bfloat16 matrix products",
     ),
     (checks.check_gpus, (gpus(devices=(replace(H100, capability=(8, 6)),)),), "ok", "8.6, bfloat16"),
     (checks.check_gpus, (gpus(**NO_DEVICE, torch_cuda="13.0"),), "error", "torch is built for CUDA 13.0, the driver"),
@@ -160,7 +148,7 @@ CASES = [
     (checks.check_hub, (HUB,), "ok", "token from HF_TOKEN, of somebody"),
     (checks.check_hub, (replace(HUB, token_from=None, user=None),), "ok", "no token"),
     (checks.check_hub, (replace(HUB, offline=True, user=None),), "ok", "offline by HF_HUB_OFFLINE"),
-    (checks.check_hub, (replace(HUB, error="ConnectError", user=None),), "warning", "can't be asked: ConnectError"),
+    (checks.check_hub, (replace(HUB, error="ConnectError", user=None),), "warning", "can't be reached: ConnectError"),
     (checks.check_hub, (replace(HUB, refused=True, error="status 401", user=None),), "error", "refuses the token"),
     (checks.check_hub, (replace(HUB, token_from="/t", token_mode=0o644),), "warning", "/t is readable by others"),
     (checks.check_hub, (replace(HUB, token_from="/t", token_mode=0o600),), "ok", "token from /t"),
@@ -168,7 +156,7 @@ CASES = [
     (checks.check_accelerate_config, (saved(distributed_type="MULTI_GPU", num_processes=8),), "ok", "MULTI_GPU, 8"),
     (checks.check_accelerate_config, (saved(use_cpu=True),), "warning", "use_cpu: true leaves the GPUs idle"),
     (checks.check_accelerate_config, (saved(distributed_type="MULTI_CPU"),), "warning", "starts one process unless"),
-    (checks.check_accelerate_config, (saved(distributed_type="FSDP"),), "warning", "FSDP shards whatever"),
+    (checks.check_accelerate_config, (saved(distributed_type="FSDP"),), "warning", "FSDP shards every launch"),
     (checks.check_accelerate_config, (saved(distributed_type="NO"),), "warning", "NO starts one process"),
     (
         checks.check_accelerate_config,
@@ -210,7 +198,7 @@ CASES = [
         checks.check_ranks,
         (16, 8, {rank: "a" for rank in range(8)}, {}, "a:1"),
         "error",
-        "of 16 ranks 8, 9, 10, 11, 12, 13, 14, 15 never came to a:1 (machine 1)",
+        "of 16 ranks 8, 9, 10, 11, 12, 13, 14, 15 never reached a:1 (machine 1)",
     ),
     (
         checks.check_ranks,
@@ -235,8 +223,8 @@ AGREED = ({0: {"torch": "2"}, 1: {"torch": "2"}}, {0: True, 1: True}, {0: True, 
 CHANGES = [
     (0, AGREED[0], "ok", "the same versions"),
     (0, {0: {"torch": "2"}, 1: {"torch": "3"}}, "error", "torch 2 on a, but 3 on b"),
-    (1, {0: True, 1: False}, "error", "b don't see what a writes into /o"),
-    (2, {0: True, 1: False}, "ok", "b and a have caches of their own"),
+    (1, {0: True, 1: False}, "error", "b don't see what a writes to /o"),
+    (2, {0: True, 1: False}, "ok", "b and a have separate caches"),
 ]
 
 
@@ -252,7 +240,7 @@ def test_what_the_ranks_disagree_on(change):
 def test_every_finding_has_a_case():
     tree = ast.parse(Path(checks.__file__).read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    made = {call.lineno for call in calls if call.func.id == "Finding"}
+    made = {call.lineno for call in calls if call.func.id == "DoctorFinding"}
     ran = set()
 
     def trace(frame, event, argument):
@@ -452,7 +440,7 @@ def test_a_folder_that_can_not_be_marked_is_no_new_trouble(tmp_path):
 @pytest.mark.slow
 def test_the_rank_that_never_came_is_named(tmp_path):
     (found, _) = survey({0: {}, 1: {}}, 3, tmp_path)
-    assert found["level"] == "error" and "of 3 ranks 2 never came to 127.0.0.1:" in found["what"]
+    assert found["level"] == "error" and "of 3 ranks 2 never reached 127.0.0.1:" in found["what"]
 
 
 @pytest.mark.slow
@@ -472,7 +460,7 @@ def test_the_doctor_under_a_launcher(tmp_path):
     answer = json.loads(job.stdout)
     assert job.returncode == (0 if answer["ok"] else 1), job.stderr
     assert [f["what"] for f in answer["findings"] if f["check"] == "ranks"] == [
-        "gloo: 2 ranks on 1 machine(s) sum up",
+        "gloo: all-reduce across 2 ranks on 1 machine(s) works",
         "the same versions and the same folders everywhere",
     ]
 
@@ -485,4 +473,4 @@ def test_half_a_launch_is_a_mistake(monkeypatch, capsys, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert main(["doctor"]) == 2
-    assert "RANK is set, but not all that goes with it" in capsys.readouterr().err
+    assert "RANK is set, but other variables of a launch are missing or wrong" in capsys.readouterr().err

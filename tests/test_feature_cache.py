@@ -387,20 +387,3 @@ def test_stages_that_can_not_have_it_are_refused(recipe_content, tmp_path, capsy
     assert main(["train", str(recipe), "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert message in error and "(fix: " in error
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_work_and_end_alike(launch, recipe_content, tmp_path, monkeypatch):
-    del recipe_content["evaluation"], recipe_content["stages"]["instruct"]
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(recipe_content))
-    ends = []
-    for name, options in (("plain", []), ("cached", ["--set", "stages.projector.feature_cache_gb=1.0"])):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        job = launch("train.py", str(recipe), "--output", str(tmp_path / name), *options, processes=2)
-        output, _ = job.communicate(timeout=240)
-        assert job.returncode == 0, output
-        ends.append(load_file(tmp_path / name / "stages/1-projector/final/model.safetensors"))
-    assert "33 pictures' features are in" in output
-    for name in ends[0]:
-        assert torch.equal(ends[0][name], ends[1][name]), name

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from llava_llama31.assembly import staged_folder
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.fault_tolerance.stage_guard import Requests
-from llava_llama31.trainer.fault_tolerance.step_health import ENOUGH, MOST_SKIPPED_IN_A_ROW, WINDOW, Health, Unhealthy
+from llava_llama31.trainer.errors import Unhealthy, UserError
+from llava_llama31.trainer.fault_tolerance.stage_guard import StopRequests
+from llava_llama31.trainer.fault_tolerance.step_health import ENOUGH, MOST_SKIPPED_IN_A_ROW, WINDOW, Health
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
@@ -127,7 +127,10 @@ def test_a_logged_loss_is_the_mean_of_the_steps_that_were_taken(train, spoil):
 def test_weights_that_are_broken_are_not_skipped_over_for_ever(train, spoil, capsys):
     spoil(dict.fromkeys(range(2, 100), math.nan), micro_batch=0)
     assert train(on_nonfinite="skip", max_steps=20)[0] == 4
-    assert f"step {MOST_SKIPPED_IN_A_ROW + 1}: the {MOST_SKIPPED_IN_A_ROW}th step in a row" in capsys.readouterr().err
+    assert (
+        f"step {MOST_SKIPPED_IN_A_ROW + 1}: {MOST_SKIPPED_IN_A_ROW} steps in a row were skipped"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("policy", ["warn", "skip", "stop"])
@@ -211,7 +214,7 @@ def test_a_signal_outside_of_training_stops_at_once(train, monkeypatch, capsys, 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "write_final_weights", publish)
         assert train()[0] == (130 if number == signal.SIGINT else 75)
-    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert "run the same command to resume from the last checkpoint" in capsys.readouterr().err
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     assert train()[0] == 0
 
@@ -225,7 +228,7 @@ def test_a_signal_in_any_step_saves_that_step_and_stops(train, monkeypatch, step
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Requests, "on_step_begin", on_step_begin)
+        patch.setattr(StopRequests, "on_step_begin", on_step_begin)
         code, run = train(save_steps=100)
     assert code == 75 and steps(run) == [step] and not (run / "export").exists()
     assert train(save_steps=100)[0] == 0 and (run / "export").exists()
@@ -236,7 +239,7 @@ def test_save_now_saves_at_the_next_step_once(train, monkeypatch, tmp_path):
         if state.global_step == 2:
             (tmp_path / "run/save-now").touch()
 
-    monkeypatch.setattr(Requests, "on_step_begin", on_step_begin)
+    monkeypatch.setattr(StopRequests, "on_step_begin", on_step_begin)
     code, run = train(save_steps=100)
     assert code == 0 and steps(run) == [3, 6] and not (run / "save-now").exists()
 
@@ -254,7 +257,7 @@ def test_memory_that_is_full_names_what_to_lower(train, monkeypatch, capsys):
         monkeypatch.setattr(LlavaTrainer, "compute_loss", compute_loss)
         assert train()[0] == 6
         error_line = capsys.readouterr().err.splitlines()[-1]
-        assert f"error: stages.projector: {place} has no memory left" in error_line
+        assert f"error: stages.projector: {place} is out of memory" in error_line
         assert "lower micro_batch (now 4)" in error_line and "activation_checkpointing" in error_line
 
 
@@ -268,7 +271,9 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(train, monkey
     code, run = train()
     error = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and steps(run) == [1, 2]
-    assert f"{run / 'stages/1-projector'}: saving needs " in error and "and 9 are free; nothing was written" in error
+    assert (
+        f"{run / 'stages/1-projector'}: saving needs " in error and "but only 9 are free; nothing was written" in error
+    )
     said = int(error.partition("needs ")[2].partition(" bytes")[0].replace(",", ""))
     assert said == pytest.approx(needed, rel=0.02)
     monkeypatch.undo()

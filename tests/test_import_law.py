@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import json
 import re
 import subprocess
 import sys
@@ -85,14 +86,53 @@ def test_setup_cfg_lists_every_package():
     assert listed == found
 
 
-def test_the_command_line_starts_without_the_heavy_libraries():
-    modules = "llava_llama31.trainer.cli, llava_llama31.model_card.card, llava_llama31.trainer.evaluation.vqa_accuracy"
-    code = f"import sys, {modules}; assert not {{'torch', 'transformers', 'datasets', 'pyarrow'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-I", "-c", code], check=True)
+# what a fresh process runs -> modules that it then has not imported
+LIGHT = {
+    "import llava_llama31.trainer.cli": "torch transformers datasets pyarrow",
+    "import llava_llama31.model_card.card": "torch transformers datasets pyarrow",
+    "import llava_llama31.trainer.evaluation.vqa_accuracy": "torch transformers datasets pyarrow numpy PIL",
+    "import llava_llama31.trainer.costs.flops": "torch",
+    "import llava_llama31.trainer.data.sources.records": "torch datasets",
+    "from llava_llama31.trainer.cli import main; main(['plan', 'llama31-8b-card', '--device-memory', '80'])": (
+        "torch transformers datasets"
+    ),
+}
+OTHERS = {
+    "huge pages": "import os; from llava_llama31.trainer.cli import main; main(['recipes']);"
+    " assert os.environ['THP_MEM_ALLOC_ENABLE'] == '1'",
+    "own names": "import importlib.util as u;"
+    " assert not [n for n in ('trainer', 'processing', 'model_card') if u.find_spec(n)]",
+}
+# each in a fork of a process that has imported nothing
+IN_FORKS = """
+import json, os, sys, traceback
+
+codes = {}
+for name, code in json.loads(sys.argv[1]).items():
+    pid = os.fork()
+    if not pid:
+        try:
+            exec(code, {})
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    codes[name] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+print(json.dumps(codes))
+"""
 
 
-def test_the_folders_are_not_importable_by_their_own_names():
-    code = (
-        "import importlib.util as u; assert not [n for n in ('trainer', 'processing', 'model_card') if u.find_spec(n)]"
-    )
-    subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=ROOT)
+@pytest.fixture(scope="module")
+def fresh_processes() -> tuple[dict[str, int], str]:
+    """Exit codes of all cases, and what they said."""
+    check = "; import sys; had = {names!r} & set(sys.modules); assert not had, had"
+    cases = {code: code + check.format(names=set(names.split())) for code, names in LIGHT.items()} | OTHERS
+    command = [sys.executable, "-I", "-c", IN_FORKS, json.dumps(cases)]
+    done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.mark.parametrize("case", [*LIGHT, *OTHERS])
+def test_what_a_fresh_process_imports_and_sets(fresh_processes, case):
+    codes, said = fresh_processes
+    assert codes[case] == 0, said

@@ -1,8 +1,6 @@
 """The meters count what the step computes, and nothing of what stands beside it."""
 
 import functools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -112,13 +110,6 @@ def test_waiting_counts_and_evaluating_does_not(make_meter, monkeypatch):
         pass  # 10 seconds
     seconds, read = meter.read()
     assert seconds == 6 and read["data_wait"] == 0.5
-
-
-def test_the_command_line_asks_for_huge_pages():
-    code = "import os; from llava_llama31.trainer.cli import main; main(['recipes'])"
-    code += "; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1] == "1"
 
 
 def test_the_peak_of_a_cpu_is_measured_once_whatever_its_name(monkeypatch):

@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 
 from llava_llama31.model_card import CardError, licence_files, licence_problems, render_card
 from llava_llama31.model_card.curves import draw_curve
-from llava_llama31.model_card.sections import edited_sections
+from llava_llama31.model_card.sections import FORMER_NOTE, NOTE, edited_sections
 
 
 ROOT = Path(__file__).parents[1]
@@ -189,7 +189,7 @@ def test_every_fact_stands_in_its_place():
         "- failed questions, left out of the scores: 2",
         "- decoding: greedy, at most 16 new tokens",
         "- accuracy before training (m4c): 1.31 %",
-        "- accuracy with the pictures shuffled between the questions (blind) (m4c): 8.42 %",
+        "- accuracy with the images shuffled between the questions (blind) (m4c): 8.42 %",
         "- commit of the code: 0123abcd",
         f"- lock file: constraints.txt, SHA-256 {'5e' * 32}",
         f"- every answer: [predictions.jsonl](predictions.jsonl), SHA-256 {'9a' * 32}",
@@ -274,7 +274,7 @@ def test_missing_facts_are_named_and_never_made_up():
     assert (
         body(render_card(without_blind))
         .split("## Not recorded\n")[1]
-        .startswith("\n- evaluation prompt\n- accuracy with shuffled pictures\n\n<!--")
+        .startswith("\n- evaluation prompt\n- accuracy with shuffled images\n\n<!--")
     )
     assert "blind" not in body(render_card(without_blind))
 
@@ -373,7 +373,7 @@ def test_hostile_strings_stay_text(hostile):
     assert {child.type for token in inline for child in token.children} <= kinds
     # renderers that make links of bare addresses must find none
     assert not any(re.search(r"www\.|[a-z]://", token.content) for token in inline)
-    assert table_starting(card, "picture")[1] == ["not recorded", *[shown(hostile)] * 3, "100.00 %"]
+    assert table_starting(card, "image")[1] == ["not recorded", *[shown(hostile)] * 3, "100.00 %"]
     data = ModelCard(card).data
     assert (data.license, data["license_name"], data.model_name) == ("other", shown(hostile), shown(hostile))
 
@@ -382,7 +382,7 @@ def test_hostile_strings_stay_text(hostile):
 @given(st.one_of(st.text(max_size=30), st.text(alphabet="\\`*_{}[]()#+-.!|~<>&$^=:/@\n 1a'\"w", max_size=14)))
 def test_any_cell_reads_back_as_it_was(value):
     card = render_card({"name": "n", "samples": [{"question": value, "prediction": "after", "answers": ["last"]}]})
-    row = table_starting(card, "picture")[1]
+    row = table_starting(card, "image")[1]
     assert row == ["not recorded", shown(value), "after", "last", "not recorded"]
 
 
@@ -431,18 +431,19 @@ def test_the_snippet_is_readmes_and_runs_in_a_process_without_this_package(
 def test_a_card_written_again_is_the_same():
     card = render_card(RECORD)
     assert render_card(RECORD, card) == card and edited_sections(card) == []
+    assert render_card(RECORD, card.replace(NOTE, FORMER_NOTE)) == card
 
 
 def test_edited_sections_and_added_text_stay_and_the_rest_is_new():
     card = render_card(RECORD)
-    mine = card.replace("for research and as a start for further training", "for my thesis")
+    mine = card.replace("intended for research", "intended for my thesis")
     mine = mine.replace("<!-- begin evaluation", "## My own part\n\nSee <b>here</b>.\n\n<!-- begin evaluation")
     mine = mine.replace("\ntags:\n", "\nlanguage: en\ntags:\n- my-tag\n").replace("license: llama3.1", "license: mit")
     assert edited_sections(mine) == ["intended_use"]
     now = copy.deepcopy(RECORD)
     now["evaluation"]["protocols"]["m4c"]["accuracy"] = 0.7
     again = render_card(now, mine)
-    assert "for my thesis" in again and "further training. It learned" not in again
+    assert "for my thesis" in again and "intended for research" not in again
     assert again.index("</b>.\n\n<!-- begin evaluation") > again.index("## My own part")
     assert "70.000 %" in again and "61.000 %" not in again
     data = ModelCard(again).data

@@ -11,7 +11,8 @@ from test_model_card import MARKDOWN, RECORD, STAGE, body, replaced, table_start
 
 from llava_llama31.model_card import render_card
 from llava_llama31.trainer.export.provenance import base_models_of
-from llava_llama31.trainer.recipes.schema import derive, load_recipe
+from llava_llama31.trainer.recipes.derived import derive
+from llava_llama31.trainer.recipes.loading import load_recipe
 
 
 # what a run of the recipe would have found out; the card's own figures where it tells any
@@ -79,13 +80,13 @@ STAGE_FACTS = {
         "DeepSpeed",
         ["none", "zero3", "zero3-offload-params"],
     ),
-    "warm-up ratio 0.03": ("warm-up, share of the steps", ["0.03"] * 3),
+    "warm-up ratio 0.03": ("warm-up, share of steps", ["0.03"] * 3),
     "weight decay 0.1": ("weight decay", ["0.1"] * 3),
     "beta 1": ("Adam beta 1", ["0.9"] * 3),
     "beta 2": ("Adam beta 2", ["0.95"] * 3),
     "Adam epsilon": ("Adam epsilon", ["1e-8"] * 3),
     "AdamW": ("optimizer", ["adamw"] * 3),
-    "clip 1.0": ("largest gradient norm", ["1"] * 3),
+    "clip 1.0": ("maximum gradient norm", ["1"] * 3),
     "bf16": ("precision", ["bfloat16"] * 3),
     "gradient checkpointing": ("activation checkpointing", ["yes"] * 3),
     "schedule": ("schedule", ["cosine"] * 3),

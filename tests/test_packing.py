@@ -176,11 +176,11 @@ def test_the_head_s_loss_is_the_same_in_chunks_and_under_autocast(monkeypatch):
 def test_a_wrong_row_is_refused(tiny_model, samples, collate):
     single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
     row = collate(single[:2], packed=True)
-    with pytest.raises(ValueError, match="packing speaks of"):
+    with pytest.raises(ValueError, match=r"packing has \d+ positions"):
         tiny_model(**{**row, "packing": [[3]]})
-    with pytest.raises(ValueError, match="image placeholders but the pictures give"):
+    with pytest.raises(ValueError, match="image placeholders but the images have"):
         tiny_model(**{**row, "image_positions": row["image_positions"][:-1]})
-    with pytest.raises(ValueError, match="tiles, but the 2 pictures need"):
+    with pytest.raises(ValueError, match="tiles, but the 2 images need"):
         tiny_model(**{**row, "pixel_values": row["pixel_values"][:-1]})
     with pytest.raises(ValueError, match="no label"):
         tiny_model(**{**row, "supervised_positions": []})

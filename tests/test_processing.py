@@ -207,7 +207,7 @@ def test_text_that_looks_like_special_tokens_stays_text(processor):
 
 def test_images_and_image_parts_that_differ_in_number_are_refused(processor):
     messages = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}]
-    with pytest.raises(ValueError, match="the messages hold 1 images, but 0 image sizes"):
+    with pytest.raises(ValueError, match="the messages contain 1 images, but 0 image sizes"):
         processor.encode(messages)
 
 

@@ -13,8 +13,9 @@ from llava_llama31.trainer import cli
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.publishing import publish as publishing
 from llava_llama31.trainer.publishing.doors import Doors
-from llava_llama31.trainer.publishing.publish import Release, publish
-from llava_llama31.trainer.publishing.staging import stage_run
+from llava_llama31.trainer.publishing.publish import publish
+from llava_llama31.trainer.publishing.release import Release
+from llava_llama31.trainer.publishing.staging import public_copy
 
 
 TOKEN = "hf_" + "q" * 34
@@ -115,7 +116,7 @@ def test_a_fault_that_stays_is_named_with_its_fix(hub, release, status):
     with pytest.raises(UserError) as caught:
         run(release)
     message = str(caught.value)
-    assert f"the Hub said {status}" in message and message.endswith(f"then: {RESUME})") and TOKEN not in message
+    assert f"the Hub answered {status}" in message and message.endswith(f"then: {RESUME})") and TOKEN not in message
     assert hub.counts()["commit"] == (5 if status in (412, 429, 500, 503) else 1)
     assert sum(hub.pauses) < 60
     hub.faults.clear()
@@ -151,7 +152,7 @@ def test_what_was_there_before_goes(hub, release):
 
 def test_a_collection_that_is_not_there(hub, release):
     hub.collections.clear()
-    with pytest.raises(UserError, match="collection: the Hub said 404"):
+    with pytest.raises(UserError, match="collection: the Hub answered 404"):
         run(release)
     assert not hub.repos
 
@@ -165,7 +166,7 @@ def test_private_stays_private(hub, exported):
 
 def test_what_comes_down_otherwise_is_not_merged(hub, release):
     other = Doors("1" * 64, DOORS.samples)
-    with pytest.raises(UserError, match="does not answer as the local one does"):
+    with pytest.raises(UserError, match="answers differently from the local one"):
         publish(release, check_local=lambda folder: DOORS, check_published=lambda *_: other)
     repo = hub.repos[REPO]
     assert repo.discussions[0].status == "open" and len(repo.history()) == 1 and repo.private
@@ -189,7 +190,7 @@ def test_somebody_else_commits_between_check_and_merge(hub, release):
         repo.commit("refs/heads/main", "theirs", repo.find("main").files | {"theirs.txt": Blob(b"x")})
         return DOORS
 
-    with pytest.raises(UserError, match="main holds other files too"):
+    with pytest.raises(UserError, match="main has other files too"):
         publish(release, check_local=lambda folder: DOORS, check_published=check)
     run(release)
     assert set(hub.repos[REPO].find("main").files) == {*release.files, ".gitattributes"}
@@ -199,7 +200,7 @@ def test_somebody_else_commits_between_check_and_merge(hub, release):
     ("user", "message"),
     [
         (User("me", role="read"), "token: the token can only read"),
-        (User("somebody"), "somebody cannot write to me .fix: publish under one of: somebody"),
+        (User("somebody"), "somebody cannot write to me .fix: publish under one of somebody"),
         (User("somebody", orgs={"me": "read"}), "somebody cannot write to me"),
     ],
 )
@@ -254,9 +255,9 @@ def test_faults_while_what_was_published_comes_down(hub, release, monkeypatch, f
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{folder}", "--repo-id", "Llama-x"], "names no owner"),
+        (["{folder}", "--repo-id", "Llama-x"], "has no owner"),
         (["{folder}", "--repo-id", "me/Llama x"], "--repo-id"),
-        (["nowhere", "--repo-id", "me/Llama-x"], "there is no such folder"),
+        (["nowhere", "--repo-id", "me/Llama-x"], "no such folder"),
         (["{folder}", "--repo-id", "me/mine"], "must begin with 'Llama'"),
     ],
 )
@@ -293,8 +294,8 @@ def test_what_a_person_wrote_into_the_card_is_published(exported, tmp_path):
     card = run / "export" / "README.md"
     text = card.read_text()
     card.write_text(text.replace("for research", "for my thesis"))
-    published = (stage_run(run, REPO) / "README.md").read_text()
+    published = (public_copy(run, REPO) / "README.md").read_text()
     assert "for my thesis" in published and f'repo = "{REPO}"' in published and "# Llama-mine\n" in published
     assert card.read_text() == text.replace("for research", "for my thesis")
     card.write_text("---\nlicense: llama3.1\n---\n\n# All mine\n")
-    assert (stage_run(run, REPO) / "README.md").read_text() == card.read_text()
+    assert (public_copy(run, REPO) / "README.md").read_text() == card.read_text()

@@ -30,10 +30,10 @@ def folder(exported, tmp_path):
 
 def sign(folder: Path) -> None:
     """A manifest that fits, so that only the rule under test can object."""
-    staging = atomic_folders.stage(folder)
+    staging = atomic_folders.staging_folder(folder)
     (folder / atomic_folders.MANIFEST).unlink(missing_ok=True)
     shutil.copytree(folder, staging, dirs_exist_ok=True)
-    atomic_folders.publish(staging, folder, {})
+    atomic_folders.commit(staging, folder, {})
 
 
 def edit_json(folder: Path, file: str, **values) -> None:

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipes.schema import SHIPPED, derive, load_recipe
+from llava_llama31.trainer.recipes.derived import derive
+from llava_llama31.trainer.recipes.loading import SHIPPED, load_recipe
 
 
 PROJECTOR, LANGUAGE, TOWER = "multi_modal_projector", "language_model", "vision_tower"
@@ -57,7 +58,7 @@ def test_the_cards_quirks_are_in_the_commands_alone():
     for name, device in (("pretrain", None), ("instruct", {"device": "cpu", "pin_memory": True})):
         stage = commands.stages[name]
         assert stage.quirks == ["double_newline_after_image", "decay_all_parameters"]
-        from llava_llama31.trainer.training.training_args import deepspeed_file
+        from llava_llama31.trainer.recipes.deepspeed_files import deepspeed_file
 
         config = json.loads(deepspeed_file(stage.deepspeed, name).read_text())
         assert config["scheduler"]["type"] == "WarmupCosineLR"

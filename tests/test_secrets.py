@@ -14,7 +14,7 @@ import yaml
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipes.schema import load_recipe
+from llava_llama31.trainer.recipes.loading import load_recipe
 from llava_llama31.trainer.redaction import SafeFormatter, redacted
 
 

@@ -43,7 +43,7 @@ def smol():
 
 @pytest.fixture
 def llava_file(tmp_path):
-    """Ten pictures with two questions each, as other people's LLaVA files have them."""
+    """Ten images with two questions each, as other people's LLaVA files have them."""
     (tmp_path / "data" / "pictures").mkdir(parents=True)
     rows = []
     for i in range(10):
@@ -66,7 +66,7 @@ def llava_file(tmp_path):
 
 
 def test_records_are_read_by_the_project_itself(smol, llava_file, tmp_path):
-    train, validation = smol.llava_pictures(llava_file, llava_file.parent, held_out=0.2, seed=0)
+    train, validation = smol.llava_samples(llava_file, llava_file.parent, held_out=0.2, seed=0)
     (tmp_path / "parts").mkdir()
     smol.write_records(train, validation, tmp_path / "parts")
     records = list(open_records(DataSource(name="smol", path=str(tmp_path / "parts" / "train.json"))))
@@ -87,10 +87,10 @@ def test_records_are_read_by_the_project_itself(smol, llava_file, tmp_path):
     assert not {record.id for record in records} & {question.image_id for question in questions}
 
 
-def test_the_same_seed_holds_out_the_same_pictures(smol, llava_file):
+def test_the_same_seed_holds_out_the_same_images(smol, llava_file):
     def held_out(seed):
-        _, validation = smol.llava_pictures(llava_file, llava_file.parent, held_out=0.3, seed=seed)
-        return [picture.name for picture in validation]
+        _, validation = smol.llava_samples(llava_file, llava_file.parent, held_out=0.3, seed=seed)
+        return [sample.name for sample in validation]
 
     assert held_out(0) == held_out(0) != held_out(1)
 
@@ -107,18 +107,18 @@ def test_easy_vqa_keeps_its_authors_split(smol, tmp_path, monkeypatch):
     (tmp_path / "easy_vqa" / "__init__.py").write_text("raise ImportError('the package itself is not needed')")
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
-    train, validation = smol.easy_vqa_pictures(seed=0)
-    assert [picture.name for picture in train] == ["train/0.png", "train/1.png", "train/2.png"]
+    train, validation = smol.easy_vqa_samples(seed=0)
+    assert [sample.name for sample in train] == ["train/0.png", "train/1.png", "train/2.png"]
     in_order = [("what shape is test 0?", "circle"), *((f"is it {j}?", "no") for j in range(20))]
     assert sorted(validation[0].turns) == sorted(in_order) and validation[0].turns != in_order
-    assert smol.easy_vqa_pictures(seed=0) == (train, validation)
-    assert all(picture.path.is_file() for picture in train + validation)
+    assert smol.easy_vqa_samples(seed=0) == (train, validation)
+    assert all(sample.path.is_file() for sample in train + validation)
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("../secret.png", "lies outside the image root"), ("pictures/none.png", "no such picture")]
+    ("name", "message"), [("../secret.png", "is outside the image root"), ("pictures/none.png", "no such image")]
 )
-def test_bad_picture_leaves_no_folder(smol, llava_file, tmp_path, monkeypatch, name, message):
+def test_bad_image_leaves_no_folder(smol, llava_file, tmp_path, monkeypatch, name, message):
     rows = json.loads(llava_file.read_text())
     rows[3]["image"] = name
     llava_file.write_text(json.dumps(rows))
@@ -230,12 +230,12 @@ def test_real_language_model_answers(smol, tmp_path):
 
 
 def test_a_row_per_question_gives_no_answer_away(smol, llava_file):
-    train, _ = smol.llava_pictures(llava_file, llava_file.parent, held_out=0.2, seed=0)
+    train, _ = smol.llava_samples(llava_file, llava_file.parent, held_out=0.2, seed=0)
     single = smol.one_per_question(train, seed=1)
-    turns = [(picture.name, turn) for picture in train for turn in picture.turns]
-    assert sorted((picture.name, picture.turns[0]) for picture in single) == sorted(turns)
-    assert all(len(picture.turns) == 1 for picture in single)
-    assert [picture.turns[0] for picture in single] != [turn for _, turn in turns]
+    turns = [(sample.name, turn) for sample in train for turn in sample.turns]
+    assert sorted((sample.name, sample.turns[0]) for sample in single) == sorted(turns)
+    assert all(len(sample.turns) == 1 for sample in single)
+    assert [sample.turns[0] for sample in single] != [turn for _, turn in turns]
 
 
 def test_the_fresh_projector_gives_features_the_size_of_words(smol, llava_file, tmp_path):
@@ -247,14 +247,14 @@ def test_the_fresh_projector_gives_features_the_size_of_words(smol, llava_file, 
     text = LlamaConfig(vocab_size=50, hidden_size=24, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     model = LlamaForCausalLM(text)
     model.save_pretrained(tmp_path / "language_model")
-    train, validation = smol.llava_pictures(llava_file, llava_file.parent, held_out=0.2, seed=0)
+    train, validation = smol.llava_samples(llava_file, llava_file.parent, held_out=0.2, seed=0)
     smol.write_records(train, validation, tmp_path)
     smol.fresh_projector(tmp_path, train, image_size=28, seed=0)
     weights = load_file(tmp_path / "projector" / "model.safetensors")
     assert weights["multi_modal_projector.linear_1.weight"].shape == (24, 16)
     tower, features = Dinov2Model.from_pretrained(tmp_path / "vision_tower").eval(), []
-    for picture in train:
-        pixels = np.asarray(Image.open(tmp_path / "images" / picture.name).convert("RGB").resize((28, 28)), np.float32)
+    for sample in train:
+        pixels = np.asarray(Image.open(tmp_path / "images" / sample.name).convert("RGB").resize((28, 28)), np.float32)
         pixels = (pixels / 255 - np.float32(smol.IMAGENET_MEAN)) / np.float32(smol.IMAGENET_STD)
         with torch.no_grad():
             tiles = torch.from_numpy(pixels).permute(2, 0, 1)[None]

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.data.sources.records import RecordError, data_files, open_records
+from llava_llama31.trainer.data.sources.records import data_files, open_records
+from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.data.sources.tar_rows import TarRows
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.schema import DataSource

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipes.schema import load_recipe
+from llava_llama31.trainer.recipes.loading import load_recipe
 
 
 ASKING = {"eval_questions": 5, "eval_steps": 2}
@@ -126,22 +126,6 @@ def test_the_best_weights_are_kept(recipe_path, tmp_path, monkeypatch, lora, sto
         final = load_file(stage / "final" / "model.safetensors")
         assert all(torch.equal(final[name], best[name]) for name in final)
         assert any(not torch.equal(final[name], last[name]) for name in final)
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_questions(launch, recipe_path, tmp_path):
-    stages = {}
-    for processes in (1, 2):
-        path = recipe_path(**ASKING, lora=None, micro_batch=1)
-        job = launch("train.py", path, "--output", str(tmp_path / str(processes)), processes=processes)
-        output, _ = job.communicate(timeout=240)
-        assert job.returncode == 0, output
-        stages[processes] = tmp_path / str(processes) / "stages" / "1-instruct"
-    answers = {}
-    for processes, stage in stages.items():
-        lines = (stage / "evaluation" / "step-2.jsonl").read_text().splitlines()
-        answers[processes] = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-    assert answers[1] == answers[2] and len(answers[1]) == 5
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llava_llama31 import __version__
-from llava_llama31.trainer.errors import (
-    EXIT_FAULT,
-    EXIT_INTERRUPTED,
-    EXIT_KEYBOARD,
-    EXIT_MEMORY,
-    EXIT_USER,
-    EndedElsewhere,
-    Interrupted,
-    UserError,
-)
+from llava_llama31.trainer.errors import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_KEYBOARD, EXIT_MEMORY, EXIT_USER, EndedElsewhere, Interrupted, UserError
 from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.redaction import LONGEST_MESSAGE, SafeFormatter, printable, redacted, shown
 
@@ -58,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _say(f"{error.filename or 'a file'}: {error.strerror or error}", EXIT_USER, debug=options.debug)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
+        print("stopped; run the same command to resume from the last checkpoint", file=sys.stderr)  # noqa: T201
         return EXIT_KEYBOARD
     except Exception:  # a fault of ours: Python's own traceback would show a secret that a message holds
         sys.stderr.write(shown(traceback.format_exc()))
@@ -259,7 +250,7 @@ def _run_folder(options: argparse.Namespace, recipe: str) -> Path:
 
 def _train(options: argparse.Namespace) -> int:
     with Signals().handled() as signals:
-        from llava_llama31.trainer.recipes.schema import load_recipe
+        from llava_llama31.trainer.recipes.loading import load_recipe
 
         output = _run_folder(options, options.recipe)
         recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
@@ -278,7 +269,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    from llava_llama31.trainer.recipes.schema import SHIPPED, load_recipe, read_recipe_text
+    from llava_llama31.trainer.recipes.loading import SHIPPED, load_recipe, read_recipe_text
 
     if options.copy:
         sys.stdout.write(read_recipe_text(options.copy)[0])
@@ -290,7 +281,7 @@ def _recipes(options: argparse.Namespace) -> int:
 
 def _check_data(options: argparse.Namespace) -> int:
     from llava_llama31.trainer.commands.check_data import check_files, check_recipe
-    from llava_llama31.trainer.recipes.schema import SHIPPED
+    from llava_llama31.trainer.recipes.loading import SHIPPED
 
     is_recipe = options.data[0] in SHIPPED or Path(options.data[0]).suffix in (".yaml", ".yml")
     if is_recipe and len(options.data) > 1:

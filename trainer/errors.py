@@ -1,8 +1,8 @@
-"""Errors that are meant for the person at the keyboard, and the exit codes of the commands (docs/recipes.md)."""
+"""Errors addressed to the user, and the commands' exit codes (docs/recipes.md)."""
 
-EXIT_FAULT = 1  # ours, with its traceback
+EXIT_FAULT = 1  # a bug of ours, with its traceback
 EXIT_USER = 2
-# 3: evaluate and score, questions without an answer
+# 3: evaluate and score found questions without an answer
 EXIT_UNHEALTHY = 4
 EXIT_HANG = 5
 EXIT_MEMORY = 6
@@ -13,7 +13,7 @@ EXIT_KEYBOARD = 130  # 128 + SIGINT, as shells say
 
 
 class UserError(ValueError):
-    """Something the user can mend: one line that says where, what and how to mend it; the command exits with 2.
+    """Something the user can fix: one line says where, what and how to fix it; the command exits with 2.
 
     Args:
         what: what is wrong, with the offending value.
@@ -30,19 +30,19 @@ class UserError(ValueError):
 
 
 class Unhealthy(UserError):
-    """A loss or gradient norm that is not finite, or a spike where the recipe stops at spikes."""
+    """A loss or gradient norm that is not finite, or a spike if the recipe stops at spikes."""
 
     exit_code = EXIT_UNHEALTHY
 
 
 class Hang(UserError):
-    """Nothing moved for longer than the recipe allows."""
+    """No progress for longer than the recipe allows."""
 
     exit_code = EXIT_HANG
 
 
 class OutOfMemory(UserError):
-    """A device or the host has no memory left."""
+    """A device or the host is out of memory."""
 
     exit_code = EXIT_MEMORY
 
@@ -54,18 +54,18 @@ class ProcessLost(UserError):
 
 
 class Unpublished(UserError):
-    """The run is done and lies here whole; only its publication is outstanding."""
+    """The run is complete on this machine but not yet published."""
 
     exit_code = EXIT_UNPUBLISHED
 
 
 class Interrupted(BaseException):
-    """A signal stopped the run; running the same command again goes on from the last checkpoint.
+    """A signal stopped the run; running the same command again resumes from the last checkpoint.
 
-    No Exception: code that swallows those must not swallow a signal.
+    Not an Exception: code that swallows exceptions must not swallow a signal.
 
     Args:
-        agreed: all processes stop by this signal, after a checkpoint.
+        agreed: all processes stop for this signal, after saving a checkpoint.
     """
 
     def __init__(self, message: str, *, agreed: bool = False):
@@ -74,11 +74,11 @@ class Interrupted(BaseException):
 
 
 class EndedElsewhere(Exception):
-    """Another process of the run failed first and has said why.
+    """Another process of the run failed first and reported why.
 
     Args:
-        exit_code: that process's.
-        untold: what is still to be said here; mostly nothing.
+        exit_code: of that process.
+        untold: what this process must still print; usually nothing.
     """
 
     def __init__(self, exit_code: int, untold: str = ""):

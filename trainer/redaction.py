@@ -1,4 +1,4 @@
-"""Text that may be shown: control characters of hostile data escaped, tokens and passwords taken out."""
+"""Makes text safe to show: escapes control characters of hostile data, removes tokens and passwords."""
 
 import logging
 import os
@@ -19,38 +19,38 @@ HIDDEN = "***"
 LONGEST_MESSAGE = 10_000
 
 _ID_LENGTH = 200
-# the Hub's tokens, headers that carry one, and the signatures of uploads
+# Hub tokens, headers that carry one, and upload signatures
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?i:bearer)\s+[^\s'\"]+|X-Amz-[\w-]+=[^&\s]+")
-# user and password of a URL, which a Path writes with one slash
+# user and password of a URL; a Path writes the URL with one slash
 _LOGIN = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]+:/{1,2})[^/?#\s]*@")
 
 
 def holds_credential(text: str) -> bool:
-    """Whether `redacted` would change a text."""
+    """Whether `redacted` would change the text."""
     return redacted(text) != text
 
 
 def printable(text: str, longest: int = _ID_LENGTH) -> str:
-    """Text from the data that can't harm a terminal: control characters and lone surrogates escaped, cut if long."""
+    """Text from the data, safe for a terminal: control characters and lone surrogates escaped, truncated if long."""
     if len(text) > longest:
         text = text[:longest] + "..."
     return text if text.isprintable() else _escaped(text)
 
 
 def redacted(text: str) -> str:
-    """Text without Hub tokens, passwords in URLs, and what the environment's secret variables hold."""
+    """Text without Hub tokens, passwords in URLs, and values of secret environment variables."""
     for secret in _secrets():
         text = text.replace(secret, HIDDEN)
     return _LOGIN.sub(rf"\g<1>{HIDDEN}@", _TOKEN.sub(HIDDEN, text))
 
 
 def shown(text: str) -> str:
-    """What may go to a terminal or a log of text with lines of its own, such as a traceback."""
+    """Multi-line text, such as a traceback, made safe for a terminal or a log."""
     return "\n".join(_escaped(line) for line in redacted(text).split("\n"))
 
 
 class SafeFormatter(logging.Formatter):
-    """Log lines without secrets and control characters; a message from the data stays one line."""
+    """Formats log lines without secrets and control characters; a message from the data stays on one line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return _escaped(redacted(super().formatMessage(record)))

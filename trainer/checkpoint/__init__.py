@@ -1,1 +1,1 @@
-"""Folders that are complete or absent."""
+"""Checkpoint folders that are either complete or absent."""

@@ -1,7 +1,7 @@
-"""Folders that are complete or invisible: staged, fsynced, listed in a manifest, then renamed.
+"""Writes folders atomically: staged, fsynced, listed in a manifest, then renamed.
 
-`manifest.json` holds the name, size and sha256 of every file and is written last; a folder whose manifest does not
-verify is not a checkpoint. Training state that is ours to write is JSON and safetensors: nothing is unpickled.
+`manifest.json` lists the name, size and sha256 of every file and is written last; a folder whose manifest does not
+verify is not a checkpoint. Training state that we write ourselves is JSON and safetensors: nothing is unpickled.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from llava_llama31.trainer.errors import UserError
 MANIFEST = "manifest.json"
 PACKAGES = ("llava-llama31", "torch", "transformers", "accelerate", "safetensors")
 STAGING = ".staging-"
-SEAL = "sha256"  # of the manifest itself; those of earlier versions have none
+SEAL = "sha256"  # of the manifest itself; manifests of earlier versions do not have it
 PICKLES = frozenset((".bin", ".pkl", ".pickle", ".pt", ".pth"))
 
 
-def stage(final: Path) -> Path:
-    """Empty folder beside `final` to write into; leftovers of a killed save are removed."""
+def staging_folder(final: Path) -> Path:
+    """Create an empty folder beside `final` to write into; leftovers of a killed save are removed."""
     staging = final.with_name(STAGING + final.name)
     remove(staging)
     staging.mkdir(parents=True)
@@ -38,7 +38,7 @@ def stage(final: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, or the file that a killed `write_json` left, if it is there."""
+    """Remove a folder, or the file that a killed `write_json` left, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -46,36 +46,39 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed saves left in it."""
+    """Remove the leftovers of killed saves in a folder."""
     for leftover in folder.glob(STAGING + "*"):
         remove(leftover)
 
 
 def size(folder: Path) -> int:
-    """Bytes of a published folder, by its manifest."""
+    """Bytes of a committed folder, according to its manifest."""
     return sum(entry["size"] for entry in read_manifest(folder)["files"])
 
 
 @contextmanager
 def room(folder: Path, needed: int, *, check: bool = True) -> Iterator[None]:
-    """Within it about this many bytes are written under `folder`, whose file system must have them.
+    """Context that writes about this many bytes under `folder`, whose file system must have them free.
 
     Args:
-        check: before; one of the processes that write together does.
+        needed: in bytes.
+        check: look at the free space first; only one of the processes that write together does.
 
     Raises:
-        UserError: naming path and bytes: they are not there, or writing fails.
+        UserError: naming path and bytes: there is too little space, or writing fails.
     """
     free = shutil.disk_usage(folder).free
-    fix = f"make {needed / 1e9:.2f} GB free there and run again: the former checkpoint is whole"
+    fix = f"free {needed / 1e9:.2f} GB there and run again: the previous checkpoint is intact"
     if check and free < needed:
         raise UserError(
-            f"saving needs {needed:,} bytes, and {free:,} are free; nothing was written", where=str(folder), fix=fix
+            f"saving needs {needed:,} bytes, but only {free:,} are free; nothing was written",
+            where=str(folder),
+            fix=fix,
         )
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save, which DeepSpeed writes its files with, raises a RuntimeError like any other
+        # DeepSpeed writes with torch.save, which raises a plain RuntimeError
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         free = shutil.disk_usage(folder).free
@@ -84,15 +87,15 @@ def room(folder: Path, needed: int, *, check: bool = True) -> Iterator[None]:
         ) from error
 
 
-def publish(staging: Path, final: Path, facts: dict[str, Any]) -> None:
-    """Give a staged folder its manifest and its name, durably.
+def commit(staging: Path, final: Path, facts: dict[str, Any]) -> None:
+    """Write a staged folder's manifest and rename the folder to `final`, durably.
 
     Args:
-        facts: goes into the manifest as it is, e.g. step and number of processes.
+        facts: copied into the manifest, e.g. step and number of processes.
     """
     entries = []
     for path in sorted(path for path in staging.rglob("*") if path.is_file()):
-        path.chmod(path.stat().st_mode | 0o444)  # safetensors writes for the owner alone
+        path.chmod(path.stat().st_mode | 0o444)  # safetensors makes files readable by the owner only
         with path.open("rb") as file:
             os.fsync(file.fileno())
         name = path.relative_to(staging).as_posix()
@@ -101,29 +104,29 @@ def publish(staging: Path, final: Path, facts: dict[str, Any]) -> None:
     write_manifest(staging, {**facts, "versions": versions, "files": entries})
     for folder in {path.parent for path in staging.rglob("*")} | {staging}:
         _fsync_folder(folder)
-    remove(final)  # a damaged one of the same name: verify() has refused it
+    remove(final)  # a damaged folder of the same name, which verify() has rejected
     os.replace(staging, final)
     _fsync_folder(final.parent)
 
 
 def verify(folder: Path) -> str | None:
-    """Why a folder is not a whole checkpoint, or None."""
+    """Why a folder is not an intact checkpoint, or None if it is."""
     try:
         manifest = read_manifest(folder)
         if manifest.get(SEAL, _seal(manifest)) != _seal(manifest):
-            return f"{MANIFEST} does not have the checksum it was saved with"
+            return f"the checksum of {MANIFEST} has changed since it was saved"
         listed = {entry["name"] for entry in manifest["files"]}
         for path in folder.rglob("*"):
             if path.suffix in PICKLES and path.relative_to(folder).as_posix() not in listed:
-                return f"{path.relative_to(folder)} is not in {MANIFEST}, and opening it could run anything"
+                return f"{path.relative_to(folder)} is not in {MANIFEST}, and opening it could run arbitrary code"
         for entry in manifest["files"]:
             path = folder / entry["name"]
             if not path.is_file():
                 return f"{entry['name']} is missing"
             if path.stat().st_size != entry["size"]:
-                return f"{entry['name']} has {path.stat().st_size} bytes, not {entry['size']}"
+                return f"{entry['name']} is {path.stat().st_size} bytes, not {entry['size']}"
             if sha256(path) != entry["sha256"]:
-                return f"{entry['name']} does not have the checksum it was saved with"
+                return f"the checksum of {entry['name']} has changed since it was saved"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
     return None
@@ -134,12 +137,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write a folder's manifest, with its own checksum."""
+    """Write a folder's manifest, including the manifest's own checksum."""
     write_json(folder / MANIFEST, {**content, SEAL: _seal(content)})
 
 
 def _seal(content: dict[str, Any]) -> str:
-    """sha256 of a manifest without this."""
+    """sha256 of a manifest, computed without this field."""
     text = json.dumps({key: value for key, value in content.items() if key != SEAL}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -148,21 +151,21 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """`checkpoint-N` folders, newest (highest step) first."""
+def numbered(folder: Path) -> list[Path]:
+    """The `checkpoint-N` folders, newest (highest step) first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
-def newest_published(folder: Path) -> Path | None:
-    """The newest checkpoint that was given its manifest, unverified."""
-    return next((path for path in checkpoints(folder) if (path / MANIFEST).is_file()), None)
+def newest_committed(folder: Path) -> Path | None:
+    """The newest checkpoint with a manifest, unverified."""
+    return next((path for path in numbered(folder) if (path / MANIFEST).is_file()), None)
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest checkpoint that verifies, and those that were skipped with the reason."""
+    """The newest checkpoint that verifies, and the skipped ones with their reasons."""
     skipped: list[tuple[Path, str]] = []
-    for path in checkpoints(folder):
+    for path in numbered(folder):
         fault = verify(path)
         if fault is None:
             return path, skipped
@@ -172,13 +175,13 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 def rotate(folder: Path, keep: int, spare: Path | None = None) -> None:
     """Remove all but the newest `keep` checkpoints and `spare`."""
-    for path in checkpoints(folder)[keep:]:
+    for path in numbered(folder)[keep:]:
         if path != spare:
             shutil.rmtree(path)
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Write nested dicts, lists, tuples, numbers, strings and tensors as `path`.json and `path`.safetensors."""
+    """Write nested dicts, lists, tuples, numbers, strings and tensors to `path`.json and `path`.safetensors."""
     tensors: dict[str, torch.Tensor] = {}
     content = _encode(tree, tensors)
     save_file(tensors, path.with_suffix(".safetensors"))
@@ -186,7 +189,7 @@ def save_tree(path: Path, tree: Any) -> None:
 
 
 def load_tree(path: Path) -> Any:
-    """What `save_tree` wrote; tensors are on the CPU."""
+    """Read what `save_tree` wrote; tensors are on the CPU."""
     tensors = load_file(path.with_suffix(".safetensors"))
     return _decode(read_json(path.with_suffix(".json")), tensors)
 
@@ -204,7 +207,7 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return [_encode(item, tensors) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"training state holds a {type(value).__name__}, which has no place in a checkpoint")
+    raise TypeError(f"training state contains a {type(value).__name__}, which a checkpoint cannot store")
 
 
 def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -223,7 +226,7 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON durably and in one piece; NaN is refused."""
+    """Write JSON durably and atomically; NaN is refused."""
     staging = path.with_name(STAGING + path.name)
     with staging.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, allow_nan=False, ensure_ascii=False)

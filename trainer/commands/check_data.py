@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
-from llava_llama31.trainer.data.check.check import Limits, check_sources, default_cache_dir, parse_policy, run_check
-from llava_llama31.trainer.data.check.report import print_report
+from llava_llama31.trainer.data.check.check import check_sources, default_cache_dir, run_check
+from llava_llama31.trainer.data.check.report import parse_policy, print_report
+from llava_llama31.trainer.data.check.row_checker import Limits
 from llava_llama31.trainer.data.sources.images import MAX_PIXELS
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.locating import local_checkpoint
-from llava_llama31.trainer.recipes.schema import DataSource, load_recipe
+from llava_llama31.trainer.recipes.loading import load_recipe
+from llava_llama31.trainer.recipes.schema import DataSource
 
 
 def check_recipe(options: argparse.Namespace, output: Path) -> int:

@@ -13,7 +13,7 @@ from llava_llama31.trainer.costs.memory import ENGINES
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.planning.plan import GB, USABLE, Machine, plan_recipe
 from llava_llama31.trainer.planning.row_lengths import Assumptions
-from llava_llama31.trainer.recipes.schema import load_recipe
+from llava_llama31.trainer.recipes.loading import load_recipe
 
 
 def plan_command(options: argparse.Namespace, output: Path) -> int:

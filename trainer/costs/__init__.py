@@ -1,1 +1,1 @@
-"""FLOPs, bytes and parameters of a training step, computed or measured."""
+"""Computes or measures FLOPs, bytes and parameters of a training step."""

@@ -1,12 +1,12 @@
-"""How many floating-point operations a row needs, part by part: what MFU and HFU are made of.
+"""Predicts how many floating-point operations a row needs, part by part, for MFU and HFU.
 
-Counted are matrix products, two operations (a multiplication and an addition) an element, as PyTorch's
-`torch.utils.flop_counter` and Megatron-LM (Narayanan et al., 2021, arXiv:2104.04473) count them; norms, activations,
-rotary embeddings, softmax and the optimizer are not. Needed is what an exact implementation without any waste cannot
-do without, so that padding, a full attention mask or logits that nobody reads do not raise the figure (Chowdhery et
-al., 2022, arXiv:2204.02311, appendix B, name it MFU). docs/speed.md tells the formula in words.
+Matrix products count, at two operations (a multiplication and an addition) per element, like in PyTorch's
+`torch.utils.flop_counter` and Megatron-LM (Narayanan et al., 2021, arXiv:2104.04473); norms, activations, rotary
+embeddings, softmax and the optimizer do not. "Needed" operations are those of an exact implementation without any
+waste, so padding, a full attention mask or logits that are never read do not raise the figure (Chowdhery et al., 2022,
+arXiv:2204.02311, appendix B, call it MFU). docs/speed.md explains the formula in words.
 
-No torch here: `llava-llama31 plan` reads this from a configuration alone.
+This file does not import torch: `llava-llama31 plan` needs only a configuration.
 
 Shapes in comments: n positions, i and o width of a linear layer's input and output.
 """
@@ -32,7 +32,7 @@ class Config(Protocol):
 
 
 def attention_pairs(packing: Packing) -> int:
-    """Query-key pairs of causal attention in a packed row: a branch sees its trunk and itself, a trunk itself."""
+    """Query-key pairs of causal attention in a packed row: a branch sees its trunk and itself, a trunk only itself."""
     pairs = 0
     for trunk, *branches in packing:
         pairs += trunk * (trunk + 1) // 2
@@ -43,16 +43,16 @@ def attention_pairs(packing: Packing) -> int:
 def last_layer_attention(
     packing: Packing, supervised: Sequence[int], *, to_segment_end: bool = False
 ) -> tuple[int, int]:
-    """Queries and query-key pairs of a last layer that is computed only where its output is read.
+    """Queries and query-key pairs of a last layer that runs only where its output is read.
 
     Args:
         packing: lengths of the row's trees.
         supervised: ascending row positions whose output is read.
         to_segment_end: count the queries from each segment's (trunk's or branch's) first supervised position to its
-            end, which is what kernels with a causal mask run; otherwise the supervised ones, which is what is needed.
+            end, as kernels with a causal mask run them; otherwise only the supervised ones, which are needed.
 
     Raises:
-        ValueError: a position lies outside the row, or they do not ascend.
+        ValueError: a position is outside the row, or positions do not ascend.
     """
     num_queries = num_pairs = seen = begin = 0
     for trunk, *branches in packing:
@@ -74,18 +74,18 @@ def last_layer_attention(
 
 @dataclass(frozen=True)
 class Work:
-    """What a row, or a micro-batch, asks of the model; all are counts.
+    """The work that a row or a micro-batch requires of the model; all are counts.
 
-    Autograd treats a row as a whole: one with a picture passes gradients on everywhere, one without may do nowhere.
-    So a step's FLOPs are the sum of its rows' FLOPs, and not those of its summed work.
+    Autograd treats a row as a whole: a row with an image passes gradients on everywhere, one without perhaps nowhere.
+    So a step's FLOPs are the sum of its rows' FLOPs, not the FLOPs of its summed work.
 
     Args:
         num_tiles: tiles that the vision tower reads.
         num_image_features: patch features that pass the projector (no newlines).
-        num_tokens: positions of the language model, image features among them.
+        num_tokens: positions of the language model, including image features.
         num_attention_pairs: query-key pairs of a layer's attention.
         num_supervised_tokens: positions at which the head runs.
-        num_last_layer_queries: positions whose query is computed in the last layer; keys and values are at all.
+        num_last_layer_queries: positions whose query the last layer computes; it computes keys and values for all.
         num_last_layer_pairs: query-key pairs of the last layer's attention.
         num_last_layer_outputs: positions at which the last layer's output projection and MLP run.
     """
@@ -109,7 +109,7 @@ class Work:
         num_image_features: int = 0,
         to_segment_end: bool = False,
     ) -> "Work":
-        """A packed row whose last layer runs only where it is read; arguments as in `last_layer_attention`."""
+        """A packed row whose last layer runs only where its output is read; arguments as in `last_layer_attention`."""
         queries, pairs = last_layer_attention(packing, supervised, to_segment_end=to_segment_end)
         return cls(
             num_tiles=num_tiles,
@@ -126,7 +126,7 @@ class Work:
     def unpruned(
         cls, packing: Packing, num_supervised_tokens: int, *, num_tiles: int = 0, num_image_features: int = 0
     ) -> "Work":
-        """Rows whose last layer runs at every position, as stock Llama's does."""
+        """Rows whose last layer runs at every position, like stock Llama's."""
         num_tokens, pairs = sum(map(sum, packing)), attention_pairs(packing)
         return cls(
             num_tiles=num_tiles,
@@ -153,12 +153,12 @@ class Flops:
 
     @property
     def needed(self) -> int:
-        """What MFU counts."""
+        """The operations that MFU counts."""
         return self.forward + self.backward
 
     @property
     def hardware(self) -> int:
-        """What HFU counts."""
+        """The operations that HFU counts."""
         return self.needed + self.recompute
 
 
@@ -200,11 +200,11 @@ class TowerShape:
 
     Args:
         patch_numbers: channels times pixels of a patch.
-        num_patches: of a tile; a layer sees one position more, the CLS token's.
-        num_layers: that run: up to the last one that is read.
-        num_feature_layers: that are read.
-        mlp: (i, o) of a layer's MLP, in order.
-        saves_output: a layer keeps the output of its last linear layer for the backward pass.
+        num_patches: of a tile; a layer has one more position, the CLS token's.
+        num_layers: layers that run: up to the last one whose output is read.
+        num_feature_layers: layers whose output is read.
+        mlp: (i, o) of the linear layers in an MLP, in order.
+        saves_output: a layer saves the output of its last linear layer for the backward pass.
     """
 
     hidden_size: int
@@ -218,7 +218,14 @@ class TowerShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a LlavaNext model on Llama that decide its FLOPs; make it once with `ModelShape.of`."""
+    """Sizes of a LlavaNext model on Llama that determine its FLOPs; create it with `ModelShape.of`.
+
+    Args:
+        hidden_size: of the language model, like all that follow.
+        intermediate_size: width of its MLP.
+        num_layers: of the decoder.
+        num_heads: query heads.
+    """
 
     tower: TowerShape
     hidden_size: int
@@ -231,11 +238,11 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: Config | Mapping[str, Any]) -> "ModelShape":
-        """Sizes from a LlavaNext configuration, or from the whole mapping that its `to_dict` gives.
+        """Sizes from a LlavaNext configuration, or from the complete mapping of its `to_dict`.
 
         Raises:
-            ValueError: a part is of a type that is not counted, or a mapping lacks a field (a configuration file may
-                leave defaults out).
+            ValueError: a part has an unsupported type, or a mapping lacks a field (a configuration file may leave
+                defaults out).
         """
         fields = config if isinstance(config, Mapping) else config.to_dict()
         try:
@@ -253,7 +260,9 @@ class ModelShape:
                 vocab_size=text["vocab_size"],
             )
         except KeyError as error:
-            raise ValueError(f"the configuration has no {error.args[0]}: give a whole one, config.to_dict()") from None
+            raise ValueError(
+                f"the configuration has no {error.args[0]}: pass a complete one, config.to_dict()"
+            ) from None
 
 
 def _tower_shape(vision: Mapping[str, Any], feature_layer: int | Sequence[int]) -> TowerShape:
@@ -292,16 +301,16 @@ def needed_flops(
 ) -> FlopsByPart:
     """FLOPs of one forward and backward pass over a row or micro-batch.
 
-    A linear layer's gradient by its weights is counted where they are trained, that by its input where something
-    before it is trained; the head and whatever runs after a trained weight so pass gradients on though frozen.
+    A linear layer's weight gradient counts if its weights are trained, its input gradient if anything before it is
+    trained; so the head, and whatever runs after a trained weight, pass gradients on although frozen.
 
     Args:
         trainable: module groups that are trained.
-        checkpointing: which transformer layers of tower and decoder compute their forward pass twice, where they have
-            a backward pass: every so manieth from the first; 1 (or True): all, 0: none.
-        lora_rank: of adapters that are trained in place of the language model's weights; 0: no adapters. Their
-            dropout is not counted, nor the weight norms of DoRA.
-        lora_targets: linear layers of the decoder that have an adapter.
+        checkpointing: every n-th transformer layer of tower and decoder, from the first, runs its forward pass twice
+            if it has a backward pass; 1 (or True): all, 0: none.
+        lora_rank: of adapters trained in place of the language model's weights; 0: no adapters. Their dropout and
+            DoRA's weight norms do not count.
+        lora_targets: linear layers of the decoder with an adapter.
 
     Raises:
         ValueError: an unknown module group or adapter target.
@@ -312,7 +321,7 @@ def needed_flops(
     trains_tower, trains_projector = "vision_tower" in trainable, "multi_modal_projector" in trainable
     trains_text = "language_model" in trainable
     trains_weights = trains_text and not lora_rank
-    has_pictures = work.num_image_features > 0
+    has_images = work.num_image_features > 0
     decoder = _Decoder(
         model,
         trains_weights=trains_weights,
@@ -320,9 +329,9 @@ def needed_flops(
         lora_targets=frozenset(lora_targets),
         checkpointing=checkpointing,
     )
-    # the embeddings belong to the language model: trained, they make the first layer pass gradients on
+    # the embeddings belong to the language model: if trained, the first layer passes gradients on
     linears, attention, has_grad = decoder.count(
-        work, has_grad=trains_weights or (has_pictures and (trains_tower or trains_projector))
+        work, has_grad=trains_weights or (has_images and (trains_tower or trains_projector))
     )
     return FlopsByPart(
         vision_tower=_tower(model.tower, work.num_tiles, trains=trains_tower, checkpointing=checkpointing),
@@ -339,12 +348,12 @@ def needed_flops(
 
 
 def mfu(flops: Flops, *, seconds: float, peak: float, num_devices: int = 1) -> float:
-    """Model FLOPs utilisation: the needed share of what `num_devices` of `peak` FLOP/s each could have done."""
+    """Model FLOPs utilisation: needed operations as a share of what `num_devices` of `peak` FLOP/s each could do."""
     return flops.needed / (seconds * peak * num_devices)
 
 
 def hfu(flops: Flops, *, seconds: float, peak: float, num_devices: int = 1) -> float:
-    """Hardware FLOPs utilisation: as `mfu`, with activation checkpointing's recomputation."""
+    """Hardware FLOPs utilisation: like `mfu`, plus activation checkpointing's recomputation."""
     return flops.hardware / (seconds * peak * num_devices)
 
 
@@ -438,7 +447,7 @@ class _Decoder:
         scores = Flops(2 * product, product * (v_grad + (q_grad or k_grad) + q_grad + k_grad))
         if repeats and out_grad:
             last_product = 2 * num_outputs * self.lora_rank * hidden if self._adapts("down_proj") else down.forward
-            # the backward pass reads nothing that comes after the last product's inputs, so PyTorch stops before it
+            # the backward pass reads nothing after the last product's inputs, so its recomputation stops before it
             linears += Flops(recompute=linears.forward - last_product)
             scores += Flops(recompute=scores.forward)
         return linears, scores, out_grad

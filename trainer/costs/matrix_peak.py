@@ -1,4 +1,4 @@
-"""What a device's matrix unit really does: the denominator of MFU, measured and not taken from a data sheet."""
+"""Measures a device's real matrix throughput, the denominator of MFU, instead of trusting a data sheet."""
 
 import statistics
 import time
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 
-# (m, k, n): a first look, squares, and the tall products of a decoder's layers
+# (m, k, n): a quick first estimate, squares, and the tall products of a decoder's layers
 _SMALL = ((256, 256, 256), (1024, 1024, 1024), (2048, 2048, 2048), (2048, 1024, 4096))
 _LARGE = ((1024, 1024, 1024), (4096, 4096, 4096), (8192, 8192, 8192), (8192, 4096, 14336), (16384, 8192, 8192))
 _MIN_REPEATS = 3
@@ -26,10 +26,10 @@ def measure_matrix_peak(
     It depends on PyTorch's settings: the number of threads, and TF32 for float32.
 
     Args:
-        shapes: (m, k, n) of the products (m, k) times (k, n), smallest first; by default as large as the device
-            likes them. A shape whose few repeats would exceed its share of the time is left out: a CPU without
-            bfloat16 instructions takes minutes for products that another does in milliseconds.
-        seconds: of all shapes together, about.
+        shapes: (m, k, n) of the products (m, k) times (k, n), smallest first; default: sizes suited to the device. A
+            shape whose minimum repeats would exceed its share of the time is skipped: a CPU without bfloat16
+            instructions takes minutes for products that another does in milliseconds.
+        seconds: approximate time for all shapes together.
         clock: seconds; `time.process_time` for FLOP per CPU second on a shared machine.
     """
     device = torch.device(device)
@@ -46,9 +46,9 @@ def measure_matrix_peak(
 def _seconds_of_product(
     dtype: torch.dtype, device: torch.device, shape: tuple[int, int, int], share: float, clock: Callable[[], float]
 ) -> float:
-    """Median seconds of one product, repeated until `share` seconds are over."""
+    """Median seconds of one product, repeated for about `share` seconds."""
     m, k, n = shape
-    # random numbers: a GPU draws less power, and clocks higher, on zeros
+    # random numbers: on zeros a GPU draws less power and clocks higher
     left, right = (torch.randn(size, device=device, dtype=dtype) for size in ((m, k), (k, n)))
     output = torch.empty(m, n, device=device, dtype=dtype)
 
@@ -60,9 +60,9 @@ def _seconds_of_product(
             torch.cuda.synchronize(device)
         return (clock() - begin) / count
 
-    measure(1)  # kernels are chosen and pages touched
+    measure(1)  # warm up: choose kernels and touch pages
     first = measure(1)
-    # ten readings, or as many as fit; each of several products, for a clock's tick is not to count
+    # ten readings, or as many as fit; each covers several products, so that the clock's resolution does not matter
     count = max(1, round(share / 10 / max(first, 1e-9)))
     num_readings = max(_MIN_REPEATS - 1, min(10, round(share / max(first * count, 1e-9))))
     return statistics.median([first, *(measure(count) for _ in range(num_readings))])

@@ -1,12 +1,12 @@
-"""How many bytes a training step holds on each device and on its host, by engine and precision.
+"""Predicts the memory of a training step on each device and its host, by engine and precision.
 
-Counted is what the step's own tensors take: weights, gradients, optimizer, what autograd keeps of a micro-batch, and
-the temporaries that are large. Not counted: the CUDA context, NCCL's buffers, workspaces of kernels, gaps that the
-allocator leaves. `benchmarks/trace_8b.py` adds up every tensor of a true step; docs/results/plan.md compares the two.
+Counts the step's own tensors: weights, gradients, optimizer, what autograd saves for a micro-batch, and large
+temporaries. Does not count the CUDA context, NCCL's buffers, kernel workspaces and allocator fragmentation.
+`benchmarks/trace_8b.py` adds up every tensor of a real step; docs/results/plan.md compares the two.
 
-No torch here: `llava-llama31 plan` reads this from a configuration alone.
+This file does not import torch: `llava-llama31 plan` needs only a configuration.
 
-In comments: P parameters, t trained ones, N devices, S positions of the row, D hidden size, I width of the MLP, V
+In comments: P parameters, t trained parameters, N devices, S positions of the row, D hidden size, I MLP width, V
 vocabulary, a bytes of a number in products, r bytes of a number between the layers, w bytes of a weight.
 """
 
@@ -19,19 +19,19 @@ from llava_llama31.trainer.costs.parameters import Parameters, decoder_linears
 
 
 _HEAD_ROWS = 256  # positions whose logits exist at once, as in packed_llama_llava_llama31.py
-# bytes of both moments of a number: 8 bits each and a float32 scale for every 256 (torchao)
+# bytes per parameter of both moments: 8 bits each and a float32 scale for every 256 (torchao)
 _MOMENTS_8BIT = 2 * (1 + 4 / 256)
-# bytes of a number in NF4: 4 bits, 8 of a scale for every 64, and 32 for every 256 scales (Dettmers et al., 2023)
+# bytes per parameter in NF4: 4 bits, 8 of a scale for every 64, and 32 for every 256 scales (Dettmers et al., 2023)
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-# numbers that AdamWBfloat16 widens at once, of one parameter, and how many float32 copies of them there are
+# elements of one parameter that AdamWBfloat16 widens at once, and the number of float32 copies of them
 _STEP_CHUNK, _STEP_COPIES = 2**24, 9
-# DeepSpeed's own factor for what it keeps on the host: pinned memory comes in powers of two
+# DeepSpeed's own factor for its host memory: pinned memory comes in powers of two
 _HOST_FACTOR = 1.5
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Who keeps what: a device all of it, its share, or the host."""
+    """Where an engine stores what: whole on each device, sharded, or on the host."""
 
     name: str
     deepspeed: bool = False
@@ -59,7 +59,14 @@ ENGINES = {
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """What a DeepSpeed file says about buffers, in numbers; None: what Transformers puts in the place of "auto"."""
+    """A DeepSpeed file's buffer sizes, in elements.
+
+    Args:
+        reduce_bucket: None: Transformers' value for "auto".
+        max_live: parameters that ZeRO-3 keeps gathered at most.
+        sub_group: parameters that ZeRO-3's optimizer steps at once.
+        overlap: whether reducing overlaps the backward pass.
+    """
 
     reduce_bucket: float | None = None
     max_live: float = 1e9
@@ -69,17 +76,17 @@ class ZeroSettings:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one device forwards at once.
+    """The work of one device's forward pass.
 
     Args:
-        num_tokens: positions of the language model, padding among them.
-        num_keys: of all segments; more than positions where branches share a trunk.
+        num_tokens: positions of the language model, including padding.
+        num_keys: of all segments; exceeds the positions if branches share a trunk.
         num_supervised: positions whose logits are computed, and at which the last layer's MLP runs.
         num_last_queries: queries of the last layer.
-        num_tiles: that the vision tower reads.
+        num_tiles: tiles that the vision tower reads.
         num_features: patch features that pass the projector.
-        keeps_logits: the loss is the stock one (rows that are not packed), which keeps all logits.
-        copies_attention: attention runs segment by segment, as on a CPU, and its outputs are put together in a copy.
+        keeps_logits: the loss is the stock one (rows are not packed), which stores all logits.
+        copies_attention: attention runs segment by segment, as on a CPU, and a copy joins its outputs.
     """
 
     num_tokens: int
@@ -94,15 +101,15 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a stage trains, and how.
+    """What a stage trains and how.
 
     Args:
-        trained: numbers of parameters that get a gradient, by module group.
-        lora_targets: linear layers of the decoder that have an adapter of `lora_rank`.
-        narrow_groups: groups whose frozen weights bfloat16 holds exactly, those beneath adapters among them.
-        quantized: the decoder's linear layers are kept in 4 bits.
-        checkpointing: every so manieth layer is recomputed; 0: none.
-        accumulates: more than one micro-batch a step.
+        trained: number of parameters that get a gradient, by module group.
+        lora_targets: linear layers of the decoder with an adapter of `lora_rank`.
+        narrow_groups: groups whose frozen weights are exact in bfloat16, including those under adapters.
+        quantized: the decoder's linear layers are stored in 4 bits.
+        checkpointing: every n-th layer is recomputed; 0: none.
+        accumulates: more than one micro-batch per step.
     """
 
     model: ModelShape
@@ -132,20 +139,20 @@ class Setup:
 
     @property
     def trains_decoder(self) -> bool:
-        """Its weights themselves, not adapters."""
+        """Whether the decoder's own weights are trained, rather than adapters."""
         return self.trained["language_model"] > 0 and not self.lora_rank
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a device, and on the host of a machine; the phases hold all that lives at their most.
+    """Bytes on a device and on a machine's host; each phase is the peak of everything allocated in it.
 
     Args:
         weights: between the steps.
-        gradients: at their most, with DDP's buckets.
-        optimizer: moments, and the float32 weights that DeepSpeed keeps beside its own.
-        activations: of a micro-batch, with what its layers, its head and gathered weights need while they run.
-        host: of one machine, for what is offloaded, or for weights while they are loaded.
+        gradients: at their peak, with DDP's buckets.
+        optimizer: moments, and DeepSpeed's float32 master weights.
+        activations: of a micro-batch, plus what layers, head and gathered weights need while they run.
+        host: of one machine, for offloaded state, or for weights while loading.
     """
 
     weights: float
@@ -165,7 +172,7 @@ class Memory:
 def estimate(
     setup: Setup, batch: MicroBatch, engine: Engine, num_devices: int, devices_per_node: int | None = None
 ) -> Memory:
-    """Bytes of a step that is not the first: the optimizer has its state."""
+    """Bytes of any step after the first, when the optimizer has its state."""
     step = _Step(setup, batch, engine, num_devices)
     base = step.weights + step.optimizer
     forward, backward = step.forward_extra, step.backward_extra
@@ -192,7 +199,7 @@ class _Step:
     engine: Engine
     num_devices: int
 
-    # widths of numbers
+    # bytes per element
 
     @property
     def half(self) -> bool:
@@ -204,22 +211,22 @@ class _Step:
 
     @property
     def autocasts(self) -> bool:
-        """Weights are float32 and are cast for every forward pass."""
+        """Whether weights are float32 and cast in every forward pass."""
         return self.setup.precision == "bfloat16" and not self.engine.deepspeed and not self.engine.shards_weights
 
     @property
     def w(self) -> int:
-        """Of a trained weight where it is computed with: DeepSpeed and FSDP cast whole, autocast layer by layer."""
+        """Bytes of a trained weight in use: DeepSpeed and FSDP cast all of them, autocast layer by layer."""
         return 4 if self.autocasts else self.a
 
     @property
     def kept_w(self) -> int:
-        """Of a trained weight where it is kept: FSDP keeps float32 under mixed precision."""
+        """Bytes of a trained weight in storage: FSDP stores float32 under mixed precision."""
         return 4 if self.engine.shards_weights and not self.engine.deepspeed else self.w
 
     @property
     def r(self) -> int:
-        """Between the decoder's layers: embeddings that autocast leaves alone decide it."""
+        """Bytes of a number between the decoder's layers: set by the embeddings, which autocast leaves alone."""
         wide = self.autocasts and "language_model" not in self.setup.narrow_groups
         return 4 if wide or not self.half else 2
 
@@ -231,7 +238,7 @@ class _Step:
 
     @cached_property
     def weights(self) -> float:
-        """P weights, or this device's share; runs/stage.py narrows frozen groups where nothing shards them."""
+        """P weights, or this device's shard; frozen groups are narrowed if nothing shards them."""
         if self.engine.offloads_weights:
             return 0.0
         setup = self.setup
@@ -246,7 +253,7 @@ class _Step:
 
     @cached_property
     def optimizer(self) -> float:
-        """Two moments a trained number; DeepSpeed also keeps float32 weights of its own, whatever the model's are."""
+        """Two moments per trained parameter; DeepSpeed always adds float32 master weights."""
         if self.engine.offloads_optimizer:
             return 0.0
         shares = self.num_devices if self.engine.shards_optimizer else 1
@@ -258,7 +265,7 @@ class _Step:
 
     @cached_property
     def kept_gradients(self) -> float:
-        """Those whose memory is never given back: DDP's buckets, and ZeRO-3's flat buffer."""
+        """Gradients whose memory is never freed: DDP's buckets and ZeRO-3's flat buffer."""
         if self.engine.name == "ddp" and self.num_devices > 1:
             return float(self.setup.num_trained * self.kept_w)
         if self.engine.deepspeed and self.engine.shards_weights and not self.engine.offloads_optimizer:
@@ -267,7 +274,7 @@ class _Step:
 
     @cached_property
     def gradients(self) -> float:
-        """All that are there after the backward pass, in the type of their weights."""
+        """All gradients after the backward pass, in the type of their weights."""
         if self.engine.offloads_optimizer:
             return 0.0
         if self.engine.deepspeed and self.engine.shards_weights:
@@ -277,9 +284,9 @@ class _Step:
 
     @cached_property
     def step_extra(self) -> float:
-        """What the optimizer's step holds for itself.
+        """Temporary memory of the optimizer's step.
 
-        ZeRO-1/2 flatten their share of the gradients, and widen what is narrow (a + 4 bytes); ZeRO-3 does so for a
+        ZeRO-1/2 flatten their shard of the gradients and widen narrow types (a + 4 bytes); ZeRO-3 does so for one
         sub-group at a time. Fused AdamW works in place.
         """
         if self.engine.deepspeed:
@@ -288,7 +295,7 @@ class _Step:
             per_number = 6 if self.half else 4
             share = self.setup.num_trained / self.num_devices
             if not self.engine.shards_weights:
-                # of ZeRO-1's gradients only its share is left by then
+                # by then only the shard of ZeRO-1's gradients is left
                 left = 0.0 if self.engine.shards_gradients else self.gradients * (1 - 1 / self.num_devices)
                 return share * per_number - left
             return min(share, self.setup.zero.sub_group) * per_number
@@ -302,7 +309,7 @@ class _Step:
 
     @cached_property
     def layer(self) -> float:
-        """What autograd keeps of a decoder layer that runs at every position, its input not counted."""
+        """What autograd saves for a decoder layer that runs at every position, without its input."""
         return self._layer(self.batch.num_tokens, self.batch.num_tokens)
 
     @cached_property
@@ -312,10 +319,10 @@ class _Step:
     def _layer(self, num_queries: int, num_outputs: int) -> float:
         """Tensors that a layer's backward pass reads.
 
-        Attention: rotated queries, keys and values as the kernel takes them, its output and a logarithm a query and
+        Attention: rotated queries, keys and values in the kernel's layout, its output, and a logarithm per query and
         head. MLP: gate, its activation, and the other factor. Linear layers that are trained or have an adapter: their
-        input, that is the output of both norms, of attention and the product of the MLP; an adapter also its inner
-        product. Norms: their input, which is the stream between the layers, and a scale.
+        input, i.e. the output of both norms and of attention, and the MLP's product; an adapter also its inner
+        product. Norms: their input, which is the residual stream, and a scale.
         """
         model, batch, a = self.setup.model, self.batch, self.a
         num_tokens, hidden, wide = batch.num_tokens, model.hidden_size, model.num_heads * model.head_dim
@@ -343,7 +350,7 @@ class _Step:
         return self.setup.checkpointing > 0 and layer % self.setup.checkpointing == 0
 
     def kept_by(self, layer: int) -> float:
-        """What of a decoder layer outlives its forward pass."""
+        """Bytes of a decoder layer that outlive its forward pass."""
         if self._recomputes(layer):
             return self.layer_input
         return self.layer_input + self.inside(layer) + self.cast_layer
@@ -353,13 +360,13 @@ class _Step:
 
     @cached_property
     def cast_layer(self) -> float:
-        """Autocast's copies of a layer's weights: 2 bytes each, where they are float32."""
+        """Autocast's copies of a layer's weights: 2 bytes each if they are float32."""
         wide = self.autocasts and "language_model" not in self.setup.narrow_groups and not self.setup.quantized
         return 2.0 * self.setup.parameters.decoder_layer if wide else 0.0
 
     @cached_property
     def kept_casts(self) -> float:
-        """Copies of trained weights that autocast keeps to the end of the forward pass, beyond what layers keep."""
+        """Copies of trained weights that autocast caches until the forward pass ends, beyond what layers save."""
         if not self.setup.trains_decoder:
             return 0.0
         return sum(self.cast_layer for layer in range(self.setup.model.num_layers) if self._recomputes(layer))
@@ -370,7 +377,7 @@ class _Step:
 
     @cached_property
     def tower_kept(self) -> float:
-        """Of a trained tower; a frozen one keeps nothing."""
+        """What autograd saves for a trained tower; nothing for a frozen one."""
         if not self.setup.trained["vision_tower"]:
             return 0.0
         tower, num = self.setup.model.tower, self.batch.num_tiles * (self.setup.model.tower.num_patches + 1)
@@ -381,7 +388,7 @@ class _Step:
         return tower.num_layers * kept + extra
 
     def _tower_layer(self, num: int, width: int) -> float:
-        """Both norms' inputs, their outputs (for each product a copy under autocast), attention, and the MLP."""
+        """Saved by a layer: inputs of both norms, their outputs (one per product under autocast), attention, MLP."""
         tower, a = self.setup.model.tower, self.a
         inner = tower.mlp[0][1]
         copies = 4 if self.autocasts else 2
@@ -389,21 +396,21 @@ class _Step:
 
     @cached_property
     def tower_transient(self) -> float:
-        """A frozen tower's largest moment: a layer's MLP."""
+        """Peak of a frozen tower: a layer's MLP."""
         tower = self.setup.model.tower
         num = self.batch.num_tiles * (tower.num_patches + 1)
         return float(self.a * num * (3 * tower.mlp[0][1] + 4 * tower.hidden_size))
 
     @cached_property
     def projector_kept(self) -> float:
-        """Chosen features, what goes into the activation and what comes out; frozen behind a frozen tower: nothing."""
+        """Chosen features, input and output of the activation; nothing if both projector and tower are frozen."""
         if not (self.setup.trained["multi_modal_projector"] or self.setup.trained["vision_tower"]):
             return 0.0
         model = self.setup.model
         width = model.tower.hidden_size * model.tower.num_feature_layers + 2 * model.hidden_size
         return float(self.a * self.batch.num_features * width)
 
-    # the head: a chunk's logits, in both types; gradients of the hidden states, and of V x D weights
+    # the head: a chunk's logits in both types; gradients of the hidden states and of V x D weights
 
     @cached_property
     def head_weights(self) -> float:
@@ -415,10 +422,10 @@ class _Step:
 
     @cached_property
     def head(self) -> float:
-        """At its most: the loss makes the gradients on the way forward.
+        """Peak of the head, whose loss computes the gradients in the forward pass.
 
-        The sum of the chunks' weight gradients (w), and a chunk's own where the type of products is another; then the
-        weights in that type too.
+        The sum of the chunks' weight gradients (w), and a chunk's own if the products have another type; then also
+        the weights in that type.
         """
         model, batch, a = self.setup.model, self.batch, self.a
         if batch.keeps_logits:
@@ -433,11 +440,11 @@ class _Step:
             weights += a * self.head_weights
         return float(logits + hidden) + weights
 
-    # weights that are gathered for a moment
+    # temporarily gathered weights
 
     @cached_property
     def gathered(self) -> float:
-        """ZeRO-3 keeps up to `max_live` numbers gathered; FSDP two groups of layers, or the head twice."""
+        """ZeRO-3 keeps up to `max_live` parameters gathered; FSDP two groups of layers, or the head twice."""
         if not self.engine.shards_weights:
             return 0.0
         parameters = self.setup.parameters
@@ -448,7 +455,7 @@ class _Step:
 
     @cached_property
     def gathered_layers(self) -> float:
-        """Beside a decoder layer's backward pass, with its gradient."""
+        """Gathered weights during a decoder layer's backward pass, with their gradient."""
         if not self.engine.shards_weights:
             return 0.0
         if self.engine.deepspeed:
@@ -457,9 +464,9 @@ class _Step:
 
     @cached_property
     def buckets(self) -> float:
-        """DeepSpeed gathers gradients in buckets before it reduces them, of full size however few gradients there are.
+        """DeepSpeed collects gradients in buckets before it reduces them, always of full size.
 
-        ZeRO-1/2 fill one while the other one is on its way.
+        ZeRO-1/2 fill one while the other is being reduced.
         """
         if not self.engine.deepspeed:
             return 0.0
@@ -471,7 +478,7 @@ class _Step:
 
     @cached_property
     def forward_extra(self) -> float:
-        """Beside the states: at the head, where all activations are, or within the last full layer."""
+        """On top of the states: at the head, with all activations, or within the last full layer."""
         kept = self.tower_kept + self.projector_kept + self.decoder_kept + self.kept_casts
         at_head = kept + self.head + self.gathered
         in_layer = kept + self.layer + self.gathered_layers
@@ -479,7 +486,7 @@ class _Step:
 
     @cached_property
     def backward_extra(self) -> float:
-        """Beside the states and kept gradients: after each layer its gradients are there and its activations not."""
+        """On top of states and kept gradients: each layer's backward adds its gradients and frees its activations."""
         setup, num_layers = self.setup, self.setup.model.num_layers
         new = self.gradients - self.kept_gradients
         per_number = new / max(setup.num_trained, 1)
@@ -500,7 +507,7 @@ class _Step:
 
     @cached_property
     def whole_gradient(self) -> float:
-        """That of the head or of the embedding before it is added up or shared out: FSDP does so in float32."""
+        """Gradient of head or embedding before it is accumulated or sharded, which FSDP does in float32."""
         if not self.setup.trains_decoder or not (self.engine.shards_gradients or self.setup.accumulates):
             return 0.0
         reduced = 4 if self.engine.name == "fsdp2" and self.half else 0
@@ -509,7 +516,7 @@ class _Step:
     def beside(self, layer: int) -> float:
         """A layer's backward pass: what it recomputes, gathered weights, and gradients within the MLP.
 
-        There are three of those at once, and of each a second one by way of the adapters.
+        Three of those exist at once, and adapters double each.
         """
         recomputed = self.inside(layer) + self.cast_layer if self._recomputes(layer) else 0.0
         outputs = self.batch.num_supervised if layer == self.setup.model.num_layers - 1 else self.batch.num_tokens
@@ -524,11 +531,11 @@ class _Step:
 
 
 def _host(setup: Setup, engine: Engine, num_devices: int, devices_per_node: int) -> float:
-    """Bytes on a machine: what DeepSpeed offloads (its estimator's terms), or weights while they are loaded.
+    """Host bytes of a machine: what DeepSpeed offloads (its estimator's terms), or weights while loading.
 
-    Offloaded are 2 bytes of weights and 16 of gradients and optimizer a number, times 1.5 for buffers. ZeRO-3 loads
-    straight into its shares and holds the largest part meanwhile; under FSDP one process of a machine loads all
-    weights, elsewhere every one.
+    Offloading takes 2 bytes of weights and 16 of gradients and optimizer per parameter, times 1.5 for buffers. ZeRO-3
+    loads straight into its shards, holding the largest part meanwhile; under FSDP one process of a machine loads all
+    weights, otherwise every process does.
     """
     share = devices_per_node / num_devices
     if engine.offloads_weights or engine.offloads_optimizer:

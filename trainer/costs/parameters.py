@@ -1,7 +1,7 @@
-"""How many parameters a LlavaNext configuration has, part by part, without making the model.
+"""Predicts the parameters of a LlavaNext configuration, part by part, without building the model.
 
-No torch here: `llava-llama31 plan` reads this from a configuration alone. The numbers are those of Transformers'
-classes; tests/test_plan.py counts the real ones.
+This file does not import torch: `llava-llama31 plan` needs only a configuration. The numbers are those of
+Transformers' classes; tests/test_plan.py counts the real ones.
 """
 
 from collections.abc import Collection, Mapping
@@ -13,13 +13,13 @@ from llava_llama31.trainer.costs.flops import LORA_TARGETS, ModelShape
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters.
+    """Number of parameters of each part.
 
     Args:
         vision_tower: all of it.
-        unused_tower: its layers behind the one that is read, which are never trained.
+        unused_tower: its layers after the one that is read, which are never trained.
         multi_modal_projector: with `image_newline`.
-        embedding: of the language model; the head has as many where it is not tied.
+        embedding: of the language model; an untied head has as many.
         decoder_layer: one of them.
         num_layers: of the decoder.
         final_norm: of the language model.
@@ -39,7 +39,7 @@ class Parameters:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Parameters":
-        """From a whole LlavaNext configuration, `config.to_dict()`.
+        """Count the parameters of a complete LlavaNext configuration, `config.to_dict()`.
 
         Raises:
             ValueError: as `ModelShape.of`.
@@ -69,11 +69,11 @@ class Parameters:
 
     @property
     def largest(self) -> int:
-        """Of the parts that are gathered at once: a layer, or the embedding."""
+        """The largest part that is gathered at once: a layer, or the embedding."""
         return max(self.embedding, self.decoder_layer, self.tower_layer)
 
     def groups(self) -> dict[str, int]:
-        """By module group."""
+        """Number of parameters by module group."""
         return {
             "vision_tower": self.vision_tower,
             "multi_modal_projector": self.multi_modal_projector,
@@ -83,11 +83,11 @@ class Parameters:
     def trainable(
         self, trainable: Collection[str], *, num_adapters: int | None = None, frozen_newline: int = 0
     ) -> dict[str, int]:
-        """Those that get a gradient, by module group.
+        """Number of parameters that get a gradient, by module group.
 
         Args:
-            num_adapters: parameters of adapters, which are trained in place of the language model; None: none.
-            frozen_newline: size of `image_newline` where it is not trained with the projector.
+            num_adapters: parameters of adapters trained in place of the language model; None: no adapters.
+            frozen_newline: size of `image_newline` if it is not trained with the projector.
         """
         numbers = {group: number if group in trainable else 0 for group, number in self.groups().items()}
         if numbers["vision_tower"]:
@@ -100,7 +100,7 @@ class Parameters:
 
 
 def decoder_linears(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Width of input and output of a decoder layer's linear layers."""
+    """Input and output width of a decoder layer's linear layers."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     wide, narrow = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     sizes = ((hidden, wide), (hidden, narrow), (hidden, narrow), (wide, hidden), (hidden, inner), (hidden, inner))
@@ -108,7 +108,7 @@ def decoder_linears(shape: ModelShape) -> dict[str, tuple[int, int]]:
 
 
 def adapter_parameters(shape: ModelShape, rank: int, targets: Collection[str], *, dora: bool = False) -> int:
-    """Of low-rank adapters on these linear layers of all decoder layers; DoRA adds a magnitude an output."""
+    """Parameters of low-rank adapters on these linear layers of all decoder layers; DoRA adds one per output."""
     sizes = decoder_linears(shape)
     per_layer = sum(rank * sum(sizes[name]) + dora * sizes[name][1] for name in targets)
     return shape.num_layers * per_layer
@@ -125,7 +125,7 @@ def _decoder_layer(shape: ModelShape, text: Mapping[str, Any]) -> int:
 
 
 def _tower(vision: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Parameters of a layer, around the layers, and of the norm behind the last."""
+    """Parameters of one layer, of everything around the layers, and of the norm after the last layer."""
     hidden, patches = vision["hidden_size"], (vision["image_size"] // vision["patch_size"]) ** 2
     patch_numbers = vision["num_channels"] * vision["patch_size"] ** 2
     attention, norm = 4 * (hidden * hidden + hidden), 2 * hidden
@@ -133,11 +133,11 @@ def _tower(vision: Mapping[str, Any]) -> tuple[int, int, int]:
     if vision["model_type"] == "clip_vision_model":
         inner = vision["intermediate_size"]
         return attention + 2 * norm + 2 * hidden * inner + inner + hidden, positions + norm, norm
-    # dinov2, which ModelShape.of has let pass
+    # dinov2: ModelShape.of refuses any other type
     inner = int(hidden * vision["mlp_ratio"])
     mlp = 2 * hidden * inner + inner + hidden
     if vision["use_swiglu_ffn"]:
         inner = (int(inner * 2 / 3) + 7) // 8 * 8
         mlp = 3 * hidden * inner + 2 * inner + hidden
-    # patch bias and mask token; two learned scales a layer
+    # patch bias and mask token; two learned scales per layer
     return attention + 2 * norm + mlp + 2 * hidden, positions + 2 * hidden, norm

@@ -1,1 +1,1 @@
-"""`llava-llama31 doctor`: what this machine, or this cluster, lacks for training, and how to mend it."""
+"""`llava-llama31 doctor`: what is missing for training on this machine or cluster, and how to fix it."""

@@ -1,4 +1,4 @@
-"""Pure judgements: facts in, findings out. Every check says at least one thing."""
+"""Checks as pure functions: facts in, findings out. Every check returns at least one finding."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -8,24 +8,13 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from llava_llama31.trainer.doctor.facts import (
-    AccelerateConfig,
-    Compilers,
-    Folder,
-    Gpu,
-    Gpus,
-    Hub,
-    Installations,
-    Launch,
-    Machine,
-    Package,
-)
-from llava_llama31.trainer.doctor.findings import Finding
+from llava_llama31.trainer.doctor.facts import AccelerateConfig, Compilers, Folder, Gpu, Gpus, Hub, Installations, Launch, Machine, Package
+from llava_llama31.trainer.doctor.findings import DoctorFinding
 from llava_llama31.trainer.doctor.probe import Outcome
 
 
 GB = 10**9
-# What folders need, in bytes: below the first number nothing goes, below the second no stage of 8B parameters does.
+# Bytes that folders need: below the first number nothing runs, below the second no 8B stage does.
 # A checkpoint with 8.4e9 weights and Adam's two moments in 4 bytes each is 100 GB; Llama-3.1-8B in bfloat16 is 16 GB.
 NEEDS = {
     "output": (GB, 200 * GB),
@@ -42,72 +31,72 @@ _MOVE = {
 _WHY_SPACE = {
     "output": "a checkpoint of an 8B stage with its optimizer is 100 GB, and the next is written before the last is "
     "removed; small recipes need less",
-    "cache": "what is found out about data, and feature_cache_gb, are kept there",
-    "Hub cache": "Llama-3.1-8B is 16 GB, and a download that doesn't fit ends the run",
+    "cache": "findings about data, and feature_cache_gb, are kept there",
+    "Hub cache": "Llama-3.1-8B is 16 GB, and a download that doesn't fit fails the run",
     "temporary": "libraries and compilers write there",
 }
-BFLOAT16, FLOAT8 = (8, 0), (8, 9)  # first compute capabilities with such matrix products
-_USED_BY_OTHERS = 2 * GB  # what a context of our own takes stays below
+BFLOAT16, FLOAT8 = (8, 0), (8, 9)  # first compute capability with such matrix products
+_USED_BY_OTHERS = 2 * GB  # more than our own CUDA context takes
 _SHARED_MEMORY = GB
 _MEMORY_PER_PROCESS = 4 * GB
 _OPEN_FILES = 4096
-_STALE_MINUTES = 10  # no operator builds as long
+_STALE_MINUTES = 10  # longer than any operator takes to build
 _VOLATILE = ("tmpfs", "ramfs")
 
 
-def check_machine(machine: Machine, num_processes: int) -> list[Finding]:
+def check_machine(machine: Machine, num_processes: int) -> list[DoctorFinding]:
     memory = min(machine.memory, machine.memory_limit or machine.memory)
     limited = " (the control group's limit)" if memory < machine.memory else ""
     what = f"{machine.system}, Python {machine.python}, {machine.cores} cores, {memory / GB:.0f} GB memory{limited}"
-    found = [Finding("machine", "ok", what)]
+    found = [DoctorFinding("machine", "ok", what)]
     if memory < _MEMORY_PER_PROCESS * num_processes:
         found.append(
-            Finding(
+            DoctorFinding(
                 "memory",
                 "warning",
                 f"{memory / GB:.1f} GB for {num_processes} process(es)",
-                "the libraries, the loader's workers and the weights on their way to the device need more",
+                "libraries, data workers and weights in transit to the device need more",
                 "ask for more memory, or start fewer processes",
             )
         )
     if machine.shared_memory is not None and machine.shared_memory < _SHARED_MEMORY:
         found.append(
-            Finding(
+            DoctorFinding(
                 "shared memory",
                 "warning",
                 f"{machine.shared_memory / 1e6:.0f} MB are free in /dev/shm",
-                "the data loader's workers hand over pictures there, and NCCL talks there: runs end with a bus error",
+                "data workers and NCCL communicate through it: runs die with a bus error",
                 "start the container with --shm-size=16g or --ipc=host, or set dataloader_workers: 0",
             )
         )
     return found + _check_limits(machine)
 
 
-def _check_limits(machine: Machine) -> list[Finding]:
+def _check_limits(machine: Machine) -> list[DoctorFinding]:
     found = []
     if machine.open_files < _OPEN_FILES:
         found.append(
-            Finding(
+            DoctorFinding(
                 "open files",
                 "warning",
                 f"at most {machine.open_files} open files",
-                "loader workers hand over each tensor as an open file: 'Too many open files' after hours",
+                "data workers pass each tensor as an open file: runs die with 'Too many open files' after hours",
                 "ulimit -n 65536",
             )
         )
     if machine.address_space is not None:
         found.append(
-            Finding(
+            DoctorFinding(
                 "address space",
                 "warning",
                 f"limited to {machine.address_space / GB:.0f} GB",
-                "CUDA and memory-mapped weights take address space far beyond the memory that they use",
+                "CUDA and memory-mapped weights need far more address space than memory",
                 "ulimit -v unlimited",
             )
         )
     if machine.infiniband and machine.locked_memory is not None and machine.locked_memory < GB:
         found.append(
-            Finding(
+            DoctorFinding(
                 "locked memory",
                 "warning",
                 f"{machine.locked_memory // 1024} KiB may be locked, and there is InfiniBand "
@@ -119,22 +108,24 @@ def _check_limits(machine: Machine) -> list[Finding]:
     return found
 
 
-def check_packages(packages: Sequence[Package]) -> list[Finding]:
+def check_packages(packages: Sequence[Package]) -> list[DoctorFinding]:
     found, other = [], []
     for package in packages:
         named = f"llava-llama31[{package.extra}]" if package.extra else "llava-llama31"
         if package.installed is None:
             if not package.extra:
-                why = "it is always needed"
-                found.append(Finding("packages", "error", f"{package.name} is missing", why, f"pip install '{named}'"))
+                why = "it is required"
+                found.append(
+                    DoctorFinding("packages", "error", f"{package.name} is missing", why, f"pip install '{named}'")
+                )
             continue
         if not SpecifierSet(package.specifier).contains(package.installed, prereleases=True):
             found.append(
-                Finding(
+                DoctorFinding(
                     "packages",
                     "error",
                     f"{package.name} {package.installed} is outside the supported {package.specifier}",
-                    "what we call is not there or means something else",
+                    "APIs that we call may be missing or behave differently",
                     f"pip install '{package.name}{package.specifier}'",
                 )
             )
@@ -143,27 +134,27 @@ def check_packages(packages: Sequence[Package]) -> list[Finding]:
     if other:
         listed = ", ".join(f"{p.name} {p.installed} (tested: {p.tested})" for p in other)
         pins = " ".join(f"{p.name}=={Version(p.tested or '').public}" for p in other)
-        why = "only the tested versions went through all tests"
-        found.append(Finding("packages", "warning", listed, why, f"pip install {pins}"))
+        why = "only the tested versions have passed all tests"
+        found.append(DoctorFinding("packages", "warning", listed, why, f"pip install {pins}"))
     number = sum(package.installed is not None for package in packages)
-    return found or [Finding("packages", "ok", f"{number} packages, all in their tested series")]
+    return found or [DoctorFinding("packages", "ok", f"{number} packages, all in their tested series")]
 
 
-def check_installations(found: Installations) -> list[Finding]:
+def check_installations(found: Installations) -> list[DoctorFinding]:
     if len(found.metadata) == 1:
-        return [Finding("installation", "ok", f"imported from {found.imported}")]
+        return [DoctorFinding("installation", "ok", f"imported from {found.imported}")]
     return [
-        Finding(
+        DoctorFinding(
             "installation",
             "warning",
             f"{len(found.metadata)} installations: {', '.join(found.metadata)}; {found.imported} is imported",
-            "versions are looked up in one and the code comes from another",
-            "pip uninstall llava-llama31, as often as it finds one, and install it once",
+            "versions are read from one and code from another",
+            "run pip uninstall llava-llama31 until none is left, then install it once",
         )
     ]
 
 
-def check_gpus(gpus: Gpus) -> list[Finding]:
+def check_gpus(gpus: Gpus) -> list[DoctorFinding]:
     if not gpus.devices:
         return _no_gpu(gpus)
     found = []
@@ -171,31 +162,31 @@ def check_gpus(gpus: Gpus) -> list[Finding]:
         numbers = ", ".join(str(number) for number, other in enumerate(gpus.devices) if other == device)
         found += _check_gpu(f"GPU {numbers}", device, gpus.architectures)
     if len({(device.name, device.memory) for device in gpus.devices}) > 1:
-        why = "every step waits for the slowest, and the smallest decides what fits"
+        why = "every step waits for the slowest GPU, and the smallest limits what fits"
         fix = "choose equal ones with CUDA_VISIBLE_DEVICES"
-        found.append(Finding("GPUs", "warning", "the GPUs differ", why, fix))
+        found.append(DoctorFinding("GPUs", "warning", "the GPUs differ", why, fix))
     return [*found, *_check_driver(gpus)]
 
 
-def _check_gpu(name: str, device: Gpu, architectures: Sequence[str]) -> list[Finding]:
+def _check_gpu(name: str, device: Gpu, architectures: Sequence[str]) -> list[DoctorFinding]:
     major, minor = device.capability
     able = [kind for kind, least in (("bfloat16", BFLOAT16), ("float8", FLOAT8)) if device.capability >= least]
     what = f"{name}: {device.name}, {device.memory / GB:.0f} GB, capability {major}.{minor}"
-    found = [Finding("GPUs", "ok", f"{what}, {' and '.join(able) or 'neither bfloat16 nor float8'}")]
+    found = [DoctorFinding("GPUs", "ok", f"{what}, {' and '.join(able) or 'neither bfloat16 nor float8'}")]
     if device.memory - device.free > _USED_BY_OTHERS:
         what = f"{name}: other processes hold {(device.memory - device.free) / GB:.0f} GB"
-        why = "a run that fits by `plan` is out of memory"
+        why = "a run that fits according to `plan` runs out of memory"
         fix = "find them with nvidia-smi and end them, or choose GPUs with CUDA_VISIBLE_DEVICES"
-        found.append(Finding("GPU memory", "warning", what, why, fix))
+        found.append(DoctorFinding("GPU memory", "warning", what, why, fix))
     if not able:
-        why = "precision: bfloat16 is emulated there, slowly"
-        fix = "take an Ampere GPU or a newer one, or set precision: float32"
-        found.append(Finding("GPUs", "warning", f"{name} has no bfloat16 products", why, fix))
+        why = "precision: bfloat16 is emulated, which is slow"
+        fix = "use an Ampere GPU or newer, or set precision: float32"
+        found.append(DoctorFinding("GPUs", "warning", f"{name} has no bfloat16 matrix products", why, fix))
     if architectures and not _is_built_for(device.capability, architectures):
         what = f"torch is not built for capability {major}.{minor} of {name}: {', '.join(architectures)}"
-        why = "the first product ends with 'no kernel image is available'"
+        why = "the first kernel fails with 'no kernel image is available'"
         fix = "install the torch build that lists this GPU, by the selector on pytorch.org"
-        found.append(Finding("GPUs", "error", what, why, fix))
+        found.append(DoctorFinding("GPUs", "error", what, why, fix))
     return found
 
 
@@ -205,7 +196,7 @@ def _is_built_for(capability: tuple[int, int], architectures: Sequence[str]) -> 
         kind, _, number = architecture.partition("_")
         digits = number.rstrip("af")
         built = (int(digits[:-1]), int(digits[-1]))
-        if number.endswith("a"):  # for one model alone
+        if number.endswith("a"):  # for exactly one GPU model
             fits = capability == built
         elif kind == "sm":
             fits = capability[0] == built[0] and capability >= built
@@ -216,64 +207,72 @@ def _is_built_for(capability: tuple[int, int], architectures: Sequence[str]) -> 
     return False
 
 
-def _check_driver(gpus: Gpus) -> list[Finding]:
-    """A driver serves all CUDA versions of its major version, and all older ones."""
+def _check_driver(gpus: Gpus) -> list[DoctorFinding]:
+    """A driver supports all CUDA versions of its major version and older ones."""
     if gpus.torch_cuda is None or gpus.driver_cuda is None:
         return []
     served = ".".join(map(str, gpus.driver_cuda))
     if int(gpus.torch_cuda.split(".")[0]) > gpus.driver_cuda[0]:
         return [
-            Finding(
+            DoctorFinding(
                 "driver",
                 "error",
-                f"torch is built for CUDA {gpus.torch_cuda}, the driver {gpus.driver or ''} serves {served} at most",
+                f"torch is built for CUDA {gpus.torch_cuda}, the driver {gpus.driver or ''} supports at most {served}",
                 "torch sees no GPU",
                 f"update the driver, or install a torch build for CUDA {gpus.driver_cuda[0]}",
             )
         ]
-    return [Finding("driver", "ok", f"{gpus.driver or 'driver'}, CUDA {served} at most; torch's is {gpus.torch_cuda}")]
+    return [
+        DoctorFinding("driver", "ok", f"{gpus.driver or 'driver'}, CUDA up to {served}; torch uses {gpus.torch_cuda}")
+    ]
 
 
-def _no_gpu(gpus: Gpus) -> list[Finding]:
+def _no_gpu(gpus: Gpus) -> list[DoctorFinding]:
     if not gpus.num_installed and gpus.driver_cuda is None:
-        return [Finding("GPUs", "ok", "none; small recipes run on the CPU")]
+        return [DoctorFinding("GPUs", "ok", "none; small recipes run on the CPU")]
     number, why = gpus.num_installed or "NVIDIA", "everything would run on the CPU"
     if gpus.torch_cuda is None:
         fix = "install the CUDA build of torch, by the selector on pytorch.org"
-        return [Finding("GPUs", "error", f"{number} GPU(s) here, but torch is a CPU build", why, fix)]
+        return [DoctorFinding("GPUs", "error", f"{number} GPU(s) here, but torch is a CPU build", why, fix)]
     if gpus.visible is not None and gpus.visible.strip() in ("", "-1"):
         fix = "unset CUDA_VISIBLE_DEVICES"
-        return [Finding("GPUs", "warning", f"CUDA_VISIBLE_DEVICES={gpus.visible} hides all GPUs", why, fix)]
+        return [DoctorFinding("GPUs", "warning", f"CUDA_VISIBLE_DEVICES={gpus.visible} hides all GPUs", why, fix)]
     driver = [finding for finding in _check_driver(gpus) if finding.level == "error"]
     what = f"{number} GPU(s) here, and torch can't use them: {gpus.error}"
-    fix = "run nvidia-smi; restart or reinstall the driver where it fails too"
-    return driver or [Finding("GPUs", "error", what, why, fix)]
+    fix = "run nvidia-smi; if it fails too, restart or reinstall the driver"
+    return driver or [DoctorFinding("GPUs", "error", what, why, fix)]
 
 
-def check_communication(backend: str, outcomes: Sequence[Outcome]) -> list[Finding]:
-    """Of processes on this machine that summed a tensor."""
+def check_communication(backend: str, outcomes: Sequence[Outcome]) -> list[DoctorFinding]:
+    """Whether processes on this machine could sum a tensor."""
     failed = {rank: outcome.error for rank, outcome in enumerate(outcomes) if outcome.error}
     if not failed:
         seconds = max(outcome.seconds for outcome in outcomes)
-        return [Finding(backend, "ok", f"{len(outcomes)} processes of this machine sum up, in {seconds:.1f} s")]
+        return [
+            DoctorFinding(
+                backend, "ok", f"all-reduce across {len(outcomes)} processes of this machine works, in {seconds:.1f} s"
+            )
+        ]
     what = "; ".join(f"process {rank}: {error}" for rank, error in failed.items())
-    why = "training on several processes would fail or hang in the same place"
+    why = "training on several processes would fail or hang the same way"
     fix = {
         "gloo": "let this machine's name resolve to an address of its own (/etc/hosts), or set GLOO_SOCKET_IFNAME=lo",
         "nccl": "set NCCL_DEBUG=INFO and run it again; try NCCL_P2P_DISABLE=1, and see /dev/shm above",
     }[backend]
-    return [Finding(backend, "error", what, why, fix)]
+    return [DoctorFinding(backend, "error", what, why, fix)]
 
 
-def check_folder(folder: Folder) -> list[Finding]:
+def check_folder(folder: Folder) -> list[DoctorFinding]:
     name, where, move = f"{folder.role} folder", folder.path, _MOVE[folder.role]
     if folder.write_error:
-        return [Finding(name, "error", f"{where} can't be written: {folder.write_error}", "a run writes there", move)]
+        return [
+            DoctorFinding(name, "error", f"{where} can't be written: {folder.write_error}", "a run writes there", move)
+        ]
     found = []
     least, wanted = NEEDS[folder.role]
     if folder.free < wanted:
         found.append(
-            Finding(
+            DoctorFinding(
                 name,
                 "error" if folder.free < least else "warning",
                 f"{folder.free / GB:.1f} GB are free in {where}",
@@ -282,44 +281,46 @@ def check_folder(folder: Folder) -> list[Finding]:
             )
         )
     if folder.role == "output" and folder.filesystem in _VOLATILE:
-        why = "checkpoints there take memory, and are gone after a restart"
-        found.append(Finding(name, "warning", f"{where} is {folder.filesystem}", why, move))
+        why = "checkpoints there use memory and are lost on restart"
+        found.append(DoctorFinding(name, "warning", f"{where} is {folder.filesystem}", why, move))
     found += _check_abilities(name, folder)
-    return found or [Finding(name, "ok", f"{where}: {folder.free / GB:.0f} GB free, {folder.filesystem}")]
+    return found or [DoctorFinding(name, "ok", f"{where}: {folder.free / GB:.0f} GB free, {folder.filesystem}")]
 
 
-def _check_abilities(name: str, folder: Folder) -> list[Finding]:
+def _check_abilities(name: str, folder: Folder) -> list[DoctorFinding]:
     if folder.role not in ("output", "cache"):
         return []
     found = []
     if folder.lock_error:
         found.append(
-            Finding(
+            DoctorFinding(
                 name,
                 "error" if folder.role == "output" else "warning",
                 f"{folder.path} ({folder.filesystem}) has no working flock: {folder.lock_error}",
-                "it keeps two runs apart" if folder.role == "output" else "feature_cache_gb would store nothing",
+                "it prevents two runs from using one folder"
+                if folder.role == "output"
+                else "feature_cache_gb would store nothing",
                 "mount Lustre with -o flock and NFS without nolock and local_lock, or choose another folder",
             )
         )
     if folder.durable_error:
         found.append(
-            Finding(
+            DoctorFinding(
                 name,
                 "error",
                 f"{folder.path} ({folder.filesystem}) can't sync and rename: {folder.durable_error}",
-                "a checkpoint becomes visible by that, whole or not at all",
+                "checkpoints need both to be complete or absent after a crash",
                 "choose another folder",
             )
         )
     return found
 
 
-def check_compilers(facts: Compilers) -> list[Finding]:
+def check_compilers(facts: Compilers) -> list[DoctorFinding]:
     found = [_build_lock(lock.path, lock.minutes) for lock in facts.locks]
     if facts.deepspeed is None:
         what = "not installed; stages without `deepspeed` don't need it"
-        return [*found, Finding("DeepSpeed", "ok", what)]
+        return [*found, DoctorFinding("DeepSpeed", "ok", what)]
     needs = {"a C++ compiler": facts.cpp, "ninja": facts.ninja}
     if facts.torch_cuda is not None:
         needs["nvcc"] = facts.nvcc
@@ -327,79 +328,82 @@ def check_compilers(facts: Compilers) -> list[Finding]:
     if not missing:
         return [
             *found,
-            Finding("DeepSpeed", "ok", f"{facts.deepspeed}, and {', '.join(needs)} to build its operators"),
+            DoctorFinding("DeepSpeed", "ok", f"{facts.deepspeed}, and {', '.join(needs)} to build its operators"),
         ]
     fix = "apt-get install build-essential ninja-build"
     if "nvcc" in missing:
         fix += f"; install the CUDA toolkit {facts.torch_cuda} and set CUDA_HOME"
-    why = "the optimizer of ZeRO-offload is built when it is first used; without offload nothing is"
-    return [*found, Finding("DeepSpeed", "warning", f"{' and '.join(missing)} missing", why, fix)]
+    why = "ZeRO-offload builds its optimizer on first use; without offload nothing is built"
+    return [*found, DoctorFinding("DeepSpeed", "warning", f"{' and '.join(missing)} missing", why, fix)]
 
 
-def _build_lock(path: str, minutes: float) -> Finding:
+def _build_lock(path: str, minutes: float) -> DoctorFinding:
     stale = minutes > _STALE_MINUTES
-    return Finding(
+    return DoctorFinding(
         "build lock",
         "error" if stale else "warning",
         f"{path} is {minutes:.0f} minutes old",
-        "every run that needs this operator waits for the lock, without a message; a build that was killed left it",
-        f"rm {shlex.quote(path)}" if stale else f"wait for the build, or, where none runs: rm {shlex.quote(path)}",
+        "every run that needs this operator silently waits for the lock; a killed build may have left it",
+        f"rm {shlex.quote(path)}" if stale else f"wait for the build; if none is running: rm {shlex.quote(path)}",
     )
 
 
-def check_torchvision(outcome: Outcome | None) -> list[Finding]:
+def check_torchvision(outcome: Outcome | None) -> list[DoctorFinding]:
     if outcome is None:
-        return [Finding("torchvision", "ok", "not installed; pictures are tiled without it")]
+        return [DoctorFinding("torchvision", "ok", "not installed; images are tiled without it")]
     if outcome.error is None:
-        return [Finding("torchvision", "ok", "fits torch")]
+        return [DoctorFinding("torchvision", "ok", "fits torch")]
     return [
-        Finding(
+        DoctorFinding(
             "torchvision",
             "error",
             f"can't be imported: {outcome.error}",
-            "it is built for another torch, as PyPI's is beside a CPU build, and Transformers fails on it everywhere",
-            "pip uninstall torchvision, or install it from where torch came from",
+            "it is built for another torch (PyPI's does not match a CPU build), which breaks all of Transformers",
+            "pip uninstall torchvision, or install it from the same index as torch",
         )
     ]
 
 
-def check_torchao(outcome: Outcome | None, num_gpus: int) -> list[Finding]:
+def check_torchao(outcome: Outcome | None, num_gpus: int) -> list[DoctorFinding]:
     if outcome is None:
-        return [Finding("torchao", "ok", "not installed; only optimizer: adamw_8bit and fp8 need it")]
-    fix = "pip install -U torchao, in the version that names this torch"
+        return [DoctorFinding("torchao", "ok", "not installed; only optimizer: adamw_8bit and fp8 need it")]
+    fix = "pip install -U torchao, in the version built for this torch"
     if outcome.error is not None:
         why = "optimizer: adamw_8bit and fp8 need it"
-        return [Finding("torchao", "error", f"can't be imported: {outcome.error}", why, fix)]
+        return [DoctorFinding("torchao", "error", f"can't be imported: {outcome.error}", why, fix)]
     missing = [line for line in outcome.messages if "Failed to load" in line or "cpp extensions" in line]
     if missing and num_gpus:
-        why = "its own CUDA kernels are missing; adamw_8bit and fp8 do without, other quantizations don't"
-        return [Finding("torchao", "warning", missing[0], why, fix)]
-    return [Finding("torchao", "ok", "adamw_8bit and fp8 can use it")]
+        why = "its CUDA kernels are missing; adamw_8bit and fp8 don't need them, other quantizations do"
+        return [DoctorFinding("torchao", "warning", missing[0], why, fix)]
+    return [DoctorFinding("torchao", "ok", "adamw_8bit and fp8 can use it")]
 
 
-def check_hub(hub: Hub) -> list[Finding]:
+def check_hub(hub: Hub) -> list[DoctorFinding]:
     found = []
     if hub.token_mode is not None and hub.token_mode & 0o077:
         why, fix = "others on this machine can read it", f"chmod 600 {shlex.quote(hub.token_from or '')}"
-        found.append(Finding("Hub token", "warning", f"{hub.token_from} is readable by others", why, fix))
+        found.append(DoctorFinding("Hub token", "warning", f"{hub.token_from} is readable by others", why, fix))
     token = f"token from {hub.token_from}" if hub.token_from else "no token; gated models need one: hf auth login"
     if hub.offline:
-        return [*found, Finding("Hub", "ok", f"offline by HF_HUB_OFFLINE; {token}")]
+        return [*found, DoctorFinding("Hub", "ok", f"offline by HF_HUB_OFFLINE; {token}")]
     if hub.refused:
-        why = "with a token that isn't valid even public models can't be downloaded"
-        fix = "make a new one and run hf auth login, or unset HF_TOKEN"
-        return [*found, Finding("Hub token", "error", f"{hub.endpoint} refuses the {token}", why, fix)]
+        why = "with an invalid token not even public models can be downloaded"
+        fix = "create a new one and run hf auth login, or unset HF_TOKEN"
+        return [*found, DoctorFinding("Hub token", "error", f"{hub.endpoint} refuses the {token}", why, fix)]
     if hub.error is not None:
-        why = "a recipe that names a Hub id waits for it, again and again"
-        fix = "mend the network or HTTPS_PROXY, or set HF_HUB_OFFLINE=1 and use folders or what the cache holds"
-        return [*found, Finding("Hub", "warning", f"{hub.endpoint} can't be asked: {hub.error}; {token}", why, fix)]
-    return [*found, Finding("Hub", "ok", f"{token}, of {hub.user}" if hub.user else token)]
+        why = "a recipe with a Hub id retries and waits for it"
+        fix = "fix the network or HTTPS_PROXY, or set HF_HUB_OFFLINE=1 and use folders or cached models"
+        return [
+            *found,
+            DoctorFinding("Hub", "warning", f"{hub.endpoint} can't be reached: {hub.error}; {token}", why, fix),
+        ]
+    return [*found, DoctorFinding("Hub", "ok", f"{token}, of {hub.user}" if hub.user else token)]
 
 
-def check_accelerate_config(config: AccelerateConfig) -> list[Finding]:
+def check_accelerate_config(config: AccelerateConfig) -> list[DoctorFinding]:
     content, name = config.content, "accelerate config"
     if content is None:
-        return [Finding(name, "ok", "no saved default; the command line decides")]
+        return [DoctorFinding(name, "ok", "no saved default; the command line decides")]
     kind, processes = str(content.get("distributed_type", "NO")), content.get("num_processes")
     said = []
     if content.get("use_cpu") and config.num_gpus:
@@ -407,7 +411,7 @@ def check_accelerate_config(config: AccelerateConfig) -> list[Finding]:
     if kind == "MULTI_CPU" or content.get("mpirun_config"):
         said.append(f"distributed_type {kind} starts one process unless mpirun is set up")
     if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        said.append(f"distributed_type {kind} shards whatever is launched, also where the recipe doesn't say so")
+        said.append(f"distributed_type {kind} shards every launch, even if the recipe doesn't say so")
     if kind == "NO" and config.num_gpus > 1:
         said.append("distributed_type NO starts one process")
     if isinstance(processes, int) and config.num_gpus and kind != "NO" and processes % config.num_gpus:
@@ -417,82 +421,86 @@ def check_accelerate_config(config: AccelerateConfig) -> list[Finding]:
     if content.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
         said.append(f"compute_environment: {content['compute_environment']}")
     if not said:
-        return [Finding(name, "ok", f"{config.path}: {kind}, {processes or 1} process(es)")]
+        return [DoctorFinding(name, "ok", f"{config.path}: {kind}, {processes or 1} process(es)")]
     return [
-        Finding(
+        DoctorFinding(
             name,
             "warning",
             f"{config.path}: {'; '.join(said)}",
-            "`accelerate launch` takes from it, in silence, what the command line doesn't say",
+            "`accelerate launch` silently uses it for everything the command line leaves out",
             f"name a file with --config_file, or rm {shlex.quote(config.path)}",
         )
     ]
 
 
-# pattern, values that are meant ("" is any), why, what to do
+# pattern, values that match ("" is any), why, fix
 _VARIABLES = (
-    ("NCCL_P2P_DISABLE", "1", "GPUs of a machine talk through main memory, many times slower", "unset it"),
-    ("NCCL_SHM_DISABLE", "1", "GPUs of a machine talk through the network", "unset it"),
-    ("NCCL_IB_DISABLE", "1", "machines talk over TCP although there may be InfiniBand", "unset it"),
+    ("NCCL_P2P_DISABLE", "1", "GPUs of one machine communicate through main memory, many times slower", "unset it"),
+    ("NCCL_SHM_DISABLE", "1", "GPUs of one machine communicate through the network", "unset it"),
+    ("NCCL_IB_DISABLE", "1", "machines communicate over TCP although there may be InfiniBand", "unset it"),
     ("NCCL_LAUNCH_MODE", "GROUP", "deprecated; it may deadlock", "unset it"),
     ("NCCL_ASYNC_ERROR_HANDLING", "", "torch reads TORCH_NCCL_ASYNC_ERROR_HANDLING now", "rename it"),
     ("NCCL_BLOCKING_WAIT", "", "torch reads TORCH_NCCL_BLOCKING_WAIT now", "rename it"),
-    ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0", "when a process dies the others wait for ever", "unset it"),
+    ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0", "when a process dies, the others wait forever", "unset it"),
     ("TORCH_NCCL_BLOCKING_WAIT", "1", "every collective blocks the CPU: training is slower", "unset it"),
     ("CUDA_LAUNCH_BLOCKING", "1", "the GPU waits for the CPU at every kernel", "unset it; it is for debugging"),
     ("NCCL_DEBUG", "TRACE", "the log grows by megabytes a second", "set it to WARN or INFO"),
 )
 
 
-def check_variables(launch: Launch) -> list[Finding]:
+def check_variables(launch: Launch) -> list[DoctorFinding]:
     """NCCL's, torch's and the launcher's environment variables."""
     found = []
     for name, meant, why, fix in _VARIABLES:
         value = launch.variables.get(name)
         if value is not None and (not meant or value.upper() == meant):
-            found.append(Finding("environment", "warning", f"{name}={value}", why, fix))
+            found.append(DoctorFinding("environment", "warning", f"{name}={value}", why, fix))
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         found += _check_interface(name, launch)
     threads, local = launch.variables.get("OMP_NUM_THREADS"), launch.number("LOCAL_WORLD_SIZE")
     if local > 1 and (threads is None or launch.number("OMP_NUM_THREADS") * local > 2 * launch.cores):
         what = f"OMP_NUM_THREADS={threads}" if threads else "OMP_NUM_THREADS is not set"
-        why = f"{local} processes start {threads or launch.cores} threads each on {launch.cores} cores"
+        why = f"{local} processes with {threads or launch.cores} threads each on {launch.cores} cores"
         fix = f"set it to {max(1, launch.cores // local)}"
-        found.append(Finding("environment", "warning", what, why, fix))
-    return [*found, *_check_addresses(launch)] or [Finding("environment", "ok", "no variable that is often wrong")]
+        found.append(DoctorFinding("environment", "warning", what, why, fix))
+    return [*found, *_check_addresses(launch)] or [
+        DoctorFinding("environment", "ok", "no variable that often causes trouble")
+    ]
 
 
-def _check_interface(name: str, launch: Launch) -> list[Finding]:
+def _check_interface(name: str, launch: Launch) -> list[DoctorFinding]:
     value = launch.variables.get(name)
     if not value or value.startswith("^"):  # ^ excludes
         return []
-    # NCCL takes beginnings of names, and =NAME for the whole one; gloo takes names
+    # NCCL takes prefixes, or =NAME for an exact name; gloo takes exact names
     wanted = [part.removeprefix("=") + ("" if part.startswith("=") else "*") for part in value.split(",")]
     if not any(fnmatch(there, want) for there in launch.interfaces for want in wanted):
-        why = "no process finds the others"
+        why = "processes can't find each other"
         fix = f"name one of {', '.join(launch.interfaces)}, or unset it"
-        return [Finding("environment", "error", f"{name}={value}: there is no such interface", why, fix)]
+        return [DoctorFinding("environment", "error", f"{name}={value}: there is no such interface", why, fix)]
     if launch.num_machines > 1 and value in ("lo", "=lo"):
         return [
-            Finding("environment", "error", f"{name}=lo", "it reaches this machine alone", "name the real interface")
+            DoctorFinding(
+                "environment", "error", f"{name}=lo", "it reaches only this machine", "name the real interface"
+            )
         ]
     return []
 
 
-def _check_addresses(launch: Launch) -> list[Finding]:
+def _check_addresses(launch: Launch) -> list[DoctorFinding]:
     if launch.num_machines < 2:
         return []
     found, master = [], launch.variables.get("MASTER_ADDR", "")
     if master == "localhost" or master.startswith("127."):
-        why = "every machine would look for the first one in itself; it works only where all are this one"
-        fix = "set it to the first machine's name, which the others can resolve"
-        found.append(Finding("environment", "warning", f"MASTER_ADDR={master}", why, fix))
+        why = "every machine would look for the first one on itself; this only works on a single machine"
+        fix = "set it to a name of the first machine that the others can resolve"
+        found.append(DoctorFinding("environment", "warning", f"MASTER_ADDR={master}", why, fix))
     if launch.address is None or launch.address.startswith("127."):
         what = f"this machine's name resolves to {launch.address or 'nothing'}"
-        why = "gloo offers that address to the other machines, which can't reach it"
+        why = "gloo advertises that address to the other machines, which can't reach it"
         fix = "set GLOO_SOCKET_IFNAME to the interface that the machines share"
         if "GLOO_SOCKET_IFNAME" not in launch.variables:
-            found.append(Finding("environment", "warning", what, why, fix))
+            found.append(DoctorFinding("environment", "warning", what, why, fix))
     return found
 
 
@@ -502,21 +510,21 @@ def check_ranks(
     hosts: Mapping[int, str],
     outcomes: Mapping[str, Mapping[int, str | None]],
     address: str,
-) -> list[Finding]:
-    """Of the processes of a launch.
+) -> list[DoctorFinding]:
+    """Whether all processes of a launch met and could sum a tensor.
 
     Args:
-        hosts: of the ranks that came to the meeting point.
-        outcomes: by backend, what each rank that answered came to; None is good.
+        hosts: by rank, of the ranks that reached the meeting point.
+        outcomes: by backend, each answering rank's error; None: it worked.
         address: of the meeting point.
     """
     absent = [rank for rank in range(world_size) if rank not in hosts]
-    why = "training would wait for them until its time limit, and then end"
+    why = "training would wait for them until it times out"
     if absent:
         machines = sorted({rank // local_world_size for rank in absent})
-        what = f"of {world_size} ranks {_listed(absent)} never came to {address} (machine {_listed(machines)})"
-        fix = "look whether they started; if so, whether their machine reaches that address through a firewall"
-        return [Finding("ranks", "error", what, why, fix)]
+        what = f"of {world_size} ranks {_listed(absent)} never reached {address} (machine {_listed(machines)})"
+        fix = "check whether they started; if so, whether a firewall keeps their machine from that address"
+        return [DoctorFinding("ranks", "error", what, why, fix)]
     found = []
     for backend, answers in outcomes.items():
         failed = {rank: answers.get(rank, "no answer") for rank in hosts if answers.get(rank, "no answer")}
@@ -524,12 +532,16 @@ def check_ranks(
             named = "; ".join(f"rank {rank} on {hosts[rank]}: {error}" for rank, error in failed.items())
             fix = {
                 "gloo": "set GLOO_SOCKET_IFNAME to the interface that the machines share; open the ports between them",
-                "nccl": "set NCCL_SOCKET_IFNAME to the shared interface; NCCL_DEBUG=INFO tells what NCCL tries",
+                "nccl": "set NCCL_SOCKET_IFNAME to the shared interface; NCCL_DEBUG=INFO shows what NCCL tries",
             }[backend]
-            found.append(Finding("ranks", "error", f"{backend}: {named}", why, fix))
+            found.append(DoctorFinding("ranks", "error", f"{backend}: {named}", why, fix))
         else:
             number = len(set(hosts.values()))
-            found.append(Finding("ranks", "ok", f"{backend}: {world_size} ranks on {number} machine(s) sum up"))
+            found.append(
+                DoctorFinding(
+                    "ranks", "ok", f"{backend}: all-reduce across {world_size} ranks on {number} machine(s) works"
+                )
+            )
     return found
 
 
@@ -539,7 +551,7 @@ def check_agreement(
     sees_cache: Mapping[int, bool],
     hosts: Mapping[int, str],
     output: Path,
-) -> list[Finding]:
+) -> list[DoctorFinding]:
     """Whether all ranks of a launch run the same versions and write to the same folder."""
     found = []
     for package, expected in versions[0].items():
@@ -547,18 +559,20 @@ def check_agreement(
         if others:
             named = ", ".join(f"{number} on {hosts[rank]}" for rank, number in others.items())
             what = f"{package} {expected} on {hosts[0]}, but {named}"
-            why = "ranks that compute differently drift apart, or wait for one another"
-            found.append(Finding("ranks", "error", what, why, "install the same environment on every machine"))
+            why = "ranks that compute differently diverge, or wait for each other"
+            found.append(DoctorFinding("ranks", "error", what, why, "install the same environment on every machine"))
     blind = sorted({hosts[rank] for rank, sees in sees_output.items() if not sees})
     if blind:
-        why = "rank 0 writes there, and every rank reads there what the stage before left"
-        what = f"{', '.join(blind)} don't see what {hosts[0]} writes into {output}"
-        found.append(Finding("output folder", "error", what, why, "name a folder on a file system that all share"))
+        why = "rank 0 writes there, and every rank reads the previous stage's result there"
+        what = f"{', '.join(blind)} don't see what {hosts[0]} writes to {output}"
+        found.append(
+            DoctorFinding("output folder", "error", what, why, "name a folder on a file system that all share")
+        )
     alone = sorted({hosts[rank] for rank, sees in sees_cache.items() if not sees})
     if alone:
-        what = f"{', '.join(alone)} and {hosts[0]} have caches of their own"
-        found.append(Finding("cache folder", "ok", f"{what}: every machine checks the data itself"))
-    return found or [Finding("ranks", "ok", "the same versions and the same folders everywhere")]
+        what = f"{', '.join(alone)} and {hosts[0]} have separate caches"
+        found.append(DoctorFinding("cache folder", "ok", f"{what}: every machine checks the data itself"))
+    return found or [DoctorFinding("ranks", "ok", "the same versions and the same folders everywhere")]
 
 
 def _listed(numbers: Sequence[int]) -> str:

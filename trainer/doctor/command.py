@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from llava_llama31.trainer.doctor import checks, facts
-from llava_llama31.trainer.doctor.findings import Finding
+from llava_llama31.trainer.doctor.findings import DoctorFinding
 from llava_llama31.trainer.doctor.probe import Probes, all_reduce_commands
 
 
-Table: TypeAlias = list[tuple[str, Callable[[], list[Finding]]]]  # name and check
+Table: TypeAlias = list[tuple[str, Callable[[], list[DoctorFinding]]]]  # name and check
 
 EXIT_ERRORS = 1
 _HUB_SECONDS = 4.0
@@ -34,7 +34,7 @@ def doctor_command(output: str | None, *, json_output: bool, debug: bool = False
     """
     folder = Path(output or "runs")
     if "RANK" not in os.environ:
-        found: list[Finding] | None = _local_findings(folder, debug, alone=True)
+        found: list[DoctorFinding] | None = _local_findings(folder, debug, alone=True)
     else:
         from llava_llama31.trainer.doctor.ranks import Place, survey
 
@@ -47,7 +47,7 @@ def doctor_command(output: str | None, *, json_output: bool, debug: bool = False
     return EXIT_ERRORS if any(finding.level == "error" for finding in found) else 0
 
 
-def _local_findings(output: Path, debug: bool, *, alone: bool) -> list[Finding]:
+def _local_findings(output: Path, debug: bool, *, alone: bool) -> list[DoctorFinding]:
     """Of this machine; `alone` also lets two processes of it talk to each other, and its GPUs."""
     modules = [module for module in ("torchvision", "torchao") if find_spec(module)]
     with tempfile.TemporaryDirectory() as scratch:
@@ -94,12 +94,12 @@ def _cache() -> Path:
     return default_cache_dir()
 
 
-def _check_folder(role: str, path: Callable[[], Path]) -> list[Finding]:
+def _check_folder(role: str, path: Callable[[], Path]) -> list[DoctorFinding]:
     return checks.check_folder(facts.folder(role, path()))
 
 
-def _check_nccl(scratch: Path) -> list[Finding]:
-    """One process for each GPU, where there are several."""
+def _check_nccl(scratch: Path) -> list[DoctorFinding]:
+    """One process for each GPU, if there are several."""
     num_gpus = len(facts.gpus().devices)
     if num_gpus < 2:
         return []
@@ -107,7 +107,7 @@ def _check_nccl(scratch: Path) -> list[Finding]:
         return checks.check_communication("nccl", probes.outcomes(_LOCAL_SECONDS))
 
 
-def _run(table: Table, debug: bool) -> list[Finding]:
+def _run(table: Table, debug: bool) -> list[DoctorFinding]:
     """Findings of all checks; one that fails is a finding itself."""
     found = []
     for name, check in table:
@@ -118,11 +118,11 @@ def _run(table: Table, debug: bool) -> list[Finding]:
                 traceback.print_exc()
             what = f"the check failed: {type(error).__name__}: {error}"
             why = "what it looks for may be there"
-            found.append(Finding(name, "error", what, why, "report it with what --debug prints"))
+            found.append(DoctorFinding(name, "error", what, why, "report it with what --debug prints"))
     return found
 
 
-def report(found: Sequence[Finding], *, json_output: bool) -> None:
+def report(found: Sequence[DoctorFinding], *, json_output: bool) -> None:
     """Findings on stdout, errors last, or as one JSON object."""
     counts = {level: sum(finding.level == level for finding in found) for level in _STYLES}
     if json_output:

@@ -1,4 +1,4 @@
-"""What the checks judge, gathered from this machine; every function may raise, and its check says so then."""
+"""Gathers from this machine the facts that the checks judge; a function may raise, which its check reports."""
 
 import ctypes
 import fcntl
@@ -30,7 +30,7 @@ _ENVIRONMENT = re.compile(r"((TORCH_)?NCCL|GLOO|CUDA|OMP|MASTER)_|(LOCAL_)?(RANK
 
 @dataclass(frozen=True)
 class Machine:
-    """Memory in bytes; `memory_limit` is the control group's, None where it sets none."""
+    """Memory in bytes; `memory_limit` is the control group's, None if it sets none."""
 
     host: str
     system: str
@@ -67,7 +67,7 @@ def _limit(kind: int) -> int | None:
 
 
 def _memory_limit() -> int | None:
-    """Of the control groups that this process is in, in version 2 or 1."""
+    """Memory limit of this process's control groups, version 2 or 1."""
     limits = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, group = line.split(":", 2)
@@ -78,7 +78,7 @@ def _memory_limit() -> int | None:
         else:
             continue
         own = root / group.lstrip("/")
-        # in a container the group's path may not be there, and the root is its own
+        # in a container the group's path may be missing, and the root is the container's
         files = [folder / name for folder in (own, *own.parents) if folder.is_relative_to(root)]
         limits += [file.read_text().strip() for file in files if file.is_file()]
     numbers = [int(limit) for limit in limits if limit.isdigit()]
@@ -87,7 +87,7 @@ def _memory_limit() -> int | None:
 
 @dataclass(frozen=True)
 class Package:
-    """A requirement of ours; `extra` is empty where it is always needed."""
+    """One of our requirements; `extra` is empty if it is always needed."""
 
     name: str
     specifier: str
@@ -97,7 +97,7 @@ class Package:
 
 
 def packages() -> list[Package]:
-    """Our requirements without the developers', with what is installed of them."""
+    """Our requirements, without those for development, with their installed versions."""
     tested = tested_versions()
     extras = [extra for extra in metadata(DISTRIBUTION).get_all("Provides-Extra") or [] if extra != "dev"]
     found = []
@@ -113,7 +113,7 @@ def packages() -> list[Package]:
 
 
 def tested_versions() -> dict[str, str]:
-    """Version by name in small letters; a test keeps the file equal to constraints.txt."""
+    """Version by lower-case name; a test keeps the file equal to constraints.txt."""
     lines = Path(__file__).with_name("tested_versions.txt").read_text(encoding="utf-8").split()
     return {name.lower(): number for name, _, number in (line.partition("==") for line in lines)}
 
@@ -127,7 +127,7 @@ def _version(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Installations:
-    """Folders of the metadata that are found under our name, and the folder that is imported."""
+    """The metadata folders found under our name, and the folder that is imported."""
 
     metadata: tuple[str, ...]
     imported: str
@@ -142,7 +142,7 @@ def installations() -> Installations:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Memory in bytes; `free` before we use any."""
+    """A GPU; memory in bytes, `free` measured before we use any."""
 
     name: str
     capability: tuple[int, int]
@@ -152,15 +152,15 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Gpus:
-    """What torch sees, and what the driver says.
+    """GPUs according to torch and to the driver.
 
     Args:
         devices: visible to torch.
         torch_cuda: version that torch is built for; None for a CPU build.
         architectures: that torch is built for, e.g. sm_90.
-        error: why torch sees none although it is built for them.
+        error: why torch sees none although it is built for CUDA.
         driver: the driver's own version.
-        driver_cuda: newest CUDA that the driver serves, as (major, minor).
+        driver_cuda: newest CUDA that the driver supports, as (major, minor).
         num_installed: GPUs that the driver knows.
         visible: CUDA_VISIBLE_DEVICES.
     """
@@ -216,7 +216,7 @@ def _driver_cuda() -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that a run writes to, or the nearest one above it that is there; bytes."""
+    """A folder that a run writes to, or its nearest existing parent; sizes in bytes."""
 
     role: str
     path: str
@@ -228,7 +228,7 @@ class Folder:
 
 
 def folder(role: str, path: Path) -> Folder:
-    """Write, lock, sync and rename a small file there; nothing stays behind."""
+    """Write, lock, sync and rename a small file there, then remove it."""
     there = next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
     facts: dict[str, Any] = {
         "role": role,
@@ -246,7 +246,7 @@ def folder(role: str, path: Path) -> Folder:
 
 
 def filesystem(path: Path, mountinfo: str) -> str:
-    """Type of the file system that holds a path, after /proc/self/mountinfo."""
+    """Type of a path's file system, from /proc/self/mountinfo."""
     best, kind = -1, "unknown"
     for line in mountinfo.splitlines():
         before, _, after = line.partition(" - ")
@@ -292,13 +292,15 @@ def hub_cache() -> Path:
 
 @dataclass(frozen=True)
 class BuildLock:
+    """The lock file of a build of DeepSpeed's operators, and its age in minutes."""
+
     path: str
     minutes: float
 
 
 @dataclass(frozen=True)
 class Compilers:
-    """What DeepSpeed's operators are built with, and the locks of such builds."""
+    """The tools that build DeepSpeed's operators, and the locks of such builds."""
 
     deepspeed: str | None
     cpp: str | None
@@ -314,7 +316,7 @@ def compilers() -> Compilers:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     # the default folder has one more level: Python and CUDA version
     files = sorted({*root.glob("*/lock"), *root.glob("*/*/lock")})
-    beside = Path(sys.executable).with_name("ninja")  # torch looks in PATH only, but a venv may not be activated
+    beside = Path(sys.executable).with_name("ninja")  # torch only looks in PATH, but the venv may not be activated
     return Compilers(
         deepspeed=_version("deepspeed"),
         cpp=shutil.which(os.environ.get("CXX", "c++")),
@@ -327,14 +329,14 @@ def compilers() -> Compilers:
 
 @dataclass(frozen=True)
 class Hub:
-    """Never holds the token.
+    """The Hub and the token's owner; never contains the token itself.
 
     Args:
-        token_from: variable or file that it comes from, None without token.
+        token_from: variable or file that the token comes from; None: there is no token.
         token_mode: permissions of that file.
-        user: who the Hub says that it belongs to.
-        error: why the Hub didn't say.
-        refused: the Hub answered that the token is not valid.
+        user: its owner according to the Hub.
+        error: why the Hub gave no answer.
+        refused: the Hub answered that the token is invalid.
     """
 
     offline: bool
@@ -347,7 +349,7 @@ class Hub:
 
 
 def hub(limit: float) -> Hub:
-    """Ask the Hub whose the token is, where there is one, for `limit` seconds at most."""
+    """Ask the Hub for the token's owner, if there is a token, for at most `limit` seconds."""
     from huggingface_hub import constants, get_token
 
     token = get_token()
@@ -359,7 +361,7 @@ def hub(limit: float) -> Hub:
     offline = constants.is_offline_mode()
     answer: dict[str, Any] = {} if offline else {"error": f"no answer in {limit:.0f} s"}
     if not offline:
-        # looking up a name can't be stopped, only left behind
+        # a name lookup can't be stopped, only abandoned
         asking = threading.Thread(target=_ask_hub, args=(constants.ENDPOINT, token, limit, answer), daemon=True)
         asking.start()
         asking.join(limit)
@@ -379,13 +381,13 @@ def _ask_hub(endpoint: str, token: str | None, limit: float, answer: dict[str, A
         elif token:
             answer["refused"] = response.status_code in (401, 403)
             answer["error"] = f"status {response.status_code}"
-    except Exception as error:  # a thread's end: the finding tells of it; the text might quote the token
+    except Exception as error:  # top of a thread: the finding reports it; the text might quote the token
         answer["error"] = type(error).__name__
 
 
 @dataclass(frozen=True)
 class AccelerateConfig:
-    """The file that `accelerate launch` reads where none is named; `content` is None where there is none."""
+    """The file that `accelerate launch` reads by default; `content` is None if it does not exist."""
 
     path: str
     content: Mapping[str, Any] | None
@@ -403,11 +405,11 @@ def accelerate_config() -> AccelerateConfig:
 
 @dataclass(frozen=True)
 class Launch:
-    """Variables that steer a launch, and what they must fit.
+    """Variables that control a launch, and the facts they must match.
 
     Args:
         interfaces: names of the network interfaces.
-        address: that this machine's own name has.
+        address: that this machine's own name resolves to.
     """
 
     variables: Mapping[str, str]

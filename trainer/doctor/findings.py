@@ -1,4 +1,4 @@
-"""What a check says."""
+"""The result of a check."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,16 +8,16 @@ Level = Literal["ok", "warning", "error"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class DoctorFinding:
     """One line of the doctor's report.
 
     Args:
         check: its name.
-        level: an `error` stops a run, or spoils it; a `warning` may.
+        level: an `error` stops or corrupts a run; a `warning` may.
         what: what was found.
         why: why it matters.
-        fix: what to do about it.
-        host: machine, where there are several.
+        fix: how to fix it.
+        host: machine, if there are several.
     """
 
     check: str

@@ -1,4 +1,4 @@
-"""What may hang or crash is tried out in processes of its own, with a time limit.
+"""Tries in separate processes, with a time limit, what may hang or crash.
 
 python -m llava_llama31.trainer.doctor.probe import torchvision
 """
@@ -18,12 +18,12 @@ from pathlib import Path
 from types import TracebackType
 
 
-NUM_ELEMENTS = 1 << 16  # of the sum over processes: more than one packet
+NUM_ELEMENTS = 1 << 16  # size of the summed tensor: more than one packet
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a process came to; `error` is None where it did what it was asked."""
+    """Result of a process; `error` is None if it succeeded."""
 
     error: str | None
     seconds: float = 0.0
@@ -31,11 +31,11 @@ class Outcome:
 
 
 class Probes:
-    """Processes that run side by side until a common time limit; leaving the block ends those that still run."""
+    """Processes that run in parallel up to a common time limit; leaving the block kills those still running."""
 
     def __init__(self, commands: Sequence[Sequence[str]]):
         module = [sys.executable, "-m", __name__]
-        environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # what lies in the current folder is not imported
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # do not import from the current folder
         self.started = time.monotonic()
         self._processes = [
             subprocess.Popen(
@@ -55,7 +55,7 @@ class Probes:
             process.communicate()
 
     def outcomes(self, limit: float) -> list[Outcome]:
-        """Wait for all; one that isn't done `limit` seconds after the start has that as its error."""
+        """Wait for all; a process not done `limit` seconds after the start gets that as its error."""
         return [self._outcome(process, limit) for process in self._processes]
 
     def _outcome(self, process: "subprocess.Popen[str]", limit: float) -> Outcome:
@@ -72,7 +72,7 @@ class Probes:
 
 
 def all_reduce_commands(backend: str, num_processes: int, folder: Path, limit: float) -> list[list[str]]:
-    """Commands of processes of this machine that sum a tensor; they meet in a file in `folder`."""
+    """Commands for processes of this machine that sum a tensor; they meet in a file in `folder`."""
     shared = ["all-reduce", "--backend", backend, "--store", str(folder / backend), "--seconds", str(limit)]
     return [
         [*shared, "--world-size", str(num_processes), "--rank", str(rank), "--device", str(rank)]
@@ -107,7 +107,7 @@ def _all_reduce(options: argparse.Namespace) -> list[str]:
 
 
 def _import(options: argparse.Namespace) -> list[str]:
-    """Messages that a module logs while it is imported."""
+    """Import a module; returns the messages that it logs."""
     kept = _Messages(logging.WARNING)
     logging.getLogger().addHandler(kept)
     importlib.import_module("torch")
@@ -125,7 +125,7 @@ class _Messages(logging.Handler):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do one thing, and print how long it took as JSON."""
+    """Run one probe, and print its seconds as JSON."""
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(required=True)
     reduce = commands.add_parser("all-reduce")

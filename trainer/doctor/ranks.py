@@ -1,4 +1,4 @@
-"""All processes of a launch meet, compare what they have, and sum a tensor; rank 0 reports who did not."""
+"""All processes of a launch meet, compare their environments and sum a tensor; rank 0 reports who did not."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import torch
 from torch.distributed import TCPStore
 
 from llava_llama31.trainer.doctor.checks import check_agreement, check_ranks
-from llava_llama31.trainer.doctor.findings import Finding
+from llava_llama31.trainer.doctor.findings import DoctorFinding
 from llava_llama31.trainer.doctor.probe import Probes
 from llava_llama31.trainer.errors import UserError
 
@@ -26,7 +26,7 @@ _PACKAGES = ("llava-llama31", "torch", "transformers", "accelerate")
 
 @dataclass(frozen=True)
 class Place:
-    """A process's place in a launch, after the variables that every launcher sets."""
+    """A process's place in a launch, from the variables that every launcher sets."""
 
     rank: int
     world_size: int
@@ -37,7 +37,11 @@ class Place:
 
     @classmethod
     def of_environment(cls) -> "Place":
-        """Raises UserError where a variable is missing or no number."""
+        """Read the launcher's variables.
+
+        Raises:
+            UserError: a variable is missing or not a number.
+        """
         try:
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             local_rank = int(os.environ["LOCAL_RANK"])
@@ -52,17 +56,20 @@ class Place:
             )
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"RANK is set, but not all that goes with it: {error}", fix="start it with a launcher, or unset RANK"
+                f"RANK is set, but other variables of a launch are missing or wrong: {error}",
+                fix="start it with a launcher, or unset RANK",
             ) from None
 
 
-def survey(place: Place, own: Sequence[Finding], output: Path, cache: Path, limit: float) -> list[Finding] | None:
-    """Meet the other ranks; returns everybody's findings on rank 0, None on the others.
+def survey(
+    place: Place, own: Sequence[DoctorFinding], output: Path, cache: Path, limit: float
+) -> list[DoctorFinding] | None:
+    """Meet the other ranks; returns the findings of all on rank 0, None on the others.
 
     Args:
-        own: findings of this process's machine; empty but on the first process of each.
+        own: findings of this process's machine; empty except on each machine's first process.
         output: folder of the run.
-        cache: folder of what is found out about data.
+        cache: folder of the findings about data.
         limit: seconds to wait for the others, each time.
 
     Raises:
@@ -91,7 +98,7 @@ def survey(place: Place, own: Sequence[Finding], output: Path, cache: Path, limi
     hosts = {rank: report["host"] for rank, report in reports.items()}
     found = [replace(finding, host=meeting.host) for finding in own]
     for rank, report in sorted(reports.items()):
-        found += [Finding(**finding) for finding in report["findings"] if rank and finding["level"] != "ok"]
+        found += [DoctorFinding(**finding) for finding in report["findings"] if rank and finding["level"] != "ok"]
     found += check_ranks(place.world_size, place.local_world_size, hosts, outcomes, meeting.address)
     versions, sees_output, sees_cache = (
         {rank: report[key] for rank, report in reports.items()} for key in ("versions", "sees_output", "sees_cache")
@@ -99,8 +106,8 @@ def survey(place: Place, own: Sequence[Finding], output: Path, cache: Path, limi
     return [*found, *check_agreement(versions, sees_output, sees_cache, hosts, output)]
 
 
-def _answer(meeting: "_Meeting", own: Sequence[Finding]) -> None:
-    """What the other ranks do."""
+def _answer(meeting: "_Meeting", own: Sequence[DoctorFinding]) -> None:
+    """Rank 0's counterpart on the other ranks."""
     _introduce(meeting, own)
     for backend in meeting.ask("backends"):
         _sum(meeting, backend)
@@ -108,17 +115,17 @@ def _answer(meeting: "_Meeting", own: Sequence[Finding]) -> None:
 
 
 def _mark(folder: Path) -> Path | None:
-    """A new empty file in a folder, or in the nearest one above it that is there; None where that fails."""
+    """Create an empty file in a folder or its nearest existing parent; None if that fails."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
     marker = there / f".doctor-{uuid4().hex}"
     try:
         marker.touch()
-    except OSError:  # the check of the folder tells of it
+    except OSError:  # the folder's own check reports it
         return None
     return marker
 
 
-def _introduce(meeting: "_Meeting", own: Sequence[Finding]) -> None:
+def _introduce(meeting: "_Meeting", own: Sequence[DoctorFinding]) -> None:
     sees = [marker is None or Path(marker).is_file() for marker in meeting.ask("markers")]
     report = {
         "host": meeting.host,
@@ -141,7 +148,7 @@ def _sum(meeting: "_Meeting", backend: str) -> None:
 
 
 class _Meeting:
-    """Notes that ranks leave for each other in the launch's store."""
+    """Messages between ranks in the launch's store."""
 
     def __init__(self, place: Place, limit: float):
         self.place, self.limit, self.host = place, limit, socket.gethostname()
@@ -159,24 +166,28 @@ class _Meeting:
         except RuntimeError as error:
             raise UserError(
                 f"rank {place.rank} on {self.host} can't meet the others at {self.address}: {_first(error)}",
-                fix="look whether rank 0 started there, for its name, and for a firewall between the machines",
+                fix="check that rank 0 has started, that its name resolves, and that no firewall blocks it",
             ) from None
 
     def tell(self, name: str, value: object) -> None:
         self._store.set(f"doctor/{name}", json.dumps(value))
 
     def ask(self, name: str) -> Any:
-        """Raises UserError where nobody tells in time."""
+        """Wait for an answer.
+
+        Raises:
+            UserError: none came in time.
+        """
         try:
             return json.loads(self._store.get(f"doctor/{name}"))
         except RuntimeError as error:
             raise UserError(
-                f"rank {self.place.rank} on {self.host} waited for rank 0 in vain: {_first(error)}",
+                f"rank {self.place.rank} on {self.host} got no answer from rank 0: {_first(error)}",
                 fix="see what rank 0 says",
             ) from None
 
     def collect(self, name: str, ranks: Iterable[int]) -> dict[int, Any]:
-        """What the ranks have told by the end of the time."""
+        """The ranks' answers by the end of the time limit."""
         end, answers = time.monotonic() + self.limit, {}
         missing = set(ranks)
         while missing and time.monotonic() < end:

@@ -7,14 +7,7 @@ from typing import Any
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.questions import Question
-from llava_llama31.trainer.evaluation.row_files import (
-    Row,
-    json_lines,
-    json_objects,
-    json_value,
-    tsv_rows,
-    xlsx_rows,
-)
+from llava_llama31.trainer.evaluation.row_files import Row, json_lines, json_objects, json_value, tsv_rows, xlsx_rows
 from llava_llama31.trainer.evaluation.vqa_accuracy import is_normalized
 
 

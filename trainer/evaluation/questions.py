@@ -12,14 +12,7 @@ from typing import Any
 from llava_llama31.trainer.data.sources.images import ImageRef, image_at
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.evaluation.row_files import (
-    Row,
-    json_lines,
-    json_objects,
-    json_value,
-    parquet_rows,
-    tsv_rows,
-)
+from llava_llama31.trainer.evaluation.row_files import Row, json_lines, json_objects, json_value, parquet_rows, tsv_rows
 
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")

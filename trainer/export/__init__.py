@@ -1,1 +1,1 @@
-"""The folder that opens through both doors, and what its card knows."""
+"""Writes the exported folder, which opens through both doors."""

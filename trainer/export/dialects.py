@@ -1,9 +1,9 @@
-"""An exported folder in the words of older Transformers, 4.52 to 5.5: same weights, stock classes only.
+"""Rewrites an exported folder for older Transformers, 4.52 to 5.5: same weights, stock classes only.
 
-What those versions read differently from ours (5.23): the tower's names have a level `vision_model`; the rotary
-embedding is `rope_theta` and `rope_scaling`; the type is `torch_dtype`; the image processor has a file of its own; the
-tokenizer's class has another name. Our code needs a newer Transformers, so the folder holds none and names none. 5.23
-reads this dialect too.
+What those versions read differently from ours (5.23): the tower's keys have a level `vision_model`; the rotary
+embedding is `rope_theta` and `rope_scaling`; the type is `torch_dtype`; the image processor has a separate file; the
+tokenizer's class has another name. Our code needs a newer Transformers, so the folder neither contains nor names it.
+5.23 reads this dialect too.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _CLIP_PARTS = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
 
 
 def to_transformers_4(folder: Path) -> None:
-    """Rewrite a folder that has just been saved in native words; one file of weights at a time is in memory."""
+    """Rewrite a folder just saved in the native dialect; only one file of weights is in memory at a time."""
     config = read_json(folder / "config.json")
     _rewrite_weights(folder, is_clip=config["vision_config"]["model_type"] == "clip_vision_model")
     write_json(folder / "config.json", _older_config(config))
@@ -33,12 +33,12 @@ def to_transformers_4(folder: Path) -> None:
     write_json(folder / "processor_config.json", processor)
     tokenizer = read_json(folder / "tokenizer_config.json")
     tokenizer.pop("backend", None)
-    tokenizer.pop("extra_special_tokens", None)  # a mapping there; tokenizer.json says that they are special
+    tokenizer.pop("extra_special_tokens", None)  # they expect a mapping; tokenizer.json marks the tokens as special
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer["model_input_names"] = [
         "input_ids",
         "attention_mask",
-    ]  # theirs are three, and generate refuses the third
+    ]  # they write three, and generate refuses the third
     write_json(folder / "tokenizer_config.json", tokenizer)
     for code in folder.glob("*.py"):
         code.unlink()

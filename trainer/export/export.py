@@ -48,7 +48,7 @@ def write_export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with atomic_folders.room(folder.parent, weights):
-        staging = atomic_folders.stage(folder)
+        staging = atomic_folders.staging_folder(folder)
         model.save_pretrained(staging, max_shard_size="5GB")
         processor.save_pretrained(staging)
         if dialect == TRANSFORMERS_4:
@@ -61,7 +61,7 @@ def write_export(
         card = card_text(record, former.read_text(encoding="utf-8") if former.is_file() else "")
         for name, text in {**texts, "README.md": card, **licence_texts(record["base_models"])}.items():
             (staging / name).write_text(text, encoding="utf-8")
-        atomic_folders.publish(staging, folder, {})
+        atomic_folders.commit(staging, folder, {})
 
 
 def export_again(run: RunFolder, output: Path | None = None, dialect: str = NATIVE) -> Path:

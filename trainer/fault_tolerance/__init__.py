@@ -1,1 +1,1 @@
-"""Signals, hangs, lost ranks, bad steps, lack of memory."""
+"""Handles signals, hangs, lost ranks, bad steps and out-of-memory errors."""

@@ -1,4 +1,4 @@
-"""Says what to lower when a device or the host runs out of memory."""
+"""Advises which settings to lower when a device or the host runs out of memory."""
 
 import errno
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from llava_llama31.trainer.recipes.schema import Stage
 
 
 @contextmanager
-def explained(stage: Stage, where: str) -> Iterator[None]:
-    """Within it a stage is loaded and trained.
+def advising(stage: Stage, where: str) -> Iterator[None]:
+    """Context that loads and trains a stage.
 
     Raises:
-        OutOfMemory: naming the keys to lower.
+        OutOfMemory: a device or the host ran out; names the keys to lower.
     """
     try:
         yield
@@ -23,14 +23,14 @@ def explained(stage: Stage, where: str) -> Iterator[None]:
         on_device = isinstance(error, torch.OutOfMemoryError)
         if not on_device and not _is_hosts(error):
             raise
-        what = f"the {'device' if on_device else 'host'} has no memory left: {str(error).partition(chr(10))[0]}"
+        what = f"the {'device' if on_device else 'host'} is out of memory: {str(error).partition(chr(10))[0]}"
         raise OutOfMemory(what, where=where, fix=_advice(stage, on_device)) from error
 
 
 def _is_hosts(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    # torch's allocator of host memory raises a RuntimeError like any other
+    # torch's host allocator raises a plain RuntimeError
     return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
@@ -39,13 +39,13 @@ def _advice(stage: Stage, on_device: bool) -> str:
     if stage.micro_batch > 1:
         lower.append(f"lower micro_batch (now {stage.micro_batch})")
     if stage.packing:
-        lower.append(f"set max_row_tokens (now {stage.max_row_tokens or 'none'}) lower")
+        lower.append(f"lower max_row_tokens (now {stage.max_row_tokens or 'none'})")
     if not stage.activation_checkpointing:
         lower.append("set activation_checkpointing: true")
     if on_device:
         if stage.optimizer == "adamw" and stage.deepspeed is None:
             lower.append("set optimizer: adamw_8bit")
-        lower.append("spread the weights over more devices (deepspeed: zero3)")
+        lower.append("shard the weights across more devices (deepspeed: zero3)")
     elif stage.dataloader_workers:
         lower.append(f"lower dataloader_workers (now {stage.dataloader_workers})")
     return ", ".join(lower)

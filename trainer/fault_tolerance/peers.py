@@ -1,8 +1,8 @@
-"""The processes of a run end together, soon and with one message, when one of them fails.
+"""When one process of a run fails, all end quickly, with a single message.
 
-Each knows the others by a key-value store that the launcher or rank 0 keeps. A process that fails writes why; one that
-is killed can't, but those on its machine see that it is gone. Without this, the others wait in a collective until the
-launcher ends them, and on other machines for as long as the communication allows.
+The processes meet in a key-value store that the launcher or rank 0 keeps. A failing process writes its reason there; a
+killed one can't, but the processes on its machine notice that it is gone. Without this, the others would wait in a
+collective until the launcher ends them, or on other machines until the collective times out.
 """
 
 import contextlib
@@ -21,35 +21,26 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from llava_llama31.trainer.errors import (
-    EXIT_FAULT,
-    EXIT_HANG,
-    EXIT_INTERRUPTED,
-    EXIT_KEYBOARD,
-    EXIT_LOST,
-    EndedElsewhere,
-    Interrupted,
-    ProcessLost,
-    UserError,
-)
+from llava_llama31.trainer.errors import EXIT_FAULT, EXIT_HANG, EXIT_INTERRUPTED, EXIT_KEYBOARD, EXIT_LOST, EndedElsewhere, Interrupted, ProcessLost, UserError
 from llava_llama31.trainer.fault_tolerance.watchdog import dump_stacks, end_process
 from llava_llama31.trainer.redaction import LONGEST_MESSAGE, printable, redacted
 
 
 _FAILED = "llava-llama31/failed"
 _POLL_SECONDS = 1.0
-# for a failed process to end by itself, and for a reason to come in before one's own is taken for it
+# how long a failed process may take to end by itself; how long to wait for another rank's reason before reporting ours
 _GRACE_SECONDS, _REASON_SECONDS = 10.0, 3.0
-_NO_STORE = "the process that the others met by is gone"
+_NO_STORE = "the process that keeps the shared store is gone"
 _LOOK = "look for kill -9, a crash, or the system's out-of-memory killer (dmesg); then run again"
 
 
 class Peers:
-    """The processes of a run, as one of them sees them.
+    """One process's view of all processes of a run.
 
     Args:
         rank: of this process.
-        store: where they leave word; None: there is one process only.
+        num_processes: of the run.
+        store: where processes leave messages; None: there is only one process.
     """
 
     def __init__(self, rank: int = 0, num_processes: int = 1, store: dist.Store | None = None):
@@ -61,7 +52,7 @@ class Peers:
 
     @classmethod
     def connect(cls, rank: int, num_processes: int) -> "Peers":
-        """A connection of its own to the store that the processes met by; all of them call this."""
+        """Open a separate connection to the store that the processes met in. Collective."""
         if num_processes == 1:
             return cls()
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -76,11 +67,11 @@ class Peers:
 
     @contextmanager
     def together(self) -> Iterator["Peers"]:
-        """Within it a failure of one process ends all.
+        """Context in which a failure of one process ends all.
 
         Raises:
             EndedElsewhere: instead of this process's exception, when another one failed first.
-            ProcessLost: when it is a process that was killed.
+            ProcessLost: when that process was killed.
         """
         if self.store is None:
             yield self
@@ -97,20 +88,20 @@ class Peers:
         self._leave()
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def _leave(self) -> None:
-        """End by consent, which is no failure for the others."""
+        """Leave normally, without being reported as lost."""
         _ignore_launcher()
         self.close()
-        with contextlib.suppress(dist.DistError):  # the store ended with the process that kept it
+        with contextlib.suppress(dist.DistError):  # the store ended with its process
             self._part(60.0)
 
     def _part(self, seconds: float) -> None:
-        """Need the others no more; rank 0, which may keep the store, stays until they have said so, or are gone."""
+        """Sign off; rank 0, which may keep the store, waits until the others have signed off or are gone."""
         assert self.store is not None
         self.store.set(self._left(self.rank), "")
         deadline, others = time.monotonic() + seconds, set(range(1, self.num_processes))
@@ -120,7 +111,7 @@ class Peers:
             others -= {rank for rank, pid in self._neighbours.items() if not _is_alive(pid)}
 
     def report(self, exit_code: int, message: str) -> bool:
-        """Leave word that this process fails; whether it is the first word, and so to be printed."""
+        """Report that this process fails; returns whether it is the first to report, and so prints the message."""
         if self.store is None:
             return True
         word = {"rank": self.rank, "thread": threading.get_ident(), "exit_code": exit_code}
@@ -129,14 +120,14 @@ class Peers:
         return self._known == word
 
     def _join_failure(self, error: BaseException) -> None:
-        """Make an exception of this process known, unless it follows from a failure elsewhere."""
+        """Report this process's exception, unless it was caused by a failure elsewhere."""
         _ignore_launcher()
         lost, first = None, False
         try:
             lost = self._awaited_reason() if isinstance(error, (RuntimeError, Interrupted)) else None
             first = self.report(_exit_code(lost or error), str(lost or error))
             self._part(_GRACE_SECONDS)
-        except dist.DistError:  # the store ended with the process that kept it
+        except dist.DistError:  # the store ended with its process
             if self._known is None:
                 raise ProcessLost(_NO_STORE, fix=_LOOK) from error
         if not first:
@@ -146,9 +137,9 @@ class Peers:
             raise lost from error
 
     def _awaited_reason(self) -> ProcessLost | None:
-        """Wait a moment for the failure that an error of this process may follow from, or for a process to be gone.
+        """Wait briefly for a failure elsewhere that may have caused this process's error, or for a lost process.
 
-        From a process that is gone follow a collective's RuntimeError, like many another, and the launcher's SIGTERM.
+        A lost process causes a plain RuntimeError in a collective, or a SIGTERM from the launcher.
         """
         assert self.store is not None
         deadline = time.monotonic() + _REASON_SECONDS
@@ -159,7 +150,7 @@ class Peers:
         return None
 
     def _watch(self) -> None:
-        """End this process when another one has failed, or if it can't end by itself."""
+        """End this process when another one has failed and this one does not end by itself."""
         assert self.store is not None
         try:
             while not self._stopped.wait(_POLL_SECONDS):
@@ -171,7 +162,7 @@ class Peers:
                     break
             else:
                 return
-        except dist.DistError:  # the store ended with the process that kept it
+        except dist.DistError:  # the store ended with its process
             if self._stopped.is_set():
                 return
             if self._known is None:
@@ -179,31 +170,31 @@ class Peers:
                 end_process(EXIT_LOST)
         failure = self._failure()
         if failure["exit_code"] == EXIT_HANG:
-            dump_stacks()  # a process that waits for the one that is stuck may be the first to say so
+            dump_stacks()  # the first to report a hang may be a process that waits for the stuck one
         if not self._stopped.wait(_GRACE_SECONDS):
             if untold := self._untold(failure):
                 _say(untold)
             end_process(failure["exit_code"])
 
     def _failure(self) -> dict[str, Any]:
-        """The first one, which is also known when the store is gone."""
+        """The first failure; still known after the store is gone."""
         assert self.store is not None
         if self._known is None:
             self._known = json.loads(self.store.get(_FAILED).decode())
         return self._known
 
     def _untold(self, failure: dict) -> str:
-        """Why another machine's process failed, for the first process of this one to say; else nothing."""
+        """Why a process on another machine failed, if this process is the first on its machine; else empty."""
         if failure["rank"] in {self.rank, *self._neighbours} or min(self._neighbours, default=self.rank) < self.rank:
             return ""
         return f"rank {failure['rank']}, on another machine: {failure['message']}"
 
     def _lost(self) -> ProcessLost | None:
-        """A process of this machine that is gone without a word."""
+        """A process of this machine that disappeared without reporting."""
         assert self.store is not None
         for rank, pid in self._neighbours.items():
             if not _is_alive(pid) and not self.store.check([self._left(rank)]) and not self.store.check([_FAILED]):
-                return ProcessLost(f"the process of rank {rank} (pid {pid}) is gone without a word", fix=_LOOK)
+                return ProcessLost(f"the process of rank {rank} (pid {pid}) disappeared without an error", fix=_LOOK)
         return None
 
     @staticmethod
@@ -212,12 +203,12 @@ class Peers:
 
 
 def _say(message: str) -> None:
-    """For the thread that watches; the main one raises."""
+    """Print a message from the watching thread; the main thread raises instead."""
     print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _ignore_launcher() -> None:
-    """It sends SIGTERM to those that are left when one has ended."""
+    """Ignore the launcher's SIGTERM to the remaining processes after one has ended."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -231,7 +222,7 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits for its parent does not."""
+    """Whether a process is running; a zombie is not."""
     try:
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 for as long as a run lasts: noted while a stage trains, an exception anywhere else."""
+"""Handles SIGTERM, SIGINT and SIGUSR1 during a run: recorded while a stage trains, an exception anywhere else."""
 
 import logging
 import signal
@@ -15,7 +15,7 @@ HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Signals:
-    """What was received; while it is not deferring, a signal ends the run at once, which loses no checkpoint."""
+    """Signals received; unless deferring, a signal ends the run at once, which loses no checkpoint."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -23,7 +23,7 @@ class Signals:
 
     @contextmanager
     def handled(self) -> Iterator["Signals"]:
-        """Within it signals come here."""
+        """Context in which this object handles the signals."""
         former = {number: signal.signal(number, self.receive) for number in HANDLED}
         try:
             yield self
@@ -33,7 +33,7 @@ class Signals:
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
-        """Within it the first signal is noted, for the end of a step, and the second one stops at once."""
+        """Context in which the first signal is recorded for the end of the step, and a second one stops at once."""
         self.received, self._deferring = None, True
         try:
             yield
@@ -41,7 +41,7 @@ class Signals:
             self._deferring = False
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """What the interpreter calls on a signal.
+        """Signal handler.
 
         Raises:
             KeyboardInterrupt, Interrupted: outside of training.
@@ -52,11 +52,18 @@ class Signals:
         self.received = signal.Signals(number)
         if not self._deferring:
             self.act()
-        logger.warning("%s: saving at the end of this step; once more stops at once", self.received.name)
+        logger.warning("%s: saving at the end of this step; a second signal stops at once", self.received.name)
 
     def act(self) -> None:
-        """Stop by what was received: where it came after the last step, nobody has acted on it yet."""
+        """Stop if a signal was received: one that came after the last step has not been handled yet.
+
+        Raises:
+            KeyboardInterrupt: on SIGINT.
+            Interrupted: on the other signals.
+        """
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is not None:
-            raise Interrupted(f"stopped by {self.received.name}; the same command goes on from the last checkpoint")
+            raise Interrupted(
+                f"stopped by {self.received.name}; run the same command to resume from the last checkpoint"
+            )

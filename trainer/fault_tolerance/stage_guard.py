@@ -1,4 +1,4 @@
-"""What watches over a stage while it trains, and what is asked of it from outside."""
+"""Health checks and stop/save requests during a stage."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,14 @@ from llava_llama31.trainer.fault_tolerance.watchdog import Watchdog
 HEALTH = "health.json"
 
 
-class Requests(TrainerCallback):
-    """Acts at the end of a step, on all processes alike, on what any of them was asked before it.
+class StopRequests(TrainerCallback):
+    """Acts on requests at the end of a step, on all processes alike, whichever of them received the request.
 
-    The first signal saves and stops. A file `save-now` in the run's folder saves, and is removed.
+    The first signal saves and stops. A file `save-now` in the run's folder saves and is then removed.
 
     Args:
-        save_now: that file, for the main process to look at; None for the others.
+        signals: of this process.
+        save_now: path of that file on rank 0, which looks for it; None on the others.
     """
 
     def __init__(self, signals: Signals, save_now: Path | None):
@@ -32,11 +33,11 @@ class Requests(TrainerCallback):
         self._stop = self._save = False
 
     def asked(self) -> tuple[float, float]:
-        """Whether this process was asked to stop, and to save."""
+        """Whether this process was asked to stop, and whether to save, as 0 or 1."""
         return float(self.signals.received is not None), float(self.save_now is not None and self.save_now.exists())
 
     def agree(self, stop: float, save: float) -> None:
-        """Take over what all processes together were asked."""
+        """Set the requests summed over all processes."""
         self._stop, self._save = stop > 0, save > 0
 
     def on_step_end(
@@ -53,16 +54,19 @@ class Requests(TrainerCallback):
 
 @dataclass(frozen=True)
 class Guard:
-    """A stage's watchers.
+    """Everything that watches a stage.
 
     Args:
         where: the stage, as messages and `--set` name it.
-        loader_timeout: seconds that a data worker may take for a micro-batch; 0: for ever.
+        health: judges loss and gradient norm.
+        requests: from outside, to stop or save.
+        watchdog: ends a hung process.
+        loader_timeout: seconds that a data worker may take for a micro-batch; 0: no limit.
     """
 
     where: str
     health: Health
-    requests: Requests
+    requests: StopRequests
     watchdog: Watchdog
     loader_timeout: float
 
@@ -74,7 +78,7 @@ class Guard:
         records: Callable[[], Records],
         device: torch.device,
     ) -> tuple[bool, float]:
-        """Look at a step before the optimizer runs: whether to skip it, and its gradient norm.
+        """Judge a step before the optimizer runs; returns whether to skip it, and its gradient norm.
 
         Every process calls this once a step. It is the step's one collective of ours and one wait for the device,
         which carry requests from outside too.
@@ -84,7 +88,7 @@ class Guard:
             records: ids of the step; asked for if something is wrong.
 
         Raises:
-            Unhealthy: on all processes, where the stage stops at what was found.
+            Unhealthy: on all processes alike, if the finding stops the stage.
         """
         num_processes = dist.get_world_size() if dist.is_initialized() else 1
         stop, save, loss, norm = summed([*self.requests.asked(), torch.stack(list(losses)).sum(), grad_norm], device)
@@ -98,10 +102,10 @@ class Guard:
         return finding is not None and finding.action == "skip", norm
 
     def save(self, folder: Path) -> None:
-        """Write what a resumed run needs into a checkpoint."""
+        """Write the state that a resumed run needs into a checkpoint."""
         atomic_folders.write_json(folder / HEALTH, self.health.state())
 
     def restore(self, checkpoint: Path) -> None:
-        """Take it from there; checkpoints of earlier versions have none."""
+        """Restore it; older checkpoints do not contain it."""
         if (checkpoint / HEALTH).is_file():
             self.health.restore(atomic_folders.read_json(checkpoint / HEALTH))

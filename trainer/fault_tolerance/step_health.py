@@ -1,4 +1,4 @@
-"""Whether a step's loss and gradient norm are what training may go on with."""
+"""Detects non-finite losses and loss spikes."""
 
 import logging
 import math
@@ -16,17 +16,23 @@ from llava_llama31.trainer.errors import Unhealthy
 
 logger = logging.getLogger(__name__)
 
-# a spike is what OLMo's trainer calls one: beyond mean + 6 sigma of the last 128 steps, of which half must be there
+# a spike as OLMo's trainer defines it: above mean + 6 sigma of the last 128 steps, once half of them are recorded
 WINDOW, SIGMAS, ENOUGH = 128, 6.0, 64
-# weights that are broken give no finite step any more
+# broken weights never give a finite step again
 MOST_SKIPPED_IN_A_ROW = 10
 
 Action = Literal["warn", "skip", "stop"]
-Records = list[list[list[str]]]  # of a step, by rank and micro-batch
+Records = list[list[list[str]]]  # record ids of a step, by rank and micro-batch
 
 
-class Finding(NamedTuple):
-    """What is wrong with a step."""
+class HealthFinding(NamedTuple):
+    """What is wrong with a step.
+
+    Args:
+        what: for the user.
+        is_finite: a spike; otherwise a loss or gradient norm that is not finite.
+        action: what the recipe wants done about it.
+    """
 
     what: str
     is_finite: bool
@@ -34,14 +40,14 @@ class Finding(NamedTuple):
 
 
 class Health:
-    """Judges steps; every process is shown the same numbers, and so decides alike.
+    """Judges steps; every process sees the same numbers and so decides alike.
 
-    Spikes and steps that were skipped for one stay in the window, so that a new level is soon no spike any more.
+    Spikes, skipped or not, stay in the window, so that a new level soon stops counting as a spike.
 
     Args:
-        on_nonfinite: what becomes of a step whose loss or gradient norm is not finite.
-        on_spike: and of one whose loss or gradient norm is a spike.
-        can_skip: whether skipping is to be advised.
+        on_nonfinite: what to do with a step whose loss or gradient norm is not finite.
+        on_spike: what to do with a step whose loss or gradient norm is a spike.
+        can_skip: whether messages may advise skipping.
     """
 
     def __init__(self, *, on_nonfinite: Literal["stop", "skip"], on_spike: Action, can_skip: bool = True):
@@ -50,11 +56,11 @@ class Health:
         self.num_skipped = self.num_spikes = self._in_a_row = 0
         self.events: list[dict[str, Any]] = []
 
-    def judge(self, loss: float, grad_norm: float) -> Finding | None:
-        """A step before its optimizer has run; None: nothing is wrong."""
+    def judge(self, loss: float, grad_norm: float) -> HealthFinding | None:
+        """Judge a step before its optimizer runs; None: nothing is wrong."""
         values = {"loss": loss, "gradient norm": grad_norm}
         if wrong := [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]:
-            return Finding(", ".join(wrong), False, self.on_nonfinite)
+            return HealthFinding(", ".join(wrong), False, self.on_nonfinite)
         spikes = []
         for name, value in values.items():
             window = self.windows[name]
@@ -63,13 +69,13 @@ class Health:
                 if value > mean + SIGMAS * sigma:
                     spikes.append(f"{name} {value:.4g} is a spike ({mean:.4g} +- {sigma:.2g} before)")
             window.append(value)
-        return Finding(", ".join(spikes), True, self.on_spike) if spikes else None
+        return HealthFinding(", ".join(spikes), True, self.on_spike) if spikes else None
 
-    def note(self, step: int, finding: Finding | None, culprits: dict[int, list[str]]) -> None:
+    def note(self, step: int, finding: HealthFinding | None, culprits: dict[int, list[str]]) -> None:
         """Count a judged step.
 
         Args:
-            culprits: ids of the records it may come from, by rank.
+            culprits: ids of the records that may have caused the finding, by rank.
         """
         skipped = finding is not None and finding.action == "skip"
         self._in_a_row = self._in_a_row + 1 if skipped else 0
@@ -84,39 +90,39 @@ class Health:
         """How many steps after this one were skipped."""
         return sum(event["action"] == "skip" and event["step"] > step for event in self.events)
 
-    def act(self, step: int, finding: Finding, culprits: dict[int, list[str]], where: str) -> None:
-        """Say what was found, or stop.
+    def act(self, step: int, finding: HealthFinding, culprits: dict[int, list[str]], where: str) -> None:
+        """Report a finding, or stop.
 
         Raises:
-            Unhealthy: on every process alike.
+            Unhealthy: on every process alike, if the run stops.
         """
         blamed = "; ".join(f"rank {rank}: records {_listed(ids)}" for rank, ids in culprits.items())
         line = f"{finding.what}; {blamed}"
         if finding.action == "stop":
             key = "on_spike" if finding.is_finite else "on_nonfinite"
-            skipping = f", or go on with --set {where}.{key}=skip" if self.can_skip else ""
+            skipping = f", or skip such steps with --set {where}.{key}=skip" if self.can_skip else ""
             fix = f"look at these records, lower the learning rate{skipping}"
             raise Unhealthy(line, where=f"{where}, step {step}", fix=fix)
         if self._in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise Unhealthy(
-                f"the {self._in_a_row}th step in a row that is skipped: {line}",
+                f"{self._in_a_row} steps in a row were skipped: {line}",
                 where=f"{where}, step {step}",
-                fix="lower the learning rate, or remove checkpoints until one that is sound",
+                fix="lower the learning rate, or remove the newest checkpoints back to a healthy one",
             )
         if os.environ.get("RANK", "0") == "0":
             logger.warning("%s, step %d%s: %s", where, step, " skipped" * (finding.action == "skip"), line)
 
     def summary(self) -> dict[str, Any]:
-        """For the stage's record."""
+        """Summary for the stage's stage.json."""
         return {"skipped_steps": self.num_skipped, "spikes": self.num_spikes, "events": self.events}
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, as JSON."""
+        """State to store in a checkpoint, as JSON."""
         windows = {name: list(window) for name, window in self.windows.items()}
         return {"windows": windows, "in_a_row": self._in_a_row, **self.summary()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """What `state` gave, so that a resumed run decides as an uninterrupted one."""
+        """Restore what `state` returned, so that a resumed run decides like an uninterrupted one."""
         for name, window in self.windows.items():
             window.clear()
             window.extend(state["windows"][name])
@@ -125,9 +131,9 @@ class Health:
 
 
 def culprits_of(losses: Sequence[torch.Tensor], records: Callable[[], Records]) -> dict[int, list[str]]:
-    """Records that a step's finding may come from, by rank: of the micro-batches whose loss is not finite, else all.
+    """Records that may have caused a finding, by rank: those of micro-batches with a non-finite loss, else all.
 
-    Every process calls this together; it costs, and is for steps with a finding.
+    Collective and slow; only for steps with a finding.
 
     Args:
         losses: of this process's micro-batches.
@@ -153,7 +159,7 @@ def culprits_of(losses: Sequence[torch.Tensor], records: Callable[[], Records]) 
 
 
 def summed(values: Sequence[torch.Tensor | float], device: torch.device) -> list[float]:
-    """Each value's sum over the processes: one collective where there are several, one wait for the device."""
+    """Sum each value over the processes: one collective if there are several, and one device sync."""
     total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)

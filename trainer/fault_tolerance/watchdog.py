@@ -1,4 +1,4 @@
-"""Ends a process that moves no more, with the stacks of all its threads; names a data worker that is stuck or gone."""
+"""Ends a process that has hung, with the stacks of all its threads; names a data worker that is stuck or gone."""
 
 import faulthandler
 import multiprocessing
@@ -15,22 +15,22 @@ from multiprocessing.process import BaseProcess
 from llava_llama31.trainer.errors import Hang, ProcessLost, UserError
 
 
-# for a data worker to write its stack, which the next one's would run through
+# time for a data worker to write its stack before the next one writes its own
 _TURN_SECONDS = 0.3
-# after that, for other processes to read why this one ends
+# time for other processes to read why this one ends
 _GRACE_SECONDS = 2.0
 
 
 class Watchdog:
-    """Watches that the process moves, and that its data workers live.
+    """Watches that the process makes progress and that its data workers are alive.
 
-    They are children of the fork server: torch, which hears of its own children only, would wait for one that is gone
-    as long as for one that is slow.
+    Data workers are children of the fork server. torch is only notified of its own children, so it would wait for a
+    dead worker as long as for a slow one.
 
     Args:
-        seconds: longest time without a beat.
-        where: starts the message.
-        report: told exit code and message before the process ends; the answer is whether to print the message.
+        seconds: longest allowed time without a beat.
+        where: prefix of the message, e.g. the stage.
+        report: called with exit code and message before the process ends; returns whether to print the message.
     """
 
     def __init__(self, seconds: float, where: str, report: Callable[[int, str], bool]):
@@ -40,12 +40,12 @@ class Watchdog:
         self._workers: set[BaseProcess] = set()
 
     def beat(self, doing: str) -> None:
-        """The process moves, and begins to do this."""
+        """Record progress; `doing` begins now."""
         self._since, self._doing = time.monotonic(), doing
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within it the process is watched."""
+        """Context in which the process is watched."""
         self.beat("starting")
         self._stopped.clear()
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -60,14 +60,14 @@ class Watchdog:
         rank = os.environ.get("RANK", "0")
         while not self._stopped.wait(min(5.0, self.seconds / 4)):
             if time.monotonic() - self._since > self.seconds:
-                what = f"rank {rank} has not moved for {self.seconds:g} s; it was {self._doing}"
+                what = f"rank {rank} has made no progress for {self.seconds:g} s; it was {self._doing}"
                 fix = f"see the stacks below, or raise {self.where}.step_timeout"
                 self._end(Hang(what, where=self.where, fix=fix))
             lost = self._lost_worker()
-            # this process itself kills its workers when it ends, which stops the watch
+            # not while this process ends: it stops the watch and kills its workers itself
             if lost is not None and lost.exitcode is not None and not self._stopped.wait(1.0):
                 what = f"data worker {lost.pid} of rank {rank} was killed by {signal.Signals(-lost.exitcode).name}"
-                fix = f"where the machine ran out of memory, lower {self.where}.dataloader_workers"
+                fix = f"if the machine ran out of memory, lower {self.where}.dataloader_workers"
                 self._end(ProcessLost(what, where=self.where, fix=fix))
 
     def _lost_worker(self) -> BaseProcess | None:
@@ -99,7 +99,7 @@ def dump_stacks() -> None:
 
 
 def end_process(exit_code: int) -> None:
-    """End at once, together with the data workers, one of which may never end by itself."""
+    """End at once, together with the data workers, which might never end by themselves."""
     kill_workers()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -107,13 +107,13 @@ def end_process(exit_code: int) -> None:
 
 
 def kill_workers() -> None:
-    """kill -9 of this process's data workers: they ignore SIGTERM, which reaches the whole process group."""
+    """Send SIGKILL to this process's data workers: they ignore SIGTERM, which reaches the whole process group."""
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 def start_fork_server() -> None:
-    """Start what makes data workers, deaf to signals that reach the whole process group; it would end by them."""
+    """Start the fork server of data workers, ignoring the signals to the process group that would end it."""
     former = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         forkserver.ensure_running()
@@ -123,17 +123,17 @@ def start_fork_server() -> None:
 
 
 def set_up_worker(worker_id: int) -> None:
-    """Of a data worker: it leaves signals to the main process, and shows its stack on SIGUSR2."""
+    """Runs in each data worker: ignores signals, dumps its stack on SIGUSR2."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
 
 
 def loader_failure(error: Exception, worker: int, records: list[str], where: str, timeout: float) -> UserError:
-    """What to say of a data worker that gave no micro-batch; its stack is written to stderr if it still has one.
+    """Error for a data worker that returned no micro-batch; its stack goes to stderr if it is still alive.
 
     Args:
-        error: torch's, which has one type for whatever may happen, or that of a connection.
+        error: torch's RuntimeError, which covers every cause, or a connection's error.
         worker: number of the worker whose turn it was.
         records: ids of the micro-batch.
     """
@@ -142,12 +142,12 @@ def loader_failure(error: Exception, worker: int, records: list[str], where: str
         return ProcessLost(
             f"{asked} and is gone: {' '.join(str(error).split()) or type(error).__name__}",
             where=where,
-            fix=f"where the machine ran out of memory, lower {where}.dataloader_workers",
+            fix=f"if the machine ran out of memory, lower {where}.dataloader_workers",
         )
     dump_stacks()
     kill_workers()
     return Hang(
-        f"{asked} and gave nothing for {timeout:g} s",
+        f"{asked} and returned nothing for {timeout:g} s",
         where=where,
         fix=f"see its stack above; look at these records and at the disk, or raise {where}.loader_timeout",
     )

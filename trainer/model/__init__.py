@@ -1,1 +1,1 @@
-"""A stage's model: its parts, adapters and origin."""
+"""Builds a stage's model: parts, adapters, freezing, and options of the device."""

@@ -1,4 +1,4 @@
-"""Low-rank adapters on the language model (LoRA, DoRA), through PEFT, the same under every engine."""
+"""Low-rank adapters on the language model (LoRA, DoRA) through PEFT, identical under every engine."""
 
 import math
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ TRAINABLE_WEIGHTS = "trainable.safetensors"
 
 
 def adapt(model: PreTrainedModel, lora: Lora, *, seed: int, where: str) -> "PeftModel":
-    """The model with fresh adapters, whose first values depend on the seed alone.
+    """Add fresh adapters, whose initial values depend only on the seed.
 
     Raises:
         UserError: PEFT is not installed.
@@ -39,7 +39,7 @@ def adapt(model: PreTrainedModel, lora: Lora, *, seed: int, where: str) -> "Peft
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
-    # PEFT's own draw differs where ZeRO-3 partitions the weights as they are made
+    # PEFT's own draw differs under ZeRO-3, which shards weights as they are created
     chance = torch.Generator().manual_seed(seed)
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
@@ -50,7 +50,7 @@ def adapt(model: PreTrainedModel, lora: Lora, *, seed: int, where: str) -> "Peft
 
 
 def quantization(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """QLoRA's storage (Dettmers et al., 2023): the decoder's linear layers in NF4, its scales quantized once more."""
+    """QLoRA's storage (Dettmers et al., 2023): the decoder's linear layers in NF4 with double quantization."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -62,7 +62,7 @@ def quantization(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 @torch.no_grad()
 def take_dequantized(model: torch.nn.Module, quantized: torch.nn.Module) -> None:
-    """Give a plain adapted model the weights that a quantized one computes with: its adapters were trained on them."""
+    """Copy a quantized model's dequantized weights into a plain adapted model: its adapters were trained on them."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Params4bit
 
@@ -74,7 +74,7 @@ def take_dequantized(model: torch.nn.Module, quantized: torch.nn.Module) -> None
 
 @torch.no_grad()
 def _draw(linear: torch.nn.Linear, chance: torch.Generator) -> None:
-    # as PEFT and nn.Linear do (He et al., 2015), but on the CPU, so that every device gets the same numbers
+    # like PEFT and nn.Linear (He et al., 2015), but on the CPU, so that every device gets the same values
     fresh = torch.empty(linear.out_features, linear.in_features)
     torch.nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=chance)
     if linear.weight.numel():

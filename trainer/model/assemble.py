@@ -31,22 +31,22 @@ def assemble(
     dtype: str = "auto",
     seed: int = 0,
 ) -> dict[str, int]:
-    """Join the parts into one checkpoint folder with processor, and return the number of parameters of each part.
+    """Join the parts into one checkpoint folder with processor; returns the number of parameters of each part.
 
     Args:
         vision_tower: folder of a LLaVA checkpoint (any layout), a CLIP or a DINOv2.
         language_model: folder of a Llama-family model with its tokenizer.
-        output: new folder; it appears when it is complete.
+        output: new folder; it appears once complete.
         projector: folder of a LLaVA checkpoint, or a projector's safetensors file; default: a fresh one.
-        image_size: side of a tile in pixels; default: the tower's own.
+        image_size: side of a tile in pixels; default: the tower's.
         image_grid_pinpoints: (height, width) in pixels; default: the LLaVA checkpoint's, else LLaVA-1.6's five shapes.
         vision_feature_layer: hidden state(s) that the projector reads; default: the LLaVA checkpoint's, else -2.
-        add_chat_tokens: give a tokenizer that lacks them Llama 3.1's turn tokens, as new rows of the embedding.
+        add_chat_tokens: add Llama 3.1's turn tokens to a tokenizer that lacks them, as new rows of the embedding.
         dtype: `auto` (the language model's), `bfloat16` or `float32`.
-        seed: of a fresh projector.
+        seed: for a fresh projector.
 
     Raises:
-        UserError: naming every wrong part, before anything is written.
+        UserError: the parts do not fit; names every wrong part, before anything is written.
     """
     import torch
 
@@ -98,17 +98,20 @@ def convert_original(folder: str | Path, output: str | Path, *, add_chat_tokens:
 def prepare_tokenizer(
     folder: str | Path, add_chat_tokens: bool
 ) -> "tuple[PreTrainedTokenizerBase, Vocabulary, list[str]]":
-    """The language model's tokenizer with `<image>`, what it means for the embedding, and what is wrong with it.
+    """Add `<image>` to the language model's tokenizer; returns it, the embedding's vocabulary, and any problems.
 
-    Added chat tokens start where the model can use them: `<|eot_id|>` as a copy of the token that ends its answers
-    now, which stays a stop id, `<|begin_of_text|>` as a copy of its bos token, the others at the mean.
+    Added chat tokens start from useful values: `<|eot_id|>` from the token that ends the model's answers today (which
+    stays a stop id), `<|begin_of_text|>` from its bos token, the others from the mean.
+
+    Raises:
+        AssemblyError: the folder has no tokenizer.
     """
     from transformers import AutoTokenizer, LlamaConfig
 
     from llava_llama31.checkpoint_parts import AssemblyError, Vocabulary, is_original_llava, read_json
     from llava_llama31.processing import CHAT_TOKENS, IMAGE_TOKEN, STOP_TOKENS
 
-    # LLaVA's own config.json is of a model type that Transformers does not know
+    # Transformers does not know the model type in LLaVA's own config.json
     config = LlamaConfig() if is_original_llava(read_json(Path(folder, "config.json"))) else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
@@ -120,11 +123,11 @@ def prepare_tokenizer(
     problems = []
     if missing and not add_chat_tokens:
         problems.append(
-            f"{folder}: the tokenizer lacks {', '.join(missing)} (fix: a Llama-3.1 tokenizer, or add_chat_tokens to "
-            f"make them as new tokens)"
+            f"{folder}: the tokenizer lacks {', '.join(missing)} (fix: use a Llama-3.1 tokenizer, or "
+            f"add_chat_tokens to add them as new tokens)"
         )
     elif missing:
-        logger.info("%s: new chat tokens %s mean nothing before they are trained", folder, ", ".join(missing))
+        logger.info("%s: the new chat tokens %s are untrained", folder, ", ".join(missing))
     old_eos, old_bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     predecessors = {"<|eot_id|>": old_eos, "<|begin_of_text|>": old_bos}
     tokenizer.add_special_tokens(

@@ -1,6 +1,6 @@
-"""What a stage asks of the machine: low-bit optimizers, compiled layers, activation checkpointing, fp8.
+"""A stage's demands on the machine: low-bit optimizers, compiled layers, activation checkpointing, fp8.
 
-`check_device_options` refuses before training what this machine or its packages can't do.
+`check_device_options` refuses, before training, what this machine or its packages don't support.
 """
 
 from collections.abc import Collection
@@ -16,23 +16,23 @@ from llava_llama31.trainer.recipes.schema import Stage
 
 
 LOW_BIT = "pip install 'llava-llama31[low-bit]'"
-# float8 matrix products need widths that this divides
+# float8 matrix products need widths divisible by this
 FLOAT8_MULTIPLE = 16
 # the first NVIDIA GPUs with float8 matrix products
 _FLOAT8_CAPABILITY = (8, 9)
 
 
 def check_device_options(stage: Stage, where: str) -> None:
-    """Refuse what cannot run here.
+    """Refuse options that cannot run on this machine.
 
     Raises:
-        UserError: naming the stage's key and what to do.
+        UserError: an option cannot run; names the stage's key and the fix.
     """
     asked = {"optimizer": stage.optimizer != "adamw", "compile": stage.compile, "fp8": stage.fp8}
     for key in (key for key, is_asked in asked.items() if is_asked):
         if uses_fsdp():
             raise UserError(
-                "not under FSDP, where nothing shows that it is right", where=f"{where}.{key}", fix=f"remove {key}"
+                "is not supported under FSDP, where it is untested", where=f"{where}.{key}", fix=f"remove {key}"
             )
     optim = optim_name(stage, where)
     if stage.lora is not None and stage.lora.quantize and find_spec("bitsandbytes") is None:
@@ -42,14 +42,14 @@ def check_device_options(stage: Stage, where: str) -> None:
     if stage.compile:
         _check_compiler(f"{where}.compile", "set compile: false")
     elif optim == "adamw_torch_8bit":
-        _check_compiler(f"{where}.optimizer", "choose another optimizer: torchao's 8-bit AdamW is compiled")
+        _check_compiler(f"{where}.optimizer", "choose another optimizer: torchao's 8-bit AdamW needs a compiler")
 
 
 def optim_name(stage: Stage, where: str) -> str:
-    """The stage's optimizer as TrainingArguments calls it; `adamw_bf16` has no name there and no need of one.
+    """The optimizer's name in TrainingArguments; `adamw_bf16` has none and needs none.
 
     Raises:
-        UserError: no package is there for it.
+        UserError: no installed package provides it.
     """
     if stage.optimizer != "adamw_8bit":
         return "adamw_torch_fused"
@@ -63,7 +63,7 @@ def optim_name(stage: Stage, where: str) -> str:
 
 
 def _check_compiler(where: str, otherwise: str) -> None:
-    """Compile a function of one line: what is missing shows, whatever it is."""
+    """Compile a one-line function to find out whether anything is missing."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.compile(_increased)(torch.zeros(8, device=device))
@@ -80,12 +80,12 @@ def _increased(x: torch.Tensor) -> torch.Tensor:
 
 def _check_fp8(where: str) -> None:
     if not torch.cuda.is_available():
-        raise UserError("fp8 needs a GPU, and none is here", where=f"{where}.fp8", fix="set fp8: false")
+        raise UserError("fp8 needs a GPU, and this machine has none", where=f"{where}.fp8", fix="set fp8: false")
     capability = torch.cuda.get_device_capability()
     if capability < _FLOAT8_CAPABILITY:
         major, minor = capability
         raise UserError(
-            f"fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or newer, this one has {major}.{minor}",
+            f"fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or newer; this one has {major}.{minor}",
             where=f"{where}.fp8",
             fix="set fp8: false",
         )
@@ -94,13 +94,13 @@ def _check_fp8(where: str) -> None:
 
 
 def use_float8(model: LlavaLlama31ForConditionalGeneration, *, emulate: bool = False) -> list[str]:
-    """Give the decoder's linear layers float8 products (torchao, one scale a tensor); returns their names.
+    """Use float8 products in the decoder's linear layers (torchao, one scale per tensor); returns their names.
 
-    Parameters and keys stay what they are. The last layer stays out: where it runs at supervised positions alone,
-    their number is not a multiple of 16, as the products of its weights' gradients want it.
+    Parameters and keys don't change. The last layer is left out: if it runs at supervised positions only, their
+    number is not a multiple of 16, which the products of its weight gradients need.
 
     Args:
-        emulate: in wider types, on any device: for tests.
+        emulate: compute in wider types, on any device; for tests.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
@@ -120,15 +120,15 @@ def use_float8(model: LlavaLlama31ForConditionalGeneration, *, emulate: bool = F
 def checkpoint_activations(
     model: LlavaLlama31ForConditionalGeneration, trainable: Collection[str], every: int = 1
 ) -> None:
-    """Let every so manieth layer of the decoder, and of a tower that is trained, be recomputed on the way back.
+    """Recompute every n-th layer of the decoder, and of a trained tower, in the backward pass.
 
-    Layers are counted in each of the two from its first. Transformers' own call on the whole model would count the
-    tower's and the decoder's layers as one row, and checkpoint a frozen tower.
+    Layers are counted separately in each of the two. Transformers' own call on the whole model would count the
+    tower's and the decoder's layers in one sequence, and checkpoint a frozen tower.
     """
     parts = [model.model.language_model]
     if "vision_tower" in trainable:
         parts.append(model.model.vision_tower)
     for part in parts:
         part.activation_checkpointing_enable(every_n_layers=every)
-    # that made frozen embeddings ask for gradients, which only re-entrant checkpointing needs
+    # undo the gradients of frozen embeddings, which only re-entrant checkpointing needs
     model.model.language_model.disable_input_require_grads()

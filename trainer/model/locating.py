@@ -1,4 +1,4 @@
-"""Checkpoints by folder or by Hub id."""
+"""Finds checkpoints by folder or Hub id."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from llava_llama31.trainer.errors import UserError
 
 
-# weights as safetensors only: nothing is unpickled
+# weights only as safetensors: nothing is unpickled
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
@@ -20,15 +20,15 @@ def hub_id(name: str) -> tuple[str, str | None] | None:
 
 
 def local_checkpoint(name: str, *, where: str, file: bool = False) -> Path:
-    """Folder of a checkpoint; a Hub id (`OWNER/NAME`, or `OWNER/NAME@REVISION`) is downloaded into the Hub's cache.
+    """Folder of a checkpoint; a Hub id (`OWNER/NAME` or `OWNER/NAME@REVISION`) is downloaded into the Hub cache.
 
     Args:
         name: folder or Hub id.
-        where: what a message calls it.
-        file: a single file will do, as for a projector.
+        where: its name in messages.
+        file: also accept a single file, e.g. a projector.
 
     Raises:
-        UserError: when there is neither such a folder nor such a repository.
+        UserError: there is neither such a folder nor such a repository.
     """
     path = Path(name).expanduser()
     if path.is_dir() or (file and path.is_file()):
@@ -45,7 +45,7 @@ def local_checkpoint(name: str, *, where: str, file: bool = False) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{name} is neither a folder nor can it be downloaded: {reason}",
+            f"{name} is not a folder and cannot be downloaded: {reason}",
             where=where,
             fix="download it and name the folder, or log in with `hf auth login` if it is gated",
         ) from error

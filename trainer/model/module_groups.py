@@ -1,4 +1,4 @@
-"""The model's three module groups: what freezing, learning rates, reports and adapters all read."""
+"""The model's three module groups, used by freezing, learning rates, reports and adapters."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,11 @@ GROUPS: tuple[str, ...] = get_args(ModuleGroup)
 
 
 def group_parameters(model: LlavaNextForConditionalGeneration, group: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of a group; `image_newline` belongs to the projector, the head to the language model."""
+    """Names and parameters of a group; the projector includes `image_newline`, the language model the head.
+
+    Raises:
+        ValueError: there is no such group.
+    """
     inner = model.model
     if group == "vision_tower":
         yield from inner.vision_tower.named_parameters(prefix="model.vision_tower")
@@ -32,13 +36,13 @@ def group_parameters(model: LlavaNextForConditionalGeneration, group: str) -> It
 
 
 def lora_target_pattern(targets: Sequence[str]) -> str:
-    """Regular expression for PEFT's `target_modules` that names linear layers of the language model only."""
+    """Regular expression for PEFT's `target_modules` that matches linear layers of the language model only."""
     return rf"model\.language_model\..*\.({'|'.join(re.escape(target) for target in targets)})"
 
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One line of the freeze report; numbers of parameters."""
+    """One line of the freeze report; counts are numbers of parameters."""
 
     group: str
     num_parameters: int
@@ -52,10 +56,10 @@ def freeze(
     *,
     freeze_image_newline: bool = False,
 ) -> list[GroupReport]:
-    """Make exactly the groups of `learning_rates` trainable and report each group.
+    """Make exactly the groups in `learning_rates` trainable; returns a report on each group.
 
-    The tower's layers behind the one that is used never get a gradient and stay frozen, which DDP needs. Adapters of
-    the language model stay trainable in place of the weights that they adapt.
+    The tower's layers after the used one never get a gradient and stay frozen, as DDP requires. Adapters of the
+    language model are trained in place of the weights they adapt.
     """
     unused = {id(parameter) for parameter in _unused_tower_parameters(model)}
     adapted = any(_is_adapter(name) for name, _ in group_parameters(model, "language_model"))
@@ -68,7 +72,7 @@ def freeze(
                 train = train and _is_adapter(name)
             if name == "model.image_newline" and freeze_image_newline:
                 train = False
-            if parameter.requires_grad != train:  # quantized weights may not even be asked
+            if parameter.requires_grad != train:  # quantized weights refuse even a no-op
                 parameter.requires_grad_(train)
             total += num_elements(parameter)
             trainable += num_elements(parameter) * train

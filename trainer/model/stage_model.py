@@ -1,4 +1,4 @@
-"""The model of a stage: loaded from its origin, adapted, frozen, and fitted to what the stage asks of the machine."""
+"""Prepares a stage's model: loads it from its origin, adds adapters, freezes groups, sets the device options."""
 
 import logging
 from pathlib import Path
@@ -19,17 +19,17 @@ from llava_llama31.trainer.recipes.schema import Stage
 
 logger = logging.getLogger(__name__)
 
-# what the weights are loaded in
+# the type that weights are loaded in
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "bfloat16-weights": torch.bfloat16}
 
 
 def product_dtype(stage: Stage) -> torch.dtype:
-    """What the stage's products run in, and so what tiles are made in."""
+    """The type of the stage's matrix products, and so of its tiles."""
     return torch.float32 if stage.precision == "float32" else torch.bfloat16
 
 
 def load_model(origin: Path, stage: Stage, *, seed: int, where: str, quantized: bool = False) -> PreTrainedModel:
-    """The origin's model, with fresh adapters where the stage has some; `quantized` if those ask for it.
+    """Load the origin's model, with fresh adapters if the stage has any; `quantized` if these ask for it.
 
     Raises:
         UserError: the origin can't be loaded, or lacks weights.
@@ -56,21 +56,21 @@ def load_model(origin: Path, stage: Stage, *, seed: int, where: str, quantized: 
 
 
 def base_model(model: PreTrainedModel, stage: Stage) -> LlavaLlama31ForConditionalGeneration:
-    """The model without its adapters' wrapper."""
+    """The model without PEFT's wrapper."""
     return model if stage.lora is None else model.get_base_model()
 
 
 def freeze_groups(model: PreTrainedModel, stage: Stage) -> list[GroupReport]:
-    """Leave trainable what the stage trains; what is frozen becomes bfloat16 where the stage computes in it."""
+    """Freeze all but the stage's trained groups; frozen weights become bfloat16 if the stage computes in it."""
     report = freeze(
         base_model(model, stage),
         stage.learning_rates(),
         freeze_image_newline="frozen_image_newline" in stage.quirks,
     )
-    if stage.precision != "bfloat16" or stage.deepspeed is not None or uses_fsdp():  # those have types of their own
+    if stage.precision != "bfloat16" or stage.deepspeed is not None or uses_fsdp():  # these manage dtypes themselves
         return report
     for line in report:
-        # a group as a whole: a layer whose weights have two types would not run; adapters bring their own type
+        # whole groups only: a layer with weights of two types would not run; adapters have their own type
         if line.num_trainable == 0 or (stage.lora is not None and line.group == "language_model"):
             parameters = (parameter for _, parameter in group_parameters(base_model(model, stage), line.group))
             _narrow([p for p in parameters if p.is_floating_point() and not p.requires_grad])
@@ -78,7 +78,7 @@ def freeze_groups(model: PreTrainedModel, stage: Stage) -> list[GroupReport]:
 
 
 def _narrow(parameters: list[torch.nn.Parameter]) -> None:
-    """Make parameters bfloat16, if none of them loses anything by it."""
+    """Convert parameters to bfloat16, if that is exact for all of them."""
     if all(_fits_bfloat16(parameter) for parameter in parameters):
         for parameter in parameters:
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -7,7 +7,6 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,10 @@ from llava_llama31.trainer.costs.memory import ENGINES, Engine, Memory, MicroBat
 from llava_llama31.trainer.costs.parameters import Parameters, adapter_parameters
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.planning.model_sizes import model_config
-from llava_llama31.trainer.planning.row_lengths import (
-    Assumptions,
-    StageRows,
-    counted_rows,
-    histogram,
-    passes,
-    stage_rows,
-)
-from llava_llama31.trainer.recipes.schema import Derived, Recipe, Stage, derive
+from llava_llama31.trainer.planning.row_lengths import Assumptions, StageRows, counted_rows, histogram, passes, stage_rows
+from llava_llama31.trainer.recipes.deepspeed_files import deepspeed_content, deepspeed_file, shipped_deepspeed_files
+from llava_llama31.trainer.recipes.derived import Derived, derive
+from llava_llama31.trainer.recipes.schema import Recipe, Stage
 
 
 GB = 1e9
@@ -149,17 +143,14 @@ def engine_for(stage: Stage, name: str | None, *, where: str) -> Engine:
         return ENGINES[name]
     if stage.deepspeed is None:
         return ENGINES["ddp"]
-    return ENGINES[_engine_name(_deepspeed_content(stage.deepspeed, where))]
+    return ENGINES[_engine_name(_zero_content(stage.deepspeed, where))]
 
 
-def _deepspeed_content(name: str, where: str) -> dict[str, Any]:
-    for file in (Path(name).expanduser(), files("llava_llama31.trainer.recipes") / f"{name}.json"):
-        if file.is_file():
-            try:
-                return json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError("is no DeepSpeed file with ZeRO", where=str(file), fix="mend it") from None
-    raise UserError(f"there is no DeepSpeed file {name!r}", where=f"{where}.deepspeed", fix="give a path to a file")
+def _zero_content(name: str, where: str) -> dict[str, Any]:
+    zero = deepspeed_content(name, where).get("zero_optimization")
+    if not isinstance(zero, dict):
+        raise UserError("not a DeepSpeed file with ZeRO", where=str(deepspeed_file(name, where)), fix="fix the file")
+    return zero
 
 
 def _engine_name(zero: Mapping[str, Any]) -> str:
@@ -173,12 +164,9 @@ def _engine_name(zero: Mapping[str, Any]) -> str:
 
 def _shipped(engine: str) -> str | None:
     """The `deepspeed` value that gives an engine: of the shipped files the first without an optimizer of its own."""
-    folder = files("llava_llama31.trainer.recipes")
-    for file in sorted(folder.iterdir(), key=lambda file: (len(file.name), file.name)):
-        if file.name.endswith(".json"):
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if "optimizer" not in content and _engine_name(content["zero_optimization"]) == engine:
-                return file.name.removesuffix(".json")
+    for name, content in shipped_deepspeed_files().items():
+        if "optimizer" not in content and _engine_name(content["zero_optimization"]) == engine:
+            return name
     return None
 
 
@@ -186,7 +174,7 @@ def _zero_settings(stage: Stage, engine: Engine) -> ZeroSettings:
     """Sizes of DeepSpeed's buffers where the stage's file names them; its defaults else."""
     if not engine.deepspeed or stage.deepspeed is None:
         return ZeroSettings()
-    zero = _deepspeed_content(stage.deepspeed, "")
+    zero = _zero_content(stage.deepspeed, "")
     bucket = zero.get("reduce_bucket_size", 5e8)
     return ZeroSettings(
         reduce_bucket=None if bucket == "auto" else float(bucket),

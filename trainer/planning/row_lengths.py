@@ -12,7 +12,8 @@ from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, 
 from llava_llama31.trainer.data.sources.records import open_records
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.planning.model_sizes import published
-from llava_llama31.trainer.recipes.schema import DataSource, Stage, num_held_out
+from llava_llama31.trainer.recipes.derived import num_held_out
+from llava_llama31.trainer.recipes.schema import DataSource, Stage
 
 
 # batches that are gone through one by one; more are sampled evenly
@@ -158,7 +159,8 @@ def counted_rows(stage: Stage, model_folder: Path, seed: int) -> StageRows | Non
     """The rows as check-data found them; None where it has not checked them, or they have changed since."""
     from llava_llama31.processing import LlavaLlama31Processor
     from llava_llama31.trainer.data.batches.stage_rows import keeps_data_newline, stage_limits, weighted
-    from llava_llama31.trainer.data.check.check import cached_reports, default_cache_dir, select_rows
+    from llava_llama31.trainer.data.check.check import cached_reports, default_cache_dir
+    from llava_llama31.trainer.data.check.report import select_rows
 
     try:
         processor = LlavaLlama31Processor.from_pretrained(model_folder)

@@ -1,1 +1,1 @@
-"""Publishing a model: a gate of checks, then one reviewed commit."""
+"""Publishes a model to the Hub: a gate of checks, then one reviewed commit."""

@@ -1,4 +1,4 @@
-"""What would keep a run from being published at its end, found before its first step."""
+"""Checks before the first step everything that could keep the finished run from being published."""
 
 import logging
 import tempfile
@@ -13,7 +13,7 @@ from llava_llama31.model_card.card import CardError, render_card
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.export.export import licence_texts
 from llava_llama31.trainer.export.provenance import record_of
-from llava_llama31.trainer.publishing.contents import CARD, Contents, Finding
+from llava_llama31.trainer.publishing.contents import CARD, Contents, GateFinding
 from llava_llama31.trainer.publishing.gate import check_card, check_licence
 from llava_llama31.trainer.publishing.gate_files import check_paths, check_secrets
 from llava_llama31.trainer.publishing.hub_calls import redact
@@ -28,59 +28,59 @@ RULES = (check_card, check_licence, check_secrets, check_paths)
 
 
 def check_strategy(spec: Publish, stages: Mapping[str, Stage]) -> None:
-    """Refuse interim pushes that a stage, as it is launched, cannot make.
+    """Refuse interim pushes that a stage cannot make the way it is launched.
 
     Raises:
-        UserError: naming the stage and the key.
+        UserError: a stage cannot push; names the stage and the key.
     """
     if spec.hub_strategy == "end":
         return
     for name, stage in stages.items():
         if stage.lora is not None and stage.lora.quantize:
             raise UserError(
-                f"adapters of stage {name} cannot be merged into 4-bit weights while they are trained",
+                f"the adapters of stage {name} cannot be merged into 4-bit weights during training",
                 where="publish.hub_strategy",
-                fix=f"set it to end, or remove stages.{name}.lora.quantize",
+                fix=f"set it to `end`, or remove stages.{name}.lora.quantize",
             )
         if stage.deepspeed is not None and spec.hub_strategy == "checkpoint":
             raise UserError(
-                f"the training state of stage {name} is DeepSpeed's own format, which is pickled",
+                f"the training state of stage {name} is in DeepSpeed's pickled format",
                 where="publish.hub_strategy",
-                fix="set it to every_save or end; or train the stage without DeepSpeed",
+                fix="set it to `every_save` or `end`, or train the stage without DeepSpeed",
             )
 
 
 def check_beforehand(
     recipe: Recipe, spec: Publish, base: Path, *, command: str, begun: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Check name, licence, card, ids, free space, token, rights and collection; returns the record of the card so far.
+    """Check name, licence, card, ids, free space, token, rights and collection; returns the provisional card record.
 
     Args:
-        base: checkpoint that the first stage starts from; the finished model is as large.
-        begun: a run that has checkpoints goes on though the Hub does not answer.
+        base: checkpoint that the first stage starts from; the finished model has the same size.
+        begun: the run has checkpoints, and so continues even if the Hub does not answer.
 
     Raises:
-        UserError: naming what to mend.
+        UserError: something would keep the run from being published; names it and the fix.
     """
     check_repo_id(spec.repo_id, "publish.repo_id")
     record = provisional_record(recipe, spec, command)
     card = _check_card(record, spec.repo_id.rpartition("/")[2])
     left_out = _left_out(record, card)
     if left_out:
-        say(f"not on the card's list of base models and data sets, being no ids of the Hub: {', '.join(left_out)}")
+        say(f"the card will not list these base models and data sets, which have no Hub id: {', '.join(left_out)}")
     check_free_space(sum(file.stat().st_size for file in base.glob("*.safetensors")))
-    hub_logging.set_verbosity_error()  # its warnings show signed addresses
+    hub_logging.set_verbosity_error()  # its warnings show signed URLs
     try:
         check_target(HfApi(), spec.repo_id, card, spec.collection, resume="run again")
     except UserError as error:
         if not begun:
             raise UserError(redact(str(error))) from None
-        logger.warning("the run goes on, but as things are it could not be published: %s", redact(str(error)))
+        logger.warning("the run continues, but it could not be published now: %s", redact(str(error)))
     return record
 
 
 def provisional_record(recipe: Recipe, spec: Publish, command: str) -> dict[str, Any]:
-    """What the card tells before anything is trained."""
+    """The card's record before anything is trained."""
     stages = [
         {"name": name, "data": [source.model_dump(include={"name", "license", "hub_id"}) for source in stage.data]}
         for name, stage in recipe.stages.items()
@@ -90,7 +90,7 @@ def provisional_record(recipe: Recipe, spec: Publish, command: str) -> dict[str,
 
 
 def _check_card(record: dict[str, Any], name: str) -> str:
-    """The card, if the gate takes it and the licence files that would go with it."""
+    """Render the card and check it and its licence files against the gate's rules."""
     try:
         card = render_card(record)
     except CardError as error:
@@ -102,9 +102,9 @@ def _check_card(record: dict[str, Any], name: str) -> str:
             Path(folder, file).write_text(text, encoding="utf-8")
         findings = [finding for rule in RULES for finding in rule(contents)]
     if "LICENSE" not in files:
-        fix = "name a licence whose text comes along (llama3.1, apache-2.0); or train without `publish`, put the text "
+        fix = "name a licence whose text is included (llama3.1, apache-2.0); or train without `publish`, put the text "
         fix += "into the run's export/LICENSE, and use the command `publish`"
-        findings.append(Finding("complete", "LICENSE", f"there is no text of {record['licence']!r}", fix))
+        findings.append(GateFinding("complete", "LICENSE", f"the text of {record['licence']!r} is not included", fix))
     refuse(findings, where="publish")
     return card
 

@@ -1,4 +1,4 @@
-"""The command `publish`, and the end of a run whose recipe asks to be published."""
+"""The command `publish`, and the last step of a run whose recipe has `publish`."""
 
 import json
 import shlex
@@ -16,7 +16,7 @@ from llava_llama31.trainer.errors import Unpublished, UserError
 from llava_llama31.trainer.publishing.hub_calls import redact
 from llava_llama31.trainer.publishing.publish import publish, shown_size
 from llava_llama31.trainer.publishing.release import Release, check_repo_id
-from llava_llama31.trainer.publishing.staging import stage_run
+from llava_llama31.trainer.publishing.staging import public_copy
 from llava_llama31.trainer.recipes.schema import Publish
 
 
@@ -27,8 +27,8 @@ def publish_command(
     check_repo_id(repo_id, "--repo-id")
     path = Path(source)
     if not path.is_dir():
-        raise UserError("there is no such folder", where=source, fix="name a finished run or an exported folder")
-    with redirect_stdout(sys.stderr):  # libraries speak there when they are imported
+        raise UserError("no such folder", where=source, fix="name a finished run or an exported folder")
+    with redirect_stdout(sys.stderr):  # libraries print to stdout when imported
         result = publish_folder(
             path,
             repo_id,
@@ -37,22 +37,22 @@ def publish_command(
             dry_run=dry_run,
             say=lambda line: print(line),  # noqa: T201
         )
-    sys.stdout.write(redact(json.dumps(result) if json_output else _told(result)) + "\n")
+    sys.stdout.write(redact(json.dumps(result) if json_output else _rendered(result)) + "\n")
     return 0
 
 
 def publish_folder(
     path: Path, repo_id: str, *, private: bool, collection: str | None, dry_run: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Publish a finished run, or an exported folder; what is said and raised holds no token.
+    """Publish a finished run or an exported folder; messages and errors contain no token.
 
     Raises:
-        UserError: what to mend, and the command that goes on.
+        UserError: names the fix and the command that resumes.
     """
     hub_logging.set_verbosity_error()  # its warnings show signed addresses
     resume = publish_line(path, repo_id, private=private, collection=collection)
     try:
-        folder = stage_run(path, repo_id) if RunFolder(path).record.is_file() else path
+        folder = public_copy(path, repo_id) if RunFolder(path).record.is_file() else path
         release = Release(folder, repo_id, private, resume, collection)
         return publish(release, dry_run=dry_run, say=lambda line: say(redact(line)))
     except UserError as error:
@@ -62,10 +62,10 @@ def publish_folder(
 def publish_run(
     spec: Publish | None, output: Path, summary: dict[str, Any], say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Publish a run that is done, where its recipe asks for it and unless it is; returns the summary, which tells.
+    """Publish a finished run if its recipe asks for it and it is not published yet; returns the updated summary.
 
     Raises:
-        Unpublished: with the one command that publishes it.
+        Unpublished: names the command that publishes it.
     """
     file = RunFolder(output).summary
     told = summary.get("publish", {})
@@ -82,7 +82,7 @@ def publish_run(
         told["reason"] = redact(str(error))
         atomic_folders.write_json(file, summary)
         fix = "" if resume in str(error) else resume
-        what = f"the run is done, and its publication is outstanding: {told['reason']}"
+        what = f"the run has finished but is not yet published: {told['reason']}"
         raise Unpublished(what, where=str(output), fix=fix) from error
     summary["publish"] = {"repo": spec.repo_id, "published": True} | {k: result[k] for k in ("revision", "url", "tag")}
     atomic_folders.write_json(file, summary)
@@ -91,12 +91,12 @@ def publish_run(
 
 
 def publish_line(path: Path, repo_id: str, *, private: bool, collection: str | None) -> str:
-    """The command that publishes, and goes on after a failure."""
+    """The command that publishes, also after a failure."""
     options = [*(["--private"] if private else []), *(["--collection", collection] if collection else [])]
     return shlex.join(["llava-llama31", "publish", str(path), "--repo-id", repo_id, *options])
 
 
-def _told(result: Mapping[str, Any]) -> str:
+def _rendered(result: Mapping[str, Any]) -> str:
     if "steps" not in result:
         samples = [f"  {sample['question']} -> {sample['answer']}" for sample in result["checks"]["samples"]]
         return "\n".join(
@@ -106,5 +106,5 @@ def _told(result: Mapping[str, Any]) -> str:
     files = [f"  {shown_size(size):>12}  {name}" for name, size in result["files"].items()]
     removed = [f"  {'removed':>12}  {name}" for name in result["removed"]]
     return "\n".join(
-        [f"{result['repo']}: nothing was written; this would be done", *steps, "files:", *files, *removed]
+        [f"{result['repo']}: dry run, nothing was written; the steps would be", *steps, "files:", *files, *removed]
     )

@@ -1,4 +1,4 @@
-"""A folder as the gate's rules see it, and what they find."""
+"""A folder as the gate's rules see it, and their findings."""
 
 import json
 import stat
@@ -15,17 +15,24 @@ from llava_llama31.model_card.card import LLAMA31, LLAMA31_TITLE
 
 
 CARD = "README.md"
-# what huggingface_hub raises at metadata of another shape
+# what huggingface_hub raises for malformed metadata
 CARD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError)
 EXPORT_AGAIN = "write it again: llava-llama31 export RUN"
 WEIGHTS = ".safetensors"
-# bytes: what the Hub takes as one file, and what anything but weights can need
+# bytes: the Hub's limit for one file, and the limit for anything but weights
 MAX_WEIGHTS, MAX_OTHER = 50 * 10**9, 100 * 10**6
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Why a folder is not published."""
+class GateFinding:
+    """One reason why a folder must not be published.
+
+    Args:
+        rule: name of the rule.
+        file: relative name within the folder.
+        what: what is wrong with it.
+        fix: how to fix it.
+    """
 
     rule: str
     file: str
@@ -41,9 +48,9 @@ class Contents:
     """A folder as the rules see it.
 
     Attributes:
-        folder: where its files lie.
-        name: under which it will be published, without the owner.
-        links_within: folder that symbolic links may lead into, as those of the Hub's cache do; default: none.
+        folder: that contains the files.
+        name: to publish under, without the owner.
+        links_within: folder that symbolic links may point into, as the Hub cache's do; default: none.
     """
 
     folder: Path
@@ -52,12 +59,12 @@ class Contents:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Relative name -> path of what can be looked into, sorted."""
+        """Relative name -> path of every readable file, sorted."""
         return {name: path for name, path in self._entries.items() if name not in self.obstacles}
 
     @cached_property
     def obstacles(self) -> dict[str, str]:
-        """Relative name -> why no rule looks into it."""
+        """Relative name -> why the rules cannot read it."""
         reasons = {name: self._obstacle(path) for name, path in self._entries.items()}
         return {name: reason for name, reason in reasons.items() if reason}
 
@@ -70,22 +77,22 @@ class Contents:
         if path.is_symlink():
             within = self.links_within
             if within is None or not path.resolve().is_relative_to(within.resolve()):
-                return "is a link: what it leads to may be anything"
+                return "is a link, whose target could be anything"
         try:
             status = path.stat()
         except OSError as error:
             return f"cannot be read: {error.strerror}"
         if not stat.S_ISREG(status.st_mode):
-            return "is no regular file"
+            return "is not a regular file"
         limit = MAX_WEIGHTS if path.suffix == WEIGHTS else MAX_OTHER
-        return f"has {status.st_size:,} bytes, and may have {limit:,}" if status.st_size > limit else ""
+        return f"has {status.st_size:,} bytes; the limit is {limit:,}" if status.st_size > limit else ""
 
     def read(self, file: str) -> str | None:
         path = self.files.get(file)
         return None if path is None else path.read_text(encoding="utf-8", errors="replace")
 
     def read_json(self, file: str) -> dict[str, Any]:
-        """An object, empty where the file is missing or broken: `check_complete` names those."""
+        """A file's JSON object; empty if the file is missing or broken, which `check_complete` reports."""
         try:
             content = json.loads(self.read(file) or "{}")
         except (ValueError, RecursionError):
@@ -94,7 +101,7 @@ class Contents:
 
     @cached_property
     def card(self) -> Mapping[str, Any]:
-        """The card's metadata, empty where it cannot be read."""
+        """The card's metadata; empty if it cannot be read."""
         try:
             return ModelCard(self.read(CARD) or "", ignore_metadata_errors=True).data.to_dict()
         except CARD_ERRORS:
@@ -106,11 +113,11 @@ class Contents:
 
     @property
     def is_llama(self) -> bool:
-        """Whether Meta's licence governs the model, by anything in the folder that says so."""
+        """Whether anything in the folder says that Meta's licence governs the model."""
         llama_card = self.card.get("license") == LLAMA31 or "llama-3.1" in (self.card.get("tags") or [])
         return llama_card or any(LLAMA31_TITLE in (self.read(file) or "").upper() for file in ("LICENSE", "NOTICE"))
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """A JSON object, empty where the value is none."""
+    """The value if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}

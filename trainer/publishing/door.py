@@ -1,13 +1,13 @@
-"""Opens a model as a stranger would and writes down what it answers: run by path, in a process of its own.
+"""Opens a model as a stranger would and records its answers: run by path, in a separate process.
 
     python door.py download REPO REVISION
     python door.py stock|remote MODEL REVISION LOGITS.safetensors
     python door.py snippet CODE.py
 
 It imports nothing of this package; the last line of its output is one JSON object. `stock` opens the model with
-Transformers' own classes and no code of the folder, `remote` with `trust_remote_code=True`. Logits, (1, tokens,
-vocabulary) in float32 on the CPU, go into the safetensors file. `snippet` runs the code of a card beside a `sign.png`,
-and writes down what it prints.
+Transformers' own classes and none of the folder's code, `remote` with `trust_remote_code=True`. Logits, (1, tokens,
+vocabulary) in float32 on the CPU, go into the safetensors file. `snippet` runs the code of a card next to a `sign.png`
+and records what it prints.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ NUM_NEW_TOKENS = 16
 
 
 def download(repo_id: str, revision: str) -> dict[str, Any]:
-    """Folder of a revision, fetched into the cache that the environment names; or the error and the Hub's status."""
+    """Download a revision into the environment's cache; returns its folder, or the error and the Hub's status."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
@@ -35,7 +35,7 @@ def download(repo_id: str, revision: str) -> dict[str, Any]:
 
 
 def open_door(door: str, model_id: str, revision: str, logits_file: str) -> dict[str, Any]:
-    """Class names, hash of the logits at one picture, and three greedy answers."""
+    """Class names, hash of the logits for one image, and three greedy answers."""
     import torch
     from safetensors.torch import save_file
     from transformers import (
@@ -74,16 +74,16 @@ def open_door(door: str, model_id: str, revision: str, logits_file: str) -> dict
 
 
 def run_snippet(code_file: str) -> dict[str, Any]:
-    """What a card's code prints, one text a call."""
-    _picture(0).save("sign.png")
+    """What a card's code prints, one text per call."""
+    _image(0).save("sign.png")
     texts: list[str] = []
     with open(code_file, encoding="utf-8") as code:
         exec(compile(code.read(), code_file, "exec"), {"print": texts.append})
     return {"texts": texts}
 
 
-def _picture(number: int):
-    """The same wherever it runs: gradients with a few bars."""
+def _image(number: int):
+    """Gradients with a few bars, the same on every machine."""
     import numpy as np
     from PIL import Image
 
@@ -94,7 +94,7 @@ def _picture(number: int):
 
 
 def _inputs(processor, question: str, number: int):
-    content = [{"type": "image", "image": _picture(number)}, {"type": "text", "text": question}]
+    content = [{"type": "image", "image": _image(number)}, {"type": "text", "text": question}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -107,11 +107,11 @@ def _inputs(processor, question: str, number: int):
 def main(arguments: list[str]) -> None:
     kind, *rest = arguments
     if kind == "download":
-        told = download(*rest)
+        result = download(*rest)
     else:
-        told = run_snippet(*rest) if kind == "snippet" else open_door(kind, *rest)
-    told["imports_our_package"] = "llava_llama31" in sys.modules
-    sys.stdout.write(f"\n{json.dumps(told)}\n")
+        result = run_snippet(*rest) if kind == "snippet" else open_door(kind, *rest)
+    result["imports_our_package"] = "llava_llama31" in sys.modules
+    sys.stdout.write(f"\n{json.dumps(result)}\n")
 
 
 if __name__ == "__main__":

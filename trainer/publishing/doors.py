@@ -1,4 +1,4 @@
-"""Both doors of a model, opened in clean processes that never import this package, and compared."""
+"""Opens both doors of a model in clean processes that never import this package, and compares them."""
 
 import json
 import os
@@ -22,17 +22,17 @@ TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 class DoorError(UserError):
-    """A model does not open in a process of its own, or its doors differ."""
+    """A model does not open in a separate process, or its two doors differ."""
 
 
 @dataclass(frozen=True)
 class Doors:
-    """What both doors gave.
+    """The result of both doors.
 
     Attributes:
-        logits_sha256: of the logits at one picture, the same through both doors.
-        samples: three questions about made pictures, with the greedy answers.
-        snippet: what the code on the card prints, if it was run.
+        logits_sha256: of the logits for one image, the same through both doors.
+        samples: three questions about generated images, with the greedy answers.
+        snippet: what the card's code prints, if it was run.
     """
 
     logits_sha256: str
@@ -42,63 +42,61 @@ class Doors:
 
 @contextmanager
 def empty_cache() -> Iterator[Path]:
-    """A folder for a Hub cache that nobody has used, gone afterwards."""
+    """Context with an empty folder for a Hub cache, removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="llava-llama31-gate-") as folder:
         yield Path(folder)
 
 
 def fetch(repo_id: str, revision: str, cache: Path) -> Path:
-    """Folder of a revision, downloaded into `cache` by a clean process; a second call goes on where one broke off.
+    """Download a revision into `cache` in a clean process; a second call resumes an interrupted download.
 
     Raises:
-        DownloadError: with the Hub's status.
+        DownloadError: the download failed; holds the Hub's status.
     """
-    told = _run(["download", repo_id, revision], cache, online=True)
-    if "error" in told:
-        raise DownloadError(told["error"], told["status"])
-    return Path(told["folder"])
+    result = _run(["download", repo_id, revision], cache, online=True)
+    if "error" in result:
+        raise DownloadError(result["error"], result["status"])
+    return Path(result["folder"])
 
 
 def open_doors(model: str | Path, cache: Path, *, revision: str = "") -> Doors:
-    """Open a folder, or a revision that `fetch` put into `cache`, through both doors.
+    """Open a folder, or a revision that `fetch` downloaded into `cache`, through both doors.
 
     Raises:
-        UserError: when a door does not open, the logits are not finite or not the same, or the answers differ.
+        DoorError: a door does not open, the logits are not finite or differ, or the answers differ.
     """
     from safetensors.numpy import load_file
 
-    told, logits = {}, {}
+    results, logits = {}, {}
     for door in DOORS:
         file = cache / f"{door}.safetensors"
-        told[door] = _run([door, str(model), revision, str(file)], cache, online=False)
+        results[door] = _run([door, str(model), revision, str(file)], cache, online=False)
         logits[door] = load_file(file)["logits"]
-    for door, answer in told.items():
+    for door, answer in results.items():
         if answer["imports_our_package"]:
-            raise DoorError(
-                "the code in the folder imports llava_llama31, which others do not have", where=f"{door} door"
-            )
+            raise DoorError("the folder's code imports llava_llama31, which others do not have", where=f"{door} door")
         if not answer["finite"]:
-            fix = "look into the last stage's losses; nothing is published"
+            fix = "check the losses of the last stage; nothing was published"
             raise DoorError("the logits are NaN or infinite", where=f"{door} door", fix=fix)
-    stock, remote = (told[door] for door in DOORS)
+    stock, remote = (results[door] for door in DOORS)
     if stock["logits_sha256"] != remote["logits_sha256"]:
         same_shape = logits["stock"].shape == logits["remote"].shape
         apart = abs(logits["stock"] - logits["remote"]).max() if same_shape else "shapes"
         raise DoorError(
             f"the logits through stock classes and through remote code differ (largest difference: {apart})",
             where=str(model),
-            fix="write the folder again (llava-llama31 export RUN); its code does not belong to its weights",
+            fix="export again (llava-llama31 export RUN): the folder's code does not match its weights",
         )
     if stock["samples"] != remote["samples"]:
-        raise DoorError("the answers through both doors differ though the logits do not", where=str(model))
+        raise DoorError("the answers through both doors differ although the logits agree", where=str(model))
     return Doors(stock["logits_sha256"], stock["samples"])
 
 
 def run_snippet(folder: Path, cache: Path) -> str:
-    """Run the code that the card shows on a downloaded folder; returns the text that it prints each time.
+    """Run the card's code on a downloaded folder; returns the text that it prints each time.
 
     Raises:
-        UserError: when it fails, or does not print the same every time.
+        DoorError: it fails, or prints different texts.
     """
     code = cache / "snippet.py"
     code.write_text(usage_snippet(str(folder)), encoding="utf-8")
@@ -109,14 +107,14 @@ def run_snippet(folder: Path, cache: Path) -> str:
 
 
 def _run(arguments: list[str], cache: Path, *, online: bool) -> dict[str, Any]:
-    """The JSON object that door.py ends with."""
+    """Run door.py and return the JSON object on its last line."""
     environment = {name: value for name, value in os.environ.items() if online or name not in TOKENS}
     environment |= {
         "HF_HOME": str(cache),
         "HF_HUB_OFFLINE": "0" if online else "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # the same bits here and after the download need the same device
+        # bit-identical logits before and after the download need the same device
         "CUDA_VISIBLE_DEVICES": "",
     }
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE"):
@@ -141,7 +139,7 @@ def _run(arguments: list[str], cache: Path, *, online: bool) -> dict[str, Any]:
 
 
 def _stored_token() -> dict[str, str]:
-    """The token of `hf auth login`, which an empty cache folder hides."""
+    """The token of `hf auth login`, which a process with another cache folder would not find."""
     from huggingface_hub import get_token
 
     token = get_token()

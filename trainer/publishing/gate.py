@@ -1,7 +1,7 @@
-"""What a folder must be before it is published: one function a rule, each finding with its file and its fix.
+"""The rules that a folder must pass before it is published: one function per rule, each finding with file and fix.
 
-The rules read files and run nothing; `doors.py` then opens the folder in clean processes. A rule sees a folder as
-anybody else would get it: what training knows of the model does not count.
+The rules read files and run nothing; `doors.py` then opens the folder in clean processes. A rule sees only what
+somebody who downloads the folder gets, not what training knows about the model.
 """
 
 import json
@@ -16,18 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from llava_llama31.model_card.card import LLAMA31, LLAMA31_NOTICE, LLAMA31_POLICY, LLAMA31_TITLE
 from llava_llama31.trainer.checkpoint.atomic_folders import MANIFEST
-from llava_llama31.trainer.publishing.contents import CARD, CARD_ERRORS, EXPORT_AGAIN, Contents, Finding, mapping
+from llava_llama31.trainer.publishing.contents import CARD, CARD_ERRORS, EXPORT_AGAIN, Contents, GateFinding, mapping
 from llava_llama31.trainer.publishing.gate_code import check_code
-from llava_llama31.trainer.publishing.gate_files import (
-    TRAINING_STATE,
-    check_entries,
-    check_extensions,
-    check_manifest,
-    check_paths,
-    check_pickle,
-    check_secrets,
-    check_training_state,
-)
+from llava_llama31.trainer.publishing.gate_files import TRAINING_STATE, check_entries, check_extensions, check_manifest, check_paths, check_pickle, check_secrets, check_training_state
 
 
 ARCHITECTURE, MODEL_TYPE, STOCK_PROCESSOR = "LlavaNextForConditionalGeneration", "llava_next", "LlavaNextProcessor"
@@ -42,45 +33,45 @@ REQUIRED = (
     "LICENSE",
     MANIFEST,
 )
-# licences whose terms our export puts into a NOTICE
+# licences whose terms our export writes into a NOTICE
 NOTICE_LICENCES = (LLAMA31, "apache-2.0")
-# where files may name classes, and which ones: Transformers would fetch OWNER/NAME--module.Class from elsewhere
+# where files may name classes, and which: Transformers would fetch OWNER/NAME--module.Class from another repository
 AUTO_MAPS = {
     "config.json": ("AutoConfig", "AutoModel", "AutoModelForImageTextToText"),
     "processor_config.json": ("AutoProcessor",),
 }
-# other keys by which a JSON file brings code, or a template beside chat_template.jinja
+# other keys by which a JSON file brings code, or a second template next to chat_template.jinja
 FOREIGN_KEYS = ("custom_pipelines", "custom_generate", "chat_template")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _IMAGE = re.compile(r"<img[^>]*\bsrc=\"([^\"]+)\"|!\[[^\]]*\]\(([^)\s]+)")
 
 
-def check_complete(contents: Contents) -> Iterator[Finding]:
-    """All that both doors, the licences and a reader need."""
+def check_complete(contents: Contents) -> Iterator[GateFinding]:
+    """Every file that both doors, the licences and a reader need is present."""
     required = list(REQUIRED)
     if contents.card.get("license") in NOTICE_LICENCES or contents.is_llama:
         required.append("NOTICE")
     for (file, name), module in _mapped_modules(contents).items():
         if not module:
-            yield Finding("complete", file, f"auto_map lacks {name}", EXPORT_AGAIN)
+            yield GateFinding("complete", file, f"auto_map lacks {name}", EXPORT_AGAIN)
         else:
             required.append(f"{module}.py")
     for file in dict.fromkeys(required):
         fix = EXPORT_AGAIN if file != "LICENSE" else "set model.licence in the recipe, or put the licence's text there"
         if file not in contents.files:
-            yield Finding("complete", file, "is missing", fix)
+            yield GateFinding("complete", file, "is missing", fix)
         elif contents.files[file].stat().st_size == 0:
-            yield Finding("complete", file, "is empty", EXPORT_AGAIN)
+            yield GateFinding("complete", file, "is empty", EXPORT_AGAIN)
     for file, path in contents.files.items():
         if path.suffix == ".json":
             try:
                 json.loads(path.read_bytes())
             except (ValueError, RecursionError) as error:
-                yield Finding("complete", file, f"is no JSON: {error}", EXPORT_AGAIN)
+                yield GateFinding("complete", file, f"is not valid JSON: {error}", EXPORT_AGAIN)
 
 
 def _mapped_modules(contents: Contents) -> dict[tuple[str, str], str]:
-    """(file, Auto class) -> module of the folder that holds ours, empty where the file does not say."""
+    """(file, Auto class) -> the folder's module with our class, empty if the file names none."""
     return {
         (file, name): str(mapping(contents.read_json(file).get("auto_map")).get(name, "")).partition(".")[0]
         for file, names in AUTO_MAPS.items()
@@ -89,8 +80,8 @@ def _mapped_modules(contents: Contents) -> dict[tuple[str, str], str]:
     }
 
 
-def check_doors_named(contents: Contents) -> Iterator[Finding]:
-    """What the files say of themselves must let stock classes open them."""
+def check_doors_named(contents: Contents) -> Iterator[GateFinding]:
+    """The files' metadata must let stock classes open them."""
     config = contents.read_json("config.json")
     said = {
         "config.json: architectures": (config.get("architectures"), [ARCHITECTURE]),
@@ -103,22 +94,26 @@ def check_doors_named(contents: Contents) -> Iterator[Finding]:
     for place, (found, wanted) in said.items():
         file, _, key = place.partition(": ")
         if file in contents.files and found != wanted:
-            yield Finding("doors-named", file, f"{key} is {found!r}, not {wanted!r}", EXPORT_AGAIN)
+            yield GateFinding("doors-named", file, f"{key} is {found!r}, not {wanted!r}", EXPORT_AGAIN)
     if "generation_config.json" in contents.files:
         stops = contents.read_json("generation_config.json").get("eos_token_id")
         if stops is None or stops == []:
             fix = "set eos_token_id to the ids of <|end_of_text|>, <|eom_id|> and <|eot_id|>"
-            yield Finding("doors-named", "generation_config.json", "no eos_token_id: answers would not end", fix)
+            yield GateFinding(
+                "doors-named", "generation_config.json", "has no eos_token_id, so answers would never end", fix
+            )
     for file in contents.files:
         if file.endswith(".json"):
             for key, value in _keys(contents.read_json(file)):
                 allowed = AUTO_MAPS.get(file, ()) if key == "auto_map" else ()
                 if key in FOREIGN_KEYS or (key.endswith("auto_map") and not _names_own_classes(value, allowed)):
-                    yield Finding("doors-named", file, f"{key} brings what is not in the folder", EXPORT_AGAIN)
+                    yield GateFinding(
+                        "doors-named", file, f"{key} refers to something outside the folder", EXPORT_AGAIN
+                    )
 
 
 def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of nested objects with its value; the name of one within another starts with a dot."""
+    """Every key of nested objects with its value; the names of nested keys start with a dot."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield key if key in FOREIGN_KEYS else f"{prefix}{key}", item
@@ -129,67 +124,69 @@ def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _names_own_classes(value: Any, allowed: tuple[str, ...]) -> bool:
-    """Whether an auto_map names classes in the folder's own files, of these kinds and no others."""
+    """Whether an auto_map names only these kinds of classes, all in the folder's own files."""
     if not isinstance(value, dict) or not value.keys() <= set(allowed):
         return False
     return all(isinstance(name, str) and re.fullmatch(r"\w+\.\w+", name) for name in value.values())
 
 
-def check_template(contents: Contents) -> Iterator[Finding]:
-    """The chat template is ours, which the model was trained on, and the only one."""
+def check_template(contents: Contents) -> Iterator[GateFinding]:
+    """The only chat template is ours, which the model was trained with."""
     from llava_llama31.processing import CHAT_TEMPLATE
 
     for file in (file for file in contents.files if file.endswith(".jinja")):
         if file != "chat_template.jinja":
-            yield Finding("template", file, "is a second chat template", f"remove {file}")
+            yield GateFinding("template", file, "is a second chat template", f"remove {file}")
         elif contents.read(file) != CHAT_TEMPLATE and contents.files[file].stat().st_size > 0:
-            yield Finding("template", file, "is not the template that the model was trained on", EXPORT_AGAIN)
+            yield GateFinding("template", file, "is not the template that the model was trained with", EXPORT_AGAIN)
 
 
-def check_tensors(contents: Contents) -> Iterator[Finding]:
-    """Weights are exactly those that the configuration makes, in the files that the index names."""
+def check_tensors(contents: Contents) -> Iterator[GateFinding]:
+    """The weights are exactly those of the configured model, in the files that the index names."""
     shapes: dict[str, tuple[int, ...]] = {}
     holders: dict[str, str] = {}
     for file in (file for file in contents.files if file.endswith(".safetensors")):
         try:
             with safe_open(contents.files[file], framework="numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - no mapping
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     if name not in holders:
                         holders[name], shapes[name] = file, tuple(tensors.get_slice(name).get_shape())
                     elif "model.safetensors" not in (file, holders[name]):
-                        yield Finding("tensors", file, f"{name} stands in {holders[name]} too", EXPORT_AGAIN)
+                        yield GateFinding("tensors", file, f"{name} is also in {holders[name]}", EXPORT_AGAIN)
         except (SafetensorError, OSError) as error:
             if not TRAINING_STATE.fullmatch(Path(file).name):
-                yield Finding("tensors", file, f"cannot be read: {error}", EXPORT_AGAIN)
+                yield GateFinding("tensors", file, f"cannot be read: {error}", EXPORT_AGAIN)
                 return
     if not holders:
-        yield Finding("tensors", "model.safetensors", "is missing", EXPORT_AGAIN)
+        yield GateFinding("tensors", "model.safetensors", "is missing", EXPORT_AGAIN)
         return
     yield from _index_findings(contents, holders)
     if "config.json" in contents.files:
         yield from _shape_findings(contents, shapes, holders)
 
 
-def _index_findings(contents: Contents, holders: dict[str, str]) -> Iterator[Finding]:
+def _index_findings(contents: Contents, holders: dict[str, str]) -> Iterator[GateFinding]:
     index = "model.safetensors.index.json"
     if index not in contents.files:
         if set(holders.values()) != {"model.safetensors"}:
-            yield Finding("tensors", index, "is missing: the weights are in several files", EXPORT_AGAIN)
+            yield GateFinding("tensors", index, "is missing: the weights are in several files", EXPORT_AGAIN)
         return
     if "model.safetensors" in contents.files:
-        what = "stands beside an index: it would be loaded instead of the shards"
-        yield Finding("tensors", "model.safetensors", what, "remove the stale one")
+        what = "is next to an index, and would be loaded instead of the shards"
+        yield GateFinding("tensors", "model.safetensors", what, "remove whichever is stale")
         return
     weight_map = mapping(contents.read_json(index).get("weight_map"))
     wrong = sorted(name for name in weight_map.keys() | holders.keys() if weight_map.get(name) != holders.get(name))
     if wrong:
-        yield Finding("tensors", index, f"does not say where {wrong[0]} is ({len(wrong)} such)", EXPORT_AGAIN)
+        yield GateFinding(
+            "tensors", index, f"does not say which file holds {wrong[0]} ({len(wrong)} tensors in all)", EXPORT_AGAIN
+        )
 
 
 def _shape_findings(
     contents: Contents, shapes: dict[str, tuple[int, ...]], holders: dict[str, str]
-) -> Iterator[Finding]:
-    """Names and shapes against the stock model of config.json; one finding a kind, with the first name."""
+) -> Iterator[GateFinding]:
+    """Compare names and shapes with the stock model of config.json; one finding per kind, with the first name."""
     import torch
     from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
@@ -197,16 +194,16 @@ def _shape_findings(
         config = LlavaNextConfig.from_dict(contents.read_json("config.json"))
         with torch.device("meta"):
             state = LlavaNextForConditionalGeneration(config).state_dict()
-    except Exception as error:  # whatever a broken configuration makes it raise
-        yield Finding("tensors", "config.json", f"makes no LlavaNext: {error}", EXPORT_AGAIN)
+    except Exception as error:  # a broken configuration may raise anything
+        yield GateFinding("tensors", "config.json", f"does not configure a LlavaNext model: {error}", EXPORT_AGAIN)
         return
     tie = config.tie_word_embeddings or config.get_text_config().tie_word_embeddings
     tied = {"lm_head.weight"} if tie else set()
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     kinds = {
         "is missing": sorted(wanted.keys() - shapes.keys() - tied),
-        "has no place in the model of config.json": sorted(shapes.keys() - wanted.keys()),
-        "has another shape than config.json asks for": sorted(
+        "is not a tensor of the model in config.json": sorted(shapes.keys() - wanted.keys()),
+        "has a different shape in the model of config.json": sorted(
             name for name in shapes.keys() & wanted.keys() if shapes[name] != wanted[name]
         ),
     }
@@ -214,11 +211,11 @@ def _shape_findings(
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             file = holders.get(names[0], next(iter(holders.values())))
-            yield Finding("tensors", file, f"{names[0]} {what}{more}", EXPORT_AGAIN)
+            yield GateFinding("tensors", file, f"{names[0]} {what}{more}", EXPORT_AGAIN)
 
 
-def check_card(contents: Contents) -> Iterator[Finding]:
-    """Metadata that the Hub takes, ids of the Hub and no local names, finite scores, pictures that are there."""
+def check_card(contents: Contents) -> Iterator[GateFinding]:
+    """The card has metadata that the Hub accepts, Hub ids instead of local names, finite scores and all its images."""
     text = contents.read(CARD)
     if text is None:
         return
@@ -226,71 +223,75 @@ def check_card(contents: Contents) -> Iterator[Finding]:
         data = ModelCard(text).data
     except CARD_ERRORS as error:
         reason = " ".join(str(error).split())
-        yield Finding(
-            "card", CARD, f"its metadata cannot be read: {reason}", "mend the YAML between the first two ---"
+        yield GateFinding(
+            "card", CARD, f"has metadata that cannot be read: {reason}", "fix the YAML between the first two ---"
         )
         return
     wanted = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     for key, value in wanted.items():
         if data.get(key) != value:
-            yield Finding("card", CARD, f"{key} is {data.get(key)!r}", f"set `{key}: {value}`")
+            yield GateFinding("card", CARD, f"{key} is {data.get(key)!r}", f"set `{key}: {value}`")
     if not data.get("license"):
-        yield Finding(
+        yield GateFinding(
             "card", CARD, "names no licence", "set model.licence in the recipe and export, or `license:` here"
         )
     for key in ("base_model", "datasets"):
         given = data.get(key) or []
         for name in [given] if isinstance(given, str) else given:
             if not _HUB_ID.fullmatch(str(name)) or Path(str(name)).exists():
-                yield Finding(
-                    "card", CARD, f"{key} {name!r} is no id of the Hub", "name it OWNER/NAME, or leave it out"
+                yield GateFinding(
+                    "card", CARD, f"{key} {name!r} is not a Hub id", "name it OWNER/NAME, or leave it out"
                 )
     for result in data.get("eval_results") or []:
         if isinstance(result.metric_value, float) and not math.isfinite(result.metric_value):
-            yield Finding("card", CARD, f"a score is {result.metric_value}", "evaluate again")
-    for picture in {a or b for a, b in _IMAGE.findall(text)}:
-        if "://" not in picture and picture not in contents.files:
-            yield Finding(
-                "card", CARD, f"shows {picture}, which is not there", f"add {picture}, or take it off the card"
+            yield GateFinding("card", CARD, f"has the score {result.metric_value}", "evaluate again")
+    for image in {a or b for a, b in _IMAGE.findall(text)}:
+        if "://" not in image and image not in contents.files:
+            yield GateFinding(
+                "card", CARD, f"shows {image}, which is missing", f"add {image}, or remove it from the card"
             )
 
 
-def check_licence(contents: Contents) -> Iterator[Finding]:
-    """What Meta's licence asks of a model made from Llama 3.1 (1.b and 1.b.iii of the agreement)."""
+def check_licence(contents: Contents) -> Iterator[GateFinding]:
+    """What Meta's licence requires of a model made from Llama 3.1 (1.b and 1.b.iii of the agreement)."""
     if not contents.is_llama:
         return
     if not contents.name.startswith("Llama"):
         fix = f"publish it as --repo-id OWNER/Llama-{contents.name}"
-        yield Finding("licence", CARD, f"the name {contents.name!r} must begin with 'Llama' (licence, 1.b.i)", fix)
-    if contents.card:  # check_complete and check_card name one that is missing or unreadable
+        yield GateFinding("licence", CARD, f"the name {contents.name!r} must begin with 'Llama' (licence, 1.b.i)", fix)
+    if contents.card:  # check_complete and check_card report a missing or unreadable card
         card = contents.read(CARD) or ""
         if contents.card.get("license") != LLAMA31:
-            yield Finding("licence", CARD, f"license is {contents.card.get('license')!r}", f"set `license: {LLAMA31}`")
+            yield GateFinding(
+                "licence", CARD, f"license is {contents.card.get('license')!r}", f"set `license: {LLAMA31}`"
+            )
         if "Built with Llama" not in card:
-            yield Finding(
+            yield GateFinding(
                 "licence", CARD, "does not say 'Built with Llama'", "put it below the title (licence, 1.b.i)"
             )
         if LLAMA31_POLICY not in card:
-            yield Finding("licence", CARD, "has no link to the Acceptable Use Policy", f"link to {LLAMA31_POLICY}")
+            yield GateFinding("licence", CARD, "has no link to the Acceptable Use Policy", f"link to {LLAMA31_POLICY}")
     if "LICENSE" in contents.files and LLAMA31_TITLE not in (contents.read("LICENSE") or "").upper():
-        yield Finding("licence", "LICENSE", "is not the Llama 3.1 agreement", "copy LICENSE from the base model")
+        yield GateFinding("licence", "LICENSE", "is not the Llama 3.1 agreement", "copy LICENSE from the base model")
     if "NOTICE" in contents.files and LLAMA31_NOTICE not in (contents.read("NOTICE") or ""):
-        yield Finding("licence", "NOTICE", "lacks the sentence of the licence (1.b.iii)", f"add: {LLAMA31_NOTICE}")
+        yield GateFinding(
+            "licence", "NOTICE", "lacks the sentence that the licence requires (1.b.iii)", f"add: {LLAMA31_NOTICE}"
+        )
 
 
-def check_adapters(contents: Contents) -> Iterator[Finding]:
-    """Only merged models are published: they open without PEFT and without another model's weights."""
+def check_adapters(contents: Contents) -> Iterator[GateFinding]:
+    """Only merged models are published: they open without PEFT and without a base model's weights."""
     if not contents.is_adapter:
         return
     config = contents.read_json("adapter_config.json")
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     pinned = isinstance(base, str) and _HUB_ID.fullmatch(base) and revision
-    also = "" if pinned else ", and they name no base model on the Hub with its revision"
-    fix = "publish the run, whose export has them merged; elsewhere: PEFT's merge_and_unload, then save_pretrained"
-    yield Finding("adapters", "adapter_config.json", f"this is a folder of adapters{also}", fix)
+    also = "" if pinned else ", which name no base model on the Hub with its revision"
+    fix = "publish the run, whose export has them merged; or merge with PEFT's merge_and_unload, then save_pretrained"
+    yield GateFinding("adapters", "adapter_config.json", f"this is a folder of adapters{also}", fix)
 
 
-RULES: tuple[Callable[[Contents], Iterator[Finding]], ...] = (
+RULES: tuple[Callable[[Contents], Iterator[GateFinding]], ...] = (
     check_complete,
     check_doors_named,
     check_template,
@@ -309,11 +310,11 @@ RULES: tuple[Callable[[Contents], Iterator[Finding]], ...] = (
 )
 
 
-def check_folder(folder: Path, name: str, links_within: Path | None = None) -> list[Finding]:
-    """Everything that keeps a folder from being published under this name (without the owner).
+def check_folder(folder: Path, name: str, links_within: Path | None = None) -> list[GateFinding]:
+    """All findings that keep a folder from being published under this name (without the owner).
 
     Args:
-        links_within: folder that symbolic links may lead into, as those of the Hub's cache do; default: none.
+        links_within: folder that symbolic links may point into, as the Hub cache's do; default: none.
     """
     contents = Contents(folder, name, links_within)
     if contents.is_adapter:

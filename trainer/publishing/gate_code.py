@@ -1,4 +1,4 @@
-"""The gate's rule on code: what runs on a stranger's machine is this package's own, bit by bit, short and plain."""
+"""The gate's rule on code: only this package's own unmodified files may run on a stranger's machine."""
 
 import ast
 import importlib.util
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava_llama31.trainer.publishing.contents import EXPORT_AGAIN, Contents, Finding
+from llava_llama31.trainer.publishing.contents import EXPORT_AGAIN, Contents, GateFinding
 
 
 MAX_CODE_FILES = 4
@@ -14,7 +14,7 @@ CODE_MAY_IMPORT = frozenset(
     ("torch", "transformers", "numpy", "PIL", "__future__", "collections", "dataclasses", "enum", "functools")
     + ("itertools", "json", "logging", "math", "os", "pathlib", "re", "shutil", "typing", "warnings")
 )
-# of torch and transformers: what fetches, builds or runs other code, whatever way it is come by
+# names in torch and transformers that fetch, build or run other code, however they are reached
 CODE_MAY_NOT_NAME = frozenset(
     ("hub", "cpp_extension", "multiprocessing", "load_library", "dynamic_module_utils", "trust_remote_code", "package")
     + ("subprocess", "socket", "importlib", "builtins", "sys", "pickle", "ctypes", "urllib", "requests", "runpy")
@@ -31,7 +31,7 @@ OS_MAY_NOT_CALL = re.compile(
 
 
 def own_code() -> dict[str, Path]:
-    """Name -> path of the files that this package sends along."""
+    """Name -> path of the code files that this package ships with a model."""
     files: dict[str, Path] = {}
     for package in ("llava_llama31", "llava_llama31.processing"):
         spec = importlib.util.find_spec(package)
@@ -40,28 +40,30 @@ def own_code() -> dict[str, Path]:
     return files
 
 
-def check_code(contents: Contents) -> Iterator[Finding]:
-    """Remote code is this package's own; where it is not, the first thing against the import law is named."""
+def check_code(contents: Contents) -> Iterator[GateFinding]:
+    """Remote code is this package's own; otherwise name its first violation of the import law."""
     code = {file: path for file, path in contents.files.items() if path.suffix == ".py"}
     own = own_code()
     if len(code) > MAX_CODE_FILES:
         last = sorted(code)[-1]
-        yield Finding("code", last, f"is one of {len(code)} code files, at most {MAX_CODE_FILES}", f"remove {last}")
+        yield GateFinding(
+            "code", last, f"is one of {len(code)} code files; the limit is {MAX_CODE_FILES}", f"remove {last}"
+        )
     for file, path in code.items():
         if file not in own:
-            yield Finding("code", file, "is none of this package's code files", f"remove {file}")
+            yield GateFinding("code", file, "is not one of this package's code files", f"remove {file}")
         elif path.read_bytes() != own[file].read_bytes():
             problems = code_problems(contents.read(file) or "", {Path(name).stem for name in own})
-            what = "is not this version's file" + (f": {problems[0]}" if problems else "")
-            yield Finding("code", file, what, f"{EXPORT_AGAIN}; or publish with the version in manifest.json")
+            what = "differs from this version's file" + (f": {problems[0]}" if problems else "")
+            yield GateFinding("code", file, what, f"{EXPORT_AGAIN}; or publish with the version in manifest.json")
 
 
 def code_problems(source: str, siblings: set[str]) -> list[str]:
-    """What a file that goes to the Hub does against the import law."""
+    """How a file that goes to the Hub violates the import law."""
     try:
         nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.expr | ast.stmt | ast.keyword)]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return [f"is no Python: {error}"]
+        return [f"is not valid Python: {error}"]
     problems = []
     for node in nodes:
         line = f"line {node.lineno}"
@@ -71,7 +73,7 @@ def code_problems(source: str, siblings: set[str]) -> list[str]:
             case ast.ImportFrom(module=module, level=level, names=names):
                 name = module or ""
                 if level and (level > 1 or name not in siblings):
-                    problems.append(f"{line}: {'.' * level}{name} is not a file beside it")
+                    problems.append(f"{line}: {'.' * level}{name} is not a file in the same folder")
                 elif not level and not all(_may_import(f"{name}.{alias.name}") for alias in names):
                     problems.append(f"{line}: imports from {name}")
             case ast.Name(id=name) if name in CODE_MAY_NOT_CALL or _is_forbidden_dunder(name):
@@ -86,7 +88,7 @@ def code_problems(source: str, siblings: set[str]) -> list[str]:
 
 
 def _may_import(name: str) -> bool:
-    """Whether a dotted name may be imported; of `os` only what os.NAME may be."""
+    """Whether a dotted name may be imported; from `os` only the names that may be used as os.NAME."""
     root, *rest = name.split(".")
     if root == "os" and any(OS_MAY_NOT_CALL.fullmatch(part) for part in rest):
         return False

@@ -1,4 +1,4 @@
-"""The gate's rules on files as such: what is there, of what kind, and that nothing in it tells or runs something."""
+"""The gate's rules on files: which exist, of what kind, and that none leaks a secret or runs code."""
 
 import base64
 import io
@@ -14,20 +14,20 @@ from typing import Any
 from huggingface_hub import get_token
 
 from llava_llama31.trainer.checkpoint.atomic_folders import MANIFEST, sha256
-from llava_llama31.trainer.publishing.contents import CARD, EXPORT_AGAIN, WEIGHTS, Contents, Finding
+from llava_llama31.trainer.publishing.contents import CARD, EXPORT_AGAIN, WEIGHTS, Contents, GateFinding
 from llava_llama31.trainer.publishing.pickles import holds_pickle
 
 
-# what a person may add to an export or edit in it
+# files that a user may add to an export or edit in it
 EDITABLE = frozenset((CARD, "LICENSE", "NOTICE", "USE_POLICY.md"))
 TEXT_SUFFIXES = frozenset((".json", ".jsonl", ".jinja", ".md", ".py", ".txt", ".yaml", ""))
-PICTURES = {
+IMAGES = {
     ".png": re.compile(rb"\x89PNG\r\n\x1a\n"),
     ".jpg": re.compile(rb"\xff\xd8\xff"),
     ".jpeg": re.compile(rb"\xff\xd8\xff"),
     ".webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
 }
-SUFFIXES = (TEXT_SUFFIXES - {""}) | PICTURES.keys() | {WEIGHTS, ".model"}
+SUFFIXES = (TEXT_SUFFIXES - {""}) | IMAGES.keys() | {WEIGHTS, ".model"}
 NAMES = frozenset(("LICENSE", "LICENSE-Apache-2.0", "NOTICE", ".gitattributes"))
 TRAINING_STATE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state\w*|trainer_state|train_state)\.(bin|pt|pth|json|safetensors)"
@@ -50,35 +50,39 @@ _WHOLE_PATH = re.compile(r"(?:~|file:/|\.{1,2})?(?:/[\w. -]+)+/?|[A-Za-z]:[\\/].
 
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*")
-# the shortest secret above has 20 bytes, 27 digits in base64
+# the shortest secret above is 20 bytes, or 27 base64 digits
 _BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{27,}")
 _ESCAPE = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
 
 
-def check_entries(contents: Contents) -> Iterator[Finding]:
-    """Regular files of a size that a model has, under names that mean the same everywhere."""
+def check_entries(contents: Contents) -> Iterator[GateFinding]:
+    """Only regular files of a plausible size, under portable names."""
     for file, reason in contents.obstacles.items():
-        yield Finding("entries", ascii(file)[1:-1], reason, "put the file itself there, or remove it")
+        yield GateFinding("entries", ascii(file)[1:-1], reason, "replace it with the file itself, or remove it")
     seen: dict[str, str] = {}
     for file in contents.files:
         if not _PLAIN_NAME.fullmatch(file):
-            fix = "name it with letters, digits, dot, hyphen and underscore"
-            yield Finding("entries", ascii(file)[1:-1], "has a name that shows or sorts otherwise elsewhere", fix)
+            fix = "rename it, using only letters, digits, dot, hyphen and underscore"
+            yield GateFinding(
+                "entries", ascii(file)[1:-1], "has a name that displays or sorts differently on other systems", fix
+            )
         if file.lower() in seen:
-            what = f"differs from {seen[file.lower()]} by capitals alone: some systems hold one of them"
-            yield Finding("entries", file, what, f"remove {file}")
+            what = f"differs from {seen[file.lower()]} only in case: some file systems keep only one of them"
+            yield GateFinding("entries", file, what, f"remove {file}")
         seen[file.lower()] = file
 
 
-def check_extensions(contents: Contents) -> Iterator[Finding]:
-    """Only kinds of files that a model needs, and each is what its name says."""
+def check_extensions(contents: Contents) -> Iterator[GateFinding]:
+    """Only the file types that a model needs, and each file has the type that its name says."""
     for file, path in contents.files.items():
         if path.suffix not in SUFFIXES and path.name not in NAMES:
-            yield Finding("extensions", file, "is no file of a model", f"remove {file}")
+            yield GateFinding("extensions", file, "is not a type of file that a model needs", f"remove {file}")
         elif path.suffix in TEXT_SUFFIXES and not _is_text(path.read_bytes()):
-            yield Finding("extensions", file, "is no UTF-8 text, as its name says", f"remove {file}")
-        elif path.suffix in PICTURES and not PICTURES[path.suffix].match(path.read_bytes()):
-            yield Finding("extensions", file, f"is no {path.suffix[1:]} picture, as its name says", f"remove {file}")
+            yield GateFinding("extensions", file, "is not UTF-8 text, although its name says so", f"remove {file}")
+        elif path.suffix in IMAGES and not IMAGES[path.suffix].match(path.read_bytes()):
+            yield GateFinding(
+                "extensions", file, f"is not a {path.suffix[1:]} image, although its name says so", f"remove {file}"
+            )
 
 
 def _is_text(content: bytes) -> bool:
@@ -88,37 +92,35 @@ def _is_text(content: bytes) -> bool:
         return False
 
 
-def check_training_state(contents: Contents) -> Iterator[Finding]:
-    """No training_args.bin (it holds the Hub token) and nothing else that only training reads."""
+def check_training_state(contents: Contents) -> Iterator[GateFinding]:
+    """No training_args.bin (it contains the Hub token) and no other file that only training reads."""
     for file, path in contents.files.items():
         if TRAINING_STATE.fullmatch(path.name):
-            yield Finding(
-                "training-state", file, "is training state", f"remove {file}: nobody needs it to use the model"
-            )
+            yield GateFinding("training-state", file, "is training state", f"remove {file}: only training needs it")
 
 
-def check_pickle(contents: Contents) -> Iterator[Finding]:
-    """No pickled object, whatever the file is called and wherever in it the pickle begins; no YAML that makes one."""
+def check_pickle(contents: Contents) -> Iterator[GateFinding]:
+    """No pickled object, whatever the file's name and wherever the pickle begins; no YAML that creates an object."""
     for file, path in contents.files.items():
         with path.open("rb") as stream:
             content = stream.read(1 << 20) if path.suffix == WEIGHTS else stream.read()
-        fix = f"remove {file}; weights are safetensors, all else JSON"
+        fix = f"remove {file}; store weights as safetensors, everything else as JSON"
         if content.startswith(b"PK\x03\x04") or zipfile.is_zipfile(io.BytesIO(content)):
-            yield Finding("pickle", file, "is a ZIP archive, as pickled checkpoints are", fix)
+            yield GateFinding("pickle", file, "is a ZIP archive, like pickled checkpoints", fix)
         elif holds_pickle(content, anywhere=path.suffix != WEIGHTS):
-            yield Finding("pickle", file, "holds a pickled object, which runs code when it is read", fix)
+            yield GateFinding("pickle", file, "contains a pickled object, which can run code when loaded", fix)
         elif path.suffix in (".yaml", ".md") and b"!!python/" in content:
-            yield Finding("pickle", file, "holds a Python object in YAML, which runs code when it is read", fix)
+            yield GateFinding("pickle", file, "contains a Python object in YAML, which can run code when loaded", fix)
 
 
-def check_secrets(contents: Contents) -> Iterator[Finding]:
-    """No token or key, plain, escaped or in base64; what is found is not repeated."""
+def check_secrets(contents: Contents) -> Iterator[GateFinding]:
+    """No token or key, plain, escaped or in base64; the finding does not repeat it."""
     held = {name: os.environ.get(name) for name in SECRET_VARIABLES} | {"the Hub's token of this machine": get_token()}
     secrets = {name: value.encode() for name, value in held.items() if value and len(value) >= 8}
     for file, path in contents.files.items():
         found = next((kind for content in _readings(path) for kind in _secrets_in(content, secrets)), None)
         if found:
-            yield Finding("secrets", file, f"holds {found}", f"take it out of {file} and revoke it")
+            yield GateFinding("secrets", file, f"contains {found}", f"remove it from {file} and revoke it")
 
 
 def _secrets_in(content: bytes, secrets: dict[str, bytes]) -> Iterator[str]:
@@ -127,15 +129,15 @@ def _secrets_in(content: bytes, secrets: dict[str, bytes]) -> Iterator[str]:
 
 
 def _readings(path: Path) -> Iterator[bytes]:
-    """What is written in a file: as it stands, without escapes, and out of base64."""
+    """A file's content: as it is, unescaped, and decoded from base64."""
     content = _header(path) if path.suffix == WEIGHTS else path.read_bytes()
     yield content
     yield _ESCAPE.sub(lambda match: bytes([int(match[1], 16)]), content)
     for run in _BASE64.findall(content):
         digits = run.replace(b"-", b"+").replace(b"_", b"/")
-        for start in range(4):  # a neighbour may look like a digit of it
+        for start in range(4):  # an adjacent character may look like a base64 digit
             part = digits[start:]
-            part = part[:-1] if len(part) % 4 == 1 else part  # one digit alone is no byte
+            part = part[:-1] if len(part) % 4 == 1 else part  # a single digit does not encode a byte
             yield base64.b64decode(part + b"=" * (-len(part) % 4))
 
 
@@ -146,23 +148,25 @@ def _header(path: Path) -> bytes:
         return stream.read(min(size, 100_000_000))
 
 
-def check_paths(contents: Contents) -> Iterator[Finding]:
-    """No path of a machine: it tells names and means nothing elsewhere."""
+def check_paths(contents: Contents) -> Iterator[GateFinding]:
+    """No path of a local machine: it reveals names and is useless elsewhere."""
     here = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), contents.folder.resolve()} - {Path("/")}
     mine = re.compile("|".join(rf"(?<![\w.:/-]){re.escape(str(path))}/" for path in sorted(here)))
     for file, path in contents.files.items():
         content = _header(path) if path.suffix == WEIGHTS else path.read_bytes()
         text = content.decode(errors="replace")
         shown = _matched(mine, text)
-        # a vocabulary has pieces of paths, and a picture's bytes are not text
+        # a vocabulary has pieces of paths, and an image's bytes are not text
         if not shown and path.name != "tokenizer.json" and path.suffix in TEXT_SUFFIXES | {WEIGHTS}:
             try:
                 parsed = json.loads(text) if path.suffix in (".json", WEIGHTS) else None
-            except (ValueError, RecursionError):  # check_complete and check_tensors name it
+            except (ValueError, RecursionError):  # reported by check_complete and check_tensors
                 parsed = None
             shown = _matched(_FOREIGN_PATH, text) or next(_whole_paths(parsed), "")
         if shown:
-            yield Finding("paths", file, f"holds a path of a machine: {shown!r}", f"take it out of {file}")
+            yield GateFinding(
+                "paths", file, f"contains a path of a local machine: {shown!r}", f"remove it from {file}"
+            )
 
 
 def _matched(pattern: re.Pattern[str], text: str) -> str:
@@ -171,7 +175,7 @@ def _matched(pattern: re.Pattern[str], text: str) -> str:
 
 
 def _whole_paths(value: Any) -> Iterator[str]:
-    """String values that are an absolute path and nothing else."""
+    """String values that consist of an absolute path."""
     if isinstance(value, str):
         if _WHOLE_PATH.fullmatch(value):
             yield value
@@ -183,20 +187,20 @@ def _whole_paths(value: Any) -> Iterator[str]:
             yield from _whole_paths(item)
 
 
-def check_manifest(contents: Contents) -> Iterator[Finding]:
-    """Files are those that the export wrote, bit by bit, but for the card and the licences."""
+def check_manifest(contents: Contents) -> Iterator[GateFinding]:
+    """The files are exactly those that the export wrote, except the card and the licences."""
     if MANIFEST not in contents.files:
         return
     try:
         listed = {entry["name"]: (entry["size"], entry["sha256"]) for entry in contents.read_json(MANIFEST)["files"]}
     except (KeyError, TypeError):
-        yield Finding("manifest", MANIFEST, "lists no files with name, size and sha256", EXPORT_AGAIN)
+        yield GateFinding("manifest", MANIFEST, "does not list files with name, size and sha256", EXPORT_AGAIN)
         return
     for file in contents.files.keys() - listed.keys() - EDITABLE - {MANIFEST, ".gitattributes"}:
-        yield Finding("manifest", file, f"is not in {MANIFEST}", f"remove {file}, or {EXPORT_AGAIN}")
+        yield GateFinding("manifest", file, f"is not in {MANIFEST}", f"remove {file}, or {EXPORT_AGAIN}")
     for file in listed.keys() - EDITABLE:
         path = contents.files.get(file)
         if path is None:
-            yield Finding("manifest", file, f"is in {MANIFEST} and missing here", EXPORT_AGAIN)
+            yield GateFinding("manifest", file, f"is listed in {MANIFEST} but missing", EXPORT_AGAIN)
         elif (path.stat().st_size, sha256(path)) != listed[file]:
-            yield Finding("manifest", file, "is not the file that was exported", EXPORT_AGAIN)
+            yield GateFinding("manifest", file, "has changed since it was exported", EXPORT_AGAIN)

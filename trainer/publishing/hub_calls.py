@@ -1,4 +1,4 @@
-"""Calls of the Hub that are tried again where that can help, and named with their fix where it cannot."""
+"""Calls to the Hub, retried where that can help, else reported with their fix."""
 
 import json
 import logging
@@ -18,20 +18,20 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0
-# huggingface_hub waits for ever; a dead connection must end
+# huggingface_hub has no timeout; a dead connection must end
 TIMEOUT_S = 120.0
-# a commit or a merge by somebody else: the step looks at the repository again
+# somebody else's commit or merge: the step looks at the repository again
 RETRIED = frozenset((408, 412, 425, 429, 500, 502, 503, 504))
 FIXES = {
-    400: "mend what the Hub's answer names",
+    400: "fix what the Hub's answer names",
     401: "set HF_TOKEN to a valid token with write access, or `hf auth login`",
-    402: "the account cannot pay for that; see its billing settings",
+    402: "the Hub requires payment; see the account's billing settings",
     403: "the token needs write access to this repository (fine-grained: `repo.write` of its owner)",
-    404: "check the name of repository and collection, and that the token may see it",
-    409: "somebody changed the repository meanwhile; close the pull request there",
-    412: "somebody commits to the repository at the same time; wait for them",
-    413: "a file is too large for the Hub; export again, which cuts weights into 5 GB files",
-    429: "wait for the rate limit's window, some minutes",
+    404: "check the names of repository and collection, and that the token may read them",
+    409: "somebody changed the repository in the meantime; close the pull request there",
+    412: "somebody is committing to the repository at the same time; wait until they have finished",
+    413: "a file is too large for the Hub; export again, which splits the weights into 5 GB files",
+    429: "wait a few minutes for the rate limit to reset",
 }
 UNREACHABLE = "wait until the Hub answers, and check HF_ENDPOINT and the connection"
 
@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 
 class DownloadError(RuntimeError):
-    """A clean process could not download; `status` is the Hub's answer, None where there was none."""
+    """A clean process could not download; `status` is the Hub's HTTP status, None if it did not answer."""
 
     def __init__(self, message: str, status: int | None):
         super().__init__(message)
@@ -47,22 +47,23 @@ class DownloadError(RuntimeError):
 
 
 def redact(text: str) -> str:
-    """`safe_text.redacted`, and without the token that `hf auth login` left on this machine."""
+    """Like `redaction.redacted`, and also without the token that `hf auth login` stored on this machine."""
     token = get_token()
     return redacted(text.replace(token, HIDDEN) if token else text)
 
 
 def attempt(what: str, step: Callable[[], Result], *, resume: str) -> Result:
-    """Do a step, again after a pause where the fault may pass.
+    """Run a step; retry it after a pause if the error may be temporary.
 
-    A step looks first at what is there: the answer to the one before may have been lost after it was carried out.
+    A step first looks at what exists: an earlier attempt may have succeeded although its answer was lost.
 
     Args:
         what: names the step in messages.
-        resume: the command that goes on from here.
+        step: safe to run again.
+        resume: the command that continues from here.
 
     Raises:
-        UserError: with the fix and `resume`, and no token.
+        UserError: it failed for good; has the fix and `resume`, and no token.
     """
     for number in range(1, ATTEMPTS + 1):
         get_session().timeout = TIMEOUT_S
@@ -85,7 +86,7 @@ def attempt(what: str, step: Callable[[], Result], *, resume: str) -> Result:
 
 
 def _http_fault(error: BaseException | None) -> HTTPError | None:
-    """The HTTP error that an error comes from: uploads wrap theirs."""
+    """The HTTP error that caused an error: uploads wrap theirs."""
     while error is not None and not isinstance(error, HTTPError):
         error = error.__cause__
     return error
@@ -102,11 +103,11 @@ def _may_pass(error: Exception, fault: HTTPError | None, status: int | None) -> 
         return status in RETRIED
     if fault is not None or isinstance(error, DownloadError):
         return True  # the connection broke or timed out
-    return isinstance(error, json.JSONDecodeError)  # a proxy's page instead of the Hub's answer
+    return isinstance(error, json.JSONDecodeError)  # a proxy's HTML page instead of the Hub's answer
 
 
 def _wait(fault: HTTPError | None, number: int) -> float:
-    """Seconds: what the Hub asks for, else twice as long each time."""
+    """Seconds to wait: as long as the Hub asks for, else doubled each time."""
     if isinstance(fault, HfHubHTTPError):
         limit = parse_ratelimit_headers(fault.response.headers)
         if limit is not None and limit.remaining == 0:
@@ -125,7 +126,7 @@ def _named(what: str, error: Exception, fault: HTTPError | None, status: int | N
     said = redact(" ".join(str(error).split()))[:300]
     if status is not None:
         return UserError(
-            f"the Hub said {status}: {said}", where=what, fix=f"{FIXES.get(status, UNREACHABLE)}; then: {resume}"
+            f"the Hub answered {status}: {said}", where=what, fix=f"{FIXES.get(status, UNREACHABLE)}; then: {resume}"
         )
     unheard = fault is not None or isinstance(error, DownloadError | json.JSONDecodeError)
     return UserError(said, where=what, fix=f"{UNREACHABLE if unheard else FIXES[400]}; then: {resume}")

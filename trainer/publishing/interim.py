@@ -1,4 +1,4 @@
-"""One save of a training run as a revision of its own that anybody opens: run by `pusher.py`, in a process of its own.
+"""Pushes one save of a training run as a complete revision: run by `pusher.py`, in a separate process.
 
     python -m llava_llama31.trainer.publishing.interim FOLDER
 
@@ -32,15 +32,15 @@ from llava_llama31.trainer.publishing.staging import link
 BRANCH = "training"
 JOB, CHECKPOINT, MODEL = "job.json", "checkpoint", "model"
 NUM_TAG_DIGITS = 8
-# a revision to resume from holds training state, which those look at
+# a revision to resume from contains training state, which those rules refuse
 NOT_WITH_STATE = (check_training_state, check_tensors, check_manifest)
 
 
 def push(folder: Path) -> dict[str, str]:
-    """Make the revision of a job and push it; returns its tag and commit. A second call does only what is missing.
+    """Build and push a job's revision; returns its tag and commit. A second call does only what is missing.
 
     Raises:
-        UserError: naming what to mend.
+        UserError: the push failed; names the fix.
     """
     job = atomic_folders.read_json(folder / JOB)
     model = folder / MODEL
@@ -58,7 +58,7 @@ def push(folder: Path) -> dict[str, str]:
 
 
 def _ensure_commit(api: HfApi, release: Release, tag: str) -> str:
-    """The commit that holds exactly this."""
+    """Find or make the commit with exactly this content."""
     for ref in api.list_repo_refs(release.repo_id).tags:
         if ref.name == tag:
             return ref.target_commit
@@ -81,13 +81,13 @@ def _ensure_commit(api: HfApi, release: Release, tag: str) -> str:
 
 
 def build(job: dict[str, Any], checkpoint: Path, folder: Path) -> None:
-    """The folder that opens through both doors; adapters are merged.
+    """Build the folder that opens through both doors, with adapters merged.
 
     With training state the checkpoint's files are there bit by bit: in the stage's folder they are the checkpoint.
     """
     from llava_llama31.trainer.export.export import licence_texts, write_export
 
-    staged = atomic_folders.stage(folder)
+    staged = atomic_folders.staging_folder(folder)
     if not (job["with_state"] and _is_whole_model(checkpoint)):
         model, processor = _load(job, checkpoint)
         write_export(staged, model, processor, job["record"], {})
@@ -103,7 +103,7 @@ def _is_whole_model(checkpoint: Path) -> bool:
 
 
 def _load(job: dict[str, Any], checkpoint: Path) -> tuple[Any, Any]:
-    """Model and processor as `export` would write them."""
+    """The model and processor that `export` would write."""
     import torch
     from safetensors.torch import load_file
 
@@ -129,7 +129,7 @@ def _replace(source: str, target: str) -> None:
 
 
 def _card(job: dict[str, Any]) -> str:
-    """The card of a model that is still trained; says so below its metadata."""
+    """The card of a model still in training, with a note below its metadata."""
     from llava_llama31.model_card.card import render_card
 
     note = (
@@ -141,17 +141,17 @@ def _card(job: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Push the job of a folder, out of the training's way: short of memory, the system ends this one first."""
+    """Push a folder's job at low priority: if memory runs out, the system kills this process first."""
     os.nice(10)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    hub_logging.set_verbosity_error()  # its warnings show signed addresses
+    hub_logging.set_verbosity_error()  # its warnings show signed URLs
     try:
-        told = push(Path(arguments[0]))
+        result = push(Path(arguments[0]))
     except UserError as error:
         sys.stderr.write(f"{redact(str(error))}\n")
         return error.exit_code
-    sys.stdout.write(f"\n{json.dumps(told)}\n")
+    sys.stdout.write(f"\n{json.dumps(result)}\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Whether bytes are or hold a pickle: read, never run."""
+"""Detects pickles in bytes by reading opcodes, without running them."""
 
 import io
 import pickletools
@@ -6,18 +6,18 @@ import re
 
 
 IMPORTS = frozenset(("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"))
-# they run code when they are met, whatever comes after them
+# they run code as soon as they are reached, whatever follows
 CALLS = frozenset(("REDUCE", "BUILD", "OBJ", "NEWOBJ", "NEWOBJ_EX", "INST"))
 
 
 def holds_pickle(content: bytes, *, anywhere: bool) -> bool:
-    """Whether a pickle begins at the start, or `anywhere` that says its protocol."""
+    """Whether a pickle begins at the start, or, with `anywhere`, at any protocol marker."""
     starts = {0} | ({match.start() for match in re.finditer(rb"\x80[\x02-\x05]", content)} if anywhere else set())
     return any(_is_pickle(content, start) for start in starts)
 
 
 def _is_pickle(content: bytes, start: int) -> bool:
-    """Whether reading would import and call something, or comes to the end of a pickle that says its protocol."""
+    """Whether loading would import and call something, or the bytes are a complete pickle with a protocol marker."""
     stream = io.BytesIO(content)
     stream.seek(start)
     imports = False
@@ -32,13 +32,13 @@ def _is_pickle(content: bytes, start: int) -> bool:
             if opcode.name == "STOP":
                 whole = content[start : start + 1] == b"\x80" and position == len(content) - 1
                 return imports or whole
-    except (ValueError, IndexError, OverflowError):  # how pickletools says that it is none
+    except (ValueError, IndexError, OverflowError):  # pickletools: not a pickle
         return False
     return False
 
 
 def _applies(opcode: pickletools.OpcodeInfo, stack: list[object]) -> bool:
-    """Do to the stack what an opcode does, if there is enough on it."""
+    """Apply an opcode to the stack, if the stack has enough on it."""
     before = opcode.stack_before
     if pickletools.markobject in before:
         if pickletools.markobject not in stack:

@@ -1,8 +1,8 @@
-"""Publish a model: gate -> pull request -> the same gate on what the Hub gives back -> merge, tag, visibility.
+"""Publishes a model: gate -> pull request -> the same gate on the downloaded copy -> merge, tag, visibility.
 
-Each step looks at the repository first and does only what is missing, so that the same command goes on after any
-failure with no second pull request and no second commit. What is published is known by its content: the title of the
-pull request and the tag hold a hash of all names and contents.
+Each step looks at the repository first and does only what is missing, so that the same command resumes after any
+failure without a second pull request or commit. Content identifies a release: the pull request's title and the tag
+contain a hash of all names and contents.
 """
 
 import shutil
@@ -17,7 +17,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.publishing.contents import CARD, Finding
+from llava_llama31.trainer.publishing.contents import CARD, GateFinding
 from llava_llama31.trainer.publishing.doors import Doors, empty_cache, fetch, open_doors, run_snippet
 from llava_llama31.trainer.publishing.gate import RULES, check_folder
 from llava_llama31.trainer.publishing.hub_calls import attempt
@@ -32,13 +32,13 @@ CheckRevision = Callable[[Release, str], Doors]
 
 
 def doors_of_folder(folder: Path) -> Doors:
-    """Both doors of a local folder."""
+    """Open both doors of a local folder."""
     with empty_cache() as cache:
         return open_doors(folder.resolve(), cache)
 
 
 def doors_of_revision(release: Release, revision: str) -> Doors:
-    """Gate, both doors and the card's code of a revision, downloaded into an empty cache by a clean process."""
+    """Download a revision into an empty cache in a clean process; check gate, both doors and the card's code."""
     with empty_cache() as cache:
 
         def download() -> Path:
@@ -54,12 +54,12 @@ def doors_of_revision(release: Release, revision: str) -> Doors:
         return replace(doors, snippet=run_snippet(folder, cache))
 
 
-def refuse(findings: Sequence[Finding], *, where: str) -> None:
-    """Raise what the gate found, if anything."""
+def refuse(findings: Sequence[GateFinding], *, where: str) -> None:
+    """Raise a UserError if the gate found anything."""
     if findings:
         shown = "; ".join(map(str, findings[:MAX_FINDINGS]))
         more = f"; and {len(findings) - MAX_FINDINGS} more" if len(findings) > MAX_FINDINGS else ""
-        raise UserError(f"not fit to be published: {shown}{more}", where=where)
+        raise UserError(f"cannot be published: {shown}{more}", where=where)
 
 
 def publish(
@@ -70,10 +70,10 @@ def publish(
     check_local: CheckFolder = doors_of_folder,
     check_published: CheckRevision = doors_of_revision,
 ) -> dict[str, Any]:
-    """Publish, or with `dry_run` find out what would be done; returns repo, revision, url, tag and checks.
+    """Publish, or with `dry_run` only list the steps; returns repo, revision, url, tag and checks.
 
     Raises:
-        UserError: what to mend, and the command that goes on; nothing that was done is done twice.
+        UserError: names the fix and the command that resumes; no finished step runs twice.
     """
     refuse(check_folder(release.folder, release.name), where=str(release.folder))
     api = HfApi()
@@ -117,28 +117,28 @@ def publish(
 
 
 def check_rights(api: HfApi, repo_id: str, *, resume: str) -> None:
-    """Whether the token may write to the repository's owner, as far as it says; needs no folder yet.
+    """Check that the token may write to the repository's owner, as far as the token says.
 
     Raises:
-        UserError: there is no valid token, or it may not.
+        UserError: there is no valid token, or it may not write there.
     """
     owner = repo_id.partition("/")[0]
     user = attempt("token", api.whoami, resume=resume)
     orgs = {org["name"]: org.get("roleInOrg") for org in user.get("orgs", [])}
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        fix = f"set HF_TOKEN to one with write access, then: {resume}"
+        fix = f"set HF_TOKEN to a token with write access, then: {resume}"
         raise UserError("the token can only read", where="token", fix=fix)
     if owner != user["name"] and orgs.get(owner, "read") == "read":
         may = ", ".join([user["name"], *(name for name, role in orgs.items() if role != "read")])
-        fix = f"publish under one of: {may}; or use another token"
+        fix = f"publish under one of {may}, or use another token"
         raise UserError(f"{user['name']} cannot write to {owner}", where="--repo-id", fix=fix)
 
 
 def check_target(api: HfApi, repo_id: str, card: str, collection: str | None, *, resume: str) -> ModelInfo | None:
-    """Ask the Hub, before anything is written, for all that it would refuse later; the repository if it is there.
+    """Check with the Hub, before writing, everything it could refuse later; returns the repository if it exists.
 
     Raises:
-        UserError: naming token, right, card or collection.
+        UserError: the Hub would refuse token, right, card or collection; names which.
     """
     check_rights(api, repo_id, resume=resume)
     attempt("card", lambda: ModelCard(card).validate(), resume=resume)
@@ -148,14 +148,14 @@ def check_target(api: HfApi, repo_id: str, card: str, collection: str | None, *,
 
 
 def check_free_space(size: int) -> None:
-    """The published files are downloaded for the check, which needs their size in the folder for temporary files.
+    """Check that the temporary folder has room for `size` bytes: the check downloads the published files.
 
     Raises:
-        UserError: it is not there.
+        UserError: there is too little space.
     """
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if free < 1.1 * size:
-        what = f"the published files are downloaded for the check: {shown_size(size)}, and {shown_size(free)} are free"
+        what = f"the check downloads the published files, {shown_size(size)}, but only {shown_size(free)} are free"
         raise UserError(what, where=tempfile.gettempdir(), fix="free some space, or set TMPDIR to a larger disk")
 
 
@@ -181,7 +181,7 @@ def _plan(release: Release, info: ModelInfo | None, tree: Mapping[str, RepoFile]
         steps.append("merge the pull request")
     steps += [f"tag it {release.tag}", f"leave the repository {'private' if release.private else 'public'}"]
     if release.collection is not None:
-        steps.append(f"put it into the collection {release.collection}")
+        steps.append(f"add it to the collection {release.collection}")
     return {
         "repo": release.repo_id,
         "dry_run": True,
@@ -213,13 +213,13 @@ def head_of(api: HfApi, release: Release, revision: str) -> str:
 
 
 def _published(api: HfApi, release: Release) -> str | None:
-    """Commit of the main revision if that holds exactly the release."""
+    """Commit of the main revision if it has exactly the release's content."""
     head = head_of(api, release, "main")
     return head if release.equals(tree_of(api, release, head)) else None
 
 
 def _find_pull_request(api: HfApi, release: Release) -> tuple[int, str] | None:
-    """(number, status) of the one that is still to be merged."""
+    """(number, status) of the release's unmerged pull request."""
     for found in api.get_repo_discussions(release.repo_id):
         if found.is_pull_request and found.title == release.title and found.status in ("open", "draft"):
             return found.num, found.status
@@ -227,7 +227,7 @@ def _find_pull_request(api: HfApi, release: Release) -> tuple[int, str] | None:
 
 
 def _ensure_pull_request(api: HfApi, release: Release) -> tuple[int, str]:
-    """(number, commit) of a pull request that holds exactly the release."""
+    """Find or open a pull request with exactly the release's content; returns (number, commit)."""
     found = _find_pull_request(api, release)
     revision = f"refs/pr/{found[0]}" if found else "main"
     head = head_of(api, release, revision)
@@ -251,7 +251,7 @@ def _ensure_pull_request(api: HfApi, release: Release) -> tuple[int, str]:
 
 
 def _ensure_merged(api: HfApi, release: Release, number: int) -> str:
-    """Commit of the main revision that holds exactly the release."""
+    """Merge if necessary; returns the commit of the main revision with exactly the release's content."""
     published = _published(api, release)
     if published is None:
         found = _find_pull_request(api, release)
@@ -262,7 +262,7 @@ def _ensure_merged(api: HfApi, release: Release, number: int) -> str:
     if published is not None:
         return published
     raise UserError(
-        f"after the merge of pull request {number} main holds other files too: somebody else changed it",
+        f"after merging pull request {number}, main has other files too: somebody else changed it",
         where=release.repo_id,
         fix=f"look at its history, then: {release.resume}",
     )
@@ -285,7 +285,7 @@ def _ensure_collected(api: HfApi, release: Release) -> None:
 def _compared(local: Doors, published: Doors, release: Release, revision: str) -> Doors:
     if local != published:
         raise UserError(
-            "the downloaded model does not answer as the local one does",
+            "the downloaded model answers differently from the local one",
             where=f"{release.repo_id}@{revision[:8]}",
             fix=f"it is not merged; look at the pull request, then: {release.resume}",
         )

@@ -1,4 +1,4 @@
-"""Saves of a run go to the Hub beside the training, which never waits for them and never fails with them."""
+"""Pushes a run's saves to the Hub in the background; training never waits for a push or fails with it."""
 
 import contextlib
 import json
@@ -25,23 +25,23 @@ from llava_llama31.trainer.recipes.schema import Recipe, Stage
 logger = logging.getLogger(__name__)
 
 FOLDER, OUTCOME = "interim", "pushed.json"
-# of one push, and of all that is left when the run ends
+# time limits of one push, and of all remaining pushes when the run ends
 LONGEST_PUSH_S, LONGEST_END_S = 7200.0, 1800.0
-# what a launcher tells its processes; one that pushes is none of them
+# a launcher's variables, which a pushing process must not inherit
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHERS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PET_")
 
 
 class Pusher:
-    """Pushes one save at a time; meanwhile the newest waits, and those that it replaces are skipped by name.
+    """Pushes one save at a time; meanwhile only the newest waits, and the saves it replaces are reported as skipped.
 
-    A push that failed is tried again at the end, unless a newer save took its place. What a killed run left, the next
-    one takes up.
+    A failed push is retried at the end, unless a newer save has replaced it. The next run resumes what a killed run
+    left.
 
     Args:
-        folder: for what is pushed: hard links to the checkpoint, and the model made from it.
-        job: facts that all pushes share.
-        say: shows a line to the person at the terminal.
+        folder: for pending pushes: hard links to the checkpoint, and the model made from it.
+        job: settings that all pushes share.
+        say: prints a line for the user.
     """
 
     def __init__(self, folder: Path, job: dict[str, Any], say: Callable[[str], None]):
@@ -64,13 +64,13 @@ class Pusher:
         self._thread.start()
 
     def add(self, checkpoint: Path, stage_name: str, step: int, stage: Stage, origin: Path) -> None:
-        """Take a save; what goes wrong is noted and no more."""
+        """Queue a save; errors are recorded, never raised."""
         job = self.folder / f"{stage_name}-step-{step}"
-        told = {"stage_name": stage_name, "step": step, "stage": stage.model_dump(mode="json"), "origin": str(origin)}
+        facts = {"stage_name": stage_name, "step": step, "stage": stage.model_dump(mode="json"), "origin": str(origin)}
         try:
             atomic_folders.remove(job)
             shutil.copytree(checkpoint, job / CHECKPOINT, copy_function=link)
-            atomic_folders.write_json(job / JOB, {**self.job, **told})
+            atomic_folders.write_json(job / JOB, {**self.job, **facts})
         except OSError as error:
             self._note_failure(job, str(error))
             return
@@ -79,7 +79,7 @@ class Pusher:
             self._changed.notify()
 
     def close(self, *, finish: bool) -> dict[str, Any]:
-        """Push what is left, for so long, or with `finish` False end at once; returns what was pushed and what not."""
+        """Push what remains within the time limit, or with `finish=False` end at once; returns the outcome."""
         with self._changed:
             self._closing, self._killed = True, not finish
             if finish and self._waiting is None:
@@ -101,13 +101,13 @@ class Pusher:
             self._process.kill()
 
     def _put(self, job: Path) -> None:
-        """Let the newest wait instead of those before it."""
+        """Queue the newest save in place of earlier ones."""
         for older in (self._waiting, self._failed):
             if older is not None and older != job:
                 self.outcome["failed"].pop(older.name, None)
                 self.outcome["skipped"].append(older.name)
                 atomic_folders.remove(older)
-                self.say(f"{older.name} is not pushed: a newer save takes its place")
+                self.say(f"{older.name} is not pushed: a newer save replaces it")
         self._waiting, self._failed = job, None
 
     def _work(self) -> None:
@@ -122,7 +122,7 @@ class Pusher:
 
     def _push(self, job: Path) -> None:
         try:
-            told = self._run(job)
+            result = self._run(job)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             with self._changed:
                 if self._waiting is None:
@@ -132,9 +132,9 @@ class Pusher:
             return
         self._let_go(job)
         self.outcome["failed"].pop(job.name, None)
-        self.outcome["pushed"][told["tag"]] = told["revision"]
+        self.outcome["pushed"][result["tag"]] = result["revision"]
         self._write()
-        self.say(f"{job.name} is on the Hub: {self.job['repo_id']}@{told['tag']}")
+        self.say(f"{job.name} is on the Hub: {self.job['repo_id']}@{result['tag']}")
 
     def _let_go(self, job: Path) -> None:
         with self._changed:
@@ -142,7 +142,7 @@ class Pusher:
                 atomic_folders.remove(job)
 
     def _run(self, job: Path) -> dict[str, str]:
-        """Tag and commit of a pushed job; a process of its own, so that neither its memory nor its end is ours."""
+        """Push a job in a separate process, isolated in memory and failure; returns tag and commit."""
         with self._changed:
             if self._killed:
                 raise ValueError("the run ended before it was pushed")
@@ -153,7 +153,7 @@ class Pusher:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                start_new_session=True,  # Ctrl-C is for the training
+                start_new_session=True,  # Ctrl-C must reach only the training
             )
         try:
             output, errors = self._process.communicate(timeout=LONGEST_PUSH_S)
@@ -172,7 +172,7 @@ class Pusher:
         reason = redact(reason)
         self.outcome["failed"][job.name] = reason
         self._write()
-        logger.warning("%s is not pushed, the training goes on: %s", job.name, reason)
+        logger.warning("%s was not pushed, training continues: %s", job.name, reason)
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):
@@ -180,7 +180,7 @@ class Pusher:
 
 
 class PushSaves(TrainerCallback):
-    """Gives every save of a stage to a Pusher, on the main process."""
+    """Hands every save of a stage to a Pusher, on rank 0."""
 
     def __init__(self, pusher: Pusher, stage_name: str, stage: Stage, origin: Path):
         self.pusher, self.stage_name, self.stage, self.origin = pusher, stage_name, stage, origin
@@ -194,7 +194,7 @@ class PushSaves(TrainerCallback):
 def pushing(
     recipe: Recipe, output: Path, record: dict[str, Any] | None, say: Callable[[str], None]
 ) -> Iterator[Pusher | None]:
-    """Within it saves go to the Hub, where the recipe asks for it, from the process that has the cards' record."""
+    """Context in which saves go to the Hub if the recipe asks for it; `record` is None on all ranks but 0."""
     spec = recipe.publish
     if spec is None or spec.hub_strategy == "end" or record is None:
         yield None
@@ -206,7 +206,7 @@ def pushing(
         "dtype": recipe.model.dtype,
         "seed": recipe.seed,
         "record": record,
-        "resume": "nothing, it is tried again",
+        "resume": "nothing to do, it is retried",
     }
     pusher = Pusher(output / FOLDER, job, say)
     try:

@@ -1,4 +1,4 @@
-"""What is published: its files, where they go, and the hash by which they are known."""
+"""What is published: files, target and the content hash that identifies them."""
 
 import hashlib
 import json
@@ -49,13 +49,14 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class Release:
-    """What is published, where to, and how to go on after a failure.
+    """What is published, where to, and how to resume after a failure.
 
     Attributes:
-        folder: that holds all of it and nothing else.
-        private: whether the repository stays hidden when all is done.
-        resume: the command that goes on.
-        collection: slug of a collection that it is put into.
+        folder: that contains exactly the files to publish.
+        repo_id: OWNER/NAME on the Hub.
+        private: whether the repository stays private.
+        resume: the command that resumes.
+        collection: slug of a collection to add it to.
     """
 
     folder: Path
@@ -89,21 +90,21 @@ class Release:
         return f"content-{self.content}"
 
     def equals(self, tree: Mapping[str, RepoFile]) -> bool:
-        """Whether a revision holds these files and no others."""
+        """Whether a revision has exactly these files."""
         if tree.keys() - REMOTE_ONLY != self.files.keys():
             return False
         return all(file.equals(tree[name]) for name, file in self.files.items())
 
 
 def check_repo_id(repo_id: str, where: str) -> None:
-    """Refuse what is no OWNER/NAME.
+    """Refuse an id that is not OWNER/NAME.
 
     Raises:
-        UserError: naming what is wrong with it.
+        UserError: it is malformed; names the fault.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UserError(str(error), where=where, fix="OWNER/NAME") from None
     if repo_id.count("/") != 1:
-        raise UserError(f"{repo_id!r} names no owner", where=where, fix="OWNER/NAME")
+        raise UserError(f"{repo_id!r} has no owner", where=where, fix="OWNER/NAME")

@@ -13,10 +13,10 @@ from llava_llama31.trainer.publishing.gate_files import check_manifest
 STAGED = "publish"
 
 
-def stage_run(run: Path, repo_id: str) -> Path:
-    """RUN/publish: the run's export under its public name; files are linked, the card is written for `repo_id`.
+def public_copy(run: Path, repo_id: str) -> Path:
+    """Write RUN/publish, the run's export under its public name: files are linked, the card is made for `repo_id`.
 
-    Edited sections of the card in RUN/export stay; one without sections is a person's own and goes as it is.
+    Edited sections of the card in RUN/export are kept; a card without sections is the user's own and is copied as is.
     """
     from llava_llama31.model_card.sections import has_sections
     from llava_llama31.trainer.export.export import card_text, export_again
@@ -25,7 +25,7 @@ def stage_run(run: Path, repo_id: str) -> Path:
     export = folder.export
     if not (export / atomic_folders.MANIFEST).is_file() or any(check_manifest(Contents(export, ""))):
         export = export_again(folder)
-    staged = atomic_folders.stage(run / STAGED)
+    staged = atomic_folders.staging_folder(run / STAGED)
     shutil.copytree(export, staged, copy_function=link, dirs_exist_ok=True)
     manifest = atomic_folders.read_manifest(export)
     (entry,) = (entry for entry in manifest["files"] if entry["name"] == CARD)

@@ -13,7 +13,8 @@ from llava_llama31.trainer.distributed.engine import engine_of
 from llava_llama31.trainer.distributed.parameters import num_elements, num_held
 from llava_llama31.trainer.evaluation.in_training import PROTOCOL
 from llava_llama31.trainer.model.module_groups import GroupReport
-from llava_llama31.trainer.recipes.schema import Derived, Stage
+from llava_llama31.trainer.recipes.derived import Derived
+from llava_llama31.trainer.recipes.schema import Stage
 
 
 def make_console() -> Console:

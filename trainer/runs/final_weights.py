@@ -12,9 +12,7 @@ from llava_llama31.trainer.checkpoint.run_folder import STAGE_RECORD
 from llava_llama31.trainer.distributed.engine import forget_deepspeed
 from llava_llama31.trainer.distributed.parameters import num_elements
 from llava_llama31.trainer.model.adapters import take_dequantized
-from llava_llama31.trainer.model.stage_model import (
-    load_model,
-)
+from llava_llama31.trainer.model.stage_model import load_model
 from llava_llama31.trainer.runs.context import StageRun
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
@@ -32,7 +30,7 @@ def write_final_weights(run: StageRun, trainer: LlavaTrainer, record: dict[str, 
 def _write_final(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -> None:
     if run.context.is_main:
         atomic_folders.sweep(run.folder.path)
-    staging = atomic_folders.stage(run.folder.final) if run.context.is_main else run.folder.final
+    staging = atomic_folders.staging_folder(run.folder.final) if run.context.is_main else run.folder.final
     if run.stage.lora is not None:
         adapted = _whole_adapted(run, trainer)
         if run.context.is_main:
@@ -44,7 +42,7 @@ def _write_final(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -
     if run.context.is_main:
         atomic_folders.write_json(staging / STAGE_RECORD, record)
         started = time.monotonic()
-        atomic_folders.publish(
+        atomic_folders.commit(
             staging, run.folder.final, {"step": record["steps"], "num_processes": run.context.num_processes}
         )
         logger.info("wrote %s in %.1f s", run.folder.final, time.monotonic() - started)

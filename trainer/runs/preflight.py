@@ -12,7 +12,7 @@ from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles
 from llava_llama31.trainer.data.batches.stage_rows import check_stage
-from llava_llama31.trainer.data.check.check import check_policy
+from llava_llama31.trainer.data.check.report import check_policy
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.presets import PRESETS, check_ocr
 from llava_llama31.trainer.evaluation.questions import load_questions
@@ -22,7 +22,8 @@ from llava_llama31.trainer.export.provenance import base_models_of
 from llava_llama31.trainer.model.device_options import check_device_options
 from llava_llama31.trainer.model.locating import local_checkpoint
 from llava_llama31.trainer.publishing.beforehand import check_beforehand, check_strategy
-from llava_llama31.trainer.recipes.schema import Publish, Stage, derive
+from llava_llama31.trainer.recipes.derived import derive
+from llava_llama31.trainer.recipes.schema import Publish, Stage
 from llava_llama31.trainer.runs.base_model import base_of, is_ours
 from llava_llama31.trainer.runs.context import RunContext
 from llava_llama31.trainer.training.training_args import check_deepspeed, check_trainer_args

@@ -15,15 +15,11 @@ from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.data.batches.stage_rows import load_stage_data, within_row_limit
 from llava_llama31.trainer.distributed.engine import check_resumable, forget_deepspeed, join_deepspeed
 from llava_llama31.trainer.errors import Interrupted
-from llava_llama31.trainer.fault_tolerance.out_of_memory import explained
+from llava_llama31.trainer.fault_tolerance.out_of_memory import advising
 from llava_llama31.trainer.fault_tolerance.watchdog import kill_workers
-from llava_llama31.trainer.model.stage_model import (
-    base_model,
-    freeze_groups,
-    load_model,
-    use_device_options,
-)
-from llava_llama31.trainer.recipes.schema import Derived, Stage, derive
+from llava_llama31.trainer.model.stage_model import base_model, freeze_groups, load_model, use_device_options
+from llava_llama31.trainer.recipes.derived import Derived, derive
+from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs.console import print_stage_start
 from llava_llama31.trainer.runs.context import StageRun
 from llava_llama31.trainer.runs.final_weights import write_final_weights
@@ -40,7 +36,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         Interrupted: when a signal came; while the stage trained, after a checkpoint.
         UserError: naming what to fix.
     """
-    with explained(run.stage, run.where):
+    with advising(run.stage, run.where):
         return _run_stage(run)
 
 

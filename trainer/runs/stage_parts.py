@@ -22,14 +22,11 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import load_questions
-from llava_llama31.trainer.fault_tolerance.stage_guard import Guard, Requests
+from llava_llama31.trainer.fault_tolerance.stage_guard import Guard, StopRequests
 from llava_llama31.trainer.fault_tolerance.step_health import Health
 from llava_llama31.trainer.fault_tolerance.watchdog import Watchdog
 from llava_llama31.trainer.model.device_options import FLOAT8_MULTIPLE
-from llava_llama31.trainer.model.stage_model import (
-    base_model,
-    product_dtype,
-)
+from llava_llama31.trainer.model.stage_model import base_model, product_dtype
 from llava_llama31.trainer.publishing.pusher import PushSaves
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs.console import StageProgress
@@ -146,7 +143,7 @@ def _guard(run: StageRun) -> Guard:
     return Guard(
         run.where,
         Health(on_nonfinite=stage.on_nonfinite, on_spike=stage.on_spike, can_skip=stage.deepspeed is None),
-        Requests(run.context.signals, run.context.folder.save_now if run.context.is_main else None),
+        StopRequests(run.context.signals, run.context.folder.save_now if run.context.is_main else None),
         Watchdog(stage.step_timeout, run.where, run.context.peers.report),
         stage.loader_timeout,
     )

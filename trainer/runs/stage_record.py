@@ -7,7 +7,7 @@ import numpy as np
 
 from llava_llama31.trainer.data.batches.stage_rows import StageData
 from llava_llama31.trainer.model.module_groups import GroupReport
-from llava_llama31.trainer.recipes.schema import Derived
+from llava_llama31.trainer.recipes.derived import Derived
 from llava_llama31.trainer.runs.context import StageRun
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 

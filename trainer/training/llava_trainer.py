@@ -44,10 +44,7 @@ from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
 from llava_llama31.trainer.training.batch_loading import BatchLoader, StageBatches
 from llava_llama31.trainer.training.meter import Meter
-from llava_llama31.trainer.training.optimizers import (
-    AdamWBfloat16,
-    parameter_groups,
-)
+from llava_llama31.trainer.training.optimizers import AdamWBfloat16, parameter_groups
 from llava_llama31.trainer.training.stage_checkpoints import (
     load_optimizer,
     load_rng_state,
@@ -153,8 +150,6 @@ class LlavaTrainer(Trainer):
             inputs["pixel_values"] = self.device_tiles(inputs.pop("pixels"))
         return inputs
 
-    # optimisation
-
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             target = cast(PreTrainedModel, self.model if model is None else model)
@@ -201,8 +196,6 @@ class LlavaTrainer(Trainer):
             self.guard.restore(Path(str(resume_from_checkpoint)))
         with self.guard.watchdog.watching():
             return super().train(resume_from_checkpoint)
-
-    # logs and evaluation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -260,8 +253,6 @@ class LlavaTrainer(Trainer):
     def _loss_of(self, batch: dict[str, Any]) -> float:
         with self.compute_loss_context_manager():
             return self.model_wrapped(**self._prepare_inputs(batch), num_items_in_batch=1).loss.item()
-
-    # checkpoints
 
     def restore_best(self) -> None:
         """Take the weights of the best evaluation, where the stage looks for them (UserError: they are damaged)."""

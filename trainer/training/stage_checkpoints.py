@@ -58,7 +58,7 @@ def room_for_checkpoint(
 ) -> AbstractContextManager[None]:
     """Rank 0 makes sure of the space that a checkpoint needs; DeepSpeed writes on all ranks."""
     folder = Path(str(args.output_dir))
-    former = atomic_folders.newest_published(folder)
+    former = atomic_folders.newest_committed(folder)
     needed = _estimated_bytes(args, model, only_trainable) if former is None else atomic_folders.size(former)
     return atomic_folders.room(folder, needed, check=args.should_save)
 
@@ -99,7 +99,7 @@ def staged_checkpoint(args: TrainingArguments, state: TrainerState, guard: Guard
         state.save_to_json(str(staging / TRAINER_STATE_NAME))
         guard.save(staging)
         facts = {"step": state.global_step, "num_processes": args.world_size, "engine": engine_of(args)}
-        atomic_folders.publish(staging, final, facts)
+        atomic_folders.commit(staging, final, facts)
         atomic_folders.remove(staging.parent)
         assert args.save_total_limit is not None
         atomic_folders.rotate(final.parent, args.save_total_limit, spare=best_checkpoint(args, state))

@@ -2,8 +2,6 @@
 
 import dataclasses
 import difflib
-import importlib.resources
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,9 @@ from transformers import TrainingArguments
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.device_options import optim_name
-from llava_llama31.trainer.recipes.schema import Derived, Stage
+from llava_llama31.trainer.recipes.deepspeed_files import deepspeed_content, deepspeed_file
+from llava_llama31.trainer.recipes.derived import Derived
+from llava_llama31.trainer.recipes.schema import Stage
 
 
 # TrainingArguments that the stage decides -> the key of the stage that decides them
@@ -151,11 +151,7 @@ def check_deepspeed(stage: Stage, where: str) -> None:
         UserError: naming the key.
     """
     file = deepspeed_file(stage.deepspeed or "", where)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"not JSON: {error}", where=str(file), fix="correct the file") from None
-    if "optimizer" not in content:
+    if "optimizer" not in deepspeed_content(str(file), where):
         return
     if len(set(stage.learning_rates().values())) > 1:
         raise UserError(
@@ -169,14 +165,3 @@ def check_deepspeed(stage: Stage, where: str) -> None:
             where=f"{where}.quirks",
             fix="add decay_all_parameters, or give a DeepSpeed file without optimizer",
         )
-
-
-def deepspeed_file(name: str, where: str) -> Path:
-    """A DeepSpeed file by path, or a shipped one by name."""
-    shipped = importlib.resources.files("llava_llama31.trainer.recipes") / f"{name}.json"
-    for candidate in (Path(name).expanduser(), Path(str(shipped))):
-        if candidate.is_file():
-            return candidate
-    raise UserError(
-        f"there is no DeepSpeed file {name!r}", where=f"{where}.deepspeed", fix="give a path to a JSON file"
-    )

@@ -10,7 +10,9 @@ from torch.utils.data import Dataset
 from llava_llama31.processing import IGNORE_INDEX, LlavaLlama31Processor
 from llava_llama31.trainer.data.batches.collator import Sample
 from llava_llama31.trainer.data.batches.feature_cache import FeatureCache
-from llava_llama31.trainer.data.sources.records import Record, RecordError, RecordStore
+from llava_llama31.trainer.data.sources.conversations import Record
+from llava_llama31.trainer.data.sources.records import RecordStore
+from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 
 

@@ -14,10 +14,13 @@ from accelerate.utils import gather_object
 
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, RankBatches
-from llava_llama31.trainer.data.check.check import DataReport, Limits, check_sources, default_cache_dir, select_rows
+from llava_llama31.trainer.data.check.check import check_sources, default_cache_dir
+from llava_llama31.trainer.data.check.report import DataReport, select_rows
+from llava_llama31.trainer.data.check.row_checker import Limits
 from llava_llama31.trainer.data.sources.records import RecordStore, open_records
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipes.schema import Stage, num_held_out
+from llava_llama31.trainer.recipes.derived import num_held_out
+from llava_llama31.trainer.recipes.schema import Stage
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,7 @@ from uuid import uuid4
 import numpy as np
 
 from llava_llama31.trainer.data.check.cache import CheckCache, WatchedFiles, fingerprint, write_atomically
-from llava_llama31.trainer.data.check.report import (
-    ACTIONS,
-    Action,
-    DataReport,
-    SourceReport,
-    action_for,
-    check_policy,
-    parse_policy,
-    print_report,
-    select_rows,
-)
+from llava_llama31.trainer.data.check.report import ACTIONS, Action, DataReport, SourceReport, action_for, check_policy, parse_policy, print_report, select_rows
 from llava_llama31.trainer.data.check.row_checker import COUNTS, Findings, Limits, RowChecker, check_rows
 from llava_llama31.trainer.data.sources.records import RecordStore, data_files, open_records
 from llava_llama31.trainer.data.sources.reject_reasons import REASONS

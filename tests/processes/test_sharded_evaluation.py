@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -60,9 +57,8 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
-def test_sharded_weights_answer_as_whole_ones(lively_folder, data_folder, tmp_path, engine):
+def test_sharded_weights_answer_as_whole_ones(forks, lively_folder, data_folder, tmp_path, engine):
     if engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     data = str(data_folder / "questions.jsonl")
@@ -71,11 +67,10 @@ def test_sharded_weights_answer_as_whole_ones(lively_folder, data_folder, tmp_pa
     asked.ask(weights, processor, step=7)
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
-    command = [sys.executable, *launcher, engine, str(lively_folder), data, str(tmp_path / engine)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert run.returncode == 0, run.stdout + run.stderr
+    arguments = (engine, lively_folder, data, tmp_path / engine)
+    job = forks.start(*arguments, processes=2, engines=True, script=str(worker))
+    output, _ = job.communicate(timeout=100)
+    assert job.codes == [0, 0], output
     ids = {}
     for name in ("whole", engine):
         lines = (tmp_path / name / "step-7.jsonl").read_text().splitlines()

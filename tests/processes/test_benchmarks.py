@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 def load(name: str) -> ModuleType:
@@ -82,7 +82,6 @@ def test_head_memory_compares_the_same_loss(capsys, frozen):
     assert "% of stock" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_head_memory_in_processes_of_their_own():
     command = [sys.executable, str(FOLDER / "head_memory.py"), "--device", "cpu", "--json"]
     command += ["--vocabulary", "16384", "--positions", "1024", "--hidden-size", "64"]

@@ -24,46 +24,26 @@ from llava_llama31.trainer.checkpoint import atomic_folders
 
 
 FULL = bool(os.environ.get("TORTURE"))
-ROOT = Path(__file__).parents[1]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200 if FULL else 300)]
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(7200 if FULL else 300)
 
 
 def cases(number: int, sample: int) -> int:
     return number if FULL else sample
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Run a command in forks of one process that has imported everything; its answer, with the log."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    environment["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    zygote = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("zygote.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
-    while zygote.stdout.readline() != "ready\n":
-        assert zygote.poll() is None
-    logs = tmp_path_factory.mktemp("logs")
+@pytest.fixture
+def start(forks):
+    """Train in forks; how it ended, with the log."""
 
     def run(recipe: Path, folder: Path, *, processes: int = 1, **case) -> dict:
-        case |= {"arguments": ["train", str(recipe), "--output", str(folder)], "processes": processes}
-        case |= {"log": str(logs / "log"), "folder": str(folder)}
-        if not (logs / "modules").is_file():
-            case["modules"] = str(logs / "modules")
-        zygote.stdin.write(json.dumps(case) + "\n")
-        zygote.stdin.flush()
-        result = json.loads(zygote.stdout.readline())
-        result["log"] = "".join((logs / f"log{rank or ''}").read_text() for rank in range(processes))
-        result["operations"] = int((logs / "log.operations").read_text() or 0)
-        return result
+        arguments = ("train", recipe, "--output", folder)
+        job = forks.start(*arguments, processes=processes, folder=str(folder), deadline=300.0, **case)
+        result = job.wait(310)
+        operations = Path(f"{job.log}.operations").read_text()
+        return {**result, "log": job.output(), "operations": int(operations or 0)}
 
-    yield run
-    zygote.stdin.close()
-    zygote.wait(10)
+    return run
 
 
 @pytest.fixture
@@ -339,7 +319,7 @@ def test_a_value_that_is_not_finite_on_one_of_two_ranks_stops_both_in_that_step(
 FAULTS = {  # kind -> exit codes of the process that has it and of the other, and what is told once
     "user": (2, 2, "error: planted"),
     "key": (1, 1, "KeyError: 'planted'"),
-    "memory": (6, 6, "has no memory left"),
+    "memory": (6, 6, "is out of memory"),
     "kill": (-9, 7, "is gone"),
 }
 

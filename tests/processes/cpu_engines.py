@@ -1,6 +1,6 @@
 """The command line on two CPU processes under engines that accelerate and DeepSpeed keep for accelerators.
 
-accelerate launch --config_file CONFIG tests/cpu_engines.py train RECIPE ...
+accelerate launch --config_file CONFIG tests/processes/cpu_engines.py train RECIPE ...
 
 What is changed here stands for the missing devices; the project's code runs as it is. With PEAK_MEMORY=FOLDER every
 process leaves there the most bytes of tensors that lived at once in each of its steps.
@@ -10,7 +10,7 @@ import gc
 import json
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def measured_steps(folder: Path) -> Any:
 
     from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
-    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
     from peak_memory import PeakMemory
 
     memory = PeakMemory(fake=False)
@@ -73,13 +73,18 @@ def measured_steps(folder: Path) -> Any:
     return memory
 
 
-if __name__ == "__main__":
+def as_asked() -> AbstractContextManager:
+    """Change what the environment asks for; the command line is to run within."""
     if "RANK" in os.environ:
         stand_in_for_devices()
     if os.environ.get("WITHOUT_BLANK_TILE"):
         skip_the_blank_tile()
     measured = os.environ.get("PEAK_MEMORY")
-    with measured_steps(Path(measured)) if measured else nullcontext():
+    return measured_steps(Path(measured)) if measured else nullcontext()
+
+
+if __name__ == "__main__":
+    with as_asked():
         from llava_llama31.trainer.cli import main
 
         sys.exit(main())

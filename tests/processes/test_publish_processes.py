@@ -12,11 +12,11 @@ import yaml
 from hub_server import running_hub
 
 from llava_llama31.trainer.fault_tolerance.signals import Signals
-from llava_llama31.trainer.recipes.schema import load_recipe
+from llava_llama31.trainer.recipes.loading import load_recipe
 from llava_llama31.trainer.runs.run import run_recipe
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOKEN = "hf_" + "e" * 34
 REPO = "me/mine"
 
@@ -28,7 +28,6 @@ def start(hub, home: Path, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], cwd=home, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_from_a_run_to_a_stranger(recipe_content, make_image, tmp_path):
     recipe_content["model"] |= {"licence": "apache-2.0"}
@@ -41,7 +40,7 @@ def test_from_a_run_to_a_stranger(recipe_content, make_image, tmp_path):
     with running_hub(TOKEN) as hub:
         hub.faults = [("merge", "lost"), ("tag", 403), ("resolve_get", 500)]
         first = start(hub, home, script, str(run), "--repo-id", REPO, "--json")
-        assert first.returncode == 2 and "the Hub said 403" in first.stderr and TOKEN not in first.stderr
+        assert first.returncode == 2 and "the Hub answered 403" in first.stderr and TOKEN not in first.stderr
         second = start(hub, home, script, str(run), "--repo-id", REPO, "--json")
         assert second.returncode == 0, second.stderr
         result = json.loads(second.stdout)

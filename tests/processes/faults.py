@@ -1,6 +1,6 @@
 """The command line with a planted fault, e.g. FAULT=nan,1,3: what, on which rank, in which step.
 
-FAULT=KIND,RANK,STEP accelerate launch tests/faults.py train RECIPE ...
+FAULT=KIND,RANK,STEP accelerate launch tests/processes/faults.py train RECIPE ...
 
 ENGINE=1 runs it under the engines of cpu_engines.py. Data workers import this file too, and so have the fault.
 """

@@ -1,0 +1,153 @@
+"""What people leave alone for days, in real processes: a fault on one of two ends both soon, with one message."""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from forks import Forks
+from safetensors.torch import load_file
+
+from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.fault_tolerance.peers import Peers
+from llava_llama31.trainer.fault_tolerance.watchdog import loader_failure
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(tmp_path, recipe_content):
+    del recipe_content["evaluation"], recipe_content["stages"]["instruct"]
+    recipe_content["stages"]["projector"] |= {"micro_batch": 2}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_content, sort_keys=False))
+    return ["train", str(path), "--output", str(tmp_path / "run")]
+
+
+CASES = {
+    "nan,1,3": ([4, 4], "stages.projector, step 3: loss is nan, gradient norm is nan; rank 1: records r"),
+    "kill,1,3": ([7, -9], r"the process of rank 1 \(pid \d+\) disappeared without an error"),
+    "user:_save_rng_state,1,1": ([2, 2], "error: planted"),
+    "hang,1,3": ([5, 5], r"rank \d has made no progress for 3 s; it was training on micro-batch \d of step 3"),
+}
+
+
+def sets(*keys: str) -> list[str]:
+    return [word for each in keys for word in ("--set", f"stages.projector.{each}")]
+
+
+def planted(fault: str) -> list:
+    kind, rank, step = fault.split(",")
+    return [kind, int(rank), int(step)]
+
+
+@pytest.mark.parametrize("fault", CASES)
+def test_a_fault_on_one_rank_ends_both_soon_and_is_told_once(forks, recipe, fault):
+    options = sets("validation_fraction=0.1", "eval_steps=2")
+    if fault.startswith("hang"):
+        options += sets("step_timeout=3")
+    job = forks.start(*recipe, *options, processes=2, fault=planted(fault))
+    output, _ = job.communicate(timeout=150)
+    expected, message = CASES[fault]
+    assert job.codes == expected, output
+    assert len(re.findall(message, output)) == 1, output
+    if fault.startswith("hang"):
+        assert "stacks of rank 0" in output and "stacks of rank 1" in output
+        assert re.search(r'faults.py", line \d+ in crash', output)
+
+
+def run_under(forks: Forks, engine: str, fault: str, recipe: list[str], *keys: str) -> tuple[str, list[int]]:
+    """Output and exit codes."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    launcher = f"--config_file {ROOT}/examples/accelerate/{engine}.yaml"
+    job = forks.start(*recipe, *sets(*keys), processes=2, launcher=launcher, fault=planted(fault))
+    output, _ = job.communicate(timeout=150)
+    return output, job.codes
+
+
+@pytest.mark.parametrize(("engine", "policy"), [("fsdp2", "skip"), ("zero3", "stop")])
+def test_sharded_engines_see_a_nan_of_one_rank(forks, recipe, tmp_path, engine, policy):
+    keys = f"on_nonfinite={policy}", "save_steps=1", "save_total_limit=9"
+    output, codes = run_under(forks, engine, "nan,1,3", recipe, *keys)
+    stage = tmp_path / "run/stages/1-projector"
+    assert len(re.findall("loss is nan, gradient norm is (nan|inf); rank 1: records r", output)) == 1, output
+    if policy == "stop":
+        assert codes == [4, 4] and not (stage / "checkpoint-3").exists()
+        return
+    assert codes == [0, 0]
+    two, three, four = (load_file(stage / f"checkpoint-{step}/model.safetensors") for step in (2, 3, 4))
+    assert all(torch.equal(two[name], three[name]) for name in two)
+    assert any(not torch.equal(three[name], four[name]) for name in two)
+
+
+@pytest.mark.parametrize(("engine", "rank"), [("zero2", 1), ("zero3", 0)])
+def test_a_disk_that_gets_full_under_deepspeed_leaves_the_former_checkpoint(forks, recipe, tmp_path, engine, rank):
+    keys = "save_steps=1", "save_total_limit=9"
+    output, codes = run_under(forks, engine, f"full:_save_checkpoint,{rank},3", recipe, *keys)
+    stage = tmp_path / "run/stages/1-projector"
+    assert codes == [2, 2], output
+    assert len(re.findall(rf"error: {stage}: saving [\d,]+ bytes failed, with [\d,]+ free", output)) == 1, output
+    assert "torch/serialization.py" not in output
+    folders = sorted(stage.glob("checkpoint-*"))
+    assert [folder.name for folder in folders] == ["checkpoint-1"]
+    assert all(atomic_folders.verify(folder) is None for folder in folders)
+
+
+def test_a_data_worker_that_is_stuck_is_named_with_its_records_and_killed(forks, recipe):
+    options = sets("loader_timeout=3", "dataloader_workers=2")
+    job = forks.start(*recipe, *options, fault=["worker", 0, 14], workers=True)
+    output, _ = job.communicate(timeout=150)
+    assert job.returncode == 5, output
+    named = re.search(
+        r"error: stages.projector: data worker \d was asked for records (.*) and returned nothing for 3 s", output
+    )
+    assert named is not None and "r14" in named[1], output
+    assert re.search(r'faults.py", line \d+ in crash', output), output
+
+
+def test_a_killed_data_worker_of_one_rank_ends_both(forks, recipe):
+    job = forks.start(
+        *recipe, *sets("dataloader_workers=2"), processes=2, fault=["killed-worker", 0, 14], workers=True
+    )
+    output, _ = job.communicate(timeout=150)
+    assert job.codes == [7, 7], output
+    # which of the two it is depends on what rank 0 waits for
+    message = r"error: stages.projector: data worker (\d+ of rank \d was killed by SIGKILL|\d was asked for records r)"
+    assert len(re.findall(message, output)) == 1, output
+
+
+def test_usr1_to_the_whole_process_group_saves_and_the_run_goes_on(forks, recipe, tmp_path):
+    """As Slurm sends it: to the main process, its data workers and their fork server."""
+    job = forks.start(
+        *recipe, *sets("max_steps=400", "epochs=null", "dataloader_workers=2", "save_steps=5"), workers=True
+    )
+    while not list((tmp_path / "run/stages").glob("1-projector/checkpoint-*")):
+        assert job.poll() is None, job.output()
+        time.sleep(0.05)
+    os.killpg(job.pids[0], signal.SIGUSR1)
+    output, _ = job.communicate(timeout=100)
+    assert job.returncode == 75 and "Traceback" not in output, output
+    step = re.search(r"stopped at step (\d+) of 400 and is saved", output)[1]
+    assert (tmp_path / f"run/stages/1-projector/checkpoint-{step}/manifest.json").is_file()
+
+
+def test_a_worker_that_is_gone_is_told_from_one_that_is_stuck():
+    error = RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly")
+    failure = loader_failure(error, 0, ["r5"], "stages.x", 3)
+    assert failure.exit_code == 7 and "worker 0 was asked for records r5 and is gone: DataLoader" in str(failure)
+
+
+@pytest.mark.parametrize(
+    ("rank", "neighbours", "failed", "says"),
+    [(2, {3: 1}, 0, True), (3, {2: 1}, 0, False), (2, {3: 1}, 3, False), (1, {}, 0, True)],
+)
+def test_what_failed_on_another_machine_is_said_once_on_this_one(rank, neighbours, failed, says):
+    peers = Peers(rank, 4)
+    peers._neighbours = neighbours
+    assert peers._untold({"rank": failed, "message": "why"}) == says * f"rank {failed}, on another machine: why"

@@ -1,0 +1,124 @@
+"""Runs of two processes end as runs of one, and a signal to a real process loses nothing."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+
+@pytest.fixture
+def recipe_file(tmp_path, recipe_content):
+    del recipe_content["evaluation"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_content, sort_keys=False))
+    return path
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_training(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], base: dict[str, torch.Tensor]):
+    """Equal but for rounding, which Adam magnifies where a gradient is all but zero: 0.1 % of the way trained."""
+    assert one.keys() == two.keys()
+    moved = sum((one[name] - base[name]).square().sum() for name in one).sqrt()
+    apart = sum((one[name] - two[name]).square().sum() for name in one).sqrt()
+    assert moved > 0.1 and apart < 1e-3 * moved
+
+
+def test_two_processes_end_with_the_weights_of_one(forks, recipe_file, tmp_path, base_folder):
+    # every fourth row has no picture, and micro-batches of 1 leave some ranks without any
+    micro = ["--set", "stages.projector.micro_batch=1", "--set", "stages.instruct.micro_batch=1"]
+    runs = {}
+    for processes in (1, 2):
+        runs[processes] = tmp_path / f"{processes}"
+        job = forks.start("train", recipe_file, "--output", runs[processes], *micro, processes=processes)
+        output, _ = job.communicate(timeout=240)
+        assert not any(job.codes), output
+    record = json.loads((runs[2] / "stages/2-instruct/final/stage.json").read_text())
+    assert record["num_processes"] == 2 and record["gradient_accumulation"] == 4
+    one, two = (weights(run / "stages/2-instruct/final") for run in (runs[1], runs[2]))
+    assert_same_training(one, two, weights(base_folder))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_real_signal_loses_nothing(launch, forks, recipe_file, tmp_path, number):
+    """SIGINT and SIGKILL come to a real process, SIGTERM to a fork; forks train what is left."""
+    run = tmp_path / "run"
+    arguments = [str(recipe_file), "--output", str(run)]
+    for override in ("max_steps=120", "epochs=null", "save_steps=10", "logging_steps=20"):
+        arguments += ["--set", f"stages.projector.{override}"]
+    job = forks.start("train", *arguments) if number == signal.SIGTERM else launch("train.py", *arguments)
+    while not list((run / "stages").glob("1-projector/checkpoint-*")):
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.05)
+    job.send_signal(number)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == (-number if number == signal.SIGKILL else 75), output
+    assert "Traceback" not in output
+    again = forks.start("train", *arguments)
+    output, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, output
+    assert re.search(r"going on from \S+, step [1-9]\d* of 120", output)
+
+
+def test_two_processes_share_the_questions(forks, recipe_content, tmp_path):
+    stage = recipe_content["stages"]["instruct"]
+    stage |= {"dataloader_workers": 1, "eval_questions": 5, "eval_steps": 2, "micro_batch": 1}
+    recipe_content["stages"] = {"instruct": stage}
+    recipe_content["evaluation"]["baselines"] = False
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_content, sort_keys=False))
+    answers = {}
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        job = forks.start("train", tmp_path / "recipe.yaml", "--output", run, processes=processes, workers=True)
+        output, _ = job.communicate(timeout=240)
+        assert not any(job.codes), output
+        lines = (run / "stages/1-instruct/evaluation/step-2.jsonl").read_text().splitlines()
+        answers[processes] = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    assert answers[1] == answers[2] and len(answers[1]) == 5
+
+
+def test_two_processes_share_the_work_of_a_feature_cache_and_end_alike(forks, recipe_content, tmp_path, monkeypatch):
+    del recipe_content["evaluation"], recipe_content["stages"]["instruct"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_content))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    ends = []
+    for name, options in (("plain", []), ("cached", ["--set", "stages.projector.feature_cache_gb=1.0"])):
+        job = forks.start("train", recipe, "--output", tmp_path / name, *options, processes=2)
+        output, _ = job.communicate(timeout=240)
+        assert not any(job.codes), output
+        ends.append(load_file(tmp_path / name / "stages/1-projector/final/model.safetensors"))
+    assert "33 pictures' features are in" in output
+    for name in ends[0]:
+        assert torch.equal(ends[0][name], ends[1][name]), name
+
+
+def test_two_compiled_processes_end_as_one_that_is_not(launch, forks, tmp_path, recipe_content):
+    del recipe_content["evaluation"], recipe_content["stages"]["projector"]
+    recipe_content["stages"]["instruct"] |= {"max_steps": 2, "epochs": None, "micro_batch": 2}
+    path, ends = tmp_path / "recipe.yaml", []
+    path.write_text(yaml.safe_dump(recipe_content))
+    compiled = ["--set", "stages.instruct.compile=true", "--set", "stages.instruct.activation_checkpointing=2"]
+    for job, output in (
+        (forks.start("train", path, "--output", tmp_path / "1"), tmp_path / "1"),
+        # the compiler has processes of its own
+        (launch("train.py", str(path), "--output", str(tmp_path / "2"), *compiled, processes=2), tmp_path / "2"),
+    ):
+        text, _ = job.communicate(timeout=280)
+        assert job.returncode == 0, text
+        ends.append(load_file(output / "stages/1-instruct/final/model.safetensors"))
+    start = load_file(os.path.join(recipe_content["model"]["checkpoint"], "model.safetensors"))
+    apart, moved = (
+        sum((end[n] - other[n]).square().sum() for n in end) ** 0.5
+        for end, other in ((ends[0], ends[1]), (ends[0], start))
+    )
+    assert apart < 1e-3 * moved

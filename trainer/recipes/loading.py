@@ -1,0 +1,180 @@
+"""Reading a recipe: a shipped one by name or a YAML file; an error names file, key and the nearest right key."""
+
+import difflib
+import importlib.resources
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.recipes.schema import Recipe
+
+
+SHIPPED = ("tiny", "smol", "llama31-8b", "llama31-8b-card", "llama31-8b-card-commands")
+
+
+def load_recipe(name_or_path: str, *, output: Path | None = None, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name or a YAML file by path; `{output}` in it stands for the run's folder.
+
+    Args:
+        overrides: `stages.NAME.key=value` and the like; values are YAML.
+
+    Raises:
+        UserError: naming file, key and fix.
+    """
+    text, where = read_recipe_text(name_or_path)
+    try:
+        content = yaml.load(text, Loader=_Yaml12Loader)
+    except yaml.YAMLError as error:
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"not valid YAML: {error}", where=f"{where}{line}", fix="mend the syntax there") from None
+    if not isinstance(content, dict):
+        raise UserError("a recipe is a mapping with name, model and stages", where=where, fix="see a shipped recipe")
+    for override in overrides:
+        _apply_override(content, override)
+    if output is not None:
+        content = _substitute(content, "{output}", str(output))
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def read_recipe_text(name_or_path: str) -> tuple[str, str]:
+    """Text of a recipe and the name to call it by in messages."""
+    if name_or_path in SHIPPED:
+        file = importlib.resources.files("llava_llama31.trainer.recipes") / f"{name_or_path}.yaml"
+        return file.read_text(encoding="utf-8"), f"{name_or_path}.yaml"
+    path = Path(name_or_path).expanduser()
+    if not path.is_file():
+        near = difflib.get_close_matches(name_or_path, SHIPPED, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"name a YAML file, or one of {', '.join(SHIPPED)}"
+        raise UserError("there is no such recipe", where=name_or_path, fix=hint)
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(path), fix="give a readable UTF-8 file") from None
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-5 as a number (as YAML 1.2 does) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", node.value[i][0].start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+
+_Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _apply_override(content: dict, override: str) -> None:
+    path, separator, value = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise UserError(f"{override!r} is not KEY=VALUE", where="--set", fix="--set stages.NAME.key=value")
+    target = content
+    for depth, key in enumerate(keys[:-1]):
+        if depth == 1 and keys[0] == "stages" and key not in target:
+            raise UserError(
+                f"there is no stage {key!r}", where=f"--set {path}", fix=_nearest(key, list(target)) or "name a stage"
+            )
+        target = _list_item(target, key, path) if isinstance(target, list) else target.setdefault(key, {})
+        if not isinstance(target, dict | list):
+            raise UserError(f"{key!r} holds a single value", where=f"--set {path}", fix="set it as a whole")
+    try:
+        parsed = yaml.load(value, Loader=_Yaml12Loader)
+    except yaml.YAMLError:
+        raise UserError(
+            f"{value!r} is not YAML", where=f"--set {path}", fix="quote it, or close its brackets"
+        ) from None
+    if isinstance(target, list):
+        _list_item(target, keys[-1], path)
+        target[int(keys[-1])] = parsed
+    else:
+        target[keys[-1]] = parsed
+
+
+def _list_item(target: list, key: str, path: str) -> Any:
+    if not key.isdigit() or int(key) >= len(target):
+        raise UserError(
+            f"{key!r} is no position in a list of {len(target)}", where=f"--set {path}", fix="count from 0"
+        )
+    return target[int(key)]
+
+
+def _substitute(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _substitute(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_substitute(item, old, new) for item in value]
+    return value.replace(old, new) if isinstance(value, str) else value
+
+
+def _explain(error: ValidationError, where: str) -> UserError:
+    """First fault of a recipe as one line: file, key, what, nearest right key."""
+    errors = error.errors(include_url=False)
+    first, location = errors[0], _location(errors[0]["loc"])
+    key = ".".join(str(part) for part in location)
+    others = len({tuple(_location(one["loc"])) for one in errors}) - 1
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        return UserError(
+            "unknown key" + _and_others(others), where=f"{where}: {key}", fix=_nearest(str(location[-1]), known)
+        )
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return UserError("this key is missing" + _and_others(others), where=f"{where}: {key}", fix="add it")
+    if first["type"] == "value_error":
+        return UserError(message + _and_others(others), where=f"{where}: {key}" if key else where)
+    got = f", not {first['input']!r}"
+    return UserError(message + got + _and_others(others), where=f"{where}: {key}", fix="give a value of that type")
+
+
+def _location(parts: tuple[str | int, ...]) -> list[str | int]:
+    """Where a fault is, without pydantic's names for the members of a union."""
+    return [part for part in parts if not re.fullmatch(r"bool|constrained-\w+|\w+\[.*", str(part))]
+
+
+def _and_others(count: int) -> str:
+    return f" (and {count} more faults)" if count else ""
+
+
+def _fields_at(location: list) -> list[str]:
+    """Fields of the object at a location of a recipe, for the nearest right key."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            continue  # the name of a stage: its mapping was stepped into already
+        field = model.model_fields.get(part)
+        if field is None:
+            continue
+        model = _object_type(field.annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _object_type(annotation: Any) -> Any:
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return annotation
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else (f"one of {', '.join(known)}" if known else "")
