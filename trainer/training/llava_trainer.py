@@ -254,8 +254,6 @@ class LlavaTrainer(Trainer):
         with self.compute_loss_context_manager():
             return self.model_wrapped(**self._prepare_inputs(batch), num_items_in_batch=1).loss.item()
 
-    # checkpoints
-
     def restore_best(self) -> None:
         """Take the weights of the best evaluation, where the stage looks for them (UserError: they are damaged)."""
         best = whole_best_checkpoint(self.args, self.state)
