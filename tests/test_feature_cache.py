@@ -361,7 +361,7 @@ def test_a_run_with_a_cache_ends_with_the_bits_of_one_without(
         cached = run_recipe(recipe_content, tmp_path / "cached", **keys, feature_cache_gb=1.0)
     finally:
         torch.set_num_threads(threads)
-    assert capsys.readouterr().err.count("33 pictures' features are in") == 2
+    assert capsys.readouterr().err.count("33 images' features are in") == 2
     assert len(list((tmp_path / "cache/llava-llama31/features").glob("*.features"))) == 1  # both stages'
     for stage in ("1-projector", "2-instruct"):
         one, two = (load_file(path / "stages" / stage / "final/model.safetensors") for path in (plain, cached))
