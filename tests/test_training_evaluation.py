@@ -84,7 +84,7 @@ def test_a_run_that_began_before_a_key_was_there_goes_on(recipe_path, tmp_path):
     ("changes", "message"),
     [
         ({"preset": "llava"}, "6 questions have none"),
-        ({"baselines": True, "limit": 1}, "the blind baseline needs at least two pictures"),
+        ({"baselines": True, "limit": 1}, "the blind baseline needs at least two images"),
     ],
 )
 def test_an_evaluation_that_cannot_be_stops_before_training(
