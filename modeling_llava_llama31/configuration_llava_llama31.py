@@ -3,8 +3,9 @@
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers import LlavaNextConfig
+from transformers import LlamaConfig, LlavaNextConfig
 
 
 class LlavaLlama31Config(LlavaNextConfig):
@@ -13,6 +14,10 @@ class LlavaLlama31Config(LlavaNextConfig):
     Fields, defaults and `model_type` are the stock ones. The saved file names the stock architecture, which opens
     without remote code, and maps the Auto classes to ours, which open with `trust_remote_code=True`.
     """
+
+    if TYPE_CHECKING:  # the stock class also allows dicts and None, which it replaces when it is made
+        text_config: LlamaConfig
+        vision_config: Any
 
     def to_diff_dict(self) -> dict:
         # set here, not as attributes: values equal to a default would be left out of the file
@@ -26,7 +31,7 @@ class LlavaLlama31Config(LlavaNextConfig):
         }
         return output
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         if push_to_hub:
             raise ValueError(
                 "push_to_hub is not supported: upload the saved folder with huggingface_hub.upload_folder"

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,8 +93,9 @@ class LlavaLlama31Model(LlavaNextModel):
         packed, _ = self.pack_image_features(features, image_sizes, vision_feature_select_strategy, self.image_newline)
         return BaseModelOutputWithPooling(pooler_output=packed)
 
-    def _tower_features(self, tiles: torch.Tensor, feature_layer: int | list[int]) -> torch.Tensor:
+    def _tower_features(self, tiles: torch.Tensor, feature_layer: int | list[int] | None) -> torch.Tensor:
         """Hidden states (T, 1 + P, D) of the chosen layers; the tower runs up to the last of them."""
+        assert feature_layer is not None
         tower = self.vision_tower
         trainable = any(parameter.requires_grad for parameter in tower.parameters())
         with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
@@ -125,7 +127,7 @@ class LlavaLlama31Model(LlavaNextModel):
     ) -> torch.Tensor:
         """Mask (B, S, 1) of the image placeholders; checks their number against the features."""
         if input_ids is None:
-            return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            return super().get_placeholder_mask(cast(Any, input_ids), inputs_embeds, image_features)
         mask = input_ids == self.config.image_token_id
         if mask.sum() != image_features.shape[0]:
             per_row = ", ".join(f"row {row}: {count}" for row, count in enumerate(mask.sum(dim=1).tolist()))
@@ -249,7 +251,7 @@ class LlavaLlama31Model(LlavaNextModel):
             tiles[known] += own
         return torch.cat(layouts), (num_without, sum(counts) - num_without)
 
-    def forward(
+    def forward(  # type: ignore[misc]  # stock's arguments, which its keyword arguments name again
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -271,19 +273,20 @@ class LlavaLlama31Model(LlavaNextModel):
     ) -> LlavaNextModelOutputWithPast | tuple:
         """Like the stock forward; with `packing`, hidden states (1, N, D) of a packed row's `supervised_positions`."""
         if packing is not None:
+            assert input_ids is not None
             if image_positions is None:
                 image_positions = (input_ids[0] == self.config.image_token_id).nonzero()[:, 0]
             self._check_packing(packing, input_ids.shape[1])
             # called inside forward: ZeRO-3 gathers image_newline only for this module's forward
             embeds = self.packed_embeds(
-                input_ids, pixel_values, image_sizes, image_positions, image_features, has_features
+                input_ids, pixel_values, cast(Any, image_sizes), image_positions, image_features, has_features
             )
             hidden = self.language_model.packed(embeds, position_ids, packing, supervised_positions, past_key_values)
             return LlavaNextModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
         text_only = input_ids is not None and pixel_values is None and mm_encoder_outputs is None
         # no cache: a row with labels, in training or validation, which all ranks run in parallel
         if text_only and use_cache is False and (_world_size() > 1 or self._trains_projector()):
-            input_ids, inputs_embeds = None, self._text_only_embeds(input_ids)
+            input_ids, inputs_embeds = None, self._text_only_embeds(cast(torch.LongTensor, input_ids))
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -336,7 +339,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # stock's arguments, which its keyword arguments name again
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -419,7 +422,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
     def _packed_loss(
         self,
         hidden: torch.Tensor,
-        labels: torch.LongTensor,
+        labels: torch.Tensor,
         supervised: Sequence[int],
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
@@ -434,21 +437,21 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         return False
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs) -> "LlavaLlama31ForConditionalGeneration":
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "LlavaLlama31ForConditionalGeneration":
         """Stock `from_pretrained`; also opens llava-hf's old and new key dialects."""
         if get_checkpoint_conversion_mapping(cls.__name__) is None:
             # conversions are looked up by class: without its own, a renamed class would get a random lm_head
             register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping("llava_next"))
         return super().from_pretrained(*args, **kwargs)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # stock has more arguments, which are keyword arguments here
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "50GB",
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """Save in native keys with the code files, so that both stock Transformers and this class open the folder."""
         if push_to_hub:

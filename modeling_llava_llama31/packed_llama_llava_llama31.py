@@ -13,12 +13,12 @@ vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from transformers import Cache, LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -228,8 +228,8 @@ def plan_last_layer(row: AttentionPlan, supervised: Sequence[int], device: torch
         while position is not None and position < end:
             kept.append(offset + position)
             position = next(positions, None)
-    indices = (torch.tensor(values, device=device, dtype=torch.long) for values in (queries, kept))
-    return AttentionPlan(segments, *indices)
+    rows, places = (torch.tensor(values, device=device, dtype=torch.long) for values in (queries, kept))
+    return AttentionPlan(segments, rows, places)
 
 
 def packed_attention(
@@ -266,7 +266,7 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -298,7 +298,7 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, output, *weights = ctx.saved_tensors
         aligned, groups = ctx.aligned, ctx.groups
         grad = grad[0]
@@ -326,8 +326,10 @@ class _BlockAttention(torch.autograd.Function):
                 )
                 for x in (key_grad, value_grad)
             )
-        grads = (x.transpose(0, 1)[None] for x in (query_grad.mul_(ctx.scaling), key_grad, value_grad))
-        return *grads, None, None
+        query_grad, key_grad, value_grad = (
+            x.transpose(0, 1)[None] for x in (query_grad.mul_(ctx.scaling), key_grad, value_grad)
+        )
+        return query_grad, key_grad, value_grad, None, None
 
 
 def _fold(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -357,6 +359,7 @@ def _varlen_attention(
         window_size=(-1, 0),
         enable_gqa=True,
     )
+    assert isinstance(output, torch.Tensor)  # nothing more was asked for
     return output[None]
 
 
@@ -392,7 +395,7 @@ class _Rotary(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         half = x.shape[-1] // 2
         cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
         ctx.save_for_backward(cos, sin)
@@ -400,7 +403,7 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotated(grad, cos, -sin), None, None
 
@@ -429,9 +432,7 @@ class _RMSNorm(torch.autograd.Function):
     """weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich, 2019), in at least float32."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
@@ -439,7 +440,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
         normed = x.to(scale.dtype) * scale
         grad = grad.to(scale.dtype)
@@ -457,12 +458,12 @@ class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
 
     def __init__(self, config: LlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.self_attn = LlavaLlama31Attention(config, layer_idx)
+        self.self_attn: LlavaLlama31Attention = LlavaLlama31Attention(config, layer_idx)
         self.input_layernorm = LlavaLlama31RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlavaLlama31RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.token_wise = EAGER
 
-    def forward(
+    def forward(  # type: ignore[misc]  # stock's arguments, which its keyword arguments name again
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -484,10 +485,12 @@ class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
                 **kwargs,
             )
         if not plan.segments:  # the output is never read: only keys and values are needed
+            assert position_embeddings is not None and past_key_values is not None
             normed = self.input_layernorm(hidden_states)
             keys_and_values = self.self_attn.keys_and_values(normed, position_embeddings)
             past_key_values.update(*keys_and_values, self.self_attn.layer_idx)
             return hidden_states[:, :0]
+        assert position_embeddings is not None
         before, after = self.token_wise if self.training else EAGER
         heads = before(self, hidden_states, position_embeddings, plan.queries)
         attended = self.self_attn.packed(heads, plan, past_key_values)
@@ -539,8 +542,12 @@ class LlavaLlama31TextModel(LlamaModel):
 
         Attention is left out: its plan consists of Python lists, so every row would trigger a new compilation.
         """
-        compiled = TokenWise(*(torch.compile(function, dynamic=True) for function in EAGER))
+        compiled = TokenWise(
+            torch.compile(EAGER.before, dynamic=True),
+            torch.compile(EAGER.after, dynamic=True),
+        )
         for layer in self.layers:
+            assert isinstance(layer, LlavaLlama31DecoderLayer)
             layer.token_wise = compiled
 
     def packed(
@@ -590,7 +597,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         ctx.hidden_dtype, device = hidden.dtype, hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         exact = torch.promote_types(dtype, torch.float32)
@@ -623,7 +630,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
             None if hidden_grad is None else hidden_grad.to(ctx.hidden_dtype).mul_(grad),

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -246,7 +246,9 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         output["auto_map"] = {"AutoProcessor": f"{Path(__file__).stem}.{type(self).__name__}"}
         return output
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """Save so that both the stock class (without remote code) and this one (with it) open the folder."""
         files = super().save_pretrained(save_directory, push_to_hub=False, **kwargs)
         tokenizer_config = Path(save_directory, "tokenizer_config.json")

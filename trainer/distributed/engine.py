@@ -31,7 +31,7 @@ def uses_deepspeed(args: TrainingArguments) -> bool:
 
 def engine_of(args: TrainingArguments) -> str:
     """Name of the engine that decides a checkpoint's format: plain, fsdp2, or zero1 to zero3."""
-    if uses_deepspeed(args):
+    if args.deepspeed_plugin is not None:
         return f"zero{args.deepspeed_plugin.zero_stage}"
     return "fsdp2" if uses_fsdp() else "plain"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from PIL import Image
+from transformers import PreTrainedModel
 
 from llava_llama31.model_card.card import CardError, licence_files, public, render_card
 from llava_llama31.model_card.curves import draw_curve
@@ -28,7 +28,7 @@ CURVES = ("loss_curve", "validation_curve")
 
 def write_export(
     folder: Path,
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     processor: LlavaLlama31Processor,
     record: dict[str, Any],
     images: Mapping[str, Image.Image],

@@ -36,13 +36,13 @@ def base_models_of(recipe: Recipe) -> list[dict[str, Any]]:
     """The base models, for the card and the licences."""
     model = recipe.model
     if model.checkpoint is not None:
-        named = [("checkpoint", model.checkpoint, model.licence)]
+        named: list[tuple[str, str | None, str | None]] = [("checkpoint", model.checkpoint, model.licence)]
     else:
         named = [
             ("vision_tower", model.vision_tower, model.vision_tower_licence),
             ("language_model", model.language_model, model.licence),
         ]
-    return [_base_model(role, str(name), licence) for role, name, licence in named]
+    return [_base_model(role, name, licence) for role, name, licence in named if name is not None]
 
 
 def _base_model(role: str, name: str, licence: str | None) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Peers:
         """Report that this process fails; returns whether it is the first to report, and so prints the message."""
         if self.store is None:
             return True
-        word = {"rank": self.rank, "thread": threading.get_ident(), "exit_code": exit_code}
+        word: dict[str, int | str] = {"rank": self.rank, "thread": threading.get_ident(), "exit_code": exit_code}
         word["message"] = printable(redacted(message), LONGEST_MESSAGE)  # other processes print it
         self._known = json.loads(self.store.compare_set(_FAILED, "", json.dumps(word)).decode())
         return self._known == word

@@ -1,7 +1,7 @@
 """Low-rank adapters on the language model (LoRA, DoRA) through PEFT, identical under every engine."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -32,7 +32,7 @@ def adapt(model: PreTrainedModel, lora: Lora, *, seed: int, where: str) -> "Peft
         raise UserError("lora needs peft", where=f"{where}.lora", fix="pip install 'llava-llama31[peft]'") from None
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by r: a float is as good
         lora_dropout=lora.dropout,
         use_dora=lora.dora,
         target_modules=lora_target_pattern(lora.targets),
@@ -44,7 +44,8 @@ def adapt(model: PreTrainedModel, lora: Lora, *, seed: int, where: str) -> "Peft
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
             for linear in module.lora_A.values():
-                with gathered(linear.weight, changed=True):
+                assert isinstance(linear, torch.nn.Linear)
+                with gathered(cast(torch.nn.Parameter, linear.weight), changed=True):
                     _draw(linear, chance)
     return adapted
 

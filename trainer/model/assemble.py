@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava_llama31.trainer.errors import UserError
 
@@ -50,7 +50,8 @@ def assemble(
     """
     import torch
 
-    from llava_llama31.assembly import AssemblyError, collecting, plan_assembly, staged_folder, write_model_files
+    from llava_llama31.assembly import collecting, plan_assembly, staged_folder, write_model_files
+    from llava_llama31.checkpoint_parts import AssemblyError
     from llava_llama31.processing import build_processor
 
     if dtype not in DTYPES:
@@ -73,13 +74,14 @@ def assemble(
             raise AssemblyError(*problems)
         for note in plan.notes:
             logger.info("%s", note)
+        config: Any = plan.config  # the stock class allows its parts to be missing
         processor = build_processor(
             tokenizer,
-            image_size=plan.config.vision_config.image_size,
-            patch_size=plan.config.vision_config.patch_size,
+            image_size=config.vision_config.image_size,
+            patch_size=config.vision_config.patch_size,
             image_mean=plan.image_mean,
             image_std=plan.image_std,
-            image_grid_pinpoints=plan.config.image_grid_pinpoints,
+            image_grid_pinpoints=config.image_grid_pinpoints,
         )
         with staged_folder(output) as folder:
             write_model_files(plan, folder)

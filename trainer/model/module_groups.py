@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from torch import nn
 from transformers import LlavaNextForConditionalGeneration
@@ -86,9 +86,10 @@ def _is_adapter(name: str) -> bool:
 
 def _unused_tower_parameters(model: LlavaNextForConditionalGeneration) -> Iterator[nn.Parameter]:
     tower, feature_layer = model.model.vision_tower, model.config.vision_feature_layer
-    if model.config.vision_config.model_type == "clip_vision_model":
+    vision: Any = model.config.vision_config
+    if vision.model_type == "clip_vision_model":
         layers, last_norm = tower.encoder.layers, tower.post_layernorm
-    elif model.config.vision_config.model_type == "dinov2":
+    elif vision.model_type == "dinov2":
         layers, last_norm = tower.encoder.layer, tower.layernorm
     else:
         return

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -39,9 +39,10 @@ def load_stage_model(origin: Path, stage: Stage, *, seed: int, where: str, quant
     if quantized and lora is not None and lora.quantize:
         options = {"quantization_config": quantization(product_dtype(stage))}
     try:
-        model, info = LlavaLlama31ForConditionalGeneration.from_pretrained(
+        loaded: Any = LlavaLlama31ForConditionalGeneration.from_pretrained(
             origin, dtype=dtype, output_loading_info=True, **options
         )
+        model, info = loaded
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"cannot be loaded: {reason}", where=str(origin), fix="make or download it again") from error
@@ -52,12 +53,13 @@ def load_stage_model(origin: Path, stage: Stage, *, seed: int, where: str, quant
         )
     if lora is None:
         return model
-    return adapt(model, lora, seed=seed, where=where)
+    # PeftModel forwards what PreTrainedModel has
+    return cast(PreTrainedModel, adapt(model, lora, seed=seed, where=where))
 
 
 def base_model(model: PreTrainedModel, stage: Stage) -> LlavaLlama31ForConditionalGeneration:
     """The model without PEFT's wrapper."""
-    return model if stage.lora is None else model.get_base_model()
+    return cast(Any, model) if stage.lora is None else cast(Any, model).get_base_model()
 
 
 def freeze_groups(model: PreTrainedModel, stage: Stage) -> list[GroupReport]:

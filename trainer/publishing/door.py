@@ -82,7 +82,7 @@ def run_snippet(code_file: str) -> dict[str, Any]:
     return {"texts": texts}
 
 
-def _image(number: int):
+def _image(number: int) -> Any:
     """Gradients with a few bars, the same on every machine."""
     import numpy as np
     from PIL import Image
@@ -93,7 +93,7 @@ def _image(number: int):
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def _inputs(processor, question: str, number: int):
+def _inputs(processor: Any, question: str, number: int) -> Any:
     content = [{"type": "image", "image": _image(number)}, {"type": "text", "text": question}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}],

@@ -116,7 +116,7 @@ def _load(job: dict[str, Any], checkpoint: Path) -> tuple[Any, Any]:
     if _is_whole_model(checkpoint):
         return open_model(checkpoint, dtype=job["dtype"], device="cpu")
     stage = Stage.model_validate(job["stage"])
-    adapted = load_stage_model(Path(job["origin"]), stage, seed=job["seed"], where=f"stages.{job['stage_name']}")
+    adapted: Any = load_stage_model(Path(job["origin"]), stage, seed=job["seed"], where=f"stages.{job['stage_name']}")
     _, unexpected = adapted.load_state_dict(load_file(checkpoint / TRAINABLE_WEIGHTS), strict=False)
     assert not unexpected, unexpected
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[job["dtype"]]

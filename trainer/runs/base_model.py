@@ -21,6 +21,7 @@ def prepare(recipe: Recipe, folder: RunFolder, console: Console) -> None:
     model = recipe.model
     if folder.base.exists():
         return
+    projector: Path | None
     if model.checkpoint is not None:
         tower = language = projector = local_checkpoint(model.checkpoint, where="model.checkpoint")
         if is_ours(tower):

@@ -49,7 +49,7 @@ class StageProgress(TrainerCallback):
         self.console, self.stage = console, stage
         self.started, self.first_step = 0.0, 0
 
-    def on_train_begin(
+    def on_train_begin(  # type: ignore[override]  # Transformers passes `model` by name
         self,
         args: TrainingArguments,
         state: TrainerState,
@@ -65,7 +65,7 @@ class StageProgress(TrainerCallback):
                 f"{engine_of(args)}: each of {args.world_size} devices keeps {held:,} of {total:,} parameters"
             )
 
-    def on_log(
+    def on_log(  # type: ignore[override]  # Transformers passes `logs` by name
         self,
         args: TrainingArguments,
         state: TrainerState,

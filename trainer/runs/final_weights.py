@@ -5,8 +5,6 @@ import logging
 import time
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import STAGE_RECORD
 from llava_llama31.trainer.distributed.engine import forget_deepspeed
@@ -22,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 def write_final_weights(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -> None:
     """Write `final/`; adapters are merged, and kept beside in PEFT's format."""
+    assert trainer.model is not None
     weights = sum(num_elements(parameter) * parameter.element_size() for parameter in trainer.model.parameters())
     with atomic_folders.room(run.folder.path, weights) if run.context.is_main else contextlib.nullcontext():
         _write_final(run, trainer, record)
@@ -36,7 +35,7 @@ def _write_final(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -
         if run.context.is_main:
             adapted.save_pretrained(staging / "adapter")
             adapted.merge_and_unload().save_pretrained(staging)
-            trainer.processing_class.save_pretrained(staging)
+            trainer.processor.save_pretrained(staging)
     else:
         trainer.save_model(str(staging))
     if run.context.is_main:
@@ -49,13 +48,14 @@ def _write_final(run: StageRun, trainer: LlavaTrainer, record: dict[str, Any]) -
     trainer.accelerator.wait_for_everyone()
 
 
-def _whole_adapted(run: StageRun, trainer: LlavaTrainer) -> PreTrainedModel:
+def _whole_adapted(run: StageRun, trainer: LlavaTrainer) -> Any:
     """Rebuild the adapted model unsharded on the host of rank 0, in the origin's precision. Collective."""
     trained = trainer.whole_weights()
     if not run.context.is_main:
         return trainer.model
     forget_deepspeed()  # it would shard the model over ranks that don't take part
     model = load_stage_model(run.origin, run.stage, seed=run.seed, where=run.where)
+    assert run.stage.lora is not None and trainer.model is not None and trained is not None
     if run.stage.lora.quantize:
         take_dequantized(model, trainer.model)
     _, unexpected = model.load_state_dict(trained, strict=False)

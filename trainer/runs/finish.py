@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
+from transformers import LlavaNextForConditionalGeneration
 
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
@@ -60,7 +60,11 @@ def finish(
 
 
 def _evaluate(
-    run: RunContext, final: Path, record: dict[str, Any], model: torch.nn.Module, processor: LlavaLlama31Processor
+    run: RunContext,
+    final: Path,
+    record: dict[str, Any],
+    model: LlavaNextForConditionalGeneration,
+    processor: LlavaLlama31Processor,
 ) -> dict[str, Any]:
     """Score the model, fill in the record, write answers, page and samples; returns the summary's share."""
     recipe, folder = run.recipe, run.folder
@@ -79,14 +83,16 @@ def _evaluate(
 
 
 def _score(
-    run: RunContext, final: Path, model: torch.nn.Module, processor: LlavaLlama31Processor
+    run: RunContext, final: Path, model: LlavaNextForConditionalGeneration, processor: LlavaLlama31Processor
 ) -> tuple[dict[str, Any], list[Question], list[dict[str, Any]]]:
     """Scores with their settings, the questions, and the rows of answers."""
     recipe, spec = run.recipe, run.recipe.evaluation
     assert spec is not None
     questions = load_questions(spec.data, image_root=spec.image_root, limit=spec.limit)
 
-    def ask(name: str, weights: torch.nn.Module, revision: str, blind_seed: int | None = None) -> Evaluation:
+    def ask(
+        name: str, weights: LlavaNextForConditionalGeneration, revision: str, blind_seed: int | None = None
+    ) -> Evaluation:
         return evaluate(
             weights,
             processor,
@@ -137,6 +143,7 @@ def _samples(
     samples, images = [], {}
     for number, question in enumerate([*_spread(good, NUM_SAMPLES - num_bad), *_spread(bad, num_bad)], start=1):
         name = f"samples/{number}.png"
+        assert question.image is not None
         try:
             images[name] = question.image.open()
         except RecordError:  # the file has gone since the question was asked

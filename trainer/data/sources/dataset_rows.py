@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
@@ -35,7 +36,7 @@ class DatasetRows:
         return json.dumps(self[row], default=_encoded)
 
 
-def _load_dataset(path: str, split: str):
+def _load_dataset(path: str, split: str) -> Any:
     import datasets
 
     folder = Path(path)
@@ -69,7 +70,7 @@ def _saved_split(folder: Path, split: str) -> Path:
     return _inside(folder, split)
 
 
-def _saved_dataset(folder: Path):
+def _saved_dataset(folder: Path) -> Any:
     import datasets
 
     for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:

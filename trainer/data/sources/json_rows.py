@@ -4,7 +4,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
@@ -108,7 +108,7 @@ class JsonRows:
         self.__dict__.update(state)
         self._file_descriptor = os.open(self.path, os.O_RDONLY)
 
-    def __del__(self):
+    def __del__(self) -> None:
         if self._file_descriptor >= 0:
             os.close(self._file_descriptor)
 
@@ -182,7 +182,7 @@ def _after_space(text: str, position: int) -> int:
     return match.end()
 
 
-def _whole_elements(rows: JsonRows, position: int):
+def _whole_elements(rows: JsonRows, position: int) -> Generator[tuple[int, int], None, int]:
     """Elements from byte `position` on, as many as one chunk holds or else one; returns where the last one ends."""
     text = rows.read(position, _CHUNK_BYTES).decode("utf-8", "surrogateescape")
     num_bytes = len if text.isascii() else _num_bytes

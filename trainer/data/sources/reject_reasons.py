@@ -43,5 +43,5 @@ class RecordError(ValueError):
         self.reason, self.detail, self.image = reason, detail, image
         super().__init__(f"{reason}: {detail}")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["RecordError"], tuple[str, str, str | None]]:
         return RecordError, (self.reason, self.detail, self.image)
