@@ -363,29 +363,14 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaNextCausalLMOutputWithPast | tuple:
         if packing is not None:
-            if labels is None:
-                supervised_positions = []
-            elif supervised_positions is None:
-                supervised_positions = (labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0].tolist()
-            if labels is not None and not supervised_positions and num_items_in_batch is None:
-                raise ValueError("no label of the batch is supervised: every label is -100")
-            hidden = self.model(
-                input_ids,
-                pixel_values,
-                image_sizes,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                packing=packing,
-                image_positions=image_positions,
-                # at least one with labels: every layer runs on every process, because the others' gathers wait for it
-                supervised_positions=list(supervised_positions) or ([] if labels is None else [0]),
-                image_features=image_features,
-                has_features=has_features,
-            ).last_hidden_state
-            if labels is None:
-                return LlavaNextCausalLMOutputWithPast(past_key_values=past_key_values)
-            loss = self._packed_loss(hidden[0], labels[0], supervised_positions, num_items_in_batch)
-            return LlavaNextCausalLMOutputWithPast(loss=loss)
+            vision: dict[str, Any] = {
+                "pixel_values": pixel_values,
+                "image_sizes": image_sizes,
+                "image_positions": image_positions,
+            }
+            vision |= {"image_features": image_features, "has_features": has_features}
+            row = {"input_ids": input_ids, "position_ids": position_ids, "past_key_values": past_key_values, **vision}
+            return self._forward_packed(row, packing, labels, supervised_positions, num_items_in_batch)
         if image_features is not None:
             raise ValueError("image_features are for packed rows only: pass packing, or pixel_values")
         targets = None
@@ -418,6 +403,36 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
             total = F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
             output.loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
         return output
+
+    def _forward_packed(
+        self,
+        row: dict[str, Any],
+        packing: Packing,
+        labels: torch.Tensor | None,
+        supervised_positions: Sequence[int] | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> LlavaNextCausalLMOutputWithPast:
+        """Loss of a packed row (1, S), or, without labels, its keys and values in the cache.
+
+        Args:
+            row: what the inner model takes beside the packing.
+        """
+        if labels is None:
+            supervised_positions = []
+        elif supervised_positions is None:
+            supervised_positions = (labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0].tolist()
+        if labels is not None and not supervised_positions and num_items_in_batch is None:
+            raise ValueError("no label of the batch is supervised: every label is -100")
+        hidden = self.model(
+            packing=packing,
+            # at least one with labels: every layer runs on every process, because the others' gathers wait for it
+            supervised_positions=list(supervised_positions) or ([] if labels is None else [0]),
+            **row,
+        ).last_hidden_state
+        if labels is None:
+            return LlavaNextCausalLMOutputWithPast(past_key_values=row["past_key_values"])
+        loss = self._packed_loss(hidden[0], labels[0], supervised_positions, num_items_in_batch)
+        return LlavaNextCausalLMOutputWithPast(loss=loss)
 
     def _packed_loss(
         self,

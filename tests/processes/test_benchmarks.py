@@ -54,7 +54,7 @@ def test_gpu_benchmark_has_the_lengths_of_the_card(gpu):
     rows = gpu.Workload(gpu.SHAPES["8b"], gpu.card_stage("instruct"), num_samples=200, samples_per_step=32)
     assert gpu.SHAPES["8b"].config.text_config.vocab_size == 128_320
     assert rows.lengths.num_tokens.mean() == pytest.approx(2340, rel=0.02)
-    assert (rows.lengths.num_prefix_tokens - gpu.BEFORE_PICTURE).mean() == pytest.approx(2150, rel=0.02)
+    assert (rows.lengths.num_prefix_tokens - gpu.BEFORE_IMAGE).mean() == pytest.approx(2150, rel=0.02)
     assert rows.lengths.num_supervised_tokens.mean() == pytest.approx(135, rel=0.1)
     captions = gpu.Workload(gpu.SHAPES["8b"], gpu.card_stage("pretrain"), num_samples=50, samples_per_step=16)
     assert 15 <= captions.lengths.num_supervised_tokens.min() <= captions.lengths.num_supervised_tokens.max() <= 24
