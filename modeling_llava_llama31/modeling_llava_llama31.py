@@ -363,13 +363,9 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaNextCausalLMOutputWithPast | tuple:
         if packing is not None:
-            vision: dict[str, Any] = {
-                "pixel_values": pixel_values,
-                "image_sizes": image_sizes,
-                "image_positions": image_positions,
-            }
-            vision |= {"image_features": image_features, "has_features": has_features}
-            row = {"input_ids": input_ids, "position_ids": position_ids, "past_key_values": past_key_values, **vision}
+            row: dict[str, Any] = {"input_ids": input_ids, "pixel_values": pixel_values, "image_sizes": image_sizes}
+            row |= {"position_ids": position_ids, "past_key_values": past_key_values, "has_features": has_features}
+            row |= {"image_positions": image_positions, "image_features": image_features}
             return self._forward_packed(row, packing, labels, supervised_positions, num_items_in_batch)
         if image_features is not None:
             raise ValueError("image_features are for packed rows only: pass packing, or pixel_values")
