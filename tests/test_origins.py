@@ -3,16 +3,22 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 import yaml
 from hub_server import MAIN, Blob, Repo, hub_of_this_process
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 
+from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.data.sources.dataset_rows import DatasetRows
+from llava_llama31.trainer.recipes.schema import Recipe
 from llava_llama31.trainer.runs import run as run_module
+from llava_llama31.trainer.runs.origins import at_revisions, resolve_revisions
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
 
@@ -101,3 +107,23 @@ def test_a_resume_under_lora_keeps_its_base_and_says_that_the_branch_moved(
     assert code == 0 and "checkpoint-4, step 4 of 6" in said
     assert f"model.checkpoint: me/base has moved to {moved} since this run began; the run stays at {first}" in said
     assert_same_weights(run, reference)
+
+
+def test_a_data_set_is_loaded_at_the_revision_that_the_run_began_with(monkeypatch, tmp_path, recipe_content):
+    commits, loaded = ["a" * 40, "b" * 40], []
+    monkeypatch.setattr(HfApi, "repo_info", lambda *_, **options: SimpleNamespace(sha=commits[0]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, **options: loaded.append((name, options["revision"])))
+    for stage, path in zip(recipe_content["stages"].values(), ("me/rows", "me/rows:small"), strict=True):
+        stage["data"] = [{**stage["data"][0], "path": path}]
+    recipe, folder, said = Recipe.model_validate(recipe_content), RunFolder(tmp_path), []
+    first = resolve_revisions(recipe, folder, said.append)
+    assert first == {"datasets/me/rows": "a" * 40, "datasets/me/rows:small": "a" * 40} and not said
+    commits.pop(0)
+    again = at_revisions(recipe, resolve_revisions(recipe, folder, said.append))
+    paths = [stage.data[0].path for stage in again.stages.values()]
+    assert paths == [f"me/rows@{'a' * 40}", f"me/rows:small@{'a' * 40}"]
+    assert len(said) == 2 and f"has moved to {'b' * 40}" in said[0] and "stages.projector.data.0" in said[0]
+    for path in paths:
+        with pytest.raises(AttributeError):  # of the None that the stand-in loads
+            DatasetRows(path, "train")
+    assert loaded == [(("me/rows", None), "a" * 40), (("me/rows", "small"), "a" * 40)]

@@ -409,7 +409,7 @@ def test_a_hub_id_goes_to_load_dataset(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     store = open_records(DataSource(name="x", path="owner/the_set:ai2d", split="test"))
     assert store[0].messages == [user(text("q")), assistant("a")]
-    assert asked == [(("owner/the_set", "ai2d"), {"split": "test"})]
+    assert asked == [(("owner/the_set", "ai2d"), {"split": "test", "revision": None})]
 
 
 # indexing

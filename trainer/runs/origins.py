@@ -6,33 +6,41 @@ from typing import Any
 
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+from llava_llama31.trainer.data.sources.dataset_rows import DatasetId
 from llava_llama31.trainer.model.locating import hub_id, local_checkpoint
-from llava_llama31.trainer.recipes.schema import Recipe
+from llava_llama31.trainer.recipes.schema import DataSource, Recipe
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_DATASETS = "datasets/"  # before the ids of data sets, which may be those of models too
 _PARTS = ("checkpoint", "vision_tower", "language_model", "projector")
 
 
 def resolve_revisions(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> dict[str, str]:
-    """Commit of every Hub id that the recipe names, by the id: the one that the run began with.
+    """Commit of every checkpoint and data set of the Hub that the recipe names: the one that the run began with.
 
     What the run's folder does not name yet is resolved and written there. A branch that has moved since is reported
     and not followed. For rank 0 alone.
+
+    A data set whose commit can't be asked for is not named; it then comes from the cache of this machine.
 
     Raises:
         UserError: a checkpoint is neither on this machine nor can it be downloaded.
     """
     before = atomic_folders.read_json(folder.origins) if folder.origins.is_file() else {}
     revisions: dict[str, str] = {}
-    for where, name in _names(recipe):
+    for where, name in [*_checkpoints(recipe), *_datasets(recipe)]:
         if name in revisions:
+            continue
+        now = _newest_commit(name)
+        if name not in before and name.startswith(_DATASETS):
+            if now is not None:
+                revisions[name] = now
             continue
         if name not in before:
             revisions[name] = local_checkpoint(name, where=where).name  # a snapshot's folder is called by its commit
             continue
         revisions[name] = before[name]
-        now = _newest_commit(name)
         if now not in (None, before[name]):
             say(
                 f"[yellow]{where}: {name} has moved to {now} since this run began; the run stays at {before[name]}. "
@@ -43,7 +51,15 @@ def resolve_revisions(recipe: Recipe, folder: RunFolder, say: Callable[[str], No
     return revisions
 
 
-def _names(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _datasets(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key in the recipe, `datasets/` and Hub id) of every data set that is not on this machine."""
+    for name, stage in recipe.stages.items():
+        for number, source in enumerate(stage.data):
+            if DatasetId.parse(source.path) is not None:
+                yield f"stages.{name}.data.{number}", _DATASETS + source.path
+
+
+def _checkpoints(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key in the recipe, Hub id) of every checkpoint that is not a folder of this machine."""
     named: list[tuple[str, Any]] = [(f"model.{part}", getattr(recipe.model, part)) for part in _PARTS]
     named += [(f"stages.{name}.init_from", stage.init_from) for name, stage in recipe.stages.items()]
@@ -57,11 +73,13 @@ def _newest_commit(name: str) -> str | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-    named = hub_id(name)
+    is_dataset = name.startswith(_DATASETS)
+    dataset = DatasetId.parse(name.removeprefix(_DATASETS)) if is_dataset else None
+    named = (dataset.name, dataset.revision) if dataset is not None else hub_id(name)
     if named is None or (named[1] and _COMMIT.fullmatch(named[1])):
         return None
     try:
-        return HfApi().model_info(named[0], revision=named[1]).sha
+        return HfApi().repo_info(named[0], revision=named[1], repo_type="dataset" if is_dataset else "model").sha
     except (HTTPError, OfflineModeIsEnabled, OSError):
         return None
 
@@ -72,8 +90,15 @@ def at_revisions(recipe: Recipe, revisions: dict[str, str]) -> Recipe:
     def pin(name: str | None) -> str | None:
         return f"{name.partition('@')[0]}@{revisions[name]}" if name is not None and name in revisions else name
 
+    def pin_source(source: DataSource) -> DataSource:
+        dataset, revision = DatasetId.parse(source.path), revisions.get(_DATASETS + source.path)
+        return source.model_copy(update={"path": dataset.at(revision)}) if dataset and revision else source
+
     model = recipe.model.model_copy(update={part: pin(getattr(recipe.model, part)) for part in _PARTS})
     stages = {
-        name: stage.model_copy(update={"init_from": pin(stage.init_from)}) for name, stage in recipe.stages.items()
+        name: stage.model_copy(
+            update={"init_from": pin(stage.init_from), "data": [pin_source(source) for source in stage.data]}
+        )
+        for name, stage in recipe.stages.items()
     }
     return recipe.model_copy(update={"model": model, "stages": stages})

@@ -4,13 +4,30 @@ import base64
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?")
+
+
+class DatasetId(NamedTuple):
+    """A data set on the Hub: `OWNER/NAME`, `OWNER/NAME:CONFIG`, either with `@REVISION`."""
+
+    name: str
+    config: str | None
+    revision: str | None
+
+    @classmethod
+    def parse(cls, path: str) -> "DatasetId | None":
+        """What a source's path names on the Hub; None for a path of this machine."""
+        match = None if Path(path).exists() else _HUB_ID.fullmatch(path)
+        return cls(*match.groups()) if match else None
+
+    def at(self, revision: str) -> str:
+        return f"{self.name}{f':{self.config}' if self.config else ''}@{revision}"
 
 
 class DatasetRows:
@@ -50,9 +67,8 @@ def _load_dataset(path: str, split: str) -> Any:
         if folder.is_dir() and next(folder.rglob("*.parquet"), None):
             # by its builder's name: opened as a folder, its README may name files elsewhere, and URLs
             return datasets.load_dataset("parquet", data_dir=path, split=split)
-        if not folder.exists() and _HUB_ID.fullmatch(path):
-            name, _, config = path.partition(":")
-            return datasets.load_dataset(name, config or None, split=split)
+        if (on_hub := DatasetId.parse(path)) is not None:
+            return datasets.load_dataset(on_hub.name, on_hub.config, split=split, revision=on_hub.revision)
     except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, datasets.exceptions.DatasetsError) as error:
