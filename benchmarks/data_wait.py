@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from llava_llama31.processing import CHAT_TOKENS, LlavaLlama31Processor, build_processor
 from llava_llama31.trainer.data.batches.collator import Collator
 from llava_llama31.trainer.data.batches.dataset import StageDataset
-from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, picture_key
+from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, image_key
 from llava_llama31.trainer.data.sources.records import RecordStore, open_records
 from llava_llama31.trainer.recipes.schema import DataSource
 
@@ -127,7 +127,7 @@ def filled_cache(folder: Path, store: RecordStore, processor: LlavaLlama31Proces
     for row in range(0, len(store), 2):
         (image,) = store[row].images
         features = torch.zeros((processor.num_tiles((480, 640)), *SHAPE), dtype=DTYPE)
-        assert cache.store(picture_key(image), (480, 640), features)
+        assert cache.store(image_key(image), (480, 640), features)
     return cache
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.data.batches import feature_cache
 from llava_llama31.trainer.data.batches.dataset import StageDataset
-from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, picture_key
+from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, cache_key, image_key
 from llava_llama31.trainer.data.batches.feature_filling import _missing, fill
 from llava_llama31.trainer.data.sources.images import image_at
 from llava_llama31.trainer.data.sources.records import open_records
@@ -151,11 +151,11 @@ def test_workers_fill_it_and_the_random_numbers_of_the_training_stay(dataset, ca
 
 def test_a_changed_picture_misses(dataset, cache, tiny_model, pictures, make_image, tmp_path):
     fill(cache, encoder(tiny_model), dataset())
-    before = picture_key(pictures[0])
+    before = image_key(pictures[0])
     status = os.stat(tmp_path / "0.png")
     make_image(30, 50, seed=9).save(tmp_path / "0.png")
     os.utime(tmp_path / "0.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert picture_key(pictures[0]) != before and cache.load(pictures[0]) is None
+    assert image_key(pictures[0]) != before and cache.load(pictures[0]) is None
     assert cache.load(pictures[1]) is not None
     assert [sample.has_features for sample in dataset(cache).__getitems__([0, 1])] == [[False], [True, True]]
 
@@ -263,7 +263,7 @@ def test_shares_of_the_work_are_disjoint_and_complete(dataset, cache):
     shares = [_missing(cache, dataset(), (rank, 16)) for rank in range(16)]
     assert sorted(index for share in shares for index, _ in share) == [0, 1]
     assert {picture for share in shares for _, pictures in share for picture in pictures} == {
-        picture_key(image) for index in range(5) for image in dataset().record(index).images
+        image_key(image) for index in range(5) for image in dataset().record(index).images
     }
 
 

@@ -591,7 +591,7 @@ def test_a_question_with_an_impossible_picture(tmp_path, image):
 
 def test_a_question_file_that_is_a_pipe_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "q.jsonl")
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         load_questions(tmp_path / "q.jsonl")
     with pytest.raises(UserError, match="no data that can be read"):
         open_records(DataSource(name="x", path=str(tmp_path / "q.jsonl")))

@@ -22,7 +22,7 @@ class PredictionsFile:
     """The answers of one evaluation, in a folder with the settings they were made with.
 
     Answers are written a batch at a time, and only whole batches outlive a kill. Batches do not depend on the number
-    of processes, so an evaluation that goes on with more or fewer of them asks in the same ones. The first process
+    of processes, so an evaluation that resumes with more or fewer of them asks in the same ones. The first process
     writes to predictions.jsonl, each other one to a file beside it, and `finish` merges them.
 
     Args:
@@ -32,7 +32,7 @@ class PredictionsFile:
         processes: those that evaluate together; all of them have to come here. Default: this one alone.
         check: called with each answered row that is kept; raises if it was made from something else.
 
-    A batch with a question that failed counts as not asked, so that what was mended is tried again.
+    A batch with a question that failed counts as not asked, so that what was fixed is tried again.
 
     Raises:
         UserError: the folder holds answers made with other settings, or another evaluation writes there now.

@@ -133,7 +133,7 @@ def parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
 def _lines(path: Path) -> Iterator[str]:
     """Lines with their ends as they are, which a quoted cell may hold."""
     if path.exists() and not path.is_file():
-        raise UserError("is no file", where=str(path), fix="check the path")  # a pipe would never end
+        raise UserError("is not a file", where=str(path), fix="check the path")  # a pipe would never end
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from file

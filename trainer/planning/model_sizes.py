@@ -76,7 +76,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"not JSON: {error}", where=str(file), fix="mend or download it again") from None
+        raise UserError(f"not JSON: {error}", where=str(file), fix="correct it or download it again") from None
 
 
 def _with_defaults(fields: Mapping[str, Any], file: Path) -> dict[str, Any]:

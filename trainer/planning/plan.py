@@ -241,7 +241,7 @@ def _work(case: _Case, works: tuple[Work, Work] | None) -> dict[str, Any]:
     options: dict[str, Any] = {"checkpointing": int(stage.activation_checkpointing)}
     if stage.lora is not None:
         options |= {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
-    # a micro-batch without pictures needs other gradients: the two kinds are counted apart
+    # a micro-batch without images needs other gradients: the two kinds are counted apart
     flops = sum(needed_flops(shape, work, stage.trainable, **options).total.needed for work in works)
     if machine.mfu is None or machine.peak is None:
         return unknown | {"flops": flops}

@@ -42,7 +42,7 @@ class StageRows:
 
     Args:
         lengths: of the training rows, or of rows that are drawn to stand for them.
-        num_tiles, num_features: along `lengths`: of a row's pictures.
+        num_tiles, num_features: along `lengths`: of a row's images.
         num_rows: of the stage, held-out ones among them; None: not known.
         num_train: of them.
         assumed: what is not counted, in words; empty: all was counted by check-data.
@@ -74,7 +74,7 @@ def _assumed_rows(stage: Stage, assumptions: Assumptions, seed: int) -> StageRow
         for i, (source, share) in enumerate(zip(stage.data, shares, strict=True))
     ]
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    # pictures of different sources are different
+    # images of different sources are different
     columns[3] = columns[3] + np.repeat(np.arange(len(parts)) * 2**32, [len(part[0]) for part in parts])
     mixed = np.random.default_rng(seed).permutation(len(columns[0]))
     tokens, supervised, prefix, prefixes, tiles, features = (column[mixed] for column in columns)
@@ -119,7 +119,7 @@ def _num_rows_here(source: DataSource) -> int | None:
 def _draw(
     source: DataSource, number: int, stage: Stage, assumptions: Assumptions, seed: int, notes: list[str]
 ) -> tuple[np.ndarray, ...]:
-    """Tokens, supervised ones, prefix, prefix key, tiles and patch features of rows with one picture each."""
+    """Tokens, supervised ones, prefix, prefix key, tiles and patch features of rows with one image each."""
     entry = published()["data"].get(source.name) or published()["unknown"]
     draw = np.random.default_rng(seed)
     pictures = np.array(published()["pictures"])
@@ -127,7 +127,7 @@ def _draw(
     image_tokens, features, tiles = pictures[chosen, :3].T
     if assumptions.tokens_per_row is not None:
         total = assumptions.tokens_per_row
-        notes.append(f"{source.name}: rows of {total:,} tokens, as --tokens-per-row says, with a picture each")
+        notes.append(f"{source.name}: rows of {total:,} tokens, as --tokens-per-row says, with an image each")
         image_tokens = np.full(number, min(int(image_tokens.mean()), total // 2 if total < 4000 else total))
         tokens = np.full(number, total)
         supervised = np.maximum(1, np.minimum(tokens - image_tokens, np.full(number, entry["supervised_tokens"][1])))
@@ -139,11 +139,11 @@ def _draw(
         tokens = image_tokens + text
         supervised = np.minimum(_lognormal(draw, entry["supervised_tokens"], number), text - 1)
         notes.append(
-            f"{source.name} is not counted: a picture of COCO's sizes at 336 px a row, and {entry['text_tokens'][1]} "
+            f"{source.name} is not counted: an image of COCO's sizes at 336 px a row, and {entry['text_tokens'][1]} "
             "tokens of text in the median (check-data counts them where data and model are here)"
         )
     group = np.arange(number) // entry["rows_per_picture"]
-    # rows about one picture have one picture
+    # rows about one image have one image
     first = group * entry["rows_per_picture"]
     tokens = tokens - image_tokens + image_tokens[first]
     return tokens, supervised, image_tokens[first] + 5, group + 1, tiles[first], features[first]
@@ -193,10 +193,10 @@ class Passes:
     """What all steps of a stage read.
 
     Args:
-        tokens: of the samples, a shared picture's for each of them.
+        tokens: of the samples, a shared image's for each of them.
         positions: that are computed, in packed rows.
         tiles: that the vision tower reads.
-        works: micro-batches with and without pictures, added up.
+        works: micro-batches with and without images, added up.
         worst: the longest micro-batch.
         sampled: not all steps were gone through.
     """

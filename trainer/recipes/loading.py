@@ -32,7 +32,7 @@ def load_recipe(name_or_path: str, *, output: Path | None = None, overrides: typ
     except yaml.YAMLError as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"not valid YAML: {error}", where=f"{where}{line}", fix="mend the syntax there") from None
+        raise UserError(f"not valid YAML: {error}", where=f"{where}{line}", fix="correct the syntax there") from None
     if not isinstance(content, dict):
         raise UserError("a recipe is a mapping with name, model and stages", where=where, fix="see a shipped recipe")
     for override in overrides:

@@ -47,7 +47,7 @@ class DataSource(_Frozen):
     weight: PositiveFloat = 1.0
     """How often an epoch sees each training row: 2.5 is twice, and half of them, drawn by the seed, a third time."""
     images_only: bool = False
-    """Reject rows without a picture, by the reason `text_only`."""
+    """Reject rows without an image, by the reason `text_only`."""
     license: str | None = None
     hub_id: str | None = None
     """Dataset of the Hub that the rows are from, for the model card."""
@@ -114,7 +114,7 @@ class Stage(_Frozen):
     packing: bool = True
     """One row of whole samples a micro-batch, without padding; the loss is the same."""
     share_prefix: PositiveInt = 8
-    """Conversations about one picture come together, this many at most, and compute it once; 1: not at all."""
+    """Conversations about one image come together, this many at most, and compute it once; 1: not at all."""
     max_row_tokens: PositiveInt | None = None
     """Longest packed row, and so longest record; micro_batch becomes the largest that keeps within it."""
     init_from: str = "previous"
@@ -156,7 +156,7 @@ class Stage(_Frozen):
     logging_steps: PositiveInt = 10
     dataloader_workers: Annotated[int, Field(ge=0)] = 2
     device_tiles: bool = False
-    """Resize pictures and cut their tiles on the training device, with the bits of the workers' Pillow."""
+    """Resize images and cut their tiles on the training device, with the bits of the workers' Pillow."""
     feature_cache_gb: PositiveFloat | None = None
     """Quota (10^9 bytes, per machine) for features of the frozen vision tower kept on disk; default: none are kept."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -166,7 +166,7 @@ class Stage(_Frozen):
     step_timeout: PositiveFloat = 3600.0
     """Seconds that a process may spend on a micro-batch, a save or a batch of an evaluation before it is ended."""
     loader_timeout: Annotated[float, Field(ge=0)] = 600.0
-    """Seconds that a data worker may take for a micro-batch; 0: for ever."""
+    """Seconds that a data worker may take for a micro-batch; 0: no limit."""
     quirks: list[Literal["frozen_image_newline", "double_newline_after_image", "decay_all_parameters"]] = []
     """Named departures of the model card's commands from what a reader would expect."""
     trainer_args: dict[str, Any] = {}
@@ -281,7 +281,7 @@ class Evaluation(_Frozen):
     """Default: by the device's memory."""
     max_new_tokens: PositiveInt = 64
     baselines: bool = False
-    """Also score the untrained model, and the trained one with pictures shuffled between questions."""
+    """Also score the untrained model, and the trained one with images shuffled between questions."""
 
 
 class Publish(_Frozen):

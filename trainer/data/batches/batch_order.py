@@ -20,8 +20,8 @@ class Lengths:
     Args:
         num_tokens: of the whole sample.
         num_supervised_tokens: of those that are learnt from.
-        num_prefix_tokens: up to the end of its pictures, which samples of equal `prefixes` may share.
-        prefixes: equal for samples that begin with the same turns and pictures; 0: nothing to share.
+        num_prefix_tokens: up to the end of its images, which samples of equal `prefixes` may share.
+        prefixes: equal for samples that begin with the same turns and images; 0: nothing to share.
     """
 
     num_tokens: np.ndarray
@@ -51,7 +51,7 @@ class BatchOrder:
         group_by_length: batch samples of like length within shuffled windows of 64 batches.
         equal_tokens: cut the epoch into as many batches of nearly as many supervised tokens each, instead of samples.
         share_prefix: bring samples of equal prefix together, this many at most; 1: none. Groups are shuffled as
-            single samples are, and drawn anew every epoch; a group may be cut where a batch ends.
+            single samples are, and drawn again every epoch; a group may be cut where a batch ends.
     """
 
     def __init__(

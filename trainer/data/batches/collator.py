@@ -1,6 +1,6 @@
 """Samples -> one micro-batch: a packed row without padding, or right-padded rows; tiles as one 4-D tensor.
 
-Shapes: B rows, S positions, I pictures, T tiles of all pictures, H W height and width of a tile, P patches of a tile,
+Shapes: B rows, S positions, I images, T tiles of all images, H W height and width of a tile, P patches of a tile,
 D width of the vision tower's features.
 """
 
@@ -22,12 +22,12 @@ class Sample(NamedTuple):
     labels: list[int]  # (S,)
     pixel_values: torch.Tensor | None  # (T, 3, H, W)
     image_sizes: list[tuple[int, int]]  # I times (height, width) in pixels
-    num_image_tokens: int  # placeholders that the pictures fill
-    num_prefix_tokens: int = 0  # up to the end of the last picture
-    images: tuple[str, ...] = ()  # what the pictures are known by
-    image_features: torch.Tensor | None = None  # (T, P, D) of pictures that have no tiles in pixel_values
-    has_features: Sequence[bool] = ()  # for each picture; empty: no picture has
-    pixels: tuple[torch.Tensor, ...] = ()  # I times uint8 (height, width, 3), of pictures yet without tiles
+    num_image_tokens: int  # placeholders that the images fill
+    num_prefix_tokens: int = 0  # up to the end of the last image
+    images: tuple[str, ...] = ()  # what the images are known by
+    image_features: torch.Tensor | None = None  # (T, P, D) of images that have no tiles in pixel_values
+    has_features: Sequence[bool] = ()  # for each image; empty: no image has
+    pixels: tuple[torch.Tensor, ...] = ()  # I times uint8 (height, width, 3), of images yet without tiles
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Collator:
     Args:
         pad_token_id, image_token_id: from the processor's tokenizer.
         packed: one row of whole samples, for the model's `packing`; else rows padded on the right.
-        share_prefix: samples that begin with the same tokens and pictures become branches of one trunk.
+        share_prefix: samples that begin with the same tokens and images become branches of one trunk.
         multiple_of: a packed row ends with padding, as a sample of its own, up to a multiple of this.
 
     Raises:
-        ValueError: naming the record whose placeholders and pictures do not agree.
+        ValueError: naming the record whose placeholders and images do not agree.
     """
 
     pad_token_id: int
@@ -55,7 +55,7 @@ class Collator:
             num_placeholders = sample.input_ids.count(self.image_token_id)
             if num_placeholders != sample.num_image_tokens:
                 raise ValueError(
-                    f"record {sample.record_id} has {num_placeholders} image placeholders, but its pictures give "
+                    f"record {sample.record_id} has {num_placeholders} image placeholders, but its images give "
                     f"{sample.num_image_tokens} features"
                 )
         return self._pack(samples) if self.packed else self._pad(samples)
@@ -73,7 +73,7 @@ class Collator:
         batch = {"input_ids": input_ids, "labels": labels}
         if not attention_mask.all():  # without a mask attention takes its causal path
             batch["attention_mask"] = attention_mask
-        return batch | _pictures(samples)
+        return batch | _image_tensors(samples)
 
     def _pack(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """One row, with all that the model would else have to ask a GPU for; see the model's `forward`."""
@@ -107,7 +107,7 @@ class Collator:
             "packing": packing,
             "image_positions": torch.from_numpy(np.flatnonzero(row == self.image_token_id)),
             "supervised_positions": np.flatnonzero(targets[1:] != IGNORE_INDEX).tolist(),
-        } | _pictures([tree[0] for tree in trees], as_list=True)
+        } | _image_tensors([tree[0] for tree in trees], as_list=True)
 
     def _trees(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """Samples by their trunk, in order of first appearance."""
@@ -120,7 +120,7 @@ class Collator:
         return list(trees.values())
 
 
-def _pictures(samples: Sequence[Sample], *, as_list: bool = False) -> dict[str, Any]:
+def _image_tensors(samples: Sequence[Sample], *, as_list: bool = False) -> dict[str, Any]:
     sizes = [size for sample in samples for size in sample.image_sizes]
     if not sizes:
         return {}
@@ -128,7 +128,7 @@ def _pictures(samples: Sequence[Sample], *, as_list: bool = False) -> dict[str, 
     tiles = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     if tiles:
         batch["pixel_values"] = torch.cat(tiles)
-    pixels = [picture for sample in samples for picture in sample.pixels]
+    pixels = [image for sample in samples for image in sample.pixels]
     if pixels:
         batch["pixels"] = pixels
     features = [sample.image_features for sample in samples if sample.image_features is not None]

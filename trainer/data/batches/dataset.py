@@ -16,7 +16,7 @@ from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 
 
-class Pictures(NamedTuple):
+class RecordImages(NamedTuple):
     """Those of a record; each has tiles, pixels or features."""
 
     sizes: list[tuple[int, int]]  # height and width in pixels
@@ -34,7 +34,7 @@ class StageDataset(Dataset):
         rows: (source, row) of every sample.
         processor: makes ids, labels and tiles.
         pixel_dtype: of the tiles that are handed to the model.
-        features: where a picture's features are, the picture itself is not read.
+        features: where an image's features are, the image itself is not read.
         device_tiles: hand over pixels, to be cut into tiles by `DeviceTiles`.
 
     Raises:
@@ -60,8 +60,8 @@ class StageDataset(Dataset):
         return self._sample(index, {})
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """The samples of one micro-batch; a picture that several of them show is read once."""
-        known: dict[tuple[str, ...], Pictures] = {}
+        """The samples of one micro-batch; an image that several of them show is read once."""
+        known: dict[tuple[str, ...], RecordImages] = {}
         return [self._sample(index, known) for index in indices]
 
     def record_id(self, index: int) -> str:
@@ -77,12 +77,12 @@ class StageDataset(Dataset):
         except RecordError as error:
             raise self._unreadable(index, error) from error
 
-    def _sample(self, index: int, known: dict[tuple[str, ...], Pictures]) -> Sample:
+    def _sample(self, index: int, known: dict[tuple[str, ...], RecordImages]) -> Sample:
         record = self.record(index)
         key = tuple(image.key() for image in record.images)
         try:
             if key not in known:
-                known[key] = self._pictures(record)
+                known[key] = self._images_of(record)
         except RecordError as error:
             raise self._unreadable(index, error) from error
         sizes, has_features, tiles, features, pixels = known[key]
@@ -101,22 +101,22 @@ class StageDataset(Dataset):
             pixels=pixels,
         )
 
-    def _pictures(self, record: Record) -> Pictures:
+    def _images_of(self, record: Record) -> RecordImages:
         sizes, has_features, tiles, features, pixels = [], [], [], [], []
         for image in record.images:
             found = self.features.load(image) if self.features is not None else None
             if found is None:
-                picture = image.open()
-                sizes.append((picture.height, picture.width))
+                decoded = image.open()
+                sizes.append((decoded.height, decoded.width))
                 if self.device_tiles:
-                    pixels.append(torch.from_numpy(np.array(picture)))
+                    pixels.append(torch.from_numpy(np.array(decoded)))
                 else:
-                    tiles.append(torch.from_numpy(self.processor.tiles(picture)).to(self.pixel_dtype))
+                    tiles.append(torch.from_numpy(self.processor.tiles(decoded)).to(self.pixel_dtype))
             else:
                 sizes.append(found[0])
                 features.append(found[1])
             has_features.append(found is not None)
-        return Pictures(sizes, has_features, _joined(tiles), _joined(features), tuple(pixels))
+        return RecordImages(sizes, has_features, _joined(tiles), _joined(features), tuple(pixels))
 
     def _unreadable(self, index: int, error: RecordError) -> UserError:
         return UserError(

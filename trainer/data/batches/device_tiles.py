@@ -1,10 +1,10 @@
-"""Tiles of pictures made on the training device, equal to the last bit to those that workers make with Pillow.
+"""Tiles of images made on the training device, equal to the last bit to those that workers make with Pillow.
 
 Pillow's bicubic resize of 8-bit images is integer arithmetic, so it can be had exactly wherever integers can be added:
 one pass, rounding to 8 bits, the other pass, as in libImaging/Resample.c of Pillow. GPU resizes, torchvision's among
 them, round elsewhere and give other pixels.
 
-Shapes: H W a picture's height and width in pixels, T tiles, S side of a tile, N samples of a line, K weights of one.
+Shapes: H W an image's height and width in pixels, T tiles, S side of a tile, N samples of a line, K weights of one.
 """
 
 import functools
@@ -23,7 +23,7 @@ _PRECISION_BITS = 32 - 8 - 2  # of Pillow's weights; their products with 8 bits 
 
 
 class DeviceTiles:
-    """Cuts decoded pictures into base tile and anyres tiles on the device that the pictures lie on.
+    """Cuts decoded images into base tile and anyres tiles on the device that the images lie on.
 
     Args:
         processor: whose `tiles` are matched.
@@ -45,48 +45,48 @@ class DeviceTiles:
         self.processor = processor
         self._levels = torch.from_numpy(processor.pixel_levels).to(dtype)
 
-    def __call__(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(T, 3, S, S): tiles of all pictures, each uint8 (H, W, 3), in order."""
-        tiles = torch.cat([self._cut(picture.permute(2, 0, 1)) for picture in pictures])
+    def __call__(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(T, 3, S, S): tiles of all images, each uint8 (H, W, 3), in order."""
+        tiles = torch.cat([self._cut(image.permute(2, 0, 1)) for image in images])
         self._levels = self._levels.to(tiles.device)
         values = torch.empty_like(tiles, dtype=self._levels.dtype)
         for channel, levels in enumerate(self._levels):
             values[:, channel] = levels[tiles[:, channel].int()]
         return values
 
-    def _cut(self, picture: torch.Tensor) -> torch.Tensor:
-        """uint8 (tiles of the picture, 3, S, S) of uint8 (3, H, W)."""
+    def _cut(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 (tiles of the image, 3, S, S) of uint8 (3, H, W)."""
         side = self.processor.tile_size
-        height, width = picture.shape[1:]
+        height, width = image.shape[1:]
         place = self.processor.placement((height, width))
-        canvas = picture.new_zeros((3, place.grid_height, place.grid_width))
+        canvas = image.new_zeros((3, place.grid_height, place.grid_width))
         rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
-        canvas[:, rows, columns] = resize_as_pillow(picture, place.height, place.width)
+        canvas[:, rows, columns] = resize_as_pillow(image, place.height, place.width)
         grid = canvas.unflatten(2, (-1, side)).unflatten(1, (-1, side)).permute(1, 3, 0, 2, 4).flatten(0, 1)
-        return torch.cat([resize_as_pillow(picture, side, side)[None], grid])
+        return torch.cat([resize_as_pillow(image, side, side)[None], grid])
 
 
-def resize_as_pillow(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def resize_as_pillow(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """uint8 (3, height, width): what `Image.resize` with the bicubic filter makes of uint8 (3, H, W)."""
-    lost_rows, lost_columns = picture.shape[1] - height, picture.shape[2] - width
+    lost_rows, lost_columns = image.shape[1] - height, image.shape[2] - width
     # Pillow 13 (#9549); the passes do not commute, since each rounds
     rows_first = lost_rows > max(0, 2 * lost_columns)
     for is_rows in (rows_first, not rows_first):
         if is_rows and lost_rows:
-            picture = _resize_lines(picture.transpose(1, 2), height).transpose(1, 2)
+            image = _resize_lines(image.transpose(1, 2), height).transpose(1, 2)
         elif not is_rows and lost_columns:
-            picture = _resize_lines(picture, width)
-    return picture
+            image = _resize_lines(image, width)
+    return image
 
 
 def _as_pillow() -> bool:
     """Whether noise is resized as Pillow does, on both sides of the rule for the passes' order."""
     noise = np.random.default_rng(0).integers(0, 256, (23, 31, 3), dtype=np.uint8)
-    image, picture = Image.fromarray(noise), torch.from_numpy(noise).permute(2, 0, 1)
+    reference, image = Image.fromarray(noise), torch.from_numpy(noise).permute(2, 0, 1)
     return all(
         np.array_equal(
-            np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).transpose(2, 0, 1),
-            resize_as_pillow(picture, height, width),
+            np.asarray(reference.resize((width, height), Image.Resampling.BICUBIC)).transpose(2, 0, 1),
+            resize_as_pillow(image, height, width),
         )
         for height, width in ((8, 8), (8, 23), (8, 24), (12, 40), (22, 31), (40, 12), (40, 50))
     )

@@ -1,6 +1,6 @@
-"""Features of a frozen vision tower, kept on disk: a picture is decoded, tiled and encoded once.
+"""Features of a frozen vision tower, kept on disk: an image is decoded, tiled and encoded once.
 
-`KEY.features` has the pictures' features one behind the other, `KEY.index` a record for each, written last: an entry
+`KEY.features` has the images' features one behind the other, `KEY.index` a record for each, written last: an entry
 is complete or invisible. KEY changes with the tower's weights and with all else that the features depend on.
 
 Shapes: T tiles, P patches of a tile, D width of the chosen layers together.
@@ -36,12 +36,12 @@ if TYPE_CHECKING:  # a data loader's worker has no use for the model
 
 logger = logging.getLogger(__name__)
 
-_RECORD = struct.Struct("<16sQIIII")  # picture, offset, tiles, height, width, checksum of these and of the features
+_RECORD = struct.Struct("<16sQIIII")  # image, offset, tiles, height, width, checksum of these and of the features
 _PACKAGES = ("numpy", "pillow", "torch", "transformers")
 
 
 class Entry(NamedTuple):
-    """Where a picture's features lie; height and width are the picture's, in pixels."""
+    """Where an image's features lie; height and width are the image's, in pixels."""
 
     offset: int
     num_tiles: int
@@ -51,11 +51,11 @@ class Entry(NamedTuple):
 
 
 class FeatureCache:
-    """Features (T, P, D) by picture; several processes may read and store at once.
+    """Features (T, P, D) by image; several processes may read and store at once.
 
     Args:
         folder: of all caches that share the quota.
-        key: of the tower and of how pictures become tiles (`cache_key`).
+        key: of the tower and of how images become tiles (`cache_key`).
         shape: (P, D).
         dtype: of the features.
         quota: bytes that the folder may hold; nothing is ever evicted.
@@ -74,42 +74,42 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, picture: bytes) -> bool:
-        return picture in self._entries
+    def __contains__(self, image_id: bytes) -> bool:
+        return image_id in self._entries
 
     def load(self, image: ImageRef) -> tuple[tuple[int, int], torch.Tensor] | None:
-        """(height, width) of a picture and its features (T, P, D), mapped from the file; None where there are none."""
-        picture = picture_key(image)
-        entry = self._entries.get(picture)
+        """(height, width) of an image and its features (T, P, D), mapped from the file; None where there are none."""
+        image_id = image_key(image)
+        entry = self._entries.get(image_id)
         if entry is None:
             return None
         try:
             # private: a tensor wants memory that may be written to
             data = np.memmap(self.features, np.uint8, "c", entry.offset, (entry.num_tiles * self._tile_bytes,))
         except (OSError, ValueError) as error:
-            self._forget(picture, image, str(error))
+            self._forget(image_id, image, str(error))
             return None
-        if _checksum(picture, entry, data) != entry.checksum:
-            self._forget(picture, image, "wrong checksum")
+        if _checksum(image_id, entry, data) != entry.checksum:
+            self._forget(image_id, image, "wrong checksum")
             return None
         features = torch.from_numpy(data).view(self.dtype).view(entry.num_tiles, *self.shape)
         return (entry.height, entry.width), features
 
-    def store(self, picture: bytes, size: tuple[int, int], features: torch.Tensor) -> bool:
-        """Keep the features of a picture of (height, width) pixels; False where the quota or the disk is full."""
+    def store(self, image_id: bytes, size: tuple[int, int], features: torch.Tensor) -> bool:
+        """Keep the features of an image of (height, width) pixels; False where the quota or the disk is full."""
         assert features.shape[1:] == self.shape and features.dtype == self.dtype
         data = features.detach().cpu().contiguous().view(torch.uint8).numpy().ravel()
         try:
             with self._locked():
                 self.refresh()
-                if picture in self._entries:
+                if image_id in self._entries:
                     return True
                 if self._used() + data.nbytes + _RECORD.size > self.quota:
                     return False
                 entry = Entry(self._end, len(features), *size, checksum=0)
-                entry = entry._replace(checksum=_checksum(picture, entry, data))
+                entry = entry._replace(checksum=_checksum(image_id, entry, data))
                 _write_at(self.features, self._end, data.data)
-                _write_at(self.index, self._num_read, _RECORD.pack(picture, *entry))
+                _write_at(self.index, self._num_read, _RECORD.pack(image_id, *entry))
                 self.refresh()
                 return True
         except OSError as error:
@@ -120,7 +120,7 @@ class FeatureCache:
         """See what other processes have stored."""
         try:
             size = self.index.stat().st_size
-            if size < self._num_read:  # deleted, and begun anew
+            if size < self._num_read:  # deleted, and started again
                 self._entries, self._num_read, self._end = {}, 0, 0
             with open(self.index, "rb") as file:
                 file.seek(self._num_read)
@@ -129,12 +129,12 @@ class FeatureCache:
         except FileNotFoundError:
             return
         whole = len(content) - len(content) % _RECORD.size  # a killed process may have left a part of a record
-        for picture, *numbers in _RECORD.iter_unpack(content[:whole]):
+        for image_id, *numbers in _RECORD.iter_unpack(content[:whole]):
             entry = Entry(*numbers)
             if entry.offset + entry.num_tiles * self._tile_bytes > end:
                 logger.warning("%s: a damaged entry is ignored, it points behind the end of %s", self.index, end)
                 continue
-            self._entries[picture] = entry
+            self._entries[image_id] = entry
             self._end = max(self._end, entry.offset + entry.num_tiles * self._tile_bytes)
         self._num_read += whole
 
@@ -152,14 +152,14 @@ class FeatureCache:
         others = (file.stat().st_size for file in self.folder.iterdir() if file not in own)
         return self._end + self._num_read + sum(others)
 
-    def _forget(self, picture: bytes, image: ImageRef, what: str) -> None:
+    def _forget(self, image_id: bytes, image: ImageRef, what: str) -> None:
         logger.warning(
-            "%s: the features of %s are damaged (%s) and computed instead; delete the file to store all anew",
+            "%s: the features of %s are damaged (%s) and computed instead; delete the file to store all of them again",
             self.features,
             image.name,
             what,
         )
-        del self._entries[picture]
+        del self._entries[image_id]
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -168,8 +168,8 @@ class FeatureCache:
             yield
 
 
-def _checksum(picture: bytes, entry: Entry, data: np.ndarray) -> int:
-    return zlib.crc32(data.data, zlib.crc32(_RECORD.pack(picture, *entry._replace(checksum=0))))
+def _checksum(image_id: bytes, entry: Entry, data: np.ndarray) -> int:
+    return zlib.crc32(data.data, zlib.crc32(_RECORD.pack(image_id, *entry._replace(checksum=0))))
 
 
 def _write_at(path: Path, end: int, content: bytes | memoryview) -> None:
@@ -180,8 +180,8 @@ def _write_at(path: Path, end: int, content: bytes | memoryview) -> None:
         file.write(content)
 
 
-def picture_key(image: ImageRef) -> bytes:
-    """16 bytes that change with a picture's file (path, size, modification time), or with its bytes."""
+def image_key(image: ImageRef) -> bytes:
+    """16 bytes that change with an image's file (path, size, modification time), or with its bytes."""
     signature = image.stat() if image.data is None else None
     return hashlib.blake2b(repr((image.key(), signature)).encode(), digest_size=16).digest()
 

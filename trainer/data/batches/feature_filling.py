@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Subset
 
 from llava_llama31.trainer.data.batches.collator import Sample
 from llava_llama31.trainer.data.batches.dataset import StageDataset
-from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, picture_key
+from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, image_key
 
 
 logger = logging.getLogger(__name__)
@@ -26,14 +26,14 @@ def fill(
     num_workers: int = 0,
     console: Console | None = None,
 ) -> None:
-    """Store the features of a data set's pictures, in its order, until the quota is full.
+    """Store the features of a data set's images, in its order, until the quota is full.
 
     Args:
         encode: tiles (T, 3, H, W) -> features (T, P, D).
         dataset: without features.
         share: (rank, number of processes) among those that share the folder and the work.
         wait_for_everyone: barrier of these processes.
-        num_workers: processes that read and tile pictures.
+        num_workers: processes that read and tile images.
         console: to show progress on, where it is a terminal.
     """
     wanted = _missing(cache, dataset, share)
@@ -49,15 +49,15 @@ def fill(
     shown = console is not None and console.is_terminal
     with Progress(console=console, disable=not shown, transient=True) as bar:
         samples = zip(wanted, loader, strict=True)
-        for (_, pictures), sample in bar.track(samples, total=len(wanted), description="features of pictures"):
+        for (_, image_ids), sample in bar.track(samples, total=len(wanted), description="features of images"):
             assert sample.pixel_values is not None
             counts = [dataset.processor.num_tiles(size) for size in sample.image_sizes]
-            # a picture at a time, as its bits are asked for
+            # an image at a time, as its bits are asked for
             features = (encode(tiles) for tiles in sample.pixel_values.split(counts))
-            entries = zip(pictures, sample.image_sizes, features, strict=True)
+            entries = zip(image_ids, sample.image_sizes, features, strict=True)
             if not all(cache.store(*entry) for entry in entries):
                 logger.warning(
-                    "%s: %d pictures are stored, no more fit in feature_cache_gb; the others are computed",
+                    "%s: %d images are stored, no more fit in feature_cache_gb; the others are computed",
                     cache.features,
                     len(cache),
                 )
@@ -69,16 +69,16 @@ def fill(
 def _missing(
     cache: FeatureCache, dataset: StageDataset, share: tuple[int, int]
 ) -> list[tuple[int, tuple[bytes, ...]]]:
-    """Samples, with their pictures, that bring a picture which is not stored; of them this process's share."""
+    """Samples, with their images, that bring an image which is not stored; of them this process's share."""
     rank, num_processes = share
     planned: set[bytes] = set()
     wanted = []
     for index in range(len(dataset)):
-        pictures = tuple(picture_key(image) for image in dataset.record(index).images)
-        new = [picture for picture in pictures if picture not in cache and picture not in planned]
+        image_ids = tuple(image_key(image) for image in dataset.record(index).images)
+        new = [image_id for image_id in image_ids if image_id not in cache and image_id not in planned]
         planned.update(new)
         if new and new[0][0] % num_processes == rank:
-            wanted.append((index, pictures))
+            wanted.append((index, image_ids))
     return wanted
 
 

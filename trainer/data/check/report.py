@@ -134,7 +134,7 @@ class DataReport:
         raise UserError(
             f"{sum(errors.values())} of {num_rows} records can't be used: {', '.join(found)}",
             where=", ".join(source.path for source in self.sources if source.dropped.keys() & errors.keys()),
-            fix=f"read {self.rejects}; mend these records, or choose skip or quarantine for their reasons",
+            fix=f"read {self.rejects}; correct these records, or choose skip or quarantine for their reasons",
         )
 
     def to_dict(self) -> dict:
@@ -259,7 +259,7 @@ def print_report(report: DataReport) -> None:
             sharing = source.sharing()
             if sharing["records"]:
                 saved = sharing["tokens"] / statistics["num_tokens"]["total"]
-                what = f"{sharing['records']:,} records begin with the pictures and the turns of an earlier one"
+                what = f"{sharing['records']:,} records begin with the images and the turns of an earlier one"
                 console.print(f"{what}: sharing prefixes saves up to {sharing['tokens']:,} tokens ({saved:.0%}).")
         elif not source.counts:
             console.print("Tokens were not counted: that takes a processor (check a recipe, or name one).")

@@ -23,9 +23,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 40_000_000
 # a side that JPEG and GIF can hold; Pillow keeps a pointer a row and a WebP decoder twice the canvas
 MAX_SIDE = 65_535
-# more than any picture of MAX_PIXELS needs; the WebP decoder reads its file whole
+# more than any image of MAX_PIXELS needs; the WebP decoder reads its file whole
 MAX_FILE_BYTES = 256 * 2**20
-# a progressive JPEG has about ten; each one is a pass over the whole picture
+# a progressive JPEG has about ten; each one is a pass over the whole image
 MAX_JPEG_SCANS = 500
 
 _BLOCK_BYTES = 2**20
@@ -242,7 +242,7 @@ def _kind(mode: int) -> str:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        # the PNG class's own getexif would decode the whole picture to look for EXIF behind the pixels
+        # the PNG class's own getexif would decode the whole image to look for EXIF behind the pixels
         return Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
     except Exception:  # broken metadata does not spoil the pixels
         return 1

@@ -101,7 +101,7 @@ class JsonRows:
             raise UserError(
                 f"neither a JSON array nor JSON lines ({error.detail})",
                 where=str(self.path),
-                fix="store the records as one array, or one a line in a .jsonl file",
+                fix="store the records as one array, or one per line in a .jsonl file",
             ) from None
 
     def __setstate__(self, state: dict) -> None:
@@ -224,14 +224,14 @@ def _skip_element(rows: JsonRows, start: int) -> int:
     end = _element_end(data.decode("latin-1"), 0)
     if end == 0:
         what = f"expected a value, found {chr(data[0])} at byte {start}"
-        raise UserError(what, where=str(rows.path), fix="mend the JSON there")
+        raise UserError(what, where=str(rows.path), fix="correct the JSON there")
     if end is not None:
         return start + end
     if len(data) > MAX_ROW_BYTES:
         raise UserError(
             f"row {len(rows)}, at byte {start}, is longer than {MAX_ROW_BYTES} bytes or never ends",
             where=str(rows.path),
-            fix="mend the row, or store large images as files",
+            fix="correct the row, or store large images as files",
         )
     return start + len(data)
 

@@ -34,7 +34,7 @@ class RecordError(ValueError):
 
     Args:
         reason: a key of `REASONS`.
-        detail: what was found, for the person who mends the data.
+        detail: what was found, for the person who corrects the data.
         image: name of the image at fault, as the data gives it.
     """
 
