@@ -112,7 +112,7 @@ def test_no_space_for_the_download(hub, recipe_content, tmp_path, monkeypatch):
     ("stage", "strategy", "message"),
     [
         ({"lora": {"quantize": "nf4"}, "trainable": ["language_model"]}, "every_save", "4-bit"),
-        ({"deepspeed": "zero2"}, "checkpoint", "DeepSpeed's own format"),
+        ({"deepspeed": "zero2"}, "checkpoint", "DeepSpeed's pickled format"),
     ],
 )
 def test_pushes_that_a_stage_cannot_make(recipe_content, stage, strategy, message):

@@ -132,7 +132,7 @@ def test_bad_image_leaves_no_folder(smol, llava_file, tmp_path, monkeypatch, nam
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--data", "x.json"], "go together"), (["--image-size", "100"], "not a multiple of 14")],
+    [(["--data", "x.json"], "require each other"), (["--image-size", "100"], "not a multiple of 14")],
 )
 def test_wrong_arguments(smol, arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["prepare_smol.py", *arguments])
