@@ -295,7 +295,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside(train, recipe_content, capsys)
     newest = run / "stages/2-instruct/checkpoint-6/optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     assert train(output="damaged")[0] == 0
-    assert "optimizer.safetensors has" in capsys.readouterr().err
+    assert "optimizer.safetensors is" in capsys.readouterr().err
     assert (run / "stages/2-instruct/damaged-checkpoint-6").is_dir()
     assert_same(state(run.parent / "whole", "2-instruct"), state(run, "2-instruct"))
 

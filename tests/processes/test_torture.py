@@ -320,7 +320,7 @@ FAULTS = {  # kind -> exit codes of the process that has it and of the other, an
     "user": (2, 2, "error: planted"),
     "key": (1, 1, "KeyError: 'planted'"),
     "memory": (6, 6, "is out of memory"),
-    "kill": (-9, 7, "is gone"),
+    "kill": (-9, 7, "disappeared without an error"),
 }
 
 

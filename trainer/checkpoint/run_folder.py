@@ -132,7 +132,7 @@ class RunFolder:
 
     @contextmanager
     def claimed(self, recipe: Recipe, *, is_main: bool) -> Iterator[None]:
-        """Hold the folder for this run alone.
+        """Hold the folder for this run alone, and clear what a killed run left half written in it.
 
         Raises:
             UserError: another process holds it, it can't be written, or it belongs to another recipe.
@@ -156,6 +156,7 @@ class RunFolder:
                     where=str(self.path),
                     fix="wait for it, or choose another --output",
                 ) from None
+            atomic_folders.sweep(self.path)
             self._settle_recipe(recipe)
             yield
 
