@@ -57,19 +57,20 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) 
     except RuntimeError:
         signals.act()  # the same signal has ended another rank before this one met it
         raise
-    run = RunContext(
-        recipe=recipe,
-        folder=RunFolder(output),
-        num_processes=state.num_processes,
-        is_main=state.is_main_process,
-        console=make_console(),
-        signals=signals,
-        peers=peers,
-        command=command,
-    )
     try:
-        with peers.together(), run.folder.claimed(recipe, is_main=run.is_main):
-            return _run(run, state)
+        with peers.together():  # at once: a signal from here on is no loss of this rank for the others
+            run = RunContext(
+                recipe=recipe,
+                folder=RunFolder(output),
+                num_processes=state.num_processes,
+                is_main=state.is_main_process,
+                console=make_console(),
+                signals=signals,
+                peers=peers,
+                command=command,
+            )
+            with run.folder.claimed(recipe, is_main=run.is_main):
+                return _run(run, state)
     finally:
         # threads of the process group that outlive the interpreter abort it: another exit code, and a core dump
         state.destroy_process_group()
