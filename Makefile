@@ -47,11 +47,11 @@ trace-8b: $(VENV)/.dev ## the 8B step on every engine, at full size but without 
 	TRACE_8B=1 $(BIN)/pytest tests/test_memory.py -k traced_8b_step
 
 # of the files of modeling_llava_llama31/, which hold the top of the package, one by one; of other folders whole
-$(LINKS): $(wildcard modeling_llava_llama31/*.py) Makefile | $(VENV)/.base
+$(LINKS): modeling_llava_llama31 Makefile | $(VENV)/.base
 	rm -rf $(VENV)/links
 	mkdir -p $(VENV)/links/llava_llama31
-	ln -s $(addprefix $(CURDIR)/,$(wildcard modeling_llava_llama31/*.py) modeling_llava_llama31/py.typed) $(VENV)/links/llava_llama31
-	ln -s $(addprefix $(CURDIR)/,processing trainer model_card) $(VENV)/links/llava_llama31
+	ln -s $(addprefix ../../../,$(wildcard modeling_llava_llama31/*.py) modeling_llava_llama31/py.typed) $(VENV)/links/llava_llama31
+	ln -s $(addprefix ../../../,processing trainer model_card) $(VENV)/links/llava_llama31
 	touch $@
 
 clean:
