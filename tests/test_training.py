@@ -286,6 +286,17 @@ def test_a_stage_killed_between_its_last_checkpoint_and_its_end_is_finished(trai
         assert after[key] == before[key], key
 
 
+def test_a_finished_run_leaves_alone_what_other_commands_stage_in_its_folder(train, recipe_content, capsys):
+    del recipe_content["evaluation"]
+    code, run = train()
+    assert code == 0
+    (run / ".staging-export").mkdir()
+    (run / ".staging-elapsed.json").write_text("{")
+    capsys.readouterr()
+    assert train()[0] == 0 and "has already finished" in capsys.readouterr().err
+    assert (run / ".staging-export").is_dir() and not (run / ".staging-elapsed.json").exists()
+
+
 def test_a_damaged_newest_checkpoint_is_set_aside(train, recipe_content, capsys):
     del recipe_content["evaluation"]
     assert train(output="whole")[0] == 0

@@ -309,7 +309,7 @@ def test_a_process_without_pictures_breaks_the_run_if_it_skips_the_tower(
         pytest.importorskip("deepspeed")
     monkeypatch.setenv("WITHOUT_BLANK_TILE", "1")
     content, _ = all_stages
-    stage = {**content["stages"]["checkpointed"], "step_timeout": 5}  # ends what waits for each other for ever
+    stage = {**content["stages"]["checkpointed"], "step_timeout": 5}  # ends ranks that wait for each other
     content = {**content, "stages": {"checkpointed": stage}}
     options, deepspeed = engine_options(engine, tmp_path)
     job = start(options, write(content, tmp_path / "recipe.yaml", deepspeed), "--output", tmp_path / "run")

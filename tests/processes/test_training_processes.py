@@ -34,7 +34,7 @@ def assert_same_training(one: dict[str, torch.Tensor], two: dict[str, torch.Tens
 
 
 def test_two_processes_end_with_the_weights_of_one(forks, recipe_file, tmp_path, base_folder):
-    # every fourth row has no picture, and micro-batches of 1 leave some ranks without any
+    # every fourth row has no image, and micro-batches of 1 leave some ranks without any
     micro = ["--set", "stages.projector.micro_batch=1", "--set", "stages.instruct.micro_batch=1"]
     runs = {}
     for processes in (1, 2):

@@ -30,9 +30,14 @@ SEAL = "sha256"  # of the manifest itself; manifests of earlier versions do not 
 PICKLES = frozenset((".bin", ".pkl", ".pickle", ".pt", ".pth"))
 
 
+def staged(path: Path) -> Path:
+    """Where a folder or file is written until it is complete: beside its place."""
+    return path.with_name(STAGING + path.name)
+
+
 def staging_folder(final: Path) -> Path:
     """Create an empty folder beside `final` to write into; leftovers of a killed save are removed."""
-    staging = final.with_name(STAGING + final.name)
+    staging = staged(final)
     remove(staging)
     staging.mkdir(parents=True)
     return staging
@@ -235,7 +240,7 @@ def _decode(value: Any, tensors: "dict[str, torch.Tensor]") -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON durably and atomically; NaN is refused."""
-    staging = path.with_name(STAGING + path.name)
+    staging = staged(path)
     with staging.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, allow_nan=False, ensure_ascii=False)
         file.write("\n")

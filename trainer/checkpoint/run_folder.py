@@ -73,6 +73,11 @@ class RunFolder:
         return self.path / "origins.json"
 
     @property
+    def elapsed(self) -> Path:
+        """The minutes that the run has taken, over all its starts."""
+        return self.path / "elapsed.json"
+
+    @property
     def prepared(self) -> Path:
         """Parts and data that a recipe makes itself."""
         return self.path / "prepared"
@@ -132,7 +137,7 @@ class RunFolder:
 
     @contextmanager
     def claimed(self, recipe: Recipe, *, is_main: bool) -> Iterator[None]:
-        """Hold the folder for this run alone, and clear what a killed run left half written in it.
+        """Hold the folder for this run alone, and remove the clock file that a killed run left half written.
 
         Raises:
             UserError: another process holds it, it can't be written, or it belongs to another recipe.
@@ -156,14 +161,15 @@ class RunFolder:
                     where=str(self.path),
                     fix="wait for it, or choose another --output",
                 ) from None
-            atomic_folders.sweep(self.path)
+            # nothing else replaces it once a run has finished; what `export` and `publish` stage here is theirs
+            atomic_folders.remove(atomic_folders.staged(self.elapsed))
             self._settle_recipe(recipe)
             yield
 
     @contextmanager
     def clocked(self, *, is_main: bool) -> Iterator[Callable[[], float]]:
         """Gives the minutes that a run has taken, summed over all its starts."""
-        file, started = self.path / "elapsed.json", time.monotonic()
+        file, started = self.elapsed, time.monotonic()
         before = atomic_folders.read_json(file)["minutes"] if file.is_file() else 0.0
 
         def minutes() -> float:
