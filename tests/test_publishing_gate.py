@@ -348,7 +348,7 @@ def test_doors_give_the_same_logits_and_answers(exported):
 
 
 def double_logits(folder: Path) -> None:
-    end = "return output\n\n    def _packed_loss"
+    end = "return output\n\n    def _forward_packed"
     edit_text(folder, "modeling_llava_llama31.py", end, f"output.logits = 2 * output.logits\n        {end}")
 
 

@@ -111,11 +111,13 @@ def test_a_data_worker_that_is_stuck_is_named_with_its_records_and_killed(forks,
     assert re.search(r'faults.py", line \d+ in crash', output), output
 
 
-def test_a_killed_data_worker_of_one_rank_ends_both(forks, recipe):
+@pytest.mark.parametrize("record", [14, 18])
+def test_a_killed_data_worker_of_one_rank_ends_both_soon(forks, recipe, record):
+    """Long before loader_timeout, whether the worker has given a micro-batch before or not (r18 is in the first)."""
     job = forks.start(
-        *recipe, *sets("dataloader_workers=2"), processes=2, fault=["killed-worker", 0, 14], workers=True
+        *recipe, *sets("dataloader_workers=2"), processes=2, fault=["killed-worker", 0, record], workers=True
     )
-    output, _ = job.communicate(timeout=150)
+    output, _ = job.communicate(timeout=60)
     assert job.codes == [7, 7], output
     # which of the two it is depends on what rank 0 waits for
     message = r"error: stages.projector: data worker (\d+ of rank \d was killed by SIGKILL|\d was asked for records r)"

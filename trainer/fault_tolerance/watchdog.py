@@ -9,16 +9,35 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import forkserver
-from multiprocessing.process import BaseProcess
+from multiprocessing import connection, forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any
 
 from llava_llama31.trainer.errors import Hang, ProcessLost, UserError
 
 
 # time for a data worker to write its stack before the next one writes its own
 _TURN_SECONDS = 0.3
+# exit codes of a worker that is not lost; 255: its fork server is gone, and it may go on without that
+_NORMAL = (0, 255)
 # time for other processes to read why this one ends
 _GRACE_SECONDS = 2.0
+
+
+class WorkerContext(ForkServerContext):
+    """Starts data workers by the fork server and keeps hold of them.
+
+    `multiprocessing.active_children()` forgets a process that has ended, so whoever looks at intervals does not see a
+    worker that lived only between two looks.
+    """
+
+    def __init__(self) -> None:
+        self.workers: set[ForkServerProcess] = set()
+
+    def Process(self, *args: Any, **kwargs: Any) -> ForkServerProcess:  # type: ignore[override]
+        worker = ForkServerProcess(*args, **kwargs)
+        self.workers.add(worker)
+        return worker
 
 
 class Watchdog:
@@ -37,7 +56,7 @@ class Watchdog:
         self.seconds, self.where, self.report = seconds, where, report
         self._since, self._doing = time.monotonic(), "starting"
         self._stopped = threading.Event()
-        self._workers: set[BaseProcess] = set()
+        self.worker_context = WorkerContext()
 
     def beat(self, doing: str) -> None:
         """Record progress; `doing` begins now."""
@@ -63,18 +82,25 @@ class Watchdog:
                 what = f"rank {rank} has made no progress for {self.seconds:g} s; it was {self._doing}"
                 fix = f"see the stacks below, or raise {self.where}.step_timeout"
                 self._end(Hang(what, where=self.where, fix=fix))
-            lost = self._lost_worker()
-            # not while this process ends: it stops the watch and kills its workers itself
-            if lost is not None and lost.exitcode is not None and not self._stopped.wait(1.0):
-                what = f"data worker {lost.pid} of rank {rank} was killed by {signal.Signals(-lost.exitcode).name}"
-                fix = f"if the machine ran out of memory, lower {self.where}.dataloader_workers"
-                self._end(ProcessLost(what, where=self.where, fix=fix))
+            for worker in self._ended_workers():
+                # not while this process ends: it stops the watch and kills its workers itself; and only after the
+                # main thread has read the exit code of one that it has told to end, for it can be read once
+                if not self._stopped.wait(1.0) and worker.exitcode not in _NORMAL:
+                    self._end(self._lost(worker))
 
-    def _lost_worker(self) -> BaseProcess | None:
-        self._workers.update(multiprocessing.active_children())
-        ended = {worker for worker in self._workers if worker.exitcode is not None}
-        self._workers -= ended
-        return next((worker for worker in ended if (worker.exitcode or 0) < 0), None)
+    def _ended_workers(self) -> list[ForkServerProcess]:
+        """Those that have ended since the last look."""
+        workers = self.worker_context.workers
+        ended = [worker for worker in list(workers) if _has_ended(worker)]
+        workers.difference_update(ended)
+        return ended
+
+    def _lost(self, worker: ForkServerProcess) -> ProcessLost:
+        code = worker.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        what = f"data worker {worker.pid} of rank {os.environ.get('RANK', '0')} {how}"
+        fix = f"if the machine ran out of memory, lower {self.where}.dataloader_workers"
+        return ProcessLost(what, where=self.where, fix=fix)
 
     def _end(self, error: Hang | ProcessLost) -> None:
         if self.report(error.exit_code, str(error)):
@@ -84,6 +110,13 @@ class Watchdog:
         else:
             time.sleep(_GRACE_SECONDS)
         end_process(error.exit_code)
+
+
+def _has_ended(worker: ForkServerProcess) -> bool:
+    try:
+        return bool(connection.wait([worker.sentinel], timeout=0))
+    except ValueError:  # it is being started
+        return False
 
 
 def dump_stacks() -> None:

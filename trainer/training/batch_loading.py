@@ -73,7 +73,7 @@ class BatchLoader:
             worker_init_fn=set_up_worker,
             timeout=self.guard.loader_timeout if num_workers else 0,
             # a forked worker would keep a copy of all weights, which training changes
-            multiprocessing_context="forkserver" if num_workers else None,
+            multiprocessing_context=self.guard.watchdog.worker_context if num_workers else None,
             persistent_workers=False,
         )
 
