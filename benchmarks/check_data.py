@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llava_llama31.trainer.data.check.check import _first_equal, check_sources
+from llava_llama31.trainer.data.check.check import DataCheck, _first_equal, check_sources
 from llava_llama31.trainer.data.check.row_checker import Limits, RowChecker, check_rows
 from llava_llama31.trainer.data.sources.records import open_records
 from llava_llama31.trainer.recipes.schema import DataSource
@@ -82,7 +82,7 @@ def whole_check(folder: Path) -> Callable[[], int]:
     source = DataSource(name="million", path=str(folder / "million.json"))
 
     def run() -> int:
-        report = check_sources([source], None, cache_dir=folder / "cache", decode=False, num_workers=0, progress=False)
+        report = check_sources([source], DataCheck(decode=False, num_workers=0), cache_dir=folder / "cache")
         return report.sources[0].num_rows
 
     return run

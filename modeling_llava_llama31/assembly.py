@@ -54,6 +54,22 @@ _COUNTED_PARTS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class VisionChoices:
+    """What an assembled checkpoint takes over from its parts unless it is chosen here.
+
+    Args:
+        image_size: side of a tile in pixels; default: the tower's.
+        image_grid_pinpoints: (height, width) in pixels; default: those of the LLaVA checkpoint that the tower comes
+            from, else LLaVA-1.6's five shapes in units of the tile.
+        vision_feature_layer: hidden state(s) that the projector reads; default: that checkpoint's, else -2.
+    """
+
+    image_size: int | None = None
+    image_grid_pinpoints: Sequence[Sequence[int]] | None = None
+    vision_feature_layer: int | list[int] | None = None
+
+
 @dataclass(frozen=True)
 class AssemblyPlan:
     """A checkpoint ready to be written; none of its tensors is in memory.
@@ -94,9 +110,7 @@ def plan_assembly(
     *,
     vocabulary: Vocabulary,
     projector: str | Path | None = None,
-    image_size: int | None = None,
-    image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
-    vision_feature_layer: int | list[int] | None = None,
+    vision: VisionChoices = VisionChoices(),
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> AssemblyPlan:
@@ -107,10 +121,6 @@ def plan_assembly(
         language_model: folder of a Llama-family model, or of a LLaVA checkpoint that contains one.
         vocabulary: of the finished tokenizer.
         projector: folder of a LLaVA checkpoint, or a projector's safetensors file; default: a fresh one.
-        image_size: side of a tile in pixels; default: the tower's.
-        image_grid_pinpoints: (height, width) in pixels; default: those of the LLaVA checkpoint that the tower comes
-            from, else LLaVA-1.6's five shapes in units of the tile.
-        vision_feature_layer: hidden state(s) that the projector reads; default: that checkpoint's, else -2.
         dtype: of the output; default: the language model's.
         seed: for a fresh projector and a fresh `image_newline`.
 
@@ -119,14 +129,14 @@ def plan_assembly(
     """
     problems: list[str] = []
     with collecting(problems):
-        tower = vision_part(Checkpoint.open(vision_tower), image_size)
+        tower = vision_part(Checkpoint.open(vision_tower), vision.image_size)
     with collecting(problems):
         language = language_part(Checkpoint.open(language_model), vocabulary)
     with collecting(problems):
         given = projector_part(Checkpoint.open(projector)) if projector is not None else None
     if problems:
         raise AssemblyError(*problems)
-    settings = _chosen_settings(tower, given, image_grid_pinpoints, vision_feature_layer)
+    settings = _chosen_settings(tower, given, vision)
     config = _assembled_config(tower, language, settings, vocabulary)
     tensors = _checked_tensors(config, tower, given, language, seed)
     mean, std, stated = image_statistics(tower.path, tower.config.model_type)
@@ -248,15 +258,11 @@ def _scaled_grid(image_size: int) -> list[tuple[int, int]]:
     return [(rows * image_size, columns * image_size) for rows, columns in GRID_SHAPES]
 
 
-def _chosen_settings(
-    tower: ModelPart,
-    given: Part | None,
-    pinpoints: Sequence[Sequence[int]] | None,
-    layer: int | list[int] | None,
-) -> LlavaSettings:
+def _chosen_settings(tower: ModelPart, given: Part | None, chosen: VisionChoices) -> LlavaSettings:
     """The caller's settings, else those of the tower's LLaVA checkpoint, else LLaVA-1.6's; validated."""
     stated = tower.settings or LlavaSettings()
-    pinpoints = pinpoints or stated.image_grid_pinpoints or _scaled_grid(tower.config.image_size)
+    layer = chosen.vision_feature_layer
+    pinpoints = chosen.image_grid_pinpoints or stated.image_grid_pinpoints or _scaled_grid(tower.config.image_size)
     settings = replace(
         (given and given.settings) or LlavaSettings(),
         vision_feature_layer=stated.vision_feature_layer if layer is None else layer,

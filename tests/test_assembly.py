@@ -26,7 +26,7 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
-from llava_llama31.assembly import AssemblyError, plan_assembly, write_assembly
+from llava_llama31.assembly import AssemblyError, VisionChoices, plan_assembly, write_assembly
 from llava_llama31.checkpoint_parts import Vocabulary
 from llava_llama31.processing import CHAT_TOKENS, LlavaLlama31Processor
 from llava_llama31.trainer.cli import main
@@ -221,7 +221,7 @@ TOWERS = [*LLAVA_RULES, "CLIPModel", "CLIPVisionModel", "CLIPVisionModel of old"
 
 @pytest.mark.parametrize("layout", TOWERS)
 def test_tower_of_every_layout(layout, tower_folders, donor, language_folder, language_model, tmp_path):
-    assemble(tower_folders[layout], language_folder, tmp_path / "out", vision_feature_layer=-2)
+    assemble(tower_folders[layout], language_folder, tmp_path / "out", vision=VisionChoices(vision_feature_layer=-2))
     model = stock(tmp_path / "out")
     assert_same_tower(model, donor.model.vision_tower)
     assert_same_language_model(model, language_model)
@@ -274,7 +274,12 @@ def test_dinov2_positions_are_resized_once(native, size, language_folder, tmp_pa
     tower.save_pretrained(tmp_path / "dino", save_original_format=not native)
     keys = load_file(tmp_path / "dino" / "model.safetensors")
     assert ("encoder.layer.0.attention.q_proj.weight" in keys) == native
-    assemble(tmp_path / "dino", language_folder, tmp_path / "out", image_size=size, vision_feature_layer=2)
+    assemble(
+        tmp_path / "dino",
+        language_folder,
+        tmp_path / "out",
+        vision=VisionChoices(image_size=size, vision_feature_layer=2),
+    )
     model = stock(tmp_path / "out")
     assert model.config.vision_config.image_size == size
     assert model.model.vision_tower.embeddings.position_embeddings.shape[1] == (size // PATCH) ** 2 + 1
@@ -548,7 +553,9 @@ def test_wrong_part_is_named_before_anything_is_written(case, tower_folders, lla
     spoil(tmp_path / part)
     before = sorted(set(before) - ({part} if not (tmp_path / part).exists() else set()))
     with pytest.raises(UserError, match=message) as error:
-        assemble(tmp_path / "tower", tmp_path / "language", tmp_path / "out", **works, **arguments)
+        assemble(
+            tmp_path / "tower", tmp_path / "language", tmp_path / "out", **works, vision=VisionChoices(**arguments)
+        )
     assert "\n" not in str(error.value) and "(fix: " in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 

@@ -21,7 +21,7 @@ from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths
 from llava_llama31.trainer.data.check import check as check_data
 from llava_llama31.trainer.data.check import image_decoder as decoding
 from llava_llama31.trainer.data.check import row_checker as check_rows
-from llava_llama31.trainer.data.check.check import check_sources, run_check
+from llava_llama31.trainer.data.check.check import DataCheck, check_sources, show_report
 from llava_llama31.trainer.data.check.image_decoder import Decoder
 from llava_llama31.trainer.data.check.report import parse_policy, select_rows
 from llava_llama31.trainer.data.check.row_checker import Limits
@@ -72,7 +72,12 @@ def check(tmp_path, processor):
 
     def run(*sources: DataSource, **options):
         options = {"processor": processor, "cache_dir": tmp_path / "cache", "num_workers": 0} | options
-        return check_sources(sources, options.pop("processor"), **options)
+        outside = {name: options.pop(name) for name in ("policy", "cache_dir", "rejects") if name in options}
+        enforce = options.pop("enforce", True)
+        report = check_sources(sources, DataCheck(**options), **outside)
+        if enforce:
+            report.raise_for_policy()
+        return report
 
     return run
 
@@ -225,7 +230,7 @@ def test_what_sharing_saves_is_what_packing_one_group_saves(write, check, capsys
     rows = np.argsort(found.prefixes, kind="stable").tolist()
     saved = alone.row_length(rows) - together.row_length(rows)
     assert found.sharing() == {"records": 2, "tokens": saved} and saved > 0
-    run_check([source], processor, cache_dir=tmp_path / "c")
+    show_report(check(source), json_output=False)
     assert f"saves up to {saved:,} tokens" in " ".join(capsys.readouterr().out.split())
     # pictures after an answer: the records begin alike, but there is no prefix to share
     counts = {"num_prefix_tokens": np.array([10, 10, 0, 0])}
@@ -507,10 +512,10 @@ def test_tiles_vanish_exactly_where_the_model_unpads_them_away():
 # the command
 
 
-def test_one_json_object_on_stdout(write, tmp_path, capsys, processor):
+def test_one_json_object_on_stdout(write, check, capsys):
     source = write(row("a", "good.png"), row("b", "gone.png"))
     with pytest.raises(UserError):
-        run_check([source], processor, cache_dir=tmp_path / "c", json_output=True)
+        show_report(check(source, enforce=False), json_output=True)
     out, err = capsys.readouterr()
     printed = json.loads(out)
     assert out.count("\n") == 1 and err == ""
@@ -519,18 +524,19 @@ def test_one_json_object_on_stdout(write, tmp_path, capsys, processor):
     assert printed["sources"][0]["statistics"]["num_tokens"]["max"] > 0
 
 
-def test_tables(write, tmp_path, capsys, processor):
+def test_tables(write, check, capsys):
     good, bad = row("a", "good.png"), row("evil\x1b[31m[red]", "gone.png")
-    run_check([write(good, bad)], processor, cache_dir=tmp_path / "c", policy=SKIP)
+    show_report(check(write(good, bad), policy=SKIP), json_output=False)
     out, err = capsys.readouterr()
     assert "1 of 2 records usable" in out and "missing_image" in out and "supervised tokens" in out
     assert "\x1b" not in out and "[red]" in "".join(out.split()) and "rejects.jsonl" in out and err == ""
-    run_check([write(good, bad)], processor, cache_dir=tmp_path / "c", policy=SKIP)
+    show_report(check(write(good, bad), policy=SKIP), json_output=False)
     assert "checked before" in capsys.readouterr().out
 
 
-def test_without_a_processor_tokens_are_left_out_and_said_so(write, tmp_path, capsys):
-    report = run_check([write(row("a", "good.png"))], cache_dir=tmp_path / "c")
+def test_without_a_processor_tokens_are_left_out_and_said_so(write, check, capsys):
+    report = check(write(row("a", "good.png")), processor=None)
+    show_report(report, json_output=False)
     assert report.sources[0].counts == {} and report.sources[0].rows.tolist() == [0]
     assert "Tokens were not counted" in capsys.readouterr().out
 

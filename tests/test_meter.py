@@ -91,6 +91,14 @@ def test_packed_and_padded_rows_need_the_same(samples, collate, make_meter):
     assert meter.read()[1]["padding"] == pytest.approx(1 - length / 1000, abs=1e-3)
 
 
+def test_a_sample_that_ends_with_the_pad_token_is_no_padding(samples, collate, make_meter):
+    last = samples[-1]
+    pad = make_meter().pad_token_id
+    ending = last._replace(input_ids=[*last.input_ids[:-1], pad])
+    work, num_padding = make_meter()._work(collate([*samples[:-1], ending], packed=True))
+    assert num_padding == 0 and work == make_meter()._work(collate(samples, packed=True))[0]
+
+
 def test_recomputation_is_no_use(samples, collate, make_meter):
     batch = collate(samples, packed=True)
     plain, recomputing = make_meter(), make_meter(checkpointing=True)

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from llava_llama31.assembly import VisionChoices
     from llava_llama31.trainer.model.assemble import assemble
     from llava_llama31.trainer.model.locating import local_checkpoint
 
@@ -29,8 +30,7 @@ def run(options: argparse.Namespace) -> int:
         local_checkpoint(options.language_model, where="--language-model"),
         options.output,
         projector=local_checkpoint(options.projector, where="--projector", file=True) if options.projector else None,
-        image_size=options.image_size,
-        vision_feature_layer=options.vision_feature_layer,
+        vision=VisionChoices(image_size=options.image_size, vision_feature_layer=options.vision_feature_layer),
         add_chat_tokens=options.add_chat_tokens,
         dtype=options.dtype,
         seed=options.seed,

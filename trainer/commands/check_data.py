@@ -48,8 +48,8 @@ def _check_recipe(options: argparse.Namespace, output: Path) -> int:
 
     from llava_llama31.processing import LlavaLlama31Processor
     from llava_llama31.trainer.checkpoint.run_folder import RunFolder
-    from llava_llama31.trainer.data.batches.stage_rows import keeps_data_newline, stage_limits
-    from llava_llama31.trainer.data.check.check import check_sources, default_cache_dir
+    from llava_llama31.trainer.data.batches.stage_rows import stage_check
+    from llava_llama31.trainer.data.check.check import check_sources
     from llava_llama31.trainer.data.check.report import parse_policy, print_report
     from llava_llama31.trainer.recipes.loading import load_recipe
     from llava_llama31.trainer.runs.base_model import base_of, prepare
@@ -67,14 +67,9 @@ def _check_recipe(options: argparse.Namespace, output: Path) -> int:
     reports = {
         name: check_sources(
             stage.data,
-            processor,
-            limits=stage_limits(stage),
+            stage_check(stage, processor, decode=not options.no_decode),
             policy=parse_policy(options.on_bad) if options.on_bad else stage.on_bad_record,
-            cache_dir=default_cache_dir(),
             rejects=_rejects(options.rejects, name) or folder.stage(name, recipe.stages).rejects,
-            decode=not options.no_decode,
-            keep_data_newline=keeps_data_newline(stage),
-            enforce=False,
         )
         for name, stage in recipe.stages.items()
     }
@@ -97,7 +92,7 @@ def _rejects(given: str | None, stage: str) -> Path | None:
 
 def _check_files(options: argparse.Namespace) -> int:
     """Check data files; tokens are counted where a processor is named."""
-    from llava_llama31.trainer.data.check.check import run_check
+    from llava_llama31.trainer.data.check.check import DataCheck, check_sources, show_report
     from llava_llama31.trainer.data.check.report import parse_policy
     from llava_llama31.trainer.data.check.row_checker import Limits
     from llava_llama31.trainer.data.sources.images import MAX_PIXELS
@@ -113,13 +108,12 @@ def _check_files(options: argparse.Namespace) -> int:
         from llava_llama31.trainer.model.locating import local_checkpoint
 
         processor = LlavaLlama31Processor.from_pretrained(local_checkpoint(options.processor, where="--processor"))
-    run_check(
-        sources,
-        processor,
+    check = DataCheck(
+        processor=processor,
         limits=Limits(max_tokens=options.max_tokens, max_pixels=options.max_pixels or MAX_PIXELS),
-        policy=parse_policy(options.on_bad) if options.on_bad else None,
-        rejects=Path(options.rejects) if options.rejects else None,
         decode=not options.no_decode,
-        json_output=options.json_output,
     )
+    policy = parse_policy(options.on_bad) if options.on_bad else None
+    report = check_sources(sources, check, policy=policy, rejects=Path(options.rejects) if options.rejects else None)
+    show_report(report, json_output=options.json_output)
     return 0

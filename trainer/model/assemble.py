@@ -1,7 +1,6 @@
 """Vision tower + projector + Llama -> one checkpoint with its processor: `llava-llama31 assemble`."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,9 @@ from llava_llama31.trainer.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from llava_llama31.assembly import AssemblyPlan, VisionChoices
     from llava_llama31.checkpoint_parts import Vocabulary
+    from llava_llama31.processing import LlavaLlama31Processor
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +25,7 @@ def assemble(
     output: str | Path,
     *,
     projector: str | Path | None = None,
-    image_size: int | None = None,
-    image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
-    vision_feature_layer: int | list[int] | None = None,
+    vision: "VisionChoices | None" = None,
     add_chat_tokens: bool = False,
     dtype: str = "auto",
     seed: int = 0,
@@ -38,9 +37,7 @@ def assemble(
         language_model: folder of a Llama-family model with its tokenizer.
         output: new folder; it appears once complete.
         projector: folder of a LLaVA checkpoint, or a projector's safetensors file; default: a fresh one.
-        image_size: side of a tile in pixels; default: the tower's.
-        image_grid_pinpoints: (height, width) in pixels; default: the LLaVA checkpoint's, else LLaVA-1.6's five shapes.
-        vision_feature_layer: hidden state(s) that the projector reads; default: the LLaVA checkpoint's, else -2.
+        vision: size and grid of the tiles, and the layer that is projected; default: the parts' own.
         add_chat_tokens: add Llama 3.1's turn tokens to a tokenizer that lacks them, as new rows of the embedding.
         dtype: `auto` (the language model's), `bfloat16` or `float32`.
         seed: for a fresh projector.
@@ -50,9 +47,8 @@ def assemble(
     """
     import torch
 
-    from llava_llama31.assembly import collecting, plan_assembly, staged_folder, write_model_files
+    from llava_llama31.assembly import VisionChoices, collecting, plan_assembly, staged_folder, write_model_files
     from llava_llama31.checkpoint_parts import AssemblyError
-    from llava_llama31.processing import build_processor
 
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}", fix=f"one of {', '.join(DTYPES)}")
@@ -64,9 +60,7 @@ def assemble(
                 language_model,
                 vocabulary=vocabulary,
                 projector=projector,
-                image_size=image_size,
-                image_grid_pinpoints=image_grid_pinpoints,
-                vision_feature_layer=vision_feature_layer,
+                vision=vision or VisionChoices(),
                 dtype={"bfloat16": torch.bfloat16, "float32": torch.float32}.get(dtype),
                 seed=seed,
             )
@@ -74,15 +68,7 @@ def assemble(
             raise AssemblyError(*problems)
         for note in plan.notes:
             logger.info("%s", note)
-        config: Any = plan.config  # the stock class allows its parts to be missing
-        processor = build_processor(
-            tokenizer,
-            image_size=config.vision_config.image_size,
-            patch_size=config.vision_config.patch_size,
-            image_mean=plan.image_mean,
-            image_std=plan.image_std,
-            image_grid_pinpoints=config.image_grid_pinpoints,
-        )
+        processor = _processor_of(plan, tokenizer)
         with staged_folder(output) as folder:
             write_model_files(plan, folder)
             processor.save_pretrained(folder)
@@ -90,6 +76,20 @@ def assemble(
         raise UserError(str(error)) from error
     logger.info("wrote %s: %.2f GB, %s", output, plan.num_bytes / 1e9, plan.dtype)
     return plan.parameter_counts()
+
+
+def _processor_of(plan: "AssemblyPlan", tokenizer: "PreTrainedTokenizerBase") -> "LlavaLlama31Processor":
+    from llava_llama31.processing import build_processor
+
+    config: Any = plan.config  # the stock class allows its parts to be missing
+    return build_processor(
+        tokenizer,
+        image_size=config.vision_config.image_size,
+        patch_size=config.vision_config.patch_size,
+        image_mean=plan.image_mean,
+        image_std=plan.image_std,
+        image_grid_pinpoints=config.image_grid_pinpoints,
+    )
 
 
 def convert_original(folder: str | Path, output: str | Path, *, add_chat_tokens: bool = False) -> dict[str, int]:

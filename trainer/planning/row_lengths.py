@@ -158,19 +158,13 @@ def _lognormal(draw: np.random.Generator, quantiles: list[int], number: int) -> 
 def counted_rows(stage: Stage, model_folder: Path, seed: int) -> StageRows | None:
     """The rows as check-data found them; None where it has not checked them, or they have changed since."""
     from llava_llama31.processing import LlavaLlama31Processor
-    from llava_llama31.trainer.data.batches.stage_rows import keeps_data_newline, split_rows, stage_limits
-    from llava_llama31.trainer.data.check.check import cached_reports, default_cache_dir
+    from llava_llama31.trainer.data.batches.stage_rows import split_rows, stage_check
+    from llava_llama31.trainer.data.check.check import cached_reports
     from llava_llama31.trainer.data.check.report import select_rows
 
     try:
         processor = LlavaLlama31Processor.from_pretrained(model_folder)
-        reports = cached_reports(
-            stage.data,
-            processor,
-            limits=stage_limits(stage),
-            cache_dir=default_cache_dir(),
-            keep_data_newline=keeps_data_newline(stage),
-        )
+        reports = cached_reports(stage.data, stage_check(stage, processor))
     except (OSError, UserError):
         return None
     if reports is None:

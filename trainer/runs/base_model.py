@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from llava_llama31.assembly import VisionChoices
 from llava_llama31.processing import CHAT_TEMPLATE
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.model.assemble import assemble
@@ -37,8 +38,9 @@ def prepare(recipe: Recipe, folder: RunFolder, console: Console) -> None:
         language,
         folder.base,
         projector=projector,
-        image_grid_pinpoints=model.image_grid_pinpoints,
-        vision_feature_layer=model.vision_feature_layer,
+        vision=VisionChoices(
+            image_grid_pinpoints=model.image_grid_pinpoints, vision_feature_layer=model.vision_feature_layer
+        ),
         add_chat_tokens=model.add_chat_tokens,
         dtype=model.dtype,
         seed=recipe.seed,

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, RankBatches
 from llava_llama31.trainer.data.batches.collator import Collator
 from llava_llama31.trainer.data.batches.dataset import StageDataset
+from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
 from llava_llama31.trainer.fault_tolerance.step_health import Records
@@ -24,6 +25,7 @@ class StageBatches:
         order: global batches of the training rows.
         validation_lengths: of the validation rows.
         packed: micro-batches are packed rows.
+        device_tiles: makes the tiles of micro-batches that come with `pixels` instead.
     """
 
     training: StageDataset
@@ -32,6 +34,7 @@ class StageBatches:
     order: BatchOrder
     validation_lengths: Lengths
     packed: bool
+    device_tiles: DeviceTiles | None = None
 
 
 class BatchLoader:

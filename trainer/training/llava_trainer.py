@@ -37,7 +37,6 @@ from transformers.trainer_utils import TrainOutput
 
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.data.batches.batch_order import RankBatches
-from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles
 from llava_llama31.trainer.distributed.engine import fsdp_plugin, uses_fsdp
 from llava_llama31.trainer.distributed.parameters import unsharded, whole_parameters
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
@@ -66,11 +65,13 @@ class TrainerOptions:
     """How a stage optimises and saves.
 
     Args:
+        learning_rates: peak learning rate of each trainable module group.
         bfloat16_moments: optimise with AdamWBfloat16, not with what `args.optim` names.
         decay_all_parameters: apply weight decay to norms and biases too.
         only_trainable: save the trainable parameters alone (adapters); the rest comes from the stage's origin.
     """
 
+    learning_rates: Mapping[str, float]
     bfloat16_moments: bool = False
     decay_all_parameters: bool = False
     only_trainable: bool = False
@@ -81,8 +82,6 @@ class LlavaTrainer(Trainer):
 
     Args:
         model: the model, or a PEFT model around it, already frozen as the stage wants it.
-        learning_rates: peak learning rate of each trainable module group.
-        device_tiles: makes the tiles of batches that come with `pixels` instead.
         questions: asked at every evaluation, beside the loss on the validation rows.
     """
 
@@ -93,17 +92,14 @@ class LlavaTrainer(Trainer):
         *,
         batches: StageBatches,
         processor: LlavaLlama31Processor,
-        learning_rates: Mapping[str, float],
         meter: Meter,
         guard: Guard,
-        options: TrainerOptions | None = None,
-        device_tiles: DeviceTiles | None = None,
+        options: TrainerOptions,
         questions: TrainingQuestions | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        self.batches, self.learning_rates, self.options = batches, dict(learning_rates), options or TrainerOptions()
-        self.meter, self.guard, self.device_tiles, self.questions = meter, guard, device_tiles, questions
-        self.processor = processor
+        self.batches, self.processor, self.options = batches, processor, options
+        self.meter, self.guard, self.questions = meter, guard, questions
         self.loader = BatchLoader(batches, args, guard)
         self.throughput = Throughput(batches.order, meter)
         self.saving_to: Path | None = None
@@ -146,15 +142,15 @@ class LlavaTrainer(Trainer):
         """The batch on the device, its images as tiles."""
         inputs = super()._prepare_inputs(inputs)
         if "pixels" in inputs:
-            assert self.device_tiles is not None
-            inputs["pixel_values"] = self.device_tiles(inputs.pop("pixels"))
+            assert self.batches.device_tiles is not None
+            inputs["pixel_values"] = self.batches.device_tiles(inputs.pop("pixels"))
         return inputs
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             target = cast(PreTrainedModel, self.model if model is None else model)
             decayed = None if self.options.decay_all_parameters else self.get_decay_parameter_names(target)
-            rates, decay = self.learning_rates, self.args.weight_decay
+            rates, decay = self.options.learning_rates, self.args.weight_decay
             groups = parameter_groups(target, self._base(target), rates, decay, decayed)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             if self.options.bfloat16_moments:
@@ -282,9 +278,11 @@ class LlavaTrainer(Trainer):
         self.guard.watchdog.beat("saved")
 
     def _save_whole(self, model: torch.nn.Module, trial: Any) -> None:
-        with staged_checkpoint(self.args, self.state, self.guard) as self.saving_to:
-            super()._save_checkpoint(model, trial)
-        self.saving_to = None
+        try:
+            with staged_checkpoint(self.args, self.state, self.guard) as self.saving_to:
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.saving_to = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Whole weights and processor in one folder. Collective."""

@@ -88,7 +88,8 @@ class Meter:
             num_tiles += sum(self.num_tiles(tuple(pixels.shape[:2])) for pixels in batch.get("pixels", ()))
         if "packing" in batch:
             packing = batch["packing"]
-            if int(ids[0, -1]) == self.pad_token_id:  # a row ends with its padding
+            # padding is a segment of its own, and every sample begins with bos
+            if int(ids[0, -sum(packing[-1])]) == self.pad_token_id:
                 packing = packing[:-1]
             padding = ids.numel() - sum(map(sum, packing))
             supervised = batch["supervised_positions"]

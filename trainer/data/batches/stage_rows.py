@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.data.batches.batch_order import Lengths
-from llava_llama31.trainer.data.check.check import check_sources, default_cache_dir
+from llava_llama31.trainer.data.check.check import DataCheck, check_sources
 from llava_llama31.trainer.data.check.report import DataReport, select_rows
 from llava_llama31.trainer.data.check.row_checker import Limits
 from llava_llama31.trainer.data.sources.records import RecordStore, open_records
@@ -57,21 +57,24 @@ def check_stage(
     Raises:
         UserError: when records can't be used and their policy is `error`.
     """
-    return check_sources(
-        stage.data,
-        processor,
-        limits=stage_limits(stage),
-        policy=stage.on_bad_record,
-        cache_dir=default_cache_dir(),
-        rejects=rejects,
+    check = stage_check(stage, processor, progress=progress)
+    report = check_sources(stage.data, check, policy=stage.on_bad_record, rejects=rejects)
+    report.raise_for_policy()
+    return report
+
+
+def stage_check(
+    stage: Stage, processor: LlavaLlama31Processor, *, decode: bool = True, progress: bool = True
+) -> DataCheck:
+    """How the records of a stage are checked."""
+    limits = [limit for limit in (stage.max_tokens, stage.max_row_tokens) if limit is not None]
+    return DataCheck(
+        processor=processor,
+        limits=Limits(max_tokens=min(limits, default=None), max_text_tokens=stage.max_text_tokens),
+        decode=decode,
         keep_data_newline=keeps_data_newline(stage),
         progress=progress,
     )
-
-
-def stage_limits(stage: Stage) -> Limits:
-    limits = [limit for limit in (stage.max_tokens, stage.max_row_tokens) if limit is not None]
-    return Limits(max_tokens=min(limits, default=None), max_text_tokens=stage.max_text_tokens)
 
 
 def keeps_data_newline(stage: Stage) -> bool:

@@ -41,6 +41,7 @@ __all__ = [
     "ACTIONS",
     "COUNTS",
     "Action",
+    "DataCheck",
     "DataReport",
     "Limits",
     "SourceReport",
@@ -49,128 +50,33 @@ __all__ = [
     "check_sources",
     "default_cache_dir",
     "parse_policy",
-    "run_check",
     "select_rows",
+    "show_report",
 ]
 
 _NUM_FIRST_IDS = 5
 _DEFAULT_POLICY: dict[str, Action] = {"default": "error"}
 
 
-def check_sources(
-    sources: Sequence["DataSource"],
-    processor: "LlavaLlama31Processor | None",
-    *,
-    limits: Limits | None = None,
-    policy: Mapping[str, str] | None = None,
-    cache_dir: Path,
-    rejects: Path | None = None,
-    decode: bool = True,
-    keep_data_newline: bool = False,
-    num_workers: int | None = None,
-    progress: bool = True,
-    enforce: bool = True,
-) -> DataReport:
-    """Check every record of every source, and stop when the policy says so.
+@dataclass(frozen=True, kw_only=True)
+class DataCheck:
+    """How records are checked.
 
     Args:
-        sources: what to check.
         processor: counts tokens and tiles; without it only the records and their images are checked.
-        limits: records and images beyond them are rejected; default `Limits()`.
-        policy: action per reason, with `default`; default `error`.
-        cache_dir: findings are kept here and found again while data, images, processor and code stay the same.
-        rejects: file of all unusable rows; default `rejects.jsonl` in `cache_dir`. Quarantined records go to
-            `quarantine.jsonl` beside it.
+        limits: records and images beyond them are rejected.
         decode: decode every image whole; otherwise read headers alone.
         keep_data_newline: as in `open_records`.
         num_workers: processes; 0 for this one alone, None for as many as the cores and the rows are worth.
         progress: show a bar, when standard error is a terminal.
-        enforce: raise as the policy says; otherwise that is left to the report's `raise_for_policy`.
-
-    Raises:
-        UserError: after the whole pass, when records can't be used and the policy for their reason is `error`.
     """
-    actions = check_policy(_DEFAULT_POLICY if policy is None else policy)
-    check = _Check(processor, limits or Limits(), decode, keep_data_newline, num_workers, progress)
-    cache = CheckCache(cache_dir)
-    reports = tuple(check.source(source, cache) for source in sources)
-    rejects = rejects or cache_dir / "rejects.jsonl"
-    write_atomically(rejects, _rejected(reports, actions))
-    quarantine = rejects.with_name("quarantine.jsonl")
-    if any(action_for(actions, reason) == "quarantine" for report in reports for reason in report.dropped):
-        write_atomically(quarantine, _quarantined(sources, reports, actions))
-        report = DataReport(reports, actions, rejects, quarantine)
-    else:
-        report = DataReport(reports, actions, rejects)
-    if enforce:
-        report.raise_for_policy()
-    return report
 
-
-def cached_reports(
-    sources: Sequence["DataSource"],
-    processor: "LlavaLlama31Processor",
-    *,
-    limits: Limits,
-    cache_dir: Path,
-    keep_data_newline: bool,
-) -> list[SourceReport] | None:
-    """What an earlier check with images decoded found of every source; None where one has yet to be checked."""
-    check = _Check(processor, limits, True, keep_data_newline, None, False)
-    cache = CheckCache(cache_dir)
-    entries = [(source, cache.load(check.key(source, True))) for source in sources]
-    return [_report(source, *entry) for source, entry in entries if entry] if all(e for _, e in entries) else None
-
-
-def run_check(
-    sources: Sequence["DataSource"],
-    processor: "LlavaLlama31Processor | None" = None,
-    *,
-    limits: Limits | None = None,
-    policy: Mapping[str, str] | None = None,
-    cache_dir: Path | None = None,
-    rejects: Path | None = None,
-    decode: bool = True,
-    keep_data_newline: bool = False,
-    num_workers: int | None = None,
-    json_output: bool = False,
-) -> DataReport:
-    """The command `check-data`: `check_sources`, printed as tables or as one JSON object before the policy raises."""
-    report = check_sources(
-        sources,
-        processor,
-        limits=limits,
-        policy=policy,
-        cache_dir=cache_dir or default_cache_dir(),
-        rejects=rejects,
-        decode=decode,
-        keep_data_newline=keep_data_newline,
-        num_workers=num_workers,
-        enforce=False,
-    )
-    if json_output:
-        sys.stdout.write(json.dumps(report.to_dict()) + "\n")
-    else:
-        print_report(report)
-    report.raise_for_policy()
-    return report
-
-
-def default_cache_dir() -> Path:
-    """`llava-llama31/check-data` under the user's cache folder."""
-    return user_cache("check-data")
-
-
-@dataclass
-class _Check:
-    """How to check a source."""
-
-    processor: "LlavaLlama31Processor | None"
-    limits: Limits
-    decode: bool
-    keep_data_newline: bool
-    num_workers: int | None
-    progress: bool
+    processor: "LlavaLlama31Processor | None" = None
+    limits: Limits = Limits()
+    decode: bool = True
+    keep_data_newline: bool = False
+    num_workers: int | None = None
+    progress: bool = True
 
     def source(self, source: "DataSource", cache: CheckCache) -> SourceReport:
         """The source's report, from the cache where that holds."""
@@ -233,6 +139,63 @@ class _Check:
             for found in findings:
                 yield found
                 bar.advance(task, found.num_rows)
+
+
+def check_sources(
+    sources: Sequence["DataSource"],
+    check: DataCheck,
+    *,
+    policy: Mapping[str, str] | None = None,
+    cache_dir: Path | None = None,
+    rejects: Path | None = None,
+) -> DataReport:
+    """Check every record of every source; what the policy says of it is left to the report's `raise_for_policy`.
+
+    Args:
+        policy: action per reason, with `default`; default `error`.
+        cache_dir: findings are kept here and found again while data, images, processor and code stay the same;
+            default `default_cache_dir()`.
+        rejects: file of all unusable rows; default `rejects.jsonl` in `cache_dir`. Quarantined records go to
+            `quarantine.jsonl` beside it.
+
+    Raises:
+        UserError: a source can't be read, or the policy names an unknown reason or action.
+    """
+    actions = check_policy(_DEFAULT_POLICY if policy is None else policy)
+    cache = CheckCache(cache_dir or default_cache_dir())
+    reports = tuple(check.source(source, cache) for source in sources)
+    rejects = rejects or cache.folder / "rejects.jsonl"
+    write_atomically(rejects, _rejected(reports, actions))
+    if not any(action_for(actions, reason) == "quarantine" for report in reports for reason in report.dropped):
+        return DataReport(reports, actions, rejects)
+    quarantine = rejects.with_name("quarantine.jsonl")
+    write_atomically(quarantine, _quarantined(sources, reports, actions))
+    return DataReport(reports, actions, rejects, quarantine)
+
+
+def cached_reports(sources: Sequence["DataSource"], check: DataCheck) -> list[SourceReport] | None:
+    """What an earlier check with images decoded found of every source; None where one has yet to be checked."""
+    cache = CheckCache(default_cache_dir())
+    entries = [(source, cache.load(check.key(source, True))) for source in sources]
+    return [_report(source, *entry) for source, entry in entries if entry] if all(e for _, e in entries) else None
+
+
+def show_report(report: DataReport, *, json_output: bool) -> None:
+    """Print the report as tables or as one JSON object, then raise what the policy says.
+
+    Raises:
+        UserError: records can't be used, and the policy for their reason is `error`.
+    """
+    if json_output:
+        sys.stdout.write(json.dumps(report.to_dict()) + "\n")
+    else:
+        print_report(report)
+    report.raise_for_policy()
+
+
+def default_cache_dir() -> Path:
+    """`llava-llama31/check-data` under the user's cache folder."""
+    return user_cache("check-data")
 
 
 class _RejectWriter:
