@@ -1,5 +1,6 @@
 """Low-bit optimizers, compiled layers, checkpointed layers, fp8: right where they run, refused where they can't."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.compiler import set_stance
+from transformers import TrainingArguments
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.packed_llama_llava_llama31 import EAGER
@@ -29,6 +31,7 @@ from llava_llama31.trainer.training.optimizers import (
     portable_state,
     round_by_chance,
 )
+from llava_llama31.trainer.training.training_args import OWNED_BY_STAGE, PASSED_THROUGH, REFUSED
 
 
 def stage(**changes):
@@ -338,6 +341,43 @@ def test_what_the_stage_owns_is_not_taken_from_trainer_args(tmp_path, recipe_con
     recipe_content["stages"]["instruct"]["trainer_args"] = {key: "x"}
     assert run(tmp_path, recipe_content, "run")[0] == 2
     assert f"trainer_args.{key}: the stage owns this" in capsys.readouterr().err
+
+
+def test_every_field_of_training_arguments_is_in_one_table():
+    tables = [*OWNED_BY_STAGE, *REFUSED, *PASSED_THROUGH]
+    fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    assert len(tables) == len(set(tables)) and fields <= set(tables), fields - set(tables)
+
+
+@pytest.mark.parametrize(
+    ("trainer_args", "message"),
+    [
+        # each was taken before: a step of four times the samples, shifted labels, or no effect at all
+        ({"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}}, "set global_batch and micro"),
+        ({"label_smoothing_factor": 1e-6}, "label_smoothing_factor: is not supported"),
+        ({"resume_from_checkpoint": "/nonexistent"}, "the same command resumes a run"),
+        ({"do_train": False}, "do_train: is not supported: the command decides"),
+        ({"dataloader_multiprocessing_context": "spawn"}, "data workers come from a fork server"),
+        ({"dataloader_in_order": False}, "micro-batches keep their order"),
+        ({"ddp_timeout": 60}, "set step_timeout instead"),
+        ({"neftune_noise_alpha": 5}, "its noise depends on a row's length"),
+        # these ended a later stage with a traceback
+        ({"report_to": ["wandb"]}, "trainer_args.report_to: wandb is not installed (fix: install wandb"),
+        ({"report_to": "tensorbord"}, "did you mean tensorboard?"),
+        ({"report_to": 3}, "is not a list of trackers"),
+        ({"lr_scheduler_kwargs": {"nosuch": 3}}, "trainer_args.lr_scheduler_kwargs: the schedule rejects it"),
+        ({"use_cpu": True}, "set the variable CUDA_VISIBLE_DEVICES instead"),
+        ({"prediction_loss_only": False}, "validation has its own loop"),
+    ],
+)
+def test_trainer_args_of_the_last_stage_are_checked_before_the_first_runs(
+    tmp_path, recipe_content, capsys, trainer_args, message
+):
+    recipe_content["stages"]["instruct"]["trainer_args"] = trainer_args
+    code, folder = run(tmp_path, recipe_content, "run")
+    error = capsys.readouterr().err
+    assert code == 2 and "stages.instruct.trainer_args." in error and message in error and "(fix: " in error
+    assert not (folder / "base").exists() and not (folder / "stages").exists()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,11 @@ STAGE_RECORD = "stage.json"
 _FINAL = "final"
 # recipe keys that may change between two starts of a run, beside `CHANGEABLE`
 _UNTRAINED = ("description", "device_watts", "hub_id")
+_PLACES = re.compile(
+    r"stages\.[^.]+\.(init_from|data\.\d+\.(path|image_root))|evaluation\.(data|image_root)"
+    r"|model\.(checkpoint|vision_tower|language_model|projector)"
+)
+_NOTHING = re.compile(r"(?!)")
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,11 @@ class RunFolder:
     def origins(self) -> Path:
         """The revisions of the Hub's repositories that the run uses."""
         return self.path / "origins.json"
+
+    @property
+    def inputs(self) -> Path:
+        """Digests of the data, questions and checkpoints that the run began with."""
+        return self.path / "inputs.json"
 
     @property
     def elapsed(self) -> Path:
@@ -204,8 +215,14 @@ class RunFolder:
 
     def _refuse_changes(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         free = (*_UNTRAINED, *CHANGEABLE)
+        # runs/inputs.py compares the contents, wherever they are
+        moved = _PLACES if self.inputs.is_file() else _NOTHING
         before, now = before | {"publish": None}, now | {"publish": None}  # does not change the training
-        changes = [change for change in _differences(before, now) if change[0].rpartition(".")[2] not in free]
+        changes = [
+            change
+            for change in _differences(before, now)
+            if change[0].rpartition(".")[2] not in free and not moved.fullmatch(change[0])
+        ]
         if changes:
             listed = "; ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in changes[:5])
             more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
@@ -220,5 +237,8 @@ def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, An
     if isinstance(before, dict) and isinstance(now, dict):
         for name in {**before, **now}:
             yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (old, new) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(old, new, f"{key}.{number}")
     elif before != now:
         yield key, before, now

@@ -141,7 +141,10 @@ def _explain(error: ValidationError, where: str) -> UserError:
     if first["type"] == "value_error":
         return UserError(message + _and_others(others), where=f"{where}: {key}" if key else where)
     got = f", not {first['input']!r}"
-    return UserError(message + got + _and_others(others), where=f"{where}: {key}", fix="give a value of that type")
+    fix = "give a value of that type"
+    if first["type"] == "literal_error":
+        fix = _nearest(str(first["input"]), re.findall(r"'([^']*)'", first["ctx"]["expected"])) or "give one of these"
+    return UserError(message + got + _and_others(others), where=f"{where}: {key}", fix=fix)
 
 
 def _location(parts: tuple[str | int, ...]) -> list[str | int]:

@@ -5,7 +5,7 @@ Every object is frozen and checked when it is made; an error names the key and i
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -18,7 +18,8 @@ Policy = Literal["error", "skip", "quarantine"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 # the linear layers of a decoder layer, by their names in the Llama model
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_TARGETS: tuple[str, ...] = get_args(LoraTarget)
 
 # as TrainingArguments and huggingface_hub call it
 _TOKEN_FIELDS = ("hub_token", "token")
@@ -87,7 +88,7 @@ class Lora(_Frozen):
     r: PositiveInt = 64
     alpha: PositiveFloat = 128.0
     dropout: Fraction = 0.0
-    targets: list[str] = [*LORA_TARGETS]
+    targets: list[LoraTarget] = Field(list(get_args(LoraTarget)), min_length=1)
     dora: bool = False
     quantize: Literal["nf4"] | None = None
     """Keep the adapted weights in 4 bits while the adapters are trained (QLoRA, through bitsandbytes)."""

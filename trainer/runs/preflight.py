@@ -26,7 +26,8 @@ from llava_llama31.trainer.recipes.derived import derive
 from llava_llama31.trainer.recipes.schema import Publish, Stage
 from llava_llama31.trainer.runs.base_model import base_of, is_ours
 from llava_llama31.trainer.runs.context import RunContext
-from llava_llama31.trainer.training.training_args import check_deepspeed, check_trainer_args
+from llava_llama31.trainer.runs.inputs import run_inputs, settle_inputs
+from llava_llama31.trainer.training.training_args import check_deepspeed, check_training_arguments
 
 
 def check_shared(folder: RunFolder, state: PartialState) -> None:
@@ -62,12 +63,12 @@ def check_stages(stages: Mapping[str, Stage], publish: Publish | None, num_proce
         check_strategy(publish, stages)
     for name, stage in stages.items():
         where = f"stages.{name}"
-        derive(stage, stage.global_batch, num_processes, where=where)
-        check_trainer_args(stage.trainer_args, where)
+        derived = derive(stage, stage.global_batch, num_processes, where=where)
         check_policy(stage.on_bad_record)
         check_device_options(stage, where)
         if stage.deepspeed:
             check_deepspeed(stage, where)
+        check_training_arguments(stage, derived, where=where)
         if stage.init_from != "previous":
             folder = local_checkpoint(stage.init_from, where=f"{where}.init_from")
             if not is_ours(folder):
@@ -88,7 +89,7 @@ def check_publishing(run: RunContext) -> dict[str, Any] | None:
 
 
 def check_inputs(run: RunContext) -> None:
-    """Check licences, the data of all stages, and the questions.
+    """Check licences, the data of all stages, the questions, and that all are what the run began with.
 
     Raises:
         UserError: naming what to fix.
@@ -96,10 +97,12 @@ def check_inputs(run: RunContext) -> None:
     recipe = run.recipe
     licence_texts(base_models_of(recipe))
     processor = LlavaLlama31Processor.from_pretrained(base_of(recipe, run.folder))
+    reports = {}
     for name, stage in recipe.stages.items():
         if stage.device_tiles:
             DeviceTiles(processor, where=f"stages.{name}.device_tiles")  # fail here rather than at a later stage
-        check_stage(stage, processor, run.stage_folder(name).rejects)
+        reports[name] = check_stage(stage, processor, run.stage_folder(name).rejects)
+    settle_inputs(run, run_inputs(run, reports))
     if recipe.evaluation is not None:
         spec = recipe.evaluation
         questions = load_questions(spec.data, image_root=spec.image_root, limit=spec.limit)

@@ -24,6 +24,7 @@ from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs.console import print_stage_start
 from llava_llama31.trainer.runs.context import StageRun
 from llava_llama31.trainer.runs.final_weights import write_final_weights
+from llava_llama31.trainer.runs.inputs import refuse_changes
 from llava_llama31.trainer.runs.stage_parts import stage_features, stage_trainer
 from llava_llama31.trainer.runs.stage_record import stage_record
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
@@ -71,6 +72,10 @@ def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived) -> None:
     if checkpoint is not None:
         manifest = atomic_folders.read_manifest(checkpoint)
         check_resumable(manifest, trainer.args, checkpoint)
+        if run.context.is_main:  # the digests are kept by the rank that writes them
+            refuse_changes(
+                manifest.get("inputs", trainer.options.inputs), trainer.options.inputs, where=str(checkpoint)
+            )
         step = manifest["step"]
         run.context.console.print(f"resuming from {checkpoint}, step {step} of {derived.steps}")
         if step >= derived.steps:  # Trainer would take one more step

@@ -33,6 +33,7 @@ from llava_llama31.trainer.publishing.pusher import PushSaves
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs.console import StageProgress
 from llava_llama31.trainer.runs.context import StageRun
+from llava_llama31.trainer.runs.inputs import Inputs, checkpoint_digests
 from llava_llama31.trainer.training.batch_loading import StageBatches
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer, TrainerOptions
 from llava_llama31.trainer.training.meter import Meter
@@ -128,12 +129,21 @@ def stage_trainer(
             bfloat16_moments=stage.optimizer == "adamw_bf16",
             decay_all_parameters="decay_all_parameters" in stage.quirks,
             only_trainable=stage.lora is not None,
+            inputs=stage_inputs(run, data),
         ),
         questions=_questions(run),
         callbacks=[StageProgress(run.context.console, run.name), *_pushes(run)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def stage_inputs(run: StageRun, data: StageData) -> Inputs:
+    """Digests of the stage's data and origin, on rank 0, which writes checkpoints."""
+    if not run.context.is_main:
+        return {}
+    contents = {f"{run.where}.data.{source['name']}": source["content"] for source in data.summary}
+    return contents | {f"{run.where}.origin": checkpoint_digests(run.origin)}
 
 
 def _pushes(run: StageRun) -> list[PushSaves]:

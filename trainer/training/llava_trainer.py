@@ -16,7 +16,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,12 +69,14 @@ class TrainerOptions:
         bfloat16_moments: optimise with AdamWBfloat16, not with what `args.optim` names.
         decay_all_parameters: apply weight decay to norms and biases too.
         only_trainable: save the trainable parameters alone (adapters); the rest comes from the stage's origin.
+        inputs: digests of the stage's data and origin, kept in every checkpoint.
     """
 
     learning_rates: Mapping[str, float]
     bfloat16_moments: bool = False
     decay_all_parameters: bool = False
     only_trainable: bool = False
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class LlavaTrainer(Trainer):
@@ -279,7 +281,7 @@ class LlavaTrainer(Trainer):
 
     def _save_whole(self, model: torch.nn.Module, trial: Any) -> None:
         try:
-            with staged_checkpoint(self.args, self.state, self.guard) as self.saving_to:
+            with staged_checkpoint(self.args, self.state, self.guard, self.options.inputs) as self.saving_to:
                 super()._save_checkpoint(model, trial)
         finally:
             self.saving_to = None

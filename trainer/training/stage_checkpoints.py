@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -78,8 +78,14 @@ def saved_parameters(model: torch.nn.Module, *, only_trainable: bool) -> list[tu
 
 
 @contextmanager
-def staged_checkpoint(args: TrainingArguments, state: TrainerState, guard: Guard) -> Iterator[Path]:
-    """The parent folder in which Transformers saves; at the end the checkpoint in it is committed. Collective."""
+def staged_checkpoint(
+    args: TrainingArguments, state: TrainerState, guard: Guard, inputs: Mapping[str, Any]
+) -> Iterator[Path]:
+    """The parent folder in which Transformers saves; at the end the checkpoint in it is committed. Collective.
+
+    Args:
+        inputs: digests of what the stage depends on, for the manifest.
+    """
     final = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
     staging = final.parent / atomic_folders.STAGING / final.name
     if args.should_save:
@@ -99,6 +105,7 @@ def staged_checkpoint(args: TrainingArguments, state: TrainerState, guard: Guard
         state.save_to_json(str(staging / TRAINER_STATE_NAME))
         guard.save(staging)
         facts = {"step": state.global_step, "num_processes": args.world_size, "engine": engine_of(args)}
+        facts["inputs"] = dict(inputs)
         atomic_folders.commit(staging, final, facts)
         atomic_folders.remove(staging.parent)
         assert args.save_total_limit is not None

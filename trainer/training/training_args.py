@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.device_options import optim_name
@@ -15,7 +16,8 @@ from llava_llama31.trainer.recipes.derived import Derived
 from llava_llama31.trainer.recipes.schema import Stage
 
 
-# TrainingArguments that the stage decides -> the key of the stage that decides them
+# every field of TrainingArguments is in one of three tables (test_device_options.py)
+# decided by the stage -> what to set instead
 OWNED_BY_STAGE = {
     "output_dir": "--output",
     "seed": "the recipe's seed",
@@ -57,24 +59,85 @@ OWNED_BY_STAGE = {
     "dataloader_num_workers": "dataloader_workers",
     "train_sampling_strategy": "group_by_length",
     "dataloader_drop_last": "last_batch",
-    "remove_unused_columns": "nothing: the collator names what the model gets",
-    "label_names": "nothing: the labels come from the processor",
-    "logging_nan_inf_filter": "nothing: a loss that is not finite stops the run",
-    "save_only_model": "nothing: a checkpoint is complete",
     "load_best_model_at_end": "keep",
     "metric_for_best_model": "keep",
     "greater_is_better": "keep",
-    "push_to_hub": "nothing: a run is published from its export",
     "auto_find_batch_size": "micro_batch",
-    "ignore_data_skip": "nothing: a resumed run sees the samples that are left",
-    "save_on_each_node": "nothing: one process writes",
     "fsdp": "accelerate's configuration",
     "parallelism_config": "max_row_tokens: rows with images are not cut among devices",
     "bf16_full_eval": "precision",
     "fp16_full_eval": "precision",
     "dataloader_prefetch_factor": "dataloader_workers",
     "dataloader_persistent_workers": "dataloader_workers",
-    "average_tokens_across_devices": "nothing: the loss is that of the global batch",
+    "logging_strategy": "logging_steps",
+    "eval_on_start": "eval_steps",
+    "hub_model_id": "publish.repository",
+    "hub_strategy": "publish",
+    "hub_token": "the variable HF_TOKEN",
+    "hub_private_repo": "publish",
+    "hub_always_push": "publish",
+    "hub_revision": "publish",
+    "use_cpu": "the variable CUDA_VISIBLE_DEVICES",
+    "accelerator_config": "global_batch and micro_batch",
+    "fsdp_config": "accelerate's configuration",
+    "ddp_timeout": "step_timeout",
+    "ddp_backend": "the launcher's options",
+    "local_rank": "the launcher's options",
+    "resume_from_checkpoint": "--output: the same command resumes a run",
+}
+# without effect here, or with another meaning -> why
+REFUSED = {
+    "remove_unused_columns": "the collator names what the model gets",
+    "label_names": "the labels come from the processor",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "save_only_model": "a checkpoint is complete",
+    "push_to_hub": "a run is published from its export",
+    "ignore_data_skip": "a resumed run sees the samples that are left",
+    "save_on_each_node": "one process writes",
+    "average_tokens_across_devices": "the loss is that of the global batch",
+    "label_smoothing_factor": "the Trainer's smoothing expects labels that are shifted already",
+    "use_cache": "a training row is read once",
+    "eval_delay": "a stage validates from its first eval_steps on",
+    "prediction_loss_only": "validation has its own loop",
+    "eval_do_concat_batches": "validation has its own loop",
+    "eval_use_gather_object": "validation has its own loop",
+    "eval_accumulation_steps": "validation has its own loop",
+    "include_for_metrics": "validation has its own loop",
+    "batch_eval_metrics": "validation has its own loop",
+    "enable_jit_checkpoint": "a signal saves already",
+    "restore_callback_states_from_checkpoint": "checkpoints hold what callbacks need",
+    "dataloader_multiprocessing_context": "data workers come from a fork server",
+    "dataloader_in_order": "micro-batches keep their order",
+    "length_column_name": "the check of the data gives the lengths",
+    "do_train": "the command decides",
+    "do_eval": "the command decides",
+    "do_predict": "the command decides",
+}
+PASSED_THROUGH = {
+    "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb",
+    "ddp_find_unused_parameters",
+    "ddp_static_graph",
+    "dataloader_pin_memory",
+    "debug",
+    "disable_tqdm",
+    "full_determinism",
+    "include_num_input_tokens_seen",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "logging_first_step",
+    "lr_scheduler_kwargs",
+    "neftune_noise_alpha",
+    "project",
+    "report_to",
+    "run_name",
+    "skip_memory_metrics",
+    "tf32",
+    "torch_empty_cache_steps",
+    "trackio_bucket_id",
+    "trackio_space_id",
+    "trackio_static_space_id",
 }
 
 
@@ -84,9 +147,9 @@ def training_arguments(
     """TrainingArguments of a stage, with its `trainer_args` passed through.
 
     Raises:
-        UserError: when `trainer_args` has an unknown key, or one that the stage owns.
+        UserError: `trainer_args` has a key or a value that is not allowed.
     """
-    check_trainer_args(stage.trainer_args, where)
+    check_trainer_args(stage.trainer_args, where, packing=stage.packing)
     deepspeed = str(deepspeed_file(stage.deepspeed, where)) if stage.deepspeed else None
     optim = optim_name(stage, where)
     try:
@@ -125,23 +188,75 @@ def training_arguments(
             **{"disable_tqdm": True, "ddp_find_unused_parameters": False, **stage.trainer_args},
         )
     except (TypeError, ValueError) as error:
-        raise UserError(f"TrainingArguments rejects it: {error}", where=f"{where}.trainer_args") from error
+        fix = "see Transformers' TrainingArguments"
+        raise UserError(f"TrainingArguments rejects it: {error}", where=f"{where}.trainer_args", fix=fix) from error
 
 
-def check_trainer_args(trainer_args: dict[str, Any], where: str) -> None:
+def check_trainer_args(trainer_args: dict[str, Any], where: str, *, packing: bool = False) -> None:
+    """Check the names of the fields, and that the trackers they name are installed.
+
+    Raises:
+        UserError: naming the key, and what to set instead.
+    """
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for key in trainer_args:
+        place = f"{where}.trainer_args.{key}"
         if key in OWNED_BY_STAGE:
-            raise UserError(
-                "the stage owns this", where=f"{where}.trainer_args.{key}", fix=f"set {OWNED_BY_STAGE[key]} instead"
-            )
+            raise UserError("the stage owns this", where=place, fix=f"set {OWNED_BY_STAGE[key]} instead")
+        if key in REFUSED:
+            raise UserError(f"is not supported: {REFUSED[key]}", where=place, fix="remove it")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(
-                "TrainingArguments has no such field",
-                where=f"{where}.trainer_args.{key}",
-                fix=f"did you mean {near[0]}?" if near else "see Transformers' TrainingArguments",
-            )
+            fix = f"did you mean {near[0]}?" if near else "see Transformers' TrainingArguments"
+            raise UserError("TrainingArguments has no such field", where=place, fix=fix)
+        if key not in PASSED_THROUGH:
+            raise UserError("is newer than this package, which does not know its effect", where=place, fix="remove it")
+    if packing and trainer_args.get("neftune_noise_alpha"):
+        raise UserError(
+            "its noise depends on a row's length, and a packed row holds several samples",
+            where=f"{where}.trainer_args.neftune_noise_alpha",
+            fix=f"set {where}.packing=false, or remove it",
+        )
+    _check_trackers(trainer_args.get("report_to"), f"{where}.trainer_args.report_to")
+
+
+def _check_trackers(report_to: Any, where: str) -> None:
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{report_to!r} is not a list of trackers", where=where, fix="give names, e.g. [tensorboard]")
+    installed = set(get_available_reporting_integrations())
+    for name in names:
+        if name in ("none", "all") or name in installed:
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+            fix = f"did you mean {near[0]}?" if near else f"one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            raise UserError(f"there is no tracker {name!r}", where=where, fix=fix)
+        raise UserError(f"{name} is not installed", where=where, fix=f"install {name}, or remove it")
+
+
+def check_training_arguments(stage: Stage, derived: Derived, *, where: str) -> None:
+    """Build what the stage will be trained with, so that a wrong value is found before any stage runs.
+
+    Raises:
+        UserError: TrainingArguments or the schedule rejects a value.
+    """
+    alone = stage.model_copy(update={"deepspeed": None})  # which would start its engine
+    args = training_arguments(alone, derived, output_dir=Path("unused"), seed=0, where=where)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    options = args.lr_scheduler_kwargs
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=derived.warmup_steps,
+            num_training_steps=derived.steps,
+            scheduler_specific_kwargs=options if isinstance(options, dict) else None,
+        )
+    except (TypeError, ValueError) as error:
+        place = f"{where}.trainer_args.lr_scheduler_kwargs"
+        fix = f"see Transformers' schedule {stage.schedule}"
+        raise UserError(f"the schedule rejects it: {error}", where=place, fix=fix) from None
 
 
 def check_deepspeed(stage: Stage, where: str) -> None:

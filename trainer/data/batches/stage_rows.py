@@ -40,7 +40,7 @@ class Rows:
 class StageData:
     """What a stage trains on and is validated with.
 
-    `summary` has one entry per source: name, rows, usable, dropped by reason, selected, license.
+    `summary` has one entry per source: name, rows, content (digests), usable, dropped by reason, selected, license.
     """
 
     stores: list[RecordStore]
@@ -132,6 +132,7 @@ def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, rejects: Pat
             {
                 "name": source.name,
                 "rows": found.num_rows,
+                "content": dict(found.content),
                 "usable": len(found.rows),
                 "dropped": dict(found.dropped),
                 "selected": len(chosen),

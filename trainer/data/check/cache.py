@@ -7,7 +7,7 @@ import logging
 import os
 import zipfile
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,11 +126,37 @@ def write_atomically(path: Path, pieces: Iterable[str]) -> None:
         staged.unlink(missing_ok=True)
 
 
-def fingerprint(files: Iterable[Path], processor: "LlavaLlama31Processor | None", settings: dict) -> str:
+def content_digests(signatures: Sequence[list], arrays: dict[str, np.ndarray]) -> dict[str, str]:
+    """Digests of a source's data files and of the image files beside them, wherever the folders that hold them lie.
+
+    Args:
+        signatures: of the data files, by `file_signature`.
+        arrays: of a finding; an image file counts with its name, size and modification time in seconds.
+    """
+    names = [os.fsdecode(name) for name in arrays["watched_names"].tobytes().split(b"\0")[:-1]]
+    times = [(size, modified // 10**9) for size, modified in arrays["watched_signatures"].tolist()]
+    images = sorted(zip(_below_common_folder(names), times, strict=True))
+    files = _below_common_folder([signature[0] for signature in signatures]) if len(signatures) > 1 else [""]
+    parts = {
+        "files": [(name, size, digest) for name, (_, size, _, digest) in zip(files, signatures, strict=True)],
+        "images": images,
+    }
+    return {
+        part: hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+        for part, content in parts.items()
+    }
+
+
+def _below_common_folder(paths: Sequence[str]) -> list[str]:
+    common = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    return [path[len(common) :].lstrip(os.sep) for path in paths]
+
+
+def fingerprint(signatures: Sequence[list], processor: "LlavaLlama31Processor | None", settings: dict) -> str:
     """32 hex digits that change with the data files, the processor, the settings, this code and its libraries."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (
-        [file_signature(file) for file in files],
+        signatures,
         processor and processor_signature(processor),
         settings,
         code_signature(processor),

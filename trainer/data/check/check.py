@@ -14,7 +14,15 @@ from uuid import uuid4
 
 import numpy as np
 
-from llava_llama31.trainer.data.check.cache import CheckCache, WatchedFiles, fingerprint, user_cache, write_atomically
+from llava_llama31.trainer.data.check.cache import (
+    CheckCache,
+    WatchedFiles,
+    content_digests,
+    file_signature,
+    fingerprint,
+    user_cache,
+    write_atomically,
+)
 from llava_llama31.trainer.data.check.report import (
     ACTIONS,
     Action,
@@ -81,23 +89,26 @@ class DataCheck:
     def source(self, source: "DataSource", cache: CheckCache) -> SourceReport:
         """The source's report, from the cache where that holds."""
         # what was found with every image decoded holds for headers too
+        signatures = [file_signature(file) for file in data_files(source)]
         for decode in (True,) if self.decode else (True, False):
-            key = self.key(source, decode)
+            key = self.key(source, decode, signatures)
             if entry := cache.load(key):
                 return _report(source, *entry)
         store = open_records(source, keep_data_newline=self.keep_data_newline, max_pixels=self.limits.max_pixels)
         spool = cache.folder / f".rejects.{uuid4().hex[:8]}"
         try:
             summary, arrays = self._pass_over(store, source.name, spool)
+            summary["content"] = content_digests(signatures, arrays)
             rejects = cache.store(key, summary, arrays, spool)
         finally:
             spool.unlink(missing_ok=True)
         return replace(_report(source, summary, arrays, rejects), cached=False)
 
-    def key(self, source: "DataSource", decode: bool) -> str:
+    def key(self, source: "DataSource", decode: bool, signatures: Sequence[list]) -> str:
+        """Key of the finding in the cache; `signatures` are those of the source's files."""
         place = [source.path, source.image_root, source.format, source.split, source.images_only]
         settings = asdict(self.limits) | {"newline": self.keep_data_newline, "decode": decode, "source": place}
-        return fingerprint(data_files(source), self.processor, settings)
+        return fingerprint(signatures, self.processor, settings)
 
     def _pass_over(self, store: RecordStore, name: str, spool: Path) -> tuple[dict, dict[str, np.ndarray]]:
         """Summary and arrays; the rejects go to the file `spool`."""
@@ -176,7 +187,8 @@ def check_sources(
 def cached_reports(sources: Sequence["DataSource"], check: DataCheck) -> list[SourceReport] | None:
     """What an earlier check with images decoded found of every source; None where one has yet to be checked."""
     cache = CheckCache(default_cache_dir())
-    entries = [(source, cache.load(check.key(source, True))) for source in sources]
+    keys = [check.key(source, True, [file_signature(file) for file in data_files(source)]) for source in sources]
+    entries = [(source, cache.load(key)) for source, key in zip(sources, keys, strict=True)]
     return [_report(source, *entry) for source, entry in entries if entry] if all(e for _, e in entries) else None
 
 
@@ -243,6 +255,7 @@ def _report(source: "DataSource", summary: dict, arrays: dict[str, np.ndarray], 
         rows=arrays["rows"],
         counts={name: arrays[name] for name in COUNTS if name in arrays},
         prefixes=arrays["prefixes"],
+        content=summary["content"],
         rejects=rejects,
         cached=True,
     )

@@ -36,6 +36,7 @@ class SourceReport:
             num_supervised_tokens, num_tiles, num_prefix_tokens (to the end of the last image, if that is in the
             first turn); empty where no processor was given.
         prefixes: uint64 (N,), equal where rows begin with the same turns and images; 0 without an image.
+        content: digests of the data files and of the image files, wherever they lie.
         rejects: JSON lines with row, id, image, reason and detail of every unusable row.
         cached: whether an earlier check of the same data was found again.
     """
@@ -49,6 +50,7 @@ class SourceReport:
     rows: np.ndarray
     counts: dict[str, np.ndarray]
     prefixes: np.ndarray
+    content: dict[str, str]
     rejects: Path
     cached: bool = False
 
