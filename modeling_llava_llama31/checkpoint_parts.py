@@ -249,17 +249,17 @@ def language_part(checkpoint: Checkpoint, vocabulary: Vocabulary) -> ModelPart:
         AssemblyError: there is none, or it is of another family.
     """
     config = _language_config(checkpoint)
-    tensors = {}
+    tensors: dict[str, PlannedTensor] = {}
     for key, tensor in checkpoint.headers.items():
         match = _LANGUAGE_KEY.fullmatch(key)
         if match and not _NOT_A_WEIGHT.fullmatch(match[1]):
             tensors[f"model.language_model.{match[1]}"] = tensor
-        elif _HEAD_KEY.fullmatch(key) and not config.tie_word_embeddings:
+        elif _HEAD_KEY.fullmatch(key):
             tensors["lm_head.weight"] = tensor
+    notes = _settle_tie(checkpoint, config, tensors)
     old_rows = config.vocab_size
     rows = math.ceil(max(old_rows, vocabulary.size) / ROW_MULTIPLE) * ROW_MULTIPLE
     kept = old_rows if vocabulary.first_new_id is None else min(vocabulary.first_new_id, old_rows)
-    notes = []
     if kept < rows:
         notes.append(f"embedding: {kept} rows kept, {rows - kept} new rows initialised to their mean, {rows} in all")
         for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
@@ -271,6 +271,36 @@ def language_part(checkpoint: Checkpoint, vocabulary: Vocabulary) -> ModelPart:
     config.bos_token_id, config.pad_token_id = vocabulary.bos_token_id, vocabulary.pad_token_id
     config.eos_token_id = list(vocabulary.eos_token_ids)
     return ModelPart(checkpoint.path, tensors, None, config, tuple(notes))
+
+
+def _settle_tie(checkpoint: Checkpoint, config: PreTrainedConfig, tensors: dict[str, PlannedTensor]) -> list[str]:
+    """Decide as Transformers' loading does whether head and embedding are one matrix; returns notes.
+
+    A head in the file that differs from the embedding is kept whatever the config says. Without one the config
+    decides: that of the whole model, where it has the key, before that of the language model.
+
+    Raises:
+        AssemblyError: there is no head, and the two levels of the config contradict each other.
+    """
+    outer = checkpoint.config.get("tie_word_embeddings") if "text_config" in checkpoint.config else None
+    inner = config.tie_word_embeddings
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.language_model.embed_tokens.weight")
+    if head is None:
+        if outer is False and inner:
+            raise AssemblyError(
+                f"{checkpoint.path}: config.json has tie_word_embeddings: false, its text_config true, and no file "
+                "contains lm_head.weight (fix: set the former to true, or download the folder again)"
+            )
+        config.tie_word_embeddings = bool(outer or inner)
+        return []
+    if not (outer or inner):
+        return []
+    if embedding is not None and head.shape == embedding.shape and torch.equal(head.read(), embedding.read()):
+        del tensors["lm_head.weight"]
+        config.tie_word_embeddings = True
+        return []
+    config.tie_word_embeddings = False
+    return [f"{checkpoint.path}: the config ties the head to the embedding, but its lm_head.weight differs; kept"]
 
 
 def projector_part(checkpoint: Checkpoint) -> Part:

@@ -312,6 +312,57 @@ def test_tied_embeddings_stay_tied(head_in_file, clip_folder, tokenizer, tmp_pat
     assert_same_language_model(model, tied)
 
 
+@pytest.mark.parametrize(
+    ("outer", "inner", "own_head", "is_tied"),
+    [
+        (False, True, True, False),  # the three of an own head: it was dropped in silence
+        (True, True, True, False),
+        ("none", True, True, False),
+        (True, False, False, True),  # refused for the lack of a head
+        (True, None, False, True),
+        (None, True, False, True),
+        (False, False, True, False),
+    ],
+)
+def test_head_and_embedding_are_tied_as_transformers_reads_them(
+    outer, inner, own_head, is_tied, clip_folder, tokenizer, tmp_path
+):
+    tied = randomized(LlamaForCausalLM(text_config(len(tokenizer), tie_word_embeddings=True)), 4)
+    source = tmp_path / "source"
+    tied.save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    if outer == "none":  # a language model alone, as merged adapters leave it
+        shutil.copytree(tmp_path / "tied", source)
+    else:
+        assemble(clip_folder, tmp_path / "tied", source)
+        file = source / "config.json"
+        config = json.loads(file.read_text())
+        for level, value in ((config, outer), (config["text_config"], inner)):
+            level.pop("tie_word_embeddings", None)
+            if value is not None:
+                level["tie_word_embeddings"] = value
+        file.write_text(json.dumps(config))
+    embedding = next(value for key, value in load_file(source / "model.safetensors").items() if "embed_tokens" in key)
+    if own_head:
+        put(lm_head__weight=embedding * 1.7)(source)
+    assemble(clip_folder, source, tmp_path / "out")
+    head = stock(tmp_path / "out").lm_head.weight
+    wanted = embedding * 1.7 if own_head else embedding
+    torch.testing.assert_close(head[: len(tokenizer) - 1], wanted[: len(tokenizer) - 1])
+    written = "lm_head.weight" in load_file(tmp_path / "out/model.safetensors")
+    assert written is not is_tied
+
+
+def test_a_head_that_one_level_of_a_config_ties_and_the_other_does_not_is_refused(clip_folder, tokenizer, tmp_path):
+    tied = randomized(LlamaForCausalLM(text_config(len(tokenizer), tie_word_embeddings=True)), 4)
+    tied.save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    assemble(clip_folder, tmp_path / "tied", tmp_path / "source")
+    configure(tie_word_embeddings=False)(tmp_path / "source")
+    with pytest.raises(UserError, match="tie_word_embeddings: false, its text_config true"):
+        assemble(clip_folder, tmp_path / "source", tmp_path / "out")
+
+
 def test_rows_ids_and_configs(clip_folder, language_folder, language_model, tokenizer, tmp_path):
     assemble(clip_folder, language_folder, tmp_path / "out")
     model, old = stock(tmp_path / "out"), len(tokenizer)
