@@ -2,7 +2,8 @@
 
 It is Transformers' `LlavaNextProcessor` (same files, same attributes) with three additions: the Llama-3.1 chat
 template below, ids and labels built turn by turn (`encode`), and a fast path to the tiles, bit-identical to
-Transformers' PIL image processor (`tiles`). A folder that it saves also opens with the stock class, without this file.
+Transformers' PIL image processor (`tiles`). Images become pixels in `pixels_llava_llama31` alone, at every door. A
+folder that it saves also opens with the stock class, without this file.
 
 Shapes: T tiles, H W the height and width of a tile, S tokens of a conversation.
 """
@@ -10,8 +11,10 @@ Shapes: T tiles, H W the height and width of a tile, S tokens of a conversation.
 import json
 import os
 import shutil
+from base64 import b64decode
 from collections.abc import Sequence
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +24,12 @@ from transformers import LlavaNextImageProcessor, LlavaNextProcessor, PreTrained
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_transforms import normalize, rescale
 from transformers.image_utils import ChannelDimension
+from transformers.utils import logging
 
+from .pixels_llava_llama31 import upright_rgb
+
+
+logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN = "<image>"
@@ -32,10 +40,22 @@ CHAT_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", 
 
 # Llama-3.1 turns as in Meta's ChatFormat (llama_models/llama3/chat_format.py), without tools and dates.
 CHAT_TEMPLATE = """\
+{%- if tools %}
+    {{- raise_exception("tools= is not supported: describe the tools in the system turn") }}
+{%- endif %}
+{%- if documents %}
+    {{- raise_exception("documents= is not supported: write them into the user's turn") }}
+{%- endif %}
 {{- bos_token }}
 {%- for message in messages %}
     {%- if message['role'] not in ['system', 'user', 'assistant'] %}
         {{- raise_exception("unknown role '" + message['role'] + "': system, user or assistant") }}
+    {%- endif %}
+    {%- if message['tool_calls'] or message['function_call'] %}
+        {{- raise_exception("tool_calls are not supported: write the call into the content") }}
+    {%- endif %}
+    {%- if message['content'] is not defined or message['content'] is none %}
+        {{- raise_exception("a turn of role '" + message['role'] + "' has no content: leave the turn out") }}
     {%- endif %}
     {%- set turn = namespace(text='') %}
     {%- if message['content'] is string %}
@@ -62,6 +82,8 @@ CHAT_TEMPLATE = """\
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
+
+_POST_PROCESSORS_THAT_ADD = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 
 Message = dict  # {"role": str, "content": str | list[{"type": "image"} | {"type": "text", "text": str}]}
 
@@ -102,13 +124,44 @@ class Placement(NamedTuple):
 class LlavaLlama31Processor(LlavaNextProcessor):
     """`LlavaNextProcessor` with the chat template, ids and labels of Llama 3.1.
 
-    `__call__`, `apply_chat_template` and `decode` are the stock ones. With Llama's tokenizer, `encode` returns the
-    same ids as `apply_chat_template`; it tokenises a header separately from what follows (like Meta's ChatFormat), so
-    that training and generation agree with any tokenizer, and text that looks like a special token stays text.
+    `__call__`, `apply_chat_template` and `decode` are the stock ones, but images (opened, paths, encoded bytes,
+    base64) go through `upright_rgb` first, as in training; URLs are left to Transformers' loader, with a warning.
+
+    With Llama's tokenizer, `encode` returns the same ids as `apply_chat_template`; it tokenises a header separately
+    from what follows (like Meta's ChatFormat), so that training and generation agree with any tokenizer, and text that
+    looks like a special token stays text.
 
     Raises:
-        ValueError: from `encode`, if the numbers of images and of image parts in the messages differ.
+        ValueError: from `encode`, if the numbers of images and of image parts in the messages differ, or a turn has
+            tool calls or no content.
     """
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "LlavaLlama31Processor":
+        """Stock `from_pretrained`; where a folder does not name a padding side, batches are padded on the left.
+
+        A tokenizer that adds its own bos to the template's, as folders of earlier versions have it, no longer does.
+        """
+        processor = super().from_pretrained(*args, **kwargs)
+        tokenizer = processor.tokenizer
+        if "padding_side" not in tokenizer.init_kwargs:
+            tokenizer.padding_side = "left"
+        if processor.chat_template and tokenizer.bos_token and tokenizer.num_special_tokens_to_add():
+            empty = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
+            if processor.apply_chat_template(empty).startswith(tokenizer.bos_token):
+                _add_nothing(tokenizer)
+        return processor
+
+    def prepare_inputs_layout(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> tuple:
+        """Stock, after images have become upright RGB: `__call__` and `apply_chat_template` both come through here.
+
+        Raises:
+            ValueError: a string is neither a path nor base64.
+        """
+        shown = None if images is None else _as_trained(images)
+        return super().prepare_inputs_layout(images=shown, text=text, videos=videos, audio=audio, **kwargs)
 
     @cached_property
     def tile_size(self) -> int:
@@ -168,7 +221,7 @@ class LlavaLlama31Processor(LlavaNextProcessor):
     def tiles(self, image: Image.Image) -> np.ndarray:
         """Base tile and anyres tiles of an image: float32 (T, 3, H, W), bit-identical to the PIL image processor's."""
         size, resample = self.tile_size, self.image_processor.resample
-        image = image.convert("RGB")
+        image = upright_rgb(image)
         place = self.placement((image.height, image.width))
         canvas = np.zeros((place.grid_height, place.grid_width, 3), np.uint8)
         rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
@@ -243,30 +296,106 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         output = super().to_dict()
         output["processor_class"] = LlavaNextProcessor.__name__
         output["image_processor"]["image_processor_type"] = "LlavaNextImageProcessor"
+        output["image_processor"].pop("auto_map", None)  # a remote load leaves one
         output["auto_map"] = {"AutoProcessor": f"{Path(__file__).stem}.{type(self).__name__}"}
         return output
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
-        """Save so that both the stock class (without remote code) and this one (with it) open the folder."""
-        files = super().save_pretrained(save_directory, push_to_hub=False, **kwargs)
-        tokenizer_config = Path(save_directory, "tokenizer_config.json")
-        config = json.loads(tokenizer_config.read_text(encoding="utf-8"))
-        config["processor_class"] = LlavaNextProcessor.__name__
-        config.pop("auto_map", None)
-        tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
+        """Save so that both the stock class (without remote code) and this one (with it) open the folder.
+
+        Raises:
+            ValueError: `push_to_hub`; nothing is written.
+        """
         if push_to_hub:
             raise ValueError(
                 "push_to_hub is not supported: upload the saved folder with huggingface_hub.upload_folder"
             )
+        # those of the last call; every call sets its own
+        self.tokenizer.backend_tokenizer.no_padding()
+        self.tokenizer.backend_tokenizer.no_truncation()
+        files = super().save_pretrained(save_directory, push_to_hub=False, **kwargs)
+        tokenizer_config = Path(save_directory, "tokenizer_config.json")
+        config = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+        config["processor_class"] = LlavaNextProcessor.__name__
+        # how the tokenizer was opened is no setting of it
+        for key in ("auto_map", "is_local", "local_files_only"):
+            config.pop(key, None)
+        # a tokenizer saves these only if they were given when it was made
+        config |= {
+            "padding_side": self.tokenizer.padding_side,
+            "truncation_side": self.tokenizer.truncation_side,
+            "model_input_names": self.tokenizer.model_input_names,
+            "clean_up_tokenization_spaces": self.tokenizer.clean_up_tokenization_spaces,
+            "split_special_tokens": self.tokenizer.split_special_tokens,
+        }
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        tokenizer_config.write_text(text + "\n", encoding="utf-8")
+        for file in (Path(__file__), Path(__file__).with_name("pixels_llava_llama31.py")):
+            shutil.copyfile(file, Path(save_directory, file.name))
         return files
+
+
+def _as_trained(images: Any) -> Any:
+    """Images, however nested, as training shows them; arrays and tensors, which are pixels already, as they are."""
+    if isinstance(images, list | tuple):
+        return [_as_trained(image) for image in images]
+    if isinstance(images, str) and images.startswith(("http://", "https://")):
+        logger.warning_once(
+            "Transformers' loader reads URLs: it drops transparency and clips 16-bit grey; download the image instead."
+        )
+        return images
+    if isinstance(images, Image.Image):
+        return upright_rgb(images)
+    if isinstance(images, str | os.PathLike | bytes | bytearray):
+        with Image.open(_file_of(images)) as image:
+            return upright_rgb(image)
+    return images
+
+
+def _file_of(source: str | os.PathLike | bytes | bytearray) -> str | os.PathLike | BytesIO:
+    """What PIL opens: a path, or the bytes of an encoded image."""
+    if isinstance(source, bytes | bytearray):
+        return BytesIO(source)
+    if isinstance(source, os.PathLike) or os.path.isfile(source):
+        return source
+    encoded = source.partition(",")[2] if source.startswith("data:image/") else source
+    try:
+        return BytesIO(b64decode("".join(encoded.split()), validate=True))
+    except ValueError as error:
+        what = f"{source[:80]!r} is neither an image file that exists nor base64 nor a URL"
+        raise ValueError(what) from error
+
+
+def _add_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer add no token to a text: the template writes a bos, and with a second one it is another prompt.
+
+    Raises:
+        ValueError: it adds tokens in a way that is not known here.
+    """
+    backend = tokenizer.backend_tokenizer
+    state = json.loads(backend.to_str())
+    state["post_processor"] = _without_added_tokens(state["post_processor"])
+    backend.post_processor = type(backend).from_str(json.dumps(state)).post_processor
+    if tokenizer.num_special_tokens_to_add():
+        raise ValueError("the tokenizer adds special tokens to every text: remove them from its post-processor")
+
+
+def _without_added_tokens(post_processor: dict | None) -> dict | None:
+    if post_processor is None or post_processor["type"] in _POST_PROCESSORS_THAT_ADD:
+        return None
+    if post_processor["type"] != "Sequence":
+        return post_processor
+    kept = [part for part in map(_without_added_tokens, post_processor["processors"]) if part is not None]
+    return {"type": "Sequence", "processors": kept} if kept else None
 
 
 def _segments(message: Message) -> list[str | None]:
     """A turn as the template renders it, split at its images (None) and trimmed like the template trims it."""
     content = message["content"]
+    if content is None or message.get("tool_calls") or message.get("function_call"):
+        raise ValueError(f"a turn of role {message['role']!r} has tool calls or no content: write them as text")
     if isinstance(content, str):
         return [content.strip()]
     segments: list[str | None] = [""]
@@ -303,7 +432,7 @@ def build_processor(
         resample: PIL's code for the filter.
 
     Raises:
-        ValueError: the tokenizer lacks chat tokens; names them.
+        ValueError: the tokenizer lacks chat tokens, and names them; or it adds tokens that can't be taken away.
     """
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in CHAT_TOKENS if token not in vocabulary]
@@ -311,7 +440,9 @@ def build_processor(
         raise ValueError(f"the tokenizer lacks {', '.join(missing)}: it is not a Llama-3.1 tokenizer")
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     tokenizer.bos_token, tokenizer.pad_token, tokenizer.eos_token = "<|begin_of_text|>", PAD_TOKEN, END_OF_TURN
-    tokenizer.padding_side = "left"
+    if tokenizer.num_special_tokens_to_add():
+        _add_nothing(tokenizer)
+    tokenizer.padding_side = "left"  # a batch is generated from at its right end
     image_processor = LlavaNextImageProcessor(
         size={"shortest_edge": image_size},
         crop_size={"height": image_size, "width": image_size},

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from transformers.image_transforms import convert_to_rgb
 
 from llava_llama31.trainer.data.sources.images import FORMATS, ImageRef, image_at
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
@@ -57,17 +58,23 @@ def test_orientation_is_applied_as_pillow_does(make_image, tmp_path, format, ori
     assert np.array_equal(np.asarray(ref.open()), np.asarray(expected))
 
 
-def test_orientation_behind_the_pixels_or_broken_changes_nothing(make_image):
+def test_orientation_behind_the_pixels_is_applied_as_pillow_does(make_image):
     exif = Image.Exif()
     exif[0x0112] = 6
     png = encoded(make_image(8, 20), exif=exif)
     start = png.index(b"eXIf") - 4
     chunk = png[start : start + 12 + int.from_bytes(png[start : start + 4], "big")]
     late = png.replace(chunk, b"").replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND")
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(late)))
+    ref = ImageRef("x", data=late)
+    assert ref.size() == (20, 8) and np.array_equal(np.asarray(ref.open()), np.asarray(expected))
+
+
+def test_orientation_that_is_broken_changes_nothing(make_image):
     rubbish = PngInfo()
     rubbish.add_text("Raw profile type exif", "a\nb\nc\nno hexadecimal digits")
     broken = encoded(make_image(8, 20), pnginfo=rubbish)
-    for data in (late, broken, encoded(make_image(8, 20), "JPEG", exif=b"Exif\0\0rubbish")):
+    for data in (broken, encoded(make_image(8, 20), "JPEG", exif=b"Exif\0\0rubbish")):
         ref = ImageRef("x", data=data)
         assert ref.size() == (8, 20) and ref.open().size == (20, 8)
 
@@ -77,7 +84,7 @@ def test_every_mode_becomes_rgb(make_image, mode):
     image = make_image(6, 7).convert(mode)
     decoded = ImageRef("x", data=encoded(image, "JPEG" if mode == "CMYK" else "PNG")).open()
     if mode != "CMYK":
-        assert np.array_equal(np.asarray(decoded), np.asarray(image.convert("RGB")))
+        assert np.array_equal(np.asarray(decoded), convert_to_rgb(image, return_numpy=True))
     assert decoded.mode == "RGB"
 
 
@@ -128,7 +135,19 @@ def test_a_bomb_in_the_metadata_is_refused(make_image):
     bomb = PngInfo()
     bomb.add_text("comment", "0" * 50_000_000, zip=True)
     ref = ImageRef("x", data=encoded(make_image(4, 4), pnginfo=bomb))
-    assert len(ref.data) < 100_000 and reason_of(ref.size) == reason_of(ref.open) == "corrupt_image"
+    assert len(ref.data) < 100_000 and reason_of(ref.size) == reason_of(ref.open) == "oversized_image"
+
+
+@pytest.mark.parametrize("kind", ["text", "profile"])
+def test_large_metadata_is_told_as_such(make_image, kind):
+    info = PngInfo()
+    if kind == "text":
+        info.add_text("comment", "0" * 2_000_000, zip=True)
+    options = {"icc_profile": bytes(2_000_000)} if kind == "profile" else {"pnginfo": info}
+    ref = ImageRef("x", data=encoded(make_image(4, 4), **options))
+    for call in (ref.size, ref.open):
+        with pytest.raises(RecordError, match="save it again without metadata"):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Ids, labels and tiles of the processor against independent implementations."""
 
+import copy
 import json
 import random
+import shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from PIL import Image
-from tokenizers import Tokenizer, models
-from transformers import AddedToken, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, processors
+from transformers import AddedToken, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
@@ -22,6 +24,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from llava_llama31.processing import CHAT_TOKENS, IGNORE_INDEX, LlavaLlama31Processor, build_processor
+from llava_llama31.trainer.export.dialects import to_transformers_4
 
 
 LLAVA_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -164,11 +167,13 @@ def test_pictures_in_a_conversation_give_the_stock_processors_ids(processor, mak
 
 
 @settings(max_examples=60, deadline=None)
-@given(height=st.integers(1, 200), width=st.integers(1, 200), mode=st.sampled_from(["RGB", "L", "RGBA", "P"]))
+@given(height=st.integers(1, 200), width=st.integers(1, 200), mode=st.sampled_from(["RGB", "L", "RGBA", "LA", "P"]))
 def test_tiles_are_bit_equal_to_the_stock_image_processors(processor, height, width, mode):
-    pixels = np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 4), dtype=np.uint8)
     image = Image.fromarray(pixels).convert(mode)
-    stock = processor.image_processor(image.convert("RGB"), return_tensors="np")
+    if mode == "P":
+        image.info["transparency"] = bytes(range(256))
+    stock = processor.image_processor(image, return_tensors="np")
     ours = processor.tiles(image)
     assert ours.dtype == stock["pixel_values"].dtype == np.float32
     assert np.array_equal(ours, stock["pixel_values"][0])
@@ -219,6 +224,42 @@ def test_the_template_refuses_what_it_does_not_know(processor, messages):
         processor.apply_chat_template(messages)
 
 
+CALL = {"type": "function", "function": {"name": "look", "arguments": {}}}
+ASKED = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "named"),
+    [
+        (ASKED, {"tools": [{"type": "function", "function": {"name": "look"}}]}, "tools="),
+        (ASKED, {"documents": [{"title": "a", "text": "b"}]}, "documents="),
+        (
+            [*ASKED, {"role": "assistant", "content": [{"type": "text", "text": "y"}], "tool_calls": [CALL]}],
+            {},
+            "tool",
+        ),
+        ([*ASKED, {"role": "assistant", "content": "y", "function_call": {"name": "look"}}], {}, "tool_calls"),
+        ([*ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}], {}, "tool_calls"),
+        ([*ASKED, {"role": "assistant", "content": None}], {}, "'assistant' has no content"),
+        ([{"role": "user"}], {}, "'user' has no content"),
+    ],
+)
+def test_the_template_refuses_by_name_what_it_can_not_show(processor, messages, options, named):
+    for opener in (processor, processor.tokenizer):
+        with pytest.raises(TemplateError, match=named):
+            opener.apply_chat_template(messages, chat_template=processor.chat_template, tokenize=False, **options)
+    turn = messages[-1]
+    if not options and "content" in turn:
+        with pytest.raises(ValueError, match="tool calls or no content"):
+            processor.encode(messages)
+
+
+def test_empty_tools_and_calls_change_nothing(processor):
+    messages = [*ASKED, {"role": "assistant", "content": "y", "tool_calls": []}]
+    plain = processor.apply_chat_template([*ASKED, {"role": "assistant", "content": "y"}])
+    assert processor.apply_chat_template(messages, tools=[], documents=None) == plain
+
+
 def test_a_tokenizer_without_llamas_tokens_is_refused():
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     with pytest.raises(ValueError, match=r"lacks <\|begin_of_text\|>"):
@@ -239,3 +280,143 @@ def test_a_saved_folder_names_stock_classes_and_round_trips(processor, tmp_path)
     messages = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}]
     assert again.encode(messages, [(30, 50)]) == processor.encode(messages, [(30, 50)])
     assert again.tokenizer.pad_token == "<|finetune_right_pad_id|>" and again.tokenizer.eos_token == "<|eot_id|>"
+
+
+@pytest.fixture
+def own_tokenizer(tokenizer):
+    """A copy that a test may change."""
+    return copy.deepcopy(tokenizer)
+
+
+def built(tokenizer):
+    return build_processor(
+        tokenizer,
+        image_size=28,
+        patch_size=14,
+        image_mean=(0.48, 0.46, 0.41),
+        image_std=(0.27, 0.26, 0.28),
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+# what a user may set on the objects, and which file must say it
+SETTINGS = {
+    "padding_side": "right",
+    "truncation_side": "left",
+    "model_input_names": ["input_ids", "attention_mask"],
+    "clean_up_tokenization_spaces": True,
+    "split_special_tokens": True,
+    "model_max_length": 77,
+}
+
+
+def test_settings_made_on_the_objects_survive_saving(own_tokenizer, tmp_path):
+    processor = built(own_tokenizer)
+    for name, value in SETTINGS.items():
+        setattr(processor.tokenizer, name, value)
+    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    processor.patch_size = 7
+    processor.save_pretrained(tmp_path)
+    openers = [AutoProcessor.from_pretrained(tmp_path, trust_remote_code=remote) for remote in (False, True)]
+    for tokenizer in (*(opener.tokenizer for opener in openers), AutoTokenizer.from_pretrained(tmp_path)):
+        assert {name: getattr(tokenizer, name) for name in SETTINGS} == SETTINGS
+    for opener in openers:
+        assert list(opener.image_processor.image_mean) == [0.1, 0.2, 0.3] and opener.patch_size == 7
+
+
+def test_every_folder_pads_on_the_left(base_folder, exported, tmp_path):
+    older = tmp_path / "older"
+    shutil.copytree(exported / "other", older)
+    to_transformers_4(older)
+    for folder in (base_folder, exported / "llama", older):
+        assert json.loads((folder / "tokenizer_config.json").read_text())["padding_side"] == "left"
+        texts = ["a", "a longer text"]
+        for tokenizer in (AutoTokenizer.from_pretrained(folder), AutoProcessor.from_pretrained(folder).tokenizer):
+            padded = tokenizer(texts, padding=True)
+            assert tokenizer.padding_side == "left"
+            assert padded["attention_mask"][0][0] == 0 and padded["attention_mask"][0][-1] == 1
+
+
+def test_a_folder_of_an_earlier_version_is_mended_when_it_is_opened(own_tokenizer, tmp_path):
+    processor = built(own_tokenizer)
+    processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del config["padding_side"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.post_processor = llama_post_processor(tokenizer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for opener in (
+        LlavaLlama31Processor.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True),
+    ):
+        assert opener.tokenizer.padding_side == "left" and opener.tokenizer.num_special_tokens_to_add() == 0
+        assert opener.tokenizer("a")["input_ids"] == processor.tokenizer("a")["input_ids"]
+
+
+def test_a_folder_is_the_same_after_loading_and_saving_it_again(processor, tmp_path):
+    first = tmp_path / "0"
+    processor.save_pretrained(first)
+    for number in (1, 2):
+        opener = AutoProcessor.from_pretrained(tmp_path / str(number - 1), trust_remote_code=True)
+        # a call's padding must not be left in tokenizer.json
+        opener.tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=3)
+        opener.save_pretrained(tmp_path / str(number))
+        assert contents(tmp_path / str(number)) == contents(first)
+
+
+def test_a_push_is_refused_before_anything_is_written(processor, tmp_path):
+    with pytest.raises(ValueError, match="upload_folder"):
+        processor.save_pretrained(tmp_path / "new", push_to_hub=True)
+    assert not (tmp_path / "new").exists()
+
+
+def llama_post_processor(tokenizer: Tokenizer) -> processors.Sequence:
+    """As in Llama 3.1's tokenizer.json: byte-level offsets, and a bos before every text."""
+    bos = "<|begin_of_text|>"
+    added = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return processors.Sequence([processors.ByteLevel(trim_offsets=False), added])
+
+
+@pytest.mark.parametrize("door", ["built", "saved, stock", "saved, remote"])
+def test_every_client_sees_one_bos(own_tokenizer, tmp_path, door, make_image):
+    tokenizer, backend = own_tokenizer, own_tokenizer.backend_tokenizer
+    backend.post_processor = llama_post_processor(backend)
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    processor = built(tokenizer)
+    ours = processor
+    if door != "built":
+        processor.save_pretrained(tmp_path)
+        processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=door == "saved, remote")
+    image = make_image(30, 50)
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]}]
+    rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
+    given = processor(text=rendered, images=image)["input_ids"][0]
+    whole = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)[0]
+    trained = ours.encode_prompt(messages, [(30, 50)])
+    assert given == whole == trained and given.count(tokenizer.bos_token_id) == 1
+    # the offsets of a byte-level tokenizer stay, and with them the mask of the assistant's tokens
+    kept = json.loads(processor.tokenizer.backend_tokenizer.to_str())["post_processor"]
+    assert [part["type"] for part in kept["processors"]] == ["ByteLevel"]
+    assert kept["processors"][0]["trim_offsets"] is False
+    by_tokenizer = processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "what?"}], chat_template=processor.chat_template, return_dict=True
+    )["input_ids"]
+    assert by_tokenizer == ours.encode([{"role": "user", "content": "what?"}]).input_ids
+
+
+def test_a_post_processor_that_only_adds_is_taken_away(own_tokenizer, tmp_path):
+    tokenizer, backend = own_tokenizer, own_tokenizer.backend_tokenizer
+    bos = ("<|begin_of_text|>", tokenizer.bos_token_id)
+    backend.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[bos])
+    processor = built(tokenizer)
+    processor.save_pretrained(tmp_path)
+    plain = processor.tokenizer("a", add_special_tokens=False)["input_ids"]
+    for opener in (processor.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert opener("a")["input_ids"] == plain

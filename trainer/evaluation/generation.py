@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import CHAT_TOKENS, STOP_TOKENS, LlavaLlama31Processor
+from llava_llama31.processing.pixels_llava_llama31 import upright_rgb
 from llava_llama31.trainer.errors import UserError
 
 
@@ -93,8 +94,9 @@ class GreedyAnswerer:
 
     def prompt(self, messages: list[dict[str, Any]], images: Sequence[Image.Image] = ()) -> Prompt:
         """Tokens and tiles of a conversation whose image parts are `images`, in order."""
-        tiles = [self.processor.tiles(image) for image in images]
-        return self.prompt_from_tiles(messages, tiles, [(image.height, image.width) for image in images])
+        upright = [upright_rgb(image) for image in images]
+        tiles = [self.processor.tiles(image) for image in upright]
+        return self.prompt_from_tiles(messages, tiles, [(image.height, image.width) for image in upright])
 
     def prompt_from_tiles(
         self,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.processing import LlavaLlama31Processor, pixels_llava_llama31
 from llava_llama31.trainer.data.check.cache import user_cache
 from llava_llama31.trainer.data.sources import images
 from llava_llama31.trainer.data.sources.images import ImageRef
@@ -209,7 +209,7 @@ def cache_key(
         [version(package) for package in _PACKAGES],
     ]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for part in (images, type(processor), type(model)):
+    for part in (images, pixels_llava_llama31, type(processor), type(model)):
         digest.update(Path(inspect.getfile(part)).read_bytes())
     for name, weight in sorted(model.model.vision_tower.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())

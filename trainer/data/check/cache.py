@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from llava_llama31.processing import pixels_llava_llama31
 from llava_llama31.trainer import redaction
 from llava_llama31.trainer.data import check, sources
 from llava_llama31.trainer.data.sources.images import stat_signature
@@ -193,7 +194,7 @@ def processor_signature(processor: "LlavaLlama31Processor") -> str:
 
 def code_signature(processor: "LlavaLlama31Processor | None") -> dict:
     """Hash of the source that decides what is found, and the versions of the libraries beneath it."""
-    files = [Path(redaction.__file__)]
+    files = [Path(redaction.__file__), Path(pixels_llava_llama31.__file__)]
     for room in (sources, check):
         files += sorted(Path(str(room.__file__)).parent.glob("*.py"))
     if processor is not None:

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
+from llava_llama31.processing.pixels_llava_llama31 import SIDEWAYS, orientation_of, upright_rgb
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 
 
@@ -35,18 +36,11 @@ _SIGNATURE = re.compile(rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM", re.DOTALL
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _DATA_URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-
-_ORIENTATION_TAG = 0x0112
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SIDEWAYS = (5, 6, 7, 8)
+# Pillow's errors name its constants
+_METADATA_LIMIT = re.compile(r"\bMAX_TEXT_(CHUNK|MEMORY)\b")
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# where a PNG may give an orientation: EXIF, or text that holds EXIF or XMP
+_PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +66,20 @@ class ImageRef:
 
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels as seen upright, from the header alone."""
-        with self._header() as image:
-            sideways = _orientation(image) in _SIDEWAYS
+        with self._file() as file, self._header(file) as image:
+            late = _late_png_metadata(file) if image.format == "PNG" else None
+            if late is None:
+                orientation = orientation_of(image)
+            else:
+                with Image.open(late, formats=("PNG",)) as header:
+                    orientation = orientation_of(header)
+            sideways = orientation in SIDEWAYS
             return (image.width, image.height) if sideways else (image.height, image.width)
 
     def open(self) -> Image.Image:
-        """The upright image in RGB, fully decoded; of an animation, the first frame."""
-        with self._header(check_scans=True) as image:
-            orientation = _orientation(image)
-            rgb = _rgb(image)
-            return rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
+        """The image as `upright_rgb` shows it, fully decoded; of an animation, the first frame."""
+        with self._file() as file, self._header(file, check_scans=True) as image:
+            return upright_rgb(image)
 
     def sha256(self) -> str:
         """Hash of the encoded image."""
@@ -98,33 +96,35 @@ class ImageRef:
         return stat_signature(self.path)
 
     @contextmanager
-    def _header(self, *, check_scans: bool = False) -> Iterator[Image.Image]:
-        with self._file() as file:
-            try:
-                with Image.open(file, formats=FORMATS) as image:
-                    if image.width * image.height > self.max_pixels:
-                        what = f"{image.height} x {image.width} pixels, more than {self.max_pixels}"
-                        raise RecordError("oversized_image", what, self.name)
-                    if max(image.size) > MAX_SIDE:
-                        what = f"{image.height} x {image.width} pixels, a side above {MAX_SIDE}"
-                        raise RecordError("oversized_image", what, self.name)
-                    if check_scans and image.format in ("JPEG", "MPO"):
-                        self._check_scans(file)
-                    yield image
-            except RecordError:
-                raise
-            except UnidentifiedImageError:
-                raise self._unidentified(file) from None
-            except Image.DecompressionBombError as error:
-                raise RecordError("oversized_image", str(error), self.name) from None
-            except MemoryError:
-                raise RecordError("oversized_image", "there is not enough memory to decode it", self.name) from None
-            except OSError as error:
-                # Pillow's own complaints carry no errno
-                reason = "corrupt_image" if error.errno is None else "unreadable_image"
-                raise RecordError(reason, error.strerror or str(error), self.name) from None
-            except Exception as error:  # a decoder fed hostile bytes may raise anything
-                raise RecordError("corrupt_image", f"{type(error).__name__}: {error}", self.name) from None
+    def _header(self, file: BinaryIO, *, check_scans: bool = False) -> Iterator[Image.Image]:
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > self.max_pixels:
+                    what = f"{image.height} x {image.width} pixels, more than {self.max_pixels}"
+                    raise RecordError("oversized_image", what, self.name)
+                if max(image.size) > MAX_SIDE:
+                    what = f"{image.height} x {image.width} pixels, a side above {MAX_SIDE}"
+                    raise RecordError("oversized_image", what, self.name)
+                if check_scans and image.format in ("JPEG", "MPO"):
+                    self._check_scans(file)
+                yield image
+        except RecordError:
+            raise
+        except UnidentifiedImageError:
+            raise self._unidentified(file) from None
+        except Image.DecompressionBombError as error:
+            raise RecordError("oversized_image", str(error), self.name) from None
+        except MemoryError:
+            raise RecordError("oversized_image", "there is not enough memory to decode it", self.name) from None
+        except OSError as error:
+            # Pillow's own complaints carry no errno
+            reason = "corrupt_image" if error.errno is None else "unreadable_image"
+            raise RecordError(reason, error.strerror or str(error), self.name) from None
+        except Exception as error:  # a decoder fed hostile bytes may raise anything
+            if _METADATA_LIMIT.search(str(error)):
+                what = "its text or colour profile unpacks to more than Pillow reads (1 MiB a chunk): "
+                raise RecordError("oversized_image", what + "save it again without metadata", self.name) from None
+            raise RecordError("corrupt_image", f"{type(error).__name__}: {error}", self.name) from None
 
     @contextmanager
     def _file(self) -> Iterator[BinaryIO]:
@@ -240,16 +240,30 @@ def _kind(mode: int) -> str:
     return "device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else "pipe or socket"
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        # the PNG class's own getexif would decode the whole image to look for EXIF behind the pixels
-        return Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
-    except Exception:  # broken metadata does not spoil the pixels
-        return 1
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # convert() would clip 16-bit grey at 255: a white page
-        image = image.point(lambda level: level * (1 / 256))
-    return image.convert("RGB")
+def _late_png_metadata(file: BinaryIO) -> BytesIO | None:
+    """A PNG of the header alone, with what stands behind the pixels moved before them; None if nothing does."""
+    kept: list[tuple[int, int]] = []
+    behind_pixels = late = False
+    at = len(_PNG_SIGNATURE)
+    file.seek(at)
+    while len(head := file.read(8)) == 8:
+        size, kind = int.from_bytes(head[:4], "big") + 12, head[4:]
+        # an animation's next frame ends what Pillow reads with the first
+        if kind == b"IEND" or (kind == b"fcTL" and behind_pixels):
+            break
+        behind_pixels = behind_pixels or kind == b"IDAT"
+        if kind == b"IHDR" or kind in _PNG_METADATA:
+            kept.append((at, size))
+            late = late or behind_pixels
+        at += size
+        file.seek(at)
+    if not late:
+        return None
+    header = BytesIO(_PNG_SIGNATURE)
+    header.seek(0, os.SEEK_END)
+    for start, size in kept:
+        file.seek(start)
+        header.write(file.read(size))
+    header.write(b"\0\0\0\0IDAT")
+    header.seek(0)
+    return header

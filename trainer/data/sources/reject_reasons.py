@@ -21,7 +21,7 @@ REASONS: dict[str, str] = {
     "unreadable_image": "the operating system refuses to read the image file",
     "unsupported_image_format": "the image is not JPEG, PNG, WebP, GIF or BMP",
     "corrupt_image": "the image is truncated, damaged or empty",
-    "oversized_image": "the image has more pixels, a longer side or more bytes than the limit",
+    "oversized_image": "the image has more pixels, a longer side, more bytes or more metadata than the limit",
     "decoder_died": "the process that decodes images crashed, was killed or stalled on this one, twice",
     "too_thin_image": "so long and thin that unpadding leaves nothing of its tiles, only the squashed overview",
     "too_long": "the record has more tokens than the limit; no image and no answer is ever cut",

@@ -1,0 +1,239 @@
+"""One set of pixels: every mode and format of an image, at every door of training, evaluation and use."""
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from transformers import AutoProcessor, LlavaNextProcessor
+from transformers.image_transforms import convert_to_rgb
+
+from llava_llama31.processing.pixels_llava_llama31 import upright_rgb
+from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles
+from llava_llama31.trainer.data.sources.images import ImageRef
+
+
+HEIGHT, WIDTH = 24, 41
+STEP = 16
+
+
+def drawn(mode: str) -> Image.Image:
+    """Few levels, so that a palette and a transparent level hold many pixels of each."""
+    bands = len(Image.new(mode, (1, 1)).getbands()) if mode not in ("P", "1") else 1
+    pixels = np.random.default_rng(bands).integers(0, 256 // STEP, (HEIGHT, WIDTH, bands)) * STEP
+    pixels = pixels.astype(np.uint8)
+    if mode == "I;16":
+        return Image.fromarray((pixels[..., 0].astype(np.uint16) << 8) + 7)
+    if mode == "1":
+        return Image.fromarray(pixels[..., 0]).convert("1")
+    if mode == "P":
+        image = Image.fromarray(pixels[..., 0] // STEP)
+        palette = Image.new("P", image.size)
+        palette.putdata(pixels[..., 0].ravel() // STEP)
+        palette.putpalette(np.random.default_rng(5).integers(0, 256, 3 * 16, dtype=np.uint8).tobytes())
+        return palette
+    return Image.frombytes(mode, (WIDTH, HEIGHT), pixels.tobytes())
+
+
+# mode, format, options of `save`
+CASES = [
+    ("RGB", "PNG", {}),
+    ("RGB", "PNG", {"transparency": (16, 32, 48)}),
+    ("RGBA", "PNG", {}),
+    ("L", "PNG", {}),
+    ("L", "PNG", {"transparency": 32}),
+    ("LA", "PNG", {}),
+    ("P", "PNG", {}),
+    ("P", "PNG", {"transparency": 3}),
+    ("P", "PNG", {"transparency": bytes(range(0, 256, 16))}),
+    ("1", "PNG", {}),
+    ("1", "PNG", {"transparency": 0}),
+    ("I;16", "PNG", {}),
+    ("I;16", "PNG", {"transparency": (32 << 8) + 7}),
+    ("RGB", "JPEG", {}),
+    ("L", "JPEG", {}),
+    ("CMYK", "JPEG", {}),
+    ("RGB", "WEBP", {}),
+    ("RGBA", "WEBP", {"lossless": True, "exact": True}),
+    ("P", "GIF", {}),
+    ("P", "GIF", {"transparency": 3}),
+    ("RGB", "BMP", {}),
+    ("RGBA", "BMP", {}),
+    ("P", "BMP", {}),
+]
+IDS = [f"{mode}-{format}{'-' + ','.join(options) if options else ''}" for mode, format, options in CASES]
+
+
+def encoded(mode: str, format: str, options: dict, orientation: int = 1, *, late: bool = False) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = drawn(mode)
+    if isinstance(options.get("transparency"), tuple):
+        image.putpixel((3, 3), options["transparency"])
+    file = io.BytesIO()
+    image.save(file, format, **options, **({"exif": exif} if orientation > 1 else {}))
+    data = file.getvalue()
+    return behind_the_pixels(data) if late else data
+
+
+def behind_the_pixels(png: bytes) -> bytes:
+    """The PNG with its eXIf chunk moved to the end."""
+    start = png.index(b"eXIf") - 4
+    chunk = png[start : start + 12 + int.from_bytes(png[start : start + 4], "big")]
+    return png.replace(chunk, b"").replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND")
+
+
+def seen(data: bytes) -> np.ndarray:
+    """uint8 (H, W, 3) by Transformers' and Pillow's own means, but for 16-bit grey."""
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode != "I;16":
+        return convert_to_rgb(image, return_numpy=True)
+    levels = np.asarray(image)
+    shades = np.where(levels == image.info.get("transparency", -1), 255, levels // 256)
+    return np.repeat(shades.astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def content(part: dict) -> list[dict]:
+    return [{"role": "user", "content": [part, {"type": "text", "text": "what?"}]}]
+
+
+def by_template(processor, part: dict) -> np.ndarray:
+    given = processor.apply_chat_template(content(part), tokenize=True, return_dict=True, return_tensors="np")
+    return given["pixel_values"][0]
+
+
+@pytest.fixture(scope="session")
+def folder(processor, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("processor")
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def remote(folder):
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def stock(folder):
+    loaded = AutoProcessor.from_pretrained(folder)
+    assert type(loaded) is LlavaNextProcessor
+    return loaded
+
+
+def check_all_doors(data: bytes, processor, remote, path: Path) -> np.ndarray:
+    """The tiles of an encoded image, which are the same at every door."""
+    expected = seen(data)
+    ref = ImageRef("x", data=data)
+    decoded = ref.open()
+    assert decoded.mode == "RGB" and np.array_equal(np.asarray(decoded), expected)
+    assert ref.size() == expected.shape[:2]
+    tiles = processor.image_processor(Image.fromarray(expected), return_tensors="np")["pixel_values"][0]
+    assert np.array_equal(processor.tiles(decoded), tiles)
+    assert np.array_equal(DeviceTiles(processor)([torch.from_numpy(np.array(decoded))]).numpy(), tiles)
+    path.write_bytes(data)
+    text = base64.b64encode(data).decode()
+    loaded = Image.open(path)
+    loaded.load()
+    sources = [Image.open(path), loaded, str(path), path, data, text, f"data:image/png;base64,{text}"]
+    assert np.array_equal(processor.tiles(Image.open(path)), tiles)
+    for opener in (processor, remote):
+        for source in sources:
+            assert np.array_equal(opener(images=source, text="<image>", return_tensors="np")["pixel_values"][0], tiles)
+            assert np.array_equal(by_template(opener, {"type": "image", "image": source}), tiles)
+        for key, value in (("path", str(path)), ("url", str(path)), ("base64", text)):
+            assert np.array_equal(by_template(opener, {"type": "image", key: value}), tiles)
+    return tiles
+
+
+@pytest.mark.parametrize(("mode", "format", "options"), CASES, ids=IDS)
+def test_an_image_has_the_same_pixels_at_every_door(processor, remote, stock, tmp_path, mode, format, options):
+    data = encoded(mode, format, options)
+    tiles = check_all_doors(data, processor, remote, tmp_path / "x")
+    if mode == "I;16":
+        return  # stock clips it to white
+    opened = Image.open(tmp_path / "x")
+    assert np.array_equal(stock(images=opened, text="<image>", return_tensors="np")["pixel_values"][0], tiles)
+    assert np.array_equal(by_template(stock, {"type": "image", "image": opened}), tiles)
+    if "A" not in opened.getbands() and "transparency" not in opened.info:
+        # stock's own loader drops transparency
+        assert np.array_equal(by_template(stock, {"type": "image", "path": str(tmp_path / "x")}), tiles)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize(
+    ("mode", "format", "late"),
+    [
+        ("RGB", "JPEG", False),
+        ("RGBA", "PNG", False),
+        ("LA", "PNG", True),
+        ("I;16", "PNG", True),
+        ("RGBA", "WEBP", False),
+    ],
+)
+def test_an_image_is_turned_alike_at_every_door(processor, remote, tmp_path, mode, format, late, orientation):
+    options = {"lossless": True, "exact": True} if format == "WEBP" else {}
+    data = encoded(mode, format, options, orientation, late=late)
+    check_all_doors(data, processor, remote, tmp_path / "x")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    mode=st.sampled_from(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"]),
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_mode_is_as_transformers_shows_it(mode, height, width, seed):
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, bands), dtype=np.uint8)
+    if mode in ("1", "P"):
+        image = Image.fromarray(pixels[..., 0]).convert(mode)
+    elif mode == "PA":
+        image = Image.frombytes("LA", (width, height), pixels.tobytes()).convert("PA")
+    else:
+        image = Image.frombytes(mode, (width, height), pixels.tobytes())
+    once = upright_rgb(image)
+    assert once.mode == "RGB" and once.info == {}
+    assert np.array_equal(np.asarray(once), convert_to_rgb(image, return_numpy=True))
+    assert np.array_equal(np.asarray(upright_rgb(once)), np.asarray(once))
+
+
+def test_a_large_transparent_image_is_put_together_band_by_band():
+    image = Image.effect_noise((1500, 1501), 60).convert("RGBA")
+    image.putalpha(Image.effect_noise(image.size, 90))
+    assert np.array_equal(np.asarray(upright_rgb(image)), convert_to_rgb(image, return_numpy=True))
+
+
+def test_32_bit_values_of_unknown_scale_are_refused_and_known_ones_taken(processor):
+    deep = Image.fromarray(np.array([[0, 70_000]], np.int32))
+    with pytest.raises(ValueError, match="mode I has values from 0 to 70000"):
+        processor(images=deep, text="<image>")
+    assert np.asarray(upright_rgb(Image.fromarray(np.array([[0, 200]], np.int32)))).tolist() == [[[0] * 3, [200] * 3]]
+
+
+def test_a_string_that_is_no_image_is_refused(processor):
+    with pytest.raises(ValueError, match="'nowhere.png' is neither an image file that exists nor base64 nor a URL"):
+        processor(images="nowhere.png", text="<image>")
+
+
+def test_images_of_several_rows_keep_their_nesting(processor):
+    images = [[drawn("RGBA")], [drawn("LA"), drawn("L")]]
+    nested = processor(images=images, text=["<image>", "<image> <image>"], padding=True, return_tensors="np")
+    alone = [processor.tiles(image) for row in images for image in row]
+    assert len(nested["pixel_values"]) == 3
+    for padded, tiles in zip(nested["pixel_values"], alone, strict=True):
+        assert np.array_equal(padded[: len(tiles)], tiles)
+
+
+def test_arrays_stay_what_they_are(processor):
+    pixels = np.asarray(drawn("RGB"))
+    given = processor(images=[pixels], text="<image>", return_tensors="np")["pixel_values"][0]
+    assert np.array_equal(given, processor.tiles(Image.fromarray(pixels)))
