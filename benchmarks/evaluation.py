@@ -218,7 +218,7 @@ def make_model(folder: Path) -> None:
         vision_config=vision, text_config=text, image_token_index=processor.image_token_id, image_grid_pinpoints=grid
     )
     torch.manual_seed(0)
-    model = LlavaLlama31ForConditionalGeneration(config)
+    model = LlavaLlama31ForConditionalGeneration(config, packable=True)
     for name, parameter in model.named_parameters():
         if "norm" not in name:  # larger than a fresh model's, or all images would look the same to it
             parameter.data.mul_(4)

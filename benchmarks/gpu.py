@@ -284,9 +284,11 @@ def card_stage(name: str) -> Stage:
 
 def make_model(shape: Shape, stage: Stage, variant: str, device: str) -> nn.Module:
     """Random weights, the same for all variants, made on the device."""
-    model_class = LlavaNextForConditionalGeneration if variant == STOCK else LlavaLlama31ForConditionalGeneration
     with torch.device(device):
-        model = model_class._from_config(shape.config, dtype=DTYPE)
+        if variant == STOCK:
+            model = LlavaNextForConditionalGeneration._from_config(shape.config, dtype=DTYPE)
+        else:
+            model = LlavaLlama31ForConditionalGeneration._from_config(shape.config, dtype=DTYPE, packable=True)
     # the classes create their parts in different orders; norms are ones and biases zeros
     vectors = {model.model.image_newline, model.model.vision_tower.embeddings.class_embedding}
     torch.manual_seed(SEED)

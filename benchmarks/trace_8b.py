@@ -249,7 +249,7 @@ class _DeepSpeedRun(_Run):
 def _make_model(config: LlavaLlama31Config, stage: Stage, dtype: torch.dtype) -> LlavaLlama31ForConditionalGeneration:
     is_fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     with no_init_weights() if is_fake else nullcontext():
-        model = LlavaLlama31ForConditionalGeneration._from_config(config, dtype=dtype)
+        model = LlavaLlama31ForConditionalGeneration._from_config(config, dtype=dtype, packable=True)
     return model.train()
 
 

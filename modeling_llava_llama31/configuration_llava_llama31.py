@@ -26,8 +26,11 @@ class LlavaLlama31Config(LlavaNextConfig):
         output["architectures"] = ["LlavaNextForConditionalGeneration"]
         output["auto_map"] = {
             "AutoConfig": f"configuration_llava_llama31.{type(self).__name__}",
+            # every Auto class that has stock's; its AutoModel would give a model without a head
             "AutoModel": model_class,
+            "AutoModelForPreTraining": model_class,
             "AutoModelForImageTextToText": model_class,
+            "AutoModelForMultimodalLM": model_class,
         }
         return output
 

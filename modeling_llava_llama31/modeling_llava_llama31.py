@@ -1,19 +1,24 @@
-"""LLaVA-NeXT on Llama 3.1: Transformers' LlavaNext with the same weights and keys, optimized for training.
+"""LLaVA-NeXT on Llama 3.1: Transformers' LlavaNext with the same weights and keys, and ways to train it faster.
 
-Differences from `LlavaNextForConditionalGeneration` (transformers/models/llava_next/modeling_llava_next.py):
- - with `labels`, loss and logits are computed at supervised positions only;
- - rows may be packed, and samples about one image share it (packed_llama_llava_llama31.py);
- - a frozen vision tower runs without a graph, and no tower runs layers after the used one;
- - a text-only micro-batch with labels runs a one-tile pass, so that all ranks call the same modules;
- - a wrong number of image placeholders is reported row by row, with both counts.
+As it is, the model consists of the modules of `LlavaNextForConditionalGeneration`
+(transformers/models/llava_next/modeling_llava_next.py) and computes what that computes. What differs is asked for:
+ - `packable=True`, when the model is made: a Llama whose rows may be packed, where samples about one image share it
+   (packed_llama_llava_llama31.py), with norms and a head that save memory in training;
+ - `packing`, in `forward`: such a row;
+ - `supervised_only=True`, in `forward`: loss and logits at supervised positions only, no cache; a frozen vision tower
+   runs without a graph, and no tower runs layers after the used one; a text-only micro-batch runs a one-tile pass, so
+   that all ranks call the same modules.
+Two things differ always: a wrong number of image placeholders is reported row by row, and under ZeRO-3 `generate`
+encodes images inside `forward`.
 
 Shapes: B rows, S positions, N supervised positions, I images, T tiles of all images, P patches of a tile,
 V vocabulary, D hidden size, H W height and width of a tile.
 """
 
+import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +30,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import (
     LlavaNextCausalLMOutputWithPast,
@@ -34,7 +40,6 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
 
 from .configuration_llava_llama31 import LlavaLlama31Config
 from .packed_llama_llava_llama31 import LlavaLlama31TextModel, Packing, SupervisedHead
@@ -48,35 +53,33 @@ class LlavaLlama31Model(LlavaNextModel):
 
     config: LlavaLlama31Config
 
-    def __init__(self, config: LlavaLlama31Config):
+    def __init__(self, config: LlavaLlama31Config, packable: bool = False):
         super(LlavaNextModel, self).__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = LlavaNextMultiModalProjector(config)
-        self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size, dtype=self.dtype))
+        # drawn as stock draws it, so that a seed gives stock's weights
+        size = config.text_config.hidden_size
+        self.image_newline = nn.Parameter(torch.randn(size, dtype=self.dtype) * (1 / math.sqrt(size)))
         self.vocab_size = config.text_config.vocab_size
-        is_llama = config.text_config.model_type == "llama"
-        self.language_model = (LlavaLlama31TextModel if is_llama else AutoModel.from_config)(config.text_config)
+        packs = packable and config.text_config.model_type == "llama"
+        self.language_model = (LlavaLlama31TextModel if packs else AutoModel.from_config)(config.text_config)
         self._layouts: dict[tuple[int, int], torch.Tensor] = {}
         self.post_init()
 
-    @merge_with_config_defaults
-    @can_return_tuple
-    def get_image_features(
+    def _embeds_with_images(
         self,
+        input_ids: torch.LongTensor,
         pixel_values: torch.Tensor,
         image_sizes: torch.Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling:
-        """Projected features of each image, packed row by row with `image_newline`, in `pooler_output`.
-
-        Args:
-            pixel_values: (T, 3, H, W), or (I, max tiles, 3, H, W) padded like the stock processor's.
-            image_sizes: (I, 2), height and width in pixels.
-        """
+        feature_layer: int | list[int] | None,
+        select_strategy: str | None,
+    ) -> torch.Tensor:
+        """Embeddings (B, S, D) with the images' features in place, from no more of the tower than they need."""
+        embeds = self.get_input_embeddings()(input_ids)
+        vision = self.config.vision_config
+        strategy = self.config.vision_feature_select_strategy if select_strategy is None else select_strategy
         num_tiles = [
-            image_size_to_num_patches(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
+            image_size_to_num_patches(size, self.config.image_grid_pinpoints, vision.image_size)
             for size in image_sizes
         ]
         if pixel_values.dim() == 5:
@@ -86,19 +89,21 @@ class LlavaLlama31Model(LlavaNextModel):
                 f"pixel_values has shape {tuple(pixel_values.shape)}, but {len(image_sizes)} images need "
                 f"{sum(num_tiles)} tiles: pass tiles as (T, 3, H, W) or (I, max tiles, 3, H, W)"
             )
-        features = self._tower_features(pixel_values, vision_feature_layer)
-        if vision_feature_select_strategy == "default":
+        layer = self.config.vision_feature_layer if feature_layer is None else feature_layer
+        features = self._tower_features(pixel_values, layer)
+        if strategy == "default":
             features = features[:, 1:]
-        features = self.multi_modal_projector(features).split(num_tiles)
-        packed, _ = self.pack_image_features(features, image_sizes, vision_feature_select_strategy, self.image_newline)
-        return BaseModelOutputWithPooling(pooler_output=packed)
+        tiles = self.multi_modal_projector(features).split(num_tiles)
+        images, _ = self.pack_image_features(tiles, image_sizes, strategy, self.image_newline)
+        packed = torch.cat(images).to(embeds.device, embeds.dtype)
+        return embeds.masked_scatter(self.get_placeholder_mask(input_ids, embeds, packed), packed)
 
     def _tower_features(self, tiles: torch.Tensor, feature_layer: int | list[int] | None) -> torch.Tensor:
         """Hidden states (T, 1 + P, D) of the chosen layers; the tower runs up to the last of them."""
         assert feature_layer is not None
         tower = self.vision_tower
-        trainable = any(parameter.requires_grad for parameter in tower.parameters())
-        with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
+        needs_graph = tiles.requires_grad or any(parameter.requires_grad for parameter in tower.parameters())
+        with torch.set_grad_enabled(needs_graph and torch.is_grad_enabled()):
             tiles = tiles.to(tower.dtype)
             model_type = self.config.vision_config.model_type
             if model_type == "clip_vision_model":
@@ -125,18 +130,19 @@ class LlavaLlama31Model(LlavaNextModel):
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
-        """Mask (B, S, 1) of the image placeholders; checks their number against the features."""
-        if input_ids is None:
+        """Stock's mask; a wrong number of placeholders is reported row by row (ValueError)."""
+        try:
             return super().get_placeholder_mask(cast(Any, input_ids), inputs_embeds, image_features)
-        mask = input_ids == self.config.image_token_id
-        if mask.sum() != image_features.shape[0]:
-            per_row = ", ".join(f"row {row}: {count}" for row, count in enumerate(mask.sum(dim=1).tolist()))
+        except ValueError as error:
+            if input_ids is None:
+                raise
+            counts = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
+            per_row = ", ".join(f"row {row}: {count}" for row, count in enumerate(counts))
             raise ValueError(
-                f"the batch has {int(mask.sum())} image placeholders ({per_row}) but the images have "
+                f"the batch has {sum(counts)} image placeholders ({per_row}) but the images have "
                 f"{image_features.shape[0]} features: expand <image> with the processor, and do not truncate image "
                 "tokens"
-            )
-        return mask.unsqueeze(-1)
+            ) from error
 
     def _trains_projector(self) -> bool:
         projector = self.multi_modal_projector.parameters()
@@ -173,7 +179,7 @@ class LlavaLlama31Model(LlavaNextModel):
             if _world_size() > 1 or self._trains_projector():
                 return self._text_only_embeds(input_ids)
             return self.get_input_embeddings()(input_ids)
-        sizes = [(int(height), int(width)) for height, width in image_sizes]
+        sizes = _pairs(image_sizes)
         layout, num_tiles = self.feature_layout(sizes, has_features)
         given = (
             0 if pixel_values is None else len(pixel_values),
@@ -212,6 +218,8 @@ class LlavaLlama31Model(LlavaNextModel):
         text, num_positions = self.config.text_config, sum(map(sum, packing))
         if text.model_type != "llama":
             raise ValueError(f"packing needs a Llama language model, not {text.model_type}")
+        if not isinstance(self.language_model, LlavaLlama31TextModel):
+            raise ValueError("this model reads no packed rows: open it with from_pretrained(..., packable=True)")
         if text.attention_dropout:
             raise ValueError(
                 f"packing does not support attention dropout, but the language model's is {text.attention_dropout}"
@@ -251,6 +259,17 @@ class LlavaLlama31Model(LlavaNextModel):
             tiles[known] += own
         return torch.cat(layouts), (num_without, sum(counts) - num_without)
 
+    def images_of_copies(self, input_ids: torch.Tensor, image_sizes: torch.Tensor, num_copies: int) -> list[int]:
+        """Numbers of the images of a batch in which each row (B, S) stands `num_copies` times in succession."""
+        features = torch.tensor([len(self.feature_layout([size])[0]) for size in _pairs(image_sizes)])
+        placeholders = (input_ids == self.config.image_token_id).sum(dim=1).cpu()
+        owners = torch.searchsorted(placeholders.cumsum(0), features.cumsum(0)).tolist()
+        last = len(input_ids) - 1  # has what is left over, for `forward` to refuse
+        rows: list[list[int]] = [[] for _ in input_ids]
+        for image, owner in enumerate(owners):
+            rows[min(owner, last)].append(image)
+        return [image for images in rows for image in images * num_copies]
+
     def forward(  # type: ignore[misc]  # stock's arguments, which its keyword arguments name again
         self,
         input_ids: torch.LongTensor | None = None,
@@ -269,9 +288,10 @@ class LlavaLlama31Model(LlavaNextModel):
         supervised_positions: Sequence[int] = (),
         image_features: torch.Tensor | None = None,
         has_features: Sequence[bool] | None = None,
+        supervised_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaNextModelOutputWithPast | tuple:
-        """Like the stock forward; with `packing`, hidden states (1, N, D) of a packed row's `supervised_positions`."""
+        """The stock forward; with `packing`, hidden states (1, N, D) of a packed row's `supervised_positions`."""
         if packing is not None:
             assert input_ids is not None
             if image_positions is None:
@@ -283,10 +303,18 @@ class LlavaLlama31Model(LlavaNextModel):
             )
             hidden = self.language_model.packed(embeds, position_ids, packing, supervised_positions, past_key_values)
             return LlavaNextModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
-        text_only = input_ids is not None and pixel_values is None and mm_encoder_outputs is None
-        # no cache: a row with labels, in training or validation, which all ranks run in parallel
-        if text_only and use_cache is False and (_world_size() > 1 or self._trains_projector()):
-            input_ids, inputs_embeds = None, self._text_only_embeds(cast(torch.LongTensor, input_ids))
+        if supervised_only and input_ids is not None and mm_encoder_outputs is None:
+            if pixel_values is not None:
+                inputs_embeds = self._embeds_with_images(
+                    input_ids,
+                    pixel_values,
+                    cast(Any, image_sizes),
+                    vision_feature_layer,
+                    vision_feature_select_strategy,
+                )
+                input_ids = pixel_values = None
+            elif _world_size() > 1 or self._trains_projector():
+                input_ids, inputs_embeds = None, self._text_only_embeds(input_ids)
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -306,14 +334,17 @@ class LlavaLlama31Model(LlavaNextModel):
 class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
     """LLaVA-NeXT with a Llama-3.1 language model; weights and keys of `LlavaNextForConditionalGeneration`.
 
-    `forward` takes the stock arguments. With `labels` (B, S) it returns the loss over supervised positions, summed
-    and divided by `num_items_in_batch` where given (else by their number), and logits of shape (N, V) at the positions
-    that predict a supervised token, in row order; without labels the logits are the stock ones.
+    Modules and results are the stock ones, unless the following is asked for.
 
-    Packing: one row of whole samples with `position_ids` that restart at each sample, no `attention_mask`, no cache.
-    With `packing`, the lengths of the row's trees (packed_llama_llava_llama31.py), and labels, only the loss is
-    computed, no logits; without labels `past_key_values` receives the row's keys and values, and nothing else is
-    computed. To avoid all waiting of a GPU for the host, also pass:
+    `forward(labels=..., supervised_only=True)`, for training: the loss over supervised positions, summed and divided
+    by `num_items_in_batch` where given (else by their number), and logits of shape (N, V) at the positions that
+    predict a supervised token, in row order; no cache.
+
+    Packing, for a model that was made or opened with `packable=True`: one row of whole samples with `position_ids`
+    that restart at each sample, no `attention_mask`, no cache. With `packing`, the lengths of the row's trees
+    (packed_llama_llava_llama31.py), and labels, only the loss is computed, no logits; without labels
+    `past_key_values` receives the row's keys and values, and nothing else is computed. To avoid all waiting of a GPU
+    for the host, also pass:
         image_sizes: as a list, not a tensor.
         image_positions: (number of image features,) row positions of the placeholders.
         supervised_positions: ascending row positions i whose label i + 1 is not -100, as a list.
@@ -321,21 +352,26 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         image_features: (T, P, D) of all tiles of those images; `pixel_values` has the tiles of the others.
         has_features: for each of `image_sizes`, whether it is one of those images.
 
+    Args:
+        packable: build the Llama and the head that packed rows need; for other language models without effect.
+
     Raises:
-        ValueError: from `forward`, if the numbers of placeholders and image features differ, no label is supervised
-            and `num_items_in_batch` is not given, a row is packed for a language model other than Llama, or
-            `image_features` are given without `packing`.
+        ValueError: from `forward`, if the numbers of placeholders and image features differ, a row is packed for
+            another model than a packable Llama, arguments are given that packed or supervised-only rows do not take
+            (or those of packed rows without `packing`), or such a row has no supervised label and
+            `num_items_in_batch` is not given.
 
     Source: LLaVA-NeXT (Liu et al., 2024); Transformers' models/llava_next.
     """
 
     config: LlavaLlama31Config
 
-    def __init__(self, config: LlavaLlama31Config):
+    def __init__(self, config: LlavaLlama31Config, packable: bool = False):
         # skip the parent's __init__, which would build the stock inner model first
         super(LlavaNextForConditionalGeneration, self).__init__(config)
-        self.model = LlavaLlama31Model(config)
-        self.lm_head = SupervisedHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.model = LlavaLlama31Model(config, packable)
+        head = SupervisedHead if packable else nn.Linear
+        self.lm_head = head(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -360,44 +396,52 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         supervised_positions: Sequence[int] | None = None,
         image_features: torch.Tensor | None = None,
         has_features: Sequence[bool] | None = None,
+        supervised_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaNextCausalLMOutputWithPast | tuple:
+        row: dict[str, Any] = {"input_ids": input_ids, "pixel_values": pixel_values, "image_sizes": image_sizes}
+        row |= {"position_ids": position_ids, "past_key_values": past_key_values}
+        of_packing = {"image_positions": image_positions, "image_features": image_features}
+        of_packing["has_features"] = has_features
+        more: dict[str, Any] = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
+        more |= {"vision_feature_layer": vision_feature_layer, "mm_encoder_outputs": mm_encoder_outputs}
+        more["vision_feature_select_strategy"] = vision_feature_select_strategy
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        of_logits = {"use_cache": use_cache or None, "logits_to_keep": None if keeps_all else logits_to_keep}
         if packing is not None:
-            row: dict[str, Any] = {"input_ids": input_ids, "pixel_values": pixel_values, "image_sizes": image_sizes}
-            row |= {"position_ids": position_ids, "past_key_values": past_key_values, "has_features": has_features}
-            row |= {"image_positions": image_positions, "image_features": image_features}
-            return self._forward_packed(row, packing, labels, supervised_positions, num_items_in_batch)
-        if image_features is not None:
-            raise ValueError("image_features are for packed rows only: pass packing, or pixel_values")
-        targets = None
-        if labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-            logits_to_keep = targets != IGNORE_INDEX
-            targets = targets[logits_to_keep]
-            if targets.numel() == 0 and num_items_in_batch is None:
-                raise ValueError("no label of the batch is supervised: every label is -100")
-            use_cache = False  # a training row is read once; a cache would also undo packing
-        output = super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            mm_encoder_outputs=mm_encoder_outputs,
-            return_dict=True,
-            **kwargs,
+            _refuse("a packed row does not take", {**more, **of_logits})
+            return self._forward_packed(row | of_packing, packing, labels, supervised_positions, num_items_in_batch)
+        _refuse("only a packed row takes", {**of_packing, "supervised_positions": supervised_positions})
+        if supervised_only:
+            _refuse("supervised_only does not take", {**of_logits, **{key: more.get(key) for key in _OF_STOCKS_LOSS}})
+            return self._forward_supervised({**row, **more}, labels, num_items_in_batch)
+        if num_items_in_batch is not None:
+            more["num_items_in_batch"] = num_items_in_batch
+        return super().forward(labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, **row, **more)
+
+    def _forward_supervised(
+        self, arguments: dict[str, Any], labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
+    ) -> LlavaNextCausalLMOutputWithPast:
+        """Loss and logits at the positions that predict a supervised token.
+
+        Args:
+            arguments: what the stock `forward` takes beside labels and what says which results to keep.
+        """
+        if labels is None:
+            raise ValueError("supervised_only needs labels: they say which positions are supervised")
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        supervised = targets != IGNORE_INDEX
+        targets = targets[supervised]
+        if targets.numel() == 0 and num_items_in_batch is None:
+            raise ValueError("no label of the batch is supervised: every label is -100")
+        # a training row is read once; a cache would also undo packing
+        output: Any = super().forward(
+            **arguments, supervised_only=True, use_cache=False, logits_to_keep=supervised, return_dict=True
         )
-        if targets is not None:
-            # at least float32; float64 stays exact
-            logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
-            total = F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
-            output.loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
+        # at least float32; float64 stays exact
+        logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+        total = F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
+        output.loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
         return output
 
     def _forward_packed(
@@ -438,14 +482,45 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
         positions = torch.tensor(list(supervised) or [0], device=labels.device)
-        total = self.lm_head(hidden, labels.index_select(0, positions + 1).clamp_min(0))
+        targets = labels.index_select(0, positions + 1).clamp_min(0)
+        if isinstance(self.lm_head, SupervisedHead):
+            total = self.lm_head(hidden, targets)
+        else:  # another module has taken its place, as resizing the vocabulary does
+            logits = self.lm_head(hidden)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            total = F.cross_entropy(logits.to(wide), targets, reduction="sum")
         if not supervised:
             total = total * 0
         return total / (len(supervised) if num_items_in_batch is None else num_items_in_batch)
 
     def _supports_mm_encoder_outputs(self) -> bool:
-        # otherwise generate would call get_image_features outside forward, where ZeRO-3 has not gathered image_newline
-        return False
+        # under ZeRO-3 image_newline is gathered inside forward only, so generate cannot encode images beforehand
+        return not is_deepspeed_zero3_enabled() and super()._supports_mm_encoder_outputs()
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """Stock's; images that are not encoded yet go along with their rows, which stock would mix up."""
+        pixels, sizes = model_kwargs.get("pixel_values"), model_kwargs.get("image_sizes")
+        if expand_size == 1 or pixels is None or sizes is None:
+            return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        if input_ids is None or input_ids.numel() == 0:
+            raise ValueError("under ZeRO-3 beams and several answers need input_ids, not inputs_embeds")
+        order = self.model.images_of_copies(input_ids, sizes, expand_size)
+        if pixels.dim() == 4:
+            tiles = pixels.split([sum(self.model.feature_layout([size])[1]) for size in _pairs(sizes)])
+            pixels = torch.cat([tiles[image] for image in order])
+        else:
+            pixels = pixels[order]
+        del model_kwargs["pixel_values"], model_kwargs["image_sizes"]
+        ids, expanded = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return ids, {**expanded, "pixel_values": pixels, "image_sizes": sizes[order]}
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "LlavaLlama31ForConditionalGeneration":
@@ -469,6 +544,11 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
             raise ValueError(
                 "push_to_hub is not supported: upload the saved folder with huggingface_hub.upload_folder"
             )
+        if kwargs.get("save_original_format"):
+            raise ValueError(
+                "save_original_format is not supported: folders have native keys, which every door opens; "
+                "for older versions of Transformers use `llava-llama31 export --dialect`"
+            )
         kwargs["save_original_format"] = False  # Trainer restores native keys only (transformers #43701)
         super().save_pretrained(
             save_directory, is_main_process, state_dict=state_dict, max_shard_size=max_shard_size, **kwargs
@@ -476,6 +556,20 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         if is_main_process:
             for file in (Path(__file__), Path(__file__).with_name("packed_llama_llava_llama31.py")):
                 shutil.copyfile(file, Path(save_directory, file.name))
+
+
+# what changes stock's loss
+_OF_STOCKS_LOSS = ("shift_labels", "ignore_index")
+
+
+def _refuse(why: str, arguments: Mapping[str, Any]) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(f"{why} {', '.join(given)}")
+
+
+def _pairs(image_sizes: torch.Tensor | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(int(height), int(width)) for height, width in image_sizes]
 
 
 def _world_size() -> int:

@@ -112,7 +112,7 @@ def tiny_config(pristine_config):
 @pytest.fixture
 def tiny_model(tiny_config):
     torch.manual_seed(0)
-    model = LlavaLlama31ForConditionalGeneration(tiny_config)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True)
     model.generation_config.eos_token_id = list(tiny_config.text_config.eos_token_id)
     model.generation_config.pad_token_id = tiny_config.text_config.pad_token_id
     return model.eval()
@@ -152,7 +152,7 @@ def base_folder(tmp_path_factory, pristine_config, processor):
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     tiny_config = copy.deepcopy(pristine_config)
-    model = LlavaLlama31ForConditionalGeneration(tiny_config)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True)
     model.generation_config.eos_token_id = list(tiny_config.text_config.eos_token_id)
     model.generation_config.pad_token_id = tiny_config.text_config.pad_token_id
     model.save_pretrained(folder)

@@ -224,7 +224,7 @@ def test_compiled_equals_eager(tiny_config, samples, collate, autocast, toleranc
 
     tiny_config.text_config.num_hidden_layers = 4
     torch.manual_seed(0)
-    model = LlavaLlama31ForConditionalGeneration(tiny_config).train()
+    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True).train()
     single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
     rows = [collate(single[begin:], packed=True, share_prefix=True) for begin in (0, 3, 8)]
     expected = [gradients(model, row) for row in rows]
@@ -268,7 +268,7 @@ def checkpointed(layers):
 @pytest.mark.parametrize("trainable", [["language_model"], ["vision_tower", "multi_modal_projector"]], ids=str)
 def test_layers_are_counted_in_each_part_and_a_frozen_tower_is_left_alone(tiny_config, trainable, every):
     tiny_config.text_config.num_hidden_layers = 3  # and 3 of the tower
-    model = LlavaLlama31ForConditionalGeneration(tiny_config)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True)
     freeze(model, dict.fromkeys(trainable, 1e-3))
     use_device_options(model, stage(trainable=trainable, activation_checkpointing=every))
     pattern = {False: [False] * 3, True: [True] * 3, 2: [True, False, True]}[every]
@@ -286,7 +286,7 @@ def test_float8_replaces_the_decoder_s_linear_layers_but_the_last_one_s(tiny_con
     pytest.importorskip("torchao")
     tiny_config.text_config.num_hidden_layers = 3
     torch.manual_seed(0)
-    model = LlavaLlama31ForConditionalGeneration(tiny_config).train()
+    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True).train()
     keys = list(model.state_dict())
     single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
     row = collate(single, packed=True, share_prefix=True, multiple_of=16)
@@ -305,7 +305,7 @@ def test_float8_replaces_the_decoder_s_linear_layers_but_the_last_one_s(tiny_con
 def test_layers_of_odd_width_stay_as_they_are(tiny_config):
     pytest.importorskip("torchao")
     tiny_config.text_config.intermediate_size = 120
-    model = LlavaLlama31ForConditionalGeneration(tiny_config)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True)
     projections = ("q_proj", "k_proj", "v_proj", "o_proj")
     assert device_options.use_float8(model, emulate=True) == [f"layers.0.self_attn.{name}" for name in projections]
 

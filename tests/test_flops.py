@@ -82,7 +82,7 @@ def make_batch(processor, make_image):
 
 
 def build(config, trainable, checkpointing=0):
-    model = LlavaLlama31ForConditionalGeneration(config)
+    model = LlavaLlama31ForConditionalGeneration(config, packable=True)
     # FlopCounterMode has no formula for the CPU's fused attention, and on a GPU counts it as not causal
     model.set_attn_implementation("eager")
     freeze(model, dict.fromkeys(trainable, 1e-3))
@@ -93,7 +93,7 @@ def build(config, trainable, checkpointing=0):
 
 def seen_by_pytorch(model, batch):
     with FlopCounterMode(display=False) as counter:
-        loss = model(**batch).loss
+        loss = model(**batch, supervised_only=True).loss
         forward = counter.get_total_flops()
         loss.backward()
     return forward, counter.get_total_flops() - forward

@@ -59,7 +59,7 @@ def test_parameters_are_those_of_the_real_model(vision, layers, is_tied):
         vision_config=vision, text_config=text, vision_feature_layer=layers, tie_word_embeddings=is_tied
     )
     with torch.device("meta"):
-        model = LlavaLlama31ForConditionalGeneration(config)
+        model = LlavaLlama31ForConditionalGeneration(config, packable=True)
     report = freeze(model, dict.fromkeys(GROUPS, 1e-3))
     parameters = Parameters.of(config.to_dict())
     assert parameters.groups() == {line.group: line.num_parameters for line in report}
@@ -68,7 +68,7 @@ def test_parameters_are_those_of_the_real_model(vision, layers, is_tied):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_adapters_are_those_of_peft(tiny_config, dora):
-    model = LlavaLlama31ForConditionalGeneration(tiny_config)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True)
     targets = ["q_proj", "v_proj", "down_proj"]
     config = LoraConfig(r=4, target_modules=lora_target_pattern(targets), use_dora=dora)
     adapted = get_peft_model(model, config)

@@ -64,7 +64,7 @@ def make_batch(processor, make_image):
 def pair(tiny_config, make_stock):
     """Our model and the stock one with the same weights, in float64."""
     torch.manual_seed(0)
-    ours = LlavaLlama31ForConditionalGeneration(tiny_config).double()
+    ours = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True).double()
     return ours, make_stock(ours)
 
 
@@ -75,7 +75,7 @@ def test_loss_gradients_and_logits_equal_stock(pair, make_batch, names):
     labels = batch.pop("labels")
     with torch.no_grad():
         torch.testing.assert_close(ours(**batch).logits, stock(**batch).logits, rtol=0, atol=1e-10)
-    expected, got = stock(**batch, labels=labels), ours(**batch, labels=labels)
+    expected, got = stock(**batch, labels=labels), ours(**batch, labels=labels, supervised_only=True)
     torch.testing.assert_close(got.loss.float(), expected.loss.float(), rtol=0, atol=2e-6)  # stock rounds to float32
     exact = torch.nn.functional.cross_entropy(expected.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(got.loss, exact, rtol=0, atol=1e-10)
@@ -107,7 +107,8 @@ def test_the_stock_processors_padded_pictures_give_the_same_logits(pair, make_ba
 @pytest.mark.parametrize("layer", [-1, -2, 1, 2, [-3, -1]])
 def test_every_feature_layer_equals_stock(tiny_config, make_batch, make_stock, layer):
     config = LlavaNextConfig.from_dict({**tiny_config.to_dict(), "vision_feature_layer": layer})
-    ours = LlavaLlama31ForConditionalGeneration(type(tiny_config).from_dict(config.to_dict())).double()
+    config = type(tiny_config).from_dict(config.to_dict())
+    ours = LlavaLlama31ForConditionalGeneration(config, packable=True).double()
     stock = make_stock(ours)
     batch = make_batch([ROWS["wide"], ROWS["tall"]])
     batch.pop("labels")
@@ -118,10 +119,10 @@ def test_every_feature_layer_equals_stock(tiny_config, make_batch, make_stock, l
 def test_loss_is_the_sum_over_the_global_number_of_supervised_tokens(pair, make_batch):
     ours, _ = pair
     rows = list(ROWS.values())
-    whole = ours(**make_batch(rows)).loss
+    whole = ours(**make_batch(rows), supervised_only=True).loss
     batches = [make_batch(rows[:2]), make_batch(rows[2:5]), make_batch(rows[5:])]
     count = sum(int((b["labels"] != -100).sum()) for b in batches)
-    parts = sum(ours(**b, num_items_in_batch=torch.tensor(count)).loss for b in batches)
+    parts = sum(ours(**b, supervised_only=True, num_items_in_batch=torch.tensor(count)).loss for b in batches)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
 
 
@@ -137,13 +138,14 @@ def test_packed_equals_unpacked_and_no_sample_sees_its_neighbour(pair, make_batc
             "position_ids": torch.cat([torch.arange(b["input_ids"].shape[1])[None] for b in batches], dim=1),
             "pixel_values": torch.cat([b["pixel_values"] for b in batches if "pixel_values" in b]),
             "image_sizes": torch.cat([b["image_sizes"] for b in batches if "image_sizes" in b]),
+            "supervised_only": True,
         }
 
     packed = ours(**pack(batches))
-    alone = [ours(**b) for b in batches]
+    alone = [ours(**b, supervised_only=True) for b in batches]
     torch.testing.assert_close(packed.logits, torch.cat([o.logits for o in alone]), rtol=0, atol=1e-12)
     count = sum(int((b["labels"] != -100).sum()) for b in batches)
-    total = sum(ours(**b, num_items_in_batch=count).loss for b in batches)
+    total = sum(ours(**b, supervised_only=True, num_items_in_batch=count).loss for b in batches)
     torch.testing.assert_close(packed.loss, total, rtol=0, atol=1e-12)
     changed = dict(batches[0], input_ids=batches[0]["input_ids"].clone())
     changed["input_ids"][0, 3] += 1
@@ -159,11 +161,11 @@ def test_a_frozen_tower_has_no_graph_and_the_unused_layer_does_not_run(tiny_mode
         layer.register_forward_hook(lambda _m, _i, out, i=i: calls.append((i, out.requires_grad)))
     batch = make_batch([ROWS["wide"]])
     batch["pixel_values"] = batch["pixel_values"].float()
-    tiny_model(**batch).loss.backward()
+    tiny_model(**batch, supervised_only=True).loss.backward()
     assert calls == [(0, True), (1, True)]
     calls.clear()
     tiny_model.model.vision_tower.requires_grad_(False)
-    tiny_model(**batch).loss.backward()
+    tiny_model(**batch, supervised_only=True).loss.backward()
     assert calls == [(0, False), (1, False)]
 
 
@@ -173,16 +175,17 @@ def test_placeholder_mismatch_names_rows_and_counts(tiny_model, make_batch, proc
     features = int((batch["input_ids"] == processor.image_token_id).sum())
     position = (batch["input_ids"][1] == processor.image_token_id).nonzero()[0]
     batch["input_ids"][1, position] = 5
-    with pytest.raises(
-        ValueError, match=rf"{features - 1} image placeholders \(row 0: \d+, row 1: \d+\).*{features} features"
-    ):
-        tiny_model(**batch)
+    for options in ({}, {"supervised_only": True}):
+        with pytest.raises(
+            ValueError, match=rf"{features - 1} image placeholders \(row 0: \d+, row 1: \d+\).*{features} features"
+        ):
+            tiny_model(**batch, **options)
 
 
 def test_no_supervised_label_is_an_error_and_not_nan(tiny_model):
     ids = torch.tensor([[5, 6, 7]])
     with pytest.raises(ValueError, match="no label of the batch is supervised"):
-        tiny_model(input_ids=ids, labels=torch.full_like(ids, -100))
+        tiny_model(input_ids=ids, labels=torch.full_like(ids, -100), supervised_only=True)
 
 
 DIALECTS = {
@@ -267,6 +270,7 @@ def test_two_doors_open_in_clean_processes_with_equal_logits(tiny_model, process
     for auto, door in [
         ("AutoModel", "remote"),
         ("AutoModelForImageTextToText", "remote"),
+        ("AutoModelForMultimodalLM", "remote"),
         ("AutoModelForImageTextToText", "stock"),
     ]:
         environment = {
@@ -288,7 +292,7 @@ def test_two_doors_open_in_clean_processes_with_equal_logits(tiny_model, process
     assert stock["module"].startswith("transformers.") and stock["model"] == "LlavaNextForConditionalGeneration"
     assert stock["processor"] == "LlavaNextProcessor"
     reference = torch.load(tmp_path / "AutoModelForImageTextToText-False.pt")
-    for auto in ("AutoModel", "AutoModelForImageTextToText"):
+    for auto in (auto for auto, door in results if door == "remote"):
         ours = results[auto, "remote"]
         assert ours["model"] == "LlavaLlama31ForConditionalGeneration"
         assert ours["module"].startswith("transformers_modules.") and ours["processor"] == "LlavaLlama31Processor"

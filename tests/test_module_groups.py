@@ -63,6 +63,7 @@ def test_a_trained_tower_gets_a_gradient_for_every_trainable_parameter(tiny_mode
         labels=torch.tensor([encoding.labels]),
         pixel_values=torch.from_numpy(processor.tiles(make_image(30, 50))),
         image_sizes=torch.tensor([[30, 50]]),
+        supervised_only=True,
     ).loss.backward()
     without = [name for name, p in tiny_model.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []

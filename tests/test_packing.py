@@ -66,7 +66,7 @@ def test_loss_and_gradients_equal_stock_transformers(
     tiny_config, samples, collate, make_stock, chosen, options, filled
 ):
     torch.manual_seed(0)
-    model = LlavaLlama31ForConditionalGeneration(tiny_config).double()
+    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True).double()
     chosen = [samples[i] for i in chosen]
     expected = stock_gradients(make_stock(model), collate(chosen))
     assert_equal(gradients(model, collate(chosen, **options)), expected, 1e-12)
@@ -75,7 +75,7 @@ def test_loss_and_gradients_equal_stock_transformers(
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=["packed", "shared"])
 def test_in_float32(tiny_config, samples, collate, make_stock, options):
     torch.manual_seed(0)
-    model = LlavaLlama31ForConditionalGeneration(tiny_config)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True)
     single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
     exact = stock_gradients(make_stock(model), collate(samples))
     got = gradients(model, collate(single, **options))
@@ -125,7 +125,7 @@ def test_a_sample_does_not_see_its_neighbours(tiny_model, samples, collate, proc
 @pytest.mark.parametrize("group", ["multi_modal_projector", "vision_tower", "language_model"])
 def test_frozen_groups_and_activation_checkpointing(tiny_config, samples, collate, group):
     torch.manual_seed(0)
-    model = LlavaLlama31ForConditionalGeneration(tiny_config).double().train()
+    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True).double().train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(group in name or (group == "language_model" and "lm_head" in name))
     row = collate(samples, packed=True, share_prefix=True)
@@ -136,7 +136,7 @@ def test_frozen_groups_and_activation_checkpointing(tiny_config, samples, collat
 
 
 def test_a_row_that_counts_for_nothing_has_gradients_of_zero_everywhere(tiny_config, samples, collate):
-    model = LlavaLlama31ForConditionalGeneration(tiny_config).double()
+    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True).double()
     silent = samples[1]._replace(labels=[-100] * len(samples[1].labels))
     row = collate([silent], packed=True) | {"num_items_in_batch": 7}
     loss, grads = gradients(model, row)

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.trainer.checkpoint.atomic_folders import load_tree
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.training.llava_trainer import _assert_autocast
@@ -176,6 +177,21 @@ def test_accumulation_does_not_change_the_weights(train, recipe_content, base_fo
         assert code == 0
         ends[micro] = weights(run / "stages/2-instruct/final")
     assert_same_training(ends[4], ends[micro_batch], weights(base_folder))
+
+
+def test_padded_rows_ask_for_supervised_positions_only(train, recipe_content, monkeypatch):
+    del recipe_content["evaluation"]
+    recipe_content["stages"] = {"only": recipe_content["stages"]["instruct"] | {"packing": False, "save_steps": 99}}
+    forward, supervised = LlavaLlama31ForConditionalGeneration._forward_supervised, []
+
+    def counted(model, arguments, labels, num_items):
+        output = forward(model, arguments, labels, num_items)
+        supervised.append(output.logits.shape[0] == int((labels[:, 1:] != -100).sum()))
+        return output
+
+    monkeypatch.setattr(LlavaLlama31ForConditionalGeneration, "_forward_supervised", counted)
+    assert train()[0] == 0
+    assert supervised == [True] * 10  # 5 steps of 2 micro-batches
 
 
 def test_packing_does_not_change_the_weights_and_keeps_within_its_limit(train, recipe_content, base_folder, capsys):

@@ -21,6 +21,7 @@ from transformers import Cache, DynamicCache, LlavaNextForConditionalGeneration
 from transformers.cache_utils import DynamicLayer
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
+from llava_llama31.packed_llama_llava_llama31 import LlavaLlama31TextModel
 from llava_llama31.processing import CHAT_TOKENS, STOP_TOKENS, LlavaLlama31Processor
 from llava_llama31.processing.pixels_llava_llama31 import upright_rgb
 from llava_llama31.trainer.errors import UserError
@@ -84,7 +85,7 @@ class GreedyAnswerer:
         text = model.config.get_text_config()
         self._reads_packed = (
             isinstance(model, LlavaLlama31ForConditionalGeneration)
-            and text.model_type == "llama"
+            and isinstance(model.model.language_model, LlavaLlama31TextModel)
             and not text.attention_dropout
         )
         window = text.to_dict().get("sliding_window")

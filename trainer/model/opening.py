@@ -64,7 +64,7 @@ def _load_whole(folder: str | Path, dtype: str) -> LlavaLlama31ForConditionalGen
         raise UserError(f"model_type is {model_type}, not llava_next", where=where, fix="assemble or export it first")
     try:
         loaded: Any = LlavaLlama31ForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True
+            folder, dtype=dtype, output_loading_info=True, packable=True
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot be opened as LlavaNext: {error}", where=where, fix="check the path") from error

@@ -40,7 +40,7 @@ def load_stage_model(origin: Path, stage: Stage, *, seed: int, where: str, quant
         options = {"quantization_config": quantization(product_dtype(stage))}
     try:
         loaded: Any = LlavaLlama31ForConditionalGeneration.from_pretrained(
-            origin, dtype=dtype, output_loading_info=True, **options
+            origin, dtype=dtype, output_loading_info=True, packable=True, **options
         )
         model, info = loaded
     except (OSError, ValueError, SafetensorError) as error:

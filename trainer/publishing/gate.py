@@ -46,7 +46,13 @@ REQUIRED = (
 NOTICE_LICENCES = (LLAMA31, "apache-2.0")
 # where files may name classes, and which: Transformers would fetch OWNER/NAME--module.Class from another repository
 AUTO_MAPS = {
-    "config.json": ("AutoConfig", "AutoModel", "AutoModelForImageTextToText"),
+    "config.json": (
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForPreTraining",
+        "AutoModelForImageTextToText",
+        "AutoModelForMultimodalLM",
+    ),
     "processor_config.json": ("AutoProcessor",),
 }
 # other keys by which a JSON file brings code, or a second template next to chat_template.jinja

@@ -141,8 +141,10 @@ class LlavaTrainer(Trainer):
         return batches, num_items
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch on the device, its images as tiles."""
+        """The batch on the device, its images as tiles; rows that are not packed ask for supervised positions only."""
         inputs = super()._prepare_inputs(inputs)
+        if "packing" not in inputs:
+            inputs["supervised_only"] = True
         if "pixels" in inputs:
             assert self.batches.device_tiles is not None
             inputs["pixel_values"] = self.batches.device_tiles(inputs.pop("pixels"))
