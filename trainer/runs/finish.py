@@ -24,7 +24,6 @@ from llava_llama31.trainer.export.provenance import record_of
 from llava_llama31.trainer.model.module_groups import GROUPS, group_parameters
 from llava_llama31.trainer.model.opening import open_model
 from llava_llama31.trainer.runs.base_model import base_of
-from llava_llama31.trainer.runs.console import print_summary
 from llava_llama31.trainer.runs.context import RunContext
 
 
@@ -55,7 +54,6 @@ def finish(
     write_export(folder.export, model, processor, record, *attachments(folder, record))
     summary["export"], summary["card"] = str(folder.export), str(folder.export / "README.md")
     summary["minutes"] = round(minutes(), 2)
-    print_summary(run.console, summary, record)
     return summary
 
 

@@ -23,7 +23,7 @@ from llava_llama31.trainer.publishing.publish_run import publish_run
 from llava_llama31.trainer.publishing.pusher import pushing
 from llava_llama31.trainer.recipes.schema import Recipe
 from llava_llama31.trainer.runs.base_model import base_of, prepare
-from llava_llama31.trainer.runs.console import make_console
+from llava_llama31.trainer.runs.console import make_console, print_summary
 from llava_llama31.trainer.runs.context import RunContext, StageRun
 from llava_llama31.trainer.runs.finish import finish
 from llava_llama31.trainer.runs.finished import finished_line
@@ -110,6 +110,7 @@ def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
             summary = finish(run, final, records, minutes)
             if pusher is not None:
                 summary["saves"] = pusher.close(finish=True)
+        print_summary(run.console, summary, atomic_folders.read_json(folder.record))
         atomic_folders.write_json(folder.summary, summary)
         return publish_run(recipe.publish, folder.path, summary, run.console.print)
 
