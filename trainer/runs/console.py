@@ -92,8 +92,9 @@ class StageProgress(TrainerCallback):
 
 def print_summary(console: Terminal, summary: dict[str, Any], record: dict[str, Any]) -> None:
     """Stages, scores, samples and where everything is."""
-    console.rule(f"[bold]{summary['recipe']}")
-    table = Table("stage", "steps", "loss", "supervised tokens", "tokens/s", "minutes", box=None, pad_edge=False)
+    console.rule(summary["recipe"])
+    names = ("stage", "steps", "logged loss,\nfirst -> last", "supervised\ntokens", "supervised\ntokens/s", "minutes")
+    table = Table(*names, box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for stage in record["stages"]:

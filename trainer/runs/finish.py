@@ -19,7 +19,7 @@ from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 from llava_llama31.trainer.evaluation.textvqa import Evaluation, evaluate, weights_revision
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOL, vqa_accuracy
-from llava_llama31.trainer.export.export import CURVES, attachments, curve_file, public_rows, write_export
+from llava_llama31.trainer.export.export import CURVES, as_logged, attachments, curve_file, public_rows, write_export
 from llava_llama31.trainer.export.provenance import record_of
 from llava_llama31.trainer.model.module_groups import GROUPS, group_parameters
 from llava_llama31.trainer.model.opening import open_model
@@ -44,6 +44,7 @@ def finish(
     model, processor = open_model(str(final), dtype=recipe.model.dtype)
     record = record_of(recipe, run.command)
     record["parameters"] = {group: sum(p.numel() for _, p in group_parameters(model, group)) for group in GROUPS}
+    stages = [as_logged(stage) for stage in stages]
     record["stages"] = [{**stage, "curve_image": curve_file(i, stage)} for i, stage in enumerate(stages, start=1)]
     shown = {stage["name"]: {key: stage[key] for key in stage if key not in CURVES} for stage in stages}
     summary: dict[str, Any] = {"recipe": recipe.name, "stages": shown}
