@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from llava_llama31.trainer.costs.matrix_peak import cpu_instructions
 from llava_llama31.trainer.data.check.check import DataCheck, _first_equal, check_sources
 from llava_llama31.trainer.data.check.row_checker import Limits, RowChecker, check_rows
 from llava_llama31.trainer.data.sources.records import open_records
@@ -177,7 +178,7 @@ def main() -> None:
         write_records(folder / "million.json", args.records)
         write_records(folder / "some.json", args.with_tokens)
         write_images(folder / "images")
-        print(f"{(folder / 'million.json').stat().st_size / 2**20:.0f} MiB of JSON")
+        print(f"{cpu_instructions()}; {(folder / 'million.json').stat().st_size / 2**20:.0f} MiB of JSON")
         print(f"{'check':45}{'records':>10}{'CPU s':>9}{'records/s a core':>18}{'peak MB':>9}")
         for label, prepare in rows:
             number, seconds, megabytes = measured(prepare, folder)

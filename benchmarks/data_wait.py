@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llava_llama31.processing import CHAT_TOKENS, LlavaLlama31Processor, build_processor
+from llava_llama31.trainer.costs.matrix_peak import cpu_instructions
 from llava_llama31.trainer.data.batches.collator import Collator
 from llava_llama31.trainer.data.batches.dataset import StageDataset
 from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, image_key
@@ -158,6 +159,7 @@ def main() -> None:
             found["whole, cached features, two per image"] = whole(cached, collate, shared=True)
             rounds.append(found)
     medians = {part: statistics.median(found[part] for found in rounds) for part in rounds[0]}
+    print(cpu_instructions())
     print(f"{'part':42}{'ms/sample':>12}{'share':>8}{'samples/s/core':>18}")
     for part, seconds in medians.items():
         share = seconds / medians["whole, images apart"]

@@ -10,7 +10,6 @@ python benchmarks/evaluation.py --dtype float32 bfloat16
 
 import argparse
 import json
-import platform
 import random
 import resource
 import statistics
@@ -19,6 +18,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from llava_llama31.trainer.costs.matrix_peak import cpu_instructions, measure_cpu_speed
 
 
 NUM_QUESTIONS, NUM_IMAGES = 95, 60
@@ -29,7 +30,12 @@ DRIVERS = ("theirs", "ours", "invariant")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("float32", "bfloat16"),
+        help="default: both, on a CPU that emulates bfloat16 float32",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--drive", choices=DRIVERS, help=argparse.SUPPRESS)
@@ -38,10 +44,17 @@ def main() -> int:
     if options.drive:
         print(json.dumps(drive(options.drive, options.folder, options.dtype[0], options.batch_size)))
         return 0
+    speed = measure_cpu_speed()
+    if options.dtype is None:
+        options.dtype = ["float32"] if speed.is_slow_in_bfloat16 else ["float32", "bfloat16"]
+    if speed.is_slow_in_bfloat16:
+        print(speed)
+    if "bfloat16" in options.dtype and speed.is_slow_in_bfloat16:
+        parser.error("--dtype bfloat16: a batch would take minutes; use float32")
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder, "model"))
         make_questions(Path(folder))
-        print(f"{platform.machine()}, {NUM_QUESTIONS} questions on {NUM_IMAGES} images, best of {options.rounds}")
+        print(f"{cpu_instructions()}; {NUM_QUESTIONS} questions on {NUM_IMAGES} images, best of {options.rounds}")
         return max(compare(Path(folder), dtype, options.rounds, options.batch_size) for dtype in options.dtype)
 
 

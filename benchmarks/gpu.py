@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -39,6 +38,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import IGNORE_INDEX
 from llava_llama31.trainer.costs.flops import Flops, ModelShape, Work, hfu, mfu, needed_flops
+from llava_llama31.trainer.costs.matrix_peak import cpu_instructions
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, RankBatches
 from llava_llama31.trainer.data.batches.collator import Collator, Sample
 from llava_llama31.trainer.model.module_groups import freeze
@@ -528,7 +528,7 @@ def project(name: str, variant: str, result: dict[str, Any]) -> dict[str, float]
 
 def device_name(device: str) -> str:
     if device == "cpu":
-        return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+        return f"CPU ({cpu_instructions()}), {torch.get_num_threads()} thread(s)"
     return torch.cuda.get_device_name()
 
 

@@ -12,7 +12,6 @@ python benchmarks/head_memory.py --hidden-size 4096 --frozen --json
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from llava_llama31.packed_llama_llava_llama31 import SupervisedHead
+from llava_llama31.trainer.costs.matrix_peak import cpu_instructions
 
 
 IGNORE_INDEX = -100
@@ -115,7 +115,7 @@ def measure(settings: Settings, run: Callable[[str, Settings], dict[str, float]]
     stock, ours = results["stock"], results["ours"]
     return {
         "settings": asdict(settings),
-        "machine": platform.machine(),
+        "machine": cpu_instructions(),
         "results": results,
         "share": ours["bytes"] / stock["bytes"],
         # without the gradients that both leave, which every exact training step needs

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -45,6 +44,7 @@ from training_workload import (
 )
 
 from llava_llama31 import LlavaLlama31Config
+from llava_llama31.trainer.costs.matrix_peak import cpu_instructions, measure_cpu_speed
 
 
 PEERS = ("transformers", "trl", "ms-swift", "llamafactory")
@@ -208,7 +208,9 @@ def parse() -> argparse.Namespace:
         "--only", action="append", choices=(*PEERS, OURS), help="compare only this trainer with ours; may be repeated"
     )
     parser.add_argument("--stage", choices=("instruct", "projector"), default="instruct")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="bf16 is autocast")
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp32"), help="bf16 is autocast; default: bf16, on a CPU that emulates it fp32"
+    )
     parser.add_argument("--without-sharing", action="store_true", help="one conversation per image instead of two")
     parser.add_argument("--rows", type=int, default=240)
     parser.add_argument("--steps", type=int, default=16, help="optimizer steps per run")
@@ -223,6 +225,13 @@ def parse() -> argparse.Namespace:
         parser.error(
             f"--steps: must be at least {SKIPPED_STEPS + 3}: the first {SKIPPED_STEPS} and the last are not timed"
         )
+    speed = measure_cpu_speed()
+    if options.precision == "bf16" and speed.is_slow_in_bfloat16:
+        parser.error(f"--precision bf16: {speed}: a step would take minutes; use fp32")
+    if options.precision is None:
+        options.precision = "fp32" if speed.is_slow_in_bfloat16 else "bf16"
+        if speed.is_slow_in_bfloat16:
+            print(f"--precision fp32: {speed}", file=sys.stderr)
     return options
 
 
@@ -312,8 +321,9 @@ class Result:
         self.first = runs[0]
 
 
-def as_json(results: dict[str, Result]) -> dict[str, dict[str, float]]:
+def as_json(results: dict[str, Result]) -> dict[str, Any]:
     return {
+        "cpu": cpu_instructions(),
         "ratios": {name: round(statistics.median(r.ratios), 3) for name, r in results.items() if name != OURS},
         "seconds_per_step": {name: round(statistics.median(r.seconds), 4) for name, r in results.items()},
         "mfu": {name: round(r.mfu, 4) for name, r in results.items()},
@@ -345,7 +355,7 @@ def show(console: Console, bench: Bench, results: dict[str, Result], peak: float
     console.print(table)
     lengths = describe([row.num_tokens for row in bench.rows])
     supervised = describe([len(row.read_positions) for row in bench.rows])
-    console.print(f"{platform.machine()}, torch.mm reaches {peak / 1e9:.0f} GFLOP per CPU second")
+    console.print(f"{cpu_instructions()}; torch.mm reaches {peak / 1e9:.0f} GFLOP per CPU second")
     for name, result in results.items():
         first = result.first
         tokens = f"{first.tokens:,} positions in all steps, {first.supervised_tokens:,} supervised"

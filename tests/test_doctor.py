@@ -17,6 +17,7 @@ import pytest
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.commands.doctor import report
+from llava_llama31.trainer.costs.matrix_peak import CpuSpeed
 from llava_llama31.trainer.doctor import checks, facts, gathering, ranks
 from llava_llama31.trainer.doctor.facts import (
     AccelerateConfig,
@@ -82,6 +83,14 @@ CASES = [
         "warning",
         "64 KiB may be locked, and there is InfiniBand (mlx5_0)",
     ),
+    (
+        checks.check_processor,
+        (CpuSpeed(2e9, 76e9, "x86_64, AVX2"), 0),
+        "warning",
+        "on this CPU (x86_64, AVX2) bfloat16",
+    ),
+    (checks.check_processor, (CpuSpeed(2e9, 76e9, "x86_64, AVX2"), 1), "ok", "(x86_64, AVX2)"),
+    (checks.check_processor, (CpuSpeed(200e9, 76e9, "x86_64, AVX512"), 0), "ok", "200 GFLOP/s, float32 products 76"),
     (checks.check_packages, ([TORCH, PEFT],), "ok", "1 packages"),
     (checks.check_packages, ([replace(TORCH, installed=None)],), "error", "torch is missing"),
     (checks.check_packages, ([replace(TORCH, installed="2.5.1")],), "error", "torch 2.5.1 is outside the supported"),
@@ -417,6 +426,7 @@ SURVEY = """
 import sys
 from pathlib import Path
 from llava_llama31.trainer.commands.doctor import report
+from llava_llama31.trainer.costs.matrix_peak import CpuSpeed
 from llava_llama31.trainer.doctor.ranks import Place, survey
 
 found = survey(Place.of_environment(), [], Path(sys.argv[1]), Path(sys.argv[1]), 10)

@@ -283,6 +283,28 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(recipe_file, tmp_path,
     assert error.startswith("error: ") and message in error and "(fix: " in error
 
 
+def test_the_last_loss_is_the_last_log_entry(train, recipe_content, capsys):
+    """On the card, in the final table, and on the card of a run whose record is of an earlier version."""
+    recipe_content["stages"] = {"one": recipe_content["stages"]["projector"]}
+    recipe_content["evaluation"]["baselines"] = False
+    code, run = train()
+    shown = capsys.readouterr().err
+    record = json.loads((run / "record.json").read_text())
+    [stage] = record["stages"]
+    first, last = stage["loss_curve"][0][1], stage["loss_curve"][-1][1]
+    assert code == 0 and len({loss for _, loss in stage["loss_curve"]}) == 6
+    assert (stage["loss_first"], stage["loss"]) == (first, last)
+    [header, units, _] = shown[shown.index("logged loss,") :].splitlines()[:3]
+    assert header.split()[2:] == ["supervised", "supervised"] and "first -> last" in units and "tokens/s" in units
+    assert f"{first:.3f} -> {last:.3f}" in shown
+    card = (run / "export" / "README.md").read_text()
+    assert "training loss, first log entry" in card and "training loss, last log entry" in card
+    stage["loss"] = 77.0
+    (run / "record.json").write_text(json.dumps(record))
+    assert main(["export", str(run)]) == 0
+    assert (run / "export" / "README.md").read_text() == card
+
+
 def test_a_stage_killed_between_its_last_checkpoint_and_its_end_is_finished(train, recipe_content):
     del recipe_content["evaluation"]
     for stage in recipe_content["stages"].values():

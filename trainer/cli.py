@@ -36,7 +36,7 @@ from llava_llama31.trainer.errors import (
     Interrupted,
     UserError,
 )
-from llava_llama31.trainer.redaction import LONGEST_MESSAGE, SafeFormatter, printable, redacted, shown
+from llava_llama31.trainer.redaction import SafeFormatter, say, shown
 
 
 _COMMANDS = {
@@ -78,14 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stderr.write(shown(traceback.format_exc()))
         return error.exit_code
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)  # noqa: T201
+        say(str(stopped))
         return EXIT_INTERRUPTED
     except MemoryError:
         return _say("the host has no memory left (fix: give this process more)", EXIT_MEMORY, debug=options.debug)
     except OSError as error:
         return _say(f"{error.filename or 'a file'}: {error.strerror or error}", EXIT_USER, debug=options.debug)
     except KeyboardInterrupt:
-        print("stopped; run the same command to resume from the last checkpoint", file=sys.stderr)  # noqa: T201
+        say("stopped; run the same command to resume from the last checkpoint")
         return EXIT_KEYBOARD
     except Exception:  # a fault of ours: Python's own traceback would show a secret that a message holds
         sys.stderr.write(shown(traceback.format_exc()))
@@ -96,7 +96,7 @@ def _say(error: str, exit_code: int, *, debug: bool) -> int:
     """Print what the user can fix, and return the exit code."""
     if debug:
         sys.stderr.write(shown(traceback.format_exc()))
-    print(f"error: {printable(redacted(error), LONGEST_MESSAGE)}", file=sys.stderr)  # noqa: T201
+    say(f"error: {error}")
     return exit_code
 
 

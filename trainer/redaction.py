@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 from types import TracebackType
 
 
@@ -35,6 +36,16 @@ def printable(text: str, longest: int = _ID_LENGTH) -> str:
     if len(text) > longest:
         text = text[:longest] + "..."
     return text if text.isprintable() else _escaped(text)
+
+
+def plain(text: str) -> str:
+    """Text from data, models and paths as one line that is safe for a terminal: nothing is cut but a page of text."""
+    return printable(text, LONGEST_MESSAGE)
+
+
+def say(line: str, *, stdout: bool = False) -> None:
+    """Print one line on stderr, or on stdout where it is a result, without secrets and control characters."""
+    print(plain(redacted(line)), file=sys.stdout if stdout else sys.stderr, flush=True)
 
 
 def redacted(text: str) -> str:

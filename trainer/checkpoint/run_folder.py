@@ -84,6 +84,11 @@ class RunFolder:
         return self.path / "inputs.json"
 
     @property
+    def precision(self) -> Path:
+        """The precision that each stage computes in, as settled when the run began."""
+        return self.path / "precision.json"
+
+    @property
     def elapsed(self) -> Path:
         """The minutes that the run has taken, over all its starts."""
         return self.path / "elapsed.json"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_llama31.trainer.commands.options import positive
+from llava_llama31.trainer.redaction import plain
 
 
 if TYPE_CHECKING:
@@ -25,19 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit code 0 once the file is written."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from llava_llama31.trainer.evaluation.answer_files import read_answers
     from llava_llama31.trainer.evaluation.browser import IMAGE_SIDE, write_browser
     from llava_llama31.trainer.evaluation.questions import load_questions
+    from llava_llama31.trainer.terminal import Terminal
 
     # all questions, whatever the limit: answers to those beyond it are not unknown
     questions = load_questions(options.data, image_root=options.image_root)
     answers = read_answers(options.predictions, questions)
     shown = questions[: options.limit]
     beyond = {str(question.question_id) for question in questions[len(shown) :]}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Terminal(stderr=True).progress() as progress:
         task = progress.add_task("images", total=None)
         browser = write_browser(
             shown,
@@ -53,9 +52,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print_browser(browser: "Browser", note: str) -> None:
-    from rich.console import Console
+    from llava_llama31.trainer.terminal import Terminal
 
-    console, megabytes = Console(), browser.path.stat().st_size / 1e6
+    terminal, megabytes = Terminal(), browser.path.stat().st_size / 1e6
     counted = f"{browser.num_questions} questions, {browser.num_images} images, {megabytes:.1f} MB"
     lines = [f"{browser.path}: {counted}"]
     if browser.num_unanswered:
@@ -67,6 +66,6 @@ def _print_browser(browser: "Browser", note: str) -> None:
     for what, ids in named.items():
         if ids:
             more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
-            lines.append(f"{what}: {len(ids)}: {', '.join(ids[:5])}{more}")
+            lines.append(f"{what}: {len(ids)}: {', '.join(map(plain, ids[:5]))}{more}")
     for line in [*lines, f"note: {note}"] if note else lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        terminal.print(plain(line))

@@ -44,8 +44,6 @@ def _check_recipe(options: argparse.Namespace, output: Path) -> int:
     Raises:
         UserError: when records can't be used and the stage's policy is `error`.
     """
-    from rich.console import Console
-
     from llava_llama31.processing import LlavaLlama31Processor
     from llava_llama31.trainer.checkpoint.run_folder import RunFolder
     from llava_llama31.trainer.data.batches.stage_rows import stage_check
@@ -54,12 +52,13 @@ def _check_recipe(options: argparse.Namespace, output: Path) -> int:
     from llava_llama31.trainer.recipes.loading import load_recipe
     from llava_llama31.trainer.runs.base_model import base_of, prepare
     from llava_llama31.trainer.runs.origins import at_revisions, resolve_revisions
+    from llava_llama31.trainer.terminal import Terminal
 
     for name in ("image_root", "processor", "max_tokens", "max_pixels"):
         if getattr(options, name) is not None:
             raise UserError("belongs to data files", where=f"--{name.replace('_', '-')}", fix="set it in the recipe")
     recipe = load_recipe(options.data[0], output=output, overrides=options.overrides)
-    folder, console = RunFolder(output), Console(stderr=True)
+    folder, console = RunFolder(output), Terminal(stderr=True)
     with folder.claimed(recipe, is_main=True):
         recipe = at_revisions(recipe, resolve_revisions(recipe, folder, console.print))
         prepare(recipe, folder, console)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_llama31.trainer.commands.options import add_json
+from llava_llama31.trainer.redaction import plain
 
 
 if TYPE_CHECKING:
@@ -62,14 +63,13 @@ def report(found: Sequence["DoctorFinding"], *, json_output: bool) -> None:
         }
         sys.stdout.write(json.dumps(content) + "\n")
         return
-    from rich.console import Console
-    from rich.markup import escape
+    from llava_llama31.trainer.terminal import Terminal, styled
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Terminal()
     for level, style in _STYLES.items():
         for finding in (finding for finding in found if finding.level == level):
             name = f"{finding.check} on {finding.host}" if finding.host else finding.check
-            console.print(f"[{style}]{level:8}[/] {escape(name)}: {escape(finding.what)}")
+            console.print(styled((f"{level:8}", style), (f" {name}: {plain(finding.what)}", "")))
             if level != "ok":
-                console.print(f"{'':9}why: {escape(finding.why)}\n{'':9}fix: {escape(finding.fix)}")
+                console.print(f"{'':9}why: {plain(finding.why)}\n{'':9}fix: {plain(finding.fix)}")
     console.print(f"{counts['error']} error(s), {counts['warning']} warning(s), {counts['ok']} ok")

@@ -149,17 +149,17 @@ def _evaluate(
 
 
 def _print(options: argparse.Namespace, evaluation: "Evaluation", page: Path | None) -> None:
-    from rich.console import Console
+    from llava_llama31.trainer.terminal import Terminal
 
     if options.json_output:
         print_json(evaluation.to_json())
         return
     title = f"{Path(options.model).name} on {Path(options.data).name}, prompt {options.preset}"
     print_report(evaluation.report, f"{title}, images shuffled" if options.blind else title)
-    console = Console(soft_wrap=True)
-    console.print(f"answers: {evaluation.predictions} ({evaluation.seconds:.1f} s)", markup=False)
+    terminal = Terminal()
+    terminal.print(f"answers: {evaluation.predictions} ({evaluation.seconds:.1f} s)")
     if page is not None:
-        console.print(f"to browse: {page}", markup=False)
+        terminal.print(f"to browse: {page}")
 
 
 def _write_browser(evaluation: "Evaluation", questions: Sequence["Question"], progress: "Progress") -> Path:
@@ -189,11 +189,9 @@ def _processes(device: str | None) -> "PartialState | None":
 
 
 def _progress(shown: bool) -> "Progress":
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+    from llava_llama31.trainer.terminal import Terminal
 
-    columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown)
+    return Terminal(stderr=True).progress(visible=shown, counted=True)
 
 
 def _read_by_ocr(

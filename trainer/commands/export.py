@@ -1,10 +1,10 @@
 """`llava-llama31 export`."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from llava_llama31.trainer.export.dialects import DIALECTS, NATIVE
+from llava_llama31.trainer.redaction import say
 
 
 HELP = "write a finished run's two-door folder again, with its card"
@@ -27,5 +27,5 @@ def run(options: argparse.Namespace) -> int:
 
     run, output = RunFolder(Path(options.folder)), Path(options.output) if options.output else None
     folder = export_again(run, output, options.dialect)
-    print(folder, file=sys.stderr)  # noqa: T201
+    say(str(folder), stdout=True)
     return 0

@@ -1,7 +1,8 @@
 """`llava-llama31 export-metric`."""
 
 import argparse
-import sys
+
+from llava_llama31.trainer.redaction import say
 
 
 HELP = "write the score as a Hugging Face `evaluate` metric"
@@ -14,5 +15,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from llava_llama31.trainer.evaluation.metric import export_metric
 
-    print(export_metric(options.output), file=sys.stderr)  # noqa: T201
+    say(str(export_metric(options.output)), stdout=True)
     return 0

@@ -89,9 +89,9 @@ def _rows(given: list[str]) -> dict[str, int]:
 
 def print_plan(plan: dict[str, Any]) -> None:
     """Print the plan on standard output, one table per stage."""
-    from rich.console import Console
+    from llava_llama31.trainer.terminal import Terminal
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     memory = "" if plan["device_memory"] is None else f" of {plan['device_memory']:g} GB"
     model = f"sizes of {plan['model']}" if plan["model"] else "the model's parts are not here yet: no memory, no FLOPs"
     console.print(f"{plan['recipe']} on {plan['devices']} device(s){memory}; {model}")

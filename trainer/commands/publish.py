@@ -10,6 +10,7 @@ from typing import Any
 
 from llava_llama31.trainer.commands.options import add_json
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.redaction import plain, say
 
 
 HELP = "check a model, upload it, check what was uploaded, and merge it"
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
             private=options.private,
             collection=options.collection,
             dry_run=options.dry_run,
-            say=lambda line: print(line),  # noqa: T201
+            say=say,
         )
     sys.stdout.write(redact(json.dumps(result) if options.json_output else _shown(result)) + "\n")
     return 0
@@ -51,13 +52,15 @@ def _shown(result: Mapping[str, Any]) -> str:
     from llava_llama31.trainer.publishing.publish import shown_size
 
     if "steps" not in result:
-        samples = [f"  {sample['question']} -> {sample['answer']}" for sample in result["checks"]["samples"]]
+        samples = [
+            f"  {plain(sample['question'])} -> {plain(sample['answer'])}" for sample in result["checks"]["samples"]
+        ]
         return "\n".join(
             ["answers of the published model:", *samples, f"published: {result['url']} ({result['tag']})"]
         )
     steps = [f"{number}. {step}" for number, step in enumerate(result["steps"], start=1)]
-    files = [f"  {shown_size(size):>12}  {name}" for name, size in result["files"].items()]
-    removed = [f"  {'removed':>12}  {name}" for name in result["removed"]]
+    files = [f"  {shown_size(size):>12}  {plain(name)}" for name, size in result["files"].items()]
+    removed = [f"  {'removed':>12}  {plain(name)}" for name in result["removed"]]
     return "\n".join(
         [f"{result['repo']}: dry run, nothing was written; the steps would be", *steps, "files:", *files, *removed]
     )

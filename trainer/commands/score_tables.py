@@ -1,8 +1,11 @@
 """Scores and comparisons as tables or JSON on standard output; cheap to import."""
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from llava_llama31.trainer.redaction import plain, printable
 
 
 if TYPE_CHECKING:
@@ -15,39 +18,39 @@ _IDS_NAMED = 5
 
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object on stdout, without wrapping lines."""
-    from rich.console import Console
-
-    Console(soft_wrap=True).out(json.dumps(value, indent=2), highlight=False)
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def print_report(report: "Report", title: str) -> None:
     """The table of the protocols, then every question without exactly one answer."""
-    from rich.console import Console
     from rich.table import Table
 
-    console, as_zero = Console(), report.protocols_failed_as_zero
+    from llava_llama31.trainer.terminal import Terminal
+
+    terminal, as_zero = Terminal(wrap_tables=True), report.protocols_failed_as_zero
     answered = report.num_questions - len(report.failed) - len(report.missing)
     table = Table()
     counted = f"{title}: {answered} of {report.num_questions} questions answered"
-    console.print(counted, markup=False, highlight=False, soft_wrap=True)
+    terminal.print(plain(counted))
     table.add_column("protocol")
     for column in ("accuracy %", "95 % interval", *(["unanswered as 0"] if answered < report.num_questions else [])):
         table.add_column(column, justify="right")
     for name, score in report.protocols.items():
         cells = [name, f"{100 * score.accuracy:.3f}", f"{100 * score.low:.2f} to {100 * score.high:.2f}"]
         table.add_row(*cells, *([f"{100 * as_zero[name].accuracy:.3f}"] if answered < report.num_questions else []))
-    console.print(table)
+    terminal.print(table)
     _print_ids(_unaccounted(report))
 
 
 def print_comparison(comparison: "Comparison", title: str) -> None:
     """The table of the differences, then the questions that changed, and those that were left out."""
-    from rich.console import Console
     from rich.table import Table
 
+    from llava_llama31.trainer.terminal import Terminal
+
     compared = f"{comparison.num_compared} of {comparison.num_questions} questions answered by both"
-    console, table = Console(), Table(box=None, pad_edge=False)  # narrow enough for 80 columns
-    console.print(f"{title}: {compared}", markup=False, highlight=False, soft_wrap=True)
+    terminal, table = Terminal(wrap_tables=True), Table(box=None, pad_edge=False)  # narrow enough for 80 columns
+    terminal.print(plain(f"{title}: {compared}"))
     table.add_column("protocol")
     for column in ("A %", "B %", "B - A", "95 % interval", "gained", "lost", "tied"):
         table.add_column(column, justify="right")
@@ -58,7 +61,7 @@ def print_comparison(comparison: "Comparison", title: str) -> None:
         table.add_row(name, *points, interval, *map(str, (len(pair.gained), len(pair.lost), pair.num_tied)))
         for what, ids in (("gained", pair.gained), ("lost", pair.lost)):
             changed.setdefault((what, ids), []).append(name)
-    console.print(table)
+    terminal.print(table)
     _print_ids({f"{what} under {', '.join(names)}": ids for (what, ids), names in changed.items()})
     left_out = {
         "only A answers, left out": comparison.only_first,
@@ -82,18 +85,18 @@ def _unaccounted(report: "Report") -> dict[str, Sequence[int | str]]:
 
 def _print_ids(named: Mapping[str, Sequence[int | str]]) -> None:
     """How many there are of each, and the first of them by name."""
-    from rich.console import Console
+    from llava_llama31.trainer.terminal import Terminal
 
     for what, ids in named.items():
         if ids:
             more = f" and {len(ids) - _IDS_NAMED} more (--json names all)" if len(ids) > _IDS_NAMED else ""
-            line = f"{what}: {len(ids)}: {', '.join(map(str, ids[:_IDS_NAMED]))}{more}"
-            Console().print(line, markup=False, highlight=False, soft_wrap=True)
+            line = f"{what}: {len(ids)}: {', '.join(printable(str(named_id)) for named_id in ids[:_IDS_NAMED])}{more}"
+            Terminal().print(line)
 
 
 def print_notes(files: Iterable["AnswerFile"]) -> None:
     """What has to be known about the scores of these files."""
-    from rich.console import Console
+    from llava_llama31.trainer.terminal import Terminal
 
     for note in dict.fromkeys(file.note for file in files if file.note):
-        Console().print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        Terminal().print(f"note: {plain(note)}")

@@ -3,12 +3,12 @@
 import argparse
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_llama31.trainer.commands.options import add_recipe, run_folder
 from llava_llama31.trainer.fault_tolerance.signals import Signals
+from llava_llama31.trainer.redaction import say
 
 
 if TYPE_CHECKING:
@@ -56,5 +56,5 @@ def _says_finished(recipe: "Recipe", output: Path) -> bool:
     with folder.claimed(recipe, is_main=True):
         if is_outstanding(recipe.publish, atomic_folders.read_json(folder.summary)):
             return False
-        print(finished_line(recipe, folder), file=sys.stderr)  # noqa: T201
+        say(finished_line(recipe, folder))
         return True

@@ -1,8 +1,11 @@
 """Measures a device's real matrix throughput, the denominator of MFU, instead of trusting a data sheet."""
 
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -11,6 +14,11 @@ import torch
 _SMALL = ((256, 256, 256), (1024, 1024, 1024), (2048, 2048, 2048), (2048, 1024, 4096))
 _LARGE = ((1024, 1024, 1024), (4096, 4096, 4096), (8192, 8192, 8192), (8192, 4096, 14336), (16384, 8192, 8192))
 _MIN_REPEATS = 3
+# (m, k, n) that takes milliseconds even where bfloat16 is emulated, at 2 GFLOP/s
+_TINY = ((256, 256, 256),)
+# below this share of float32's throughput, the narrower type costs more than it saves
+_SLOW = 1 / 4
+_INSTRUCTIONS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX", "bf16": "BF16"}
 
 
 def measure_matrix_peak(
@@ -66,3 +74,50 @@ def _seconds_of_product(
     count = max(1, round(share / 10 / max(first, 1e-9)))
     num_readings = max(_MIN_REPEATS - 1, min(10, round(share / max(first * count, 1e-9))))
     return statistics.median([first, *(measure(count) for _ in range(num_readings))])
+
+
+@dataclass(frozen=True)
+class CpuSpeed:
+    """FLOP/s of small matrix products on this machine's CPU, and the instructions that they are made of."""
+
+    bfloat16: float
+    float32: float
+    instructions: str
+
+    @property
+    def is_slow_in_bfloat16(self) -> bool:
+        """Whether bfloat16 products are emulated: the CPU has no instructions for them."""
+        return self.bfloat16 < _SLOW * self.float32
+
+    def __str__(self) -> str:
+        bfloat16, float32 = (f"{peak / 1e9:.0f}" for peak in (self.bfloat16, self.float32))
+        return (
+            f"on this CPU ({self.instructions}) bfloat16 products reach {bfloat16} GFLOP/s, float32 products {float32}"
+        )
+
+
+def measure_cpu_speed() -> CpuSpeed:
+    """Measure both types in some tens of milliseconds; the best of a few readings, as other work disturbs them."""
+    bfloat16, float32 = (
+        max(measure_matrix_peak(dtype, "cpu", shapes=_TINY, seconds=0.005) for _ in range(3))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    return CpuSpeed(bfloat16, float32, cpu_instructions())
+
+
+def cpu_instructions() -> str:
+    """Architecture, the vector instructions that PyTorch uses, and those for bfloat16, e.g. x86_64, AVX2."""
+    vector = torch.backends.cpu.get_cpu_capability()
+    found = [platform.machine(), vector]
+    if vector not in ("DEFAULT", "AVX2"):
+        flags = _cpu_flags()
+        found += [name for flag, name in _INSTRUCTIONS.items() if flag in flags]
+    return ", ".join(found)
+
+
+def _cpu_flags() -> set[str]:
+    """What Linux says that the first core can do."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    found = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    return set(next(found, "").split())

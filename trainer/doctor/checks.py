@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -22,6 +23,10 @@ from llava_llama31.trainer.doctor.facts import (
 )
 from llava_llama31.trainer.doctor.findings import DoctorFinding
 from llava_llama31.trainer.doctor.probe import Outcome
+
+
+if TYPE_CHECKING:
+    from llava_llama31.trainer.costs.matrix_peak import CpuSpeed
 
 
 GB = 10**9
@@ -81,6 +86,15 @@ def check_machine(machine: Machine, num_processes: int) -> list[DoctorFinding]:
             )
         )
     return found + _check_limits(machine)
+
+
+def check_processor(speed: "CpuSpeed", num_gpus: int) -> list[DoctorFinding]:
+    """Which instructions the CPU has, and whether it is slow in bfloat16 where it has to train."""
+    if num_gpus or not speed.is_slow_in_bfloat16:
+        return [DoctorFinding("CPU", "ok", str(speed))]
+    why = "precision: bfloat16 is emulated; stages that leave `precision` out train in float32 here"
+    fix = "set precision: float32, or use a GPU, or a CPU with AVX512-BF16 or AMX"
+    return [DoctorFinding("CPU", "warning", str(speed), why, fix)]
 
 
 def _check_limits(machine: Machine) -> list[DoctorFinding]:

@@ -17,11 +17,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distributions, metadata, requires, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
 import llava_llama31
+
+
+if TYPE_CHECKING:
+    from llava_llama31.trainer.costs.matrix_peak import CpuSpeed
 
 
 DISTRIBUTION = "llava-llama31"
@@ -83,6 +87,12 @@ def _memory_limit() -> int | None:
         limits += [file.read_text().strip() for file in files if file.is_file()]
     numbers = [int(limit) for limit in limits if limit.isdigit()]
     return min((number for number in numbers if number < 1 << 60), default=None)
+
+
+def cpu_speed() -> "CpuSpeed":
+    from llava_llama31.trainer.costs.matrix_peak import measure_cpu_speed  # torch may be broken here
+
+    return measure_cpu_speed()
 
 
 @dataclass(frozen=True)

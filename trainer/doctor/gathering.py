@@ -49,6 +49,7 @@ def _checks(output: Path) -> Table:
     }
     return [
         ("machine", lambda: checks.check_machine(facts.machine(), facts.launch().number("LOCAL_WORLD_SIZE"))),
+        ("CPU", lambda: checks.check_processor(facts.cpu_speed(), len(facts.gpus().devices))),
         ("packages", lambda: checks.check_packages(facts.packages())),
         ("installation", lambda: checks.check_installations(facts.installations())),
         ("GPUs", lambda: checks.check_gpus(facts.gpus())),

@@ -77,6 +77,7 @@ def export_again(run: RunFolder, output: Path | None = None, dialect: str = NATI
         what = "this is not a finished run"
         raise UserError(what, where=str(run.path), fix=f"train it to its end: {run.record.name} is missing")
     record = atomic_folders.read_json(run.record)
+    record["stages"] = [as_logged(stage) for stage in record["stages"]]
     names = [stage["name"] for stage in record["stages"]]
     default = run.export if dialect == NATIVE else run.export.with_name(f"{run.export.name}-{dialect}")
     folder = (output or default).resolve()
@@ -132,6 +133,12 @@ def public_rows(file: Path) -> str:
     """A predictions file without this machine's paths, which reasons for failures contain."""
     with file.open(encoding="utf-8") as rows:
         return "".join(json.dumps(public(json.loads(row)), ensure_ascii=False) + "\n" for row in rows)
+
+
+def as_logged(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's record whose `loss` is its last log entry; earlier versions recorded the mean of the last five."""
+    curve = stage.get("loss_curve")
+    return {**stage, "loss": curve[-1][1]} if curve else dict(stage)
 
 
 def curve_file(number: int, stage: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from llava_llama31.trainer.errors import (
     UserError,
 )
 from llava_llama31.trainer.fault_tolerance.watchdog import dump_stacks, end_process
-from llava_llama31.trainer.redaction import LONGEST_MESSAGE, printable, redacted
+from llava_llama31.trainer.redaction import LONGEST_MESSAGE, printable, redacted, say
 
 
 _FAILED = "llava-llama31/failed"
@@ -214,7 +213,7 @@ class Peers:
 
 def _say(message: str) -> None:
     """Print a message from the watching thread; the main thread raises instead."""
-    print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201
+    say(f"error: {message}")
 
 
 def _ignore_launcher() -> None:

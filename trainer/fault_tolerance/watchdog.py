@@ -14,6 +14,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 from llava_llama31.trainer.errors import Hang, ProcessLost, UserError
+from llava_llama31.trainer.redaction import say
 
 
 # time for a data worker to write its stack before the next one writes its own
@@ -104,7 +105,7 @@ class Watchdog:
 
     def _end(self, error: Hang | ProcessLost) -> None:
         if self.report(error.exit_code, str(error)):
-            print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+            say(f"error: {error}")
         if isinstance(error, Hang):
             dump_stacks()
         else:
@@ -122,7 +123,7 @@ def _has_ended(worker: ForkServerProcess) -> bool:
 def dump_stacks() -> None:
     """Write the stacks of all threads of this process and of its data workers to stderr."""
     rank = os.environ.get("RANK", "0")
-    print(f"stacks of rank {rank}, pid {os.getpid()}:", file=sys.stderr, flush=True)  # noqa: T201
+    say(f"stacks of rank {rank}, pid {os.getpid()}:")
     faulthandler.dump_traceback(file=2, all_threads=True)
     for worker in multiprocessing.active_children():
         if worker.pid is not None:

@@ -3,17 +3,16 @@
 import json
 from pathlib import Path
 
-from rich.console import Console
-
 from llava_llama31.assembly import VisionChoices
 from llava_llama31.processing import CHAT_TEMPLATE
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.model.assemble import assemble
 from llava_llama31.trainer.model.locating import local_checkpoint
 from llava_llama31.trainer.recipes.schema import Recipe
+from llava_llama31.trainer.terminal import Terminal
 
 
-def prepare(recipe: Recipe, folder: RunFolder, console: Console) -> None:
+def prepare(recipe: Recipe, folder: RunFolder, console: Terminal) -> None:
     """Make the parts that a recipe makes itself, and the checkpoint that the first stage starts from."""
     if recipe.prepare == "tiny":
         from llava_llama31.trainer.demo.parts import prepare as prepare_tiny  # needs the `demo` extra

@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -15,18 +14,20 @@ from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOL
 from llava_llama31.trainer.model.module_groups import GroupReport
 from llava_llama31.trainer.recipes.derived import Derived
 from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.redaction import plain
+from llava_llama31.trainer.terminal import Terminal
 
 
-def make_console() -> Console:
+def make_console() -> Terminal:
     """Console on stderr (stdout belongs to --json); silent on all ranks but the first."""
-    return Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) != 0, highlight=False, soft_wrap=True)
+    return Terminal(stderr=True, quiet=int(os.environ.get("RANK", "0")) != 0)
 
 
 def print_stage_start(
-    console: Console, name: str, stage: Stage, derived: Derived, report: list[GroupReport], origin: str
+    console: Terminal, name: str, stage: Stage, derived: Derived, report: list[GroupReport], origin: str
 ) -> None:
     """The freeze report, what was inherited from where, and the steps."""
-    console.rule(f"[bold]stage {name}")
+    console.rule(f"stage {name}")
     table = Table("module group", "parameters", "trainable", "learning rate", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -34,7 +35,7 @@ def print_stage_start(
         rate = f"{line.learning_rate:g}" if line.learning_rate is not None else "frozen"
         table.add_row(line.group, f"{line.num_parameters:,}", f"{line.num_trainable:,}", rate)
     console.print(table)
-    console.print(f"weights from {origin}; optimizer and schedule are fresh")
+    console.print(f"weights from {plain(origin)}; optimizer and schedule are fresh")
     console.print(
         f"{derived.num_samples:,} samples, {derived.steps:,} steps of {stage.global_batch} "
         f"({stage.micro_batch} x {derived.gradient_accumulation} accumulated x {derived.num_processes} devices), "
@@ -45,7 +46,7 @@ def print_stage_start(
 class StageProgress(TrainerCallback):
     """One line per log: step, loss, learning rate, speed, time left."""
 
-    def __init__(self, console: Console, stage: str):
+    def __init__(self, console: Terminal, stage: str):
         self.console, self.stage = console, stage
         self.started, self.first_step = 0.0, 0
 
@@ -89,10 +90,11 @@ class StageProgress(TrainerCallback):
         )
 
 
-def print_summary(console: Console, summary: dict[str, Any], record: dict[str, Any]) -> None:
+def print_summary(console: Terminal, summary: dict[str, Any], record: dict[str, Any]) -> None:
     """Stages, scores, samples and where everything is."""
-    console.rule(f"[bold]{summary['recipe']}")
-    table = Table("stage", "steps", "loss", "supervised tokens", "tokens/s", "minutes", box=None, pad_edge=False)
+    console.rule(summary["recipe"])
+    names = ("stage", "steps", "logged loss,\nfirst -> last", "supervised\ntokens", "supervised\ntokens/s", "minutes")
+    table = Table(*names, box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for stage in record["stages"]:
@@ -116,7 +118,7 @@ def print_summary(console: Console, summary: dict[str, Any], record: dict[str, A
         samples = Table("image", "question", "answer", "truth", box=None, pad_edge=False)
         for sample in record["samples"]:
             truth = max(set(sample["answers"]), key=sample["answers"].count)
-            samples.add_row(sample["image"], sample["question"], sample["prediction"] or "", truth)
+            samples.add_row(*map(plain, (sample["image"], sample["question"], sample["prediction"] or "", truth)))
         console.print(samples)
     if "browser" in summary:
         console.print(f"all answers, to browse: {summary['browser']}")

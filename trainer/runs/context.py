@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder, StageFolder
 from llava_llama31.trainer.fault_tolerance.peers import Peers
 from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.publishing.pusher import Pusher
 from llava_llama31.trainer.recipes.schema import Recipe, Stage
+from llava_llama31.trainer.terminal import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class RunContext:
     folder: RunFolder
     num_processes: int
     is_main: bool
-    console: Console
+    console: Terminal
     signals: Signals
     peers: Peers
     command: str

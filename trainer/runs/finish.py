@@ -19,12 +19,11 @@ from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 from llava_llama31.trainer.evaluation.textvqa import Evaluation, evaluate, weights_revision
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOL, vqa_accuracy
-from llava_llama31.trainer.export.export import CURVES, attachments, curve_file, public_rows, write_export
+from llava_llama31.trainer.export.export import CURVES, as_logged, attachments, curve_file, public_rows, write_export
 from llava_llama31.trainer.export.provenance import record_of
 from llava_llama31.trainer.model.module_groups import GROUPS, group_parameters
 from llava_llama31.trainer.model.opening import open_model
 from llava_llama31.trainer.runs.base_model import base_of
-from llava_llama31.trainer.runs.console import print_summary
 from llava_llama31.trainer.runs.context import RunContext
 
 
@@ -45,6 +44,7 @@ def finish(
     model, processor = open_model(str(final), dtype=recipe.model.dtype)
     record = record_of(recipe, run.command)
     record["parameters"] = {group: sum(p.numel() for _, p in group_parameters(model, group)) for group in GROUPS}
+    stages = [as_logged(stage) for stage in stages]
     record["stages"] = [{**stage, "curve_image": curve_file(i, stage)} for i, stage in enumerate(stages, start=1)]
     shown = {stage["name"]: {key: stage[key] for key in stage if key not in CURVES} for stage in stages}
     summary: dict[str, Any] = {"recipe": recipe.name, "stages": shown}
@@ -55,7 +55,6 @@ def finish(
     write_export(folder.export, model, processor, record, *attachments(folder, record))
     summary["export"], summary["card"] = str(folder.export), str(folder.export / "README.md")
     summary["minutes"] = round(minutes(), 2)
-    print_summary(run.console, summary, record)
     return summary
 
 

@@ -43,7 +43,7 @@ def resolve_revisions(recipe: Recipe, folder: RunFolder, say: Callable[[str], No
         revisions[name] = before[name]
         if now not in (None, before[name]):
             say(
-                f"[yellow]{where}: {name} has moved to {now} since this run began; the run stays at {before[name]}. "
+                f"warning: {where}: {name} has moved to {now} since this run began; the run stays at {before[name]}. "
                 "Train the new one with another --output"
             )
     if revisions != before:

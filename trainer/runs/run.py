@@ -23,11 +23,12 @@ from llava_llama31.trainer.publishing.publish_run import publish_run
 from llava_llama31.trainer.publishing.pusher import pushing
 from llava_llama31.trainer.recipes.schema import Recipe
 from llava_llama31.trainer.runs.base_model import base_of, prepare
-from llava_llama31.trainer.runs.console import make_console
+from llava_llama31.trainer.runs.console import make_console, print_summary
 from llava_llama31.trainer.runs.context import RunContext, StageRun
 from llava_llama31.trainer.runs.finish import finish
 from llava_llama31.trainer.runs.finished import finished_line
 from llava_llama31.trainer.runs.origins import at_revisions, resolve_revisions
+from llava_llama31.trainer.runs.precision import at_precision, settle_precision
 from llava_llama31.trainer.runs.preflight import check_inputs, check_publishing, check_shared, check_stages
 from llava_llama31.trainer.runs.stage import run_stage
 
@@ -89,10 +90,8 @@ def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
             return publish_run(
                 recipe.publish, folder.path, atomic_folders.read_json(folder.summary), run.console.print
             )
-        (revisions,) = broadcast_object_list(
-            [resolve_revisions(recipe, folder, run.console.print) if run.is_main else None]
-        )
-        recipe = at_revisions(recipe, revisions)
+        (settled,) = broadcast_object_list([_settle(run) if run.is_main else None])
+        recipe = at_precision(at_revisions(recipe, settled[0]), settled[1])
         stages = {name: as_launched(stage, f"stages.{name}") for name, stage in recipe.stages.items()}
         run = replace(run, recipe=recipe, launched=stages)
         forget_deepspeed()
@@ -111,7 +110,15 @@ def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
             if pusher is not None:
                 summary["saves"] = pusher.close(finish=True)
         atomic_folders.write_json(folder.summary, summary)
+        print_summary(run.console, summary, atomic_folders.read_json(folder.record))
         return publish_run(recipe.publish, folder.path, summary, run.console.print)
+
+
+def _settle(run: RunContext) -> tuple[dict[str, str], dict[str, str]]:
+    """Revisions of what comes from the Hub, and the precision of each stage: those that the run began with."""
+    recipe, folder, say = run.recipe, run.folder, run.console.print
+    precision = settle_precision(recipe, folder, on_cpu=not torch.cuda.is_available(), say=say)
+    return resolve_revisions(recipe, folder, say), precision
 
 
 def _run_stages(run: RunContext) -> tuple[Path, list[dict[str, Any]]]:

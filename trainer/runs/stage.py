@@ -105,7 +105,7 @@ def _newest_checkpoint(run: StageRun) -> Path | None:
             aside = path.with_name(f"damaged-{path.name}")
             atomic_folders.remove(aside)
             path.rename(aside)
-            run.context.console.print(f"[yellow]{path} is incomplete and set aside as {aside.name}: {fault}")
+            run.context.console.print(f"{path} is incomplete and set aside as {aside.name}: {fault}", style="yellow")
     if run.context.num_processes > 1:
         dist.broadcast_object_list(found, src=0)
     return found[0]

@@ -3,8 +3,6 @@
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from llava_llama31.trainer.data.batches.stage_rows import StageData
 from llava_llama31.trainer.model.module_groups import GroupReport
 from llava_llama31.trainer.recipes.derived import Derived
@@ -43,7 +41,7 @@ def stage_record(
         "lora": stage.lora.model_dump() if stage.lora else None,
         "init_from": str(run.origin),
         "loss_first": losses[0] if losses else None,
-        "loss": float(np.mean(losses[-5:])) if losses else None,
+        "loss": losses[-1] if losses else None,
         "loss_curve": [(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
         "validation_curve": [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry],
         "health": trainer.guard.health.summary(),

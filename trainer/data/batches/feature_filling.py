@@ -4,13 +4,12 @@ import logging
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch.utils.data import DataLoader, Subset
 
 from llava_llama31.trainer.data.batches.collator import Sample
 from llava_llama31.trainer.data.batches.dataset import StageDataset
 from llava_llama31.trainer.data.batches.feature_cache import FeatureCache, image_key
+from llava_llama31.trainer.terminal import Terminal
 
 
 logger = logging.getLogger(__name__)
@@ -24,7 +23,7 @@ def fill(
     share: tuple[int, int] = (0, 1),
     wait_for_everyone: Callable[[], None] = lambda: None,
     num_workers: int = 0,
-    console: Console | None = None,
+    console: Terminal | None = None,
 ) -> None:
     """Store the features of a data set's images, in its order, until the quota is full.
 
@@ -46,8 +45,8 @@ def fill(
         multiprocessing_context="forkserver" if num_workers else None,
         generator=torch.Generator(),  # the training's random numbers stay what they are
     )
-    shown = console is not None and console.is_terminal
-    with Progress(console=console, disable=not shown, transient=True) as bar:
+    terminal = console or Terminal(stderr=True, quiet=True)
+    with terminal.progress(visible=console is not None and console.is_terminal) as bar:
         samples = zip(wanted, loader, strict=True)
         for (_, image_ids), sample in bar.track(samples, total=len(wanted), description="features of images"):
             assert sample.pixel_values is not None

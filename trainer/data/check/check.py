@@ -140,12 +140,10 @@ class DataCheck:
         return summary | {"dropped": rejected.counts, "first_ids": rejected.first_ids}, arrays
 
     def _shown(self, findings: Iterator[Findings], name: str, num_rows: int) -> Iterator[Findings]:
-        from rich.console import Console
-        from rich.progress import Progress
+        from llava_llama31.trainer.terminal import Terminal
 
-        console = Console(stderr=True)
-        disabled = not (self.progress and console.is_terminal)
-        with Progress(console=console, disable=disabled, transient=True) as bar:
+        terminal = Terminal(stderr=True)
+        with terminal.progress(visible=self.progress and terminal.is_terminal) as bar:
             task = bar.add_task(f"checking {name}", total=num_rows)
             for found in findings:
                 yield found

@@ -11,7 +11,7 @@ import numpy as np
 
 from llava_llama31.trainer.data.sources.reject_reasons import REASONS
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.redaction import printable
+from llava_llama31.trainer.redaction import plain, printable
 
 
 Action = Literal["error", "skip", "quarantine"]
@@ -235,37 +235,37 @@ def _statistics(values: np.ndarray) -> dict[str, int]:
 
 def print_report(report: DataReport) -> None:
     """Tables of reasons and of lengths per source, on standard output."""
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    console = Console()
+    from llava_llama31.trainer.terminal import Terminal
+
+    terminal = Terminal(wrap_tables=True)
     for source in report.sources:
         origin = ", checked before" if source.cached else ""
         heading = f"{source.name}: {len(source.rows)} of {source.num_rows} records usable ({source.format}{origin})"
-        console.print(Text(printable(heading), style="bold"))
+        terminal.print(plain(heading), style="bold")
         if source.dropped:
             reasons = Table("reason", "records", "action", "first ids", "meaning")
             for reason, number in source.dropped.items():
-                ids = printable(", ".join(source.first_ids[reason]))
+                ids = ", ".join(map(printable, source.first_ids[reason]))
                 action = action_for(report.policy, reason)
-                reasons.add_row(reason, str(number), action, Text(ids), REASONS[reason])
-            console.print(reasons)
+                reasons.add_row(reason, str(number), action, ids, REASONS[reason])
+            terminal.print(reasons)
         statistics = source.statistics()
         if statistics:
             lengths = Table("per record", "p5", "p50", "p95", "max", "total")
             for name, values in statistics.items():
                 label = name.removeprefix("num_").replace("_", " ")
                 lengths.add_row(label, *(f"{value:,}" for value in values.values()))
-            console.print(lengths)
+            terminal.print(lengths)
             sharing = source.sharing()
             if sharing["records"]:
                 saved = sharing["tokens"] / statistics["num_tokens"]["total"]
                 what = f"{sharing['records']:,} records begin with the images and the turns of an earlier one"
-                console.print(f"{what}: sharing prefixes saves up to {sharing['tokens']:,} tokens ({saved:.0%}).")
+                terminal.print(f"{what}: sharing prefixes saves up to {sharing['tokens']:,} tokens ({saved:.0%}).")
         elif not source.counts:
-            console.print("Tokens were not counted: that takes a processor (check a recipe, or name one).")
+            terminal.print("Tokens were not counted: that takes a processor (check a recipe, or name one).")
     if report.dropped:
-        console.print(Text(f"rejects: {report.rejects}"), soft_wrap=True)
+        terminal.print(f"rejects: {report.rejects}")
     if report.quarantine:
-        console.print(Text(f"quarantine: {report.quarantine}"), soft_wrap=True)
+        terminal.print(f"quarantine: {report.quarantine}")

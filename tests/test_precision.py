@@ -1,0 +1,146 @@
+"""A CPU that emulates bfloat16: found in a moment, trained on in float32, and the same wherever the run goes on."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+
+from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.costs.matrix_peak import CpuSpeed, measure_cpu_speed
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.recipes.schema import Recipe
+from llava_llama31.trainer.runs import run as runs
+from llava_llama31.trainer.runs.precision import at_precision, settle_precision
+
+
+SLOW, FAST = CpuSpeed(2e9, 76e9, "x86_64, AVX2"), CpuSpeed(240e9, 76e9, "x86_64, AVX512, AVX512-BF16")
+SAID = "on this CPU (x86_64, AVX2) bfloat16 products reach 2 GFLOP/s, float32 products 76"
+TIMED = """
+import json, time, torch
+from llava_llama31.trainer.costs.matrix_peak import measure_cpu_speed
+started = time.process_time()
+speed = measure_cpu_speed()
+print(json.dumps([time.process_time() - started, speed.is_slow_in_bfloat16, speed.instructions]))
+"""
+
+
+def never() -> CpuSpeed:
+    raise AssertionError("measured, though nothing depends on it")
+
+
+@pytest.fixture
+def recipe_of(recipe_content):
+    """A recipe whose stages have these precisions; None leaves the key out."""
+
+    def recipe(projector: str | None, instruct: str | None) -> Recipe:
+        for name, precision in (("projector", projector), ("instruct", instruct)):
+            recipe_content["stages"][name].pop("precision", None)
+            if precision is not None:
+                recipe_content["stages"][name]["precision"] = precision
+        return Recipe.model_validate(recipe_content)
+
+    return recipe
+
+
+@pytest.fixture
+def settle(tmp_path):
+    """Settle in a folder, on a CPU; returns the precisions and what was said."""
+
+    def settled(recipe, measure, *, on_cpu=True):
+        said = []
+        return settle_precision(recipe, RunFolder(tmp_path), on_cpu=on_cpu, say=said.append, measure=measure), said
+
+    return settled
+
+
+def begin(folder):
+    (folder / "stages" / "1-projector" / "checkpoint-2").mkdir(parents=True)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the variables are those of x86")
+def test_emulated_bfloat16_is_found_in_a_moment():
+    emulated = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", TIMED], env=emulated, capture_output=True, text=True, check=True)
+    seconds, is_slow, instructions = json.loads(done.stdout.splitlines()[-1])
+    assert is_slow and instructions == "x86_64, AVX2" and seconds < 3  # CPU seconds of all cores
+    assert platform.machine() in measure_cpu_speed().instructions
+
+
+def test_a_stage_that_leaves_precision_out_gets_float32_and_one_line_says_so(recipe_of, settle, tmp_path):
+    settled, said = settle(recipe_of(None, None), lambda: SLOW)
+    assert settled == {"projector": "float32", "instruct": "float32"}
+    assert said == [f"stages projector, instruct compute in float32: {SAID}"]
+    assert json.loads((tmp_path / "precision.json").read_text()) == settled
+    recipe = at_precision(recipe_of(None, None), settled)
+    assert {stage.precision for stage in recipe.stages.values()} == {"float32"}
+
+
+def test_a_fast_cpu_and_a_gpu_compute_as_the_recipe_says(recipe_of, settle):
+    expected = {"projector": "bfloat16", "instruct": "bfloat16-weights"}
+    assert settle(recipe_of(None, "bfloat16-weights"), lambda: FAST) == (expected, [])
+    assert settle(recipe_of(None, "bfloat16-weights"), never, on_cpu=False) == (expected, [])
+    everywhere = {"projector": "float32", "instruct": "float32"}
+    assert settle(recipe_of("float32", "float32"), never) == (everywhere, [])
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "bfloat16-weights"])
+def test_a_recipe_that_insists_is_refused_with_a_fix(recipe_of, settle, tmp_path, precision):
+    with pytest.raises(UserError) as refused:
+        settle(recipe_of("float32", precision), lambda: SLOW)
+    assert str(refused.value) == (
+        f"stages.instruct.precision: {precision} is emulated here: {SAID} (fix: --set "
+        "stages.instruct.precision=float32, or train on a GPU, or a CPU with AVX512-BF16 or AMX)"
+    )
+    assert not (tmp_path / "precision.json").exists()
+
+
+@pytest.mark.parametrize(("first", "later"), [(SLOW, FAST), (FAST, SLOW)])
+def test_a_run_goes_on_as_it_began(recipe_of, settle, tmp_path, first, later):
+    began, _ = settle(recipe_of(None, None), lambda: first)
+    begin(tmp_path)
+    again, said = settle(recipe_of(None, None), lambda: later)
+    assert again == began
+    assert said == [] if later is FAST else said[0].startswith("warning: stages projector, instruct compute in bf")
+    assert settle(recipe_of(None, None), never, on_cpu=False)[0] == began
+
+
+def test_a_run_of_before_goes_on_in_its_recipes_precision(recipe_of, settle, tmp_path):
+    begin(tmp_path)
+    settled, said = settle(recipe_of(None, "float32"), lambda: SLOW)
+    assert settled == {"projector": "bfloat16", "instruct": "float32"}
+    assert said[0].startswith("warning: stage projector computes in bfloat16, as this run began")
+
+
+def test_another_precision_than_the_run_began_with_is_refused(recipe_of, settle, tmp_path):
+    settle(recipe_of(None, None), lambda: SLOW)
+    begin(tmp_path)
+    with pytest.raises(UserError, match="stages.projector.precision: this run began in float32"):
+        settle(recipe_of("bfloat16", None), lambda: FAST)
+
+
+def test_until_the_first_checkpoint_it_is_settled_anew(recipe_of, settle):
+    assert settle(recipe_of(None, None), lambda: SLOW)[0]["projector"] == "float32"
+    assert settle(recipe_of(None, None), lambda: FAST)[0]["projector"] == "bfloat16"
+
+
+def test_a_run_records_the_precision_and_resumes_in_it(recipe_of, recipe_content, run_recipe, tmp_path, monkeypatch):
+    recipe_of(None, None)
+    del recipe_content["stages"]["instruct"]
+    del recipe_content["evaluation"]
+    with monkeypatch.context() as slow:
+        slow.setattr(runs, "settle_precision", partial(settle_precision, measure=lambda: SLOW))
+        run = run_recipe(recipe_content, tmp_path / "run")
+    record = json.loads((run / "record.json").read_text())
+    assert record["stages"][0]["precision"] == "float32"
+    weights = (run / "stages/1-projector/final/model.safetensors").read_bytes()
+    (run / "summary.json").unlink()
+    for folder in ("final", "checkpoint-6"):
+        (run / "stages" / "1-projector" / folder).rename(tmp_path / folder)
+    monkeypatch.setattr(runs, "settle_precision", partial(settle_precision, measure=lambda: FAST))
+    assert main(["train", str(run.with_suffix(".yaml")), "--output", str(run)]) == 0
+    assert (run / "stages/1-projector/final/model.safetensors").read_bytes() == weights

@@ -1,0 +1,157 @@
+"""What data, models, paths and recipes say is shown as it is: never as markup, never as a raw control character."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.table import Table
+
+from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.commands import publish
+from llava_llama31.trainer.commands.doctor import report
+from llava_llama31.trainer.doctor.findings import DoctorFinding
+from llava_llama31.trainer.runs import run as runs
+from llava_llama31.trainer.terminal import Terminal, styled
+
+
+TRAINER = Path(__file__).parents[1] / "trainer"
+# what a model may answer -> how it is shown
+HOSTILE = {
+    "[/INST]": "[/INST]",
+    "[red]hi": "[red]hi",
+    ":smile: [link=x]a[/link]": ":smile: [link=x]a[/link]",
+    "\x1b[31mred\x1b[2J": r"\x1b[31mred\x1b[2J",
+    "a\x07\u202eb\rc": r"a\x07\u202eb\rc",
+}
+
+
+def rich_names(source: str) -> set[str]:
+    """What a file takes from rich, as `module.name`."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "rich"}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rich":
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_only_the_terminal_holds_a_console():
+    """Tables get their cells read by the console that prints them, and only one kind of console is there."""
+    files = [path for path in TRAINER.rglob("*.py") if path != TRAINER / "terminal.py"]
+    found = {path: rich_names(path.read_text()) - {"rich.table.Table", "rich.progress.Progress"} for path in files}
+    assert {path: names for path, names in found.items() if names} == {}
+    bars = [path for path in files if re.search(r"\bProgress\(", path.read_text())]
+    assert bars == []  # the type alone
+
+
+@pytest.mark.parametrize("source", ["import rich", "from rich import print", "def f():\n from rich.text import Text"])
+def test_a_planted_console_is_found(source):
+    assert rich_names(source)
+
+
+@pytest.mark.parametrize(("said", "shown"), HOSTILE.items())
+def test_lines_cells_headers_titles_and_rules_are_text(said, shown, capsys):
+    table = Table(said, title=said)
+    table.add_row(said)
+    for wrap_tables in (False, True):
+        terminal = Terminal(wrap_tables=wrap_tables)
+        terminal.print(said)
+        terminal.print(said, style="yellow")
+        terminal.print(styled(("level", "bold red"), (said, "")))
+        terminal.print(table)
+        terminal.rule(said)
+        out = capsys.readouterr().out
+        assert out.count(shown) == 7 and all(c == "\n" or c.isprintable() for c in out)
+
+
+def test_a_long_line_is_not_cut(capsys):
+    Terminal().print("word " * 1000)
+    assert capsys.readouterr().out.split() == ["word"] * 1000
+
+
+@pytest.mark.parametrize(("said", "shown"), HOSTILE.items())
+def test_a_bar_is_text(said, shown):
+    with Terminal(stderr=True, quiet=True).progress() as bar:
+        bar.add_task(said, total=1)
+        [description, *_] = bar.columns
+        assert description.render(bar.tasks[0]).plain == shown
+
+
+def test_findings_of_doctor_are_text(capsys):
+    said = "[/INST] \x1b[2J"
+    report([DoctorFinding("check", "warning", said, said, said)], json_output=False)
+    assert capsys.readouterr().out.count(r"[/INST] \x1b[2J") == 3
+
+
+def test_answers_that_publish_shows_are_text(capsys):
+    samples = [{"question": said, "answer": said} for said in HOSTILE]
+    text = publish._shown({"checks": {"samples": samples}, "url": "u", "tag": "t"})
+    assert [line for line in text.splitlines() if "->" in line] == [f"  {s} -> {s}" for s in HOSTILE.values()]
+
+
+@pytest.fixture
+def finished(tmp_path, recipe_content, run_recipe):
+    """Recipe and folder of a finished run of one stage."""
+    del recipe_content["stages"]["instruct"]
+    recipe_content["evaluation"]["baselines"] = False
+    return run_recipe(recipe_content, tmp_path / "run").with_suffix(".yaml"), tmp_path / "run"
+
+
+def test_a_run_whose_model_answers_with_markup_ends_and_shows_it(finished, capsys):
+    recipe, run = finished
+    answers = run / "evaluation" / "after" / "predictions.jsonl"
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    said = [*HOSTILE, *["plain"] * len(rows)]
+    rows = [row | {"answer": answer} for row, answer in zip(rows, said, strict=False)]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "summary.json").unlink()
+    capsys.readouterr()
+    assert main(["train", str(recipe), "--output", str(run)]) == 0
+    told = capsys.readouterr().err
+    assert (run / "summary.json").is_file() and "\x1b" not in told
+    assert all(shown in told for shown in HOSTILE.values())
+
+
+def test_a_run_that_cannot_print_its_end_is_finished(finished, capsys, monkeypatch):
+    recipe, run = finished
+    (run / "summary.json").unlink()
+
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("the terminal is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(runs, "print_summary", fails)
+        assert main(["train", str(recipe), "--output", str(run)]) == 1
+    assert (run / "summary.json").is_file()
+    capsys.readouterr()
+    assert main(["train", str(recipe), "--output", str(run)]) == 0
+    assert "has already finished" in capsys.readouterr().err
+
+
+def test_score_and_browse_show_ids_as_text(data_folder, tmp_path, capsys):
+    questions = [json.loads(line) for line in (data_folder / "questions.jsonl").read_text().splitlines()]
+    ids = [question["question_id"] for question in questions] + list(HOSTILE)[:3] + ["x\x1b[31mRED\x1b[2J"]
+    predictions = tmp_path / "[bold]predictions.jsonl"
+    predictions.write_text("".join(json.dumps({"question_id": i, "answer": "red"}) + "\n" for i in ids))
+    data = str(data_folder / "questions.jsonl")
+    assert main(["score", str(predictions), "--annotations", data]) == 3
+    assert main(["browse", str(predictions), "--data", data, "--output", str(tmp_path / "[red]x.html")]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and out.count(r"x\x1b[31mRED\x1b[2J") == 2
+    for shown in ("[/INST]", "[red]hi", ":smile: [link=x]a[/link]", "[bold]predictions.jsonl", "[red]x.html"):
+        assert shown in out
+
+
+def test_plan_shows_names_as_text(recipe_content, tmp_path, capsys):
+    recipe_content["name"] = "[/INST]\x1b[2J"
+    recipe_content["stages"]["projector"]["data"][0]["name"] = "[red]rows"
+    recipe_content["stages"]["projector"]["data"][0]["path"] = str(tmp_path / "gone.json")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_content))
+    assert main(["plan", str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(r"[/INST]\x1b[2J on 1 device") and "[red]rows" in out and "\x1b" not in out

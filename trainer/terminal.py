@@ -1,0 +1,95 @@
+"""The terminal: what data, models, paths and recipes say is shown there as plain text, never as markup or control."""
+
+from rich.console import Console, HighlighterType, JustifyMethod, OverflowMethod
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.style import Style
+from rich.table import Column, Table
+from rich.text import Text
+from rich.theme import Theme
+
+from llava_llama31.trainer.redaction import plain, shown
+
+
+class _PlainConsole(Console):
+    """Reads no string as markup or emoji code, and escapes the control characters in it, cells of tables included."""
+
+    def render_str(
+        self,
+        text: str,
+        *,
+        style: str | Style = "",
+        justify: JustifyMethod | None = None,
+        overflow: OverflowMethod | None = None,
+        emoji: bool | None = None,
+        markup: bool | None = None,
+        highlight: bool | None = None,
+        highlighter: HighlighterType | None = None,
+    ) -> Text:
+        return Text(shown(text), style=style, justify=justify, overflow=overflow)
+
+
+class Terminal:
+    """Prints lines and tables on stdout or stderr; the only one in the product that holds a console of rich.
+
+    Lines are never cut: the terminal wraps them, and in a pipe each stays one line.
+
+    Args:
+        stderr: print there instead of on stdout.
+        quiet: print nothing.
+        wrap_tables: keep tables within the terminal's width by wrapping their cells.
+    """
+
+    def __init__(self, *, stderr: bool = False, quiet: bool = False, wrap_tables: bool = False):
+        self._wrap_tables = wrap_tables
+        self._console = _PlainConsole(
+            stderr=stderr,
+            quiet=quiet,
+            markup=False,
+            emoji=False,
+            highlight=False,
+            theme=Theme({"rule.text": "bold"}),
+        )
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether someone looks, rather than a pipe or a file."""
+        return self._console.is_terminal
+
+    def print(self, content: str | Text | Table = "", *, style: str = "") -> None:
+        """Print lines, text of `styled`, or a table whose cells are strings."""
+        wrap = self._wrap_tables and isinstance(content, Table)
+        self._console.print(content, style=style or None, soft_wrap=not wrap)
+
+    def rule(self, title: str) -> None:
+        """Print a line across the terminal with a title in it."""
+        self._console.rule(plain(title))
+
+    def progress(self, *, visible: bool = True, counted: bool = False) -> Progress:
+        """Bars that vanish when they are done; with `counted` they show numbers and elapsed time too."""
+        counts = (MofNCompleteColumn(), TimeElapsedColumn()) if counted else ()
+        columns = (_Description(), BarColumn(), TaskProgressColumn(), *counts, TimeRemainingColumn())
+        return Progress(*columns, console=self._console, transient=True, disable=not visible)
+
+
+class _Description(ProgressColumn):
+    """The description of a task, which may name a source of the data."""
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+
+    def render(self, task: Task) -> Text:
+        return Text(plain(task.description), style="progress.description")
+
+
+def styled(*parts: tuple[str, str]) -> Text:
+    """One text of (words, style) pairs; no words are read as markup."""
+    return Text.assemble(*((shown(words), style) for words, style in parts))
