@@ -99,7 +99,10 @@ def check_inputs(run: RunContext) -> None:
     for name, stage in recipe.stages.items():
         if stage.device_tiles:
             DeviceTiles(processor, where=f"stages.{name}.device_tiles")  # fail here rather than at a later stage
-        check_stage(stage, processor, run.stage_folder(name).rejects)
+        report = check_stage(stage, processor, run.stage_folder(name).rejects)
+        for source in report.sources:
+            if source.not_read:
+                run.console.print(f"stages.{name}: {source.name}: {source.not_read_line()}", markup=False)
     if recipe.evaluation is not None:
         spec = recipe.evaluation
         questions = load_questions(spec.data, image_root=spec.image_root, limit=spec.limit)

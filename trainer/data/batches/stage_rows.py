@@ -40,7 +40,7 @@ class Rows:
 class StageData:
     """What a stage trains on and is validated with.
 
-    `summary` has one entry per source: name, rows, usable, dropped by reason, selected, license.
+    `summary` has one entry per source: name, rows, usable, dropped by reason, fields not read, selected, license.
     """
 
     stores: list[RecordStore]
@@ -134,6 +134,7 @@ def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, rejects: Pat
                 "rows": found.num_rows,
                 "usable": len(found.rows),
                 "dropped": dict(found.dropped),
+                "not_read": dict(found.not_read),
                 "selected": len(chosen),
                 "weight": source.weight,
                 "license": source.license,
