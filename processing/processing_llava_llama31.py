@@ -85,11 +85,14 @@ CHAT_TEMPLATE = """\
 
 _POST_PROCESSORS_THAT_ADD = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 
+# an assistant turn that is not learnt from has "weight": 0
 Message = dict  # {"role": str, "content": str | list[{"type": "image"} | {"type": "text", "text": str}]}
 
 
 class Encoding(NamedTuple):
     """Token ids of one conversation and their labels: -100 except in assistant turns and their `<|eot_id|>`.
+
+    An assistant turn with `"weight": 0` has no labels either.
 
     The first `num_prefix_tokens` end with the last image, before anything supervised: conversations about the same
     images share them. 0 without images, or with an image in a later turn.
@@ -289,7 +292,8 @@ class LlavaLlama31Processor(LlavaNextProcessor):
                 num_images_left = 0
             input_ids += header + content
             labels += [IGNORE_INDEX] * len(header)
-            labels += content if message["role"] == "assistant" else [IGNORE_INDEX] * len(content)
+            is_learnt = message["role"] == "assistant" and message.get("weight", 1) != 0
+            labels += content if is_learnt else [IGNORE_INDEX] * len(content)
         return Encoding(input_ids, labels, num_prefix_tokens)
 
     def to_dict(self) -> dict:

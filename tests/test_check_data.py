@@ -18,6 +18,7 @@ from llava_llama31.trainer import redaction
 from llava_llama31.trainer.data import check as check_room
 from llava_llama31.trainer.data import sources
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths
+from llava_llama31.trainer.data.batches.dataset import StageDataset
 from llava_llama31.trainer.data.check import check as check_data
 from llava_llama31.trainer.data.check import image_decoder as decoding
 from llava_llama31.trainer.data.check import row_checker as check_rows
@@ -82,6 +83,13 @@ def check(tmp_path, processor):
     return run
 
 
+def weighted(key: str, weight: object) -> dict:
+    """Two questions and answers; the first answer has a weight."""
+    talk = [*row("", question="q", answer="WRONG")["conversations"], *row("", answer="RIGHT")["conversations"]]
+    talk[1]["weight"] = weight
+    return {"id": key, "conversations": talk}
+
+
 FATAL_SIZE = (66, 6)
 # a decoder that an image of that size kills
 FATAL_CODE = f"""
@@ -115,6 +123,21 @@ def bad_row(reason: str, folder) -> dict | str:
             return row("bad", answer=" ")
         case "no_supervised_token":
             return {"id": "bad", "conversations": row("bad")["conversations"][:1]}
+        case "turn_weight":
+            return weighted("bad", 0.5)
+        case "conflicting_system":
+            return row("bad", system="Be brief.", system_prompt="Be kind.")
+        case "tool_calls":
+            talk = row("bad")["conversations"]
+            return {"id": "bad", "conversations": [talk[0], talk[1] | {"tool_calls": [{"type": "function"}]}]}
+        case "preference":
+            return row("bad", rejected="This")
+        case "grounding":
+            return row("bad", answer="<bbox>", objects={"bbox": [[1, 2, 3, 4]]})
+        case "video_or_audio":
+            return row("bad", video="x.mp4")
+        case "image_not_read":
+            return row("bad", thumbnail="good.png")
         case "image_count_mismatch":
             return row("bad", question="<image>\nWhat?")
         case "misplaced_image":
@@ -280,12 +303,14 @@ def test_first_of_equal_digests_against_a_dictionary():
 @pytest.mark.slow
 def test_workers_find_what_one_process_finds(folder, write, check, monkeypatch, tmp_path):
     monkeypatch.setattr(check_rows, "_CHUNK_ROWS", 7)
-    rows = [row(str(n), ("good.png", "gone.png", None)[n % 3], question=f"q{n // 2}") for n in range(60)]
+    images = ("good.png", "gone.png", None)
+    rows = [row(str(n), images[n % 3], question=f"q{n // 2}", **{f"field{n % 2}": n}) for n in range(60)]
     source = write(*rows, '{"broken')
     alone = check(source, policy=SKIP).sources[0]
     pooled = check(source, policy=SKIP, num_workers=2, cache_dir=tmp_path / "other").sources[0]
     assert not pooled.cached and pooled.dropped == alone.dropped and pooled.first_ids == alone.first_ids
     assert pooled.rows.tolist() == alone.rows.tolist() and list(pooled.rejected()) == list(alone.rejected())
+    assert pooled.not_read == alone.not_read and alone.not_read.keys() == {"field0", "field1"}
     for name, counts in alone.counts.items():
         assert pooled.counts[name].tolist() == counts.tolist()
 
@@ -322,6 +347,63 @@ def test_policy_is_parsed(text, policy):
 def test_unknown_policies_are_named(text):
     with pytest.raises(UserError, match="unknown (reason|action)"):
         parse_policy(text)
+
+
+# what is not read, and not learnt
+
+
+def test_fields_that_are_not_read_are_told(write, check, capsys):
+    talk = weighted("c", 1)["conversations"]
+    talk[0]["name"] = talk[2]["name"] = "Ann"
+    rows = [
+        row("a", "good.png", model="x", score=None),
+        row("a again", "good.png", model="x", extra=1),  # a duplicate, not used
+        row("b", "gone.png", model="y"),
+        {"id": "c", "conversations": talk, "model": "", "evil\x1b[31m[red]": 1},
+        row("d"),
+    ]
+    source = write(*rows)
+    expected = {"conversations[].name": 1, "evil\\x1b[31m[red]": 1, "model": 2}
+    for cached in (False, True):
+        report = check(source, policy=SKIP)
+        (found,) = report.sources
+        assert found.cached == cached and found.rows.tolist() == [0, 3, 4] and found.not_read == expected
+        assert report.to_dict()["sources"][0]["not_read"] == expected
+        show_report(report, json_output=False)
+        out = capsys.readouterr().out
+        assert (
+            "not read: conversations[].name 1 record, evil\\x1b[31m[red] 1 record, model 2 records\n" in out
+            and "\x1b" not in out
+        )
+    (found,) = check(source, policy=SKIP, processor=None).sources
+    assert found.not_read == expected
+    (found,) = check(write(row("a"), name="plain")).sources
+    show_report(check(write(row("a"), name="plain")), json_output=False)
+    assert found.not_read == {} and "not read" not in capsys.readouterr().out
+
+
+def test_rows_whose_keys_are_data_do_not_fill_the_memory(write, check, monkeypatch):
+    monkeypatch.setattr(check_data, "_NUM_NOT_READ", 2)
+    source = write(*(row(str(n), question=f"q{n // 2}", **{f"key{n // 2}": 1}) for n in range(10)))
+    (found,) = check(source, policy=SKIP).sources
+    assert found.not_read == {"key0": 1, "key1": 1, "(other fields)": 3} and len(found.rows) == 5
+
+
+def test_a_turn_of_weight_0_has_no_labels(write, check, processor):
+    source = write(weighted("plain", 1), weighted("masked", 0))
+    (found,) = check(source).sources
+    assert found.rows.tolist() == [0, 1]
+    plain, masked = StageDataset([open_records(source)], [(0, 0), (0, 1)], processor)
+    assert masked.input_ids == plain.input_ids and len(masked.labels) == len(masked.input_ids)
+    end = processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    ends = [position for position, token in enumerate(plain.input_ids) if token == end]
+    first_answer_ends = ends[1]
+    expected = [-100] * (first_answer_ends + 1) + plain.labels[first_answer_ends + 1 :]
+    assert masked.labels == expected and plain.labels[first_answer_ends] == end != masked.labels[first_answer_ends]
+    learnt = [token for token in masked.labels if token != -100]
+    assert processor.tokenizer.decode(learnt) == "RIGHT<|eot_id|>"
+    supervised = found.counts["num_supervised_tokens"].tolist()
+    assert supervised[1] == len(learnt) < supervised[0]
 
 
 # the cache

@@ -4,10 +4,12 @@ import base64
 import io
 import json
 import pickle
+import tarfile
 import tracemalloc
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -249,6 +251,291 @@ def test_datasets_keep_images_encoded(tmp_path, monkeypatch, data_format, kind):
             open_records(DataSource(name="x", path=str(path), split="test"))
 
 
+# fields that change what a record means
+
+ASKED = {"messages": chat("q", "a")}
+SHAPES = {
+    "llava": {"conversations": turns("q", "a")},
+    "sharegpt": {"images": [], "conversations": turns("q", "a")},
+    "messages": ASKED,
+    "prompt": {"prompt": "q", "completion": "a"},
+    "cauldron": {"texts": [{"user": "q", "assistant": "a"}]},
+}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+
+
+def reason_of(store, row: int = 0) -> str:
+    with pytest.raises(RecordError) as caught:
+        store[row]
+    assert caught.value.reason in REASONS and caught.value.detail
+    return caught.value.reason
+
+
+def talk_with(*fields: dict) -> dict:
+    """Messages whose turns have further fields."""
+    answers = chat("q", "a", "r", "b")
+    return {"messages": [turn | more for turn, more in zip(answers, fields, strict=False)] + answers[len(fields) :]}
+
+
+@pytest.mark.parametrize("field", ["system", "system_prompt", "system_message"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_system_field_is_the_system_turn_in_every_format(read, shape, field):
+    format = "messages" if shape == "prompt" else shape
+    store = read(SHAPES[shape] | {field: "Be brief."}, format=format)
+    assert store[0].messages == [{"role": "system", "content": [text("Be brief.")]}, user(text("q")), assistant("a")]
+    for absent in (None, "", [], " \n"):
+        assert read(SHAPES[shape] | {field: absent}, format=format)[0].messages == [user(text("q")), assistant("a")]
+
+
+def test_two_system_turns_have_to_agree(read):
+    system = {"from": "system", "value": "S "}
+    row = {"system": "S", "system_prompt": [text("S")], "conversations": [system, *turns("q", "a")]}
+    assert read(row)[0].messages[0] == {"role": "system", "content": [text("S")]}
+    assert len(read(row)[0].messages) == 3 and read(row)[0].not_read == ()
+    assert reason_of(read(row | {"system": "T"})) == "conflicting_system"
+    assert reason_of(read(row | {"system_prompt": "T"})) == "conflicting_system"
+    assert reason_of(read(row | {"conversations": [{"from": "system", "value": "T"}, *turns("q", "a")]}))
+
+
+def test_a_system_turn_without_text_is_left_out(read):
+    for system in ("", " \n"):
+        row = {"conversations": [{"from": "system", "value": system}, *turns("q", "a")]}
+        assert read(row)[0].messages == [user(text("q")), assistant("a")]
+    only_system = {"conversations": [{"from": "system", "value": ""}]}
+    assert reason_of(read(only_system)) == "no_supervised_token"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("field", ["video", "videos", "video_path", "audio", "audios", "audio_url"])
+def test_video_and_audio_are_refused_by_their_field(read, shape, field):
+    format = "messages" if shape == "prompt" else shape
+    for value in ("x.mp4", ["x.mp4"], {"bytes": None, "path": "x.mp4"}):
+        assert reason_of(read(SHAPES[shape] | {field: value}, format=format)) == "video_or_audio"
+    for absent in (None, "", [], [None], {"bytes": None, "path": None}):
+        store = read(SHAPES[shape] | {field: absent}, format=format)
+        assert store[0].not_read == () and store[0].messages == [user(text("q")), assistant("a")]
+
+
+def test_video_in_a_turn_is_refused_and_its_marker_alone_is_text(read):
+    assert reason_of(read(talk_with({"videos": ["x.mp4"]}))) == "video_or_audio"
+    for part in ({"type": "video", "video": "x"}, {"type": "input_audio", "input_audio": {}}):
+        assert reason_of(read({"messages": chat([part, text("q")], "a")})) == "video_or_audio"
+    assert read({"messages": chat("What is <video> in HTML?", "a")})[0].messages[0] == user(
+        text("What is <video> in HTML?")
+    )
+
+
+@pytest.mark.parametrize(
+    "field", ["image_path", "image_paths", "img", "image_url", "image_file", "picture", "file_name", "path"]
+)
+def test_images_under_another_name_are_read(read, field, tmp_path):
+    store = read({field: "a.png"} | ASKED, {field: ["a.png", "b.PNG"]} | ASKED, {field: None} | ASKED)
+    assert [[image.name for image in record.images] for record in store] == [["a.png"], ["a.png", "b.PNG"], []]
+    assert store[0].messages[0] == user(IMAGE, text("q")) and not any(record.not_read for record in store)
+    marked = read({field: "a.png", "conversations": turns("<image>q", "a")})[0]
+    assert marked.images[0].path == str(tmp_path.resolve() / "a.png")
+    assert reason_of(read({field: "../a.png"} | ASKED)) == "image_outside_root"
+    assert reason_of(read({field: "http://h/a.png"} | ASKED)) == "image_url"
+    assert reason_of(read({field: "a.png", "conversations": turns("q", "a")})) == "image_count_mismatch"
+    # beside an image of the record it says where that is from
+    beside = read({field: "a.png", "image": "x.png"} | ASKED)[0]
+    assert [image.name for image in beside.images] == ["x.png"] and beside.not_read == (field,)
+
+
+def test_an_image_under_an_unknown_name_is_refused(read):
+    for value in ("a.png", ["a.jpg", "b.jpg"], {"bytes": None, "path": "x.webp"}, "data:image/png;base64,AAAA"):
+        assert reason_of(read({"thing": value} | ASKED)) == "image_not_read"
+    assert reason_of(read({"img": "a.png", "image_path": "b.png"} | ASKED)) == "image_not_read"
+    for field in ("images", "image", "image_path", "thing"):
+        assert reason_of(read(talk_with({field: ["a.png"]}))) == "image_not_read"
+    assert reason_of(read({"messages": chat([text("q") | {"image": "a.png"}], "a")})) == "image_not_read"
+    told = {"file_name": "chapter.txt", "thing": "This is a.png", "note": 3} | ASKED
+    assert read(told)[0].not_read == ("file_name", "note", "thing") and not read(told)[0].images
+
+
+def test_an_image_part_shows_its_own_image(read):
+    data = base64.b64encode(png(5, 6)).decode()
+    source = {"type": "base64", "media_type": "image/png", "data": data}
+    rows = {"images": ["b.png"], "messages": chat([{"type": "image", "source": source}, IMAGE, text("q")], "a")}
+    own, column = read(rows)[0].images
+    assert own.size() == (5, 6) and column.name == "b.png"
+    alone = {"images": ["b.png"], "messages": chat([{"type": "image", "source": source}, text("q")], "a")}
+    assert reason_of(read(alone)) == "image_count_mismatch"
+    url = {"type": "url", "url": "http://h/x.png"}
+    assert reason_of(read({"messages": chat([{"type": "image", "source": url}], "a")})) == "image_url"
+    named = {"messages": chat([{"type": "image", "source": "x.png"}, {"type": "image", "image_url": "y.png"}], "a")}
+    assert [image.name for image in read(named)[0].images] == ["x.png", "y.png"]
+    for field in ("source", "file", "data", "image_path"):
+        part = {"type": "image", field: {"type": "file", "file_id": "f"}}
+        assert reason_of(read({"images": ["b.png"], "messages": chat([part], "a")})) == "image_not_read"
+    captioned = {"type": "image", "text": "a caption"}
+    assert reason_of(read({"images": ["b.png"], "messages": chat([captioned], "a")})) == "malformed_record"
+
+
+def test_the_index_of_an_image_part_chooses_among_the_images(read):
+    def asked(*numbers: object) -> dict:
+        parts = [{"type": "image", "index": number, "text": None} for number in numbers]
+        return {"images": ["x.png", "y.png"], "messages": chat([*parts, text("q") | {"index": None}], "a")}
+
+    store = read(asked(0, 1), asked(1, 0), asked(0, 1, 0), asked(None, None))
+    shown = [[image.name[0] for image in record.images] for record in store]
+    assert shown == [["x", "y"], ["y", "x"], ["x", "y", "x"], ["x", "y"]] and store[1].not_read == ()
+    for numbers in ((0, 2), (0,), (0, 1, 2)):
+        assert reason_of(read(asked(*numbers))) == "image_count_mismatch"
+    for numbers in ((0, None), (0, -1), (0, "1"), (True, 0)):
+        assert reason_of(read(asked(*numbers))) == "malformed_record"
+
+
+@pytest.mark.parametrize("field", ["weight", "loss", "train", "training", "loss_mask"])
+def test_a_turn_of_weight_0_is_not_learnt_from(read, field):
+    silent = assistant("a") | {"weight": 0}
+    learnt = [user(text("q")), assistant("a"), user(text("r")), assistant("b")]
+    for value in (0, False, 0.0):
+        store = read(talk_with({}, {field: value}, {}, {field: not value}))
+        assert store[0].messages == [learnt[0], silent, *learnt[2:]] and store[0].not_read == ()
+    for value in (1, True, 1.0, None):
+        assert read(talk_with({field: 0}, {field: value}))[0].messages == learnt
+    for value in (0.5, 2, -1, "0", [0], {}):
+        assert reason_of(read(talk_with({}, {field: value}))) == "turn_weight"
+    assert reason_of(read(talk_with({}, {field: 0}, {}, {field: 0}))) == "no_supervised_token"
+    assert read(talk_with({field: 1}))[0].not_read == (f"messages[].{field}",)
+    same = [record.digest() for record in read(talk_with(), talk_with({}, {field: 1}), talk_with({}, {field: 0}))]
+    assert same[0] == same[1] != same[2]
+
+
+def test_weights_that_disagree_or_belong_to_parts_are_refused(read):
+    assert reason_of(read(talk_with({}, {"weight": 0, "train": True}))) == "turn_weight"
+    assert read(talk_with({}, {"weight": 0, "train": False}))[0].messages[1]["weight"] == 0
+    part = {"messages": chat("q", [text("a"), text("b") | {"weight": 0}])}
+    assert reason_of(read(part)) == "turn_weight"
+    item = {"texts": [{"user": "q", "assistant": "a", "weight": 0}, {"user": "r", "assistant": "b"}]}
+    assert read(item)[0].messages[1] == assistant("a") | {"weight": 0}
+
+
+def test_calls_of_tools_are_refused(read):
+    assert reason_of(read(talk_with({}, {"tool_calls": [CALL]}))) == "tool_calls"
+    assert reason_of(read(talk_with({}, {"function_call": CALL["function"]}))) == "tool_calls"
+    assert read(talk_with({}, {"tool_calls": []}))[0].not_read == ()
+
+
+def test_boxes_for_placeholders_are_refused(read):
+    objects = {"objects": {"ref": ["cat"], "bbox": [[1, 2, 3, 4]]}}
+    assert reason_of(read(objects | {"messages": chat("find <ref-object>", "<bbox>")})) == "grounding"
+    assert reason_of(read({"bbox": [1, 2, 3, 4], "messages": chat("find", "<bbox>")})) == "grounding"
+    assert read(objects | ASKED)[0].not_read == ("objects",)
+    assert read({"messages": chat("find", "<bbox>")})[0].messages[1] == assistant("<bbox>")
+
+
+def test_comparisons_of_answers_are_refused(read):
+    for field, value in [
+        ("rejected_response", "b"),
+        ("rejected", "b"),
+        ("rejected_images", ["x.png"]),
+        ("chosen", chat("q", "a")),
+        ("label", False),
+        ("kto_tag", False),
+    ]:
+        assert reason_of(read({field: value} | ASKED)) == "preference"
+    assert reason_of(read({"prompt": "q", "chosen": "a", "rejected": "b"})) == "preference"
+    for field, value in [("rejected", None), ("rejected", ""), ("rejected", False), ("label", True), ("label", 0)]:
+        assert read({field: value} | ASKED)[0].messages == [user(text("q")), assistant("a")]
+
+
+def test_fields_that_are_not_read_are_named_with_their_place(read):
+    first = chat([text("q") | {"cache_control": {}}], "a")
+    first[1] |= {"reasoning_content": "because", "name": None}
+    store = read(
+        {"messages": first, "tools": [CALL], "model": None, "conversations": turns("x", "y")},
+        {"prompt": chat("q"), "completion": [{"role": "assistant", "content": "a", "name": "Bo"}]},
+        {"messages": chat([{"type": "image_url", "image_url": "x.png", "detail": "low"}], "a")},
+    )
+    assert store[0].not_read == (
+        "conversations",
+        "messages[].content[].cache_control",
+        "messages[].reasoning_content",
+        "tools",
+    )
+    assert store[1].not_read == ("completion[].name",)
+    assert store[2].not_read == ("messages[].content[].detail",)
+    item = {"texts": [{"user": "q", "assistant": "a", "source": "s"}] * 2, "license": "x"}
+    assert read(item)[0].not_read == ("license", "texts[].source")
+    talk = {"conversations": [turn | {"seconds": 3} for turn in turns("q", "a")]}
+    assert read(talk)[0].not_read == ("conversations[].seconds",)
+
+
+# line ends, bytes, null
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_any_line_end_after_the_marker_is_one_newline(read, line_end):
+    row = {"image": ["x.png", "y.png"], "conversations": turns(f"<image>{line_end}<image>{line_end * 2}q", "a")}
+    assert read(row)[0].messages[0] == user(IMAGE, IMAGE, text(f"{line_end}q"))
+    kept = read(row, keep_data_newline=True)[0].messages[0]
+    assert kept == user(IMAGE, text("\n"), IMAGE, text(f"\n{line_end}q"))
+
+
+def test_image_columns_of_plain_bytes_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [
+        ("image", png(5, 6), [(5, 6)]),
+        ("images", [png(5, 6), png(7, 8)], [(5, 6), (7, 8)]),
+        ("image_bytes", png(5, 6), [(5, 6)]),
+        ("image", None, []),
+        ("images", [None], []),
+    ]
+    for number, (field, value, sizes) in enumerate(rows):
+        path = tmp_path / f"{number}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({field: [value, value]} | {"messages": [chat("q", "a")] * 2}), path)
+        record = open_records(DataSource(name="x", path=str(path)))[1]
+        assert [image.size() for image in record.images] == sizes
+    pyarrow.parquet.write_table(
+        pyarrow.table({"thing": [png()], "messages": [chat("q", "a")]}), tmp_path / "x.parquet"
+    )
+    assert reason_of(open_records(DataSource(name="x", path=str(tmp_path / "x.parquet")))) == "image_not_read"
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_base64_without_data_is_named(read, format):
+    file = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(file, format)
+    bare = base64.b64encode(file.getvalue()).decode()
+    part = {"type": "image", "image": bare}
+    store = read({"image": bare} | ASKED, {"messages": chat([part], "a")}, {"image_url": bare} | ASKED)
+    for row in range(3):
+        with pytest.raises(RecordError, match="base64 text is no path") as caught:
+            store[row]
+        assert caught.value.reason == "invalid_image_path" and len(str(caught.value)) < 200
+    assert read({"image": f"data:image/png;base64,{bare}"} | ASKED)[0].images[0].size() == (10, 20)
+    with pytest.raises(RecordError, match="base64 goes into a"):
+        read({"image": {"bytes": bare, "path": None}} | ASKED)[0]
+
+
+def test_null_is_absent(read):
+    empty = {"id": None, "image": None, "images": None, "texts": None, "prompt": None, "completion": None}
+    talk = [user(text("q")), assistant("a")]
+    store = read(empty | {"conversations": turns("q", "a"), "messages": None})
+    assert store.format == "llava" and store[0].messages == talk and store[0].not_read == ()
+    store = read(empty | {"conversations": None} | ASKED)
+    assert store.format == "messages" and store[0].messages == talk
+    store = read(empty | {"messages": None, "texts": [{"user": "q", "assistant": "a", "source": None}]})
+    assert store.format == "cauldron" and store[0].messages == talk and store[0].not_read == ()
+    store = read(dict.fromkeys(["conversations", "messages"]), {"messages": None, "conversations": turns("q", "a")})
+    assert store.format == "llava" and store[1].messages == talk
+    # turns and parts of merged columns
+    both = [
+        turn | {"from": None, "value": None} for turn in chat([IMAGE | {"text": None, "url": None}, text("q")], "a")
+    ]
+    shown = read({"image": "x.png", "messages": both})[0]
+    assert shown.messages == [user(IMAGE, text("q")), assistant("a")] and shown.not_read == ()
+    for image in ([None], {"bytes": None, "path": None}, [{"bytes": None, "path": None}]):
+        assert read({"images": image} | ASKED)[0].images == ()
+
+
+def test_an_answer_without_text_is_an_assistant_turn(read):
+    with pytest.raises(RecordError, match="the text of an assistant turn is missing"):
+        read({"messages": chat("q", None)})[0]
+
+
 # rows that can't be used
 
 GOOD = {"id": "g", "conversations": turns("q", "a")}
@@ -262,11 +549,14 @@ BAD_ROWS: list[tuple[str, object]] = [
     ("malformed_record", {"conversations": [{"from": None, "value": "q"}]}),
     ("malformed_record", {"conversations": [{"from": "human", "value": 3}]}),
     ("malformed_record", {"conversations": [{"from": "human", "value": None}]}),
-    ("malformed_record", {"conversations": [{"from": "human", "value": [{"type": "video"}]}]}),
+    ("malformed_record", {"conversations": [{"from": "human", "value": [{"type": "file"}]}]}),
+    ("video_or_audio", {"conversations": [{"from": "human", "value": [{"type": "video"}]}]}),
     ("malformed_record", {"conversations": [{"from": "human", "value": [{"type": "text"}]}]}),
     ("malformed_record", {"conversations": [{"from": "human", "value": ["text"]}]}),
     ("malformed_record", {"image": 5, "conversations": turns("<image>q", "a")}),
-    ("malformed_record", {"image": {"path": None}, "conversations": turns("<image>q", "a")}),
+    ("malformed_record", {"image": {"size": 3}, "conversations": turns("<image>q", "a")}),
+    ("malformed_record", {"image": ["x.png", None], "conversations": turns("<image><image>q", "a")}),
+    ("image_count_mismatch", {"image": {"path": None}, "conversations": turns("<image>q", "a")}),
     ("malformed_record", {"image": "x.png", "images": ["x.png"], "conversations": turns("<image>q", "a")}),
     ("unknown_role", {"conversations": [{"from": "tool", "value": "q"}]}),
     ("unknown_role", {"conversations": [{"from": "Human", "value": "q"}]}),
@@ -374,7 +664,9 @@ def test_bytes_that_are_not_utf8_spoil_one_row(tmp_path):
         ('[{"a": 1}] x', "byte 11"),
         ('{"a":\n1}', "neither a JSON array nor JSON lines"),
         ('{"data": [1]}', "none of the known shapes"),
-        ("[1, 2]", "is a JSON object"),
+        ("[1, 2]", "none of the first 2 rows is a JSON object with a conversation; row 0: it is a number"),
+        ('[{"a": 1, "a": 2}]', "row 0: malformed_json: key 'a' is given twice"),
+        ('[{"messages": null}]', "row 0: its conversation is null"),
         ('[{"é": "' + "x" * (17 * 2**20) + '"}]', "row 0, at byte 1, is longer than"),
     ],
 )
@@ -384,6 +676,20 @@ def test_a_file_that_is_no_data_is_named_with_the_byte(tmp_path, content, messag
     with pytest.raises(UserError, match=message) as caught:
         open_records(DataSource(name="x", path=str(path)))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_without_a_usable_row_tells_the_first_ones_reason(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(GOOD, indent=1))
+    with pytest.raises(UserError, match=r"row 0: malformed_json: Expecting property name .*each line holds one"):
+        open_records(DataSource(name="x", path=str(path)))
+    with tarfile.open(tmp_path / "data.tar", "w") as shard:
+        for name in ("0.a.json", "0.b.json"):
+            member = tarfile.TarInfo(name)
+            member.size = len(json.dumps(GOOD))
+            shard.addfile(member, io.BytesIO(json.dumps(GOOD).encode()))
+    with pytest.raises(UserError, match="row 0: malformed_record: no .json in sample '0'"):
+        open_records(DataSource(name="x", path=str(tmp_path / "data.tar")))
 
 
 def test_missing_and_strange_paths_are_named(tmp_path):

@@ -102,6 +102,9 @@ def check_inputs(run: RunContext) -> None:
         if stage.device_tiles:
             DeviceTiles(processor, where=f"stages.{name}.device_tiles")  # fail here rather than at a later stage
         reports[name] = check_stage(stage, processor, run.stage_folder(name).rejects)
+        for source in reports[name].sources:
+            if source.not_read:
+                run.console.print(f"stages.{name}: {source.name}: {source.not_read_line()}")
     settle_inputs(run, run_inputs(run, reports))
     if recipe.evaluation is not None:
         spec = recipe.evaluation

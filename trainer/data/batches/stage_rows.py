@@ -40,7 +40,8 @@ class Rows:
 class StageData:
     """What a stage trains on and is validated with.
 
-    `summary` has one entry per source: name, rows, content (digests), usable, dropped by reason, selected, license.
+    `summary` has one entry per source: name, rows, content (digests), usable, dropped by reason, fields not read,
+    selected, license.
     """
 
     stores: list[RecordStore]
@@ -135,6 +136,7 @@ def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, rejects: Pat
                 "content": dict(found.content),
                 "usable": len(found.rows),
                 "dropped": dict(found.dropped),
+                "not_read": dict(found.not_read),
                 "selected": len(chosen),
                 "weight": source.weight,
                 "license": source.license,

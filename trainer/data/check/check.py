@@ -37,7 +37,7 @@ from llava_llama31.trainer.data.check.report import (
 from llava_llama31.trainer.data.check.row_checker import COUNTS, Findings, Limits, RowChecker, check_rows
 from llava_llama31.trainer.data.sources.records import RecordStore, data_files, open_records
 from llava_llama31.trainer.data.sources.reject_reasons import REASONS
-from llava_llama31.trainer.redaction import redacted
+from llava_llama31.trainer.redaction import printable, redacted
 
 
 if TYPE_CHECKING:
@@ -63,6 +63,9 @@ __all__ = [
 ]
 
 _NUM_FIRST_IDS = 5
+# rows whose keys are data would name millions
+_NUM_NOT_READ = 1000
+_OTHER_FIELDS = "(other fields)"
 _DEFAULT_POLICY: dict[str, Action] = {"default": "error"}
 
 
@@ -118,6 +121,7 @@ class DataCheck:
         counts: list[np.ndarray] = []
         prefixes: list[np.ndarray] = []
         watched, digests = WatchedFiles(), bytearray()
+        not_read: Counter[str] = Counter()
         with open(spool, "w", encoding="utf-8") as file:
             rejected = _RejectWriter(file)
             for found in self._shown(check_rows(checker, self.num_workers), name, len(store)):
@@ -127,16 +131,20 @@ class DataCheck:
                 digests += found.digests
                 for path, signature in found.files.items():
                     watched.add(path, signature)
+                _add(not_read, found.not_read)
                 for reject in found.rejects:
                     rejected.add(reject)
             all_rows, all_counts = np.concatenate(rows), np.concatenate(counts)
             first = _first_equal(digests)
             is_first = first == np.arange(len(first))
             for position in np.flatnonzero(~is_first):
-                rejected.add(_duplicate(store, int(all_rows[position]), int(all_rows[first[position]])))
+                row = int(all_rows[position])
+                rejected.add(_duplicate(store, row, int(all_rows[first[position]])))
+                for field in map(printable, store[row].not_read):
+                    not_read[field if field in not_read else _OTHER_FIELDS] -= 1
         arrays = {name: all_counts[is_first, number] for number, name in enumerate(COUNTS[:num_counts])}
         arrays |= {"rows": all_rows[is_first], "prefixes": np.concatenate(prefixes)[is_first]} | watched.to_arrays()
-        summary = {"format": store.format, "num_rows": len(store)}
+        summary = {"format": store.format, "num_rows": len(store), "not_read": dict(sorted((+not_read).items()))}
         return summary | {"dropped": rejected.counts, "first_ids": rejected.first_ids}, arrays
 
     def _shown(self, findings: Iterator[Findings], name: str, num_rows: int) -> Iterator[Findings]:
@@ -242,6 +250,12 @@ def _first_equal(digests: bytearray) -> np.ndarray:
     return first
 
 
+def _add(not_read: Counter[str], found: Counter[str]) -> None:
+    """Count fields; beyond `_NUM_NOT_READ` of them, the rest as one."""
+    for name, number in found.items():
+        not_read[name if name in not_read or len(not_read) < _NUM_NOT_READ else _OTHER_FIELDS] += number
+
+
 def _report(source: "DataSource", summary: dict, arrays: dict[str, np.ndarray], rejects: Path) -> SourceReport:
     return SourceReport(
         name=source.name,
@@ -250,6 +264,7 @@ def _report(source: "DataSource", summary: dict, arrays: dict[str, np.ndarray], 
         num_rows=summary["num_rows"],
         dropped={reason: summary["dropped"][reason] for reason in REASONS if reason in summary["dropped"]},
         first_ids=summary["first_ids"],
+        not_read=summary["not_read"],
         rows=arrays["rows"],
         counts={name: arrays[name] for name in COUNTS if name in arrays},
         prefixes=arrays["prefixes"],

@@ -31,6 +31,8 @@ class SourceReport:
         num_rows: rows of the source, usable or not.
         dropped: number of unusable rows per reason.
         first_ids: per reason, the ids of the first unusable rows.
+        not_read: fields of records, turns (`messages[].name`) and content parts (`messages[].content[].name`) that
+            nothing was made of, with the number of usable rows that have them.
         rows: int64 (N,), the usable rows, ascending.
         counts: int32 (N,) each, per usable row: num_tokens (image tokens included), num_image_tokens,
             num_supervised_tokens, num_tiles, num_prefix_tokens (to the end of the last image, if that is in the
@@ -47,6 +49,7 @@ class SourceReport:
     num_rows: int
     dropped: dict[str, int]
     first_ids: dict[str, list[str]]
+    not_read: dict[str, int]
     rows: np.ndarray
     counts: dict[str, np.ndarray]
     prefixes: np.ndarray
@@ -67,6 +70,11 @@ class SourceReport:
         tokens = np.delete(self.counts["num_prefix_tokens"][shared], first)
         return {"records": len(tokens), "tokens": int(tokens.sum(dtype=np.int64))}
 
+    def not_read_line(self) -> str:
+        """Which fields nothing was made of, for people; empty where there are none."""
+        fields = (f"{printable(name)} {n:,} record{'s' * (n != 1)}" for name, n in self.not_read.items())
+        return f"not read: {', '.join(fields)}" if self.not_read else ""
+
     def rejected(self) -> Iterator[dict]:
         """row, id, image, reason and detail of every unusable row."""
         with open(self.rejects, encoding="utf-8") as file:
@@ -82,6 +90,7 @@ class SourceReport:
             "usable": len(self.rows),
             "dropped": self.dropped,
             "first_ids": self.first_ids,
+            "not_read": self.not_read,
             "tokens_counted": bool(self.counts),
             "statistics": self.statistics(),
             "sharing": self.sharing(),
@@ -251,6 +260,8 @@ def print_report(report: DataReport) -> None:
                 action = action_for(report.policy, reason)
                 reasons.add_row(reason, str(number), action, ids, REASONS[reason])
             terminal.print(reasons)
+        if source.not_read:
+            terminal.print(source.not_read_line())
         statistics = source.statistics()
         if statistics:
             lengths = Table("per record", "p5", "p50", "p95", "max", "total")

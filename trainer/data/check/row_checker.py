@@ -3,18 +3,20 @@
 import multiprocessing
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llava_llama31.trainer.data.check.image_decoder import Decoder
 from llava_llama31.trainer.data.sources.images import MAX_PIXELS, ImageRef
 from llava_llama31.trainer.data.sources.records import RecordStore
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.redaction import printable
 
 
 if TYPE_CHECKING:
@@ -22,7 +24,18 @@ if TYPE_CHECKING:
 
 
 Size = tuple[int, int]  # (height, width) in pixels
-_Readable = tuple[int, tuple[bytes, int], list[dict], list[Size]]  # row, digests, messages, image sizes
+
+
+class _Readable(NamedTuple):
+    """What is kept of a record until it is counted; not the record, whose images may be megabytes."""
+
+    row: int
+    digest: bytes
+    prefix: int
+    messages: list[dict]
+    sizes: list[Size]
+    not_read: tuple[str, ...]
+
 
 COUNTS = ("num_tokens", "num_image_tokens", "num_supervised_tokens", "num_tiles", "num_prefix_tokens")
 
@@ -61,6 +74,7 @@ class Findings:
         counts: COUNTS of the usable rows; empty tuples without a processor.
         rejects: row, id, image, reason and detail of the others.
         files: size and modification time of every image file that was looked for.
+        not_read: fields of the usable rows that nothing was made of, with the number of these rows.
     """
 
     num_rows: int
@@ -70,6 +84,7 @@ class Findings:
     counts: list[tuple[int, ...]] = field(default_factory=list)
     rejects: list[dict] = field(default_factory=list)
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
+    not_read: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -110,9 +125,8 @@ class RowChecker:
             except RecordError as error:
                 self._reject(found, row, error)
             else:
-                # not the record: its images may be megabytes
-                digests = record.digest(), record.prefix_digest()
-                readable.append((row, digests, record.messages, sizes))
+                digest, prefix = record.digest(), record.prefix_digest()
+                readable.append(_Readable(row, digest, prefix, record.messages, sizes, record.not_read))
                 num_characters += _num_characters(record.messages)
                 if num_characters > _CHUNK_CHARACTERS:
                     self._count(readable, found)
@@ -122,14 +136,15 @@ class RowChecker:
         return found
 
     def _count(self, readable: list[_Readable], found: Findings) -> None:
-        for row, (digest, prefix), counts in self._counted(readable):
+        for record, counts in self._counted(readable):
             if isinstance(counts, RecordError):
-                self._reject(found, row, counts)
+                self._reject(found, record.row, counts)
             else:
-                found.rows.append(row)
-                found.digests += digest
-                found.prefixes.append(prefix)
+                found.rows.append(record.row)
+                found.digests += record.digest
+                found.prefixes.append(record.prefix)
                 found.counts.append(counts)
+                found.not_read.update(map(printable, record.not_read))
 
     def _size(self, image: ImageRef, known: dict[str, Size | RecordError], found: Findings) -> Size:
         if image.path is None:
@@ -155,22 +170,20 @@ class RowChecker:
                 return RecordError("too_thin_image", f"{size[0]} x {size[1]} pixels", image.name)
         return size
 
-    def _counted(
-        self, readable: list[_Readable]
-    ) -> Iterator[tuple[int, tuple[bytes, int], tuple[int, ...] | RecordError]]:
+    def _counted(self, readable: list[_Readable]) -> Iterator[tuple[_Readable, tuple[int, ...] | RecordError]]:
         if self.processor is None:
-            yield from ((row, digests, ()) for row, digests, _, _ in readable)
+            yield from ((record, ()) for record in readable)
             return
         encodings = self.processor.encode_batch(
-            [messages for _, _, messages, _ in readable], [sizes for _, _, _, sizes in readable]
+            [record.messages for record in readable], [record.sizes for record in readable]
         )
-        for (row, digests, _, sizes), encoding in zip(readable, encodings, strict=True):
-            measures = [self._measure(size) for size in sizes]
+        for record, encoding in zip(readable, encodings, strict=True):
+            measures = [self._measure(size) for size in record.sizes]
             num_image_tokens, num_tiles = (sum(column) for column in zip((0, 0), *measures, strict=True))
             num_tokens = len(encoding.input_ids)
             num_supervised = num_tokens - encoding.labels.count(-100)
             counts = (num_tokens, num_image_tokens, num_supervised, num_tiles, encoding.num_prefix_tokens)
-            yield row, digests, self._within_limits(counts)
+            yield record, self._within_limits(counts)
 
     def _measure(self, size: Size) -> tuple[int, int]:
         assert self.processor is not None

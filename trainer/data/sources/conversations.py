@@ -1,21 +1,59 @@
 """A row of any known format -> one conversation about images, checked."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
-from llava_llama31.trainer.data.sources.images import ImageRef, image_at, image_column
+from llava_llama31.trainer.data.sources import fields
+from llava_llama31.trainer.data.sources.images import ImageRef, image_at, image_column, is_absent
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.recipes.data_formats import DataFormat
 
 
-Turn = tuple[object, object]  # role and content, as the data gives them
-
 IMAGE_MARKER = "<image>"
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_A_TURN = {"system": "a system turn", "user": "a user turn", "assistant": "an assistant turn"}
+_LINE_ENDS = ("\r\n", "\n", "\r")
+
+
+class Turn(NamedTuple):
+    """A turn as the data gives it.
+
+    Args:
+        role, content: of any type.
+        place: where the record holds the turn, such as `messages[]`.
+        text_field: of the turn, that holds the content.
+        others: the turn's other fields, without those that are null.
+    """
+
+    role: object
+    content: object
+    place: str
+    text_field: str = ""
+    others: Mapping[str, object] = {}
+
+
+class _Nth(NamedTuple):
+    """The image of that number in the record's column."""
+
+    number: int
+
+
+@dataclass(slots=True)
+class _Reading:
+    """What the turns of a record give beside text.
+
+    Args:
+        sources: of the images, in order of their places: None is the column's next.
+        not_read: fields, by their places in the record.
+    """
+
+    sources: list[object] = field(default_factory=list)
+    not_read: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +66,20 @@ class Record:
         images: in the order of their places in the messages.
         messages: `{"role", "content"}` with role system, user or assistant and content a list of
             `{"type": "image"}` and `{"type": "text", "text": str}`; user and assistant alternate, and an assistant
-            turn with text ends them.
+            turn with text ends them. An assistant turn that is not learnt from has `"weight": 0`.
+        not_read: fields that nothing was made of, such as `license` or `messages[].name`.
     """
 
     id: str
     images: tuple[ImageRef, ...]
     messages: list[dict]
+    not_read: tuple[str, ...] = ()
 
     def digest(self) -> bytes:
         """16 bytes that are equal for records with the same images (path or bytes) and the same conversation."""
         pieces = [image.key() for image in self.images]
         for message in self.messages:
-            pieces.append(message["role"])
+            pieces.append(message["role"] if message.get("weight", 1) else "not learnt from")
             # no text holds the marker itself
             pieces += [part.get("text", IMAGE_MARKER) for part in message["content"]]
         return blake2b(repr(pieces).encode(), digest_size=16).digest()
@@ -70,122 +110,240 @@ class Converter:
     images_only: bool
 
     def __call__(self, raw: dict, record_id: str) -> Record:
-        column = image_column(raw)
-        sources: list[object] = []  # of the images, in order of their places: None = the column's next
-        messages = [self._message(turn, sources) for turn in _TURNS[self.format](raw)]
-        if column and not sources and self.format in ("messages", "cauldron"):
+        others = fields.other_fields(raw)
+        turns = _TURNS[self.format](raw)
+        for place in {turn.place for turn in turns}:
+            others.pop(place.removesuffix("[]"), None)
+        reading = _Reading()
+        system = [self._message(Turn("system", raw[key], key), reading) for key in _given_system_fields(raw)]
+        messages = _with_system(system, [self._message(turn, reading) for turn in turns])
+        column = self._column(raw, others, reading.sources)
+        if column and not reading.sources and self.format in ("messages", "cauldron"):
             # a list of images without places belongs before the first question, as in TRL and Idefics
             first_user = next((message for message in messages if message["role"] == "user"), None)
             if first_user:
                 first_user["content"][:0] = [{"type": "image"} for _ in column]
-                sources = [None] * len(column)
+                reading.sources = [None] * len(column)
         _check_turns(messages)
-        num_open = sources.count(None)
-        if num_open != len(column):
-            raise RecordError("image_count_mismatch", f"{num_open} places for {len(column)} images")
-        if self.images_only and not sources:
+        fields.refuse_boxes(others, (part.get("text", "") for turn in messages for part in turn["content"]))
+        images = tuple(self._image(given) for given in _in_place(reading.sources, column))
+        if self.images_only and not images:
             raise RecordError("text_only", "the source asks for records with images")
-        remaining = iter(column)
-        images = tuple(self._image(next(remaining) if given is None else given) for given in sources)
-        return Record(record_id, images, messages)
+        not_read = sorted(reading.not_read.union(fields.not_read(others)))
+        return Record(record_id, images, messages, tuple(not_read))
 
-    def _message(self, turn: Turn, sources: list[object]) -> dict:
-        role, content = turn
+    def _column(self, raw: dict, others: dict[str, object], sources: list[object]) -> list[object]:
+        """The record's images; those in fields of other tools leave `others`, where nothing else shows an image."""
+        column = image_column(raw)
+        if others and not column and all(given is None for given in sources):
+            column, names = fields.image_fields(others)
+            for name in names:
+                del others[name]
+        return column
+
+    def _message(self, turn: Turn, reading: _Reading) -> dict:
+        role, content = turn.role, turn.content
         if not isinstance(role, str):
             raise RecordError("malformed_record", f"a turn's role is {kind_of(role)}")
         if role not in _ROLES:
             raise RecordError("unknown_role", f"{ascii(role)[:80]} is none of {', '.join(_ROLES)}")
-        num_images = len(sources)
+        role = _ROLES[role]
+        is_learnt, not_read = fields.turn_weight(turn.others, role) if turn.others else (True, [])
+        reading.not_read.update(f"{turn.place}.{name}" for name in not_read)
+        num_images = len(reading.sources)
         if isinstance(content, str):
-            parts = self._text_parts(content, sources)
+            parts = self._text_parts(content, reading)
         elif isinstance(content, list):
-            parts = list(chain.from_iterable(self._parts(part, sources) for part in content))
+            place = f"{turn.place}.{turn.text_field}[]" if turn.text_field else f"{turn.place}[]"
+            parts = list(chain.from_iterable(self._parts(part, place, reading) for part in content))
         else:
-            raise RecordError("malformed_record", f"the text of a {_ROLES[role]} turn is {kind_of(content)}")
-        if _ROLES[role] != "user" and len(sources) > num_images:
-            raise RecordError("misplaced_image", f"{IMAGE_MARKER} in the {_ROLES[role]}'s turn")
-        return {"role": _ROLES[role], "content": parts}
+            raise RecordError("malformed_record", f"the text of {_A_TURN[role]} is {kind_of(content)}")
+        if role != "user" and len(reading.sources) > num_images:
+            raise RecordError("misplaced_image", f"{IMAGE_MARKER} in the {role}'s turn")
+        return {"role": role, "content": parts} | ({} if is_learnt else {"weight": 0})
 
-    def _text_parts(self, text: str, sources: list[object]) -> list[dict]:
+    def _text_parts(self, text: str, reading: _Reading) -> list[dict]:
         if not text.isascii():
             _check_unicode(text)
         first, *others = text.split(IMAGE_MARKER)
         parts = [{"type": "text", "text": first}] if first else []
         for piece in others:
-            sources.append(None)
+            reading.sources.append(None)
             parts.append({"type": "image"})
-            rest = piece if self.keep_data_newline else piece.removeprefix("\n")
+            line_end = next((end for end in _LINE_ENDS if piece.startswith(end)), "")
+            rest = piece.removeprefix(line_end)
+            if line_end and self.keep_data_newline:
+                rest = "\n" + rest
             if rest:
                 parts.append({"type": "text", "text": rest})
         return parts
 
-    def _parts(self, part: object, sources: list[object]) -> list[dict]:
+    def _parts(self, part: object, place: str, reading: _Reading) -> list[dict]:
         if not isinstance(part, dict):
             raise RecordError("malformed_record", f"a part of a turn is {kind_of(part)}, not an object")
         kind = part.get("type")
-        if kind == "text" and isinstance(part.get("text"), str):
-            return self._text_parts(part["text"], sources)
-        if kind == "image":
-            given = (part[key] for key in ("image", "path", "url") if part.get(key) is not None)
-            sources.append(next(given, None))
-            return [{"type": "image"}]
-        if kind == "image_url" and part.get("image_url"):
-            url = part["image_url"]
-            sources.append(url.get("url", "") if isinstance(url, dict) else url)
+        others = {key: value for key, value in part.items() if value is not None and key != "type"}
+        if kind in fields.VIDEO_AND_AUDIO_PARTS:
+            raise RecordError("video_or_audio", f"a part of type {kind}")
+        if kind == "text" and isinstance(others.get("text"), str):
+            text = part["text"]
+            del others["text"]
+            if others:
+                reading.not_read.update(f"{place}.{name}" for name in fields.text_part_fields(others))
+            return self._text_parts(text, reading)
+        if kind == "image" or (kind == "image_url" and part.get("image_url")):
+            given, names = _image_of_part(others)
+            others = {key: value for key, value in others.items() if key not in names}
+            if others:
+                not_read = fields.image_part_fields(others, has_image=given is not None)
+                reading.not_read.update(f"{place}.{name}" for name in not_read)
+            reading.sources.append(given)
             return [{"type": "image"}]
         raise RecordError("malformed_record", f"a part of type {ascii(kind)[:80]} is neither text nor an image")
 
     def _image(self, given: object) -> ImageRef:
         if isinstance(given, str):
             return image_at(given, self.root, self.max_pixels)
+        if isinstance(given, bytes):
+            return ImageRef("bytes", data=given, max_pixels=self.max_pixels)
         if isinstance(given, dict):
             data, path = given.get("bytes"), given.get("path")
             if isinstance(data, bytes):
                 return ImageRef(path if isinstance(path, str) else "bytes", data=data, max_pixels=self.max_pixels)
-            if isinstance(path, str):
-                return image_at(path, self.root, self.max_pixels)
+            if isinstance(data, str) and data:
+                what = "an image's `bytes` are text: base64 goes into a `data:image/TYPE;base64,...` URI"
+                raise RecordError("malformed_record", what)
+            name = path if path is not None else given.get("url")
+            if isinstance(name, str):
+                return image_at(name, self.root, self.max_pixels)
         raise RecordError("malformed_record", f"an image is {kind_of(given)}, not a path and not bytes")
 
 
-def _turn(raw: object) -> Turn:
+def _image_of_part(part: Mapping[str, object]) -> tuple[object, tuple[str, ...]]:
+    """What an image part shows, None for the column's next image, and the fields that say so."""
+    if isinstance(part.get("bytes"), bytes):
+        return {"bytes": part["bytes"], "path": part.get("path")}, ("bytes", "path")
+    for key in ("image", "path", "url", "image_url"):
+        if key in part:
+            value = part[key]
+            if key == "image_url" and isinstance(value, dict):
+                value = value.get("url", "")
+            return value, (key,)
+    source = part.get("source")
+    if isinstance(source, str):
+        return source, ("source",)
+    if isinstance(source, dict) and source.get("type") == "base64" and isinstance(source.get("data"), str):
+        return f"data:{source.get('media_type')};base64,{source['data']}", ("source",)
+    if isinstance(source, dict) and source.get("type") == "url" and isinstance(source.get("url"), str):
+        return source["url"], ("source",)
+    if not is_absent(source):
+        raise RecordError("image_not_read", "an image part's `source` is neither text, nor of type base64 or url")
+    if "index" in part:
+        number = part["index"]
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise RecordError("malformed_record", f"an image part's `index` is {ascii(number)[:80]}")
+        return _Nth(number), ("index",)
+    return None, ()
+
+
+def _in_place(sources: list[object], column: list[object]) -> list[object]:
+    """What each place for an image shows: an image of its own, the column's next one, or that of a number.
+
+    Raises:
+        RecordError: image_count_mismatch, when the column's images and their places don't agree.
+    """
+    numbers = [given.number for given in sources if isinstance(given, _Nth)]
+    num_open = sources.count(None)
+    if numbers and num_open:
+        raise RecordError("malformed_record", "one image part has an `index`, another place has none")
+    if numbers and set(numbers) != set(range(len(column))):
+        listed = ", ".join(map(str, sorted(set(numbers))[:20]))
+        raise RecordError("image_count_mismatch", f"image parts of index {listed} for {len(column)} images")
+    if not numbers and num_open != len(column):
+        raise RecordError("image_count_mismatch", f"{num_open} places for {len(column)} images")
+    remaining = iter(column)
+    return [
+        next(remaining) if given is None else column[given.number] if isinstance(given, _Nth) else given
+        for given in sources
+    ]
+
+
+def _given_system_fields(raw: dict) -> list[str]:
+    return [key for key in fields.SYSTEM_FIELDS if not is_absent(raw.get(key))]
+
+
+def _with_system(system: list[dict], messages: list[dict]) -> list[dict]:
+    """The messages with the one system turn that fields and turns give; none where it is empty.
+
+    Args:
+        system: from the record's fields.
+        messages: from its turns.
+
+    Raises:
+        RecordError: conflicting_system.
+    """
+    if messages[0]["role"] == "system":
+        system, messages = [*system, messages[0]], messages[1:]
+    if not system:
+        return messages
+    said = [turn for turn in system if _says_something(turn["content"])]
+    texts = {"".join(part["text"] for part in turn["content"]).strip() for turn in said}
+    if len(texts) > 1:
+        shown = " and ".join(ascii(text[:80]) for text in sorted(texts)[:2])
+        raise RecordError("conflicting_system", shown)
+    return said[:1] + messages
+
+
+def _turn(raw: object, place: str) -> Turn:
     if isinstance(raw, dict):
-        if "from" in raw and "value" in raw:
-            return raw["from"], raw["value"]
-        if "role" in raw and "content" in raw:
-            return raw["role"], raw["content"]
+        for role, text in (("from", "value"), ("role", "content")):
+            if raw.get(role) is not None and text in raw:
+                others = {key: value for key, value in raw.items() if value is not None and key not in (role, text)}
+                return Turn(raw[role], raw[text], place, text, others)
         raise RecordError("malformed_record", "a turn needs `from` and `value`, or `role` and `content`")
     raise RecordError("malformed_record", f"a turn is {kind_of(raw)}, not an object")
 
 
-def _list(raw: dict, *keys: str) -> list:
-    value = next((raw[key] for key in keys if raw.get(key) is not None), None)
+def _list(raw: dict, *keys: str) -> tuple[list, str]:
+    """The list that the first field with a value holds, and its place, such as `messages[]`."""
+    name = next((key for key in keys if raw.get(key) is not None), keys[0])
+    value = raw.get(name)
     if not isinstance(value, list) or not value:
         what = "empty" if value == [] else kind_of(value)
         raise RecordError("malformed_record", f"`{'` or `'.join(keys)}` is {what}")
-    return value
+    return value, f"{name}[]"
+
+
+def _turns(raw: dict, *keys: str) -> list[Turn]:
+    values, place = _list(raw, *keys)
+    return [_turn(value, place) for value in values]
 
 
 def _conversation_turns(raw: dict) -> list[Turn]:
-    turns = [_turn(turn) for turn in _list(raw, "conversations", "messages")]
-    return turns if raw.get("system") in (None, "") else [("system", raw["system"]), *turns]
+    return _turns(raw, "conversations", "messages")
 
 
 def _message_turns(raw: dict) -> list[Turn]:
     if raw.get("messages") is not None:
-        return [_turn(turn) for turn in _list(raw, "messages")]
+        return _turns(raw, "messages")
     prompt, completion = raw.get("prompt"), raw.get("completion")
-    asked = [("user", prompt)] if isinstance(prompt, str) else [_turn(turn) for turn in _list(raw, "prompt")]
+    asked = [Turn("user", prompt, "prompt")] if isinstance(prompt, str) else _turns(raw, "prompt")
     if isinstance(completion, str):
-        return [*asked, ("assistant", completion)]
-    return asked + [_turn(turn) for turn in _list(raw, "completion")]
+        return [*asked, Turn("assistant", completion, "completion")]
+    return asked + _turns(raw, "completion")
 
 
 def _cauldron_turns(raw: dict) -> list[Turn]:
     turns: list[Turn] = []
-    for text in _list(raw, "texts"):
+    texts, place = _list(raw, "texts")
+    for text in texts:
         if not isinstance(text, dict) or "user" not in text or "assistant" not in text:
             raise RecordError("malformed_record", "an item of `texts` needs `user` and `assistant`")
-        turns += [("user", text["user"]), ("assistant", text["assistant"])]
+        others = {key: text[key] for key in text if key not in ("user", "assistant") and text[key] is not None}
+        turns += [
+            Turn("user", text["user"], place, "user"),
+            Turn("assistant", text["assistant"], place, "assistant", others),
+        ]
     return turns
 
 
@@ -199,7 +357,7 @@ _TURNS: dict[DataFormat, Callable[[dict], list[Turn]]] = {
 
 def _check_turns(messages: list[dict]) -> None:
     roles = [message["role"] for message in messages]
-    talk = roles[1:] if roles[0] == "system" else roles
+    talk = roles[1:] if roles[:1] == ["system"] else roles
     if "assistant" not in talk:
         raise RecordError("no_supervised_token", "there is no assistant turn")
     expected = ["user", "assistant"] * (len(talk) // 2 + 1)
@@ -208,6 +366,8 @@ def _check_turns(messages: list[dict]) -> None:
         raise RecordError("non_alternating_turns", f"turn {turn + 1} is the {talk[turn]}'s")
     if talk[-1] != "assistant":
         raise RecordError("non_alternating_turns", "the last question has no answer")
+    if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
+        raise RecordError("no_supervised_token", "every assistant turn has weight 0")
     for number, message in enumerate(messages):
         if message["role"] != "system" and not _says_something(message["content"]):
             reason = "empty_answer" if message["role"] == "assistant" else "empty_question"

@@ -41,6 +41,8 @@ _METADATA_LIMIT = re.compile(r"\bMAX_TEXT_(CHUNK|MEMORY)\b")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # where a PNG may give an orientation: EXIF, or text that holds EXIF or XMP
 _PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+# no longer than the base64 text of the smallest image; a name of that length has a dot
+_BASE64_START = re.compile(r"[A-Za-z0-9+/_-]{56}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,9 @@ def image_at(name: str, root: Path, max_pixels: int = MAX_PIXELS) -> ImageRef:
     """
     if name[:5].lower() == "data:":
         return ImageRef("data: URI", data=_decoded(name), max_pixels=max_pixels)
+    if holds_base64_image(name):
+        what = "base64 text is no path: put `data:image/TYPE;base64,` before it"
+        raise RecordError("invalid_image_path", what, f"{name[:20]}...")
     if _URL.match(name):
         raise RecordError("image_url", "URLs are not fetched: download the image and name its path", name)
     if not name.strip() or "\0" in name or _SURROGATE.search(name):
@@ -203,12 +208,36 @@ def image_column(record: dict) -> list[object]:
     Raises:
         RecordError: malformed_record, it gives both.
     """
-    found = [record[key] for key in ("image", "images") if record.get(key) not in (None, "", [])]
+    found = [record[key] for key in ("image", "images") if not is_absent(record.get(key))]
     if len(found) > 1:
         raise RecordError("malformed_record", "the row has both `image` and `images`")
     if not found:
         return []
     return found[0] if isinstance(found[0], list) else [found[0]]
+
+
+def is_absent(value: object) -> bool:
+    """Whether a field holds nothing: null, empty, or a list or an object of nulls alone."""
+    if isinstance(value, list):
+        return all(item is None or (isinstance(item, dict) and is_absent(item)) for item in value)
+    if isinstance(value, dict):
+        return all(item is None for item in value.values())
+    return value is None or (isinstance(value, str) and not value)
+
+
+def is_encoded_image(data: bytes) -> bool:
+    """Whether bytes begin as an image of a known format does."""
+    return _SIGNATURE.match(data) is not None
+
+
+def holds_base64_image(text: str) -> bool:
+    """Whether text is an image in base64, without the `data:` that would say so."""
+    match = _BASE64_START.match(text)
+    if match is None:
+        return False
+    start = b64decode(match.group(), altchars=b"-_" if {"-", "_"} & set(match.group()) else None)
+    # two letters are no proof of a BMP; its header holds four zeros
+    return is_encoded_image(start) and (start[:2] != b"BM" or start[6:10] == bytes(4))
 
 
 def stat_signature(path: str) -> tuple[int, int]:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 _DATASET_SUFFIXES = (".arrow", ".json", ".parquet", ".tar")
+_CONVERSATION_FIELDS = {"conversations", "messages", "prompt", "texts"}
 _PROBED_ROWS = 100
 
 
@@ -143,20 +144,29 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _detect_format(rows: _Rows, path: str) -> DataFormat:
-    for row in range(min(len(rows), _PROBED_ROWS)):
+    num_probed = min(len(rows), _PROBED_ROWS)
+    first_fault = ""
+    for row in range(num_probed):
         try:
             raw = rows[row]
-        except RecordError:
+        except RecordError as error:
+            first_fault = first_fault or str(error)
             continue
         if not isinstance(raw, dict):
+            first_fault = first_fault or f"it is {kind_of(raw)}"
             continue
-        if "texts" in raw:
+        given = {key for key, value in raw.items() if value is not None}
+        if "texts" in given:
             return "cauldron"
-        if "messages" in raw or "prompt" in raw:
+        if given & {"messages", "prompt"}:
             return "messages"
-        if "conversations" in raw:
-            return "sharegpt" if "images" in raw else "llava"
+        if "conversations" in given:
+            return "sharegpt" if "images" in given else "llava"
+        if raw.keys() & _CONVERSATION_FIELDS:
+            first_fault = first_fault or "its conversation is null"
+            continue
         keys = ", ".join(ascii(str(key)[:80]) for key in sorted(raw)[:20])
         fix = "a record holds `conversations`, `messages`, `prompt` and `completion`, or `texts`; name its `format`"
         raise UserError(f"row {row} has none of the known shapes: its keys are {keys}", where=path, fix=fix)
-    raise UserError(f"none of the first {_PROBED_ROWS} rows is a JSON object", where=path, fix="is it a data file?")
+    what = f"none of the first {num_probed} rows is a JSON object with a conversation; row 0: {first_fault}"
+    raise UserError(what, where=path, fix="correct that; in JSON lines, each line holds one whole record")
