@@ -314,7 +314,7 @@ class LlavaLlama31Model(LlavaNextModel):
                 )
                 input_ids = pixel_values = None
             elif _world_size() > 1 or self._trains_projector():
-                input_ids, inputs_embeds = None, self._text_only_embeds(input_ids)
+                input_ids, inputs_embeds = None, self._text_only_embeds(cast(torch.LongTensor, input_ids))
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -401,7 +401,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
     ) -> LlavaNextCausalLMOutputWithPast | tuple:
         row: dict[str, Any] = {"input_ids": input_ids, "pixel_values": pixel_values, "image_sizes": image_sizes}
         row |= {"position_ids": position_ids, "past_key_values": past_key_values}
-        of_packing = {"image_positions": image_positions, "image_features": image_features}
+        of_packing: dict[str, Any] = {"image_positions": image_positions, "image_features": image_features}
         of_packing["has_features"] = has_features
         more: dict[str, Any] = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
         more |= {"vision_feature_layer": vision_feature_layer, "mm_encoder_outputs": mm_encoder_outputs}
@@ -495,7 +495,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
 
     def _supports_mm_encoder_outputs(self) -> bool:
         # under ZeRO-3 image_newline is gathered inside forward only, so generate cannot encode images beforehand
-        return not is_deepspeed_zero3_enabled() and super()._supports_mm_encoder_outputs()
+        return not is_deepspeed_zero3_enabled() and cast(Any, super())._supports_mm_encoder_outputs()
 
     def _expand_inputs_for_generation(
         self,
@@ -507,7 +507,9 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         """Stock's; images that are not encoded yet go along with their rows, which stock would mix up."""
         pixels, sizes = model_kwargs.get("pixel_values"), model_kwargs.get("image_sizes")
         if expand_size == 1 or pixels is None or sizes is None:
-            return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+            return cast(Any, super())._expand_inputs_for_generation(
+                expand_size, is_encoder_decoder, input_ids, **model_kwargs
+            )
         if input_ids is None or input_ids.numel() == 0:
             raise ValueError("under ZeRO-3 beams and several answers need input_ids, not inputs_embeds")
         order = self.model.images_of_copies(input_ids, sizes, expand_size)
@@ -517,7 +519,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         else:
             pixels = pixels[order]
         del model_kwargs["pixel_values"], model_kwargs["image_sizes"]
-        ids, expanded = super()._expand_inputs_for_generation(
+        ids, expanded = cast(Any, super())._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         return ids, {**expanded, "pixel_values": pixels, "image_sizes": sizes[order]}

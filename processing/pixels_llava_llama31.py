@@ -5,6 +5,8 @@ Only numpy and PIL: the data check decodes millions of images and must not load 
 Shapes: H W the height and width of an image in pixels.
 """
 
+from typing import cast
+
 import numpy as np
 from PIL import Image
 
@@ -39,7 +41,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         rgb = _on_white(image)
     else:
         if image.mode in ("I", "F"):
-            low, high = image.getextrema()
+            low, high = cast(tuple[float, float], image.getextrema())  # of the one band
             if not 0 <= low <= high <= 255:
                 raise ValueError(
                     f"an image of mode {image.mode} has values from {low} to {high}, not 0 to 255: scale it to 8 bits"
