@@ -1,6 +1,6 @@
 """A row of any known format -> one conversation about images, checked."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
@@ -208,7 +208,8 @@ class Converter:
             return self._text_parts(text, reading)
         if kind == "image" or (kind == "image_url" and part.get("image_url")):
             given, names = _image_of_part(others)
-            others = {key: value for key, value in others.items() if key not in names}
+            for name in names:
+                reading.not_read.update(f"{place}.{name}.{key}" for key in _not_read_of_image(others.pop(name)))
             if others:
                 not_read = fields.image_part_fields(others, has_image=given is not None)
                 reading.not_read.update(f"{place}.{name}" for name in not_read)
@@ -237,7 +238,7 @@ class Converter:
 def _image_of_part(part: Mapping[str, object]) -> tuple[object, tuple[str, ...]]:
     """What an image part shows, None for the column's next image, and the fields that say so."""
     if isinstance(part.get("bytes"), bytes):
-        return {"bytes": part["bytes"], "path": part.get("path")}, ("bytes", "path")
+        return {"bytes": part["bytes"], "path": part.get("path")}, ("bytes", "path") if "path" in part else ("bytes",)
     for key in ("image", "path", "url", "image_url"):
         if key in part:
             value = part[key]
@@ -259,6 +260,13 @@ def _image_of_part(part: Mapping[str, object]) -> tuple[object, tuple[str, ...]]
             raise RecordError("malformed_record", f"an image part's `index` is {ascii(number)[:80]}")
         return _Nth(number), ("index",)
     return None, ()
+
+
+def _not_read_of_image(given: object) -> Iterator[str]:
+    """Fields of an object that gives an image, beside those that say which."""
+    read = ("type", "media_type", "data", "bytes", "path", "url")
+    values = given if isinstance(given, dict) else {}
+    return (key for key, value in values.items() if value is not None and key not in read)
 
 
 def _in_place(sources: list[object], column: list[object]) -> list[object]:
