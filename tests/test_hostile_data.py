@@ -83,13 +83,18 @@ hostile_value = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
-            st.sampled_from(["type", "text", "image", "url", "bytes", "path"]) | hostile_text, inner, max_size=4
+            st.sampled_from(["type", "text", "image", "url", "bytes", "path", "source", "index", "data"])
+            | hostile_text,
+            inner,
+            max_size=4,
         )
     ),
     max_leaves=8,
 )
 turn = st.fixed_dictionaries(
-    {}, optional={key: hostile_value for key in ("value", "content")} | {"from": st.just("human") | hostile_value}
+    {},
+    optional={key: hostile_value for key in ("value", "content", "weight", "train", "tool_calls", "images", "x")}
+    | {"from": st.just("human") | hostile_value},
 ) | st.builds(
     lambda role, value: {"from": role, "value": value}, st.sampled_from(["human", "gpt", "system"]), hostile_text
 )
@@ -100,6 +105,11 @@ hostile_row = hostile_value | st.fixed_dictionaries(
         "image": hostile_value,
         "images": hostile_value,
         "system": hostile_value,
+        "system_prompt": hostile_value,
+        "file_name": hostile_value,
+        "image_path": hostile_value,
+        "objects": hostile_value,
+        "label": hostile_value,
         "conversations": st.lists(turn, max_size=4) | hostile_value,
         "messages": st.lists(turn, max_size=4) | hostile_value,
         "prompt": hostile_value,

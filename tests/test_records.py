@@ -448,6 +448,7 @@ def test_fields_that_are_not_read_are_named_with_their_place(read):
         {"messages": first, "tools": [CALL], "model": None, "conversations": turns("x", "y")},
         {"prompt": chat("q"), "completion": [{"role": "assistant", "content": "a", "name": "Bo"}]},
         {"messages": chat([{"type": "image_url", "image_url": "x.png", "detail": "low"}], "a")},
+        {"messages": chat([{"type": "image_url", "image_url": {"url": "x.png", "detail": "low"}}], "a")},
     )
     assert store[0].not_read == (
         "conversations",
@@ -457,6 +458,7 @@ def test_fields_that_are_not_read_are_named_with_their_place(read):
     )
     assert store[1].not_read == ("completion[].name",)
     assert store[2].not_read == ("messages[].content[].detail",)
+    assert store[3].not_read == ("messages[].content[].image_url.detail",)
     item = {"texts": [{"user": "q", "assistant": "a", "source": "s"}] * 2, "license": "x"}
     assert read(item)[0].not_read == ("license", "texts[].source")
     talk = {"conversations": [turn | {"seconds": 3} for turn in turns("q", "a")]}
@@ -682,6 +684,11 @@ def test_a_file_without_a_usable_row_tells_the_first_ones_reason(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(GOOD, indent=1))
     with pytest.raises(UserError, match=r"row 0: malformed_json: Expecting property name .*each line holds one"):
+        open_records(DataSource(name="x", path=str(path)))
+    path.write_text("version https://git-lfs.github.com/spec/v1\nsize 12345\n")
+    with pytest.raises(
+        UserError, match=r"row 0: malformed_json: Expecting value .*, which begins 'version https://git-"
+    ):
         open_records(DataSource(name="x", path=str(path)))
     with tarfile.open(tmp_path / "data.tar", "w") as shard:
         for name in ("0.a.json", "0.b.json"):

@@ -364,6 +364,17 @@ def test_a_record_without_supervised_tokens_stops_the_run_before_its_first_step(
     assert not list(run.glob("stages/*/checkpoint-*"))
 
 
+def test_a_run_names_the_fields_that_it_does_not_read(train, recipe_content, tmp_path, capsys):
+    talk = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": "x", "licence": "mit", "conversations": talk}]))
+    (tmp_path / "mute.json").write_text(json.dumps([{"id": "x", "conversations": talk[:1]}]))
+    for stage, name in (("projector", "rows"), ("instruct", "mute")):
+        recipe_content["stages"][stage]["data"] = [{"name": name, "path": str(tmp_path / f"{name}.json")}]
+    code, _ = train()  # which ends before its first step
+    assert code == 2
+    assert "stages.projector: rows: not read: licence 1 record\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["truncated", "a tensor is missing"])
 def test_an_unreadable_checkpoint_is_one_line(train, recipe_content, base_folder, tmp_path, damage, capsys):
     start = tmp_path / "start"

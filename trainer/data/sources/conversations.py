@@ -1,6 +1,6 @@
 """A row of any known format -> one conversation about images, checked."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
@@ -16,8 +16,8 @@ from llava_llama31.trainer.recipes.data_formats import DataFormat
 IMAGE_MARKER = "<image>"
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_TURN_FIELDS = (("from", "value"), ("role", "content"))
 _A_TURN = {"system": "a system turn", "user": "a user turn", "assistant": "an assistant turn"}
-_LINE_ENDS = ("\r\n", "\n", "\r")
 
 
 class Turn(NamedTuple):
@@ -25,16 +25,20 @@ class Turn(NamedTuple):
 
     Args:
         role, content: of any type.
-        place: where the record holds the turn, such as `messages[]`.
-        text_field: of the turn, that holds the content.
+        field: of the record, that holds the turn.
+        text_field: of the turn, that holds the content; empty where the record's field does.
         others: the turn's other fields, without those that are null.
     """
 
     role: object
     content: object
-    place: str
+    field: str
     text_field: str = ""
     others: Mapping[str, object] = {}
+
+    def place(self) -> str:
+        """Where the record holds the turn, such as `messages[]`."""
+        return f"{self.field}[]" if self.text_field else self.field
 
 
 class _Nth(NamedTuple):
@@ -50,10 +54,12 @@ class _Reading:
     Args:
         sources: of the images, in order of their places: None is the column's next.
         not_read: fields, by their places in the record.
+        num_learnt: assistant turns that are learnt from.
     """
 
     sources: list[object] = field(default_factory=list)
     not_read: set[str] = field(default_factory=set)
+    num_learnt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +118,8 @@ class Converter:
     def __call__(self, raw: dict, record_id: str) -> Record:
         others = fields.other_fields(raw)
         turns = _TURNS[self.format](raw)
-        for place in {turn.place for turn in turns}:
-            others.pop(place.removesuffix("[]"), None)
+        for turn in turns:
+            others.pop(turn.field, None)
         reading = _Reading()
         system = [self._message(Turn("system", raw[key], key), reading) for key in _given_system_fields(raw)]
         messages = _with_system(system, [self._message(turn, reading) for turn in turns])
@@ -124,13 +130,15 @@ class Converter:
             if first_user:
                 first_user["content"][:0] = [{"type": "image"} for _ in column]
                 reading.sources = [None] * len(column)
-        _check_turns(messages)
-        fields.refuse_boxes(others, (part.get("text", "") for turn in messages for part in turn["content"]))
+        _check_turns(messages, reading.num_learnt)
+        if others:
+            fields.refuse_boxes(others, (part.get("text", "") for turn in messages for part in turn["content"]))
         images = tuple(self._image(given) for given in _in_place(reading.sources, column))
         if self.images_only and not images:
             raise RecordError("text_only", "the source asks for records with images")
-        not_read = sorted(reading.not_read.union(fields.not_read(others)))
-        return Record(record_id, images, messages, tuple(not_read))
+        if others:
+            reading.not_read.update(fields.not_read(others))
+        return Record(record_id, images, messages, tuple(sorted(reading.not_read)))
 
     def _column(self, raw: dict, others: dict[str, object], sources: list[object]) -> list[object]:
         """The record's images; those in fields of other tools leave `others`, where nothing else shows an image."""
@@ -148,19 +156,25 @@ class Converter:
         if role not in _ROLES:
             raise RecordError("unknown_role", f"{ascii(role)[:80]} is none of {', '.join(_ROLES)}")
         role = _ROLES[role]
-        is_learnt, not_read = fields.turn_weight(turn.others, role) if turn.others else (True, [])
-        reading.not_read.update(f"{turn.place}.{name}" for name in not_read)
+        is_learnt = True
+        if turn.others:
+            is_learnt, not_read = fields.turn_weight(turn.others, role)
+            reading.not_read.update(f"{turn.place()}.{name}" for name in not_read)
         num_images = len(reading.sources)
         if isinstance(content, str):
             parts = self._text_parts(content, reading)
         elif isinstance(content, list):
-            place = f"{turn.place}.{turn.text_field}[]" if turn.text_field else f"{turn.place}[]"
+            place = f"{turn.place()}.{turn.text_field}[]" if turn.text_field else f"{turn.field}[]"
             parts = list(chain.from_iterable(self._parts(part, place, reading) for part in content))
         else:
             raise RecordError("malformed_record", f"the text of {_A_TURN[role]} is {kind_of(content)}")
         if role != "user" and len(reading.sources) > num_images:
             raise RecordError("misplaced_image", f"{IMAGE_MARKER} in the {role}'s turn")
-        return {"role": role, "content": parts} | ({} if is_learnt else {"weight": 0})
+        message = {"role": role, "content": parts}
+        if not is_learnt:
+            return message | {"weight": 0}
+        reading.num_learnt += role == "assistant"
+        return message
 
     def _text_parts(self, text: str, reading: _Reading) -> list[dict]:
         if not text.isascii():
@@ -170,10 +184,11 @@ class Converter:
         for piece in others:
             reading.sources.append(None)
             parts.append({"type": "image"})
-            line_end = next((end for end in _LINE_ENDS if piece.startswith(end)), "")
-            rest = piece.removeprefix(line_end)
-            if line_end and self.keep_data_newline:
-                rest = "\n" + rest
+            rest = piece
+            if piece.startswith(("\n", "\r")):
+                rest = piece[2 if piece.startswith("\r\n") else 1 :]
+                if self.keep_data_newline:
+                    rest = "\n" + rest
             if rest:
                 parts.append({"type": "text", "text": rest})
         return parts
@@ -193,7 +208,8 @@ class Converter:
             return self._text_parts(text, reading)
         if kind == "image" or (kind == "image_url" and part.get("image_url")):
             given, names = _image_of_part(others)
-            others = {key: value for key, value in others.items() if key not in names}
+            for name in names:
+                reading.not_read.update(f"{place}.{name}.{key}" for key in _not_read_of_image(others.pop(name)))
             if others:
                 not_read = fields.image_part_fields(others, has_image=given is not None)
                 reading.not_read.update(f"{place}.{name}" for name in not_read)
@@ -222,7 +238,7 @@ class Converter:
 def _image_of_part(part: Mapping[str, object]) -> tuple[object, tuple[str, ...]]:
     """What an image part shows, None for the column's next image, and the fields that say so."""
     if isinstance(part.get("bytes"), bytes):
-        return {"bytes": part["bytes"], "path": part.get("path")}, ("bytes", "path")
+        return {"bytes": part["bytes"], "path": part.get("path")}, ("bytes", "path") if "path" in part else ("bytes",)
     for key in ("image", "path", "url", "image_url"):
         if key in part:
             value = part[key]
@@ -246,14 +262,23 @@ def _image_of_part(part: Mapping[str, object]) -> tuple[object, tuple[str, ...]]
     return None, ()
 
 
+def _not_read_of_image(given: object) -> Iterator[str]:
+    """Fields of an object that gives an image, beside those that say which."""
+    read = ("type", "media_type", "data", "bytes", "path", "url")
+    values = given if isinstance(given, dict) else {}
+    return (key for key, value in values.items() if value is not None and key not in read)
+
+
 def _in_place(sources: list[object], column: list[object]) -> list[object]:
     """What each place for an image shows: an image of its own, the column's next one, or that of a number.
 
     Raises:
         RecordError: image_count_mismatch, when the column's images and their places don't agree.
     """
-    numbers = [given.number for given in sources if isinstance(given, _Nth)]
     num_open = sources.count(None)
+    if num_open == len(sources) == len(column):
+        return column
+    numbers = [given.number for given in sources if isinstance(given, _Nth)]
     if numbers and num_open:
         raise RecordError("malformed_record", "one image part has an `index`, another place has none")
     if numbers and set(numbers) != set(range(len(column))):
@@ -269,7 +294,7 @@ def _in_place(sources: list[object], column: list[object]) -> list[object]:
 
 
 def _given_system_fields(raw: dict) -> list[str]:
-    return [key for key in fields.SYSTEM_FIELDS if not is_absent(raw.get(key))]
+    return [key for key in fields.SYSTEM_FIELDS if key in raw and not is_absent(raw[key])]
 
 
 def _with_system(system: list[dict], messages: list[dict]) -> list[dict]:
@@ -294,29 +319,32 @@ def _with_system(system: list[dict], messages: list[dict]) -> list[dict]:
     return said[:1] + messages
 
 
-def _turn(raw: object, place: str) -> Turn:
+def _turn(raw: object, field: str) -> Turn:
     if isinstance(raw, dict):
-        for role, text in (("from", "value"), ("role", "content")):
-            if raw.get(role) is not None and text in raw:
+        for role, text in _TURN_FIELDS:
+            speaker = raw.get(role)
+            if speaker is not None and text in raw:
+                if len(raw) == 2:
+                    return Turn(speaker, raw[text], field, text)
                 others = {key: value for key, value in raw.items() if value is not None and key not in (role, text)}
-                return Turn(raw[role], raw[text], place, text, others)
+                return Turn(speaker, raw[text], field, text, others)
         raise RecordError("malformed_record", "a turn needs `from` and `value`, or `role` and `content`")
     raise RecordError("malformed_record", f"a turn is {kind_of(raw)}, not an object")
 
 
 def _list(raw: dict, *keys: str) -> tuple[list, str]:
-    """The list that the first field with a value holds, and its place, such as `messages[]`."""
+    """The list that the first field with a value holds, and the field's name."""
     name = next((key for key in keys if raw.get(key) is not None), keys[0])
     value = raw.get(name)
     if not isinstance(value, list) or not value:
         what = "empty" if value == [] else kind_of(value)
         raise RecordError("malformed_record", f"`{'` or `'.join(keys)}` is {what}")
-    return value, f"{name}[]"
+    return value, name
 
 
 def _turns(raw: dict, *keys: str) -> list[Turn]:
-    values, place = _list(raw, *keys)
-    return [_turn(value, place) for value in values]
+    values, name = _list(raw, *keys)
+    return [_turn(value, name) for value in values]
 
 
 def _conversation_turns(raw: dict) -> list[Turn]:
@@ -335,14 +363,14 @@ def _message_turns(raw: dict) -> list[Turn]:
 
 def _cauldron_turns(raw: dict) -> list[Turn]:
     turns: list[Turn] = []
-    texts, place = _list(raw, "texts")
+    texts, name = _list(raw, "texts")
     for text in texts:
         if not isinstance(text, dict) or "user" not in text or "assistant" not in text:
             raise RecordError("malformed_record", "an item of `texts` needs `user` and `assistant`")
         others = {key: text[key] for key in text if key not in ("user", "assistant") and text[key] is not None}
         turns += [
-            Turn("user", text["user"], place, "user"),
-            Turn("assistant", text["assistant"], place, "assistant", others),
+            Turn("user", text["user"], name, "user"),
+            Turn("assistant", text["assistant"], name, "assistant", others),
         ]
     return turns
 
@@ -355,7 +383,7 @@ _TURNS: dict[DataFormat, Callable[[dict], list[Turn]]] = {
 }
 
 
-def _check_turns(messages: list[dict]) -> None:
+def _check_turns(messages: list[dict], num_learnt: int) -> None:
     roles = [message["role"] for message in messages]
     talk = roles[1:] if roles[:1] == ["system"] else roles
     if "assistant" not in talk:
@@ -366,7 +394,7 @@ def _check_turns(messages: list[dict]) -> None:
         raise RecordError("non_alternating_turns", f"turn {turn + 1} is the {talk[turn]}'s")
     if talk[-1] != "assistant":
         raise RecordError("non_alternating_turns", "the last question has no answer")
-    if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
+    if not num_learnt:
         raise RecordError("no_supervised_token", "every assistant turn has weight 0")
     for number, message in enumerate(messages):
         if message["role"] != "system" and not _says_something(message["content"]):

@@ -232,7 +232,7 @@ def is_encoded_image(data: bytes) -> bool:
 
 def holds_base64_image(text: str) -> bool:
     """Whether text is an image in base64, without the `data:` that would say so."""
-    match = _BASE64_START.match(text)
+    match = _BASE64_START.match(text) if len(text) >= 56 else None
     if match is None:
         return False
     start = b64decode(match.group(), altchars=b"-_" if {"-", "_"} & set(match.group()) else None)

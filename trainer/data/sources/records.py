@@ -143,6 +143,14 @@ def _shards(path: Path) -> list[Path]:
     return shards
 
 
+def _beginning(rows: _Rows, row: int) -> str:
+    """How a row begins, for the person who looks for its fault; empty where that can't be told."""
+    try:
+        return f", which begins {ascii(rows.text(row)[:40])}"
+    except RecordError:
+        return ""
+
+
 def _detect_format(rows: _Rows, path: str) -> DataFormat:
     num_probed = min(len(rows), _PROBED_ROWS)
     first_fault = ""
@@ -150,7 +158,7 @@ def _detect_format(rows: _Rows, path: str) -> DataFormat:
         try:
             raw = rows[row]
         except RecordError as error:
-            first_fault = first_fault or str(error)
+            first_fault = first_fault or f"{error}{_beginning(rows, row)}"
             continue
         if not isinstance(raw, dict):
             first_fault = first_fault or f"it is {kind_of(raw)}"
