@@ -27,6 +27,7 @@ from llava_llama31.trainer.runs.console import make_console
 from llava_llama31.trainer.runs.context import RunContext, StageRun
 from llava_llama31.trainer.runs.finish import finish
 from llava_llama31.trainer.runs.finished import finished_line
+from llava_llama31.trainer.runs.named_paths import check_paths
 from llava_llama31.trainer.runs.origins import at_revisions, resolve_revisions
 from llava_llama31.trainer.runs.preflight import check_inputs, check_publishing, check_shared, check_stages
 from llava_llama31.trainer.runs.stage import run_stage
@@ -89,6 +90,8 @@ def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
             return publish_run(
                 recipe.publish, folder.path, atomic_folders.read_json(folder.summary), run.console.print
             )
+        if run.is_main:
+            check_paths(recipe, folder.path)
         (revisions,) = broadcast_object_list(
             [resolve_revisions(recipe, folder, run.console.print) if run.is_main else None]
         )
