@@ -147,7 +147,7 @@ TRAINER = ROOT / "trainer"
 PACKAGE = "llava_llama31.trainer"
 # lowest first: a file imports its own room, rooms of the floors below it, and rooms of its floor in one direction
 FLOORS = (
-    ("errors", "redaction", "terminal"),
+    ("errors", "redaction", "terminal", "strict_json"),
     ("recipes", "demo"),
     ("checkpoint", "costs", "distributed", "data.sources"),
     ("data.check", "fault_tolerance", "model"),

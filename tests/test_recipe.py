@@ -136,6 +136,30 @@ def test_every_fault_is_one_line_with_file_key_and_fix(tmp_path, change, message
     assert "\n" not in str(caught.value)
 
 
+NUMBERS = [
+    *("learning_rate", "weight_decay", "epochs", "adam_epsilon", "max_grad_norm", "feature_cache_gb", "step_timeout"),
+    *("loader_timeout", "adam_beta1", "adam_beta2", "warmup_ratio", "validation_fraction", "lora.alpha"),
+    *("lora.dropout", "trainer_args.label_smoothing_factor", "data.0.weight"),
+]
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999"])
+@pytest.mark.parametrize("key", [*(f"stages.one.{key}" for key in NUMBERS), "device_watts"])
+def test_a_number_that_is_not_finite_is_refused_by_its_key(tmp_path, key, value):
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path), overrides=[f"{key}={value}"])
+    said = str(caught.value)
+    assert caught.value.exit_code == 2 and said.count("(fix: ") == 1 and "\n" not in said
+    assert key in said or all(part in said for part in key.rsplit(".", 1))
+
+
+def test_rates_by_group_and_nested_arguments_are_finite_too(tmp_path):
+    with pytest.raises(UserError, match=r"stages\.one\.learning_rate.*finite number"):
+        load_recipe(write(tmp_path, stage={"learning_rate": {PROJECTOR: float("inf")}}))
+    with pytest.raises(UserError, match=r"stages\.one\.trainer_args: optim_args\.1\.x is inf \(fix: give a finite"):
+        load_recipe(write(tmp_path, stage={"trainer_args": {"optim_args": [1, {"x": float("inf")}]}}))
+
+
 def test_yaml_numbers_in_scientific_notation_are_numbers(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(Path(write(tmp_path)).read_text().replace("0.001", "1e-3"))

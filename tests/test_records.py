@@ -1,8 +1,11 @@
 """Records: the same conversation from every format, row by row, and a reason for each row that can't be used."""
 
 import base64
+import bz2
+import gzip
 import io
 import json
+import lzma
 import pickle
 import tarfile
 import tracemalloc
@@ -20,6 +23,7 @@ from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.data.sources.records import data_files, open_records
 from llava_llama31.trainer.data.sources.reject_reasons import REASONS, RecordError
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.questions import load_questions
 from llava_llama31.trainer.recipes.schema import DataSource
 
 
@@ -710,6 +714,52 @@ def test_missing_and_strange_paths_are_named(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(GOOD))
     with pytest.raises(UserError, match="image_root .* is not a folder"):
         open_records(DataSource(name="x", path=str(tmp_path / "x.jsonl"), image_root=str(tmp_path / "none")))
+
+
+TEXTS = {"json": [GOOD], "jsonl": GOOD}
+
+
+@pytest.mark.parametrize("suffix", TEXTS)
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "utf-8", "utf-8-sig"]
+)
+def test_the_encoding_of_a_file_is_named(tmp_path, suffix, encoding):
+    path = tmp_path / f"x.{suffix}"
+    path.write_text(json.dumps(TEXTS[suffix]), encoding=encoding)
+    if encoding.startswith("utf-8"):
+        assert open_records(DataSource(name="x", path=str(path)))[0].id == "g"
+        return
+    for read_file in (lambda: open_records(DataSource(name="x", path=str(path))), lambda: load_questions(path)):
+        with pytest.raises(UserError, match=f"the file is {encoding[:6].upper()} .fix: convert it to UTF-8"):
+            read_file()
+
+
+@pytest.mark.parametrize("module", [gzip, bz2, lzma])
+def test_a_compressed_file_of_any_name_is_called_so(tmp_path, module):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(module.compress(json.dumps(GOOD).encode()))
+    for read_file in (lambda: open_records(DataSource(name="x", path=str(path))), lambda: load_questions(path)):
+        with pytest.raises(UserError, match=r"the file is compressed \((gzip|bzip2|xz)\) .fix: unpack it"):
+            read_file()
+
+
+def test_links_into_the_cache_of_the_hub_come_with_their_fix(tmp_path, read):
+    snapshot = tmp_path / "hub" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "hub" / "blobs").mkdir()
+    (tmp_path / "hub" / "blobs" / "d1").write_bytes(png())
+    (snapshot / "a.png").symlink_to("../../blobs/d1")
+    (snapshot / "x.jsonl").write_text(json.dumps({"image": "a.png", "conversations": turns("<image>q", "a")}))
+    record = open_records(DataSource(name="x", path=str(snapshot / "x.jsonl")))[0]
+    with pytest.raises(RecordError, match=r"image_symlink_escape: .*hf download ID .*--local-dir DIR"):
+        record.images[0].size()
+
+
+@pytest.mark.parametrize("path", ["data/nosuch.json", "data/nosuch.PARQUET", "a/b.tar@main", "a/b.jsonl:config"])
+def test_the_name_of_a_file_is_never_asked_at_the_hub(monkeypatch, path):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked at the Hub"))
+    with pytest.raises(UserError, match="does not exist"):
+        open_records(DataSource(name="x", path=path))
 
 
 def test_a_hub_id_goes_to_load_dataset(monkeypatch):

@@ -105,6 +105,73 @@ def test_a_record_may_name_the_order_of_its_images(tmp_path):
         store[2]
 
 
+def encoded(kind: str, colour: str = "red") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4), colour).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("turn", ["<image>\nWhat?", "What?"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("0.jfif", "JPEG"), ("0.jpe", "JPEG"), ("0.img", "JPEG"), ("0.bin", "PNG"), ("0.x", "BMP"), ("0.a.b", "WEBP")],
+)
+def test_an_image_of_any_name_is_an_image(tmp_path, name, kind, turn):
+    record = {"messages": [{"role": "user", "content": turn}, {"role": "assistant", "content": "Red"}]}
+    store = records_of(pack(tmp_path / "a.tar", {"0.json": record, name: encoded(kind), "0.txt": b"BM is no image"}))
+    assert [image.size() for image in store[0].images] == [(4, 6)]
+    assert store[0].messages[0]["content"][0] == {"type": "image"}
+
+
+@pytest.mark.parametrize("turn", ["<image>\nWhat?", "What?"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("0.tif", encoded("TIFF")),
+        ("0.avif", b"\0\0\0\x1cftypavif"),
+        ("0.dat", b"\0\0\0\x18ftypheic"),
+        ("0.svg", b"<svg/>"),
+        ("0.jpg", b"<html>"),
+    ],
+)
+def test_an_image_of_another_format_is_refused_by_its_format(tmp_path, name, content, turn):
+    record = {"messages": [{"role": "user", "content": turn}, {"role": "assistant", "content": "Red"}]}
+    record = records_of(pack(tmp_path / "a.tar", {"0.json": record, name: content}))[0]
+    with pytest.raises(RecordError, match="unsupported_image_format"):
+        record.images[0].size()
+
+
+@pytest.mark.parametrize(("name", "content"), [("0.mp4", b"x"), ("0.bin", b"\0\0\0\x18ftypisom"), ("0.wav", b"RIFF")])
+def test_video_and_sound_are_refused_by_name(tmp_path, name, content):
+    path = pack(tmp_path / "a.tar", {"0.json": {"conversations": turns("Hi", "Hello")}, name: content})
+    store = open_records(DataSource(name="data", path=str(path), format="llava"))
+    with pytest.raises(RecordError, match=f"malformed_record: '{name}' in sample '0' of .* is (video|audio)"):
+        store[0]
+
+
+def test_what_macos_packs_beside_a_sample_is_passed_over(tmp_path):
+    files = {"._0.json": b"\0\x05\x16\x07", "0.json": ONE, "._0.png": b"\0\x05\x16\x07", "0.png": picture()}
+    inner = {f"d/{name}": content for name, content in files.items()}
+    store = records_of(pack(tmp_path / "a.tar", {"._d": b"x", **files, **inner}))
+    assert [record.id for record in store] == ["0", "d/0"]
+    assert [len(record.images) for record in store] == [1, 1]
+
+
+def test_numbered_images_in_the_order_of_names_are_in_that_of_their_numbers(tmp_path):
+    def sample(key: str, numbers: list[object]) -> dict[str, object]:
+        record = {"conversations": turns("<image>" * len(numbers) + "q", "A")}
+        images = {f"{key}.{number}.png": picture(1 + place, 3) for place, number in enumerate(numbers)}
+        return {f"{key}.json": record, **images}
+
+    by_name = sorted(range(11), key=str)
+    assert by_name[:4] == [0, 1, 10, 2]
+    files = sample("a", by_name) | sample("b", list(range(11))) | sample("c", [1, 0]) | sample("d", ["x", "y", 10])
+    store = records_of(pack(tmp_path / "a.tar", files))
+    shown = [[image.name.split(".")[1] for image in record.images] for record in store]
+    ordered = [str(number) for number in range(11)]
+    assert shown == [ordered, ordered, ["1", "0"], ["x", "y", "10"]]
+
+
 def test_shards_of_a_folder_are_one_source(tmp_path):
     """As many samples and shards as there are, in the order of names, each row by itself."""
     draw, expected = random.Random(0), []
@@ -246,7 +313,7 @@ def test_a_shard_without_samples_has_no_records(tmp_path):
 
 def test_compressed_shards_are_not_guessed_at(tmp_path):
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(END))
-    with pytest.raises(UserError, match="no data that can be read"):
+    with pytest.raises(UserError, match="the file is compressed"):
         records_of(tmp_path / "a.tar.gz")
 
 

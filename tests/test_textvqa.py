@@ -671,7 +671,11 @@ GOOD = {"question_id": 1, "image_id": "p0", "question": "?", "answers": ["a"]}
         ("x.jsonl", json.dumps(GOOD | {"image": 5}), "x.jsonl:1: image is a int"),
         ("x.jsonl", json.dumps(GOOD | {"image": "../../etc/passwd"}), "x.jsonl:1: .*outside"),
         ("x.jsonl", json.dumps(GOOD | {"image": "https://x.org/a.png"}), "x.jsonl:1: .*URLs are not fetched"),
-        ("x.jsonl", f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}", "x.jsonl:2: question_id 1 occurs twice"),
+        ("x.jsonl", f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}", "x.jsonl:2: question_id 1 occurs twice, .*x.jsonl:1"),
+        ("x.jsonl", '{"question_id": 1, "question_id": 2}', "x.jsonl:1: not JSON: key 'question_id' is given twice"),
+        ("x.json", '[{"answers": ["a"], "answers": ["b"]}]', "x.json: not JSON: key 'answers' is given twice"),
+        ("x.tsv", "index\tquestion\tanswer\tanswer\n", "no questions"),
+        ("x.tsv", "index\tquestion\tanswer\tanswer\n1\t?\t['a']\t['b']\n", "x.tsv:2: column 'answer' is there twice"),
         ("x.json", '{"rows": []}', "x.json: neither a list"),
         ("x.json", "[1]", r"x.json\[0\]: not an object"),
         ("x.parquet", "PAR1", "x.parquet: cannot be read"),
@@ -684,6 +688,63 @@ def test_bad_question_files_are_named(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as caught:
         load_questions(tmp_path / name)
     assert "(fix: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_two_images_under_one_image_id_are_refused_with_both_rows(tmp_path):
+    for colour in ("red", "blue"):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / f"{colour}.png")
+    shutil.copy(tmp_path / "red.png", tmp_path / "copy.png")
+    rows = [
+        GOOD | {"question_id": number, "image_id": "page", "image": image}
+        for number, image in enumerate(["red.png", "./red.png", "copy.png", None, "blue.png"])
+    ]
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows[:4])))
+    shown = load_questions(path)
+    assert {question.image.name for question in shown} == {"red.png"}
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"q\.jsonl:5: image_id page is another image here than in .*q\.jsonl:1"):
+        load_questions(path)
+    assert len(load_questions(path, with_images=False)) == 5
+    shutil.copy(tmp_path / "blue.png", tmp_path / "page.png")
+    path.write_text("\n".join(map(json.dumps, [rows[0], rows[3]])))  # the second row's is page.png
+    with pytest.raises(UserError, match=r"q\.jsonl:2: image_id page is another image"):
+        load_questions(path)
+
+
+def test_embedded_images_under_one_image_id_are_compared(tmp_path):
+    colours = {colour: io.BytesIO() for colour in ("red", "blue")}
+    for colour, file in colours.items():
+        Image.new("RGB", (4, 4), colour).save(file, "PNG")
+    for second, is_same in (("red", True), ("blue", False)):
+        rows = [
+            GOOD | {"question_id": n, "image": {"bytes": colours[colour].getvalue(), "path": None}}
+            for n, colour in enumerate(("red", second))
+        ]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "q.parquet")
+        if is_same:
+            first, other = load_questions(tmp_path / "q.parquet")
+            assert first.image is other.image
+        else:
+            with pytest.raises(UserError, match=r"q\.parquet\[1\]: image_id p0 .* than in .*q\.parquet\[0\]"):
+                load_questions(tmp_path / "q.parquet")
+
+
+def test_a_key_of_vqas_files_and_of_vlmevalkits_table_stands_for_one_row(tmp_path):
+    question = {"question_id": 1, "image_id": "p0", "question": "?"}
+    annotation = {"question_id": 1, "image_id": "p0", "answers": [{"answer": "a"}]}
+    for questions, annotations, place in (
+        ([question, question], [annotation], r"q\.json\[1\]: question_id 1 occurs twice, first in .*q\.json\[0\]"),
+        ([question], [annotation, annotation], r"a\.json\[1\]: question_id 1 occurs twice, first in .*a\.json\[0\]"),
+    ):
+        (tmp_path / "q.json").write_text(json.dumps({"questions": questions}))
+        (tmp_path / "a.json").write_text(json.dumps({"annotations": annotations}))
+        with pytest.raises(UserError, match=place):
+            load_questions(tmp_path / "a.json", questions=tmp_path / "q.json", with_images=False)
+    table = "index\tquestion_id\tquestion\tanswer\n7\t1\t?\t['a']\n7\t2\t?\t['b']\n"
+    (tmp_path / "t.tsv").write_text(table)
+    with pytest.raises(UserError, match=r"t\.tsv:3: index 7 occurs twice, first in .*t\.tsv:2"):
+        load_questions(tmp_path / "t.tsv", with_images=False)
 
 
 def test_shards_of_several_splits_are_refused(files, tmp_path):

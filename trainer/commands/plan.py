@@ -43,10 +43,12 @@ def run(options: argparse.Namespace) -> int:
     from llava_llama31.trainer.planning.plan import plan_recipe
     from llava_llama31.trainer.planning.row_lengths import Assumptions
     from llava_llama31.trainer.recipes.loading import load_recipe
+    from llava_llama31.trainer.runs.named_paths import missing_paths
 
     output = run_folder(options, options.recipe)
     recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
     plan = plan_recipe(recipe, output, _machine(options), Assumptions(_rows(options.rows), options.tokens_per_row))
+    plan["missing"] = missing_paths(recipe, output)
     if options.json_output:
         sys.stdout.write(json.dumps(plan) + "\n")
     else:
@@ -95,6 +97,8 @@ def print_plan(plan: dict[str, Any]) -> None:
     memory = "" if plan["device_memory"] is None else f" of {plan['device_memory']:g} GB"
     model = f"sizes of {plan['model']}" if plan["model"] else "the model's parts are not here yet: no memory, no FLOPs"
     console.print(f"{plan['recipe']} on {plan['devices']} device(s){memory}; {model}")
+    for key, what in plan["missing"].items():
+        console.print(f"not here: {key}: {what}; `train` stops at it")
     for stage in plan["stages"]:
         console.print()
         console.print(_stage_table(stage, plan["devices"]))

@@ -85,22 +85,23 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> AnswerFile:
         return AnswerFile(layout, [_sample(row, where) for where, row in rows])
     answers = [_answer(row, where) for where, row in rows]
     # only lmms-eval's file is a list of bare pairs; whether it is normalised is seen in the answers themselves
-    bare = path.suffix == ".json" and all(row.keys() == {"question_id", "answer"} for _, row in rows)
+    bare = path.suffix.lower() == ".json" and all(row.keys() == {"question_id", "answer"} for _, row in rows)
     if bare and all(isinstance(row["answer"], str) and is_normalized(row["answer"], "m4c") for row in answers):
         return AnswerFile(SUBMISSION, [row | {"normalized": "m4c"} for row in answers], NORMALIZED_NOTE)
     return AnswerFile(ANSWERS, answers)
 
 
 def _rows(path: Path) -> "list[Row] | Any":
-    if path.suffix == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".json":
         content = json_value(path)
         if not isinstance(content, list):
             what = "not a list of answers"
             raise UserError(what, where=str(path), fix="docs/evaluation.md lists the files that can be scored")
         return json_objects(content, path)
-    if path.suffix == ".tsv":
+    if suffix == ".tsv":
         return tsv_rows(path)
-    return xlsx_rows(path) if path.suffix == ".xlsx" else json_lines(path)
+    return xlsx_rows(path) if suffix == ".xlsx" else json_lines(path)
 
 
 def _layout(row: dict[str, Any]) -> str | None:

@@ -80,24 +80,21 @@ def load_questions(
         with_images: False leaves the images out, as scoring needs none.
 
     Raises:
-        UserError: a missing file, a row without a field, a doubled question_id, an image outside `image_root`.
+        UserError: a missing file, a row without a field, a doubled question_id, two images under one image_id, an
+            image outside `image_root`.
     """
     path = Path(data)
     root = Path(path.parent if image_root is None else image_root).resolve()
     loaded: list[Question] = []
-    images: dict[str, ImageRef] = {}
-    seen: set[str] = set()
+    images: dict[str, tuple[ImageRef, str]] = {}
+    seen: dict[str, str] = {}
     for where, row in _rows(path, questions, with_images):
         if limit is not None and len(loaded) >= limit:
             break
         question = _question(row, where)
-        if str(question.question_id) in seen:
-            raise UserError(f"question_id {question.question_id} occurs twice", where=where, fix="make ids unique")
-        seen.add(str(question.question_id))
+        _only_once(str(question.question_id), "question_id", where, seen)
         if with_images:
-            if question.image_id not in images:
-                images[question.image_id] = _image_of(row, question.image_id, root, where)
-            question = replace(question, image=images[question.image_id])
+            question = replace(question, image=_shared_image(row, question.image_id, root, where, images))
         loaded.append(question)
     if not loaded:
         raise UserError("no questions", where=str(data), fix="name a file with at least one question")
@@ -105,17 +102,18 @@ def load_questions(
 
 
 def _rows(path: Path, questions: str | Path | None, with_images: bool) -> Iterator[Row]:
-    content = json_value(path) if path.suffix == ".json" else None
+    suffix = path.suffix.lower()
+    content = json_value(path) if suffix == ".json" else None
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         yield from _vqa_rows(content["annotations"], path, questions)
     elif questions is not None:
         what = "questions in a file of their own go with VQA-style annotations, which this is not"
         raise UserError(what, where=str(path), fix='name a .json file with a list under "annotations"')
-    elif path.suffix == ".json":
+    elif suffix == ".json":
         yield from json_objects(_listed(content, "data", path), path)
-    elif path.suffix == ".parquet" or path.is_dir() or "*" in path.name:
+    elif suffix == ".parquet" or path.is_dir() or ("*" in path.name and not path.is_file()):
         yield from parquet_rows(path, (*_REQUIRED, "ocr_tokens", *(["image"] if with_images else [])))
-    elif path.suffix == ".tsv":
+    elif suffix == ".tsv":
         yield from _vlmevalkit_rows(path, with_images)
     else:
         yield from json_lines(path)
@@ -136,11 +134,15 @@ def _vqa_rows(annotations: list[Any], path: Path, questions: str | Path | None) 
         raise UserError("annotations without their questions", where=str(path), fix="name the file with --questions")
     source = Path(questions)
     asked: dict[str, dict[str, Any]] = {}
+    places: dict[str, str] = {}
     for where, row in json_objects(_listed(json_value(source), "questions", source), source):
-        if "question_id" not in row or str(row["question_id"]) in asked:
-            raise UserError("no question_id, or one that occurs twice", where=where, fix="make ids unique")
+        if "question_id" not in row:
+            raise UserError("no question_id", where=where, fix="give each question one")
+        _only_once(str(row["question_id"]), "question_id", where, places)
         asked[str(row["question_id"])] = row
+    annotated: dict[str, str] = {}
     for where, annotation in json_objects(annotations, path):
+        _only_once(str(annotation.get("question_id")), "question_id", where, annotated)
         question = asked.pop(str(annotation.get("question_id")), None)
         if question is None:
             what = f"question_id {annotation.get('question_id')} is not in {source.name}"
@@ -157,15 +159,23 @@ def _vqa_rows(annotations: list[Any], path: Path, questions: str | Path | None) 
         raise UserError(what, where=str(source), fix="pass the two files of one split")
 
 
+def _only_once(key: str, name: str, where: str, places: dict[str, str]) -> None:
+    first = places.setdefault(key, where)
+    if first != where:
+        raise UserError(f"{name} {key} occurs twice, first in {first}", where=where, fix="make ids unique")
+
+
 def _vlmevalkit_rows(path: Path, with_images: bool) -> Iterator[Row]:
     """VLMEvalKit's table (`vlmeval/dataset/image_base.py`); in its TextVQA_VAL the index is TextVQA's question_id."""
     read: list[tuple[str, dict[str, Any], str]] = []
+    places: dict[str, str] = {}
     images: dict[str, bytes] = {}
     for where, cells in tsv_rows(path):
         index, image = cells.get("index") or cells.get("question_id"), cells.get("image") or ""
         if not index or not cells.get("answer"):
             fix = "VLMEvalKit's tables have index, image, question and answer"
             raise UserError("no index, or no answer", where=where, fix=fix)
+        _only_once(index, "index", where, places)
         # an image is stored once, and the other rows that show it name that row
         holder = image if 0 < len(image) <= LONGEST_IMAGE_INDEX else index
         if with_images and image and holder == index:
@@ -239,6 +249,32 @@ def _ocr_tokens(tokens: Any, where: str) -> tuple[str, ...] | None:
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise UserError("ocr_tokens is not a list of texts", where=where, fix="give a list, or leave the field out")
     return tuple(tokens)
+
+
+def _shared_image(
+    row: dict[str, Any], image_id: str, root: Path, where: str, images: dict[str, tuple[ImageRef, str]]
+) -> ImageRef:
+    """The row's image, which is one object for all rows that show it.
+
+    Raises:
+        UserError: another row has another image under the same `image_id`.
+    """
+    found = _image_of(row, image_id, root, where)
+    first, first_where = images.setdefault(image_id, (found, where))
+    names_none = row.get("image") in (None, "") and not (found.path and os.path.isfile(found.path))
+    if not (names_none or _is_same(found, first)):
+        what = f"image_id {image_id} is another image here than in {first_where}"
+        raise UserError(what, where=where, fix="give each image an image_id of its own")
+    return first
+
+
+def _is_same(image: ImageRef, other: ImageRef) -> bool:
+    if image.key() == other.key():
+        return True
+    try:
+        return image.sha256() == other.sha256()
+    except RecordError:
+        return False
 
 
 def _image_of(row: dict[str, Any], image_id: str, root: Path, where: str) -> ImageRef:

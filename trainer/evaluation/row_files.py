@@ -1,12 +1,15 @@
 """Rows of the files in which questions and answers are handed around, as they stand, each with its place."""
 
 import csv
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_llama31.trainer.data.sources.data_folders import check_whole, matches, one_split, parquet_folder
+from llava_llama31.trainer.data.sources.json_rows import encoding_fault
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.strict_json import parse_json
 
 
 Row = tuple[str, dict[str, Any]]
@@ -108,20 +111,12 @@ def parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
-    files = sorted(path.parent.glob(path.name) if "*" in path.name else path.glob("*.parquet"))
-    files = [path] if path.is_file() else files
-    if not files:
-        raise UserError("no parquet file there", where=str(path), fix="name a .parquet file, a folder or a pattern")
-    splits = sorted({file.name.split("-")[0] for file in files})
-    if len(splits) > 1:
-        raise UserError(
-            f"parquet files of several splits ({', '.join(splits)})", where=str(path), fix=f"'{path}/{splits[-1]}-*'"
-        )
-    for file in files:
+    for file in _parquet_files(path):
         try:
             table = pyarrow.parquet.ParquetFile(file)
             number = 0
             wanted = [name for name in table.schema_arrow.names if name in columns]
+            _check_header(wanted, str(file))
             for batch in table.iter_batches(batch_size=64, columns=wanted):
                 for row in batch.to_pylist():
                     yield f"{file}[{number}]", row
@@ -130,11 +125,32 @@ def parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
             raise UserError(f"cannot be read: {error}", where=str(file), fix="download it again") from error
 
 
+def _parquet_files(path: Path) -> list[Path]:
+    """The file itself, or the shards of one split: all that are in a folder, or that a pattern with `*` names."""
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        folder, files = path, parquet_folder(path)
+    else:
+        folder = path.parent
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        files = [folder / name for name in names if not name.startswith(".") and matches(name, path.name)]
+    if not files:
+        raise UserError("no parquet file there", where=str(path), fix="name a .parquet file, a folder or a pattern")
+    one_split(files, folder)
+    check_whole(files, path)
+    return files
+
+
 def _lines(path: Path) -> Iterator[str]:
     """Lines with their ends as they are, which a quoted cell may hold."""
     if path.exists() and not path.is_file():
         raise UserError("is not a file", where=str(path), fix="check the path")  # a pipe would never end
     try:
+        with path.open("rb") as start:
+            fault = encoding_fault(start.read(4))
+        if fault is not None:
+            raise UserError(fault[0], where=str(path), fix=fault[1])
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from file
     except OSError as error:
@@ -147,7 +163,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}", where=where, fix="repair or remove it") from error
 
@@ -159,6 +175,14 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _named(header: list[str], cells: list[Any], where: str) -> dict[str, Any]:
+    _check_header(header, where)
     if len(cells) != len(header):
         raise UserError(f"{len(cells)} cells under {len(header)} column names", where=where, fix="repair the row")
     return dict(zip(header, cells, strict=True))
+
+
+def _check_header(names: list[str], where: str) -> None:
+    """Of two columns of one name neither is the right one."""
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"column {ascii(twice)[:80]} is there twice", where=where, fix="remove or rename one")

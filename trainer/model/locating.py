@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.recipes.file_names import ends_like_a_file
 
 
 # weights only as safetensors: nothing is unpickled
@@ -14,9 +15,9 @@ _HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@(.+))?")
 
 
 def hub_id(name: str) -> tuple[str, str | None] | None:
-    """(OWNER/NAME, revision or None) of a Hub id; None for a path."""
+    """(OWNER/NAME, revision or None) of a Hub id; None for a path, and for the name of a file."""
     match = None if Path(name).expanduser().exists() else _HUB_ID.fullmatch(name)
-    return (match[1], match[2]) if match else None
+    return (match[1], match[2]) if match and not ends_like_a_file(match[1]) else None
 
 
 def local_checkpoint(name: str, *, where: str, file: bool = False) -> Path:

@@ -1,11 +1,11 @@
 """DeepSpeed's JSON files: the shipped ones by name, others by path."""
 
 import importlib.resources
-import json
 from pathlib import Path
 from typing import Any
 
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.strict_json import parse_json
 
 
 def deepspeed_file(name: str, where: str) -> Path:
@@ -43,7 +43,7 @@ def _folder() -> Path:
 
 def _content(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"not JSON: {error}", where=str(file), fix="fix the file") from None
     if not isinstance(content, dict):

@@ -127,7 +127,9 @@ def _substitute(value: Any, old: str, new: str) -> Any:
 def _explain(error: ValidationError, where: str) -> UserError:
     """First fault of a recipe as one line: file, key, what, nearest right key."""
     errors = error.errors(include_url=False)
-    first, location = errors[0], _location(errors[0]["loc"])
+    # of the faults of a union's members, that of a number says most
+    first = next((one for one in errors if one["type"] == "finite_number"), errors[0])
+    location = _location(first["loc"])
     key = ".".join(str(part) for part in location)
     others = len({tuple(_location(one["loc"])) for one in errors}) - 1
     if first["type"] == "extra_forbidden":
@@ -141,7 +143,7 @@ def _explain(error: ValidationError, where: str) -> UserError:
     if first["type"] == "value_error":
         return UserError(message + _and_others(others), where=f"{where}: {key}" if key else where)
     got = f", not {first['input']!r}"
-    fix = "give a value of that type"
+    fix = "give a finite number" if first["type"] == "finite_number" else "give a value of that type"
     if first["type"] == "literal_error":
         fix = _nearest(str(first["input"]), re.findall(r"'([^']*)'", first["ctx"]["expected"])) or "give one of these"
     return UserError(message + got + _and_others(others), where=f"{where}: {key}", fix=fix)

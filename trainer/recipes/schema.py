@@ -3,11 +3,12 @@
 Every object is frozen and checked when it is made; an error names the key and its fix.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from llava_llama31.trainer.recipes.data_formats import DataFormat
 from llava_llama31.trainer.redaction import holds_credential
@@ -26,7 +27,7 @@ _TOKEN_FIELDS = ("hub_token", "token")
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 # of a stage: they change what is done about trouble and not what is trained, so a run that began may change them
@@ -172,6 +173,14 @@ class Stage(_Frozen):
     """Named departures of the model card's commands from what a reader would expect."""
     trainer_args: dict[str, Any] = {}
     """Further fields of Transformers' TrainingArguments; those that the stage owns are refused."""
+
+    @field_validator("trainer_args")
+    @classmethod
+    def _finite(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for key, value in _numbers(arguments):
+            if not math.isfinite(value):
+                raise ValueError(f"{key} is {value} (fix: give a finite number)")
+        return arguments
 
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
@@ -332,6 +341,15 @@ class Recipe(_Frozen):
             if stage.eval_questions is not None and self.evaluation is None:
                 raise ValueError(f"stage {name} has eval_questions, but there is no evaluation (fix: add one)")
         return self
+
+
+def _numbers(content: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """(key, value) of every float in nested mappings and lists."""
+    if isinstance(content, float):
+        yield key, content
+    elif isinstance(content, dict | list):
+        for name, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from _numbers(value, f"{key}.{name}" if key else str(name))
 
 
 def _credentials(content: Any, key: str = "the recipe") -> Iterator[str]:

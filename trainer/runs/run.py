@@ -27,6 +27,7 @@ from llava_llama31.trainer.runs.console import make_console, print_summary
 from llava_llama31.trainer.runs.context import RunContext, StageRun
 from llava_llama31.trainer.runs.finish import finish
 from llava_llama31.trainer.runs.finished import finished_line
+from llava_llama31.trainer.runs.named_paths import check_paths
 from llava_llama31.trainer.runs.origins import at_revisions, resolve_revisions
 from llava_llama31.trainer.runs.precision import at_precision, settle_precision
 from llava_llama31.trainer.runs.preflight import check_inputs, check_publishing, check_shared, check_stages
@@ -90,6 +91,8 @@ def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
             return publish_run(
                 recipe.publish, folder.path, atomic_folders.read_json(folder.summary), run.console.print
             )
+        if run.is_main:
+            check_paths(recipe, folder.path)
         (settled,) = broadcast_object_list([_settle(run) if run.is_main else None])
         recipe = at_precision(at_revisions(recipe, settled[0]), settled[1])
         stages = {name: as_launched(stage, f"stages.{name}") for name, stage in recipe.stages.items()}

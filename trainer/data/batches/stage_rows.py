@@ -19,7 +19,7 @@ from llava_llama31.trainer.data.check.row_checker import Limits
 from llava_llama31.trainer.data.sources.records import RecordStore, open_records
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.derived import num_held_out
-from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.recipes.schema import DataSource, Stage
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,14 @@ def check_stage(
     """Check all records of a stage under its limits and policy; findings are cached over runs.
 
     Raises:
-        UserError: when records can't be used and their policy is `error`.
+        UserError: when records can't be used and their policy is `error`, or a weight leaves none of a source's rows.
     """
     check = stage_check(stage, processor, progress=progress)
     report = check_sources(stage.data, check, policy=stage.on_bad_record, rejects=rejects)
     report.raise_for_policy()
+    for source, found in zip(stage.data, report.sources, strict=True):
+        # here too, since it is before the first stage; held-out rows are known when the stage begins
+        check_weight(source, min(len(found.rows), source.sample or len(found.rows)))
     return report
 
 
@@ -98,15 +101,34 @@ def weighted(rows: np.ndarray, sources: np.ndarray, weights: Sequence[float], se
     return np.repeat(rows, times)
 
 
+def check_weight(source: DataSource, num_rows: int) -> None:
+    """Check that an epoch sees something of a source that has rows.
+
+    Raises:
+        UserError: weight x rows is rounded to nothing.
+    """
+    if num_rows and int(source.weight) == 0 and round(source.weight * num_rows) == 0:
+        raise UserError(
+            f"weight {source.weight:g} of {num_rows} rows is less than half a row, so none would be trained on",
+            where=f"data: {source.name}",
+            fix=f"give a weight above {0.5 / num_rows:.3g}, or remove the source",
+        )
+
+
 def split_rows(stage: Stage, sources: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Training rows, each as often as the weight of its source says, and held-out rows.
 
     Args:
         sources: of every row, the number of its source; the rows are returned as positions here.
+
+    Raises:
+        UserError: a source's weight leaves none of its rows.
     """
     order = np.random.default_rng([seed, len(sources)]).permutation(len(sources))
     num_held = num_held_out(stage, len(sources))
     held_out, trained = np.sort(order[:num_held]), np.sort(order[num_held:])
+    for number, source in enumerate(stage.data):
+        check_weight(source, int((sources[trained] == number).sum()))
     return weighted(trained, sources[trained], [source.weight for source in stage.data], seed), held_out
 
 

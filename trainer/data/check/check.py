@@ -38,6 +38,7 @@ from llava_llama31.trainer.data.check.row_checker import COUNTS, Findings, Limit
 from llava_llama31.trainer.data.sources.records import RecordStore, data_files, open_records
 from llava_llama31.trainer.data.sources.reject_reasons import REASONS
 from llava_llama31.trainer.redaction import printable, redacted
+from llava_llama31.trainer.strict_json import parse_json
 
 
 if TYPE_CHECKING:
@@ -294,8 +295,8 @@ def _quarantined(
 
 
 def _quarantined_line(kept: dict, text: str) -> str:
-    """The reject with its record; with the record's text where that is not JSON, or holds NaN."""
+    """The reject with its record; with the record's text where that is not JSON, gives a key twice, or holds NaN."""
     try:
-        return json.dumps(kept | {"record": json.loads(text)}, allow_nan=False)
+        return json.dumps(kept | {"record": parse_json(text)}, allow_nan=False)
     except (ValueError, RecursionError):
         return json.dumps(kept | {"record": text})

@@ -3,11 +3,16 @@
 import base64
 import json
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llava_llama31.trainer.data.sources.data_folders import data_files_at, parquet_splits
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.recipes.file_names import ends_like_a_file
+from llava_llama31.trainer.strict_json import parse_json
 
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?")
@@ -22,9 +27,9 @@ class DatasetId(NamedTuple):
 
     @classmethod
     def parse(cls, path: str) -> "DatasetId | None":
-        """What a source's path names on the Hub; None for a path of this machine."""
+        """What a source's path names on the Hub; None for a path of this machine, and for the name of a file."""
         match = None if Path(path).exists() else _HUB_ID.fullmatch(path)
-        return cls(*match.groups()) if match else None
+        return cls(*match.groups()) if match and not ends_like_a_file(match[1]) else None
 
     def at(self, revision: str) -> str:
         return f"{self.name}{f':{self.config}' if self.config else ''}@{revision}"
@@ -58,29 +63,166 @@ def _load_dataset(path: str, split: str) -> Any:
 
     folder = Path(path)
     try:
-        if folder.is_file() and folder.suffix == ".parquet":
-            return datasets.load_dataset("parquet", data_files={split: path}, split=split)
         if (folder / "dataset_dict.json").is_file():
             return _saved_dataset(_saved_split(folder, split))
         if (folder / "state.json").is_file():
             return _saved_dataset(folder)
-        if folder.is_dir() and next(folder.rglob("*.parquet"), None):
-            # by its builder's name: opened as a folder, its README may name files elsewhere, and URLs
-            return datasets.load_dataset("parquet", data_dir=path, split=split)
+        found = data_files_at(folder)
+        if found is not None and found.kind == "parquet":
+            return _parquet_dataset(folder, split)
         if (on_hub := DatasetId.parse(path)) is not None:
             return datasets.load_dataset(on_hub.name, on_hub.config, split=split, revision=on_hub.revision)
     except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(str(error).strip().split("\n")[0], where=path, fix="check `path` and `split`") from error
-    what = "holds no data that can be read" if folder.exists() else "does not exist"
+        raise UserError(_reason(error), where=path, fix="check `path` and `split`") from error
+    if not folder.exists():
+        what, fix = f"{folder.absolute()} does not exist", "correct the path; it is relative to the working directory"
+        raise UserError(what, where=path, fix=fix)
     kinds = "a .json, .jsonl, .tar or .parquet file, a folder of the last two or of save_to_disk, or OWNER/NAME"
-    raise UserError(f"the path {what}", where=path, fix=f"name {kinds}")
+    raise UserError("the path holds no data that can be read", where=path, fix=f"name {kinds}")
+
+
+def _parquet_dataset(path: Path, split: str) -> Any:
+    """The rows of these files and no others: their names reach no glob, and their folder's README is not asked."""
+    import datasets
+    from datasets.data_files import DataFilesList
+
+    splits = parquet_splits(path, split)
+    filled = {name: _with_rows(files) for name, files in splits.items()}
+    files = [file for files in filled.values() for file in files]
+    if not files:
+        return datasets.Dataset.from_dict({})
+    if odd := next((file for file in files if "::" in str(file.absolute())), None):
+        what = "`datasets` would take a part of the path for another file, since it holds `::`"
+        raise UserError(what, where=str(odd), fix="rename it")
+    _check_columns(files)
+    # only a list of this class is taken as it is; with sizes and times `datasets` reads a file again that has changed
+    data_files = {
+        name: DataFilesList([str(file.absolute()) for file in files], [_signature(file) for file in files])
+        for name, files in filled.items()
+        if files
+    }
+    if split == "all":  # which is no name of a split to `datasets`
+        data_files = {"train": data_files["all"]}
+    asked = "train" if split == "all" else _without(split, filled)
+    try:
+        with _no_bars():
+            return datasets.load_dataset("parquet", data_files=data_files, split=asked, features=_features(files))
+    except datasets.exceptions.DatasetsError as error:
+        file, what = _other_type(files) or (path, _reason(error))
+        raise UserError(what, where=str(file), fix="write all files with the same columns and types") from error
+
+
+def _without(split: str, filled: Mapping[str, Sequence[Path]]) -> str:
+    """The parts of `train[:10%]+test` that have rows."""
+    return "+".join(part for part in split.split("+") if filled[re.sub(r"\[.*?\]", "", part)])
+
+
+def _signature(file: Path) -> tuple[str, str]:
+    found = file.stat()
+    return str(found.st_size), str(found.st_mtime_ns)
+
+
+def _with_rows(files: Sequence[Path]) -> list[Path]:
+    """The files that hold rows; `datasets` stops at one that holds none.
+
+    Raises:
+        UserError: a file can't be read.
+    """
+    import pyarrow.parquet
+
+    filled = []
+    for file in files:
+        try:
+            if pyarrow.parquet.read_metadata(file).num_rows:
+                filled.append(file)
+        except (pyarrow.ArrowException, OSError) as error:
+            what = f"can't be read as parquet: {error}"
+            raise UserError(what, where=str(file), fix="fetch or write it again") from error
+    return filled
+
+
+def _check_columns(files: Sequence[Path]) -> None:
+    """Check that all files have the first one's columns.
+
+    Raises:
+        UserError: naming the file and its columns.
+    """
+    import pyarrow.parquet
+
+    if not files:
+        return
+    first = pyarrow.parquet.read_schema(files[0])
+    for file in files:
+        schema = pyarrow.parquet.read_schema(file)
+        if len(set(schema.names)) < len(schema.names):
+            twice = next(name for name in schema.names if schema.names.count(name) > 1)
+            raise UserError(f"column {ascii(twice)} is there twice", where=str(file), fix="write the file again")
+        parts = [
+            f"{word} {', '.join(map(ascii, names))}"
+            for word, names in (
+                ("it also has", [name for name in schema.names if name not in first.names]),
+                ("it lacks", [name for name in first.names if name not in schema.names]),
+            )
+            if names
+        ]
+        if parts:
+            what = f"its columns are not those of {files[0].name}: {'; '.join(parts)}"
+            raise UserError(what, where=str(file), fix="write all files with the same columns, or name each by itself")
+
+
+def _features(files: Sequence[Path]) -> Any:
+    """The columns of all files, where one that is empty in some file has its type from another; None: the first's."""
+    import datasets
+    import pyarrow.parquet
+
+    schemas = [pyarrow.parquet.read_schema(file).remove_metadata() for file in files]
+    if all(schema.equals(schemas[0]) for schema in schemas):
+        return None
+    try:
+        return datasets.Features.from_arrow_schema(pyarrow.unify_schemas(schemas))
+    except pyarrow.ArrowException:
+        return None  # `datasets` may cast them still
+
+
+def _other_type(files: Sequence[Path]) -> tuple[Path, str] | None:
+    """The first file with a column of another type, and what is different."""
+    import pyarrow.parquet
+
+    first = pyarrow.parquet.read_schema(files[0])
+    for file in files:
+        for field in pyarrow.parquet.read_schema(file):
+            if field.type != (other := first.field(field.name).type):
+                return file, f"column {ascii(field.name)} is {field.type}, but {other} in {files[0].name}"
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong; `datasets` wraps it into an error that says nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep the bars of `datasets`, which stay on the screen, out of the output."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _saved_split(folder: Path, split: str) -> Path:
     """Folder of one split of a data set that `save_to_disk` wrote."""
-    splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    splits = parse_json((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
     if split not in splits:
         raise UserError(f"there is no split {split!r}", where=str(folder), fix="name one that is there in `split`")
     return _inside(folder, split)
@@ -89,7 +231,7 @@ def _saved_split(folder: Path, split: str) -> Path:
 def _saved_dataset(folder: Path) -> Any:
     import datasets
 
-    for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+    for file in parse_json((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
         _inside(folder, file["filename"])
     return datasets.load_from_disk(str(folder))
 

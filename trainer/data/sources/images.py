@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from PIL import Image, UnidentifiedImageError
 
@@ -32,6 +32,13 @@ MAX_JPEG_SCANS = 500
 _BLOCK_BYTES = 2**20
 _START_OF_SCAN = b"\xff\xda"
 _SIGNATURE = re.compile(rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM", re.DOTALL)
+# of files whose names tell nothing; BMP's two letters alone begin many a text. Formats that are refused are images too
+_IMAGE_HEAD = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM....\0\0\0\0|II[*+]\0|MM\0[*+]|8BPS|\0\0\0\x0c(?:JXL |jP  )"
+    rb"|....ftyp(?:avif|avis|heic|heix|hevc|mif1|msf1)",
+    re.DOTALL,
+)
+_VIDEO_HEAD = re.compile(rb"....ftyp|RIFF....AVI |\x1aE\xdf\xa3", re.DOTALL)
 # two letters or more before the colon: `C:/` is no scheme
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _DATA_URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
@@ -146,7 +153,7 @@ class ImageRef:
             real = os.path.realpath(self.path, strict=True)
             mode = os.stat(real).st_mode
             if not _is_under(real, self.root):
-                raise RecordError("image_symlink_escape", f"{self.path} leads to {real}", self.name)
+                raise RecordError("image_symlink_escape", f"{self.path} leads to {real}{_hub_cache(real)}", self.name)
             if not stat.S_ISREG(mode):
                 raise RecordError("image_not_a_file", f"{real} is a {_kind(mode)}", self.name)
             return open(real, "rb")
@@ -240,6 +247,17 @@ def holds_base64_image(text: str) -> bool:
     return is_encoded_image(start) and (start[:2] != b"BM" or start[6:10] == bytes(4))
 
 
+def medium_of(head: bytes) -> Literal["image", "video"] | None:
+    """What a file is by the way it begins, be it of a format that is read or not; None: neither image nor video.
+
+    Args:
+        head: its first 16 bytes, or all of a shorter one.
+    """
+    if _IMAGE_HEAD.match(head):
+        return "image"
+    return "video" if _VIDEO_HEAD.match(head) else None
+
+
 def stat_signature(path: str) -> tuple[int, int]:
     """(bytes, modification time in ns) of a file, (-1, -1) where there is none or its path is impossible."""
     try:
@@ -261,6 +279,13 @@ def _decoded(uri: str) -> bytes:
 
 def _is_under(path: str, root: str) -> bool:
     return path.startswith(root if root.endswith(os.sep) else root + os.sep)
+
+
+def _hub_cache(path: str) -> str:
+    """What to do about links into the cache of the Hub, where files are called by their hashes."""
+    if os.path.basename(os.path.dirname(path)) != "blobs":
+        return ""
+    return " (the Hub's cache keeps links: fetch real files with `hf download ID --repo-type dataset --local-dir DIR`)"
 
 
 def _kind(mode: int) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.strict_json import unique_keys
 
 
 MAX_ROW_BYTES = 16 * 2**20
@@ -17,6 +18,8 @@ MAX_DEPTH = 64
 
 _CHUNK_BYTES = 4 * 2**20
 _BOM = b"\xef\xbb\xbf"
+_HEAD_BYTES = 4
+_ARCHIVES = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NOT_SPACE = re.compile(rb"[^ \t\r\n]")
 _STRUCTURE = re.compile(r'["{}\[\],]')
@@ -24,20 +27,8 @@ _STRING_END = re.compile(r'["\\]')
 _DECODE = json.JSONDecoder().raw_decode
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """One JSON object; of a key given twice none is the right one."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"key {ascii(key[:80])} is given twice")
-            seen.add(key)
-    return found
-
-
 # made once: json.loads makes a decoder for every row that it hooks
-_DECODE_ROW = json.JSONDecoder(object_pairs_hook=_object).decode
+_DECODE_ROW = json.JSONDecoder(object_pairs_hook=unique_keys).decode
 
 
 class JsonRows:
@@ -58,10 +49,10 @@ class JsonRows:
         self._starts = array("Q")
         self._sizes = array("I")
         self._file_descriptor = os.open(path, os.O_RDONLY)
-        head = self.read(0, len(_BOM))
-        if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise UserError("the file is UTF-16", where=str(path), fix="convert it to UTF-8")
-        start = _next_not_space(self, len(_BOM) if head == _BOM else 0)
+        head = self.read(0, _HEAD_BYTES)
+        if fault := encoding_fault(head):
+            raise UserError(fault[0], where=str(path), fix=fault[1])
+        start = _next_not_space(self, len(_BOM) if head.startswith(_BOM) else 0)
         byte = self.read(start, 1)
         if not byte:
             raise UserError("the file is empty", where=str(path))
@@ -69,7 +60,7 @@ class JsonRows:
             self._starts.append(begin)
             # a longer row is refused by its size alone
             self._sizes.append(min(end - begin, MAX_ROW_BYTES + 1))
-        if byte != b"[" and path.suffix == ".json":
+        if byte != b"[" and path.suffix.lower() == ".json":
             self._check_lines()
 
     def __len__(self) -> int:
@@ -111,6 +102,17 @@ class JsonRows:
     def __del__(self) -> None:
         if self._file_descriptor >= 0:
             os.close(self._file_descriptor)
+
+
+def encoding_fault(head: bytes) -> tuple[str, str] | None:
+    """What is wrong with a text that begins with these four bytes, and its fix, where it is not UTF-8."""
+    for magic, name in _ARCHIVES.items():
+        if head.startswith(magic):
+            return f"the file is compressed ({name})", "unpack it"
+    encoding = json.detect_encoding(head)
+    if encoding.startswith("utf-8") or not any(head):
+        return None
+    return f"the file is {encoding[:6].upper()}", "convert it to UTF-8"
 
 
 def parse_row(text: str, where: str) -> object:

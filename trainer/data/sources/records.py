@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from llava_llama31.trainer.data.sources.conversations import Converter, Record, kind_of
+from llava_llama31.trainer.data.sources.data_folders import check_whole, data_files_at, parquet_splits
 from llava_llama31.trainer.data.sources.dataset_rows import DatasetRows
 from llava_llama31.trainer.data.sources.images import MAX_PIXELS
 from llava_llama31.trainer.data.sources.json_rows import JsonRows
@@ -29,9 +30,8 @@ __all__ = ["REASONS", "Record", "RecordError", "RecordStore", "data_files", "ope
 
 logger = logging.getLogger(__name__)
 
-_JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-_DATASET_SUFFIXES = (".arrow", ".json", ".parquet", ".tar")
 _CONVERSATION_FIELDS = {"conversations", "messages", "prompt", "texts"}
+_SAVED_SUFFIXES = (".arrow", ".json")
 _PROBED_ROWS = 100
 
 
@@ -102,12 +102,7 @@ def open_records(
         UserError: when there is no such data, or its first rows have none of the known shapes.
     """
     path = Path(source.path)
-    if path.is_file() and path.suffix in _JSON_SUFFIXES:
-        rows: _Rows = JsonRows(path)
-    elif shards := _shards(path):
-        rows = TarRows(shards)
-    else:
-        rows = DatasetRows(source.path, source.split)
+    rows = _open_rows(source)
     if not len(rows):
         raise UserError("there are no records", where=source.path)
     data_format = source.format
@@ -127,20 +122,31 @@ def data_files(source: "DataSource") -> list[Path]:
     path = Path(source.path)
     if path.is_file():
         return [path]
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.suffix in _DATASET_SUFFIXES and file.is_file())
+    found = data_files_at(path)
+    if found is not None and found.kind == "parquet":
+        splits = parquet_splits(path, source.split).values()
+        return list(dict.fromkeys(file for files in splits for file in files))
+    if found is not None and found.kind == "arrow":
+        return sorted(file for file in path.rglob("*") if file.suffix in _SAVED_SUFFIXES and file.is_file())
+    if found is not None:
+        return found.files
     return [Path(file["filename"]) for file in DatasetRows(source.path, source.split).dataset.cache_files]
 
 
-def _shards(path: Path) -> list[Path]:
-    """WebDataset shards: the file itself, or those of a folder in the order of their names."""
-    if path.is_file():
-        return [path] if path.suffix == ".tar" else []
-    shards = sorted(file for file in path.rglob("*.tar") if file.is_file()) if path.is_dir() else []
-    if shards and any(path.rglob("*.parquet")):
-        what = f"the folder holds both {len(shards)} .tar shards and parquet files"
-        raise UserError(what, where=str(path), fix="name a folder with files of one kind")
-    return shards
+def _open_rows(source: "DataSource") -> _Rows:
+    path = Path(source.path)
+    found = data_files_at(path)
+    if found is not None and found.beside and found.kind != "arrow":
+        names = ", ".join(map(ascii, found.beside[:3]))
+        more = f" and {len(found.beside) - 3} more" if len(found.beside) > 3 else ""
+        logger.warning("%s: its %s files are read; not read: %s%s", path, found.kind, names, more)
+    if found is not None and found.kind == "json":
+        return JsonRows(path)
+    if found is not None and found.kind == "tar":
+        if path.is_dir():
+            check_whole(found.files, path)
+        return TarRows(found.files)
+    return DatasetRows(source.path, source.split)
 
 
 def _beginning(rows: _Rows, row: int) -> str:

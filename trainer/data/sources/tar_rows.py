@@ -1,7 +1,8 @@
 """Samples of WebDataset shards, found once by byte offset and read one at a time, where the shards lie.
 
 A sample is a run of files in a .tar whose names are the same up to the first dot of the last part: `000123.json`, a
-record, and `000123.jpg`, `000123.1.jpg`, ..., its images. Nothing is ever unpacked to disk.
+record, and `000123.jpg`, `000123.1.jpg`, ..., its images. Which of them are images is told by their content, and by a
+name that is an image's. Nothing is ever unpacked to disk.
 
 Source: the WebDataset convention (Aizman et al., 2019, github.com/webdataset/webdataset).
 """
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_llama31.trainer.data.sources.images import MAX_FILE_BYTES, image_column
+from llava_llama31.trainer.data.sources.images import MAX_FILE_BYTES, image_column, medium_of
 from llava_llama31.trainer.data.sources.json_rows import MAX_ROW_BYTES, parse_row
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
@@ -23,7 +24,14 @@ from llava_llama31.trainer.errors import UserError
 # tar's extended headers, names above all, are read whole
 MAX_HEADER_BYTES = 2**20
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_HEAD_BYTES = 16
+# the content tells of other names; a name tells where the content is damaged
+_MEDIA = {
+    "image": ".avif .bmp .gif .heic .heif .ico .jfif .jp2 .jpe .jpeg .jpg .jxl .pjpeg .png .psd .svg .tif .tiff .webp",
+    "video": ".avi .m4v .mkv .mov .mp4 .mpeg .mpg .webm",
+    "audio": ".aac .flac .m4a .mp3 .ogg .opus .wav",
+}
+_MEDIUM_OF_SUFFIX = {suffix: medium for medium, suffixes in _MEDIA.items() for suffix in suffixes.split()}
 _BLOCK_BYTES = 512
 _CHUNK_BYTES = 2**20
 
@@ -40,7 +48,9 @@ class TarRows:
     """The samples of one shard, or of all shards of a folder in the order of their names, as a sequence of records.
 
     Opening it reads the shards' headers and keeps about 100 bytes a sample. A record's own `image` or `images` say
-    the images' order by name; without them it is that of the shard. A record without an `id` gets the sample's key.
+    the images' order by name; without them it is that of the shard, or that of their numbers in a shard packed in the
+    order of names (0, 1, 10, 2). A record without an `id` gets the sample's key. Names that begin with `._` are
+    macOS's metadata of other files and passed over.
 
     Raises:
         UserError: when a shard as a whole can't be read (cut short, damaged, compressed), with the byte offset.
@@ -57,6 +67,8 @@ class TarRows:
             self._first_rows.append(len(self))
             last = None
             for member in _members(shard):
+                if member.name.rpartition("/")[2].startswith("._"):
+                    continue
                 key = _key(member.name)
                 if key != last:
                     self._member_ends.append(len(self._starts))
@@ -74,8 +86,7 @@ class TarRows:
         record = parse_row(self.text(row), f"in {self._where(row)}")
         if not isinstance(record, dict):
             return record
-        images = [member for member in self._members(row) if Path(member.name).suffix.lower() in _IMAGE_SUFFIXES]
-        images = self._in_order(row, record, images)
+        images = self._in_order(row, record, self._images(row, record))
         if (num_bytes := sum(image.size for image in images)) > MAX_FILE_BYTES:
             what = f"{num_bytes} bytes of images in {self._where(row)}, more than {MAX_FILE_BYTES}"
             raise RecordError("oversized_image", what)
@@ -103,13 +114,32 @@ class TarRows:
             raise RecordError("malformed_json", what)
         return _read(self._shard(row), found[0]).decode("utf-8", "surrogateescape")
 
+    def _images(self, row: int, record: dict) -> list[_Member]:
+        """The files that are images by content or by name, or that the record calls so."""
+        named = {Path(name).name for name in image_column(record) if isinstance(name, str)}
+        images = []
+        for member in self._members(row):
+            if member.name[len(_key(member.name)) :].lower() == ".json":
+                continue
+            path = Path(member.name)
+            medium = _MEDIUM_OF_SUFFIX.get(path.suffix.lower())
+            medium = medium or medium_of(_read(self._shard(row), member, _HEAD_BYTES))
+            if medium == "image" or path.name in named:
+                images.append(member)
+            elif medium is not None:
+                what = f"{ascii(member.name)[:80]} in {self._where(row)} is {medium}, which is not read"
+                raise RecordError("malformed_record", what)
+        return images
+
     def _in_order(self, row: int, record: dict, images: list[_Member]) -> list[_Member]:
         """The images in the order in which the record names them; a single one may have any name."""
         by_name = {Path(image.name).name: image for image in images}
         if len(by_name) < len(images):
             raise RecordError("malformed_record", f"two files of one name in {self._where(row)}")
         names = image_column(record)
-        if not names or len(names) == len(images) == 1:
+        if not names:
+            return _by_number(images)
+        if len(names) == len(images) == 1:
             return images
         for name in names:
             if not isinstance(name, str) or Path(name).name not in by_name:
@@ -137,14 +167,25 @@ def _key(name: str) -> str:
     return folder + slash + last.partition(".")[0]
 
 
-def _read(shard: Path, member: _Member) -> bytes:
+def _by_number(images: list[_Member]) -> list[_Member]:
+    """The images as they stand; by their numbers where they stand in the order of names, in which 10 is before 2."""
+    names = [image.name for image in images]
+    numbers = [name[len(_key(name)) :].split(".")[1] for name in names]
+    if len(images) < 2 or names != sorted(names) or not all(map(str.isdecimal, numbers)):
+        return images
+    return sorted(images, key=lambda image: int(image.name[len(_key(image.name)) :].split(".")[1]))
+
+
+def _read(shard: Path, member: _Member, most: int | None = None) -> bytes:
+    """The bytes of a file of a shard, or the first of them."""
+    size = member.size if most is None else min(most, member.size)
     try:
         with shard.open("rb") as file:
             file.seek(member.start)
-            data = file.read(member.size)
+            data = file.read(size)
     except OSError as error:
         raise RecordError("unreadable_image", f"{shard}: {error.strerror}", member.name) from None
-    if len(data) < member.size:
+    if len(data) < size:
         raise RecordError("unreadable_image", f"{shard} has become shorter", member.name)
     return data
 

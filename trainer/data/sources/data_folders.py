@@ -1,0 +1,293 @@
+"""Which files a path of this machine is read from: every file that holds its rows, or a refusal that names one.
+
+What `datasets` or a glob would pass over in silence is decided here: splits in file names, suffixes in capitals,
+compressed and unfinished files, shards that are missing. Names are taken as they are and never as patterns.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llava_llama31.trainer.errors import UserError
+
+
+Kind = Literal["json", "tar", "parquet", "arrow"]
+
+_KINDS: dict[str, Kind] = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".tar": "tar",
+    ".parquet": "parquet",
+    ".parq": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+}
+_PACKED_TARS = (".tbz", ".tbz2", ".tgz", ".txz", ".tzst")
+_COMPRESSED = (".7z", ".br", ".bz2", ".gz", ".lz4", ".xz", ".zip", ".zst", ".zstd")
+# what programs append to a file that they have not written whole
+_UNFINISHED = (".aria2", ".crdownload", ".download", ".incomplete", ".part", ".partial", ".tmp")
+# also of a folder, where nobody reads them beside shards
+_TABLES = (".csv", ".tsv")
+
+# the words that `datasets` takes for splits in the names of files and folders
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "dev": "validation",
+    "val": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+_BETWEEN_WORDS = re.compile(r"[-._ 0-9]+")
+_NUMBER = re.compile(r"(?:^|[-_.])\d+(?=[-_.]|$)")
+_SHARD_OF = re.compile(r"(?:^|[-_.])(\d+)[-_]of[-_](\d+)(?!\d)")
+_SPLIT = re.compile(r"\w+(\.\w+)*")
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files of one kind that a path is read from, in the order of their names.
+
+    Args:
+        beside: JSON files and tables in the folder, which are not read.
+    """
+
+    kind: Kind
+    files: list[Path]
+    beside: tuple[str, ...] = ()
+
+
+def data_files_at(path: Path) -> DataFiles | None:
+    """All data files of a file's path or of a folder and its subfolders; None where there are none.
+
+    Names that begin with `._` are macOS's metadata of other files and passed over.
+
+    Raises:
+        UserError: a file is compressed, unfinished, hidden or no regular file, or the folder holds files of two kinds.
+    """
+    if path.is_file():
+        _refuse_packed(path)
+        kind = _kind(path.name)
+        return DataFiles(kind, [path]) if kind and kind != "arrow" else None
+    if not path.is_dir():
+        return None
+    found: dict[Kind, list[Path]] = {}
+    beside: list[str] = []
+    for parent, name in _walk(path):
+        kind = _kind(name)
+        if kind == "json" or (kind is None and _suffix(name) in _TABLES):
+            beside.append(os.path.relpath(os.path.join(parent, name), path))
+        elif kind is not None:
+            _check_entry(file := Path(parent, name))
+            found.setdefault(kind, []).append(file)
+        elif _kind(_inner(name)) not in (None, "json"):
+            _refuse_packed(Path(parent, name))
+    if len(found) > 1:
+        (first, files), (second, _) = sorted(found.items(), key=lambda item: item[0] != "tar")[:2]
+        count = f"{len(files)} .tar shards" if first == "tar" else f"{len(files)} {first} files"
+        what = f"the folder holds both {count} and {second} files"
+        raise UserError(what, where=str(path), fix="name a folder with files of one kind")
+    for kind, files in found.items():
+        return DataFiles(kind, sorted(files), tuple(sorted(beside)))
+    return None
+
+
+def parquet_splits(path: Path, asked: str) -> dict[str, list[Path]]:
+    """The parquet files of each split that `asked` names: `train`, or as in `datasets` `train[:10%]+test`, or `all`.
+
+    A file belongs to the split that its name, or else the nearest folder's, holds as a word (`train`, `val`, ...).
+    Files of which none names another split than `train` are all read.
+
+    Raises:
+        UserError: there is no such split, a file names none while another one does, or a shard is missing.
+    """
+    names = dict.fromkeys(re.sub(r"\[.*?\]", "", asked).split("+"))
+    if not all(_SPLIT.fullmatch(name) for name in names):
+        raise UserError(f"{asked!r} is no split", where=str(path), fix="name one in `split`, such as train")
+    found = data_files_at(path)
+    files = found.files if found is not None else []
+    chosen = {name: files if path.is_file() else _of_split(path, files, name) for name in names}
+    for chosen_files in chosen.values():
+        if not path.is_file():
+            check_whole(chosen_files, path)
+    return chosen
+
+
+def one_split(files: Sequence[Path], folder: Path) -> None:
+    """Check that the names of files differ in nothing but the number of the shard.
+
+    Raises:
+        UserError: they name several splits or several sets.
+    """
+    groups: dict[tuple[str, frozenset[str]], list[Path]] = {}
+    for file in files:
+        relative = file.relative_to(folder)
+        groups.setdefault((_before_number(relative), _words(relative)), []).append(file)
+    if len(groups) == 1:
+        return
+    names = ", ".join(sorted(prefix or members[0].name for (prefix, _), members in groups.items()))
+    prefix, members = max((prefix, members) for (prefix, _), members in groups.items())
+    pattern = f"{prefix}-*{members[0].suffix}"
+    parents = {member.parent for member in members}
+    matched = [file for file in files if file.parent in parents and matches(file.name, pattern)]
+    fix = f"move the files of each into a folder of its own and name one, or name one file, such as '{members[0]}'"
+    if len(members) > 1 and len(parents) == 1 and sorted(matched) == sorted(members):
+        fix = f"name those of one split: '{members[0].parent / pattern}'"
+    raise UserError(f"parquet files of several splits ({names})", where=str(folder), fix=fix)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a file's name is like a pattern, in which `*` stands for anything and nothing else is special."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name, re.DOTALL) is not None
+
+
+def check_whole(files: Sequence[Path], where: Path) -> None:
+    """Check that shards whose names say `-00000-of-00003` are all there, and once.
+
+    Raises:
+        UserError: naming the first that is missing, or two that are one shard.
+    """
+    sets: dict[tuple[Path, str], dict[int, Path]] = {}
+    totals: dict[tuple[Path, str], tuple[int, Path, int]] = {}
+    for file in files:
+        found = list(_SHARD_OF.finditer(file.stem))
+        if not found:
+            continue
+        number, total = int(found[-1][1]), int(found[-1][2])
+        key = (file.parent, file.stem[: found[-1].start()])
+        first_total, first_file, _ = totals.setdefault(key, (total, file, len(found[-1][1])))
+        if total != first_total or number in sets.setdefault(key, {}):
+            other = sets[key].get(number, first_file)
+            what = f"{file.name} and {other.name} are shards of two sets of one name"
+            raise UserError(what, where=str(where), fix="remove the one that is out of date")
+        sets[key][number] = file
+    for key, shards in sets.items():
+        total, file, width = totals[key]
+        if len(shards) == total and (min(shards), max(shards)) in ((0, total - 1), (1, total)):
+            continue
+        start = 1 if total in shards and 0 not in shards else 0
+        missing = next(number for number in range(start, start + len(shards) + 1) if number not in shards)
+        name = f"{missing:0{width}}-of-{total:0{width}}"
+        what = f"{len(shards)} of {total} shards are there, the one called {name} is missing beside {file.name}"
+        raise UserError(what, where=str(where), fix="fetch the missing shards, or name each file by itself")
+
+
+def parquet_folder(folder: Path) -> list[Path]:
+    """All parquet files of a folder.
+
+    Raises:
+        UserError: as `data_files_at`.
+    """
+    found = data_files_at(folder)
+    return found.files if found is not None and found.kind == "parquet" else []
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _kind(name: str) -> Kind | None:
+    return None if name.startswith("._") else _KINDS.get(_suffix(name))
+
+
+def _inner(name: str) -> str:
+    """The name of what is compressed or unfinished; empty where nothing is."""
+    suffix = _suffix(name)
+    if name.startswith("._"):
+        return ""
+    if suffix in _PACKED_TARS:
+        return f"{name}.tar"
+    return name[: -len(suffix)] if suffix in (*_COMPRESSED, *_UNFINISHED) else ""
+
+
+def _refuse_packed(file: Path) -> None:
+    if _kind(_inner(file.name)) is None:
+        return
+    if _suffix(file.name) in _UNFINISHED:
+        raise UserError("the file is not complete", where=str(file), fix="fetch it again, or remove it")
+    raise UserError("the file is compressed", where=str(file), fix="unpack it")
+
+
+def _check_entry(file: Path) -> None:
+    if file.name.startswith("."):
+        what = "a hidden file that looks like data"
+        raise UserError(what, where=str(file), fix="rename it to have it read, or remove it")
+    if not file.is_file():
+        what = "leads to no file" if file.is_symlink() else "is not a file"
+        raise UserError(what, where=str(file), fix="fetch the data again, or remove it")
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, str]]:
+    """(folder, name) of all entries that are no folders, through links to folders too, each folder once."""
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_folder):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()  # so that of two links to one folder the same one is followed on every machine
+        yield from ((parent, name) for name in files)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(
+        f"the folder can't be read: {error.strerror}", where=str(error.filename), fix="check its permissions"
+    ) from error
+
+
+def _of_split(folder: Path, files: list[Path], asked: str) -> list[Path]:
+    if asked == "all":
+        return files
+    wanted = _SPLIT_WORDS.get(asked.lower(), asked)
+    named = {file: _splits(file.relative_to(folder), asked) for file in files}
+    if wanted == "train" and not any(splits - {wanted} for splits in named.values()):
+        return files
+    clear = next((file for file, splits in named.items() if len(splits) == 1), None)
+    unclear = next((file for file, splits in named.items() if len(splits) != 1), None)
+    if clear is not None and unclear is not None:
+        told = " and ".join(sorted(named[unclear])) or "no split"
+        what = f"{unclear.relative_to(folder)} names {told}, but {clear.relative_to(folder)} names {min(named[clear])}"
+        fix = "give the files of each split a folder of their own, or name each file by itself"
+        raise UserError(what, where=str(folder), fix=fix)
+    chosen = [file for file, splits in named.items() if splits == {wanted}]
+    if not chosen:
+        there = ", ".join(sorted({split for splits in named.values() for split in splits})) or "no other"
+        what = f"there is no split {asked!r}: the files' names say {there}"
+        raise UserError(what, where=str(folder), fix="name one that is there in `split`")
+    return chosen
+
+
+def _splits(relative: Path, asked: str) -> frozenset[str]:
+    prefix = _before_number(relative)
+    if asked in (prefix, relative.parent.name):
+        return frozenset({_SPLIT_WORDS.get(asked.lower(), asked)})
+    if relative.parent.name == "data" and _SHARD_OF.search(relative.stem):
+        # the Hub's own layout, data/SPLIT-00000-of-00001.parquet: any name is a split
+        return frozenset({_SPLIT_WORDS.get(prefix.lower(), prefix)})
+    words = _words(relative)
+    # of a split that is none of the usual words, every other name is another split
+    return words if words or asked.lower() in _SPLIT_WORDS else frozenset({prefix or relative.stem})
+
+
+def _words(relative: Path) -> frozenset[str]:
+    """The splits that the file's name, or else the nearest folder's, holds as words."""
+    for part in (relative.stem, *(parent.name for parent in relative.parents)):
+        found = frozenset(_SPLIT_WORDS[word] for word in _BETWEEN_WORDS.split(part.lower()) if word in _SPLIT_WORDS)
+        if found:
+            return found
+    return frozenset()
+
+
+def _before_number(relative: Path) -> str:
+    """What stands before the number of the shard in a file's name."""
+    match = _NUMBER.search(relative.stem)
+    return relative.stem[: match.start()] if match else relative.stem

@@ -1,0 +1,89 @@
+"""The files and folders that a recipe names, looked for before anything is downloaded, assembled or asked for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+from llava_llama31.trainer.data.sources.data_folders import matches
+from llava_llama31.trainer.data.sources.dataset_rows import DatasetId
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.model.locating import hub_id
+from llava_llama31.trainer.recipes.deepspeed_files import deepspeed_file
+from llava_llama31.trainer.recipes.schema import Evaluation, Recipe, Stage
+
+
+_PARTS = ("checkpoint", "vision_tower", "language_model", "projector")
+
+
+def check_paths(recipe: Recipe, output: Path) -> None:
+    """Check that every file and folder that a recipe names is on this machine.
+
+    Raises:
+        UserError: naming the first that is not, by its key, and how many others.
+    """
+    missing = missing_paths(recipe, output)
+    if not missing:
+        return
+    (where, what), *others = missing.items()
+    more = f" (and {len(others)} more: {', '.join(key for key, _ in others)})" if others else ""
+    fix = "correct the path; it is relative to the working directory"
+    raise UserError(f"{what}{more}", where=where, fix=fix)
+
+
+def missing_paths(recipe: Recipe, output: Path) -> dict[str, str]:
+    """What a recipe names and is not on this machine: what is missing, by the key in the recipe.
+
+    A Hub id is not asked for, and what the run prepares itself is not missing.
+    """
+    prepared = RunFolder(output).prepared.absolute()
+    found = {}
+    for where, what, path in _missing(recipe):
+        if recipe.prepare != "tiny" or prepared not in path.parents:
+            found[where] = what
+    return found
+
+
+def _missing(recipe: Recipe) -> Iterator[tuple[str, str, Path]]:
+    """(key, what is wrong, absolute path) of everything that is not there."""
+    named = [(f"model.{part}", getattr(recipe.model, part)) for part in _PARTS]
+    named += [(f"stages.{name}.init_from", stage.init_from) for name, stage in recipe.stages.items()]
+    for where, checkpoint in named:
+        if checkpoint in (None, "previous") or hub_id(checkpoint) is not None:
+            continue
+        path = Path(checkpoint).expanduser()
+        if not path.exists():
+            yield where, f"{path.absolute()} does not exist", path.absolute()
+    for name, stage in recipe.stages.items():
+        yield from _missing_of_stage(stage, f"stages.{name}")
+    if recipe.evaluation is not None:
+        yield from _missing_of_evaluation(recipe.evaluation)
+
+
+def _missing_of_stage(stage: Stage, where: str) -> Iterator[tuple[str, str, Path]]:
+    if stage.deepspeed is not None:
+        try:
+            deepspeed_file(stage.deepspeed, where)
+        except UserError as error:
+            yield f"{where}.deepspeed", error.what, Path(stage.deepspeed).absolute()
+    for number, source in enumerate(stage.data):
+        path = Path(source.path).absolute()
+        if not path.exists() and DatasetId.parse(source.path) is None:
+            yield f"{where}.data.{number}.path", f"{path} does not exist", path
+        yield from _missing_root(source.image_root, f"{where}.data.{number}.image_root")
+
+
+def _missing_of_evaluation(spec: Evaluation) -> Iterator[tuple[str, str, Path]]:
+    path = Path(spec.data).absolute()
+    if "*" in path.name and not path.exists():
+        names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        if not any(matches(name, path.name) for name in names):
+            yield "evaluation.data", f"there is no file {path}", path
+    elif not path.exists():
+        yield "evaluation.data", f"{path} does not exist", path
+    yield from _missing_root(spec.image_root, "evaluation.image_root")
+
+
+def _missing_root(root: str | None, where: str) -> Iterator[tuple[str, str, Path]]:
+    if root is not None and not Path(root).is_dir():
+        path = Path(root).absolute()
+        yield where, f"{path} {'is not a folder' if path.exists() else 'does not exist'}", path
