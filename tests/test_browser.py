@@ -297,9 +297,11 @@ def test_what_cannot_be_written_is_said(evaluation, tmp_path):
     questions, rows = evaluation
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.html").mkdir()
-    for path in (tmp_path / "file" / "b.html", tmp_path / "folder.html"):
-        with pytest.raises(UserError, match="cannot be written.*fix: "):
-            write_browser(questions, rows, path)
+    with pytest.raises(UserError, match="cannot be written.*fix: "):
+        write_browser(questions, rows, tmp_path / "file" / "b.html")
+    for folder in (str(tmp_path / "folder.html"), ".", "..", "/"):
+        with pytest.raises(UserError, match=f"{re.escape(folder)}: is a folder .fix: name an .html file"):
+            write_browser(questions, rows, folder)
     with pytest.raises(UserError, match="no questions"):
         write_browser([], rows, tmp_path / "b.html")
     with pytest.raises(UserError, match="0 pixels"):

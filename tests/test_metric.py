@@ -153,3 +153,8 @@ def test_nothing_is_overwritten_and_impossible_names_are_refused(folder, tmp_pat
     (tmp_path / "empty").mkdir()
     assert main(["export-metric", "--output", str(tmp_path / "empty")]) == 0
     assert (tmp_path / "empty" / "empty.py").exists() and [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_the_folder_is_the_result_on_stdout(tmp_path, capsys):
+    assert main(["export-metric", "--output", str(tmp_path / "metric")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'metric'}\n"

@@ -51,7 +51,7 @@ def make_record(recipe, base_models) -> dict:
         "name": "Llama-3.1-8B-LLaVA",
         "recipe": recipe.model_dump(mode="json"),
         "command": "accelerate launch --num_processes 8 examples/train.py llama31-8b-card",
-        "licence": recipe.model.licence,
+        "licence": recipe.model.license,
         "base_models": base_models,
         "stages": stages,
         "evaluation": evaluation,

@@ -61,7 +61,7 @@ def test_what_can_be_published_is_told_what_the_card_leaves_out(hub, recipe_cont
 @pytest.mark.parametrize(
     ("licence", "publish", "message"),
     [
-        (None, {}, "README.md: names no licence .fix: set model.licence"),
+        (None, {}, "README.md: names no licence .fix: set model.license"),
         ("mit", {}, "LICENSE: the text of 'mit' is not included"),
         ("llama3.1", {}, "the Llama 3.1 agreement must go with the model"),
         ("apache-2.0", {"repo_id": "me/a--b"}, "publish.repo_id"),

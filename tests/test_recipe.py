@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.derived import derive
 from llava_llama31.trainer.recipes.loading import SHIPPED, load_recipe
+from llava_llama31.trainer.recipes.schema import Recipe
 
 
 PROJECTOR, LANGUAGE, TOWER = "multi_modal_projector", "language_model", "vision_tower"
@@ -215,3 +217,40 @@ def test_the_last_batch_is_kept_or_dropped_by_name(tmp_path):
     assert (derive(keep, 17, 1).steps, derive(drop, 17, 1).steps) == (3, 2)
     with pytest.raises(UserError, match="7 samples do not fill one batch of 8"):
         derive(drop, 7, 1)
+
+
+@pytest.mark.parametrize(("key", "former"), [("license", "licence"), ("vision_tower_license", "vision_tower_licence")])
+def test_former_keys_still_read(recipe_content, tmp_path, key, former):
+    recipe_content["model"][former] = "mit"
+    recipe_content["stages"]["projector"]["data"][0]["licence"] = "CC0"
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe_content))
+    recipe = load_recipe(str(file))
+    assert recipe.stages["projector"].data[0].license == "CC0"
+    assert recipe.model.model_dump()[key] == "mit" and former not in recipe.model.model_dump()
+    for name in (key, former):
+        changed = load_recipe(str(file), overrides=[f"model.{name}=apache-2.0"])
+        assert changed.model.model_dump()[key] == "apache-2.0"
+    recipe_content["model"][key] = "mit"
+    file.write_text(yaml.safe_dump(recipe_content))
+    with pytest.raises(UserError, match=f"model.{former}: unknown key .fix: did you mean {key}"):
+        load_recipe(str(file))
+
+
+def test_a_run_that_began_with_former_keys_goes_on(recipe_content, tmp_path):
+    recipe_content["model"]["license"] = "mit"
+    recipe, folder = Recipe.model_validate(recipe_content), RunFolder(tmp_path)
+    with folder.claimed(recipe, is_main=True):
+        (tmp_path / "stages" / "1-projector" / "checkpoint-2").mkdir(parents=True)
+    before = json.loads(folder.recipe.read_text())
+    before["model"]["licence"] = before["model"].pop("license")
+    before["model"]["vision_tower_licence"] = before["model"].pop("vision_tower_license")
+    folder.recipe.write_text(json.dumps(before))
+    with folder.claimed(recipe, is_main=True):
+        assert json.loads(folder.recipe.read_text())["model"]["license"] == "mit"
+    recipe_content["model"]["license"] = "llama3.1"
+    with (
+        pytest.raises(UserError, match="model.license: 'mit' -> 'llama3.1'"),
+        folder.claimed(Recipe.model_validate(recipe_content), is_main=True),
+    ):
+        pass

@@ -302,6 +302,7 @@ def test_the_last_loss_is_the_last_log_entry(train, recipe_content, capsys):
     stage["loss"] = 77.0
     (run / "record.json").write_text(json.dumps(record))
     assert main(["export", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'export'}\n"  # the result, which a script may use
     assert (run / "export" / "README.md").read_text() == card
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llava_llama31 import __version__
 from llava_llama31.trainer.commands import (
@@ -39,6 +39,12 @@ from llava_llama31.trainer.errors import (
 from llava_llama31.trainer.redaction import SafeFormatter, say, shown
 
 
+# what of a stopped command the next start goes on from; the others keep nothing
+_KEPT: dict[str, Callable[[argparse.Namespace], str]] = {
+    "train": train.what_is_kept,
+    "evaluate": evaluate.what_is_kept,
+    "publish": publish.what_is_kept,
+}
 _COMMANDS = {
     "train": train,
     "plan": plan,
@@ -78,18 +84,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stderr.write(shown(traceback.format_exc()))
         return error.exit_code
     except Interrupted as stopped:
-        say(str(stopped))
+        say(str(stopped) if stopped.agreed else _with_what_is_kept(str(stopped), options))
         return EXIT_INTERRUPTED
     except MemoryError:
         return _say("the host has no memory left (fix: give this process more)", EXIT_MEMORY, debug=options.debug)
     except OSError as error:
         return _say(f"{error.filename or 'a file'}: {error.strerror or error}", EXIT_USER, debug=options.debug)
     except KeyboardInterrupt:
-        say("stopped; run the same command to resume from the last checkpoint")
+        say(_with_what_is_kept("stopped", options))
         return EXIT_KEYBOARD
     except Exception:  # a fault of ours: Python's own traceback would show a secret that a message holds
         sys.stderr.write(shown(traceback.format_exc()))
         return EXIT_FAULT
+
+
+def _with_what_is_kept(stopped: str, options: argparse.Namespace) -> str:
+    """The closing line of a command that a signal ended."""
+    kept = options.kept(options) if options.kept is not None else ""
+    return f"{stopped}; {kept}" if kept else stopped
 
 
 def _say(error: str, exit_code: int, *, debug: bool) -> int:
@@ -110,7 +122,7 @@ def command_parser() -> argparse.ArgumentParser:
     for name, module in _COMMANDS.items():
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, kept=_KEPT.get(name))
         module.add_arguments(command)
     return parser
 

@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from llava_llama31.trainer.recipes.loading import SHIPPED
 
+    if options.rejects and Path(options.rejects).is_dir():
+        raise UserError("is a folder", where=f"--rejects {options.rejects}", fix="name a file of JSON lines in it")
     is_recipe = options.data[0] in SHIPPED or Path(options.data[0]).suffix in (".yaml", ".yml")
     if is_recipe and len(options.data) > 1:
         raise UserError("a recipe is checked alone", where=options.data[1], fix="give one recipe, or data files")

@@ -90,6 +90,11 @@ def run(options: argparse.Namespace) -> int:
     return 0 if evaluation.report.complete or not is_main else EXIT_INCOMPLETE
 
 
+def what_is_kept(options: argparse.Namespace) -> str:
+    """From where the same command goes on after a signal."""
+    return "the batches that are answered are kept: run the same command to ask the others"
+
+
 def _open(
     options: argparse.Namespace, processes: "PartialState | None"
 ) -> "tuple[LlavaLlama31ForConditionalGeneration, LlavaLlama31Processor, EvaluationSettings]":

@@ -48,6 +48,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def what_is_kept(options: argparse.Namespace) -> str:
+    """From where the same command goes on after a signal."""
+    return "run the same command to continue: it does only what is missing on the Hub"
+
+
 def _shown(result: Mapping[str, Any]) -> str:
     from llava_llama31.trainer.publishing.publish import shown_size
 

@@ -39,6 +39,15 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def what_is_kept(options: argparse.Namespace) -> str:
+    """From where the same command goes on after a signal."""
+    from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+
+    if RunFolder(run_folder(options, options.recipe)).has_begun():
+        return "run the same command to resume from the last checkpoint"
+    return "no checkpoint is written yet: the same command starts from the beginning"
+
+
 def _says_finished(recipe: "Recipe", output: Path) -> bool:
     """Whether nothing is left to do, which is then said.
 

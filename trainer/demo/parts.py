@@ -5,6 +5,7 @@ for Llama: it learns to answer questions about pages of text, given as character
 other sees; joining them is the work of the recipe's three stages.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ import queue
 import random
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -147,12 +149,15 @@ def prepare(folder: Path, *, seed: int, progress: Callable[[str], None], setting
 
 def _train_parts(folder: Path, seed: int, progress: Callable[[str], None], settings: Settings) -> None:
     # one thread each in two processes: twice as fast as one after the other on two threads, and repeatable
-    with multiprocessing.Manager() as manager, ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        messages = manager.Queue()
-        jobs = [
-            pool.submit(train_tower, folder / "vision_tower", settings.tower, seed, messages),
-            pool.submit(train_language_model, folder / "language_model", settings.language_model, seed, messages),
-        ]
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as left:
+        with _unseen_interrupts():
+            messages = left.enter_context(context.Manager()).Queue()
+            pool = left.enter_context(_ending_at_once(ProcessPoolExecutor(2, context)))
+            jobs = [
+                pool.submit(train_tower, folder / "vision_tower", settings.tower, seed, messages),
+                pool.submit(train_language_model, folder / "language_model", settings.language_model, seed, messages),
+            ]
         write_data(folder / "data", settings, seed)
         progress(f"pictures: {settings.captions + settings.dialogues + settings.validation_pictures} drawn")
         while not all(job.done() for job in jobs) or not messages.empty():
@@ -162,6 +167,31 @@ def _train_parts(folder: Path, seed: int, progress: Callable[[str], None], setti
                 continue
         for job in jobs:
             job.result()
+
+
+@contextlib.contextmanager
+def _unseen_interrupts() -> Iterator[None]:
+    """Processes started in it never see a Ctrl-C, which a terminal sends to them too; this one sees it afterwards."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+@contextlib.contextmanager
+def _ending_at_once(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
+    """A pool whose workers an exception ends, that of a signal too; by itself a pool waits for their work."""
+    before = set(multiprocessing.active_children())
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()
+        raise
+    finally:
+        pool.shutdown()
 
 
 # --- the data

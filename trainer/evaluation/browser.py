@@ -86,6 +86,8 @@ def write_browser(
     if image_side < 1:
         raise UserError(f"an image cannot be {image_side} pixels long", where="image_side", fix="pass 1 or more")
     path, images = Path(path), _images(questions)
+    if path.is_dir():
+        raise UserError("is a folder", where=str(path), fix="name an .html file, in that folder or elsewhere")
     entries, unknown = _entries(questions, rows, {image_id: i for i, image_id in enumerate(images)})
     data = {
         "title": title or path.stem,

@@ -26,7 +26,7 @@ def record_of(recipe: Recipe, command: str) -> dict[str, Any]:
         "command": command,
         "commit": _commit(),
         "lock": _lock(),
-        "licence": recipe.model.licence,
+        "licence": recipe.model.license,
         "base_models": base_models_of(recipe),
         "environment": _environment(),
     }
@@ -36,11 +36,11 @@ def base_models_of(recipe: Recipe) -> list[dict[str, Any]]:
     """The base models, for the card and the licences."""
     model = recipe.model
     if model.checkpoint is not None:
-        named: list[tuple[str, str | None, str | None]] = [("checkpoint", model.checkpoint, model.licence)]
+        named: list[tuple[str, str | None, str | None]] = [("checkpoint", model.checkpoint, model.license)]
     else:
         named = [
-            ("vision_tower", model.vision_tower, model.vision_tower_licence),
-            ("language_model", model.language_model, model.licence),
+            ("vision_tower", model.vision_tower, model.vision_tower_license),
+            ("language_model", model.language_model, model.license),
         ]
     return [_base_model(role, name, licence) for role, name, licence in named if name is not None]
 

@@ -64,6 +64,4 @@ class Signals:
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is not None:
-            raise Interrupted(
-                f"stopped by {self.received.name}; run the same command to resume from the last checkpoint"
-            )
+            raise Interrupted(f"stopped by {self.received.name}")

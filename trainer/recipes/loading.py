@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipes.schema import Recipe
+from llava_llama31.trainer.recipes.schema import FORMER_KEYS, Recipe
 
 
 SHIPPED = ("tiny", "smol", "llama31-8b", "llama31-8b-card", "llama31-8b-card-commands")
@@ -83,7 +83,8 @@ _Yaml12Loader.add_implicit_resolver(
 
 def _apply_override(content: dict, override: str) -> None:
     path, separator, value = override.partition("=")
-    keys = path.split(".")
+    *parents, last = path.split(".")
+    keys = [*parents, FORMER_KEYS.get(last, last)]
     if not separator or not all(keys):
         raise UserError(f"{override!r} is not KEY=VALUE", where="--set", fix="--set stages.NAME.key=value")
     target = content
@@ -101,6 +102,9 @@ def _apply_override(content: dict, override: str) -> None:
         raise UserError(
             f"{value!r} is not YAML", where=f"--set {path}", fix="quote it, or close its brackets"
         ) from None
+    for former, present in FORMER_KEYS.items():
+        if present == keys[-1] and isinstance(target, dict):
+            target.pop(former, None)  # the override counts, whatever the file calls it
     if isinstance(target, list):
         _list_item(target, keys[-1], path)
         target[int(keys[-1])] = parsed

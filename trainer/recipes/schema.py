@@ -30,6 +30,17 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+# former spellings of keys, in recipes and in the runs that began with them
+FORMER_KEYS = {"licence": "license", "vision_tower_licence": "vision_tower_license"}
+
+
+def with_present_keys(content: Any) -> Any:
+    """A mapping with its former keys under their present names; one that is given under both stays as it is."""
+    if not isinstance(content, dict):
+        return content
+    return {new if (new := FORMER_KEYS.get(key, key)) not in content else key: value for key, value in content.items()}
+
+
 # of a stage: they change what is done about trouble and not what is trained, so a run that began may change them
 CHANGEABLE = ("on_nonfinite", "on_spike", "step_timeout", "loader_timeout")
 
@@ -54,6 +65,8 @@ class DataSource(_Frozen):
     hub_id: str | None = None
     """Dataset of the Hub that the rows are from, for the model card."""
 
+    _present_keys = model_validator(mode="before")(with_present_keys)
+
 
 class Model(_Frozen):
     """Where the first stage starts: an assembled checkpoint, or the parts to assemble."""
@@ -69,9 +82,11 @@ class Model(_Frozen):
     add_chat_tokens: bool = False
     """Give a tokenizer that lacks them Llama 3.1's turn tokens, as new rows of the embedding."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    licence: str | None = None
+    license: str | None = None
     """Licence of the language model, which the finished model inherits, as the Hub names it."""
-    vision_tower_licence: str | None = None
+    vision_tower_license: str | None = None
+
+    _present_keys = model_validator(mode="before")(with_present_keys)
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Model":
