@@ -78,6 +78,14 @@ def test_plan_says_that_a_path_does_not_exist(recipe, tmp_path, capsys):
     assert missing == {"stages.projector.data.0.path": f"{where} does not exist"}
 
 
+def test_plan_says_why_data_that_is_here_is_not_counted(recipe, tmp_path, capsys):
+    (tmp_path / "x.json").write_text("[")
+    path = recipe(stages__projector__data__0__path=str(tmp_path / "x.json"))
+    assert main(["plan", path, "--output", str(tmp_path / "run"), "--json"]) == 0
+    assumed = json.loads(capsys.readouterr().out)["stages"][0]["assumed"]
+    assert any("can't be read (" in note and "breaks off at byte 1" in note for note in assumed)
+
+
 def test_what_the_demo_makes_itself_and_what_the_hub_has_is_not_missing(tmp_path, capsys):
     assert main(["plan", "tiny", "--output", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["missing"] == {}

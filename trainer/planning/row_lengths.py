@@ -96,24 +96,25 @@ def _num_rows(source: DataSource, assumptions: Assumptions, notes: list[str]) ->
         given = assumptions.rows[source.name]
         notes.append(f"{source.name}: {given:,} rows, as --rows says")
         return given
-    if (number := _num_rows_here(source)) is None:
+    number, reason = _num_rows_here(source)
+    if number is None:
         entry = published()["data"].get(source.name)
         if entry is None:
-            notes.append(f"{source.name} is not here: how many rows it has is not known (--rows {source.name}=N)")
+            notes.append(f"{source.name} {reason}: how many rows it has is not known (--rows {source.name}=N)")
             return None
         number = int(entry.get("images_only_rows", entry["rows"]) if source.images_only else entry["rows"])
-        notes.append(f"{source.name} is not here: {number:,} rows, as the published file has")
+        notes.append(f"{source.name} {reason}: {number:,} rows, as the published file has")
     return min(number, source.sample) if source.sample else number
 
 
-def _num_rows_here(source: DataSource) -> int | None:
-    """Of a file or folder; a name on the Hub is not opened, which would download it."""
+def _num_rows_here(source: DataSource) -> tuple[int | None, str]:
+    """Of a file or folder, or why not; a name on the Hub is not opened, which would download it."""
     if not Path(source.path).expanduser().exists():
-        return None
+        return None, "is not here"
     try:
-        return len(open_records(source))
-    except UserError:
-        return None
+        return len(open_records(source)), ""
+    except UserError as error:
+        return None, f"can't be read ({error})"
 
 
 def _draw(

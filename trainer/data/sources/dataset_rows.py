@@ -199,8 +199,10 @@ def _other_type(files: Sequence[Path]) -> tuple[Path, str] | None:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong; `datasets` wraps it into an error that says nothing."""
-    while error.__cause__ is not None:
+    """The first line of what went wrong; the error into which `datasets` wraps it says nothing."""
+    from datasets.exceptions import DatasetGenerationError
+
+    while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().split("\n")[0] or type(error).__name__
 
