@@ -39,7 +39,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         rgb = _on_white(image)
     else:
         if image.mode in ("I", "F"):
-            low, high = image.getextrema()
+            low, high = np.asarray(image).min(), np.asarray(image).max()
             if not 0 <= low <= high <= 255:
                 raise ValueError(
                     f"an image of mode {image.mode} has values from {low} to {high}, not 0 to 255: scale it to 8 bits"

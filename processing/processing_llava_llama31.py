@@ -147,7 +147,7 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         if "padding_side" not in tokenizer.init_kwargs:
             tokenizer.padding_side = "left"
         if processor.chat_template and tokenizer.bos_token and tokenizer.num_special_tokens_to_add():
-            empty = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
+            empty: Any = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
             if processor.apply_chat_template(empty).startswith(tokenizer.bos_token):
                 _add_nothing(tokenizer)
         return processor
