@@ -191,7 +191,7 @@ def test_padded_rows_ask_for_supervised_positions_only(train, recipe_content, mo
 
     monkeypatch.setattr(LlavaLlama31ForConditionalGeneration, "_forward_supervised", counted)
     assert train()[0] == 0
-    assert supervised == [True] * 10  # 5 steps of 2 micro-batches
+    assert supervised == [True] * 11  # the 44 rows in micro-batches of 4
 
 
 def test_packing_does_not_change_the_weights_and_keeps_within_its_limit(train, recipe_content, base_folder, capsys):
