@@ -1,12 +1,15 @@
 """The command line: one JSON object on stdout where asked, one line and exit code 2 for what the user can fix."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import yaml
 
+from llava_llama31.trainer import cli
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.publishing.published import is_outstanding
 from llava_llama31.trainer.recipes.loading import SHIPPED
@@ -102,6 +105,7 @@ def test_what_is_not_there_is_one_line(arguments, capsys):
 HEAVY = {"torch", "transformers", "datasets", "pyarrow"}
 TRAIN = f"""
 import sys
+from llava_llama31.trainer import cli
 from llava_llama31.trainer.cli import main
 assert main(sys.argv[1:]) == 0
 assert not {HEAVY} & set(sys.modules)
@@ -133,3 +137,54 @@ def test_a_finished_run_says_so_without_the_heavy_libraries(recipe_file, tmp_pat
 def test_a_publication_is_outstanding_until_the_summary_records_it(recorded, outstanding):
     assert is_outstanding(Publish(repo_id="me/Llama-x"), recorded) == outstanding
     assert not is_outstanding(None, recorded)
+
+
+COMMAND = [sys.executable, "-m", "llava_llama31.trainer.cli"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["recipes"], 141),
+        (["recipes", "llama31-8b-card"], 141),
+        (["plan", "llama31-8b-card"], 141),
+        (["train", "--help"], 0),  # argparse ignores it
+    ],
+)
+def test_a_reader_that_leaves_is_no_fault(arguments, code):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*COMMAND, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_told(monkeypatch, capsys):
+    def breaks(options: object) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(cli.recipes, "run", breaks)
+    assert main(["recipes"]) == 2
+    assert capsys.readouterr().err == "error: a file: Broken pipe\n"
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli._COMMANDS)])
+def test_help_is_plain_ascii(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    assert capsys.readouterr().out.isascii()
+
+
+def test_what_the_locale_cannot_encode_is_escaped(data_folder, tmp_path):
+    predictions = tmp_path / "predictions.jsonl"
+    predictions.write_text('{"question_id": "Grüße", "answer": "x"}\n{"question_id": 1, "answer": "x"}\n')
+    command = [*COMMAND, "score", str(predictions), "--annotations", str(data_folder / "questions.jsonl")]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=ascii_only, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert r"not annotated: 1: Gr\xfc\xdfe" in done.stdout
+
+
+def test_rejects_in_a_folder_are_refused(data_folder, capsys):
+    assert main(["check-data", str(data_folder / "rows.json"), "--rejects", "."]) == 2
+    assert capsys.readouterr().err == "error: --rejects .: is a folder (fix: name a file of JSON lines in it)\n"

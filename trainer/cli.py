@@ -4,8 +4,10 @@ llava-llama31 train tiny
 """
 
 import argparse
+import io
 import logging
 import os
+import select
 import sys
 import traceback
 import warnings
@@ -31,6 +33,7 @@ from llava_llama31.trainer.errors import (
     EXIT_INTERRUPTED,
     EXIT_KEYBOARD,
     EXIT_MEMORY,
+    EXIT_UNREAD,
     EXIT_USER,
     EndedElsewhere,
     Interrupted,
@@ -39,6 +42,7 @@ from llava_llama31.trainer.errors import (
 from llava_llama31.trainer.redaction import SafeFormatter, say, shown
 
 
+_STDOUT = 1  # its file descriptor
 # what of a stopped command the next start goes on from; the others keep nothing
 _KEPT: dict[str, Callable[[argparse.Namespace], str]] = {
     "train": train.what_is_kept,
@@ -63,7 +67,19 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run one command, and return its exit code: 0, or one of docs/recipes.md."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an id or a path may not fit the locale's encoding
+    try:
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()  # here, and not as the interpreter ends, which would print a traceback
+    except BrokenPipeError:  # as with `| head`: no fault, and nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+        return EXIT_UNREAD
+
+
+def _run(given: list[str]) -> int:
     options = command_parser().parse_args(given)
     log = logging.StreamHandler()
     log.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
@@ -89,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _say("the host has no memory left (fix: give this process more)", EXIT_MEMORY, debug=options.debug)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise
         return _say(f"{error.filename or 'a file'}: {error.strerror or error}", EXIT_USER, debug=options.debug)
     except KeyboardInterrupt:
         say(_with_what_is_kept("stopped", options))
@@ -96,6 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:  # a fault of ours: Python's own traceback would show a secret that a message holds
         sys.stderr.write(shown(traceback.format_exc()))
         return EXIT_FAULT
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has gone: a broken pipe may also be one to another process."""
+    poll = select.poll()
+    poll.register(_STDOUT, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _with_what_is_kept(stopped: str, options: argparse.Namespace) -> str:

@@ -9,6 +9,7 @@ EXIT_MEMORY = 6
 EXIT_LOST = 7
 EXIT_UNPUBLISHED = 8
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_UNREAD = 141  # 128 + SIGPIPE: whoever read stdout has gone
 EXIT_KEYBOARD = 130  # 128 + SIGINT, as shells say
 
 

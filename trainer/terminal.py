@@ -22,6 +22,9 @@ from llava_llama31.trainer.redaction import plain, shown
 class _PlainConsole(Console):
     """Reads no string as markup or emoji code, and escapes the control characters in it, cells of tables included."""
 
+    def on_broken_pipe(self) -> None:
+        raise  # called while the error is handled; by itself rich would end the process here
+
     def render_str(
         self,
         text: str,

@@ -18,7 +18,9 @@ HELP = "check a model, upload it, check what was uploaded, and merge it"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN|FOLDER", help="a finished run, or an exported folder")
-    parser.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="a model made from Llama: OWNER/Llama…")
+    parser.add_argument(
+        "--repo-id", required=True, metavar="OWNER/NAME", help="a model made from Llama: OWNER/Llama..."
+    )
     parser.add_argument("--private", action="store_true", help="leave the repository private")
     parser.add_argument("--collection", metavar="SLUG", help="collection to put it into, as its address names it")
     parser.add_argument("--dry-run", action="store_true", help="check and show what would be done; write nothing")

@@ -15,7 +15,8 @@ def run(options: argparse.Namespace) -> int:
     from llava_llama31.trainer.recipes.loading import SHIPPED, load_recipe, read_recipe_text
 
     if options.copy:
-        sys.stdout.write(read_recipe_text(options.copy)[0])
+        sys.stdout.flush()
+        sys.stdout.buffer.write(read_recipe_text(options.copy)[0].encode())  # a copy, whatever the locale's encoding
     else:
         for name in SHIPPED:
             sys.stdout.write(f"{name:28}{load_recipe(name).description}\n")
