@@ -130,7 +130,7 @@ def test_tiles_and_features_that_do_not_fit_the_pictures_are_refused(dataset, ca
     for change in ({"has_features": [True, False, True]}, {"image_features": row["image_features"][1:]}):
         with pytest.raises(ValueError, match="tiles, but the 3 images need"):
             tiny_model(**row | change)
-    with pytest.raises(ValueError, match="for packed rows only"):
+    with pytest.raises(ValueError, match="only a packed row takes image_features"):
         tiny_model(input_ids=row["input_ids"], image_features=row["image_features"])
 
 
