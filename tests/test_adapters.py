@@ -65,6 +65,7 @@ def test_adapters_start_from_the_seed_alone(base_folder):
     assert narrow.abs().max() <= bound and narrow.std() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
+@pytest.mark.usefixtures("fast_bfloat16")
 def test_frozen_weights_under_adapters_are_bfloat16_and_merged_ones_are_exact(
     run_adapters, bfloat16_base, monkeypatch
 ):

@@ -233,6 +233,7 @@ def test_a_step_outside_autocast_is_noticed():
 
 
 @pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.usefixtures("fast_bfloat16")
 def test_bfloat16_keeps_frozen_weights_bit_by_bit(train, recipe_content, base_folder, tmp_path, rounded):
     start = tmp_path / "start"
     shutil.copytree(base_folder, start)
@@ -306,6 +307,7 @@ def test_the_last_loss_is_the_last_log_entry(train, recipe_content, capsys):
     assert (run / "export" / "README.md").read_text() == card
 
 
+@pytest.mark.usefixtures("fast_bfloat16")
 def test_a_stage_killed_between_its_last_checkpoint_and_its_end_is_finished(train, recipe_content):
     del recipe_content["evaluation"]
     for stage in recipe_content["stages"].values():

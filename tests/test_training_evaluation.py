@@ -58,6 +58,7 @@ def test_asking_leaves_training_as_it_was(recipe_path, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.usefixtures("fast_bfloat16")
 def test_questions_are_answered_in_bfloat16(recipe_path, recipe_content, base_folder, tmp_path, lora):
     """Frozen groups are in bfloat16 then, adapters and trained groups in float32."""
     start = tmp_path / "start"
