@@ -712,14 +712,15 @@ def test_two_images_under_one_image_id_are_refused_with_both_rows(tmp_path):
         load_questions(path)
 
 
-def test_embedded_images_under_one_image_id_are_compared(tmp_path):
+@pytest.mark.parametrize("as_bytes", [False, True], ids=["object", "plain bytes"])
+def test_embedded_images_under_one_image_id_are_compared(tmp_path, as_bytes):
     colours = {colour: io.BytesIO() for colour in ("red", "blue")}
     for colour, file in colours.items():
         Image.new("RGB", (4, 4), colour).save(file, "PNG")
     for second, is_same in (("red", True), ("blue", False)):
         rows = [
-            GOOD | {"question_id": n, "image": {"bytes": colours[colour].getvalue(), "path": None}}
-            for n, colour in enumerate(("red", second))
+            GOOD | {"question_id": n, "image": data if as_bytes else {"bytes": data, "path": None}}
+            for n, data in enumerate(colours[colour].getvalue() for colour in ("red", second))
         ]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "q.parquet")
         if is_same:

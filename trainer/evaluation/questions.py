@@ -279,6 +279,8 @@ def _is_same(image: ImageRef, other: ImageRef) -> bool:
 
 def _image_of(row: dict[str, Any], image_id: str, root: Path, where: str) -> ImageRef:
     image = row.get("image")
+    if isinstance(image, bytes):
+        return ImageRef(image_id, data=image)
     if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
         return ImageRef(image_id, data=image["bytes"])
     name = image.get("path") if isinstance(image, dict) else image
