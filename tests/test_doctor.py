@@ -87,7 +87,7 @@ CASES = [
         checks.check_processor,
         (CpuSpeed(2e9, 76e9, "x86_64, AVX2"), 0),
         "warning",
-        "on this CPU (x86_64, AVX2) bfloat16",
+        "on a core of this CPU (x86_64, AVX2) bfloat16",
     ),
     (checks.check_processor, (CpuSpeed(2e9, 76e9, "x86_64, AVX2"), 1), "ok", "(x86_64, AVX2)"),
     (checks.check_processor, (CpuSpeed(200e9, 76e9, "x86_64, AVX512"), 0), "ok", "200 GFLOP/s, float32 products 76"),

@@ -19,7 +19,7 @@ from llava_llama31.trainer.runs.precision import at_precision, settle_precision
 
 
 SLOW, FAST = CpuSpeed(2e9, 76e9, "x86_64, AVX2"), CpuSpeed(240e9, 76e9, "x86_64, AVX512, AVX512-BF16")
-SAID = "on this CPU (x86_64, AVX2) bfloat16 products reach 2 GFLOP/s, float32 products 76"
+SAID = "on a core of this CPU (x86_64, AVX2) bfloat16 products reach 2 GFLOP/s, float32 products 76"
 TIMED = """
 import json, time, torch
 from llava_llama31.trainer.costs.matrix_peak import measure_cpu_speed

@@ -348,8 +348,9 @@ def test_doors_give_the_same_logits_and_answers(exported):
 
 
 def double_logits(folder: Path) -> None:
-    end = "return output\n\n    def _forward_packed"
-    edit_text(folder, "modeling_llava_llama31.py", end, f"output.logits = 2 * output.logits\n        {end}")
+    call = "return super().forward(labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, **row, **more)"
+    twice = "output.logits = 2 * output.logits\n        return output"
+    edit_text(folder, "modeling_llava_llama31.py", call, f"{call.replace('return', 'output =')}\n        {twice}")
 
 
 @pytest.mark.slow

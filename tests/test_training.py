@@ -267,7 +267,7 @@ BAD = [
     (["no-such-recipe"], "no-such-recipe: there is no such recipe"),
     (["RECIPE", "--set", "stages.projector.lerning_rate=1"], "stages.projector.lerning_rate: unknown key"),
     (["RECIPE", "--set", "stages.projector.data.0.path=gone.json"], "gone.json"),
-    (["RECIPE", "--set", "model.checkpoint=nowhere"], "no folder 'nowhere'"),
+    (["RECIPE", "--set", "model.checkpoint=nowhere"], "nowhere does not exist"),
     (["RECIPE", "--set", "stages.projector.micro_batch=3"], "not a multiple of micro_batch 3"),
     (["RECIPE", "--set", "stages.projector.trainer_args={learning_rate: 1.0}"], "set learning_rate instead"),
     (["RECIPE", "--set", "stages.projector.trainer_args={optimm: adafactor}"], "did you mean optim?"),

@@ -78,7 +78,7 @@ def _seconds_of_product(
 
 @dataclass(frozen=True)
 class CpuSpeed:
-    """FLOP/s of small matrix products on this machine's CPU, and the instructions that they are made of."""
+    """FLOP/s of small matrix products on one core of this machine, and the instructions that they are made of."""
 
     bfloat16: float
     float32: float
@@ -86,22 +86,32 @@ class CpuSpeed:
 
     @property
     def is_slow_in_bfloat16(self) -> bool:
-        """Whether bfloat16 products are emulated: the CPU has no instructions for them."""
-        return self.bfloat16 < _SLOW * self.float32
+        """Whether bfloat16 products are emulated, on a CPU without instructions for them."""
+        has_instructions = any(name in self.instructions.split(", ") for name in _INSTRUCTIONS.values())
+        return not has_instructions and self.bfloat16 < _SLOW * self.float32
 
     def __str__(self) -> str:
         bfloat16, float32 = (f"{peak / 1e9:.0f}" for peak in (self.bfloat16, self.float32))
         return (
-            f"on this CPU ({self.instructions}) bfloat16 products reach {bfloat16} GFLOP/s, float32 products {float32}"
+            f"on a core of this CPU ({self.instructions}) bfloat16 products reach {bfloat16} GFLOP/s, "
+            f"float32 products {float32}"
         )
 
 
 def measure_cpu_speed() -> CpuSpeed:
-    """Measure both types in some tens of milliseconds; the best of a few readings, as other work disturbs them."""
-    bfloat16, float32 = (
-        max(measure_matrix_peak(dtype, "cpu", shapes=_TINY, seconds=0.005) for _ in range(3))
-        for dtype in (torch.bfloat16, torch.float32)
-    )
+    """Measure both types in some tens of milliseconds, per second of CPU time on one core: other work may be there."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        bfloat16, float32 = (
+            max(
+                measure_matrix_peak(dtype, "cpu", shapes=_TINY, seconds=0.005, clock=time.thread_time)
+                for _ in range(3)
+            )
+            for dtype in (torch.bfloat16, torch.float32)
+        )
+    finally:
+        torch.set_num_threads(num_threads)
     return CpuSpeed(bfloat16, float32, cpu_instructions())
 
 
