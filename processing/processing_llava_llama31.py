@@ -85,7 +85,7 @@ CHAT_TEMPLATE = """\
 
 _POST_PROCESSORS_THAT_ADD = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 
-# an assistant turn that is not learnt from has "weight": 0
+# an assistant turn that is not trained on has "weight": 0
 Message = dict  # {"role": str, "content": str | list[{"type": "image"} | {"type": "text", "text": str}]}
 
 
@@ -323,7 +323,7 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         tokenizer_config = Path(save_directory, "tokenizer_config.json")
         config = json.loads(tokenizer_config.read_text(encoding="utf-8"))
         config["processor_class"] = LlavaNextProcessor.__name__
-        # how the tokenizer was opened is no setting of it
+        # how the tokenizer was opened is not a setting of it
         for key in ("auto_map", "is_local", "local_files_only"):
             config.pop(key, None)
         # a tokenizer saves these only if they were given when it was made

@@ -103,7 +103,7 @@ def test_every_file_of_a_split_is_read(tmp_path, case):
         (["train-0", "train-test-mix"], "train", "train-test-mix.parquet names test and train, but train-0.parquet"),
         (["test-0"], "train", "there is no split 'train': the files' names say test"),
         (["chartqa"], "validation", "there is no split 'validation'"),
-        (["train-0"], "../train", "'../train' is no split"),
+        (["train-0"], "../train", "'../train' is not a split"),
     ],
 )
 def test_splits_that_are_not_clear_are_refused_by_name(tmp_path, names, split, message):

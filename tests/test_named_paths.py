@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.recipes.loading import load_recipe
 from llava_llama31.trainer.runs import base_model, origins
+from llava_llama31.trainer.runs.named_paths import missing_paths
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ MISSING = {
     "a tar": ("stages__instruct__data__0__path", "data/nosuch.TAR", "does not exist"),
     "image_root": ("stages__projector__data__0__image_root", "no/where", "does not exist"),
     "questions": ("evaluation__data", "data/nosuch.jsonl", "does not exist"),
-    "a pattern": ("evaluation__data", "data/validation-*", "there is no file"),
+    "a pattern": ("evaluation__data", "data/validation-*", "no file matches"),
     "their images": ("evaluation__image_root", "no/where/else", "does not exist"),
     "the checkpoint": ("model__checkpoint", "/no/base", "does not exist"),
     "weights": ("model__checkpoint", "some/model.safetensors", "does not exist"),
@@ -92,3 +94,11 @@ def test_what_the_demo_makes_itself_and_what_the_hub_has_is_not_missing(tmp_path
     assert main(["plan", "llama31-8b", "--json"]) == 0
     missing = json.loads(capsys.readouterr().out)["missing"]
     assert not any(key.startswith("model.") for key in missing) and "evaluation.data" in missing
+
+
+def test_the_parts_of_a_model_that_the_run_has_assembled_are_no_longer_needed(recipe, tmp_path):
+    path = recipe(model={"vision_tower": "/gone/tower", "language_model": "/gone/llama"})
+    loaded = load_recipe(path, output=tmp_path / "run")
+    assert list(missing_paths(loaded, tmp_path / "run")) == ["model.vision_tower", "model.language_model"]
+    (tmp_path / "run/base").mkdir(parents=True)
+    assert missing_paths(loaded, tmp_path / "run") == {}

@@ -508,7 +508,7 @@ def test_base64_without_data_is_named(read, format):
     part = {"type": "image", "image": bare}
     store = read({"image": bare} | ASKED, {"messages": chat([part], "a")}, {"image_url": bare} | ASKED)
     for row in range(3):
-        with pytest.raises(RecordError, match="base64 text is no path") as caught:
+        with pytest.raises(RecordError, match="base64 text is not a path") as caught:
             store[row]
         assert caught.value.reason == "invalid_image_path" and len(str(caught.value)) < 200
     assert read({"image": f"data:image/png;base64,{bare}"} | ASKED)[0].images[0].size() == (10, 20)

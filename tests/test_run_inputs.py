@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -20,7 +21,11 @@ def project(tmp_path, recipe_content, data_folder, base_folder):
     folder = tmp_path / "project"
     shutil.copytree(data_folder, folder / "data")
     shutil.copytree(base_folder, folder / "base")
-    del recipe_content["evaluation"], recipe_content["stages"]["projector"]
+    del recipe_content["stages"]["projector"]
+    rows = [json.loads(line) for line in (folder / "data/questions.jsonl").read_text().splitlines()]
+    for number, half in enumerate((rows[:3], rows[3:])):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(half), folder / f"data/val-0000{number}.parquet")
+    recipe_content["evaluation"]["baselines"] = False
     place(recipe_content, folder)
     return folder
 
@@ -28,6 +33,7 @@ def project(tmp_path, recipe_content, data_folder, base_folder):
 def place(content: dict, folder: Path) -> None:
     content["model"]["checkpoint"] = str(folder / "base")
     content["stages"]["instruct"]["data"][0]["path"] = str(folder / "data/rows.json")
+    content["evaluation"] |= {"data": str(folder / "data/val-*"), "image_root": str(folder / "data")}
 
 
 @pytest.fixture
@@ -47,6 +53,7 @@ def stop_at_step_2(run: Path) -> None:
     for step in (4, 6):
         shutil.rmtree(stage / f"checkpoint-{step}", ignore_errors=True)
     (run / "summary.json").unlink()
+    shutil.rmtree(run / "evaluation")
 
 
 @pytest.fixture
@@ -79,16 +86,24 @@ def other_template(project: Path) -> None:
         file.write("\n")
 
 
+def other_questions(project: Path) -> None:
+    shutil.copyfile(project / "data/val-00000.parquet", project / "data/val-00001.parquet")
+
+
 CHANGES = {
     other_rows: "stages.instruct.data.rows (files: ",
     other_image: "stages.instruct.data.rows (images: ",
     other_weights: "model (weights: ",
     other_template: "model (settings: ",
+    other_questions: "evaluation.data (files: ",
 }
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("record", ["the run's folder", "the checkpoint"])
+@pytest.mark.parametrize(
+    ("change", "record"),
+    [(change, "the run's folder") for change in CHANGES]
+    + [(change, "the checkpoint") for change in CHANGES if change is not other_questions],
+)
 def test_a_resume_on_other_contents_is_refused_with_both(project, stopped, train, capsys, change, record):
     if record == "the checkpoint":
         (stopped / "inputs.json").unlink()

@@ -118,7 +118,7 @@ def encoded(kind: str, colour: str = "red") -> bytes:
 )
 def test_an_image_of_any_name_is_an_image(tmp_path, name, kind, turn):
     record = {"messages": [{"role": "user", "content": turn}, {"role": "assistant", "content": "Red"}]}
-    store = records_of(pack(tmp_path / "a.tar", {"0.json": record, name: encoded(kind), "0.txt": b"BM is no image"}))
+    store = records_of(pack(tmp_path / "a.tar", {"0.json": record, name: encoded(kind), "0.txt": b"BM, not an image"}))
     assert [image.size() for image in store[0].images] == [(4, 6)]
     assert store[0].messages[0]["content"][0] == {"type": "image"}
 

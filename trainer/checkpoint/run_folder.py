@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipes.schema import CHANGEABLE, Recipe
+from llava_llama31.trainer.recipes.schema import CHANGEABLE, MODEL_PARTS, Recipe
 
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ _FINAL = "final"
 _UNTRAINED = ("description", "device_watts", "hub_id")
 _PLACES = re.compile(
     r"stages\.[^.]+\.(init_from|data\.\d+\.(path|image_root))|evaluation\.(data|image_root)"
-    r"|model\.(checkpoint|vision_tower|language_model|projector)"
+    rf"|model\.({'|'.join(MODEL_PARTS)})"
 )
 _NOTHING = re.compile(r"(?!)")
 

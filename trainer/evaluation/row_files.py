@@ -111,7 +111,7 @@ def parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
-    for file in _parquet_files(path):
+    for file in question_files(path):
         try:
             table = pyarrow.parquet.ParquetFile(file)
             number = 0
@@ -125,8 +125,12 @@ def parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
             raise UserError(f"cannot be read: {error}", where=str(file), fix="download it again") from error
 
 
-def _parquet_files(path: Path) -> list[Path]:
-    """The file itself, or the shards of one split: all that are in a folder, or that a pattern with `*` names."""
+def question_files(path: Path) -> list[Path]:
+    """The file itself, or the parquet shards of one split: all in a folder, or those that a pattern with `*` names.
+
+    Raises:
+        UserError: there are none, or they are not one whole split.
+    """
     if path.is_file():
         return [path]
     if path.is_dir():

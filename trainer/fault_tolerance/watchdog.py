@@ -19,7 +19,7 @@ from llava_llama31.trainer.redaction import say
 
 # time for a data worker to write its stack before the next one writes its own
 _TURN_SECONDS = 0.3
-# exit codes of a worker that is not lost; 255: its fork server is gone, and it may go on without that
+# exit codes of a worker that is not lost; 255: its fork server is gone, and it may run without it
 _NORMAL = (0, 255)
 # time for other processes to read why this one ends
 _GRACE_SECONDS = 2.0
@@ -28,7 +28,7 @@ _GRACE_SECONDS = 2.0
 class WorkerContext(ForkServerContext):
     """Starts data workers by the fork server and keeps hold of them.
 
-    `multiprocessing.active_children()` forgets a process that has ended, so whoever looks at intervals does not see a
+    `multiprocessing.active_children()` forgets a process that has ended, so a periodic look misses a
     worker that lived only between two looks.
     """
 
@@ -83,11 +83,13 @@ class Watchdog:
                 what = f"rank {rank} has made no progress for {self.seconds:g} s; it was {self._doing}"
                 fix = f"see the stacks below, or raise {self.where}.step_timeout"
                 self._end(Hang(what, where=self.where, fix=fix))
-            for worker in self._ended_workers():
-                # not while this process ends: it stops the watch and kills its workers itself; and only after the
-                # main thread has read the exit code of one that it has told to end, for it can be read once
-                if not self._stopped.wait(1.0) and worker.exitcode not in _NORMAL:
-                    self._end(self._lost(worker))
+            ended = self._ended_workers()
+            # not while this process ends: it stops the watch and kills its workers itself; and only after the main
+            # thread has read the exit codes of those that it has ended, for a code can be read once
+            if ended and not self._stopped.wait(1.0):
+                for worker in ended:
+                    if worker.exitcode not in _NORMAL:
+                        self._end(self._lost(worker))
 
     def _ended_workers(self) -> list[ForkServerProcess]:
         """Those that have ended since the last look."""

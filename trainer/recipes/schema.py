@@ -30,6 +30,9 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+# keys of `model` that name a checkpoint
+MODEL_PARTS = ("checkpoint", "vision_tower", "language_model", "projector")
+
 # former spellings of keys, in recipes and in the runs that began with them
 FORMER_KEYS = {"licence": "license", "vision_tower_licence": "vision_tower_license"}
 

@@ -10,13 +10,14 @@ from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.data.check.cache import file_signature
 from llava_llama31.trainer.data.check.report import DataReport
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.row_files import question_files
+from llava_llama31.trainer.recipes.schema import MODEL_PARTS
 from llava_llama31.trainer.runs.base_model import base_of
 from llava_llama31.trainer.runs.context import RunContext
 
 
 Inputs = dict[str, dict[str, str]]
 
-_PARTS = ("checkpoint", "vision_tower", "language_model", "projector")
 _WEIGHTS = (".safetensors", ".bin")
 
 
@@ -41,17 +42,16 @@ def run_inputs(run: RunContext, reports: Mapping[str, DataReport]) -> Inputs:
     """
     recipe = run.recipe
     inputs: Inputs = {"model": checkpoint_digests(base_of(recipe, run.folder))}
-    named = {f"model.{part}": getattr(recipe.model, part) for part in _PARTS}
+    named = {f"model.{part}": getattr(recipe.model, part) for part in MODEL_PARTS}
     named |= {f"stages.{name}.init_from": stage.init_from for name, stage in recipe.stages.items()}
     for key, value in named.items():
         if value not in (None, "previous"):
-            inputs[key] = {"name": value} | (checkpoint_digests(Path(value)) if Path(value).exists() else {})
+            path = Path(value).expanduser()
+            inputs[key] = {"name": value} | (checkpoint_digests(path) if path.exists() else {})
     for name, report in reports.items():
         inputs |= {f"stages.{name}.data.{found.name}": dict(found.content) for found in report.sources}
     if recipe.evaluation is not None:
-        path = Path(recipe.evaluation.data)
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        inputs["evaluation.data"] = {"files": _digest(files)}
+        inputs["evaluation.data"] = {"files": _digest(question_files(Path(recipe.evaluation.data)))}
     return inputs
 
 

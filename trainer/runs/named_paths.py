@@ -9,10 +9,7 @@ from llava_llama31.trainer.data.sources.dataset_rows import DatasetId
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.locating import hub_id
 from llava_llama31.trainer.recipes.deepspeed_files import deepspeed_file
-from llava_llama31.trainer.recipes.schema import Evaluation, Recipe, Stage
-
-
-_PARTS = ("checkpoint", "vision_tower", "language_model", "projector")
+from llava_llama31.trainer.recipes.schema import MODEL_PARTS, Evaluation, Recipe, Stage
 
 
 def check_paths(recipe: Recipe, output: Path) -> None:
@@ -33,11 +30,15 @@ def check_paths(recipe: Recipe, output: Path) -> None:
 def missing_paths(recipe: Recipe, output: Path) -> dict[str, str]:
     """What a recipe names and is not on this machine: what is missing, by the key in the recipe.
 
-    A Hub id is not asked for, and what the run prepares itself is not missing.
+    A Hub id is not asked for. What the run prepares itself is not missing, nor are the parts of a model that it has
+    assembled already.
     """
-    prepared = RunFolder(output).prepared.absolute()
+    folder = RunFolder(output)
+    prepared = folder.prepared.absolute()
     found = {}
     for where, what, path in _missing(recipe):
+        if where.startswith("model.") and folder.base.exists():
+            continue
         if recipe.prepare != "tiny" or prepared not in path.parents:
             found[where] = what
     return found
@@ -45,7 +46,7 @@ def missing_paths(recipe: Recipe, output: Path) -> dict[str, str]:
 
 def _missing(recipe: Recipe) -> Iterator[tuple[str, str, Path]]:
     """(key, what is wrong, absolute path) of everything that is not there."""
-    named = [(f"model.{part}", getattr(recipe.model, part)) for part in _PARTS]
+    named = [(f"model.{part}", getattr(recipe.model, part)) for part in MODEL_PARTS]
     named += [(f"stages.{name}.init_from", stage.init_from) for name, stage in recipe.stages.items()]
     for where, checkpoint in named:
         if checkpoint in (None, "previous") or hub_id(checkpoint) is not None:
@@ -77,7 +78,7 @@ def _missing_of_evaluation(spec: Evaluation) -> Iterator[tuple[str, str, Path]]:
     if "*" in path.name and not path.exists():
         names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         if not any(matches(name, path.name) for name in names):
-            yield "evaluation.data", f"there is no file {path}", path
+            yield "evaluation.data", f"no file matches {path}", path
     elif not path.exists():
         yield "evaluation.data", f"{path} does not exist", path
     yield from _missing_root(spec.image_root, "evaluation.image_root")

@@ -8,12 +8,11 @@ from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.data.sources.dataset_rows import DatasetId
 from llava_llama31.trainer.model.locating import hub_id, local_checkpoint
-from llava_llama31.trainer.recipes.schema import DataSource, Recipe
+from llava_llama31.trainer.recipes.schema import MODEL_PARTS, DataSource, Recipe
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DATASETS = "datasets/"  # before the ids of data sets, which may be those of models too
-_PARTS = ("checkpoint", "vision_tower", "language_model", "projector")
 
 
 def resolve_revisions(recipe: Recipe, folder: RunFolder, say: Callable[[str], None]) -> dict[str, str]:
@@ -61,7 +60,7 @@ def _datasets(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _checkpoints(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key in the recipe, Hub id) of every checkpoint that is not a folder of this machine."""
-    named: list[tuple[str, Any]] = [(f"model.{part}", getattr(recipe.model, part)) for part in _PARTS]
+    named: list[tuple[str, Any]] = [(f"model.{part}", getattr(recipe.model, part)) for part in MODEL_PARTS]
     named += [(f"stages.{name}.init_from", stage.init_from) for name, stage in recipe.stages.items()]
     for where, name in named:
         if name is not None and hub_id(name) is not None:
@@ -94,7 +93,7 @@ def at_revisions(recipe: Recipe, revisions: dict[str, str]) -> Recipe:
         dataset, revision = DatasetId.parse(source.path), revisions.get(_DATASETS + source.path)
         return source.model_copy(update={"path": dataset.at(revision)}) if dataset and revision else source
 
-    model = recipe.model.model_copy(update={part: pin(getattr(recipe.model, part)) for part in _PARTS})
+    model = recipe.model.model_copy(update={part: pin(getattr(recipe.model, part)) for part in MODEL_PARTS})
     stages = {
         name: stage.model_copy(
             update={"init_from": pin(stage.init_from), "data": [pin_source(source) for source in stage.data]}

@@ -20,14 +20,14 @@ def settle_precision(
     say: Callable[[str], None],
     measure: Callable[[], CpuSpeed] = measure_cpu_speed,
 ) -> dict[str, str]:
-    """The precision of every stage: the one that the run began with, wherever it goes on. For rank 0 alone.
+    """The precision of every stage: the one that the run began with, also after a resume. For rank 0 alone.
 
-    At the begin a stage without `precision` gets float32 if this CPU is slow in bfloat16. What is settled is written
-    into the run's folder.
+    When a run begins, a stage without `precision` gets float32 if this CPU is slow in bfloat16. The choice is
+    written to the run's folder.
 
     Args:
         on_cpu: whether the stages train on this machine's CPU.
-        say: is told, in one line, what was chosen and why.
+        say: prints one line on what was chosen and why.
         measure: measures this CPU, where that matters.
 
     Raises:

@@ -19,7 +19,7 @@ class Lengths:
 
     Args:
         num_tokens: of the whole sample.
-        num_supervised_tokens: of those that are learnt from.
+        num_supervised_tokens: of those that are trained on.
         num_prefix_tokens: up to the end of its images, which samples of equal `prefixes` may share.
         prefixes: equal for samples that begin with the same turns and images; 0: nothing to share.
     """

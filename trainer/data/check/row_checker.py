@@ -201,7 +201,7 @@ class RowChecker:
         if longest_text is not None and num_text > longest_text:
             return RecordError("too_long", f"{num_text} text tokens; at most {longest_text}")
         if not num_supervised:
-            return RecordError("no_supervised_token", "no token of the record is learnt from")
+            return RecordError("no_supervised_token", "no token of the record is trained on")
         return counts
 
     def _reject(self, found: Findings, row: int, error: RecordError) -> None:

@@ -54,12 +54,12 @@ class _Reading:
     Args:
         sources: of the images, in order of their places: None is the column's next.
         not_read: fields, by their places in the record.
-        num_learnt: assistant turns that are learnt from.
+        num_supervised_turns: assistant turns that are trained on.
     """
 
     sources: list[object] = field(default_factory=list)
     not_read: set[str] = field(default_factory=set)
-    num_learnt: int = 0
+    num_supervised_turns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Record:
         images: in the order of their places in the messages.
         messages: `{"role", "content"}` with role system, user or assistant and content a list of
             `{"type": "image"}` and `{"type": "text", "text": str}`; user and assistant alternate, and an assistant
-            turn with text ends them. An assistant turn that is not learnt from has `"weight": 0`.
+            turn with text ends them. An assistant turn that is not trained on has `"weight": 0`.
         not_read: fields that nothing was made of, such as `license` or `messages[].name`.
     """
 
@@ -85,7 +85,7 @@ class Record:
         """16 bytes that are equal for records with the same images (path or bytes) and the same conversation."""
         pieces = [image.key() for image in self.images]
         for message in self.messages:
-            pieces.append(message["role"] if message.get("weight", 1) else "not learnt from")
+            pieces.append(message["role"] if message.get("weight", 1) else "not trained on")
             # no text holds the marker itself
             pieces += [part.get("text", IMAGE_MARKER) for part in message["content"]]
         return blake2b(repr(pieces).encode(), digest_size=16).digest()
@@ -130,7 +130,7 @@ class Converter:
             if first_user:
                 first_user["content"][:0] = [{"type": "image"} for _ in column]
                 reading.sources = [None] * len(column)
-        _check_turns(messages, reading.num_learnt)
+        _check_turns(messages, reading.num_supervised_turns)
         if others:
             fields.refuse_boxes(others, (part.get("text", "") for turn in messages for part in turn["content"]))
         images = tuple(self._image(given) for given in _in_place(reading.sources, column))
@@ -173,7 +173,7 @@ class Converter:
         message = {"role": role, "content": parts}
         if not is_learnt:
             return message | {"weight": 0}
-        reading.num_learnt += role == "assistant"
+        reading.num_supervised_turns += role == "assistant"
         return message
 
     def _text_parts(self, text: str, reading: _Reading) -> list[dict]:
@@ -383,7 +383,7 @@ _TURNS: dict[DataFormat, Callable[[dict], list[Turn]]] = {
 }
 
 
-def _check_turns(messages: list[dict], num_learnt: int) -> None:
+def _check_turns(messages: list[dict], num_supervised_turns: int) -> None:
     roles = [message["role"] for message in messages]
     talk = roles[1:] if roles[:1] == ["system"] else roles
     if "assistant" not in talk:
@@ -394,7 +394,7 @@ def _check_turns(messages: list[dict], num_learnt: int) -> None:
         raise RecordError("non_alternating_turns", f"turn {turn + 1} is the {talk[turn]}'s")
     if talk[-1] != "assistant":
         raise RecordError("non_alternating_turns", "the last question has no answer")
-    if not num_learnt:
+    if not num_supervised_turns:
         raise RecordError("no_supervised_token", "every assistant turn has weight 0")
     for number, message in enumerate(messages):
         if message["role"] != "system" and not _says_something(message["content"]):

@@ -111,7 +111,7 @@ def parquet_splits(path: Path, asked: str) -> dict[str, list[Path]]:
     """
     names = dict.fromkeys(re.sub(r"\[.*?\]", "", asked).split("+"))
     if not all(_SPLIT.fullmatch(name) for name in names):
-        raise UserError(f"{asked!r} is no split", where=str(path), fix="name one in `split`, such as train")
+        raise UserError(f"{asked!r} is not a split", where=str(path), fix="name one in `split`, such as train")
     found = data_files_at(path)
     files = found.files if found is not None else []
     chosen = {name: files if path.is_file() else _of_split(path, files, name) for name in names}
@@ -226,7 +226,7 @@ def _check_entry(file: Path) -> None:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """(folder, name) of all entries that are no folders, through links to folders too, each folder once."""
+    """(folder, name) of all entries that are not folders, through links to folders too, each folder once."""
     seen: set[str] = set()
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_folder):
         real = os.path.realpath(parent)

@@ -103,7 +103,7 @@ def _parquet_dataset(path: Path, split: str) -> Any:
         for name, files in filled.items()
         if files
     }
-    if split == "all":  # which is no name of a split to `datasets`
+    if split == "all":  # which `datasets` does not take as the name of a split
         data_files = {"train": data_files["all"]}
     asked = "train" if split == "all" else _without(split, filled)
     try:

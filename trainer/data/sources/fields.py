@@ -1,4 +1,4 @@
-"""Fields of records, turns and parts that are no text: honoured, refused by a reason, or named as not read."""
+"""Fields of records, turns and parts other than text: honoured, refused by a reason, or named as not read."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -98,7 +98,7 @@ def not_read(fields: Mapping[str, object]) -> Iterator[str]:
 
 
 def turn_weight(fields: Mapping[str, object], role: str) -> tuple[bool, list[str]]:
-    """Whether an assistant turn is learnt from, and the names of the turn's fields that are not read.
+    """Whether an assistant turn is trained on, and the names of the turn's fields that are not read.
 
     Args:
         fields: of the turn, beside its role and its content.

@@ -193,7 +193,7 @@ def image_at(name: str, root: Path, max_pixels: int = MAX_PIXELS) -> ImageRef:
     if name[:5].lower() == "data:":
         return ImageRef("data: URI", data=_decoded(name), max_pixels=max_pixels)
     if holds_base64_image(name):
-        what = "base64 text is no path: put `data:image/TYPE;base64,` before it"
+        what = "base64 text is not a path: put `data:image/TYPE;base64,` before it"
         raise RecordError("invalid_image_path", what, f"{name[:20]}...")
     if _URL.match(name):
         raise RecordError("image_url", "URLs are not fetched: download the image and name its path", name)
