@@ -327,6 +327,20 @@ def test_peak_is_the_best_shape_by_the_clock_that_is_given():
     assert measure_matrix_peak(torch.float32, "cpu", shapes=shapes, seconds=1e-3) > 0
 
 
+def test_a_busy_machine_does_not_hide_the_large_shapes(monkeypatch):
+    """Small products that wait for the scheduler do not say how fast the others are."""
+    now, calls = 0.0, 0
+
+    def product(left, right, out):
+        nonlocal now, calls
+        calls += 1
+        waits = left.shape[0] == 256 and calls != 4
+        now += 8e-3 if waits else 2 * left.shape[0] * left.shape[1] * right.shape[1] / 160e9
+
+    monkeypatch.setattr(torch, "mm", product)
+    assert measure_matrix_peak(torch.float32, "cpu", clock=lambda: now) == pytest.approx(160e9)
+
+
 def test_measuring_a_peak_takes_a_moment_where_products_are_slow(monkeypatch):
     """As bfloat16's on a CPU without instructions for it: 1.3 GFLOP/s."""
     now, products = 0.0, []
