@@ -85,6 +85,8 @@ def _run(given: list[str]) -> int:
     log.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[log])
     warnings.filterwarnings("ignore", module="PIL")  # one a metadata tag: a hostile image has thousands
+    # DeepSpeed's calls of former names, several lines a step; its users can't change them
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after the tokenizer was used
     # read at torch's first allocation: huge pages, without which a CPU spends a tenth of a step on page faults
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

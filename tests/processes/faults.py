@@ -28,8 +28,9 @@ def crash(kind: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "hang":
         time.sleep(1000)
-    if kind == "full":  # as a disk: whatever is written from now on has no room
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    if kind == "full":  # as a disk: what is written from now on has no room, but for the output, which may be a file
+        limit = 20_000 + os.fstat(sys.stderr.fileno()).st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         return
     if kind == "memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")

@@ -133,8 +133,9 @@ class Peers:
         _ignore_launcher()
         lost, first = None, False
         try:
-            lost = self._awaited_reason() if isinstance(error, (RuntimeError, Interrupted)) else None
-            first = self.report(_exit_code(lost or error), str(lost or error))
+            if self._known is None:  # else the store may be gone, and a call would print its whole stack
+                lost = self._awaited_reason() if isinstance(error, (RuntimeError, Interrupted)) else None
+                first = self.report(_exit_code(lost or error), str(lost or error))
             self._part(_GRACE_SECONDS)
         except dist.DistError:  # the store ended with its process
             if self._known is None:
