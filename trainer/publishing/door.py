@@ -1,18 +1,23 @@
 """Opens a model as a stranger would and records its answers: run by path, in a separate process.
 
     python door.py download REPO REVISION
-    python door.py stock|remote MODEL REVISION LOGITS.safetensors
-    python door.py snippet CODE.py
+    python door.py open MODEL REVISION FOLDER [CODE.py]
 
-It imports nothing of this package; the last line of its output is one JSON object. `stock` opens the model with
-Transformers' own classes and none of the folder's code, `remote` with `trust_remote_code=True`. Logits, (1, tokens,
-vocabulary) in float32 on the CPU, go into the safetensors file. `snippet` runs the code of a card next to a `sign.png`
-and records what it prints.
+It imports nothing of this package; the last line of its output is one JSON object. `open` imports torch and
+Transformers once and forks a process for each door: `stock` opens the model with Transformers' own classes and none of
+the folder's code, `remote` with `trust_remote_code=True`. Logits, (1, tokens, vocabulary) in float32 on the CPU, go
+into FOLDER/DOOR.safetensors. `snippet`, if there is CODE.py, runs the code of a card next to a `sign.png` and records
+what it prints.
 """
 
 import hashlib
 import json
+import os
 import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 
@@ -104,13 +109,42 @@ def _inputs(processor: Any, question: str, number: int) -> Any:
     )
 
 
+def open_all(model_id: str, revision: str, folder: str, code_file: str = "") -> dict[str, Any]:
+    """What each process found; of one that failed, the last line of its error, and nothing of those after it."""
+    import torch  # noqa: F401  # before the forks, which then share it
+    from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextForConditionalGeneration  # noqa: F401
+
+    jobs: dict[str, Callable[[], dict[str, Any]]] = {}
+    for door in ("stock", "remote"):
+        jobs[door] = partial(open_door, door, model_id, revision, f"{folder}/{door}.safetensors")
+    if code_file:
+        jobs["snippet"] = partial(run_snippet, code_file)
+    results: dict[str, Any] = {}
+    for name, job in jobs.items():
+        results[name] = _forked(job, Path(folder, f"{name}.json"))
+        if "error" in results[name]:
+            break
+    return results
+
+
+def _forked(job: Callable[[], dict[str, Any]], file: Path) -> dict[str, Any]:
+    """Run a job in a fork; its result comes back by the file."""
+    child = os.fork()
+    if child == 0:
+        try:
+            result = job() | {"imports_our_package": "llava_llama31" in sys.modules}
+        except BaseException as error:
+            result = {"error": traceback.format_exception_only(error)[-1].strip().splitlines()[-1]}
+        file.write_text(json.dumps(result))
+        sys.stdout.flush()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return json.loads(file.read_text()) if status == 0 else {"error": "it was killed"}
+
+
 def main(arguments: list[str]) -> None:
     kind, *rest = arguments
-    if kind == "download":
-        result = download(*rest)
-    else:
-        result = run_snippet(*rest) if kind == "snippet" else open_door(kind, *rest)
-    result["imports_our_package"] = "llava_llama31" in sys.modules
+    result = download(*rest) if kind == "download" else open_all(*rest)
     sys.stdout.write(f"\n{json.dumps(result)}\n")
 
 

@@ -59,23 +59,32 @@ def fetch(repo_id: str, revision: str, cache: Path) -> Path:
     return Path(result["folder"])
 
 
-def open_doors(model: str | Path, cache: Path, *, revision: str = "") -> Doors:
+def open_doors(model: str | Path, cache: Path, *, revision: str = "", snippet_of: Path | None = None) -> Doors:
     """Open a folder, or a revision that `fetch` downloaded into `cache`, through both doors.
 
+    Args:
+        snippet_of: the downloaded folder on which to run the card's code too.
+
     Raises:
-        DoorError: a door does not open, the logits are not finite or differ, or the answers differ.
+        DoorError: a door does not open, the logits are not finite or differ, or the answers differ; or the card's
+            code fails, or prints different texts.
     """
     from safetensors.numpy import load_file
 
-    results, logits = {}, {}
+    code = cache / "snippet.py"
+    if snippet_of is not None:
+        code.write_text(usage_snippet(str(snippet_of)), encoding="utf-8")
+    asked = ["open", str(model), revision, str(cache), *([str(code)] if snippet_of is not None else [])]
+    results = _run(asked, cache, online=False)
+    for door, result in results.items():
+        where = "the card's code" if door == "snippet" else f"{door} door"
+        if "error" in result:
+            raise DoorError(f"does not open in a clean process: {result['error']}", where=where)
+        if result["imports_our_package"]:
+            raise DoorError("the folder's code imports llava_llama31, which others do not have", where=where)
+    logits = {door: load_file(cache / f"{door}.safetensors")["logits"] for door in DOORS}
     for door in DOORS:
-        file = cache / f"{door}.safetensors"
-        results[door] = _run([door, str(model), revision, str(file)], cache, online=False)
-        logits[door] = load_file(file)["logits"]
-    for door, answer in results.items():
-        if answer["imports_our_package"]:
-            raise DoorError("the folder's code imports llava_llama31, which others do not have", where=f"{door} door")
-        if not answer["finite"]:
+        if not results[door]["finite"]:
             fix = "check the losses of the last stage; nothing was published"
             raise DoorError("the logits are NaN or infinite", where=f"{door} door", fix=fix)
     stock, remote = (results[door] for door in DOORS)
@@ -89,21 +98,10 @@ def open_doors(model: str | Path, cache: Path, *, revision: str = "") -> Doors:
         )
     if stock["samples"] != remote["samples"]:
         raise DoorError("the answers through both doors differ although the logits agree", where=str(model))
-    return Doors(stock["logits_sha256"], stock["samples"])
-
-
-def run_snippet(folder: Path, cache: Path) -> str:
-    """Run the card's code on a downloaded folder; returns the text that it prints each time.
-
-    Raises:
-        DoorError: it fails, or prints different texts.
-    """
-    code = cache / "snippet.py"
-    code.write_text(usage_snippet(str(folder)), encoding="utf-8")
-    texts = _run(["snippet", str(code)], cache, online=False)["texts"]
+    texts = results["snippet"]["texts"] if snippet_of is not None else [None]
     if len(set(texts)) != 1:
-        raise DoorError(f"the code on the card prints different texts: {texts}", where=str(folder))
-    return texts[0]
+        raise DoorError(f"the code on the card prints different texts: {texts}", where=str(snippet_of))
+    return Doors(stock["logits_sha256"], stock["samples"], texts[0])
 
 
 def _run(arguments: list[str], cache: Path, *, online: bool) -> dict[str, Any]:
@@ -133,8 +131,7 @@ def _run(arguments: list[str], cache: Path, *, online: bool) -> dict[str, Any]:
         last = (done.stderr.strip() or "it was killed").splitlines()[-1]
         if online:
             raise DownloadError(last, None)
-        where = "the card's code" if arguments[0] == "snippet" else f"{arguments[0]} door"
-        raise DoorError(f"does not open in a clean process: {last}", where=where)
+        raise DoorError(f"no clean process could be started: {last}", where="doors")
     return json.loads(done.stdout.splitlines()[-1])
 
 

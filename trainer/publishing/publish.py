@@ -8,7 +8,6 @@ contain a hash of all names and contents.
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from huggingface_hub.hf_api import ModelInfo, RepoFile
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.publishing.contents import CARD, GateFinding
-from llava_llama31.trainer.publishing.doors import Doors, empty_cache, fetch, open_doors, run_snippet
+from llava_llama31.trainer.publishing.doors import Doors, empty_cache, fetch, open_doors
 from llava_llama31.trainer.publishing.gate import RULES, check_folder
 from llava_llama31.trainer.publishing.hub_calls import attempt
 from llava_llama31.trainer.publishing.release import REMOTE_ONLY, Release
@@ -50,8 +49,7 @@ def doors_of_revision(release: Release, revision: str) -> Doors:
             check_folder(folder, release.name, links_within=folder.parents[1]),
             where=f"{release.repo_id}@{revision[:8]}",
         )
-        doors = open_doors(release.repo_id, cache, revision=revision)
-        return replace(doors, snippet=run_snippet(folder, cache))
+        return open_doors(release.repo_id, cache, revision=revision, snippet_of=folder)
 
 
 def refuse(findings: Sequence[GateFinding], *, where: str) -> None:
