@@ -1,6 +1,6 @@
 """Measures the host's cost of a training sample, part by part: read, decode, tile, tokenise, collate.
 
-    OMP_NUM_THREADS=1 python benchmarks/data_wait.py [--pictures 40] [--rounds 5]
+    OMP_NUM_THREADS=1 python benchmarks/data_wait.py [--images 40] [--rounds 5]
 
 Makes JPEGs of 640 x 480 and LLaVA records about them (two conversations per image, about 160 tokens of text each) in a
 temporary folder, and feeds rows through training's own data set and collator: anyres tiles of 336 px in bfloat16,
@@ -134,13 +134,13 @@ def filled_cache(folder: Path, store: RecordStore, processor: LlavaLlama31Proces
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pictures", type=int, default=40)
+    parser.add_argument("--images", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        processor = make_processor(write_data(folder, args.pictures))
+        processor = make_processor(write_data(folder, args.images))
         store = open_records(DataSource(name="rows", path=str(folder / "rows.json")))
         rows = [(0, row) for row in range(len(store))]
         plain = StageDataset([store], rows, processor, DTYPE)

@@ -58,15 +58,15 @@ def make_question(number, text="what is it?", answers=("stop",) * 10, image_id="
 
 
 @pytest.fixture(scope="module")
-def picture(make_image):
+def image(make_image):
     return ImageRef("p0", data=encoded(make_image(30, 40)))
 
 
 @pytest.fixture(scope="module")
 def evaluation(make_image):
     """(questions, rows) with one question for each thing that can be said of an answer."""
-    pictures = {name: ImageRef(name, data=encoded(make_image(30, 40, seed=i))) for i, name in enumerate("ab")}
-    pictures["cut"] = ImageRef("cut", data=pictures["a"].data[:400])
+    images = {name: ImageRef(name, data=encoded(make_image(30, 40, seed=i))) for i, name in enumerate("ab")}
+    images["cut"] = ImageRef("cut", data=images["a"].data[:400])
     asked = [
         (1, "a", "right?", ["stop"] * 10),
         (2, "a", "the wrong one?", ["stop"] * 10),
@@ -77,7 +77,7 @@ def evaluation(make_image):
         (7, "a", "missing?", ["stop"] * 10),
         (2**60 + 1, "b", "which?", ["no"] * 10),
     ]
-    questions = [make_question(id_, text, answers, key, pictures[key]) for id_, key, text, answers in asked]
+    questions = [make_question(id_, text, answers, key, images[key]) for id_, key, text, answers in asked]
     rows = [
         {"question_id": 4, "answer": "8."},
         {"question_id": 1, "answer": "Stop."},
@@ -129,7 +129,7 @@ def test_the_file_holds_what_was_asked_answered_and_scored(evaluation, tmp_path)
     for question in questions:
         entry = entries[str(question.question_id)]
         assert entry["question"] == question.question
-        assert data["pictures"][entry["picture"]]["id"] == question.image_id
+        assert data["images"][entry["image"]]["id"] == question.image_id
         assert sorted(a["text"] for a in entry["answers"] for _ in range(a["count"])) == sorted(question.answers)
         counts = [answer["count"] for answer in entry["answers"]]
         assert counts == sorted(counts, reverse=True)
@@ -139,7 +139,7 @@ def test_the_file_holds_what_was_asked_answered_and_scored(evaluation, tmp_path)
     assert "cut" not in entries["3"] and entries["3"]["answers"][1]["matches"] == [True] * 3
     assert entries["6"]["error"] == "RuntimeError: CUDA out of memory"
     assert entries["7"]["error"] == "no row answers this question"
-    assert entries[str(2**60 + 1)]["shown"] == {"id": "a", "picture": 0}
+    assert entries[str(2**60 + 1)]["shown"] == {"id": "a", "image": 0}
     assert {id_ for id_, entry in entries.items() if "compared" in entry} == {"4", "5"}
     assert [forms["prediction"] for forms in entries["4"]["compared"]] == ["8", "8.", "8"]
     assert entries["5"]["compared"][2] == {
@@ -177,9 +177,9 @@ def test_an_answer_in_normal_form_is_compared_as_it_stands(tmp_path):
     assert plain["questions"][0]["scores"][2] == 0
 
 
-def test_rows_of_an_evaluation_say_what_was_cut_and_shown(tiny_model, processor, picture, tmp_path):
-    other = replace(picture, name="p1")
-    questions = [make_question(0, image=picture), make_question(1, image_id="p1", image=other)]
+def test_rows_of_an_evaluation_say_what_was_cut_and_shown(tiny_model, processor, image, tmp_path):
+    other = replace(image, name="p1")
+    questions = [make_question(0, image=image), make_question(1, image_id="p1", image=other)]
     evaluate(
         tiny_model, processor, questions, tmp_path, EvaluationSettings(revision="r", max_new_tokens=1, blind_seed=0)
     )
@@ -190,9 +190,9 @@ def test_rows_of_an_evaluation_say_what_was_cut_and_shown(tiny_model, processor,
     assert [(entry["cut"], entry["shown"]["id"]) for entry in data["questions"]] == [(True, "p1"), (True, "p0")]
 
 
-def hostile_evaluation(picture):
+def hostile_evaluation(image):
     questions = [
-        make_question(text, text, (text, "a") * 5, text, replace(picture, name=text) if i else None)
+        make_question(text, text, (text, "a") * 5, text, replace(image, name=text) if i else None)
         for i, text in enumerate(HOSTILE)
     ]
     rows = [{"question_id": text, "answer": text, "shown_image_id": HOSTILE[i - 1]} for i, text in enumerate(HOSTILE)]
@@ -200,13 +200,13 @@ def hostile_evaluation(picture):
     return questions, [*rows, {"question_id": HOSTILE[0] + "?", "answer": "x"}]
 
 
-def test_hostile_text_stays_text_in_the_file(picture, tmp_path):
-    questions, rows = hostile_evaluation(picture)
+def test_hostile_text_stays_text_in_the_file(image, tmp_path):
+    questions, rows = hostile_evaluation(image)
     path = write_browser(questions, rows, tmp_path / "b.html", title=HOSTILE[0] + HOSTILE[4]).path
     elements, data = read(path)
-    expected, _ = read(write_browser([make_question(1, image=picture)], [], tmp_path / "plain.html").path)
-    plain_tags = [tag for tag, attributes in expected.tags if not attributes.get("id", "").startswith("picture-")]
-    assert [tag for tag, a in elements.tags if not a.get("id", "").startswith("picture-")] == plain_tags
+    expected, _ = read(write_browser([make_question(1, image=image)], [], tmp_path / "plain.html").path)
+    plain_tags = [tag for tag, attributes in expected.tags if not attributes.get("id", "").startswith("image-")]
+    assert [tag for tag, a in elements.tags if not a.get("id", "").startswith("image-")] == plain_tags
     assert [entry["question"] for entry in data["questions"]] == list(HOSTILE)
     assert [entry["id"] for entry in data["questions"]] == list(HOSTILE)
     assert data["title"] == HOSTILE[0] + HOSTILE[4] and data["unknown"] == [HOSTILE[0] + "?"]
@@ -226,18 +226,18 @@ def test_only_the_own_style_and_script_are_allowed(evaluation, tmp_path):
     assert "innerHTML" not in elements.texts["script"] and "http" not in elements.texts["script"]
 
 
-def stored_pictures(path):
+def stored_images(path):
     elements, data = read(path)
     found = {}
-    for index, picture in enumerate(data["pictures"]):
-        text = elements.texts.get(f"picture-{index}")
-        found[picture["id"]] = Image.open(io.BytesIO(base64.b64decode(text))) if text else picture["error"]
+    for index, image in enumerate(data["images"]):
+        text = elements.texts.get(f"image-{index}")
+        found[image["id"]] = Image.open(io.BytesIO(base64.b64decode(text))) if text else image["error"]
         if text:
-            assert found[picture["id"]].size == (picture["width"], picture["height"])
+            assert found[image["id"]].size == (image["width"], image["height"])
     return found
 
 
-def test_each_picture_is_stored_once_and_small(make_image, tmp_path):
+def test_each_image_is_stored_once_and_small(make_image, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     sources = {
@@ -247,31 +247,31 @@ def test_each_picture_is_stored_once_and_small(make_image, tmp_path):
         "turned": encoded(make_image(100, 300), "JPEG", exif=exif, comment=b"private"),
         "clear": encoded(make_image(20, 30).convert("RGBA")),
     }
-    pictures = {name: ImageRef(name, data=data) for name, data in sources.items()}
+    images = {name: ImageRef(name, data=data) for name, data in sources.items()}
     questions = [
-        make_question(10 * i + j, "?", "a", n, p) for i in range(4) for j, (n, p) in enumerate(pictures.items())
+        make_question(10 * i + j, "?", "a", n, p) for i in range(4) for j, (n, p) in enumerate(images.items())
     ]
     calls = []
     path = tmp_path / "b.html"
     write_browser(questions, [], path, image_side=128, on_progress=lambda done, total: calls.append((done, total)))
-    stored = stored_pictures(path)
-    sizes = {name: picture.size for name, picture in stored.items()}
+    stored = stored_images(path)
+    sizes = {name: image.size for name, image in stored.items()}
     assert sizes == {"wide": (128, 28), "small": (30, 20), "thin": (1, 128), "turned": (43, 128), "clear": (30, 20)}
-    assert {picture.format for picture in stored.values()} == {"JPEG"} and "comment" not in stored["turned"].info
+    assert {image.format for image in stored.values()} == {"JPEG"} and "comment" not in stored["turned"].info
     assert calls == [(done, 5) for done in range(1, 6)]
-    assert path.read_text().count('id="picture-') == 5
+    assert path.read_text().count('id="image-') == 5
 
 
-def test_unreadable_pictures_are_named(picture, tmp_path):
+def test_unreadable_images_are_named(image, tmp_path):
     questions = [
-        make_question(1, image_id="cut", image=replace(picture, data=picture.data[:400])),
+        make_question(1, image_id="cut", image=replace(image, data=image.data[:400])),
         make_question(2, image_id="gone", image=ImageRef("gone", path=str(tmp_path / "no.png"), root=str(tmp_path))),
         make_question(3, image_id="none"),
         make_question(4, image_id="late"),
-        make_question(5, image_id="late", image=picture),
+        make_question(5, image_id="late", image=image),
     ]
     written = write_browser(questions, [], tmp_path / "b.html")
-    stored = stored_pictures(written.path)
+    stored = stored_images(written.path)
     assert {key: reason.split(":")[0] for key, reason in written.unreadable.items()} == {
         "cut": "corrupt_image",
         "gone": "missing_image",
@@ -345,7 +345,7 @@ def test_text_stands_out_in_light_and_dark():
 
 
 def write_files(folder, questions, rows):
-    """(predictions, data) on disk; pictures that cannot be read are not there at all."""
+    """(predictions, data) on disk; images that cannot be read are not there at all."""
     lines = []
     for question in questions:
         if question.image_id != "cut":
@@ -564,7 +564,7 @@ def test_sorting(page):
         "highest": ["1", "4", "3", "2", "5", BIG, "6", "7"],
         "shortest": ["1", BIG, "4", "6", "3", "7", "5", "2"],
         "longest": ["2", "5", "3", "7", "4", "6", "1", BIG],
-        "picture": ["1", "2", "6", "7", "3", "4", BIG, "5"],
+        "image": ["1", "2", "6", "7", "3", "4", BIG, "5"],
         "file": ["1", "2", "3", "4", "5", "6", "7", BIG],
     }
     for name, ids in orders.items():
@@ -578,14 +578,14 @@ def test_a_card_shows_all_there_is_to_an_answer(page):
     assert "cut at the token limit" in texts["2"] and "first of 2 answers" in texts["2"]
     assert "stop × 8" in texts["3"] and "halt × 2 (as predicted)" in texts["3"] and "0.6" in texts["3"]
     assert "Answers as compared" in texts["4"] and "Answers as compared" not in texts["3"]
-    assert "Picture not shown: corrupt_image" in texts["5"]
+    assert "Image not shown: corrupt_image" in texts["5"]
     assert "No answer: RuntimeError: CUDA out of memory" in texts["6"]
     assert "No answer: no row answers this question" in texts["7"]
-    assert "shown picture a instead" in texts[BIG] and "empty" in texts[BIG]
+    assert "shown image a instead" in texts[BIG] and "empty" in texts[BIG]
     alts = page.run("return [...document.images].map((image) => image.alt)")
-    assert alts == ["Picture a"] * 2 + ["Picture b"] * 2 + ["Picture a"] * 2 + [
-        "Picture b",
-        "Picture a, shown instead",
+    assert alts == ["Image a"] * 2 + ["Image b"] * 2 + ["Image a"] * 2 + [
+        "Image b",
+        "Image a, shown instead",
     ]
     script = (
         "return Promise.all([...document.images].map((i) => i.decode())).then(() => document.images[0].naturalWidth)"
@@ -593,9 +593,9 @@ def test_a_card_shows_all_there_is_to_an_answer(page):
     assert page.run(script) == 40
     width = "return document.images[0].clientWidth"
     before = page.run(width)
-    page.click("article .picture")
+    page.click("article .image")
     assert page.run(width) > 10 * before
-    page.click("article .picture")
+    page.click("article .image")
     assert page.run(width) == before
 
 
@@ -619,8 +619,8 @@ def test_the_keyboard_is_enough(page):
     assert page.run("return document.activeElement.className") != "", "Tab reaches the cards' buttons"
 
 
-def test_arrows_go_over_the_ends_of_pages(window, picture, tmp_path):
-    questions = [make_question(i, image=picture) for i in range(120)]
+def test_arrows_go_over_the_ends_of_pages(window, image, tmp_path):
+    questions = [make_question(i, image=image) for i in range(120)]
     window.open(write_browser(questions, [], tmp_path / "b.html").path)
     assert window.ids() == [str(i) for i in range(50)] and window.text("#range") == "1 to 50 of 120"
     window.run("document.querySelector('#questions li:last-child article').focus()")
@@ -646,8 +646,8 @@ def test_every_control_has_a_name(page):
         "#status": ("status", ""),
         "#tools": ("search", ""),
         "article": ("article", "right?"),
-        "article img": ("image", "Picture a"),
-        "article .picture": ("button", "Picture a"),
+        "article img": ("image", "Image a"),
+        "article .image": ("button", "Image a"),
         "#questions": ("list", "Questions"),
     }
     assert {selector: page.role_and_name(selector) for selector in named} == named
@@ -657,8 +657,8 @@ def code_units(text):
     return list(memoryview(text.encode("utf-16-le", "surrogatepass")).cast("H"))
 
 
-def test_hostile_text_is_shown_and_never_run(window, picture, tmp_path):
-    questions, rows = hostile_evaluation(picture)
+def test_hostile_text_is_shown_and_never_run(window, image, tmp_path):
+    questions, rows = hostile_evaluation(image)
     window.open(write_browser(questions, rows, tmp_path / "b.html", title=HOSTILE[0], note=HOSTILE[1]).path)
     units = (
         "return [...document.querySelectorAll(arguments[0])].map("
@@ -733,9 +733,9 @@ def test_the_policy_lets_nothing_out(chromium, evaluation, listener, tmp_path):
 
 
 def test_five_thousand_questions_load(window, make_image, tmp_path):
-    pictures = [ImageRef(f"p{i}", data=encoded(make_image(60, 80, seed=i))) for i in range(300)]
+    images = [ImageRef(f"p{i}", data=encoded(make_image(60, 80, seed=i))) for i in range(300)]
     questions = [
-        make_question(i, f"what is number {i}?", ("stop", "halt") * 5, f"p{i % 300}", pictures[i % 300])
+        make_question(i, f"what is number {i}?", ("stop", "halt") * 5, f"p{i % 300}", images[i % 300])
         for i in range(5000)
     ]
     rows = [{"question_id": i, "answer": ("stop", "go", "a stop,sign")[i % 3]} for i in range(5000)]

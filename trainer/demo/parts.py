@@ -111,7 +111,7 @@ class Settings:
 
     captions: int = 2400
     dialogues: int = 3000
-    validation_pictures: int = 180
+    validation_pictures: int = 180  # its name is part of the fingerprint
     tower: TowerSettings = field(default_factory=TowerSettings)
     language_model: LanguageModelSettings = field(default_factory=LanguageModelSettings)
 
@@ -159,7 +159,7 @@ def _train_parts(folder: Path, seed: int, progress: Callable[[str], None], setti
                 pool.submit(train_language_model, folder / "language_model", settings.language_model, seed, messages),
             ]
         write_data(folder / "data", settings, seed)
-        progress(f"pictures: {settings.captions + settings.dialogues + settings.validation_pictures} drawn")
+        progress(f"images: {settings.captions + settings.dialogues + settings.validation_pictures} drawn")
         while not all(job.done() for job in jobs) or not messages.empty():
             try:
                 progress(messages.get(timeout=0.5))
@@ -198,7 +198,7 @@ def _ending_at_once(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
 
 
 def write_data(folder: Path, settings: Settings, seed: int) -> None:
-    """Draws the pictures and writes `captions.json`, `instruct.json` and `validation.jsonl` beside them."""
+    """Draws the images and writes `captions.json`, `instruct.json` and `validation.jsonl` beside them."""
     (folder / "images").mkdir(parents=True)
     captions = [_caption_row(folder, f"caption-{n:05d}", seed) for n in range(settings.captions)]
     (folder / "captions.json").write_text(json.dumps(captions, indent=1))
@@ -320,7 +320,7 @@ def _start_tower(tower: CLIPVisionModel) -> None:
 
 
 def _save_tower(tower: CLIPVisionModel, folder: Path) -> None:
-    """Adds the last layer that LLaVA never uses, and saves the tower with what its pictures must go through."""
+    """Adds the last layer that LLaVA never uses, and saves the tower with what its images must go through."""
     tower.config.num_hidden_layers += 1
     whole = CLIPVisionModel(tower.config)
     whole.load_state_dict({**whole.state_dict(), **tower.state_dict()})
@@ -355,14 +355,14 @@ def draw_sheet(rng: random.Random) -> Sheet:
     """A sheet full of random letters and digits in random fonts, sizes and colours."""
     cell = rng.randint(12, 24)
     side = SHEET // PATCH
-    picture = Image.new("RGB", (side * cell, side * cell))
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side * cell, side * cell))
+    canvas = ImageDraw.Draw(image)
     glyphs: list[Glyph] = []
     for row in range(0, side, 2):
         ground, ink = random_colours(rng)
-        canvas.rectangle((0, (row - 0.5) * cell, picture.width, (row + 1.5) * cell), fill=ground)
+        canvas.rectangle((0, (row - 0.5) * cell, image.width, (row + 1.5) * cell), fill=ground)
         if rng.random() < 0.2:
-            canvas.line((0, (row - 0.5) * cell, picture.width, (row - 0.5) * cell), fill=ink)
+            canvas.line((0, (row - 0.5) * cell, image.width, (row - 0.5) * cell), fill=ink)
         font = fitting_font(rng.choice(font_names()), cell, rng)
         column = rng.randrange(3)
         while column < side:
@@ -373,7 +373,7 @@ def draw_sheet(rng: random.Random) -> Sheet:
     characters = np.zeros((side, side), dtype=np.int64)
     for glyph in glyphs:
         characters[glyph.row, glyph.column] = 1 + ALPHABET.index(glyph.character)
-    return Sheet(np.asarray(picture.resize((SHEET, SHEET), Image.Resampling.BICUBIC)), characters)
+    return Sheet(np.asarray(image.resize((SHEET, SHEET), Image.Resampling.BICUBIC)), characters)
 
 
 def cut_tiles(sheets: list[Sheet], rng: random.Random, number: int) -> tuple[Tensor, Tensor]:
@@ -446,7 +446,7 @@ def _language_config(tokenizer: PreTrainedTokenizerFast, settings: LanguageModel
 
 
 def train_tokenizer(scenes: list[Scene], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that knows how questions are put; the text of the pictures stays in single characters."""
+    """A byte-level BPE that knows how questions are put; the text of the images stays in single characters."""
     prompts = [question.text + PROMPT_SUFFIX for scene in scenes for question in scene.questions]
     texts = [*prompts, *CAPTION_PROMPTS * (len(scenes) // 5), *(scene.caption for scene in scenes)]
     corpus = ["user\n\nassistant\n\n" + re.sub(r"\b[A-Z]+\b", "", text) for text in texts]
@@ -475,7 +475,7 @@ def train_tokenizer(scenes: list[Scene], vocabulary: int) -> PreTrainedTokenizer
 
 
 class _Reader:
-    """Puts scenes into Llama-3.1 turns, the picture given as text."""
+    """Puts scenes into Llama-3.1 turns, the image given as text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer = tokenizer
@@ -514,7 +514,7 @@ class _Reader:
 
 
 def lay_out(glyphs: list[Glyph], columns: int, rows: int) -> str:
-    """The text of a picture, one character a patch, one line a row: what a perfect tower would see in its tiles."""
+    """The text of an image, one character a patch, one line a row: what a perfect tower would see in its tiles."""
     page = [[" "] * columns + ["\n"] for _ in range(rows)]
     for glyph in glyphs:
         page[glyph.row][glyph.column] = glyph.character

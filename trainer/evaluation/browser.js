@@ -4,7 +4,7 @@
 
 const PAGE_SIZE = 50;
 const byId = (id) => document.getElementById(id);
-const { title, note, protocols, pictures, questions, unknown } = JSON.parse(byId("data").textContent);
+const { title, note, protocols, images, questions, unknown } = JSON.parse(byId("data").textContent);
 const state = { filter: "all", protocol: 0, sort: "file", search: "", page: 0 };
 let shown = questions;
 
@@ -27,11 +27,11 @@ const SORTS = {
   highest: (a, b) => (score(b) ?? -1) - (score(a) ?? -1),
   shortest: (a, b) => a.question.length - b.question.length,
   longest: (a, b) => b.question.length - a.question.length,
-  picture: (a, b) => collator.compare(pictures[a.picture].id, pictures[b.picture].id),
+  image: (a, b) => collator.compare(images[a.image].id, images[b.image].id),
 };
 
 for (const entry of questions) {
-  const texts = [entry.id, pictures[entry.picture].id, entry.question, entry.prediction ?? ""];
+  const texts = [entry.id, images[entry.image].id, entry.question, entry.prediction ?? ""];
   entry.haystack = [...texts, ...entry.answers.map((answer) => answer.text)].join("\n").toLowerCase();
 }
 
@@ -88,26 +88,26 @@ function scoreTable(entry) {
   return make("table", {}, make("thead", {}, head), make("tbody", {}, ...entry.compared.map(row)));
 }
 
-function pictureOf(index, alt) {
-  const picture = pictures[index];
-  if (picture.error !== undefined) return make("p", { class: "unreadable" }, "Picture not shown: ", quoted(picture.error));
-  const src = `data:image/jpeg;base64,${byId(`picture-${index}`).textContent}`;
-  const image = make("img", { src, alt, width: picture.width, height: picture.height, decoding: "async" });
-  const button = make("button", { type: "button", class: "picture", "aria-pressed": "false", title: "Enlarge" }, image);
+function imageOf(index, alt) {
+  const image = images[index];
+  if (image.error !== undefined) return make("p", { class: "unreadable" }, "Image not shown: ", quoted(image.error));
+  const src = `data:image/jpeg;base64,${byId(`image-${index}`).textContent}`;
+  const element = make("img", { src, alt, width: image.width, height: image.height, decoding: "async" });
+  const button = make("button", { type: "button", class: "image", "aria-pressed": "false", title: "Enlarge" }, element);
   button.addEventListener("click", () => {
     button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") === "false"));
   });
   return button;
 }
 
-function picturesOf(entry) {
-  const own = pictures[entry.picture];
-  const caption = make("figcaption", {}, "picture ", quoted(own.id));
-  const figure = make("figure", {}, pictureOf(entry.picture, `Picture ${own.id}`), caption);
+function imagesOf(entry) {
+  const own = images[entry.image];
+  const caption = make("figcaption", {}, "image ", quoted(own.id));
+  const figure = make("figure", {}, imageOf(entry.image, `Image ${own.id}`), caption);
   if (entry.shown === undefined) return figure;
   const other = make("figure", { class: "other" });
-  if (entry.shown.picture !== null) other.append(pictureOf(entry.shown.picture, `Picture ${entry.shown.id}, shown instead`));
-  other.append(make("figcaption", {}, "the model was shown picture ", quoted(entry.shown.id), " instead"));
+  if (entry.shown.image !== null) other.append(imageOf(entry.shown.image, `Image ${entry.shown.id}, shown instead`));
+  other.append(make("figcaption", {}, "the model was shown image ", quoted(entry.shown.id), " instead"));
   return make("div", {}, figure, other);
 }
 
@@ -125,7 +125,7 @@ function card(entry, place) {
   facts.append(make("dd", {}, grouped(entry.answers, (answer) => answer.matches?.[state.protocol])));
   const text = make("div", { class: "text" }, make("p", { class: "id" }, "question ", quoted(entry.id)), heading, facts);
   if (entry.scores !== undefined) text.append(entry.compared === undefined ? scoreList(entry) : scoreTable(entry));
-  const article = make("article", { tabindex: "-1", "aria-labelledby": heading.id }, picturesOf(entry), text);
+  const article = make("article", { tabindex: "-1", "aria-labelledby": heading.id }, imagesOf(entry), text);
   return make("li", {}, article);
 }
 
@@ -212,9 +212,9 @@ function onKey(event) {
 }
 
 function summary() {
-  const unreadable = pictures.filter((picture) => picture.error !== undefined).length;
-  const parts = [`${counted(questions.length, "question")} on ${counted(pictures.length, "picture")}`];
-  if (unreadable > 0) parts.push(`${counted(unreadable, "picture")} not shown`);
+  const unreadable = images.filter((image) => image.error !== undefined).length;
+  const parts = [`${counted(questions.length, "question")} on ${counted(images.length, "image")}`];
+  if (unreadable > 0) parts.push(`${counted(unreadable, "image")} not shown`);
   if (unknown.length > 0) parts.push(`answers to ids that are not in the data left out: ${unknown.slice(0, 5).join(", ")}`);
   if (unknown.length > 5) parts.push(`and ${whole(unknown.length - 5)} more`);
   return parts.join("; ");

@@ -120,7 +120,7 @@ def _write_page(
             with partial.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(head)
                 described = write_images(file)
-                content = _json({**data, "pictures": described})
+                content = _json({**data, "images": described})
                 file.write(f'<script type="application/json" id="data">{content}</script>\n{tail}')
             os.replace(partial, path)
         finally:
@@ -157,7 +157,7 @@ def _write_images(
             described.append({"id": image_id, "error": str(error)})
         else:
             # base64 holds no `<`; a type that is no script's keeps it inert text, decoded when it is looked at
-            file.write(f'<script type="text/plain" id="picture-{index}">{b64encode(jpeg).decode()}</script>\n')
+            file.write(f'<script type="text/plain" id="image-{index}">{b64encode(jpeg).decode()}</script>\n')
             described.append({"id": image_id, "width": width, "height": height})
         if on_progress is not None:
             on_progress(index + 1, len(images))
@@ -194,7 +194,7 @@ def _entries(
         known.add(key)
         entry = {
             "id": key,  # as text: a number above 2**53 would not survive JavaScript
-            "picture": image_index[question.image_id],
+            "image": image_index[question.image_id],
             "question": question.question,
             **_answered(question, first.get(key)),
         }
@@ -202,7 +202,7 @@ def _entries(
             entry["times"] = times[key]
         shown = first.get(key, {}).get("shown_image_id")
         if shown is not None:
-            entry["shown"] = {"id": str(shown), "picture": image_index.get(str(shown))}
+            entry["shown"] = {"id": str(shown), "image": image_index.get(str(shown))}
         entries.append(entry)
     return entries, [key for key in first if key not in known]
 
