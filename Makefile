@@ -24,13 +24,13 @@ test: $(VENV)/.dev $(LINKS) ## style, types and all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 check: $(VENV)/.dev $(LINKS) ## style, types and the tests that take seconds in one process
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/processes -m "not slow"
+	$(BIN)/pytest -n 3 --dist worksteal --ignore tests/processes -m "not slow"
 
 bench: $(VENV)/.dev ## the benchmarks that run anywhere
 	$(BIN)/python benchmarks/check_data.py

@@ -11,6 +11,8 @@ from pathlib import Path
 
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: their threads would wait for each other's cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import psutil

@@ -38,7 +38,7 @@ from llava_llama31.trainer.redaction import LONGEST_MESSAGE, printable, redacted
 _FAILED = "llava-llama31/failed"
 _POLL_SECONDS = 1.0
 # how long a failed process may take to end by itself; how long to wait for another rank's reason before reporting ours
-_GRACE_SECONDS, _REASON_SECONDS = 10.0, 3.0
+_GRACE_SECONDS, _REASON_SECONDS = 5.0, 3.0
 _NO_STORE = "the process that keeps the shared store is gone"
 _LOOK = "look for kill -9, a crash, or the system's out-of-memory killer (dmesg); then run again"
 
