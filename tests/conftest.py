@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import ctypes
+import gc
 import json
 import os
 import sys
@@ -35,6 +36,12 @@ from llava_llama31.processing import CHAT_TOKENS, STOP_TOKENS, build_processor
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.costs.matrix_peak import measure_cpu_speed
 from llava_llama31.trainer.data.batches.collator import Collator, Sample
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A stage's end collects garbage: among what the tests make, not among all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 TILE = 28
