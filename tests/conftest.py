@@ -291,6 +291,7 @@ def no_process_is_left(adopted_orphans) -> Iterator[None]:
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's caches."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
 
 
 @pytest.fixture(scope="session")
