@@ -186,6 +186,17 @@ def lively_folder(tmp_path_factory, base_folder) -> Path:
     return folder
 
 
+@pytest.fixture
+def lively_model(tiny_model):
+    """Answers of differing length and content: larger random weights, and stop ids that it really reaches."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
+    tiny_model.generation_config.eos_token_id = list(range(200, 448, 7))
+    return tiny_model
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory, base_folder) -> Path:
     """Folders as a run exports them: `llama`, made from Llama 3.1, and `other`."""

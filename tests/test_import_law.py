@@ -152,7 +152,7 @@ FLOORS = (
     ("checkpoint", "costs", "distributed", "data.sources"),
     ("data.check", "fault_tolerance", "model"),
     ("data.batches", "evaluation", "export", "doctor"),
-    ("training", "publishing", "planning"),
+    ("training", "publishing", "planning", "chat"),
     ("runs",),
     ("commands",),
     ("cli",),

@@ -36,7 +36,7 @@ from llava_llama31.trainer.model.opening import open_model
 
 
 SIZES = [(28, 28), (20, 90), (90, 20), (60, 50), (5, 200), (120, 121), (33, 64)]
-STOP_IDS = list(range(200, 448, 7))
+STOP_IDS = list(range(200, 448, 7))  # of lively_model
 ANSWERS = ("stop", "stop", "stop sign", "8", "8.", "stop", "no", "no", "stop", "halt")
 
 
@@ -66,17 +66,6 @@ def many_questions(questions):
     ]
     shown = [questions[i % 25 if i < 400 else i % 3] for i in range(500)]
     return [replace(q, question_id=i, question=text) for i, (q, text) in enumerate(zip(shown, texts, strict=True))]
-
-
-@pytest.fixture
-def lively_model(tiny_model):
-    """Answers of differing length and content: larger random weights, and stop ids that it really reaches."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in tiny_model.parameters():
-            parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
-    tiny_model.generation_config.eos_token_id = STOP_IDS
-    return tiny_model
 
 
 def rows(folder):

@@ -1,4 +1,4 @@
-"""`llava-llama31`: train, check data, plan, doctor, assemble, evaluate, score, browse, export, publish.
+"""`llava-llama31`: train, check data, plan, doctor, assemble, evaluate, chat, score, browse, export, publish.
 
 llava-llama31 train tiny
 """
@@ -17,6 +17,7 @@ from llava_llama31 import __version__
 from llava_llama31.trainer.commands import (
     assemble,
     browse,
+    chat,
     check_data,
     doctor,
     evaluate,
@@ -57,6 +58,7 @@ _COMMANDS = {
     "doctor": doctor,
     "assemble": assemble,
     "evaluate": evaluate,
+    "chat": chat,
     "score": score,
     "browse": browse,
     "export-metric": export_metric,

@@ -102,11 +102,11 @@ def _open(
     import transformers
 
     from llava_llama31.trainer.evaluation.textvqa import weights_revision
-    from llava_llama31.trainer.model.locating import local_checkpoint
+    from llava_llama31.trainer.model.locating import model_folder
     from llava_llama31.trainer.model.opening import open_model
 
     transformers.utils.logging.disable_progress_bar()  # ours is enough
-    folder = local_checkpoint(options.model, where="MODEL")
+    folder = model_folder(options.model, where="MODEL")
     device = processes.device if processes else options.device
     model, processor = open_model(folder, dtype=options.dtype, device=device)
     settings = EvaluationSettings(

@@ -9,7 +9,7 @@ Shapes: B rows, P positions of the longest prefix, S of the longest question, N 
 pixels.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,15 @@ from llava_llama31.trainer.errors import UserError
 
 STEPS_BETWEEN_SYNCS = 4
 BATCH_SIZE_ON_CPU, LARGEST_BATCH_SIZE, POSITIONS_OF_A_QUESTION = 16, 64, 256
+
+
+# picks the next ids (B,) from logits (B, vocabulary) in float32
+Choice = Callable[[torch.Tensor], torch.Tensor]
+
+
+def most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """Greedy decoding."""
+    return logits.argmax(dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +186,34 @@ class GreedyAnswerer:
         self._last_prefix = key, prompt, cache  # with the prompt, lest its arrays' ids be given to others
         return cache
 
+    @torch.no_grad()
+    def stream(self, prompt: Prompt, choose: Choice = most_likely) -> Iterator[int]:
+        """Generated ids of one prompt as they come, without the stop id.
+
+        Args:
+            choose: picks the next ids (B,) from logits (B, vocabulary); by default those of `answer`.
+        """
+        cache = self._prefix(self._prefix_key(prompt), prompt)
+        for (token_id,) in self._steps([prompt], [cache], choose):
+            if int(token_id) in self.stop_ids:
+                return
+            yield int(token_id)
+
     def _branches(self, prompts: Sequence[Prompt], prefixes: Sequence[DynamicCache]) -> list[list[int]]:
-        """Answers of prompts whose prefixes have been read: columns of P prefix, S question and N new positions."""
+        """Answers of prompts whose prefixes have been read."""
+        finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.model.device)
+        answers: list[torch.Tensor] = []
+        for step, token_ids in enumerate(self._steps(prompts, prefixes, most_likely)):
+            answers.append(token_ids)
+            finished |= torch.isin(token_ids, self._stop)
+            if self._is_done(finished, step):
+                break
+        return [self._until_stop(row) for row in torch.stack(answers, dim=1).tolist()]
+
+    def _steps(
+        self, prompts: Sequence[Prompt], prefixes: Sequence[DynamicCache], choose: Choice
+    ) -> Iterator[torch.Tensor]:
+        """The next ids (B,) of every row, N times: columns of P prefix, S question and N new positions."""
         device = self.model.device
         past = [cache.get_seq_length() for cache in prefixes]
         questions = [prompt.input_ids[length:] for prompt, length in zip(prompts, past, strict=True)]
@@ -193,8 +228,6 @@ class GreedyAnswerer:
             visible[row, length : num_past + start] = False
         input_ids, position_ids, visible = input_ids.to(device), position_ids.to(device), visible.to(device)
         cache = _fork(prefixes, num_past, num_asked + self.max_new_tokens)
-        finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        answers: list[torch.Tensor] = []
         for step in range(self.max_new_tokens):
             num_keys = num_past + num_asked + step
             output = self._forward(
@@ -205,13 +238,9 @@ class GreedyAnswerer:
                 use_cache=True,
                 logits_to_keep=1,
             )
-            token_ids = output.logits[:, -1].float().argmax(dim=-1)
-            answers.append(token_ids)
-            finished |= torch.isin(token_ids, self._stop)
-            if self._is_done(finished, step):
-                break
+            token_ids = choose(output.logits[:, -1].float())
+            yield token_ids
             input_ids, position_ids = token_ids[:, None], position_ids[:, -1:] + 1
-        return [self._until_stop(row) for row in torch.stack(answers, dim=1).tolist()]
 
     def _mask(self, visible: torch.Tensor, num_queries: int) -> torch.Tensor:
         """Attention mask of the last `num_queries` columns: (B, 1, queries, keys), or (B, keys) for other backends.

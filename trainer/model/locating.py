@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.file_names import ends_like_a_file
 
@@ -50,3 +51,19 @@ def local_checkpoint(name: str, *, where: str, file: bool = False) -> Path:
             where=where,
             fix="download it and name the folder, or log in with `hf auth login` if it is gated",
         ) from error
+
+
+def model_folder(name: str, *, where: str) -> Path:
+    """Folder of a model to be asked: a checkpoint, a Hub id, or a finished run, of which it is the export.
+
+    Raises:
+        UserError: there is no such model, or the run has no export yet.
+    """
+    folder = local_checkpoint(name, where=where)
+    run = RunFolder(folder)
+    if not run.recipe.is_file() or (folder / "config.json").is_file():
+        return folder
+    if not (run.export / "config.json").is_file():
+        fix = "finish it, or name a stage's folder `final` in it"
+        raise UserError("the run has not finished, so it has no export", where=name, fix=fix)
+    return run.export

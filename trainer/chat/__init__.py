@@ -1,0 +1,1 @@
+"""Talks to a model: conversations about images, answered as they are generated."""

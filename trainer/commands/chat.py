@@ -1,0 +1,190 @@
+"""`llava-llama31 chat`: talk to a model about images, in the terminal."""
+
+import argparse
+import difflib
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+from llava_llama31.trainer.commands.options import above_zero, positive
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.redaction import say, shown
+
+
+if TYPE_CHECKING:
+    from llava_llama31.trainer.chat.conversation import Conversation
+
+
+HELP = "talk to a model about images"
+SLASH_COMMANDS = {
+    "/image": "/image FILE: show an image with the next question; a path dragged into the terminal does the same",
+    "/reset": "/reset: forget all turns and images",
+    "/save": "/save FILE: write the conversation as JSON",
+    "/help": "/help: show this",
+    "/exit": "/exit: leave, as Ctrl-D does",
+}
+# the first word of a line as a shell would read it: in quotes, or with backslashes before spaces
+_FIRST_WORD = re.compile(r"""\s*('[^']*'|"[^"]*"|(?:\\.|[^\s\\'"])+)(?=\s|$)""")
+_HEAD_BYTES = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a run, an export, adapters on their base, or a Hub id")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="show it first; may be repeated")
+    parser.add_argument("--ask", metavar="TEXT", help="print one answer and end")
+    parser.add_argument("--system", default="", metavar="TEXT", help="text of the system turn")
+    parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default: 512")
+    parser.add_argument(
+        "--temperature", type=above_zero, metavar="T", help="draw tokens; default: the most likely ones"
+    )
+    parser.add_argument(
+        "--top-p", type=above_zero, metavar="P", help="draw from the tokens that have this probability"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws; default: 0")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device", metavar="NAME", help="torch's name; default: the GPU where there is one")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code 0; a question that fails ends `--ask` and is only reported in a conversation."""
+    if options.top_p is not None and options.top_p > 1:
+        raise UserError(f"{options.top_p} is above 1", where="--top-p", fix="name a probability")
+    conversation = _open(options)
+    if options.ask is not None:
+        from llava_llama31.trainer.chat.conversation import answer_to
+
+        sys.stdout.write(shown(answer_to(conversation, options.ask, options.image)) + "\n")
+        return 0
+    for image in options.image:
+        _show(conversation, image)
+    say("ask, or /help; Ctrl-C stops an answer")
+    while (line := _read_line()) is not None:
+        try:
+            if not _obey(conversation, line, options):
+                return 0
+        except UserError as error:
+            say(f"error: {error}")
+    return 0
+
+
+def _open(options: argparse.Namespace) -> "Conversation":
+    import transformers
+
+    from llava_llama31.trainer.chat.conversation import Conversation, Sampling
+    from llava_llama31.trainer.model.locating import model_folder
+    from llava_llama31.trainer.model.opening import open_model
+
+    transformers.utils.logging.disable_progress_bar()
+    folder = model_folder(options.model, where="MODEL")
+    model, processor = open_model(folder, dtype=options.dtype, device=options.device)
+    sampling = None
+    if options.temperature is not None or options.top_p is not None:
+        sampling = Sampling(options.temperature or 1.0, options.top_p or 1.0, options.seed)
+    return Conversation(
+        model, processor, max_new_tokens=options.max_new_tokens, sampling=sampling, system=options.system
+    )
+
+
+def _read_line() -> str | None:
+    """The next line, or None at the end of the input."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  # editing and history for input()
+
+    while True:
+        try:
+            return input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            say("\nto leave: Ctrl-D or /exit")
+
+
+def _obey(conversation: "Conversation", line: str, options: argparse.Namespace) -> bool:
+    """Do what one line says; False: leave."""
+    images, text = split_images(line)
+    for image in images:
+        _show(conversation, image)
+    command, _, argument = text.partition(" ")
+    if not command.startswith("/"):
+        if text:
+            _answer(conversation, text)
+        return True
+    if command not in SLASH_COMMANDS:
+        near = difflib.get_close_matches(command, SLASH_COMMANDS, 1)
+        fix = f"did you mean {near[0]}?" if near else f"one of {', '.join(SLASH_COMMANDS)}"
+        raise UserError(f"there is no {command}", fix=fix)
+    actions: dict[str, Callable[[], object]] = {
+        "/image": lambda: _show(conversation, _only_word(argument, command)),
+        "/reset": conversation.reset,
+        "/save": lambda: _save(conversation, Path(_only_word(argument, command)), options.model),
+        "/help": lambda: sys.stdout.write("\n".join([*SLASH_COMMANDS.values(), ""])),
+        "/exit": lambda: None,
+    }
+    actions[command]()
+    return command != "/exit"
+
+
+def split_images(line: str) -> tuple[list[str], str]:
+    """Paths of image files that a line begins with, as a terminal writes a dragged file, and the rest of it."""
+    images: list[str] = []
+    while match := _FIRST_WORD.match(line):
+        (word,) = shlex.split(match[1])
+        path = unquote(word.removeprefix("file://")) if word.startswith("file://") else word
+        if not _is_image(Path(path).expanduser()):
+            break
+        images.append(path)
+        line = line[match.end() :]
+    return images, line.strip()
+
+
+def _is_image(path: Path) -> bool:
+    from llava_llama31.trainer.data.sources.images import is_encoded_image
+
+    try:
+        with path.open("rb") as file:
+            return is_encoded_image(file.read(_HEAD_BYTES))
+    except (OSError, ValueError):
+        return False
+
+
+def _only_word(argument: str, command: str) -> str:
+    """The path after a command, quoted or not."""
+    path = argument.strip()
+    if match := _FIRST_WORD.fullmatch(path):
+        (path,) = shlex.split(match[1])
+    if not path:
+        raise UserError("names no file", where=command, fix=f"{command} FILE")
+    return path
+
+
+def _show(conversation: "Conversation", path: str) -> None:
+    height, width = conversation.add_image(path)
+    say(f"{path}: {width} x {height} pixels")
+
+
+def _answer(conversation: "Conversation", text: str) -> None:
+    pieces = conversation.ask(text)
+    try:
+        for piece in pieces:
+            sys.stdout.write(shown(piece))
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stdout.write(" [stopped]")
+    finally:
+        pieces.close()
+        sys.stdout.write("\n")
+
+
+def _save(conversation: "Conversation", path: Path, model: str) -> None:
+    text = json.dumps({"model": model, "turns": conversation.to_json()}, ensure_ascii=False, indent=2)
+    try:
+        with path.expanduser().open("x", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+    except OSError as error:
+        raise UserError(str(error.strerror), where=str(path), fix="name a new file in a folder that exists") from error
+    say(f"saved: {path}")
