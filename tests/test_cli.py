@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -188,3 +189,10 @@ def test_what_the_locale_cannot_encode_is_escaped(data_folder, tmp_path):
 def test_rejects_in_a_folder_are_refused(data_folder, capsys):
     assert main(["check-data", str(data_folder / "rows.json"), "--rejects", "."]) == 2
     assert capsys.readouterr().err == "error: --rejects .: is a folder (fix: name a file of JSON lines in it)\n"
+
+
+def test_libraries_that_are_imported_and_not_used_say_nothing(capsys):
+    assert main(["recipes"]) == 0
+    for name in ("torchao.quantization", "torch.utils._pytree"):
+        logging.getLogger(name).warning("of no use to the reader")
+    assert "of no use" not in capsys.readouterr().err

@@ -73,14 +73,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _open(options: argparse.Namespace) -> "Conversation":
+    from llava_llama31.trainer.model.locating import model_folder
+
+    folder = model_folder(options.model, where="MODEL")  # before torch is imported: it fails faster
     import transformers
 
     from llava_llama31.trainer.chat.conversation import Conversation, Sampling
-    from llava_llama31.trainer.model.locating import model_folder
     from llava_llama31.trainer.model.opening import open_model
 
     transformers.utils.logging.disable_progress_bar()
-    folder = model_folder(options.model, where="MODEL")
     model, processor = open_model(folder, dtype=options.dtype, device=options.device)
     sampling = None
     if options.temperature is not None or options.top_p is not None:
