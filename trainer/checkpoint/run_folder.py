@@ -94,6 +94,11 @@ class RunFolder:
         return self.path / "elapsed.json"
 
     @property
+    def log(self) -> Path:
+        """What the stages log, a JSON object a line."""
+        return self.path / "log.jsonl"
+
+    @property
     def prepared(self) -> Path:
         """Parts and data that a recipe makes itself."""
         return self.path / "prepared"

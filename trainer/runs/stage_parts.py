@@ -34,6 +34,7 @@ from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs.console import StageProgress
 from llava_llama31.trainer.runs.context import StageRun
 from llava_llama31.trainer.runs.inputs import Inputs, checkpoint_digests
+from llava_llama31.trainer.runs.run_log import RunLog
 from llava_llama31.trainer.training.batch_loading import StageBatches
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer, TrainerOptions
 from llava_llama31.trainer.training.meter import Meter
@@ -97,7 +98,7 @@ def stage_trainer(
     data: StageData,
     features: FeatureCache | None,
 ) -> LlavaTrainer:
-    stage = run.stage
+    stage, guard = run.stage, _guard(run)
     pixel_dtype = product_dtype(stage)
 
     def rows_of(rows: list[tuple[int, int]]) -> StageDataset:
@@ -123,7 +124,7 @@ def stage_trainer(
         ),
         processor=processor,
         meter=_meter(base_model(model, stage), stage, processor, args.device),
-        guard=_guard(run),
+        guard=guard,
         options=TrainerOptions(
             learning_rates=stage.learning_rates(),
             bfloat16_moments=stage.optimizer == "adamw_bf16",
@@ -132,7 +133,7 @@ def stage_trainer(
             inputs=stage_inputs(run, data),
         ),
         questions=_questions(run),
-        callbacks=[StageProgress(run.context.console, run.name), *_pushes(run)],
+        callbacks=[StageProgress(run.context.console, run.name), *_logs(run, guard), *_pushes(run)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -144,6 +145,10 @@ def stage_inputs(run: StageRun, data: StageData) -> Inputs:
         return {}
     contents = {f"{run.where}.data.{source['name']}": source["content"] for source in data.summary}
     return contents | {f"{run.where}.origin": checkpoint_digests(run.origin)}
+
+
+def _logs(run: StageRun, guard: Guard) -> list[RunLog]:
+    return [RunLog(run.context.folder.log, run.name, run.stage, guard.health)] if run.context.is_main else []
 
 
 def _pushes(run: StageRun) -> list[PushSaves]:
