@@ -96,7 +96,7 @@ def assert_card_of_the_run(run: Path) -> None:
     (export / "README.md").write_text(card.replace("- set: ", "- my set: "))
     assert main(["export", str(run)]) == 0
     assert (export / "README.md").read_text() == card.replace("- set: ", "- my set: ")
-    assert (export / "preprocessor_config.json").is_file()
+    assert (export / "preprocessor_config.json").is_file() and (export / "reference.json").is_file()
     assert main(["export", str(run), "--dialect", "native"]) == 0
     assert not (run / "export-native" / "preprocessor_config.json").exists()
     assert check_folder(run / "export-native", "test") == check_folder(export, "test")

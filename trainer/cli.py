@@ -1,4 +1,5 @@
-"""`llava-llama31`: train, check data, plan, doctor, assemble, evaluate, score, browse, export, publish.
+"""`llava-llama31`: train, check data, plan, doctor, assemble, evaluate, score, browse, export, check-engine,
+publish.
 
 llava-llama31 train tiny
 """
@@ -18,6 +19,7 @@ from llava_llama31.trainer.commands import (
     assemble,
     browse,
     check_data,
+    check_engine,
     doctor,
     evaluate,
     export,
@@ -61,6 +63,7 @@ _COMMANDS = {
     "browse": browse,
     "export-metric": export_metric,
     "export": export,
+    "check-engine": check_engine,
     "publish": publish,
 }
 

@@ -16,6 +16,7 @@ from llava_llama31.model_card.sections import edited_sections
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+from llava_llama31.trainer.engines.reference import REFERENCE, record_reference
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.export.dialects import PORTABLE, to_portable
 from llava_llama31.trainer.model.opening import open_model
@@ -84,7 +85,9 @@ def export_again(run: RunFolder, output: Path | None = None, dialect: str = PORT
     if folder.exists() and not (folder / atomic_folders.MANIFEST).is_file():
         raise UserError("exists and is not an export", where=str(folder), fix="choose a new folder")
     model, processor = open_model(str(run.stage(names[-1], names).final), dtype=record["recipe"]["model"]["dtype"])
-    write_export(folder, model, processor, record, *attachments(run, record), dialect=dialect)
+    images, texts = attachments(run, record)
+    texts[REFERENCE] = record_reference(model, processor)
+    write_export(folder, model, processor, record, images, texts, dialect=dialect)
     return folder
 
 
