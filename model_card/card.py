@@ -1,9 +1,9 @@
 """The model card and licence files of an exported model, written only from the run's own record.
 
 A record is a JSON-like dict (name, recipe, command, commit, lock, licence, base_models, parameters, stages, minutes,
-evaluation, samples, environment; model_id, if it is on the Hub; stock_only, if no code goes with it). The card lists
-whatever is missing as not recorded. All strings in it are data: they are escaped for Markdown, HTML and YAML, and
-absolute paths are cut down to their last part.
+evaluation, samples, environment; model_id, if it is on the Hub). The card lists whatever is missing as not recorded.
+All strings in it are data: they are escaped for Markdown, HTML and YAML, and absolute paths are cut down to their last
+part.
 """
 
 import html
@@ -160,9 +160,9 @@ def render_card(record: Mapping[str, Any], previous: str = "") -> str:
     return f"---\n{front}---\n\n{body}\n"
 
 
-def usage_snippet(model_id: str, *, stock_only: bool = False) -> str:
-    """The code that opens a model, as README and card show it; `stock_only` if the folder contains no code."""
-    return _usage_template("usage_stock.txt" if stock_only else "usage.txt").replace("MODEL_ID", model_id)
+def usage_snippet(model_id: str) -> str:
+    """The code that opens a model, as README and card show it."""
+    return _usage_template().replace("MODEL_ID", model_id)
 
 
 def _joined_metadata(metadata: dict[str, Any], previous: str) -> dict[str, Any]:
@@ -257,8 +257,7 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
     model_id = model_id if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) else "path/to/this/model"
     return {
         "name": record["name"],
-        "stock_only": bool(record.get("stock_only")),
-        "usage": usage_snippet(model_id, stock_only=bool(record.get("stock_only"))),
+        "usage": usage_snippet(model_id),
         "built_with_llama": _built_with_llama(record),
         "notice": LLAMA31_NOTICE,
         "policy_link": Markup(LLAMA31_POLICY),
@@ -566,5 +565,5 @@ def _template() -> jinja2.Template:
 
 
 @cache
-def _usage_template(file: str) -> str:
-    return resources.files(__package__).joinpath(file).read_text("utf-8").rstrip()
+def _usage_template() -> str:
+    return resources.files(__package__).joinpath("usage.txt").read_text("utf-8").rstrip()

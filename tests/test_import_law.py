@@ -151,7 +151,7 @@ FLOORS = (
     ("recipes", "demo"),
     ("checkpoint", "costs", "distributed", "data.sources"),
     ("data.check", "fault_tolerance", "model"),
-    ("data.batches", "evaluation", "export", "doctor"),
+    ("data.batches", "evaluation", "export", "engines", "doctor"),
     ("training", "publishing", "planning", "chat"),
     ("runs",),
     ("commands",),

@@ -24,7 +24,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from llava_llama31.processing import CHAT_TOKENS, IGNORE_INDEX, LlavaLlama31Processor, build_processor
-from llava_llama31.trainer.export.dialects import to_transformers_4
+from llava_llama31.trainer.export.dialects import to_portable
 
 
 LLAVA_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -329,9 +329,8 @@ def test_settings_made_on_the_objects_survive_saving(own_tokenizer, tmp_path):
 
 
 def test_every_folder_pads_on_the_left(base_folder, exported, tmp_path):
-    older = tmp_path / "older"
-    shutil.copytree(exported / "other", older)
-    to_transformers_4(older)
+    older = Path(shutil.copytree(base_folder, tmp_path / "older"))
+    to_portable(older)
     for folder in (base_folder, exported / "llama", older):
         assert json.loads((folder / "tokenizer_config.json").read_text())["padding_side"] == "left"
         texts = ["a", "a longer text"]

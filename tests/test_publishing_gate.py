@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.export.export import write_export
+from llava_llama31.trainer.model.opening import open_model
 from llava_llama31.trainer.publishing.doors import empty_cache, open_doors
 from llava_llama31.trainer.publishing.gate import REQUIRED, RULES, check_folder
 from llava_llama31.trainer.publishing.gate_code import code_problems
 from llava_llama31.trainer.publishing.pickles import holds_pickle
+from llava_llama31.trainer.runs.base_model import is_ours
 
 
 TOKEN = "hf_" + "S" * 34
@@ -94,9 +97,16 @@ def edit_metadata(folder: Path, **metadata: str) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **metadata})
 
 
+def double(tensors: dict[str, torch.Tensor]) -> None:
+    """Give a tensor of the tower its other name too."""
+    name = "model.vision_tower.vision_model.post_layernorm.bias"
+    tensors[name.replace("vision_model.", "")] = tensors[name] + 1
+
+
 PICKLED = pickle.dumps(Path("x"))
 OLD_PICKLE = pickle.dumps(Path("x"), protocol=0)
-NEEDED = [*REQUIRED, "NOTICE", "configuration_llava_llama31.py", "processing_llava_llama31.py"]
+NEEDED = [*REQUIRED, "NOTICE", "preprocessor_config.json"]
+NEEDED += ["configuration_llava_llama31.py", "processing_llava_llama31.py"]
 # rule, file that is named, what is done to a whole folder
 BREAKS = [
     *(("complete", file, lambda f, file=file: (f / file).unlink()) for file in NEEDED),
@@ -172,6 +182,7 @@ BREAKS = [
     ("tensors", "model.safetensors", lambda f: edit_tensors(f, lambda t: t.pop("model.image_newline"))),
     ("tensors", "model.safetensors", lambda f: edit_tensors(f, lambda t: t.update(extra=torch.zeros(2)))),
     ("tensors", "model.safetensors", lambda f: edit_tensors(f, lambda t: t.update({"lm_head.weight": torch.ones(2)}))),
+    ("tensors", "model.safetensors", lambda f: edit_tensors(f, double)),
     ("tensors", "model.safetensors", lambda f: append(f, "model.safetensors", b"more")),
     ("tensors", "model.safetensors", lambda f: (f / "model.safetensors").unlink()),
     ("tensors", "model.safetensors", lambda f: shard(f, keep=True)),
@@ -202,6 +213,19 @@ def break_optimizer(folder: Path) -> None:
 def test_what_the_export_writes_passes(exported):
     assert check_folder(exported / "llama", "Llama-3.1-8B-mine") == []
     assert check_folder(exported / "other", "mine") == []
+
+
+def test_a_folder_of_the_former_layout_still_passes_opens_and_can_be_trained_on(exported, tmp_path):
+    model, processor = open_model(exported / "other")
+    base = {"role": "language_model", "id": "meta/base", "licence": "apache-2.0", "folder": str(exported)}
+    record = {"name": "other", "licence": "apache-2.0", "base_models": [base]}
+    former = tmp_path / "former"
+    write_export(former, model, processor, record, {}, dialect="native")
+    assert "model.vision_tower.post_layernorm.bias" in load_file(former / "model.safetensors")
+    assert check_folder(former, "mine") == []
+    opened, _ = open_model(former)
+    assert all(torch.equal(tensor, opened.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert is_ours(former) and is_ours(exported / "other")
 
 
 @pytest.mark.parametrize(("rule", "file", "harm"), BREAKS, ids=[f"{r}-{f}-{i}" for i, (r, f, _) in enumerate(BREAKS)])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.trainer.checkpoint.atomic_folders import load_tree
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.publishing.gate import check_folder
 from llava_llama31.trainer.training.llava_trainer import _assert_autocast
 
 
@@ -95,9 +96,10 @@ def assert_card_of_the_run(run: Path) -> None:
     (export / "README.md").write_text(card.replace("- set: ", "- my set: "))
     assert main(["export", str(run)]) == 0
     assert (export / "README.md").read_text() == card.replace("- set: ", "- my set: ")
-    assert main(["export", str(run), "--dialect", "transformers-4.52"]) == 0
-    older = run / "export-transformers-4.52"
-    assert not list(older.glob("*.py")) and "trust_remote_code" not in (older / "README.md").read_text()
+    assert (export / "preprocessor_config.json").is_file() and (export / "reference.json").is_file()
+    assert main(["export", str(run), "--dialect", "native"]) == 0
+    assert not (run / "export-native" / "preprocessor_config.json").exists()
+    assert check_folder(run / "export-native", "test") == check_folder(export, "test")
 
 
 def test_a_finished_run_says_so_and_a_changed_recipe_is_refused(train, recipe_content, capsys):

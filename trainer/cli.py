@@ -1,4 +1,5 @@
-"""`llava-llama31`: train, check data, plan, doctor, assemble, evaluate, chat, score, browse, export, publish.
+"""`llava-llama31`: train, check data, plan, doctor, assemble, evaluate, chat, score, browse, export, check engines,
+publish.
 
 llava-llama31 train tiny
 """
@@ -19,6 +20,7 @@ from llava_llama31.trainer.commands import (
     browse,
     chat,
     check_data,
+    check_engine,
     doctor,
     evaluate,
     export,
@@ -65,6 +67,7 @@ _COMMANDS = {
     "browse": browse,
     "export-metric": export_metric,
     "export": export,
+    "check-engine": check_engine,
     "publish": publish,
 }
 

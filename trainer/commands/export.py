@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from llava_llama31.trainer.export.dialects import DIALECTS, NATIVE
+from llava_llama31.trainer.export.dialects import DIALECTS, PORTABLE
 from llava_llama31.trainer.redaction import say
 
 
@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dialect",
         choices=DIALECTS,
-        default=NATIVE,
-        help="transformers-4.52: for Transformers 4.52 to 5.5, stock classes only",
+        default=PORTABLE,
+        help="portable (default): for Transformers 4.52 and newer, and vLLM; native: as this Transformers saves",
     )
 
 

@@ -1,82 +1,113 @@
-"""Rewrites an exported folder for older Transformers, 4.52 to 5.5: same weights, stock classes only.
+"""The two layouts of an exported folder: `portable`, which every engine opens, and `native`, as Transformers saves it.
 
-What those versions read differently from ours (5.23): the tower's keys have a level `vision_model`; the rotary
-embedding is `rope_theta` and `rope_scaling`; the type is `torch_dtype`; the image processor has a separate file; the
-tokenizer's class has another name. Our code needs a newer Transformers, so the folder neither contains nor names it.
-5.23 reads this dialect too.
+Engines and versions of Transformers differ in a few names. Portable takes the older one wherever newer software reads
+it too:
+
+| | native | portable | read so by |
+|---|---|---|---|
+| CLIP tower's keys | no level `vision_model` | with it | Transformers before 5.6, vLLM's own class |
+| DINOv2's attention | `q_proj`, `o_proj` | `attention.query`, `output.dense` | Transformers before 5.17 |
+| rotary embedding | `rope_parameters` | `rope_theta`, `rope_scaling` | Transformers 4 |
+| type | `dtype` | `torch_dtype` | Transformers 4 |
+| image processor | in `processor_config.json` | `preprocessor_config.json` | Transformers 4 |
+| tokenizer | `TokenizersBackend` | `PreTrainedTokenizerFast`, with its two inputs | Transformers 4 |
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llava_llama31.trainer.checkpoint.atomic_folders import read_json, write_json
 
 
-NATIVE, TRANSFORMERS_4 = "native", "transformers-4.52"
-DIALECTS = (NATIVE, TRANSFORMERS_4)
+PORTABLE, NATIVE = "portable", "native"
+DIALECTS = (PORTABLE, NATIVE)
 _INDEX = "model.safetensors.index.json"
-_CLIP_PARTS = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
+_TOWER = "model.vision_tower."
+_CLIP_NAME = re.compile(r"(?=(?:embeddings|pre_layrnorm|encoder|post_layernorm)\.)")
+_DINOV2_NAME = re.compile(r"(?<=\.attention\.)([qkvo])_proj(?=\.)")
+_DINOV2_OLDER = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "output.dense"}
+_DINOV2_NEWER = {old: f"{new}_proj" for new, old in _DINOV2_OLDER.items()}
+_DINOV2_OLDER_NAME = re.compile(r"(?<=\.attention\.)(attention\.(?:query|key|value)|output\.dense)(?=\.)")
 
 
-def to_transformers_4(folder: Path) -> None:
-    """Rewrite a folder just saved in the native dialect; only one file of weights is in memory at a time."""
+def to_portable(folder: Path) -> None:
+    """Rewrite a folder just saved in the native layout; only one file of weights is in memory at a time."""
     config = read_json(folder / "config.json")
-    _rewrite_weights(folder, is_clip=config["vision_config"]["model_type"] == "clip_vision_model")
+    tower = config["vision_config"]["model_type"]
+    _rename_weights(folder, lambda name: portable_name(name, tower))
     write_json(folder / "config.json", _older_config(config))
     processor = read_json(folder / "processor_config.json")
-    processor.pop("auto_map", None)
     images = processor.pop("image_processor") | {"processor_class": processor["processor_class"]}
     write_json(folder / "preprocessor_config.json", images)
     write_json(folder / "processor_config.json", processor)
-    tokenizer = read_json(folder / "tokenizer_config.json")
-    tokenizer.pop("backend", None)
-    tokenizer.pop("extra_special_tokens", None)  # they expect a mapping; tokenizer.json marks the tokens as special
-    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-    tokenizer["model_input_names"] = [
-        "input_ids",
-        "attention_mask",
-    ]  # they write three, and generate refuses the third
-    write_json(folder / "tokenizer_config.json", tokenizer)
-    for code in folder.glob("*.py"):
-        code.unlink()
+    write_json(folder / "tokenizer_config.json", _older_tokenizer(read_json(folder / "tokenizer_config.json")))
 
 
-def _rewrite_weights(folder: Path, *, is_clip: bool) -> None:
-    def older(name: str) -> str:
-        part = name.removeprefix("model.vision_tower.")
-        nested = is_clip and part != name and part.partition(".")[0] in _CLIP_PARTS
-        return f"model.vision_tower.vision_model.{part}" if nested else name
+def portable_name(name: str, tower: str) -> str:
+    """The portable name of a tensor that has this native name.
 
-    if not is_clip:
-        return
+    Args:
+        tower: `model_type` of the vision tower.
+    """
+    part = name.removeprefix(_TOWER)
+    if part == name:
+        return name
+    if tower == "clip_vision_model":
+        return _TOWER + _CLIP_NAME.sub("vision_model.", part, count=1) if _CLIP_NAME.match(part) else name
+    if tower == "dinov2":
+        return _TOWER + _DINOV2_NAME.sub(lambda match: _DINOV2_OLDER[match[1]], part)
+    return name
+
+
+def native_name(name: str, tower: str) -> str:
+    """The native name of a tensor of either layout; see `portable_name`."""
+    part = name.removeprefix(_TOWER)
+    if part == name:
+        return name
+    if tower == "clip_vision_model":
+        return _TOWER + part.removeprefix("vision_model.")
+    if tower == "dinov2":
+        return _TOWER + _DINOV2_OLDER_NAME.sub(lambda match: _DINOV2_NEWER[match[1]], part)
+    return name
+
+
+def _rename_weights(folder: Path, renamed: Callable[[str], str]) -> None:
+    from safetensors.torch import load_file, save_file
+
     for file in sorted(folder.glob("*.safetensors")):
-        _rename(file, older)
+        tensors = load_file(file)
+        if all(renamed(name) == name for name in tensors):
+            continue
+        staging = file.with_suffix(".renamed")
+        save_file({renamed(name): tensor for name, tensor in tensors.items()}, staging, metadata={"format": "pt"})
+        staging.replace(file)
     if (folder / _INDEX).is_file():
         index = read_json(folder / _INDEX)
-        index["weight_map"] = {older(name): file for name, file in index["weight_map"].items()}
+        index["weight_map"] = {renamed(name): file for name, file in index["weight_map"].items()}
         write_json(folder / _INDEX, index)
 
 
-def _rename(file: Path, older: Callable[[str], str]) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = {older(name): tensor for name, tensor in load_file(file).items()}
-    staging = file.with_suffix(".renamed")
-    save_file(tensors, staging, metadata={"format": "pt"})
-    staging.replace(file)
-
-
-def _older_config(config: dict[str, Any]) -> dict[str, Any]:
-    config = {key: value for key, value in config.items() if key not in ("auto_map", "dtype")} | {
-        "torch_dtype": config["dtype"]
-    }
+def _older_config(config: Mapping[str, Any]) -> dict[str, Any]:
     text = dict(config["text_config"])
     rope = dict(text.pop("rope_parameters"))
     text["rope_theta"] = rope.pop("rope_theta")
     text["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     parts = {"text_config": text, "vision_config": dict(config["vision_config"])}
-    for part in parts.values():
+    older = {**config, **parts}
+    for part in (older, *parts.values()):
         if "dtype" in part:
             part["torch_dtype"] = part.pop("dtype")
-    return config | parts
+    return older
+
+
+def _older_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
+    older = {key: value for key, value in config.items() if key not in ("backend", "extra_special_tokens")}
+    # Transformers 4 expects a mapping under the newer name
+    if "extra_special_tokens" in config:
+        older["additional_special_tokens"] = config["extra_special_tokens"]
+    older["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # by default it makes a third one there, which generate refuses
+    older["model_input_names"] = ["input_ids", "attention_mask"]
+    return older

@@ -16,14 +16,16 @@ from llava_llama31.model_card.sections import edited_sections
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+from llava_llama31.trainer.engines.reference import REFERENCE, record_reference
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.export.dialects import NATIVE, TRANSFORMERS_4, to_transformers_4
+from llava_llama31.trainer.export.dialects import PORTABLE, to_portable
 from llava_llama31.trainer.model.opening import open_model
 
 
 logger = logging.getLogger(__name__)
 
 CURVES = ("loss_curve", "validation_curve")
+MAX_SHARD = 5 * 10**9  # bytes
 
 
 def write_export(
@@ -34,7 +36,7 @@ def write_export(
     images: Mapping[str, Image.Image],
     texts: Mapping[str, str] = MappingProxyType({}),
     *,
-    dialect: str = NATIVE,
+    dialect: str = PORTABLE,
 ) -> None:
     """The folder that opens through two doors, with its card and what its licences ask for.
 
@@ -43,17 +45,16 @@ def write_export(
     Args:
         images: relative path in the folder -> image that the card shows.
         texts: relative path -> content of further files.
-        dialect: one of `dialects.DIALECTS`; any but the native one opens through stock classes only.
+        dialect: one of `dialects.DIALECTS`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    with atomic_folders.room(folder.parent, weights):
+    with atomic_folders.room(folder.parent, weights + min(weights, MAX_SHARD)):  # one shard is there twice for a while
         staging = atomic_folders.staging_folder(folder)
-        model.save_pretrained(staging, max_shard_size="5GB")
+        model.save_pretrained(staging, max_shard_size=MAX_SHARD)
         processor.save_pretrained(staging)
-        if dialect == TRANSFORMERS_4:
-            to_transformers_4(staging)
-            record = record | {"stock_only": True}
+        if dialect == PORTABLE:
+            to_portable(staging)
         for name, image in images.items():
             (staging / name).parent.mkdir(exist_ok=True)
             image.save(staging / name)
@@ -64,11 +65,11 @@ def write_export(
         atomic_folders.commit(staging, folder, {})
 
 
-def export_again(run: RunFolder, output: Path | None = None, dialect: str = NATIVE) -> Path:
+def export_again(run: RunFolder, output: Path | None = None, dialect: str = PORTABLE) -> Path:
     """Export a finished run again, from its last stage and its record.
 
     Args:
-        output: default: RUN/export, and RUN/export-DIALECT for another dialect than the native one.
+        output: default: RUN/export, and RUN/export-DIALECT for another dialect than the portable one.
 
     Raises:
         UserError: the run is not finished.
@@ -79,12 +80,14 @@ def export_again(run: RunFolder, output: Path | None = None, dialect: str = NATI
     record = atomic_folders.read_json(run.record)
     record["stages"] = [as_logged(stage) for stage in record["stages"]]
     names = [stage["name"] for stage in record["stages"]]
-    default = run.export if dialect == NATIVE else run.export.with_name(f"{run.export.name}-{dialect}")
+    default = run.export if dialect == PORTABLE else run.export.with_name(f"{run.export.name}-{dialect}")
     folder = (output or default).resolve()
     if folder.exists() and not (folder / atomic_folders.MANIFEST).is_file():
         raise UserError("exists and is not an export", where=str(folder), fix="choose a new folder")
     model, processor = open_model(str(run.stage(names[-1], names).final), dtype=record["recipe"]["model"]["dtype"])
-    write_export(folder, model, processor, record, *attachments(run, record), dialect=dialect)
+    images, texts = attachments(run, record)
+    texts[REFERENCE] = record_reference(model, processor)
+    write_export(folder, model, processor, record, images, texts, dialect=dialect)
     return folder
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from llava_llama31.model_card.card import LLAMA31, LLAMA31_NOTICE, LLAMA31_POLICY, LLAMA31_TITLE
 from llava_llama31.trainer.checkpoint.atomic_folders import MANIFEST
+from llava_llama31.trainer.export.dialects import native_name
 from llava_llama31.trainer.publishing.contents import CARD, CARD_ERRORS, EXPORT_AGAIN, Contents, GateFinding, mapping
 from llava_llama31.trainer.publishing.gate_code import check_code
 from llava_llama31.trainer.publishing.gate_files import (
@@ -64,6 +65,8 @@ _IMAGE = re.compile(r"<img[^>]*\bsrc=\"([^\"]+)\"|!\[[^\]]*\]\(([^)\s]+)")
 def check_complete(contents: Contents) -> Iterator[GateFinding]:
     """Every file that both doors, the licences and a reader need is present."""
     required = list(REQUIRED)
+    if "image_processor" not in contents.read_json("processor_config.json"):
+        required.append("preprocessor_config.json")
     if contents.card.get("license") in NOTICE_LICENCES or contents.is_llama:
         required.append("NOTICE")
     for (file, name), module in _mapped_modules(contents).items():
@@ -215,6 +218,10 @@ def _shape_findings(
     tie = config.tie_word_embeddings or config.get_text_config().tie_word_embeddings
     tied = {"lm_head.weight"} if tie else set()
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    tower = config.vision_config.model_type
+    written = {native_name(name, tower): name for name in shapes}
+    doubled = sorted(shapes.keys() - set(written.values()))
+    shapes = {native: shapes[name] for native, name in written.items()}
     kinds = {
         "is missing": sorted(wanted.keys() - shapes.keys() - tied),
         "is not a tensor of the model in config.json": sorted(shapes.keys() - wanted.keys()),
@@ -222,10 +229,13 @@ def _shape_findings(
             name for name in shapes.keys() & wanted.keys() if shapes[name] != wanted[name]
         ),
     }
+    for name in doubled[:1]:
+        what = f"{name} is also there as {written[native_name(name, tower)]}"
+        yield GateFinding("tensors", holders[name], what, EXPORT_AGAIN)
     for what, names in kinds.items():
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            file = holders.get(names[0], next(iter(holders.values())))
+            file = holders.get(written.get(names[0], ""), next(iter(holders.values())))
             yield GateFinding("tensors", file, f"{names[0]} {what}{more}", EXPORT_AGAIN)
 
 

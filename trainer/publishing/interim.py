@@ -85,12 +85,15 @@ def build(job: dict[str, Any], checkpoint: Path, folder: Path) -> None:
 
     With training state the checkpoint's files are there bit by bit: in the stage's folder they are the checkpoint.
     """
+    from llava_llama31.trainer.export.dialects import NATIVE, PORTABLE
     from llava_llama31.trainer.export.export import licence_texts, write_export
 
     staged = atomic_folders.staging_folder(folder)
     if not (job["with_state"] and _is_whole_model(checkpoint)):
         model, processor = _load(job, checkpoint)
-        write_export(staged, model, processor, job["record"], {})
+        # the checkpoint's files, which go on top, are native
+        dialect = NATIVE if job["with_state"] else PORTABLE
+        write_export(staged, model, processor, job["record"], {}, dialect=dialect)
     if job["with_state"]:
         shutil.copytree(checkpoint, staged, copy_function=_replace, dirs_exist_ok=True)
     for name, text in {CARD: _card(job), **licence_texts(job["record"]["base_models"])}.items():

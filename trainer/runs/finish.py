@@ -13,6 +13,7 @@ from transformers import LlavaNextForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
+from llava_llama31.trainer.engines.reference import REFERENCE, record_reference
 from llava_llama31.trainer.evaluation.browser import write_browser
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
@@ -52,7 +53,9 @@ def finish(
         summary |= _evaluate(run, final, record, model, processor)
     record["minutes"] = round(minutes(), 2)
     atomic_folders.write_json(folder.record, record)
-    write_export(folder.export, model, processor, record, *attachments(folder, record))
+    images, texts = attachments(folder, record)
+    texts[REFERENCE] = record_reference(model, processor)
+    write_export(folder.export, model, processor, record, images, texts)
     summary["export"], summary["card"] = str(folder.export), str(folder.export / "README.md")
     summary["minutes"] = round(minutes(), 2)
     return summary
