@@ -58,12 +58,19 @@ def _by_prefix(prediction: str, *, deletes_periods: bool) -> str:
     return YES if YES in prefix else NO if NO in prefix else NEITHER
 
 
-def yes_no_rates(true_yes: float, false_yes: float, false_no: float, true_no: float) -> dict[str, float]:
+def yes_no_rates(
+    true_yes: float, false_yes: float, false_no: float, true_no: float, wrong: float = 0
+) -> dict[str, float]:
     """Accuracy, precision, recall, F1 and share of yes, in percent; a quotient by 0 is 0.
 
-    A prediction that says neither counts as no, as all evaluators count it, and is never right.
+    Args:
+        true_yes: questions with the answer yes that are answered so.
+        false_yes: questions with the answer no that are answered yes.
+        false_no: questions with the answer yes that are answered otherwise.
+        true_no: questions with the answer no that are answered so.
+        wrong: all others, which count for accuracy and share alone.
     """
-    total = true_yes + false_yes + false_no + true_no
+    total = true_yes + false_yes + false_no + true_no + wrong
     precision = _share(true_yes, true_yes + false_yes)
     recall = _share(true_yes, true_yes + false_no)
     return {
