@@ -296,11 +296,7 @@ def write_answers(folder, layout):
         (folder / "p.json").write_text(json.dumps([{"question_id": str(i), "answer": text} for i, text in pairs]))
         return str(folder / "p.json"), "question ids and answers"
     if layout == "llava":
-        rows = [
-            {"question_id": row["image_id"], "prompt": row["question"], "text": text, "answer_id": "x", "metadata": {}}
-            for row, text in zip(ROWS, PREDICTIONS, strict=True)
-        ]
-        return write_lines(folder / "l.jsonl", rows), "LLaVA's answers"
+        return write_lines(folder / "l.jsonl", llava_answers()), "LLaVA's answers"
     if layout == "lmms-eval samples":
         return write_lines(folder / "samples_textvqa_val.jsonl", samples()), "lmms-eval's samples"
     suffix, start = layout.removeprefix("vlmevalkit ").split()[0], 0 if layout.endswith("by order") else None
@@ -389,6 +385,67 @@ def test_what_vlmevalkit_could_not_answer_has_failed(annotations, tmp_path, caps
     ]
     result = score(capsys, write_xlsx(tmp_path / "f.xlsx", predictions_of(texts)), annotations["jsonl"], code=3)
     assert result["failed"] == 2 and result["failed_ids"]["34602"] == "Failed to obtain answer via API."
+
+
+def llava_answers():
+    """As LLaVA's scripts write them: the id is the image's, and the prompt begins with the question."""
+    prompt = "\nReference OCR token: stop, 8\nAnswer the question using a single word or phrase."
+    return [
+        {"question_id": row["image_id"], "prompt": row["question"] + prompt, "text": text}
+        for row, text in zip(ROWS, PREDICTIONS, strict=True)
+    ]
+
+
+def test_llavas_answers_belong_to_the_questions_that_they_were_asked(annotations, tmp_path, capsys):
+    """Two questions of one image the other way round were given each other's answers, without a word."""
+    rows = llava_answers()
+    swapped = [rows[i ^ 1] for i in range(10)]
+    assert accuracies(score(capsys, write_lines(tmp_path / "s.jsonl", swapped), annotations["jsonl"])) == EXPECTED
+    shuffled = random.Random(0).sample(rows, 10)
+    assert accuracies(score(capsys, write_lines(tmp_path / "r.jsonl", shuffled), annotations["jsonl"])) == EXPECTED
+    chunk = score(capsys, write_lines(tmp_path / "chunk.jsonl", rows[3:7]), annotations["jsonl"], code=3)
+    assert chunk["missing"] == 6 and chunk["missing_ids"] == IDS[:3] + IDS[7:]
+
+
+def test_llavas_answers_without_a_prompt_are_refused_where_an_image_has_two_questions(questions, tmp_path):
+    rows = [{name: row[name] for name in ("question_id", "text")} for row in llava_answers()]
+    with pytest.raises(UserError, match="2 annotated questions could be meant"):
+        read_answers(write_lines(tmp_path / "l.jsonl", rows), questions)
+    one_each = questions[::2]
+    read = read_answers(write_lines(tmp_path / "o.jsonl", rows[::-2]), one_each).rows
+    assert {row["question_id"]: row["answer"] for row in read} == dict(zip(IDS[::2], PREDICTIONS[1::2], strict=True))
+
+
+def test_logs_of_lmms_eval_before_0_2_4(annotations, tmp_path, capsys):
+    path = tmp_path / "textvqa_val.json"
+    path.write_text(json.dumps({"args": {}, "model_configs": {}, "logs": samples(), "time": "0725_1530"}))
+    result = score(capsys, str(path), annotations["jsonl"])
+    assert accuracies(result) == EXPECTED and result["layout"] == "lmms-eval's samples"
+
+
+def test_an_annotated_answer_is_never_scored(annotations, questions, tmp_path, capsys):
+    rows = [{"question_id": i, "answer": row["answers"][0]} for i, row in zip(IDS, ROWS, strict=True)]
+    unclear = [row | {"text": text} for row, text in zip(rows, PREDICTIONS, strict=True)]
+    path = write_lines(tmp_path / "t.jsonl", unclear)
+    with pytest.raises(UserError, match="text and answer: which of them the model said"):
+        read_answers(path, questions)
+    chosen = [path, "--columns", "id=question_id,answer=text"]
+    assert accuracies(score(capsys, chosen, annotations["jsonl"])) == EXPECTED
+    clear = [row | {"response": text} for row, text in zip(rows, PREDICTIONS, strict=True)]
+    result = score(capsys, write_lines(tmp_path / "r.jsonl", clear), annotations["jsonl"])
+    assert accuracies(result) == EXPECTED and result["layout"] == "question_id and response"
+
+
+def test_tables_with_commas_and_pickles(annotations, questions, tmp_path, capsys):
+    rows = predictions_of(PREDICTIONS)
+    with (tmp_path / "p.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert accuracies(score(capsys, str(tmp_path / "p.csv"), annotations["jsonl"])) == EXPECTED
+    (tmp_path / "p.pkl").write_bytes(b"\x80\x04.")
+    with pytest.raises(UserError, match="a pickle, which can run code when it is opened, is not read"):
+        read_answers(tmp_path / "p.pkl", questions)
 
 
 ROW = {"index": 1, "question": "?", "prediction": "a"}

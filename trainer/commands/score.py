@@ -5,11 +5,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_llama31.trainer.commands.options import add_json
-from llava_llama31.trainer.commands.score_tables import print_comparison, print_json, print_notes, print_report
+from llava_llama31.trainer.commands.score_tables import (
+    print_comparison,
+    print_json,
+    print_notes,
+    print_report,
+    print_task_comparison,
+    print_task_report,
+)
 
 
 if TYPE_CHECKING:
-    from llava_llama31.trainer.evaluation.answer_files import AnswerFile
+    from llava_llama31.trainer.evaluation.answer_files import AnswerFile, Reading
     from llava_llama31.trainer.evaluation.questions import Question
 
 
@@ -18,16 +25,52 @@ HELP = "score a predictions file, or compare two; no model needed"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "predictions", metavar="PREDICTIONS", help="ours, LLaVA's answers, lmms-eval's JSON, VLMEvalKit's TSV or xlsx"
+        "predictions",
+        metavar="PREDICTIONS",
+        help="ours, or answers of LLaVA's scripts, lmms-eval, VLMEvalKit or EvalScope",
     )
     parser.add_argument("other", nargs="?", metavar="OTHER", help="a second file, compared with the first")
-    parser.add_argument("--annotations", required=True, metavar="FILE", help="JSON lines, JSON, TSV or parquet")
-    parser.add_argument("--questions", metavar="FILE", help="the questions that go with VQA-style annotations")
+    parser.add_argument("--task", metavar="NAME|FILE", help="a benchmark, or a task of one's own; default: TextVQA")
+    parser.add_argument("--protocol", metavar="NAME", help="whose rules the task's headline follows")
+    parser.add_argument(
+        "--annotations", metavar="FILE", help="JSON lines, JSON, TSV or parquet; a task's may be a folder"
+    )
+    parser.add_argument(
+        "--questions", metavar="FILE", help="the questions that go with VQA-style annotations, or LLaVA's of a task"
+    )
+    parser.add_argument(
+        "--columns", metavar="PART=FIELD,...", type=_pairs, default={}, help="fields of id, answer, question and image"
+    )
+    parser.add_argument(
+        "--where", metavar="FIELD=VALUE,...", type=_pairs, default={}, help="read only the rows that say so"
+    )
     add_json(parser)
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [part.split("=", 1) for part in text.split(",")]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise ValueError
+    return {name: value for name, value in pairs}
 
 
 def run(options: argparse.Namespace) -> int:
     """Exit code 0, or 3 if answers are missing, failed, doubled or unknown."""
+    from llava_llama31.trainer.errors import UserError
+    from llava_llama31.trainer.evaluation.answer_files import Reading
+
+    reading = Reading(options.columns, options.where)
+    if options.task is not None:
+        return _score_task(options, reading)
+    if options.annotations is None:
+        raise UserError("no annotations", where="--annotations", fix="name the file, or a benchmark with --task")
+    if options.protocol is not None:
+        fix = "leave it out: without a task all three are printed"
+        raise UserError("--protocol goes with --task", where="--protocol", fix=fix)
+    return _score_textvqa(options, reading)
+
+
+def _score_textvqa(options: argparse.Namespace, reading: "Reading") -> int:
     from llava_llama31.trainer.evaluation.answer_files import read_answers
     from llava_llama31.trainer.evaluation.questions import load_questions
     from llava_llama31.trainer.evaluation.scoring import EXIT_INCOMPLETE, score_answers
@@ -35,33 +78,74 @@ def run(options: argparse.Namespace) -> int:
     annotated = load_questions(options.annotations, questions=options.questions, with_images=False)
     annotations = Path(options.annotations).name
     if options.other is not None:
-        return _compare(options.predictions, options.other, annotated, annotations, options.json_output)
-    file = read_answers(options.predictions, annotated)
+        return _compare(options, annotated, reading)
+    file = read_answers(options.predictions, annotated, reading)
     report = score_answers(annotated, file.rows)
     if options.json_output:
         print_json(report.to_json() | _origin(options.predictions, file))
     else:
         print_report(report, f"{Path(options.predictions).name} ({file.layout}) against {annotations}")
-        print_notes([file])
+        print_notes([file.note])
     return 0 if report.complete else EXIT_INCOMPLETE
 
 
-def _compare(first: str, second: str, questions: list["Question"], annotations: str, json_output: bool) -> int:
+def _compare(options: argparse.Namespace, questions: list["Question"], reading: "Reading") -> int:
     from llava_llama31.trainer.evaluation.answer_files import read_answers
     from llava_llama31.trainer.evaluation.scoring import EXIT_INCOMPLETE, compare_answers
 
-    files = [read_answers(path, questions) for path in (first, second)]
+    paths = (options.predictions, options.other)
+    files = [read_answers(path, questions, reading) for path in paths]
     comparison = compare_answers(questions, files[0].rows, files[1].rows)
-    if json_output:
+    if options.json_output:
         value = comparison.to_json()
-        value["first"] |= _origin(first, files[0])
-        value["second"] |= _origin(second, files[1])
+        value["first"] |= _origin(paths[0], files[0])
+        value["second"] |= _origin(paths[1], files[1])
         print_json(value)
     else:
-        names = [f"{Path(path).name} ({file.layout})" for path, file in zip((first, second), files, strict=True)]
+        names = [f"{Path(path).name} ({file.layout})" for path, file in zip(paths, files, strict=True)]
+        annotations = Path(options.annotations).name
         print_comparison(comparison, f"B = {names[1]} against A = {names[0]}, annotations {annotations}")
-        print_notes(files)
+        print_notes(file.note for file in files)
     return 0 if comparison.first.complete and comparison.second.complete else EXIT_INCOMPLETE
+
+
+def _score_task(options: argparse.Namespace, reading: "Reading") -> int:
+    from llava_llama31.trainer.evaluation.scoring import EXIT_INCOMPLETE
+    from llava_llama31.trainer.evaluation.task_answers import read_task_answers
+    from llava_llama31.trainer.evaluation.task_files import load_task
+    from llava_llama31.trainer.evaluation.task_scoring import answered, compare_task, protocol_for, score_task
+
+    task = load_task(options.task)
+    paths = [options.predictions, *([options.other] if options.other is not None else [])]
+    files = [
+        read_task_answers(task, path, annotations=options.annotations, questions=options.questions, reading=reading)
+        for path in paths
+    ]
+    protocol = protocol_for(task, files[0].layout, options.protocol)
+    sets = [answered(task, file.questions, file.rows) for file in files]
+    names = [f"{Path(path).name} ({file.layout})" for path, file in zip(paths, files, strict=True)]
+    origins = [
+        {"predictions": path, "layout": file.layout} | ({"note": file.note} if file.note else {})
+        for path, file in zip(paths, files, strict=True)
+    ]
+    if len(sets) == 2:
+        comparison = compare_task(task, sets[0], sets[1], protocol)
+        value = comparison.to_json()
+        value["first"] |= origins[0]
+        value["second"] |= origins[1]
+        reports = [comparison.first, comparison.second]
+        if not options.json_output:
+            print_task_comparison(comparison, f"{task.title}: B = {names[1]} against A = {names[0]}")
+    else:
+        reports = [score_task(task, sets[0], protocol)]
+        value = reports[0].to_json() | origins[0]
+        if not options.json_output:
+            print_task_report(reports[0], f"{task.title}: {names[0]}")
+    if options.json_output:
+        print_json(value)
+    else:
+        print_notes(file.note for file in files)
+    return 0 if all(report.complete for report in reports) else EXIT_INCOMPLETE
 
 
 def _origin(path: str, file: "AnswerFile") -> dict[str, Any]:

@@ -9,8 +9,8 @@ from llava_llama31.trainer.redaction import plain, printable
 
 
 if TYPE_CHECKING:
-    from llava_llama31.trainer.evaluation.answer_files import AnswerFile
     from llava_llama31.trainer.evaluation.scoring import Comparison, Report
+    from llava_llama31.trainer.evaluation.task_scoring import TaskComparison, TaskReport
 
 
 _IDS_NAMED = 5
@@ -94,9 +94,71 @@ def _print_ids(named: Mapping[str, Sequence[int | str]]) -> None:
             Terminal().print(line)
 
 
-def print_notes(files: Iterable["AnswerFile"]) -> None:
-    """What has to be known about the scores of these files."""
+def print_notes(notes: Iterable[str]) -> None:
+    """What has to be known about the scores of files."""
     from llava_llama31.trainer.terminal import Terminal
 
-    for note in dict.fromkeys(file.note for file in files if file.note):
+    for note in dict.fromkeys(note for note in notes if note):
         Terminal().print(f"note: {plain(note)}")
+
+
+def print_task_report(report: "TaskReport", title: str) -> None:
+    """The headline under every protocol, the chosen one's metrics and groups, then questions without an answer."""
+    from rich.table import Table
+
+    from llava_llama31.trainer.terminal import Terminal
+
+    terminal, chosen = Terminal(wrap_tables=True), report.protocols[report.protocol]
+    num_answered = report.num_questions - len(report.failed) - len(report.missing)
+    left_out = f", {report.num_left_out} answers to questions without an image left out" if report.num_left_out else ""
+    terminal.print(plain(f"{title}: {num_answered} of {report.num_questions} questions answered{left_out}"))
+    partly = num_answered < report.num_questions
+    table = Table()
+    table.add_column("protocol")
+    for column in (chosen.headline, "95 % interval", *(["unanswered as wrong"] if partly else [])):
+        table.add_column(column, justify="right")
+    for name, scores in report.protocols.items():
+        cells = [f"{name} *" if name == report.protocol else name, f"{scores.metrics[scores.headline]:.3f}"]
+        cells.append(f"{scores.low:.2f} to {scores.high:.2f}")
+        table.add_row(*cells, *([f"{scores.unanswered_as_wrong[scores.headline]:.3f}"] if partly else []))
+    terminal.print(table)
+    rows = {f"all ({report.protocol})": chosen.metrics, **chosen.groups}
+    names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
+    details = Table(box=None, pad_edge=False)
+    details.add_column("questions")
+    for name in names:
+        details.add_column(name, justify="right")
+    for group, metrics in rows.items():
+        details.add_row(printable(group), *(f"{metrics[name]:.3f}" if name in metrics else "" for name in names))
+    terminal.print(details)
+    _print_ids(_unaccounted_of_task(report))
+
+
+def print_task_comparison(comparison: "TaskComparison", title: str) -> None:
+    """The differences of the headline, then the questions that changed, and those that were left out."""
+    from rich.table import Table
+
+    from llava_llama31.trainer.terminal import Terminal
+
+    terminal, table = Terminal(wrap_tables=True), Table(box=None, pad_edge=False)
+    num_questions = comparison.first.num_questions
+    counted = f"{comparison.num_compared} of {num_questions} questions answered by both, {comparison.headline}"
+    terminal.print(plain(f"{title}: {counted}"))
+    table.add_column("protocol")
+    for column in ("A", "B", "B - A", "95 % interval"):
+        table.add_column(column, justify="right")
+    for name, (first, second, difference, low, high) in comparison.differences.items():
+        table.add_row(name, f"{first:.3f}", f"{second:.3f}", f"{difference:+.3f}", f"{low:+.2f} to {high:+.2f}")
+    terminal.print(table)
+    _print_ids({"gained": comparison.gained, "lost": comparison.lost, "not answered by both": comparison.left_out})
+    for side, report in (("A", comparison.first), ("B", comparison.second)):
+        _print_ids({f"{side}, {what}": ids for what, ids in _unaccounted_of_task(report).items()})
+
+
+def _unaccounted_of_task(report: "TaskReport") -> dict[str, Sequence[int | str]]:
+    return {
+        "failed": [f"{question_id} ({reason})" for question_id, reason in report.failed.items()],
+        "missing": report.missing,
+        "not annotated": report.unknown,
+        "cut at the length limit": report.cut,
+    }

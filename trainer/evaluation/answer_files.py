@@ -1,22 +1,25 @@
-"""Answer files to be scored: ours, and those that LLaVA's scripts, lmms-eval and VLMEvalKit write."""
+"""Answer files to be scored: ours, and those that LLaVA's scripts, lmms-eval, VLMEvalKit and EvalScope write."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.answer_matching import Answer, match_answers
 from llava_llama31.trainer.evaluation.questions import Question
-from llava_llama31.trainer.evaluation.row_files import Row, json_lines, json_objects, json_value, tsv_rows, xlsx_rows
+from llava_llama31.trainer.evaluation.row_files import Row, any_rows
 from llava_llama31.trainer.evaluation.vqa_accuracy import is_normalized
 
 
-ANSWERS, LLAVA, SAMPLES, SUBMISSION, VLMEVALKIT = (
+ANSWERS, LLAVA, SAMPLES, SUBMISSION, VLMEVALKIT, EVALSCOPE = (
     "question ids and answers",
     "LLaVA's answers",
     "lmms-eval's samples",
     "lmms-eval's submission",
     "VLMEvalKit's predictions",
+    "EvalScope's predictions",
 )
 # what VLMEvalKit writes in the place of an answer (`INFER_FAIL_MSG` in its vlmeval/smp/file.py)
 VLMEVALKIT_FAILED = "Failed to obtain answer"
@@ -24,6 +27,19 @@ NORMALIZED_NOTE = (
     "these answers are in m4c's normal form already, as lmms-eval writes them: m4c compares them as they stand; the "
     "scores under the other protocols are not those of the model's own words, which lmms-eval's --log_samples keeps"
 )
+_PREVIOUS = "_PREV"
+PREVIOUS_NOTE = (
+    "this is VLMEvalKit's file of an earlier, perhaps unfinished run (_PREV); the run's own file has no _PREV"
+)
+JUDGED_NOTE = (
+    "this is VLMEvalKit's result file with a judge's verdicts (hit); its predictions are scored, not the verdicts"
+)
+
+ID_FIELDS = ("question_id", "questionId", "index", "id")
+# a model's words; an `answer` beside one of them is the annotators'
+WORDS_FIELDS = ("prediction", "response", "pred_answer", "pred", "text")
+_ASKED_FIELDS, _IMAGE_FIELDS = ("question", "prompt"), ("image_id", "image", "image_path")
+_PARTS = ("id", "answer", "question", "image")
 
 
 @dataclass(frozen=True)
@@ -42,151 +58,237 @@ class AnswerFile:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class AnswerRows:
+    """The answers of a file before it is known which questions they belong to.
+
+    Args:
+        path: the file.
+        layout: what it was recognised as.
+        answers: one a row.
+        source: the rows as they stand.
+        note: as that of AnswerFile.
+    """
+
+    path: Path
+    layout: str
+    answers: list[Answer]
+    source: list[Row]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the user says about an answer file.
+
+    Args:
+        columns: id, answer, question or image -> the field of the rows that has it.
+        where: field -> the value that rows have to have to be read.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    where: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.columns.keys() - set(_PARTS))
+        if unknown or (self.columns and "answer" not in self.columns):
+            what = f"names {unknown[0]}" if unknown else "names no answer"
+            raise UserError(what, where="--columns", fix=f"give answer=FIELD and any of {', '.join(_PARTS)}")
+
+
 def read_predictions(path: str | Path, questions: Sequence[Question]) -> list[dict[str, Any]]:
     """Rows {question_id, answer} or {question_id, error} of any file that `read_answers` reads."""
     return read_answers(path, questions).rows
 
 
-def read_answers(path: str | Path, questions: Sequence[Question]) -> AnswerFile:
+def read_answers(path: str | Path, questions: Sequence[Question], reading: Reading | None = None) -> AnswerFile:
     """Read an answer file and say which question each answer belongs to.
 
     | written by | what the file holds                                                                              |
     |------------|--------------------------------------------------------------------------------------------------|
     | evaluate   | `.jsonl`, one {question_id, answer} or {question_id, error} a line                               |
-    | LLaVA      | `.jsonl`, one {question_id, text} a line; the id is the image's, the order the questions'       |
+    | LLaVA      | `.jsonl`, one {question_id, prompt, text} a line; the id is the question's or the image's        |
     | lmms-eval  | `.json`, a list of {question_id, answer}, normalised as m4c does (`textvqa_submission_*.json`)   |
-    | lmms-eval  | `.jsonl` of `--log_samples`: {filtered_resps, submission: {question_id, ...}}, the model's words |
+    | lmms-eval  | `.jsonl` of `--log_samples`: {filtered_resps, submission: {question_id, ...}}, the model's       |
+    |            | words; before 0.2.4 a `.json` with such rows under `logs`                                        |
     | VLMEvalKit | `.xlsx`, `.tsv` or `.json` with {index, question, prediction}; the index is TextVQA's            |
     |            | question_id, or else the rows have to ask the annotated questions in their order                 |
+    | EvalScope  | `.jsonl` of predictions: {index, model_output, messages}                                         |
+    | others     | rows with one of ID_FIELDS and one of WORDS_FIELDS, or as `reading` says                         |
 
     Args:
         path: the file; its suffix says how it is read, the names of its fields what it is.
         questions: the annotated questions.
+        reading: which fields and rows count, where the user says so.
 
     Raises:
         UserError: the file cannot be read or is none of these, or its rows cannot be assigned to the questions.
     """
+    file = read_answer_rows(path, reading or Reading())
+    return AnswerFile(
+        file.layout, match_answers(file.answers, questions, file.path, in_order=in_order(file)), file.note
+    )
+
+
+def in_order(file: AnswerRows) -> bool:
+    """Whether rows that ask the annotated questions in their order are assigned by it."""
+    return file.layout == VLMEVALKIT
+
+
+def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
+    """Read an answer file.
+
+    Raises:
+        UserError: it cannot be read, or is none that `read_answers` knows.
+    """
     path = Path(path)
-    rows = list(_rows(path))
+    rows = _kept(list(any_rows(path)), reading, path)
     if not rows:
         raise UserError("no answers", where=str(path), fix="name a file with at least one answer")
-    layout = _layout(rows[0][1])
+    if reading.columns:
+        return AnswerRows(path, _called(reading), [_by_columns(row, where, reading) for where, row in rows], rows)
+    layout = _layout(rows[0][1], rows[0][0])
     for where, row in rows:
-        if layout is None or _layout(row) != layout:
-            fix = 'one {"question_id": ..., "answer": "..."} a line, or another layout of docs/evaluation.md'
+        if layout is None or _layout(row, where) != layout:
+            fix = (
+                'one {"question_id": ..., "answer": "..."} a line, another layout of docs/evaluation.md, or --columns'
+            )
             found = ", ".join(map(str, row)) or "nothing"
             expected = f", the first row those of {layout}" if layout is not None else ""
             raise UserError(f"no question_id, or no answer: the row has {found}{expected}", where=where, fix=fix)
-    if layout == LLAVA:
-        return AnswerFile(layout, _llava_answers(rows, questions, path))
-    if layout == VLMEVALKIT:
-        return AnswerFile(layout, _vlmevalkit_answers(rows, questions, path))
-    if layout == SAMPLES:
-        return AnswerFile(layout, [_sample(row, where) for where, row in rows])
-    answers = [_answer(row, where) for where, row in rows]
+    answers = [_answer(row, where, str(layout)) for where, row in rows]
     # only lmms-eval's file is a list of bare pairs; whether it is normalised is seen in the answers themselves
     bare = path.suffix.lower() == ".json" and all(row.keys() == {"question_id", "answer"} for _, row in rows)
-    if bare and all(isinstance(row["answer"], str) and is_normalized(row["answer"], "m4c") for row in answers):
-        return AnswerFile(SUBMISSION, [row | {"normalized": "m4c"} for row in answers], NORMALIZED_NOTE)
-    return AnswerFile(ANSWERS, answers)
+    if bare and all(answer.text is not None and is_normalized(answer.text, "m4c") for answer in answers):
+        answers = [answer.with_row({"normalized": "m4c"}) for answer in answers]
+        return AnswerRows(path, SUBMISSION, answers, rows, NORMALIZED_NOTE)
+    return AnswerRows(path, str(layout), answers, rows, _note(path, rows) if layout == VLMEVALKIT else "")
 
 
-def _rows(path: Path) -> "list[Row] | Any":
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        content = json_value(path)
-        if not isinstance(content, list):
-            what = "not a list of answers"
-            raise UserError(what, where=str(path), fix="docs/evaluation.md lists the files that can be scored")
-        return json_objects(content, path)
-    if suffix == ".tsv":
-        return tsv_rows(path)
-    return xlsx_rows(path) if suffix == ".xlsx" else json_lines(path)
+def _kept(rows: list[Row], reading: Reading, path: Path) -> list[Row]:
+    for name, value in reading.where.items():
+        known = sorted({str(row[name]) for _, row in rows if name in row})
+        rows = [(where, row) for where, row in rows if str(row.get(name)) == value]
+        if not rows:
+            what = f"no row has {name}={value}; there are {', '.join(known[:20]) or 'no rows with that field'}"
+            raise UserError(what, where=str(path), fix="pass another --where")
+    return rows
 
 
-def _layout(row: dict[str, Any]) -> str | None:
+def _note(path: Path, rows: Sequence[Row]) -> str:
+    notes = [PREVIOUS_NOTE] if path.stem.endswith(_PREVIOUS) else []
+    if "hit" in rows[0][1]:
+        notes.append(JUDGED_NOTE)
+    return "; ".join(notes)
+
+
+def _layout(row: dict[str, Any], where: str) -> str | None:
     """What a row is by the names of its fields; None for a stranger."""
     fields = row.keys()
-    if {"filtered_resps", "submission"} <= fields:
+    if "filtered_resps" in fields and {"submission", "doc", "target"} & fields:
         return SAMPLES
-    if "prediction" in fields and {"index", "question_id"} & fields:
+    if "index" in fields and ("model_output" in fields or ({"choices", "raw_input"} <= fields)):
+        return EVALSCOPE
+    words = [name for name in WORDS_FIELDS if name in fields]
+    ids = [name for name in ID_FIELDS if name in fields]
+    if "prediction" in words and "index" in ids:
         return VLMEVALKIT
-    if "question_id" in fields and {"answer", "error"} & fields:
-        return ANSWERS
-    return LLAVA if {"question_id", "text"} <= fields else None
+    if ids and len(words) > 1:
+        raise _ambiguous(words, where)
+    if "question_id" in ids and "text" in words:
+        if "answer" in fields:
+            raise _ambiguous(["text", "answer"], where)
+        return LLAVA
+    if ids and words:
+        return f"{ids[0]} and {words[0]}"
+    return ANSWERS if "question_id" in ids and {"answer", "error"} & fields else None
 
 
-def _answer(row: dict[str, Any], where: str) -> dict[str, Any]:
-    # what else stands in a row stays: the browser shows some of it
-    answer = row.get("answer")
-    return row | {
-        "question_id": _id(row["question_id"], where),
-        "answer": None if answer is None else _text(answer, where),
-    }
+def _ambiguous(names: Sequence[str], where: str) -> UserError:
+    what = f"{' and '.join(names)}: which of them the model said, and which is annotated, the row does not tell"
+    return UserError(what, where=where, fix=f"say so: --columns id=question_id,answer={names[0]}")
 
 
-def _sample(row: dict[str, Any], where: str) -> dict[str, Any]:
-    submission, answer = row["submission"], row["filtered_resps"]
+def _answer(row: dict[str, Any], where: str, layout: str) -> Answer:
+    if layout == SAMPLES:
+        return _sample(row, where)
+    if layout == EVALSCOPE:
+        return _evalscope(row, where)
+    if layout == ANSWERS:
+        # what else stands in a row stays: the browser shows some of it
+        text = row.get("answer")
+        words = None if text is None else _text(text, where)
+        question_id = _id(row["question_id"], where)
+        asked, image = _first(row, ("question",)), _first(row, _IMAGE_FIELDS)
+        return Answer(where, question_id, words, str(row.get("error", "no answer")), asked=asked, image=image, row=row)
+    words_field = "text" if layout == LLAVA else next(name for name in WORDS_FIELDS if name in row)
+    ids = [row[name] for name in ID_FIELDS if row.get(name) not in (None, "")]
+    question_id = _id(ids[0] if ids else next(row[name] for name in ID_FIELDS if name in row), where)
+    asked, image = _first(row, _ASKED_FIELDS), _first(row, _IMAGE_FIELDS)
+    if layout == LLAVA:
+        words = _text(row["text"], where)
+        return Answer(where, question_id, words, asked=asked, image=image, id_may_be_image=True)
+    # an empty cell is an empty answer
+    text = "" if row[words_field] is None else _text(row[words_field], where)
+    if layout == VLMEVALKIT and text.startswith(VLMEVALKIT_FAILED):
+        return Answer(where, question_id, None, text, asked=asked)
+    return Answer(where, question_id, text, asked=asked, image=None if layout == VLMEVALKIT else image)
+
+
+def _called(reading: Reading) -> str:
+    return f"columns {', '.join(f'{part}={name}' for part, name in reading.columns.items())}"
+
+
+def _by_columns(row: dict[str, Any], where: str, reading: Reading) -> Answer:
+    columns = reading.columns
+    lacking = [name for name in columns.values() if name not in row]
+    if lacking:
+        what = f"no {', '.join(lacking)}: the row has {', '.join(map(str, row)) or 'nothing'}"
+        raise UserError(what, where=where, fix="name fields of the rows in --columns")
+    value = row[columns["answer"]]
+    question_id = _id(row[columns["id"]], where) if "id" in columns else None
+    asked, image = (str(row[columns[part]]) if part in columns else None for part in ("question", "image"))
+    return Answer(where, question_id, "" if value is None else _text(value, where), asked=asked, image=image)
+
+
+def _sample(row: dict[str, Any], where: str) -> Answer:
+    answer = row["filtered_resps"]
     while isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
-    if not isinstance(submission, dict) or "question_id" not in submission or not isinstance(answer, str):
-        fix = "pass the samples of a textvqa task"
+    holders = [value for value in row.values() if isinstance(value, dict)]
+    named = [holder[name] for holder in holders for name in ID_FIELDS if name in holder]
+    doc = row.get("doc")
+    asked = doc.get("question") if isinstance(doc, dict) else None
+    if ("submission" in row and not named) or not isinstance(answer, str) or not (named or asked):
+        fix = "pass the samples of a generation task, as --log_samples writes them"
         raise UserError("no question_id in submission, or not one text in filtered_resps", where=where, fix=fix)
-    return {"question_id": _id(submission["question_id"], where), "answer": answer}
+    question_id = _id(named[0], where) if named else None
+    return Answer(where, question_id, answer, asked=asked if isinstance(asked, str) else None)
 
 
-def _llava_answers(rows: list[Row], questions: Sequence[Question], path: Path) -> list[dict[str, Any]]:
-    if [str(row["question_id"]) for _, row in rows] != [question.image_id for question in questions]:
-        raise UserError(
-            "LLaVA's answers name images, and these are not the annotated images in the same order",
-            where=str(path),
-            fix="pass the annotations that the answers were made for",
-        )
-    return [
-        {"question_id": question.question_id, "answer": _text(row["text"], where)}
-        for question, (where, row) in zip(questions, rows, strict=True)
-    ]
+def _evalscope(row: dict[str, Any], where: str) -> Answer:
+    output = row.get("model_output") or row
+    try:
+        said = _message_text(output["choices"][0]["message"]["content"])
+        asked = [
+            _message_text(message["content"]) for message in row.get("messages") or [] if message["role"] == "user"
+        ]
+    except (KeyError, IndexError, TypeError) as error:
+        raise UserError("no text of the model in choices", where=where, fix="pass EvalScope's predictions") from error
+    return Answer(where, _id(row["index"], where), said, asked=asked[0] if asked else None)
 
 
-def _vlmevalkit_answers(rows: list[Row], questions: Sequence[Question], path: Path) -> list[dict[str, Any]]:
-    """By id where the rows that name an annotated one ask what it asks, or else by order where all rows do."""
-    named = [row.get("index") if row.get("question_id") in (None, "") else row["question_id"] for _, row in rows]
-    ids = [_id(question_id, where) for question_id, (where, _) in zip(named, rows, strict=True)]
-    annotated = {str(question.question_id): question for question in questions}
-    pairs = [(annotated.get(str(question_id)), row) for question_id, (_, row) in zip(ids, rows, strict=True)]
-    known = [question is not None for question, _ in pairs]
-    # a row without its question is taken at its word only if no index is unknown
-    if not any(known) or not all(_asks(row, question, unsaid=all(known)) for question, row in pairs):
-        ids = _ids_by_order(rows, questions, path)
-    answers = []
-    for question_id, (where, row) in zip(ids, rows, strict=True):
-        # an empty cell is an empty answer
-        text = "" if row["prediction"] is None else _text(row["prediction"], where)
-        failed = text.startswith(VLMEVALKIT_FAILED)
-        answers.append(
-            {"question_id": question_id} | ({"answer": None, "error": text} if failed else {"answer": text})
-        )
-    return answers
+def _message_text(content: Any) -> str:
+    parts = content if isinstance(content, list) else [content]
+    return "\n".join(part if isinstance(part, str) else part["text"] for part in parts if _has_text(part))
 
 
-def _ids_by_order(rows: list[Row], questions: Sequence[Question], path: Path) -> list[int | str]:
-    what = "the indices are not the annotated question_ids, and the rows do not ask the annotated questions in order"
-    fix = "pass the annotations that the answers were made for, or give the rows a column question_id"
-    if len(rows) > len(questions):
-        raise UserError(f"{what}: {len(rows)} rows for {len(questions)} questions", where=str(path), fix=fix)
-    for question, (where, row) in zip(questions, rows, strict=False):
-        if not _asks(row, question, unsaid=False):
-            asked = f"{str(row.get('question'))!r:.80} in the place of {question.question!r:.80}"
-            raise UserError(f"{what}: {asked}", where=where, fix=fix)
-    return [question.question_id for question in questions[: len(rows)]]
+def _has_text(part: Any) -> bool:
+    return isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))
 
 
-def _asks(row: dict[str, Any], question: Question | None, *, unsaid: bool) -> bool:
-    """Whether a row asks an annotated question, or one that is not annotated; `unsaid` if it does not say what."""
-    text = row.get("question")
-    if text is None or question is None:
-        return unsaid if text is None else True
-    return " ".join(str(text).split()).casefold() == " ".join(question.question.split()).casefold()
+def _first(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    return next((str(row[name]) for name in names if isinstance(row.get(name), str | int) and row[name] != ""), None)
 
 
 def _id(value: Any, where: str) -> int | str:

@@ -41,6 +41,11 @@ class Question:
         question: text as the file has it.
         answers: what the annotators said, ten in TextVQA.
         ocr_tokens: words that a reader found in the image, in its order; None where the file has none.
+        options: (letter, text) of a multiple-choice question; `answers` is then the right letter.
+        context: what is said before the question, e.g. ScienceQA's hint.
+        groups: categories that a task reports by.
+        units: what is right only as a whole, e.g. all turns of a circular question; the task says what for.
+        metric: how this question is scored, where each says so itself.
     """
 
     question_id: int | str
@@ -49,6 +54,11 @@ class Question:
     question: str
     answers: tuple[str, ...]
     ocr_tokens: tuple[str, ...] | None = None
+    options: tuple[tuple[str, str], ...] = ()
+    context: str = ""
+    groups: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
+    metric: str = ""
 
 
 def load_questions(
@@ -92,9 +102,9 @@ def load_questions(
         if limit is not None and len(loaded) >= limit:
             break
         question = _question(row, where)
-        _only_once(str(question.question_id), "question_id", where, seen)
+        only_once(str(question.question_id), "question_id", where, seen)
         if with_images:
-            question = replace(question, image=_shared_image(row, question.image_id, root, where, images))
+            question = replace(question, image=shared_image(row, question.image_id, root, where, images))
         loaded.append(question)
     if not loaded:
         raise UserError("no questions", where=str(data), fix="name a file with at least one question")
@@ -138,11 +148,11 @@ def _vqa_rows(annotations: list[Any], path: Path, questions: str | Path | None) 
     for where, row in json_objects(_listed(json_value(source), "questions", source), source):
         if "question_id" not in row:
             raise UserError("no question_id", where=where, fix="give each question one")
-        _only_once(str(row["question_id"]), "question_id", where, places)
+        only_once(str(row["question_id"]), "question_id", where, places)
         asked[str(row["question_id"])] = row
     annotated: dict[str, str] = {}
     for where, annotation in json_objects(annotations, path):
-        _only_once(str(annotation.get("question_id")), "question_id", where, annotated)
+        only_once(str(annotation.get("question_id")), "question_id", where, annotated)
         question = asked.pop(str(annotation.get("question_id")), None)
         if question is None:
             what = f"question_id {annotation.get('question_id')} is not in {source.name}"
@@ -159,7 +169,7 @@ def _vqa_rows(annotations: list[Any], path: Path, questions: str | Path | None) 
         raise UserError(what, where=str(source), fix="pass the two files of one split")
 
 
-def _only_once(key: str, name: str, where: str, places: dict[str, str]) -> None:
+def only_once(key: str, name: str, where: str, places: dict[str, str]) -> None:
     first = places.setdefault(key, where)
     if first != where:
         raise UserError(f"{name} {key} occurs twice, first in {first}", where=where, fix="make ids unique")
@@ -175,11 +185,11 @@ def _vlmevalkit_rows(path: Path, with_images: bool) -> Iterator[Row]:
         if not index or not cells.get("answer"):
             fix = "VLMEvalKit's tables have index, image, question and answer"
             raise UserError("no index, or no answer", where=where, fix=fix)
-        _only_once(index, "index", where, places)
+        only_once(index, "index", where, places)
         # an image is stored once, and the other rows that show it name that row
         holder = image if 0 < len(image) <= LONGEST_IMAGE_INDEX else index
         if with_images and image and holder == index:
-            images[index] = _base64(image, where)
+            images[index] = decoded_base64(image, where)
         read.append((where, _vlmevalkit_row(cells, index, holder, where), holder if image else ""))
     for where, row, holder in read:
         if with_images and holder:
@@ -216,7 +226,7 @@ def _answer_list(text: str, where: str) -> Any:
         raise UserError(f"answer is not a list of texts: {error}", where=where, fix=fix) from error
 
 
-def _base64(text: str, where: str) -> bytes:
+def decoded_base64(text: str, where: str) -> bytes:
     try:
         return b64decode(text, validate=True)
     except (Base64Error, ValueError) as error:
@@ -251,7 +261,7 @@ def _ocr_tokens(tokens: Any, where: str) -> tuple[str, ...] | None:
     return tuple(tokens)
 
 
-def _shared_image(
+def shared_image(
     row: dict[str, Any], image_id: str, root: Path, where: str, images: dict[str, tuple[ImageRef, str]]
 ) -> ImageRef:
     """The row's image, which is one object for all rows that show it.

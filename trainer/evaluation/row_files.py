@@ -2,7 +2,8 @@
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ Row = tuple[str, dict[str, Any]]
 
 # a cell may hold an image in base64; the module's own limit of 128 KiB is too small for that
 LARGEST_CELL = 1 << 28
+PICKLES = (".pkl", ".pickle")
+# keys under which a JSON file holds its rows: the official files; lmms-eval's logs before 0.2.4; LLaVA's ScienceQA
+_ROWS_UNDER = (("data",), ("logs",), ("correct", "incorrect"))
 
 
 def json_lines(path: Path) -> Iterator[Row]:
@@ -38,6 +42,25 @@ def json_value(path: Path) -> Any:
     return _json("".join(_lines(path)), str(path))
 
 
+def listed_rows(content: Any, path: Path) -> list[Any]:
+    """The list that a JSON file holds, by itself or under the keys of _ROWS_UNDER.
+
+    Raises:
+        UserError: it holds none.
+    """
+    if isinstance(content, list):
+        return content
+    for keys in _ROWS_UNDER:
+        if isinstance(content, dict) and all(isinstance(content.get(key), list) for key in keys):
+            return [row for key in keys for row in content[key]]
+    found = f"; it has {', '.join(content)}" if isinstance(content, dict) and content else ""
+    raise UserError(
+        f"not a list of answers or questions{found}",
+        where=str(path),
+        fix="docs/evaluation.md lists the files that are read",
+    )
+
+
 def json_objects(values: list[Any], path: Path) -> Iterator[Row]:
     """Objects of a list that was read from `path`.
 
@@ -54,20 +77,39 @@ def tsv_rows(path: Path) -> Iterator[Row]:
     Raises:
         UserError: the file cannot be read, or a row has another number of cells than the header.
     """
+    yield from _table(path, "\t", "tab-separated")
+
+
+def csv_rows(path: Path) -> Iterator[Row]:
+    """Rows of a table with commas between the cells, else as `tsv_rows`.
+
+    Raises:
+        UserError: the file cannot be read, or a row has another number of cells than the header.
+    """
+    yield from _table(path, ",", "comma-separated")
+
+
+def _table(path: Path, delimiter: str, called: str) -> Iterator[Row]:
     limit = csv.field_size_limit(LARGEST_CELL)
     try:
-        reader = csv.reader(_lines(path), delimiter="\t")
+        reader = csv.reader(_lines(path), delimiter=delimiter)
         header = next(reader, [])
         for cells in reader:
             if cells:
                 where = f"{path}:{reader.line_num}"
                 yield where, _named(header, cells, where)
     except csv.Error as error:
-        raise UserError(
-            f"not a table of tab-separated cells: {error}", where=str(path), fix="write it again"
-        ) from error
+        raise UserError(f"not a table of {called} cells: {error}", where=str(path), fix="write it again") from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _headless_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """Rows of a tab-separated table without a header or quotes, as MME's."""
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield where, _named(list(columns), line.rstrip("\r\n").split("\t"), where)
 
 
 def xlsx_rows(path: Path) -> Iterator[Row]:
@@ -190,3 +232,53 @@ def _check_header(names: list[str], where: str) -> None:
     twice = next((name for name in names if name and names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"column {ascii(twice)[:80]} is there twice", where=where, fix="remove or rename one")
+
+
+def any_rows(path: Path, *, columns: Sequence[str] = (), leave_out: Sequence[str] = ()) -> Iterator[Row]:
+    """Rows of any file that holds rows, by its suffix; `.txt` is a table without a header.
+
+    Args:
+        path: JSON, JSON Lines (also named `.json`, as POPE's labels), TSV, CSV, xlsx, or parquet, also a folder or
+            pattern of its shards.
+        columns: names of a table's columns, where it has no header.
+        leave_out: columns of parquet files that are not read.
+
+    Raises:
+        UserError: the file cannot be read, or is of another kind.
+    """
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
+        what = "a pickle, which can run code when it is opened, is not read"
+        raise UserError(what, where=str(path), fix="write the answers as .xlsx, .tsv, .json or .jsonl")
+    if suffix == ".parquet" or path.is_dir() or ("*" in path.name and not path.is_file()):
+        yield from parquet_rows(path, tuple(name for name in _parquet_columns(path) if name not in leave_out))
+    elif suffix in (".json", ".jsonl") and _is_one_value(path):
+        yield from json_objects(listed_rows(json_value(path), path), path)
+    elif suffix in (".tsv", ".csv"):
+        yield from tsv_rows(path) if suffix == ".tsv" else csv_rows(path)
+    elif suffix == ".xlsx":
+        yield from xlsx_rows(path)
+    elif suffix == ".txt" and columns:
+        yield from _headless_rows(path, columns)
+    else:
+        yield from json_lines(path)
+
+
+def _is_one_value(path: Path) -> bool:
+    """Whether a file holds one JSON value and not one a line, whatever its suffix says."""
+    lines = (line.strip() for line in _lines(path))
+    start = [line for line in islice((line for line in lines if line), 2)]
+    if path.suffix.lower() == ".json":
+        return not (len(start) == 2 and start[0].startswith("{") and start[0].endswith("}"))
+    return start[:1] in (["{"], ["["])
+
+
+def _parquet_columns(path: Path) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    files = question_files(path)
+    try:
+        return list(pyarrow.parquet.read_schema(files[0]).names)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(files[0]), fix="download it again") from error

@@ -168,7 +168,7 @@ def compare_answers(
     """
     one, other = _matched(questions, first), _matched(questions, second)
     reports = _report(one), _report(other)
-    both = [key for key in one.answered if key in other.answered]
+    both = [key for key in one.questions if key in one.answered and key in other.answered]
     if not both:
         raise UserError("no question is answered by both", fix="check that both files answer these annotations")
     ids = {str(question.question_id): question.question_id for question in questions}
@@ -224,7 +224,8 @@ def _report(matched: _Matched) -> Report:
     protocols, as_zero = {}, {}
     unanswered = [0.0] * (len(annotated) - len(matched.answered))
     for name in PROTOCOLS:
-        scores = [matched.score(key, name) for key in matched.answered]
+        # in the questions' order, so that the interval does not depend on the file's
+        scores = [matched.score(key, name) for key in annotated if key in matched.answered]
         protocols[name] = mean_score(scores)
         as_zero[name] = mean_score(scores + unanswered) if unanswered else protocols[name]
     return Report(

@@ -113,9 +113,14 @@ def normalize(answer: str, protocol: str) -> str:
     if rules.splits_possessive:
         text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
-    text = rules.period.sub("", _without_punctuation(text), count=LARGEST_NUMBER_OF_PERIODS)
+    text = without_punctuation(text, protocol)
     words = (NUMBER_WORDS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def without_punctuation(text: str, protocol: str) -> str:
+    """A text without the marks and periods that `protocol` deletes before it compares words."""
+    return _protocol(protocol).period.sub("", _without_marks(text), count=LARGEST_NUMBER_OF_PERIODS)
 
 
 def is_normalized(answer: str, protocol: str) -> bool:
@@ -183,7 +188,7 @@ def _protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def _without_punctuation(text: str) -> str:
+def _without_marks(text: str) -> str:
     """Delete each mark that stands beside a space anywhere, or all marks if `1,2` occurs; the others become spaces."""
     delete_all = DIGIT_COMMA_DIGIT.search(text) is not None
     cleaned = text

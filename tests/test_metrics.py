@@ -1,0 +1,326 @@
+"""Metrics beyond VQA accuracy: every rule by hand, the papers' definitions, and what has to hold for any text."""
+
+import json
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_llama31.trainer.evaluation.metrics import choices, numbers, text, yes_no
+from llava_llama31.trainer.evaluation.metrics.choices import chosen_letter, multiple_choice
+from llava_llama31.trainer.evaluation.metrics.fields import field_counts, field_f1, first_object
+from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
+from llava_llama31.trainer.evaluation.metrics.text import (
+    anls,
+    contains_answer,
+    edit_distance,
+    error_counts,
+    exact_match,
+)
+from llava_llama31.trainer.evaluation.metrics.yes_no import yes_no_rates, yes_or_no
+
+
+ANY_TEXT = st.one_of(
+    st.text(max_size=40),
+    st.lists(
+        st.sampled_from(
+            ["yes", "No", "not", ".", ",", "A", "(B)", "C.", "The answer is D.", "5%", "0", "nan", "inf", "1e999"]
+            + ['{"a":', "}", "[", "Z", "\n", "ß", "İ", "red car", " "]
+        ),
+        max_size=8,
+    ).map(" ".join),
+)
+OPTIONS = {"A": "red", "B": "blue car", "C": "a car", "D": "42"}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "equal_under"),
+    [
+        ("yes", "yes", {"verbatim", "ignore-case", "llava-gqa", "lmms-eval"}),
+        (" yes\n", "yes", {"verbatim", "ignore-case"}),
+        ("Yes", "yes", {"ignore-case", "llava-gqa", "lmms-eval"}),
+        ("Yes..", "yes", {"llava-gqa", "lmms-eval"}),
+        ("t-shirt", "tshirt", {"lmms-eval"}),
+        ("no", "yes", set()),
+    ],
+)
+def test_exact_match(prediction, answer, equal_under):
+    assert {p for p in text.EXACT_PROTOCOLS if exact_match(prediction, ["?", answer], p)} == equal_under
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "as_text", "as_formula"),
+    [
+        ('the word "Centre" is there', ["CENTRE"], 1, 0),
+        ("new\nyork", ["New York"], 1, 0),
+        ("x ^ 2 + 1", ["x^2+1"], 0, 1),
+        ("12", ["3", "2"], 1, 1),
+        ("", ["a"], 0, 0),
+        ("a", [], 0, 0),
+    ],
+)
+def test_containment(prediction, answers, as_text, as_formula):
+    assert contains_answer(prediction, answers) == as_text
+    assert contains_answer(prediction, answers, formula=True) == as_formula
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "scores"),
+    [
+        ("Hello", ["hello"], (1, 1, 1)),
+        ("hello  World ", ["hello world"], (1, 1, 1)),
+        ("helo", ["hello"], (0.8, 0.8, 0.8)),
+        ("abcdef", ["abcxyz"], (0, 0.5, 0.5)),  # at the threshold the paper's inequality is strict
+        ("abcdefg", ["abcxyzw"], (0, 0, 0)),
+        ("ab  d", ["abxd"], (0.75, 0.75, 0.8)),  # lmms-eval divides by the length before white space is collapsed
+        ("dog", ["cat", "dot", "do"], (2 / 3, 2 / 3, 2 / 3)),
+        ("", [""], (1, 1, 1)),
+        ("a", [""], (0, 0, 0)),
+    ],
+)
+def test_anls(prediction, answers, scores):
+    for protocol, score in zip(("paper", "vlmevalkit", "lmms-eval"), scores, strict=True):
+        assert anls(prediction, answers, protocol) == pytest.approx(score), protocol
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "distance"),
+    [("kitten", "sitting", 3), ("", "abc", 3), ("flaw", "lawn", 2), ("same", "same", 0), ("ab", "ba", 2)],
+)
+def test_edit_distance(first, second, distance):
+    assert edit_distance(first, second) == edit_distance(second, first) == distance
+    assert edit_distance(first.split(), second.split()) == (first != second)
+
+
+def test_error_rates_count_edits_to_the_nearest_answer():
+    assert error_counts("the cat sat", ["the hat sat"], "word") == (1, 3)
+    assert error_counts("the cat sat", ["the hat sat"], "character") == (1, 11)
+    assert error_counts("a  b", ["a b"], "character") == (0, 3)
+    assert error_counts("one two three", ["four", "one two"], "word") == (1, 2)
+    assert error_counts("a b c", [""], "word") == (3, 0)
+    with pytest.raises(ValueError, match="no unit is named 'line'"):
+        error_counts("a", ["a"], "line")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "pix2struct", "paper"),
+    [
+        ("14", "14.0", 1, 1),
+        ("105", "100", 1, 1),  # within 5 % of the answer
+        ("95", "100", 1, 1),
+        ("105.1", "100", 0, 0),
+        ("100", "95.2", 0, 0),  # 5 % of the answer, not of the prediction
+        ("Navy Blue", "navy blue", 1, 1),
+        ("blue", "navy blue", 0, 0),
+        ("25%", "0.25", 1, 0),  # a percentage is a hundredth there
+        ("25", "25%", 0, 1),
+        ("1,000", "1000", 0, 1),
+        ("0", "0", 1, 1),
+        ("0.0", "0", 0, 1),  # an answer of 0 is compared as a text there
+        ("0.01", "0", 0, 0),
+        ("-98", "-100", 1, 1),
+        ("nan", "5", 0, 0),
+        ("inf", "5", 0, 0),
+        ("", "", 1, 1),
+        ("five", "5", 0, 0),
+    ],
+)
+def test_relaxed_accuracy(prediction, answer, pix2struct, paper):
+    assert relaxed_accuracy(prediction, [answer]) == pix2struct
+    assert relaxed_accuracy(prediction, [answer], "paper") == paper
+    assert relaxed_accuracy(prediction, ["?", answer], "paper") == paper
+
+
+@pytest.mark.parametrize(
+    ("prediction", "chosen"),
+    [
+        ("B", "BBBBBB"),
+        ("b", ".BB..."),
+        ("B.", ".BBBBB"),
+        ("B. blue car", "BBBBB."),
+        ("B) blue car", "..BBB."),
+        ("The answer is B.", "B..BBB"),
+        ("The answer is B. The answer is C.", ".....C"),
+        ("(C)", "...CCC"),
+        ("I think (A), no, (B)", ".....B"),
+        ("It is a blue car", "....B."),
+        ("Is it a car, or a blue car?", ".....B"),
+        ("What I see in it is all red", "....AA"),
+        ("A or B", "..A..B"),
+        ("E", "......"),
+        ("Z", "...ZZ."),
+        ("Cannot determine the answer: A", "..CZZA"),
+        ("Failed to obtain answer via API. A", ".....A"),
+        ("", "......"),
+        ("42", "....D."),
+    ],
+)
+def test_which_option_is_chosen(prediction, chosen):
+    rules = ("llava-scienceqa", "lmms-eval-scienceqa", "first-letter", "letter", "letter-or-text", "mmmu")
+    assert set(rules) == set(choices.RULES)
+    assert "".join(chosen_letter(prediction, OPTIONS, rule) or "." for rule in rules) == chosen
+    letters = zip(rules, chosen, strict=True)
+    assert all(multiple_choice(prediction, OPTIONS, "B", rule) == (letter == "B") for rule, letter in letters)
+
+
+def test_a_letter_without_an_option_is_not_chosen():
+    assert chosen_letter("D", {"A": "x", "B": "y"}, "llava-scienceqa") == ""
+    assert chosen_letter("The answer is D.", {"A": "x"}, "llava-scienceqa") == ""
+
+
+@pytest.mark.parametrize(
+    ("prediction", "said"),
+    [
+        ("Yes", "yyyyy"),
+        ("no", "nnnnn"),
+        ("No, there is no dog.", "nnnn."),
+        ("Yes, there is.", "yyyy."),
+        ("There is not.", "n...."),
+        ("A dog. No cat.", "y..n."),
+        ("Yes and no", "nyy.."),
+        ("know", "ynn.."),  # within the first four characters
+        ("y", "y.y.."),
+        ("Y.", "y.y.."),
+        (" Yes", "yyyyy"),
+        ("", "y...."),
+        ("unsure", "y...."),
+        ("NO", "ynnnn"),
+    ],
+)
+def test_what_a_prediction_says(prediction, said):
+    rules = ("llava-pope", "mme", "lmms-eval-mme", "words", "exact")
+    assert set(rules) == set(yes_no.RULES)
+    assert "".join(yes_or_no(prediction, rule)[:1] or "." for rule in rules) == said
+
+
+def test_rates_of_yes():
+    rates = yes_no_rates(true_yes=30, false_yes=10, false_no=20, true_no=40)
+    assert rates["accuracy"] == 70 and rates["precision"] == 75 and rates["recall"] == 60 and rates["yes_ratio"] == 40
+    assert rates["f1"] == pytest.approx(200 / 3)
+    assert yes_no_rates(0, 0, 0, 0) == dict.fromkeys(rates, 0.0)
+    assert yes_no_rates(0, 0, 5, 5) == dict.fromkeys(rates, 0.0) | {"accuracy": 50.0}
+
+
+RECEIPT = {"company": "ACME  Ltd", "total": "9.50", "items": [{"name": "tea", "n": 2}, {"name": "cup", "n": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "counts", "readable"),
+    [
+        (RECEIPT, (6, 0, 0), True),
+        (RECEIPT | {"items": RECEIPT["items"][::-1]}, (6, 0, 0), True),  # the order of a list does not count
+        (RECEIPT | {"total": 9.5}, (5, 1, 1), True),
+        (RECEIPT | {"company": "acme ltd"}, (5, 1, 1), True),
+        (RECEIPT | {"date": "today"}, (6, 0, 1), True),
+        ({"total": "9.50"}, (1, 5, 0), True),
+        ({"items": RECEIPT["items"] + RECEIPT["items"][:1]}, (4, 2, 2), True),  # once too often
+        ({}, (0, 6, 0), True),
+        ("no JSON at all", (0, 6, 0), False),
+        ("[1, 2]", (0, 6, 0), False),
+        ('{"total": ', (0, 6, 0), False),
+    ],
+)
+def test_fields(prediction, counts, readable):
+    said = prediction if isinstance(prediction, str) else json.dumps(prediction)
+    found = field_counts(said, json.dumps(RECEIPT))
+    assert (found.matched, found.missing, found.extra, found.readable) == (*counts, readable)
+    assert found.exact == (counts == (6, 0, 0))
+    assert found.f1 == pytest.approx(counts[0] / (counts[0] + (counts[1] + counts[2]) / 2))
+
+
+def test_objects_are_found_among_words():
+    assert first_object('Sure!\n```json\n{"a": {"b": 1}}\n```\n{"c": 2}') == {"a": {"b": 1}}
+    assert first_object('{oops} {"a": 1}') == {"a": 1}
+    assert first_object("[" * 100_000 + '{"a":' * 100_000) is None
+    assert field_counts('{"a": "X"}', '{"a": "x"}', ignore_case=True).exact
+    assert field_f1(0, 0) == 1 and field_f1(0, 3) == 0
+    with pytest.raises(ValueError, match="not a JSON object"):
+        field_counts("{}", "[]")
+
+
+@settings(max_examples=300, deadline=None)
+@given(ANY_TEXT, st.lists(ANY_TEXT, min_size=1, max_size=4), st.randoms())
+def test_any_text_has_a_score_in_range_that_the_order_of_answers_does_not_change(prediction, answers, draw):
+    shuffled = draw.sample(answers, len(answers))
+    scores = [(anls, p) for p in text.ANLS_PROTOCOLS] + [(relaxed_accuracy, p) for p in numbers.PROTOCOLS]
+    scores += [(exact_match, p) for p in text.EXACT_PROTOCOLS]
+    for metric, protocol in scores:
+        value = metric(prediction, answers, protocol)
+        assert 0 <= value <= 1 and metric(prediction, shuffled, protocol) == value
+        if metric is anls or protocol in ("verbatim", "ignore-case", "llava-gqa", "lmms-eval", "pix2struct"):
+            assert metric(answers[0], answers, protocol) == 1
+    assert contains_answer(prediction, answers) == contains_answer(prediction, shuffled)
+    for unit in ("character", "word"):
+        edits, length = error_counts(prediction, answers, unit)
+        assert edits >= 0 and length >= 0 and error_counts(answers[0], answers, unit)[0] == 0
+        other = error_counts(prediction, shuffled, unit)
+        assert edits * max(1, other[1]) == other[0] * max(1, length)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ANY_TEXT, st.dictionaries(st.sampled_from("ABCDE"), ANY_TEXT, max_size=5), st.randoms())
+def test_any_text_chooses_an_option_or_none(prediction, options, draw):
+    shuffled = dict(draw.sample(list(options.items()), len(options)))
+    for rule in choices.RULES:
+        letter = chosen_letter(prediction, options, rule)
+        assert letter in {*options, "", "Z"}
+        assert rule == "mmmu" or chosen_letter(prediction, shuffled, rule) == letter
+    for rule in yes_no.RULES:
+        assert yes_or_no(prediction, rule) in ("yes", "no", "")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ANY_TEXT, st.dictionaries(st.text(max_size=3), JSON, max_size=3))
+def test_any_text_has_fields_or_none(prediction, annotated):
+    answer = json.dumps(annotated)
+    assert 0 <= field_counts(prediction, answer).f1 <= 1
+    assert field_counts(answer, answer).exact and field_counts(answer, answer).f1 == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(*[st.integers(0, 50)] * 4)
+def test_rates_are_in_range_and_those_of_their_definition(true_yes, false_yes, false_no, true_no):
+    rates = yes_no_rates(true_yes, false_yes, false_no, true_no)
+    assert all(0 <= rate <= 100 for rate in rates.values())
+    if true_yes:
+        assert math.isclose(rates["f1"], 200 * true_yes / (2 * true_yes + false_yes + false_no))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: exact_match("a", ["a"], "x"),
+        lambda: anls("a", ["a"], "x"),
+        lambda: relaxed_accuracy("a", ["a"], "x"),
+        lambda: chosen_letter("a", {}, "x"),
+        lambda: yes_or_no("a", "x"),
+        lambda: anls("a", []),
+        lambda: error_counts("a", [], "word"),
+    ],
+)
+def test_unknown_protocols_and_questions_without_answers_are_refused(call):
+    with pytest.raises(ValueError, match="no protocol is named 'x'|no rule is named 'x'|without answers"):
+        call()
+
+
+def test_edit_distance_against_its_recursive_definition():
+    def slow(first, second):
+        if not first or not second:
+            return len(first) + len(second)
+        if first[-1] == second[-1]:
+            return slow(first[:-1], second[:-1])
+        return 1 + min(slow(first[:-1], second), slow(first, second[:-1]), slow(first[:-1], second[:-1]))
+
+    draw = random.Random(0)
+    for _ in range(200):
+        first, second = ("".join(draw.choices("ab", k=draw.randrange(6))) for _ in range(2))
+        assert edit_distance(first, second) == slow(first, second)

@@ -1,0 +1,719 @@
+"""Tasks: every shipped one is sound, and answers in every layout score what the same answers score in any other."""
+
+import csv
+import json
+import math
+import os
+import random
+from importlib import resources
+from pathlib import Path
+
+import openpyxl
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.answer_files import Reading
+from llava_llama31.trainer.evaluation.answer_matching import asks, image_key
+from llava_llama31.trainer.evaluation.task_answers import read_task_answers
+from llava_llama31.trainer.evaluation.task_files import load_task, task_names
+from llava_llama31.trainer.evaluation.task_questions import load_task_questions
+from llava_llama31.trainer.evaluation.task_scoring import answered, score_task
+
+
+SHIPPED = ["ai2d", "chartqa", "docvqa", "gqa", "hallusionbench", "infovqa", "mmbench", "mme", "mmmu", "mmstar"]
+SHIPPED += ["ocrbench", "pope", "realworldqa", "scienceqa", "scienceqa-img", "seed-img", "textvqa", "vizwiz", "vqav2"]
+PROMPT = "\nAnswer the question using a single word or phrase."
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def write_xlsx(path, rows):
+    book = openpyxl.Workbook()
+    book.active.append(list(rows[0]))
+    for row in rows:
+        book.active.append(list(row.values()))
+    book.save(path)
+    return str(path)
+
+
+def write_table(path, rows, delimiter="\t"):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def score(capsys, *arguments, code=0):
+    assert main(["score", *map(str, arguments), "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+# --- tasks
+
+
+def test_the_shipped_tasks_are_those_that_are_named():
+    assert task_names() == SHIPPED
+    listed = (Path(__file__).parents[1] / "setup.cfg").read_text()
+    assert "tasks/*.yaml" in listed
+    for name in SHIPPED:
+        assert (resources.files("llava_llama31.trainer.evaluation") / "tasks" / f"{name}.yaml").is_file()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_task_says_what_it_is(name):
+    task = load_task(name)
+    assert task.name == name and task.sources and task.dataset and set(task.prompts) >= {"card", "llava", "lmms-eval"}
+    assert bool(task.reproduced) != bool(task.not_reproduced)
+    for protocol in task.protocols.values():
+        assert protocol.source
+    for figure in task.reproduced:
+        assert figure.figures and figure.published
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "t.yaml: not a mapping"),
+        ("a: [", "t.yaml: not YAML"),
+        ("name: x", "t.yaml: title: Field required"),
+        ("protocol: other", "no protocol is named 'other'; there are own"),
+        ("speed: 1", "speed: Extra inputs are not permitted"),
+        ("prompts: {card: ask}", "the prompt of card has no {question}"),
+        (
+            "protocols: {own: {source: s, metric: choice, rule: guess, headline: accuracy}}",
+            "rule is 'guess'; choice has",
+        ),
+        (
+            "protocols: {own: {source: s, metric: function, rule: f, headline: accuracy}}",
+            "rule has to be module:function",
+        ),
+    ],
+)
+def test_a_bad_task_is_named(tmp_path, text, message):
+    good = "name: x\ntitle: X\nprotocol: own\nlayouts: [{name: rows}]\n"
+    good += "protocols: {own: {source: s, metric: exact, rule: verbatim, headline: accuracy}}\n"
+    keys = {line.split(":")[0]: line for line in good.splitlines()}
+    if text.split(":")[0] in keys and not text.startswith("name"):
+        keys[text.split(":")[0]] = text
+        text = "\n".join(keys.values())
+    elif text.startswith(("speed", "prompts")):
+        text = good + text
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(UserError, match=message.replace("{", r"\{")) as caught:
+        load_task(tmp_path / "t.yaml")
+    assert "(fix: " in str(caught.value)
+    (tmp_path / "t.yaml").write_text(good)
+    assert load_task(tmp_path / "t.yaml").name == "x"
+
+
+def test_an_unknown_task_names_those_that_there_are(capsys):
+    assert main(["score", "p.jsonl", "--task", "popee"]) == 2
+    assert "no task is named 'popee'; there are ai2d, chartqa" in capsys.readouterr().err
+    assert main(["score", "p.jsonl"]) == 2
+    assert "no annotations" in capsys.readouterr().err
+    assert main(["score", "p.jsonl", "--annotations", "a", "--protocol", "m4c"]) == 2
+    assert "--protocol goes with --task" in capsys.readouterr().err
+
+
+# --- POPE: two categories share images and questions
+
+
+def pope_rows():
+    draw = random.Random(0)
+    rows = []
+    for category, objects in {"random": "dog cat cup", "popular": "dog car cup sky"}.items():
+        for image in range(6):
+            for thing in objects.split():
+                label = "yes" if draw.random() < 0.5 else "no"
+                said = label if draw.random() < 0.7 else {"yes": "no", "no": "yes"}[label]
+                row = {
+                    "category": category,
+                    "image": f"COCO_{image:03}.jpg",
+                    "label": label,
+                    "said": said.capitalize(),
+                }
+                rows.append(row | {"question": f"Is there a {thing} in the image?"})
+    return rows
+
+
+@pytest.fixture
+def pope(tmp_path):
+    """LLaVA's answers and questions, POPE's labels, and the mean F1 that they give."""
+    rows = pope_rows()
+    labels: dict[str, list] = {}
+    for row in rows:
+        of_category = labels.setdefault(row["category"], [])
+        label = {"question_id": len(of_category) + 1, "image": row["image"], "text": row["question"]}
+        of_category.append(label | {"label": row["label"]})
+    for category, lines in labels.items():
+        write_lines(tmp_path / "labels" / f"coco_pope_{category}.json", lines)
+    questions = [
+        {"question_id": i, "image": row["image"], "text": row["question"] + PROMPT, "category": row["category"]}
+        for i, row in enumerate(rows)
+    ]
+    write_lines(tmp_path / "questions.jsonl", questions)
+    answers = [
+        {"question_id": i, "prompt": row["question"] + PROMPT, "text": row["said"], "metadata": {}}
+        for i, row in enumerate(rows)
+    ]
+    write_lines(tmp_path / "labels" / "answers.jsonl", answers)  # another file beside the labels
+    f1 = []
+    for category in labels:
+        pairs = [(row["said"].lower(), row["label"]) for row in rows if row["category"] == category]
+        right = pairs.count(("yes", "yes"))
+        f1.append(200 * right / (2 * right + pairs.count(("yes", "no")) + pairs.count(("no", "yes"))))
+    return tmp_path, answers, sum(f1) / len(f1)
+
+
+def pope_arguments(folder):
+    return ["--task", "pope", "--annotations", folder / "labels", "--questions", folder / "questions.jsonl"]
+
+
+def test_answers_are_scored_by_what_they_ask_in_any_order(pope, capsys):
+    folder, answers, f1 = pope
+    result = score(capsys, folder / "labels" / "answers.jsonl", *pope_arguments(folder))
+    assert result["task"] == "pope" and result["protocol"] == "llava" and result["headline"] == "f1"
+    assert result["metrics"]["f1"] == pytest.approx(f1) and result["num_questions"] == len(answers)
+    assert (result["missing"], result["failed"], result["unknown"]) == (0, 0, 0)
+    assert set(result["groups"]) == {"random", "popular"} and result["low"] <= f1 <= result["high"]
+    shuffled = write_lines(folder / "shuffled.jsonl", random.Random(1).sample(answers, len(answers)))
+    again = score(capsys, shuffled, *pope_arguments(folder))
+    assert again["metrics"] == result["metrics"] and again["groups"] == result["groups"]
+    part = score(capsys, write_lines(folder / "part.jsonl", answers[5:25]), *pope_arguments(folder), code=3)
+    assert part["missing"] == len(answers) - 20
+    assert main(["score", shuffled, *map(str, pope_arguments(folder))]) == 0
+    out = capsys.readouterr().out
+    assert "POPE, COCO" in out and f"{f1:.3f}" in out and "popular" in out and "llava *" in out
+
+
+def test_labels_of_another_revision_are_refused(pope, capsys):
+    """With POPE's later labels, which have other rows, published answers scored 45.7 for 87.8."""
+    folder, _, _ = pope
+    path = folder / "labels" / "coco_pope_random.json"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[3]["text"] = "Is there a tree in the image?"
+    write_lines(path, rows)
+    answers = str(folder / "labels" / "answers.jsonl")
+    assert main(["score", answers, *map(str, pope_arguments(folder))]) == 2
+    error = capsys.readouterr().err
+    assert "1 of 42 answers are to questions that are not annotated" in error and "AoiDragon/POPE@e3e39262" in error
+
+
+def test_prompts_of_other_questions_are_refused(pope, capsys):
+    folder, answers, _ = pope
+    answers[7] = answers[7] | {"prompt": "Is there a zebra in the image?"}
+    wrong = write_lines(folder / "wrong.jsonl", answers)
+    assert main(["score", wrong, *map(str, pope_arguments(folder))]) == 2
+    assert "wrong.jsonl:8: question_id 7 asks 'Is there a zebra" in capsys.readouterr().err
+    # without the questions an id of POPE's says neither image nor category
+    assert main(["score", str(folder / "labels" / "answers.jsonl"), *map(str, pope_arguments(folder)[:4])]) == 2
+    assert "annotated questions could be meant" in capsys.readouterr().err
+
+
+def test_several_answers_to_a_question_need_a_method(pope, capsys):
+    folder, answers, f1 = pope
+    rows = [row | {"method": method} for row in answers for method in ("dense", "pruned")]
+    path = write_lines(folder / "methods.jsonl", rows)
+    assert main(["score", path, *map(str, pope_arguments(folder))]) == 2
+    assert "has several answers (fix: keep one row a question; --where FIELD=VALUE" in capsys.readouterr().err
+    assert score(capsys, path, *pope_arguments(folder), "--where", "method=pruned")["metrics"]["f1"] == pytest.approx(
+        f1
+    )
+    assert main(["score", path, *map(str, pope_arguments(folder)), "--where", "method=x"]) == 2
+    assert "no row has method=x; there are dense, pruned" in capsys.readouterr().err
+
+
+def test_rows_of_vlmevalkit_hold_their_labels(tmp_path, capsys):
+    """One row may be in several sets, and its F1 is over all of them together."""
+    rows = [
+        {"index": i, "question": f"Is there a {i}?", "answer": answer, "category": category, "prediction": said}
+        for i, (answer, category, said) in enumerate(
+            [
+                ("Yes", "random,popular", "Yes, there is."),
+                ("No", "random", "Yes"),
+                ("Yes", "popular", "There is none"),
+                ("No", "random,popular", "No."),
+            ]
+        )
+    ]
+    result = score(capsys, write_xlsx(tmp_path / "m_POPE.xlsx", rows), "--task", "pope")
+    assert result["layout"] == "VLMEvalKit's predictions" and result["protocol"] == "vlmevalkit"
+    # by set: 2 true yes, 1 false yes, 1 false no, 2 true no
+    assert result["metrics"]["f1"] == pytest.approx(200 * 2 / (4 + 2))
+    assert result["metrics"]["accuracy"] == pytest.approx(100 * 4 / 6)
+    assert result["groups"]["random"]["precision"] == 50
+
+
+# --- MME: pairs of questions
+
+
+def test_pairs_are_right_together(tmp_path, capsys):
+    truth = {"count": [("1.jpg", "A cat?", "Yes"), ("1.jpg", "A dog?", "No"), ("2.jpg", "A cat?", "Yes")]}
+    truth["count"].append(("2.jpg", "A dog?", "No"))
+    truth["code_reasoning"] = [("1.jpg", "Is it 5?", "Yes"), ("1.jpg", "Is it 6?", "No")]
+    (tmp_path / "truth").mkdir()
+    for category, rows in truth.items():
+        lines = [f"{image}\t{question} Please answer yes or no.\t{answer}" for image, question, answer in rows]
+        (tmp_path / "truth" / f"{category}.txt").write_text("\n".join(lines) + "\n")
+    said = {"count": ["Yes", "No", "yes.", "Yes"], "code_reasoning": ["No", "No"]}
+    answers = [
+        {"question_id": f"{category}/images/{row[0]}", "prompt": row[1] + PROMPT, "text": text}
+        for category in truth
+        for row, text in zip(truth[category], said[category], strict=True)
+    ]
+    path = write_lines(tmp_path / "a.jsonl", answers[::-1])
+    result = score(capsys, path, "--task", "mme", "--annotations", tmp_path / "truth")
+    assert result["metrics"]["perception"] == 75 + 50 and result["metrics"]["cognition"] == 50
+    assert result["headline"] == "perception" and result["groups"]["count"]["score"] == 125
+    assert "score" not in result["metrics"]
+
+
+# --- multiple choice
+
+
+def science_rows():
+    draw = random.Random(2)
+    rows = []
+    for i in range(12):
+        options = "".join(f"{letter}. {draw.choice(['red', 'blue', 'wet'])} {letter.lower()}{i}\n" for letter in "ABC")
+        human = f"{'<image>' if i % 3 else ''}What is {i}?\n{options}".strip()
+        gold = draw.choice("ABC")
+        row = {"id": str(i), "conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": gold}]}
+        said = [gold, f"{gold}. it", f"The answer is {gold}.", "E", "wrong"][i % 5]
+        rows.append((row | ({"image": f"{i}/image.png"} if i % 3 else {}), gold, said, human))
+    return rows
+
+
+@pytest.mark.parametrize("form", ["answers", "result"])
+def test_scienceqa_with_and_without_images(tmp_path, capsys, form):
+    rows = science_rows()
+    questions = tmp_path / "questions.json"
+    questions.write_text(json.dumps([row for row, *_ in rows], indent=2))
+    instruction = "\nAnswer with the option's letter from the given choices directly."
+    if form == "answers":
+        lines = [
+            {"question_id": row["id"], "prompt": human + instruction, "text": said} for row, _, said, human in rows
+        ]
+        path = write_lines(tmp_path / "a.jsonl", lines[::-1])
+    else:  # what eval_science_qa.py writes, named .jsonl
+        halves: dict[str, list] = {"correct": [], "incorrect": []}
+        for row, gold, said, human in rows:
+            entry = {"question_id": row["id"], "parsed_ans": "?", "ground_truth": gold, "pred": said}
+            halves["correct" if row["id"] < "5" else "incorrect"].append(entry | {"question": human + instruction})
+        path = str(tmp_path / "a.jsonl")
+        Path(path).write_text(json.dumps(halves, indent=2))
+    right = [i % 5 < 3 for i in range(12)]
+    every = score(capsys, path, "--task", "scienceqa", "--annotations", questions)
+    assert every["metrics"]["accuracy"] == pytest.approx(100 * sum(right) / 12) and every["protocol"] == "llava"
+    with_image = score(capsys, path, "--task", "scienceqa-img", "--questions", questions)
+    assert (with_image["num_questions"], with_image["left_out"]) == (8, 4)
+    assert with_image["metrics"]["accuracy"] == pytest.approx(100 * sum(right[i] for i in range(12) if i % 3) / 8)
+
+
+def circular_rows():
+    """Two questions in all their turns; the second one fails in one of them."""
+    rows = []
+    for base, gold_text in ((7, "red"), (8, "wet")):
+        texts = ["red", "wet", "hot"]
+        for turn in range(3):
+            turned = texts[turn:] + texts[:turn]
+            gold = "ABC"[turned.index(gold_text)]
+            said = f"{gold}." if base == 7 or turn < 2 else "A" if gold != "A" else "B"
+            options = dict(zip("ABCD", [*turned, None], strict=True))
+            row = {"index": base + turn * 1_000_000, "question": f"What is {base}?", **options, "answer": gold}
+            rows.append(row | {"prediction": said, "category": "colour"})
+    return rows
+
+
+def test_a_circular_question_is_right_in_all_its_turns(tmp_path, capsys):
+    result = score(capsys, write_xlsx(tmp_path / "m_MMBench.xlsx", circular_rows()), "--task", "mmbench")
+    assert result["metrics"] == {"accuracy": 50.0, "accuracy_of_turns": pytest.approx(100 * 5 / 6)}
+    assert result["num_questions"] == 6
+    judged = [row | {"hit": 1} for row in circular_rows()[:1]]
+    path = write_xlsx(tmp_path / "m_MMBench_openai_result.xlsx", judged)
+    assert main(["score", path, "--task", "mmbench"]) == 2
+    assert "VLMEvalKit's result file, whose rows are whole questions" in capsys.readouterr().err
+
+
+CHOICES = [
+    {"index": i, "question": f"{i}?", "answer": gold, "A": "red car", "B": "blue", "C": None, "prediction": said}
+    for i, (gold, said) in enumerate(
+        [("A", "A."), ("B", "It is blue"), ("A", "B"), ("red car", "A"), ("B", "Failed to obtain answer via API.")]
+    )
+]
+
+
+def test_letters_and_option_texts(tmp_path, capsys):
+    result = score(capsys, write_xlsx(tmp_path / "m_MMStar.xlsx", CHOICES), "--task", "mmstar", code=3)
+    assert (result["num_questions"], result["failed"]) == (5, 1)
+    assert result["protocols"]["vlmevalkit"]["metrics"]["accuracy"] == 50
+    assert result["protocols"]["letter"]["metrics"]["accuracy"] == 25
+    assert result["metrics_unanswered_as_wrong"]["accuracy"] == 40
+    assert "1 annotated answers are not the letter of an option" in result["note"] and "red car" in result["note"]
+    result = score(capsys, tmp_path / "m_MMStar.xlsx", "--task", "mmstar", "--protocol", "letter", code=3)
+    assert result["protocol"] == "letter" and result["metrics"]["accuracy"] == 25
+    assert main(["score", str(tmp_path / "m_MMStar.xlsx"), "--task", "mmstar", "--protocol", "x"]) == 2
+    assert "mmstar has no protocol 'x' (fix: one of vlmevalkit, letter)" in capsys.readouterr().err
+    texts = [row | {"answer": "blue"} for row in CHOICES]
+    assert main(["score", write_xlsx(tmp_path / "t.xlsx", texts), "--task", "mmstar"]) == 2
+    assert "answer is 'blue', and 5 of 5 are no letter" in capsys.readouterr().err
+
+
+def test_earlier_and_judged_files_are_told_apart(tmp_path, capsys):
+    rows = CHOICES[:3]
+    result = score(capsys, write_xlsx(tmp_path / "m_MMStar_PREV.xlsx", rows), "--task", "mmstar")
+    assert "earlier, perhaps unfinished run (_PREV)" in result["note"]
+    judged = [row | {"hit": 1, "log": ""} for row in rows]
+    result = score(capsys, write_xlsx(tmp_path / "m_MMStar_openai_result.xlsx", judged), "--task", "mmstar")
+    assert "judge's verdicts (hit)" in result["note"]
+    (tmp_path / "0_m.pkl").write_bytes(b"\x80\x04.")
+    assert main(["score", str(tmp_path / "0_m.pkl"), "--task", "mmstar"]) == 2
+    assert "a pickle, which can run code when it is opened, is not read" in capsys.readouterr().err
+
+
+# --- other metrics
+
+
+def test_charts_documents_points_and_figures(tmp_path, capsys):
+    charts = [("14", "14.5", "human"), ("[2014, 2016]", "2016", "human"), ("Blue", "blue", "augmented")]
+    rows = [
+        {"index": i, "question": f"{i}?", "answer": gold, "split": split, "prediction": said}
+        for i, (gold, said, split) in enumerate(charts)
+    ]
+    result = score(capsys, write_xlsx(tmp_path / "c.xlsx", rows), "--task", "chartqa")
+    assert result["metrics"]["relaxed_accuracy"] == 100 and result["headline"] == "relaxed_accuracy"
+    assert result["protocols"]["lmms-eval"]["metrics"]["relaxed_accuracy"] == pytest.approx(200 / 3)
+    documents = [("['abcdef', 'x']", "abcxyz"), ("['total']", "Total")]
+    rows = [
+        {"index": i, "question": f"{i}?", "answer": gold, "prediction": said}
+        for i, (gold, said) in enumerate(documents)
+    ]
+    result = score(capsys, write_xlsx(tmp_path / "d.xlsx", rows), "--task", "docvqa")
+    assert result["metrics"]["anls"] == 75 and result["protocols"]["paper"]["metrics"]["anls"] == 50
+    formula = "Handwritten Mathematical Expression Recognition"
+    points = [("['CENTRE']", "a centre", "Digit String Recognition"), ("['x ^ 2']", "x^2", formula)]
+    points.append(("['x']", "y", "Doc-oriented VQA"))
+    rows = [
+        {"index": i, "question": f"{i}?", "answer": gold, "category": category, "prediction": said}
+        for i, (gold, said, category) in enumerate(points)
+    ]
+    result = score(capsys, write_xlsx(tmp_path / "o.xlsx", rows), "--task", "ocrbench")
+    assert result["metrics"] == {"points": 2, "Text Recognition": 1} and result["groups"][formula]["points"] == 1
+
+
+def test_hallusionbench_counts_figures_and_questions(tmp_path, capsys):
+    said = {(0, 0): "Yes", (0, 1): "No", (1, 0): "Yes", (1, 1): "Yes"}  # (figure, question) of one set
+    rows = [
+        {
+            "index": f"VD_illusion_1_0_{figure}_{question}",
+            "question": f"Is {question} so?",
+            "answer": "Yes" if question == 0 else "No",
+            "category": "VD",
+            "l2-category": "VD_illusion",
+            "prediction": text,
+        }
+        for (figure, question), text in said.items()
+    ]
+    result = score(capsys, write_xlsx(tmp_path / "h.xlsx", rows), "--task", "hallusionbench")
+    assert result["metrics"] == {"aAcc": 75, "fAcc": 50, "qAcc": 50}
+
+
+# --- layouts of answers
+
+ROWS = [
+    {"id": f"q{i}", "image": f"{i // 2}.png", "question": f"What is {i}?", "answer": f"word {i}", "kind": "ab"[i % 2]}
+    for i in range(8)
+]
+SAID = [row["answer"] if i % 4 else "wrong" for i, row in enumerate(ROWS)]
+TASK = """
+name: own
+title: My own questions
+protocol: plain
+protocols:
+  plain: {source: mine, metric: exact, rule: ignore-case, headline: accuracy}
+  loose: {source: mine, metric: cer, summary: error_rate, called: cer, headline: cer}
+layouts:
+  - {name: rows, id: id, image: image, groups: [kind]}
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "own.yaml").write_text(TASK)
+    return tmp_path, ["--task", str(tmp_path / "own.yaml"), "--annotations", write_lines(tmp_path / "q.jsonl", ROWS)]
+
+
+def answers_in(layout, folder):
+    pairs = list(zip(ROWS, SAID, strict=True))
+    if layout == "id and response":
+        return write_lines(folder / "a.jsonl", [{"id": row["id"], "response": said} for row, said in pairs])
+    if layout == "question_id and prediction":
+        rows = [{"question_id": row["id"], "prediction": said, "ground_truths": ["?"]} for row, said in pairs]
+        (folder / "a.json").write_text(json.dumps(rows))
+        return str(folder / "a.json")
+    if layout == "LLaVA's answers":
+        rows = [{"question_id": row["image"], "prompt": row["question"] + PROMPT, "text": said} for row, said in pairs]
+        return write_lines(folder / "a.jsonl", rows[::-1])
+    if layout == "lmms-eval's samples":
+        rows = [
+            {"doc": {"id": row["id"], "question": row["question"]}, "filtered_resps": [said]} for row, said in pairs
+        ]
+        return write_lines(folder / "samples.jsonl", rows)
+    if layout == "lmms-eval's old logs":
+        rows = [
+            {"doc": {"id": row["id"], "question": row["question"]}, "filtered_resps": [said]} for row, said in pairs
+        ]
+        path = folder / "own.json"
+        path.write_text(json.dumps({"args": {}, "model_configs": {}, "logs": rows, "time": "1"}, indent=4))
+        return str(path)
+    if layout == "EvalScope's predictions":
+        rows = [
+            {
+                "index": i,
+                "model": "m",
+                "model_output": {"choices": [{"message": {"role": "assistant", "content": said}}]},
+                "messages": [
+                    {"role": "system", "content": "Be brief."},
+                    {
+                        "role": "user",
+                        "content": [{"type": "image"}, {"type": "text", "text": row["question"] + PROMPT}],
+                    },
+                ],
+            }
+            for i, (row, said) in enumerate(pairs)
+        ]
+        return write_lines(folder / "own_default.jsonl", rows[::-1])
+    if layout == "columns":
+        rows = [{"key": row["id"], "answer": "gold", "words": said} for row, said in pairs]
+        return write_table(folder / "a.csv", rows, ",")
+    rows = [{"index": row["id"], "question": row["question"], "prediction": said} for row, said in pairs]
+    return write_table(folder / "a.tsv", rows)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["id and response", "question_id and prediction", "LLaVA's answers", "lmms-eval's samples", "lmms-eval's old logs"]
+    + ["EvalScope's predictions", "columns", "VLMEvalKit's predictions"],
+)
+def test_every_layout_of_answers_gives_the_same_score(own, capsys, layout):
+    folder, arguments = own
+    path = answers_in(layout, folder)
+    more = ["--columns", "id=key,answer=words"] if layout == "columns" else []
+    result = score(capsys, path, *arguments, *more)
+    assert result["metrics"] == {"accuracy": 75.0} and result["num_questions"] == 8
+    assert result["groups"] == {"a": {"accuracy": 50.0}, "b": {"accuracy": 100.0}}
+    expected = {"lmms-eval's old logs": "lmms-eval's samples", "columns": "columns id=key, answer=words"}
+    assert result["layout"] == expected.get(layout, layout)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question_id": "q1", "answer": "word 1", "text": "mine"},
+        {"question_id": "q1", "question": "What is 1?", "answer": "word 1", "text": "mine"},
+        {"id": "q1", "response": "a", "prediction": "b"},
+    ],
+)
+def test_a_gold_answer_is_never_scored(own, capsys, row):
+    folder, arguments = own
+    path = write_lines(folder / "a.jsonl", [row])
+    assert main(["score", path, *arguments]) == 2
+    assert "which of them the model said" in capsys.readouterr().err
+    words = [name for name in row if name in ("text", "response")][0]
+    named = next(name for name in ("question_id", "id") if name in row)
+    result = score(capsys, path, *arguments, "--columns", f"id={named},answer={words}", code=3)
+    assert result["metrics"]["accuracy"] == 0 and result["missing"] == 7
+
+
+def test_an_answer_beside_the_words_of_a_model_is_the_annotators(own, capsys):
+    folder, arguments = own
+    rows = [{"id": row["id"], "answer": row["answer"], "response": said} for row, said in zip(ROWS, SAID, strict=True)]
+    assert score(capsys, write_lines(folder / "a.jsonl", rows), *arguments)["metrics"]["accuracy"] == 75
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--columns", "id=key"], "--columns: names no answer"),
+        (["--columns", "answer=words,name=key"], "--columns: names name"),
+        (["--columns", "answer=nothing"], "no nothing: the row has index, question, prediction"),
+    ],
+)
+def test_bad_columns_are_named(own, capsys, arguments, message):
+    folder, options = own
+    assert main(["score", answers_in("VLMEvalKit's predictions", folder), *options, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_two_files_are_compared_on_what_both_answer(own, capsys):
+    folder, arguments = own
+    first = write_lines(folder / "a.jsonl", [{"id": r["id"], "response": s} for r, s in zip(ROWS, SAID, strict=True)])
+    second = [{"id": row["id"], "response": row["answer"] if i != 1 else "?"} for i, row in enumerate(ROWS)][:7]
+    result = score(capsys, first, write_lines(folder / "b.jsonl", second), *arguments, code=3)
+    pair = result["protocols"]["plain"]
+    assert (
+        result["compared"] == 7
+        and pair["first"] == pytest.approx(500 / 7)
+        and pair["second"] == pytest.approx(600 / 7)
+    )
+    assert pair["low"] <= pair["difference"] <= pair["high"]
+    assert (result["gained_ids"], result["lost_ids"], result["left_out_ids"]) == (["q0", "q4"], ["q1"], ["q7"])
+    assert main(["score", first, str(folder / "b.jsonl"), *arguments]) == 3
+    assert "gained: 2: q0, q4" in capsys.readouterr().out
+
+
+def test_the_interval_draws_images_and_not_questions():
+    """Eight questions of one image that stand or fall together are one draw."""
+    task = load_task("gqa")
+    rows = [
+        (f"g[{i}]", {"index": i, "image_path": f"{i // 8}.png", "question": f"{i}?", "answer": "yes"})
+        for i in range(160)
+    ]
+    alone = [(where, row | {"image_path": f"{row['index']}.png"}) for where, row in rows]
+    widths = []
+    for source in (rows, alone):
+        questions = load_task_questions(task, source, with_images=False)
+        said = [{"question_id": i, "answer": "yes" if i // 8 % 2 else "no"} for i in range(160)]
+        scores = score_task(task, answered(task, questions, said), "llava").protocols["llava"]
+        assert scores.metrics["accuracy"] == 50
+        widths.append(scores.high - scores.low)
+    assert widths[0] == pytest.approx(2 * 196 * 0.5 / math.sqrt(20), rel=0.15)
+    assert widths[1] == pytest.approx(2 * 196 * 0.5 / math.sqrt(160), rel=0.15)
+
+
+# --- questions
+
+
+def test_parquet_and_inline_options(tmp_path):
+    columns = {
+        "index": [1, 2],
+        "question": ["What? Options: A: one thing, B: two, C: a B. C.", "Who?\nA. him\nB. her\nAnswer."],
+        "image": [{"bytes": b"x", "path": None}, {"bytes": b"y", "path": None}],
+        "answer": ["A", "B"],
+        "category": ["math", "math"],
+        "l2_category": ["geometry", "numbers"],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "val-00000-of-00001.parquet")
+    questions = load_task_questions(load_task("mmstar"), tmp_path / "val-00000-of-00001.parquet")
+    assert questions[0].options == (("A", "one thing"), ("B", "two"), ("C", "a B. C."))
+    assert questions[1].options == (("A", "him"), ("B", "her"))
+    assert questions[0].groups == ("math", "geometry") and questions[0].image.data == b"x"
+
+
+def test_scienceqa_of_the_hub(tmp_path):
+    columns = {
+        "image": [{"bytes": b"x", "path": None}, None],
+        "question": ["What?", "Who?"],
+        "choices": [["red", "blue"], ["he", "she", "it"]],
+        "answer": [1, 2],
+        "hint": ["Look.", ""],
+        "subject": ["natural science", "language science"],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "test-00000-of-00001.parquet")
+    questions = load_task_questions(load_task("scienceqa"), tmp_path / "test-00000-of-00001.parquet")
+    assert [question.answers for question in questions] == [("B",), ("C",)]
+    assert questions[0].context == "Look." and questions[0].image is not None and questions[1].image is None
+    assert questions[1].options == (("A", "he"), ("B", "she"), ("C", "it"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"id": "q1", "question": "?"}],
+            "these are no questions of own: the rows have id, question; rows has answer",
+        ),
+        ([{"id": "q1", "question": " ", "answer": "a"}], "question is ' '"),
+        ([{"id": "q1", "question": "?", "answer": None}], "answer is None"),
+        ([{"id": "q1", "question": "?", "answer": {"a": 1}}], "answer is {'a': 1}"),
+        ([{"id": True, "question": "?", "answer": "a"}], "id is True"),
+        ([{"id": "q1", "question": "?", "answer": "a"}] * 2, "id q1 occurs twice"),
+    ],
+)
+def test_bad_questions_are_named(own, rows, message):
+    folder, arguments = own
+    with pytest.raises(UserError, match=message.replace("{", r"\{").replace("?", r"\?")):
+        load_task_questions(load_task(arguments[1]), write_lines(folder / "bad.jsonl", rows), with_images=False)
+
+
+# --- a user's own function
+
+FUNCTION_TASK = TASK.replace("metric: exact, rule: ignore-case", "metric: function, rule: 'mine:near'")
+
+
+def test_a_function_of_ones_own(own, capsys):
+    folder, arguments = own
+    (folder / "own.yaml").write_text(FUNCTION_TASK)
+    folder.chmod(0o700)
+    (folder / "mine.py").write_text("def near(answer, answers):\n    return 0.5 if answer not in answers else True\n")
+    (folder / "mine.py").chmod(0o600)
+    path = answers_in("id and response", folder)
+    assert score(capsys, path, *arguments)["metrics"]["accuracy"] == 100 * (6 + 2 * 0.5) / 8
+    for body, message in {
+        "def near(answer, answers):\n    return 2\n": "the function returned 2",
+        "def far(): ...\n": "has no function near",
+        "raise KeyError('x')\n": "fails: KeyError",
+    }.items():
+        (folder / "mine.py").write_text(body)
+        assert main(["score", path, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    (folder / "mine.py").write_text("def near(answer, answers):\n    return 1\n")
+    (folder / "mine.py").chmod(0o666)
+    assert main(["score", path, *arguments]) == 2
+    assert "others may write to it; its code is not run" in capsys.readouterr().err
+    os.remove(folder / "mine.py")
+    assert main(["score", path, *arguments]) == 2
+    assert "put mine.py beside the task's file" in capsys.readouterr().err
+
+
+def test_a_function_is_not_taken_from_an_installed_module(own, capsys):
+    """`os:system` would run what a model answers."""
+    folder, arguments = own
+    (folder / "own.yaml").write_text(FUNCTION_TASK.replace("mine:near", "os:system"))
+    assert main(["score", answers_in("id and response", folder), *arguments]) == 2
+    assert "os.py" in capsys.readouterr().err
+
+
+# --- what is compared
+
+
+@pytest.mark.parametrize(
+    ("prompt", "question", "same"),
+    [
+        ("What is it?" + PROMPT, "what is  it?", True),
+        ("<image>\nWhat is it?", "What is it?", True),
+        ("What is it?\nReference OCR token: a, b" + PROMPT, "What is it?", True),
+        ("Question: What is it? Short answer:", "What is it?", True),
+        ("Is there a cat?", "Is there a cat? Please answer yes or no.", True),
+        ("Is there a catfish", "Is there a cat", False),
+        ("What is it?", "What is this?", False),
+        ("", "", True),
+    ],
+)
+def test_a_prompt_asks_the_question_that_it_holds(prompt, question, same):
+    assert asks(prompt, question) == same
+
+
+def test_images_are_called_by_their_stems():
+    assert image_key("a/b/COCO_1.JPG") == image_key("coco_1.png") == "coco_1"
+    assert image_key("tt0048028") == "tt0048028" and image_key("v1.2-final") == "v1.2-final"
+
+
+def test_reading_without_choices_is_plain(own):
+    folder, arguments = own
+    found = read_task_answers(
+        load_task(arguments[1]),
+        answers_in("id and response", folder),
+        annotations=arguments[3],
+        questions=None,
+        reading=Reading(),
+    )
+    assert [row["question_id"] for row in found.rows] == [row["id"] for row in ROWS] and found.note == ""

@@ -1,0 +1,224 @@
+"""Which question an answer belongs to: by id, by image and prompt, or by text, and never by its position alone."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.questions import Question
+from llava_llama31.trainer.evaluation.row_files import any_rows
+
+
+# what evaluators put around a question; a prompt with it asks the same
+_INSTRUCTIONS = re.compile(
+    r"<image>|answer the question using a single word or phrase\.?|answer the question with a single word\.?"
+    r"|answer with the option's letter from the given choices directly\.?|please answer yes or no\.?",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a file.
+
+    Args:
+        where: file and line.
+        question_id: what the row calls its question, or in LLaVA's files its image.
+        text: the model's words; None where there are none.
+        error: why there are none.
+        asked: the question or the whole prompt, where the row says it.
+        image: the image's name, where the row says it.
+        group: the question's category, where it is known.
+        id_may_be_image: the id is the question's or the image's, as in LLaVA's files.
+        row: what else of the row is kept.
+    """
+
+    where: str
+    question_id: int | str | None
+    text: str | None
+    error: str = ""
+    asked: str | None = None
+    image: str | None = None
+    group: str | None = None
+    id_may_be_image: bool = False
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_row(self, more: Mapping[str, Any]) -> "Answer":
+        """The same answer with more that is kept."""
+        return replace(self, row={**self.row, **more})
+
+    def under(self, question_id: int | str) -> dict[str, Any]:
+        """The row that is scored: {question_id, answer}, or {question_id, answer: None, error}."""
+        found: dict[str, Any] = {**self.row, "question_id": question_id, "answer": self.text}
+        return found if self.text is not None else found | {"error": self.error}
+
+
+def match_answers(
+    answers: Sequence[Answer], questions: Sequence[Question], path: Path, *, in_order: bool, labels: str | None = None
+) -> list[dict[str, Any]]:
+    """Rows {question_id, answer} in the order of the file; an id that is not annotated stays as it is.
+
+    1. By id, if the rows that name an annotated one ask what it asks.
+    2. By image and prompt, or by the text alone where one question only asks it.
+    3. `in_order`: by position, if every row asks the question at its position (VLMEvalKit's running numbers).
+
+    Args:
+        answers: of one file.
+        questions: the annotated ones.
+        path: the file.
+        in_order: the third rule applies, and not the second.
+        labels: the revision of the annotations that is meant, for errors.
+
+    Raises:
+        UserError: none of these fits all rows.
+    """
+    if _ids_fit(answers, questions, running=in_order):
+        return [answer.under("" if answer.question_id is None else answer.question_id) for answer in answers]
+    ids = _ids_by_order(answers, questions, path) if in_order else _ids_by_content(answers, questions, labels)
+    return [answer.under(question_id) for answer, question_id in zip(answers, ids, strict=True)]
+
+
+def place_answers(answers: Sequence[Answer], questions: str | Path) -> list[Answer]:
+    """Answers with the image, the text and the category that LLaVA's question file has for their ids.
+
+    Raises:
+        UserError: an id is not in the file, or its prompt is not what the file asks there.
+    """
+    path = Path(questions)
+    asked: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for where, row in any_rows(path):
+        if not {"question_id", "image", "text"} <= row.keys():
+            fix = "LLaVA's question files have question_id, image and text; pass labels as --annotations"
+            raise UserError(f"the row has {', '.join(row) or 'nothing'}", where=where, fix=fix)
+        asked[str(row["question_id"])].append(row)
+    placed = []
+    for answer in answers:
+        rows = asked[str(answer.question_id)]
+        if answer.asked is not None:
+            rows = [row for row in rows if question_key(str(row["text"])) == question_key(answer.asked)]
+        if len(rows) != 1:
+            what = f"question_id {answer.question_id} asks {answer.asked!r:.80}; {path.name} has {len(rows)} such rows"
+            raise UserError(what, where=answer.where, fix="pass the questions that the answers were made for")
+        group = rows[0].get("category")
+        image, text = str(rows[0]["image"]), str(rows[0]["text"])
+        placed.append(replace(answer, question_id=None, image=image, asked=text, group=group))
+    return placed
+
+
+@lru_cache(maxsize=1 << 16)
+def question_key(text: str) -> str:
+    """What is compared of a question: its words without instructions, in lower case."""
+    return " ".join(_INSTRUCTIONS.sub(" ", text).split()).casefold()
+
+
+def asks(prompt: str, question: str) -> bool:
+    """Whether a prompt asks a question: it is the question, or holds it between other words."""
+    said, wanted = question_key(prompt), question_key(question)
+    start = said.find(wanted)
+    while start >= 0 and wanted:
+        end = start + len(wanted)
+        if not (said[start - 1 : start].isalnum() and wanted[0].isalnum()) and not (
+            said[end : end + 1].isalnum() and wanted[-1].isalnum()
+        ):
+            return True
+        start = said.find(wanted, start + 1)
+    return said == wanted
+
+
+def image_key(image: str) -> str:
+    """What is compared of an image's name: neither folder nor suffix."""
+    name = image.replace("\\", "/").rsplit("/", 1)[-1]
+    stem, dot, suffix = name.rpartition(".")
+    return (stem if dot and suffix.isalnum() and len(suffix) <= 4 else name).casefold()
+
+
+def _ids_fit(answers: Sequence[Answer], questions: Sequence[Question], *, running: bool) -> bool:
+    """Whether the ids are those of the questions; `running` ones may happen to be those of others."""
+    annotated = {str(question.question_id): question for question in questions}
+    pairs = [(annotated.get(str(answer.question_id)), answer) for answer in answers]
+    known = [question is not None for question, _ in pairs]
+    if all(answer.asked is None for answer in answers) and not running:
+        images = {image_key(question.image_id) for question in questions}
+        return any(known) or not any(_image(answer) in images for answer in answers)
+    return any(known) and all(_fits(answer, question, unsaid=all(known)) for question, answer in pairs)
+
+
+def _fits(answer: Answer, question: Question | None, *, unsaid: bool) -> bool:
+    """Whether an answer may be one to an annotated question, or to one that is not annotated."""
+    if answer.asked is None:
+        return unsaid  # taken at its word only if no id is unknown
+    return question is None or asks(answer.asked, question.question)
+
+
+def _ids_by_order(answers: Sequence[Answer], questions: Sequence[Question], path: Path) -> list[int | str]:
+    what = "the indices are not the annotated question_ids, and the rows do not ask the annotated questions in order"
+    fix = "pass the annotations that the answers were made for, or give the rows a column question_id"
+    if len(answers) > len(questions):
+        raise UserError(f"{what}: {len(answers)} rows for {len(questions)} questions", where=str(path), fix=fix)
+    for question, answer in zip(questions, answers, strict=False):
+        if answer.asked is None or question_key(answer.asked) != question_key(question.question):
+            asked = f"{answer.asked!r:.80} in the place of {question.question!r:.80}"
+            raise UserError(f"{what}: {asked}", where=answer.where, fix=fix)
+    return [question.question_id for question in questions[: len(answers)]]
+
+
+def _ids_by_content(answers: Sequence[Answer], questions: Sequence[Question], labels: str | None) -> list[int | str]:
+    by_image: dict[str | None, list[Question]] = defaultdict(list)
+    by_text: dict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        by_image[image_key(question.image_id)].append(question)
+        by_text[question_key(question.question)].append(question)
+    ids: list[int | str] = []
+    strangers: list[Answer] = []
+    for answer in answers:
+        candidates: Iterable[Question] = by_image.get(_image(answer), ())
+        if answer.image is None and not candidates and answer.asked is not None:
+            candidates = by_text.get(question_key(answer.asked), ())
+        found = _asked_of(answer, candidates)
+        if len(found) > 1:
+            what = (
+                f"{len(found)} annotated questions could be meant by {answer.asked!r:.80} about {_said_image(answer)}"
+            )
+            fix = "give the rows question_ids, or the prompt and the image"
+            raise UserError(what, where=answer.where, fix=fix)
+        if found:
+            ids.append(found[0].question_id)
+        else:
+            strangers.append(answer)
+    if strangers:
+        first = strangers[0]
+        asked = f"{first.asked!r:.80} about {_said_image(first)}"
+        what = f"{len(strangers)} of {len(answers)} answers are to questions that are not annotated, the first {asked}"
+        fix = f"pass the annotations that the answers were made for{f': {labels}' if labels else ''}"
+        raise UserError(what, where=first.where, fix=fix)
+    return ids
+
+
+def _image(answer: Answer) -> str | None:
+    """The key of the image that an answer names."""
+    name = str(answer.question_id) if answer.image is None and answer.id_may_be_image else answer.image
+    return None if name is None else image_key(name)
+
+
+def _said_image(answer: Answer) -> str:
+    return f"image {answer.image!r:.80}" if answer.image is not None else f"id {answer.question_id!r:.80}"
+
+
+def _asked_of(answer: Answer, candidates: Iterable[Question]) -> list[Question]:
+    """The questions among candidates that an answer may belong to; the longest where one holds another."""
+    found = list(candidates)
+    if answer.group is not None:
+        found = [question for question in found if answer.group in question.groups]
+    if answer.asked is not None:
+        found = [question for question in found if asks(answer.asked, question.question)]
+    if len(found) > 1 and answer.asked is not None:
+        longest = max(len(question_key(question.question)) for question in found)
+        found = [question for question in found if len(question_key(question.question)) == longest]
+    if len(found) > 1:
+        folders = str(answer.image or answer.question_id).split("/")[:-1]
+        found = [question for question in found if set(question.groups) & set(folders)] or found
+    return found

@@ -1,0 +1,130 @@
+"""Multiple choice: which option a prediction chooses, by its letter or by the option's text.
+
+| rule                  | definition read from                                                                      |
+|-----------------------|-------------------------------------------------------------------------------------------|
+| `llava-scienceqa`     | LLaVA: `llava/eval/eval_science_qa.py`                                                    |
+| `lmms-eval-scienceqa` | lmms-eval: `lmms_eval/tasks/scienceqa/utils.py`                                           |
+| `first-letter`        | LLaVA's `scripts/convert_seed_for_submission.py`, lmms-eval's `tasks/seedbench/utils.py`  |
+| `letter`              | VLMEvalKit: `can_infer_option` of `vlmeval/utils/matching_util.py`                        |
+| `letter-or-text`      | the same file's `can_infer`: the letter, or else the only option whose text occurs        |
+| `mmmu`                | MMMU: `eval/utils/eval_utils.py`, without its random guess where nothing is found         |
+
+VLMEvalKit asks a language model where its rules find nothing; here such an answer chooses nothing.
+"""
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# what VLMEvalKit's `can_infer_option` deletes before it looks for a letter that stands alone
+_AROUND_LETTERS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+# what MMMU's evaluator strips from an answer, one after the other
+_ENDS = ",.!?;:'"
+_FAILED = "Failed to obtain answer via API"
+# VLMEvalKit's letter for "none of them"
+_NONE_OF_THEM = "Z"
+
+RULES: Mapping[str, str] = MappingProxyType(
+    {
+        "llava-scienceqa": "a letter A to E alone, with '. ' after it at the start, or in the one 'The answer is X.'",
+        "lmms-eval-scienceqa": "the letter alone in either case, or a capital letter with '.' after it at the start",
+        "first-letter": "the first character, in either case",
+        "letter": "the only option letter that stands alone among the words",
+        "letter-or-text": "as letter, or else the only option whose text occurs in the answer",
+        "mmmu": "the last '(X)', else the last 'X' alone, else the last option text of an answer of over five words",
+    }
+)
+
+
+def chosen_letter(prediction: str, options: Mapping[str, str], rule: str) -> str:
+    """The letter of the option that a prediction chooses; empty where it chooses none or more than one.
+
+    Args:
+        prediction: the model's answer.
+        options: letter -> text.
+        rule: one of RULES.
+
+    Raises:
+        ValueError: no rule has that name.
+    """
+    if rule == "llava-scienceqa":
+        return _llava_scienceqa(prediction, options)
+    if rule == "lmms-eval-scienceqa":
+        return _lmms_eval_scienceqa(prediction.strip(), options)
+    if rule == "first-letter":
+        first = prediction.strip()[:1].upper()
+        return first if first in options else ""
+    if rule == "letter":
+        return _letter_alone(prediction, options)
+    if rule == "letter-or-text":
+        return _letter_alone(prediction, options) or _only_text(prediction, options)
+    if rule == "mmmu":
+        return _mmmu(prediction, options)
+    raise ValueError(f"no rule is named {rule!r}; there are {', '.join(RULES)}")
+
+
+def _llava_scienceqa(prediction: str, options: Mapping[str, str]) -> str:
+    letters = LETTERS[:5]
+    letter = ""
+    if prediction and prediction in tuple(letters):
+        letter = prediction
+    elif len(prediction) >= 3 and prediction[0] in letters and prediction[1:3] == ". ":
+        letter = prediction[0]
+    else:
+        found = re.findall(r"The answer is ([A-Z]).", prediction)
+        letter = found[0] if len(found) == 1 else ""
+    return letter if letter in options else ""
+
+
+def _lmms_eval_scienceqa(prediction: str, options: Mapping[str, str]) -> str:
+    if len(prediction) >= 2 and prediction[0].isupper() and prediction[1] == ".":
+        return prediction[0] if prediction[0] in options else ""
+    letter = prediction.upper()
+    return letter if letter in options else ""
+
+
+def _letter_alone(prediction: str, options: Mapping[str, str]) -> str:
+    if _FAILED in prediction:
+        return ""
+    if any(refusal in prediction for refusal in _REFUSALS):
+        return _NONE_OF_THEM
+    words = prediction.translate(_AROUND_LETTERS).split()
+    found = [letter for letter in options if letter in words]
+    if len(found) == 1:
+        return found[0]
+    return _NONE_OF_THEM if not found and _NONE_OF_THEM in words else ""
+
+
+def _only_text(prediction: str, options: Mapping[str, str]) -> str:
+    said = prediction.lower()
+    found = [letter for letter, text in options.items() if text.lower() in said]
+    return found[0] if len(found) == 1 else ""
+
+
+def _mmmu(prediction: str, options: Mapping[str, str]) -> str:
+    said = prediction
+    for mark in _ENDS:
+        said = said.strip(mark)
+    # so that a letter at either end stands alone too
+    said = f" {said} "
+    bracketed = {letter: said.rfind(f"({letter})") for letter in options if f"({letter})" in said}
+    alone = {letter: said.rfind(f" {letter} ") for letter in options if f" {letter} " in said}
+    texts: dict[str, int] = {}
+    if not (bracketed or alone) and len(said.split()) > 5:
+        lower = said.lower()
+        texts = {letter: lower.rfind(text.lower()) for letter, text in options.items() if text.lower() in lower}
+    places = bracketed or alone or texts
+    return max(places, key=lambda letter: places[letter]) if places else ""
+
+
+def multiple_choice(prediction: str, options: Mapping[str, str], answer: str, rule: str) -> float:
+    """1 if the prediction chooses the option with the letter `answer`, else 0."""
+    return float(chosen_letter(prediction, options, rule) == answer)

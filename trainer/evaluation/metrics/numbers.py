@@ -1,0 +1,48 @@
+"""Relaxed accuracy: a number within 5 % of the answer is right, any other answer has to be equal.
+
+Definition: Methani et al., 2020 (PlotQA), as ChartQA (Masry et al., 2022, section 5.1) applies it. Evaluators:
+
+| protocol     | definition read from                                                                             |
+|--------------|--------------------------------------------------------------------------------------------------|
+| `pix2struct` | `pix2struct/metrics.py`, taken over by VLMEvalKit, lmms-eval and Qwen-VL                         |
+| `paper`      | as the definition says: a percent sign changes nothing on both sides, separators of thousands go |
+"""
+
+import math
+from collections.abc import Sequence
+
+
+TOLERANCE = 0.05
+PROTOCOLS = ("pix2struct", "paper")
+
+
+def relaxed_accuracy(prediction: str, answers: Sequence[str], protocol: str = "pix2struct") -> float:
+    """1 if the prediction is near enough to one of the answers, else 0.
+
+    An answer of 0 has no 5 %: it is compared as a text by `pix2struct`, as a number by `paper`.
+
+    Raises:
+        ValueError: no protocol has that name.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"no protocol is named {protocol!r}; there are {', '.join(PROTOCOLS)}")
+    return float(any(_is_near(prediction.strip(), answer.strip(), protocol) for answer in answers))
+
+
+def _is_near(prediction: str, answer: str, protocol: str) -> bool:
+    said, wanted = _number(prediction, protocol), _number(answer, protocol)
+    if said is None or wanted is None or (wanted == 0 and protocol == "pix2struct"):
+        return prediction.lower() == answer.lower()
+    if wanted == 0 or not (math.isfinite(said) and math.isfinite(wanted)):
+        return said == wanted
+    return abs(said - wanted) / abs(wanted) <= TOLERANCE
+
+
+def _number(text: str, protocol: str) -> float | None:
+    plain = text.replace(",", "") if protocol == "paper" else text
+    is_percent = plain.endswith("%")
+    try:
+        value = float(plain.rstrip("%"))
+    except ValueError:
+        return None
+    return value / 100 if is_percent and protocol == "pix2struct" else value

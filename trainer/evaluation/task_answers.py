@@ -1,0 +1,87 @@
+"""Answers and questions of a task from its files: whatever program wrote them, and wherever the labels are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.answer_files import (
+    SAMPLES,
+    AnswerRows,
+    Reading,
+    in_order,
+    read_answer_rows,
+)
+from llava_llama31.trainer.evaluation.answer_matching import match_answers, place_answers
+from llava_llama31.trainer.evaluation.questions import Question
+from llava_llama31.trainer.evaluation.row_files import Row, any_rows
+from llava_llama31.trainer.evaluation.task_files import Task
+from llava_llama31.trainer.evaluation.task_questions import holds_questions, load_task_questions, without_right_option
+
+
+@dataclass(frozen=True)
+class TaskAnswers:
+    """An answer file of a task.
+
+    Args:
+        layout: what it was recognised as.
+        rows: {question_id, answer} or {question_id, answer: None, error}.
+        note: what has to be known about its score.
+        questions: all annotated questions.
+    """
+
+    layout: str
+    rows: list[dict[str, Any]]
+    note: str
+    questions: list[Question]
+
+
+def read_task_answers(
+    task: Task, path: str | Path, *, annotations: str | None, questions: str | None, reading: Reading
+) -> TaskAnswers:
+    """Read answers, and the annotated questions they belong to.
+
+    Args:
+        task: what was asked.
+        path: the answers.
+        annotations: file or folder of the annotated questions; not needed where the answers' rows hold them.
+        questions: LLaVA's question file, which says image and category of its ids; or a file that has the answers too.
+        reading: which fields and rows of `path` count.
+
+    Raises:
+        UserError: a file cannot be read, there are no annotations, or answers and annotations are not of one revision.
+    """
+    file = read_answer_rows(path, reading)
+    if task.units == "circular" and "hit" in file.source[0][1]:
+        what = "this is VLMEvalKit's result file, whose rows are whole questions; its turns are in the prediction file"
+        raise UserError(what, where=str(path), fix="pass the .xlsx without _result in its name")
+    if questions is not None and holds_questions(task, list(any_rows(Path(questions)))):
+        annotations, questions = annotations or questions, None
+    annotated = load_task_questions(
+        task, annotations if annotations is not None else _held(task, file), with_images=False
+    )
+    answers = file.answers if questions is None else place_answers(file.answers, questions)
+    running = in_order(file) and questions is None
+    rows = match_answers(answers, annotated, file.path, in_order=running, labels=task.labels)
+    note = "; ".join(note for note in (file.note, _labels_note(annotated)) if note)
+    return TaskAnswers(file.layout, rows, note, annotated)
+
+
+def _labels_note(questions: Sequence[Question]) -> str:
+    wrong = without_right_option(questions)
+    if not wrong:
+        return ""
+    first = f"question {wrong[0].question_id}: {wrong[0].answers[0]!r:.40}"
+    return f"{len(wrong)} annotated answers are not the letter of an option, so no answer to them is right ({first})"
+
+
+def _held(task: Task, file: AnswerRows) -> Sequence[Row]:
+    """Questions that the answers' rows hold."""
+    rows = file.source
+    if file.layout == SAMPLES:
+        rows = [(where, doc) for where, row in rows if isinstance(doc := row.get("doc"), dict)]
+    if len(rows) < len(file.source) or not holds_questions(task, rows):
+        what = f"the rows hold no annotated answers of {task.name}"
+        raise UserError(what, where=str(file.path), fix="pass the task's annotations with --annotations")
+    return rows

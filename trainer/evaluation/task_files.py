@@ -1,0 +1,205 @@
+"""Tasks: what a benchmark asks, where its answers are, and how published evaluators score it; one YAML file a task."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.metrics import choices, numbers, text, yes_no
+from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS as VQA_PROTOCOLS
+
+
+_PACKAGE, _FOLDER, _SUFFIX = "llava_llama31.trainer.evaluation", "tasks", ".yaml"
+
+Metric = Literal[
+    "vqa",
+    "exact",
+    "contains",
+    "relaxed",
+    "anls",
+    "choice",
+    "yes_no",
+    "fields",
+    "cer",
+    "wer",
+    "function",
+    "per_question",
+]
+Summary = Literal["mean", "points", "yes_no", "pairs", "hallusionbench", "circular", "fields", "error_rate"]
+AnswerKind = Literal["text", "texts", "letter", "index", "yes_no", "binary"]
+Units = Literal["image", "circular", "hallusionbench"]
+
+# metric -> rules that it is measured by
+RULES: dict[str, tuple[str, ...]] = {
+    "vqa": tuple(VQA_PROTOCOLS),
+    "exact": tuple(text.EXACT_PROTOCOLS),
+    "relaxed": numbers.PROTOCOLS,
+    "anls": tuple(text.ANLS_PROTOCOLS),
+    "choice": tuple(choices.RULES),
+    "yes_no": tuple(yes_no.RULES),
+    "fields": ("verbatim", "ignore-case"),
+}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Layout(_Frozen):
+    """Where a question's parts are in the rows of one kind of file.
+
+    A part is named by a field (`answer`), a way into the row (`conversations.0.value`) or a text with such names in
+    braces (`{category}/{image}`). A layout is taken if a file's first row has every field that it names.
+    """
+
+    name: str
+    files: str | None = None
+    """Names of a folder's files, with the name of one field in braces (`{category}.txt`)."""
+    columns: list[str] = []
+    """Names of the columns of files that have no header; tab-separated."""
+    id: str | None = None
+    """Default: the image's key and a running number."""
+    question: str = "question"
+    image: str | None = None
+    """A path, bytes or base64."""
+    image_key: str | None = None
+    """What answers call the image, where `image` is no path; a path itself where a row has no `image`."""
+    all_with_image: bool = False
+    """Every question has an image, also where the file leaves it out."""
+    answer: str = "answer"
+    answer_is: AnswerKind = "text"
+    options: Literal["columns", "inline"] | str | list[str] | None = None
+    """`columns` A, B, ...; `inline`, in the question's text; one field with a list; or one field an option."""
+    context: str | None = None
+    groups: list[str] = []
+    separator: str | None = None
+    """What parts several groups of one field."""
+    metric: str | None = None
+
+
+class ProtocolOf(_Frozen):
+    """How one evaluator scores the answers of a task.
+
+    `over: groups` averages the groups' scores; `weighted: groups` counts a question once for each of its groups.
+    """
+
+    source: str
+    metric: Metric
+    rule: str = ""
+    summary: Summary = "mean"
+    called: str = "accuracy"
+    headline: str
+    over: Literal["questions", "groups"] = "questions"
+    weighted: Literal["questions", "groups"] = "questions"
+    unclear: Literal["no", "left_out"] = "no"
+    """What precision and recall make of an answer that says neither yes nor no."""
+    list_answers: bool = False
+    """An annotated answer that is a Python list gives several answers."""
+    formulas: list[str] = []
+    """Groups whose answers are formulas."""
+    sums: dict[str, list[str]] = {}
+    """Name of a sum -> the groups whose scores it adds."""
+    layouts: list[str] = []
+    """Answer files that are scored by this protocol unless --protocol names another one."""
+
+    @model_validator(mode="after")
+    def _known_rule(self) -> "ProtocolOf":
+        rules = RULES.get(self.metric, ())
+        if rules and self.rule not in rules:
+            raise ValueError(f"rule is {self.rule!r}; {self.metric} has {', '.join(rules)}")
+        if self.metric == "function" and self.rule.count(":") != 1:
+            raise ValueError("rule has to be module:function")
+        return self
+
+
+class Reproduced(_Frozen):
+    """Published answers that a protocol was run on, and the figures that came out."""
+
+    answers: str
+    protocol: str
+    figures: dict[str, float]
+    published: str
+
+
+class Task(_Frozen):
+    """A benchmark, or a set of one's own questions."""
+
+    name: str
+    title: str
+    dataset: str | None = None
+    """Its name on the Hub."""
+    sources: list[str] = []
+    labels: str | None = None
+    """The revision whose labels are meant."""
+    protocol: str
+    """The protocol of the headline where the answer file's layout does not choose one."""
+    protocols: dict[str, ProtocolOf] = Field(min_length=1)
+    layouts: list[Layout] = Field(min_length=1)
+    units: Units | None = None
+    only_with_image: bool = False
+    """Questions without an image are left out."""
+    prompts: dict[str, str] = {}
+    """Preset -> the words after the image."""
+    max_new_tokens: int = 64
+    reproduced: list[Reproduced] = []
+    not_reproduced: str | None = None
+
+    folder: str | None = None
+    """Where the file is; set when it is read."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Task":
+        named = {self.protocol, *(figure.protocol for figure in self.reproduced)}
+        unknown = sorted(named - self.protocols.keys())
+        if unknown:
+            raise ValueError(f"no protocol is named {unknown[0]!r}; there are {', '.join(self.protocols)}")
+        lacking = [preset for preset, prompt in self.prompts.items() if "{question}" not in prompt]
+        if lacking:
+            raise ValueError(f"the prompt of {lacking[0]} has no {{question}}")
+        return self
+
+
+def task_names() -> list[str]:
+    """Names of the shipped tasks."""
+    files = (resources.files(_PACKAGE) / _FOLDER).iterdir()
+    return sorted(file.name.removesuffix(_SUFFIX) for file in files if file.name.endswith(_SUFFIX))
+
+
+def load_task(name: str | Path) -> Task:
+    """A shipped task by its name, or a task of one's own by its file.
+
+    Raises:
+        UserError: there is no such task, or the file is not a task.
+    """
+    shipped = task_names()
+    if str(name) in shipped:
+        content = (resources.files(_PACKAGE) / _FOLDER / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
+        return _task(content, str(name))
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        what = f"no task is named {str(name)!r}; there are {', '.join(shipped)}"
+        raise UserError(what, where="--task", fix="name one of them, or a .yaml file")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(path), fix="check the path") from error
+    return _task(content, str(path)).model_copy(update={"folder": str(path.resolve().parent)})
+
+
+def _task(content: str, where: str) -> Task:
+    try:
+        value: Any = yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        raise UserError(f"not YAML: {error}", where=where, fix="repair it") from error
+    if not isinstance(value, dict):
+        raise UserError("not a mapping", where=where, fix="docs/evaluation.md says what a task has")
+    try:
+        return Task.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        what = f"{key}: {first['msg']}" if key else first["msg"]
+        raise UserError(what, where=where, fix="docs/evaluation.md says what a task has") from error

@@ -1,0 +1,332 @@
+"""Questions of a task from the files in which its benchmark is handed around."""
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from llava_llama31.trainer.data.sources.images import ImageRef
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.metrics.choices import LETTERS
+from llava_llama31.trainer.evaluation.questions import (
+    LONGEST_ANSWER_LIST,
+    LONGEST_IMAGE_INDEX,
+    Question,
+    decoded_base64,
+    only_once,
+    shared_image,
+)
+from llava_llama31.trainer.evaluation.row_files import Row, any_rows
+from llava_llama31.trainer.evaluation.task_files import Layout, Task
+
+
+_PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+# VLMEvalKit counts the turns of a circular question in millions
+_TURNS = 10**6
+
+
+def load_task_questions(
+    task: Task,
+    source: str | Path | Sequence[Row],
+    *,
+    image_root: str | Path | None = None,
+    limit: int | None = None,
+    with_images: bool = True,
+) -> list[Question]:
+    """Read the questions of a task in the order of the file, those without an image too.
+
+    Args:
+        task: says where a question's parts are.
+        source: file, folder or pattern; or rows that were read before.
+        image_root: folder of the images; by default that of `source`.
+        limit: read no more than this many.
+        with_images: False leaves the images out, as scoring needs none.
+
+    Raises:
+        UserError: no layout of the task fits, or a row lacks a part, doubles an id or has an answer of another kind.
+    """
+    layout, rows = _rows_of(task, source, with_images)
+    path = Path(source) if isinstance(source, str | Path) else Path()
+    root = Path(path if path.is_dir() else path.parent) if image_root is None else Path(image_root)
+    images: dict[str, tuple[ImageRef, str]] = {}
+    numbers: Counter[str] = Counter()
+    seen: dict[str, str] = {}
+    questions: list[Question] = []
+    rows = list(rows)
+    holders = {str(row.get(layout.id or "")): row for _, row in rows}
+    for where, row in rows if limit is None else rows[:limit]:
+        question = _question(task, layout, row, where, numbers)
+        only_once(str(question.question_id), layout.id or "question", where, seen)
+        if with_images and question.image_id:
+            shown = {"image": _image(layout, row, holders, where)}
+            image = shared_image(shown, question.image_id, root.resolve(), where, images)
+            question = replace(question, image=image)
+        questions.append(question)
+    if not questions:
+        raise UserError("no questions", where=str(path), fix="name a file with at least one question")
+    wrong = without_right_option(questions)
+    if 2 * len(wrong) > len(questions):
+        what = f"{layout.answer} is {wrong[0].answers[0]!r:.80}, and {len(wrong)} of {len(questions)} are no letter"
+        raise UserError(what, where=rows[0][0], fix="give the letter of the right option")
+    return questions
+
+
+def without_right_option(questions: Sequence[Question]) -> list[Question]:
+    """Questions whose annotated answer is not the letter of one of their options, so that no answer is right."""
+    return [q for q in questions if q.options and q.answers[0] not in dict(q.options)]
+
+
+def holds_questions(task: Task, rows: Sequence[Row]) -> bool:
+    """Whether rows of an answer file hold the questions with their answers, as VLMEvalKit's do."""
+    return bool(rows) and any(_fits(layout, rows[0][1]) for layout in task.layouts if layout.files is None)
+
+
+def _rows_of(task: Task, source: str | Path | Sequence[Row], with_images: bool) -> tuple[Layout, Iterable[Row]]:
+    if not isinstance(source, str | Path):
+        return _layout_of(task, source, "the answer file"), source
+    path = Path(source)
+    for layout in task.layouts:
+        named = _named_rows(path, layout) if layout.files else []
+        if named:
+            return layout, named
+    unused = () if with_images else tuple(layout.image for layout in task.layouts if layout.image)
+    rows = list(any_rows(path, leave_out=unused))
+    return _layout_of(task, rows, str(path)), rows
+
+
+def _layout_of(task: Task, rows: Sequence[Row], where: str) -> Layout:
+    first = rows[0][1] if rows else {}
+    for layout in task.layouts:
+        if layout.files is None and _fits(layout, first):
+            return layout
+    needed = "; ".join(f"{layout.name} has {', '.join(sorted(_names(layout)))}" for layout in task.layouts)
+    what = f"these are no questions of {task.name}: the rows have {', '.join(map(str, first)) or 'nothing'}; {needed}"
+    raise UserError(what, where=where, fix="pass the task's annotations")
+
+
+def _fits(layout: Layout, row: Mapping[str, Any]) -> bool:
+    return all(name.split(".")[0] in row for name in _names(layout))
+
+
+def _names(layout: Layout) -> set[str]:
+    """Fields that a row of a layout has, apart from images and categories, which files may leave out."""
+    options = [layout.options] if isinstance(layout.options, str) else layout.options or []
+    if layout.options in ("columns", "inline"):
+        options = [LETTERS[0]] if layout.options == "columns" else []
+    specs = [layout.id, layout.question, layout.answer, *options]
+    return {name for spec in specs if spec for name in (_PLACEHOLDER.findall(spec) or [spec])}
+
+
+def _named_rows(source: Path, layout: Layout) -> list[Row]:
+    """Rows of a file, or of all files of a folder, that have a layout's name, with what the name says."""
+    pattern = layout.files or ""
+    name = _PLACEHOLDER.search(pattern)
+    if name is None:
+        raise UserError(f"files is {pattern!r}", where=layout.name, fix="put one field in braces")
+    before, after = pattern.split(name[0])
+    rows: list[Row] = []
+    for path in sorted(source.iterdir()) if source.is_dir() else [source]:
+        if path.name.startswith(before) and path.name.endswith(after) and path.is_file():
+            value = path.name[len(before) : len(path.name) - len(after)]
+            rows += [(where, {name[1]: value} | row) for where, row in any_rows(path, columns=layout.columns)]
+    return rows
+
+
+def _image(layout: Layout, row: Mapping[str, Any], holders: Mapping[str, Mapping[str, Any]], where: str) -> Any:
+    """A path or bytes; VLMEvalKit's tables have base64, or the index of the row that has it."""
+    image = _field(row, layout.image) if layout.image else None
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
+    if isinstance(image, str) and image in holders and layout.image in row:
+        image = holders[image].get(str(layout.image))
+    if isinstance(image, str) and _is_base64(image):
+        return {"bytes": decoded_base64(image, where)}
+    if image in (None, "") and layout.image_key:
+        return _field(row, layout.image_key)
+    return image
+
+
+def _is_base64(text: str) -> bool:
+    return len(text) > LONGEST_IMAGE_INDEX and not Path(text[-LONGEST_IMAGE_INDEX:]).suffix
+
+
+def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbers: Counter[str]) -> Question:
+    text = _field(row, layout.question)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{layout.question} is {text!r:.80}", where=where, fix="give each question a text")
+    text = text.replace("<image>", "").strip()
+    image_id = _image_id(layout, row)
+    if layout.id is None:
+        numbers[image_id] += 1
+        question_id: int | str = f"{image_id}#{numbers[image_id]}"
+    else:
+        question_id = _id(_field(row, layout.id), where, layout.id)
+        if not image_id and (layout.all_with_image or not (layout.image or layout.image_key)):
+            image_id = str(question_id)
+    options = _options(layout, row, text)
+    answers = _answers(layout, row, where)
+    context = _field(row, layout.context) if layout.context else None
+    metric = _field(row, layout.metric) if layout.metric else None
+    return Question(
+        question_id,
+        image_id,
+        None,
+        text,
+        answers,
+        options=options,
+        context="" if context is None else str(context).strip(),
+        groups=_groups(layout, row),
+        units=_units(task, question_id, image_id, row),
+        metric=str(metric or ""),
+    )
+
+
+def _field(row: Mapping[str, Any], spec: str) -> Any:
+    """What a field, a way into the row, or a text with fields in braces says."""
+    if _PLACEHOLDER.search(spec):
+        return _PLACEHOLDER.sub(lambda found: str(_field(row, found[1])), spec)
+    if spec in row:
+        return row[spec]
+    value: Any = row
+    for part in spec.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def _id(value: Any, where: str, name: str) -> int | str:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise UserError(f"{name} is {value!r:.80}", where=where, fix="give a number or a text")
+    return value
+
+
+def _image_id(layout: Layout, row: Mapping[str, Any]) -> str:
+    """What the image is called; the hash of its content where it has no name, and empty where there is no image."""
+    named = _field(row, layout.image_key) if layout.image_key else None
+    value = named if named not in (None, "") else _field(row, layout.image) if layout.image else None
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return sha256(value).hexdigest()
+    if isinstance(value, str) and _is_base64(value):
+        return str(_field(row, layout.id or "")) if layout.id else sha256(value.encode()).hexdigest()
+    return "" if value in (None, "") else str(value)
+
+
+def _options(layout: Layout, row: Mapping[str, Any], question: str) -> tuple[tuple[str, str], ...]:
+    if layout.options is None:
+        return ()
+    if layout.options == "inline":
+        return _inline_options(question)
+    if layout.options == "columns":
+        return tuple((letter, str(row[letter])) for letter in LETTERS if row.get(letter) not in (None, ""))
+    names = layout.options if isinstance(layout.options, list) else None
+    values = [_field(row, name) for name in names] if names else _listed(_field(row, str(layout.options)))
+    texts = [str(value) for value in values if value not in (None, "")]
+    return tuple(zip(LETTERS, texts, strict=False))
+
+
+def _inline_options(question: str) -> tuple[tuple[str, str], ...]:
+    """Options that the question itself lists: `A. one`, `A: one` or `(A) one`, in the order of the alphabet."""
+    starts: list[re.Match[str]] = []
+    for letter in LETTERS:
+        found = re.compile(rf"(?<![A-Za-z]){letter}[.:)]\s").search(question, starts[-1].end() if starts else 0)
+        if found is None:
+            break
+        starts.append(found)
+    ends = [match.start() for match in starts[1:]] + [len(question)]
+    texts = [question[match.end() : end].strip(" ,(\n") for match, end in zip(starts, ends, strict=True)]
+    texts = [text.split("\n")[0] for text in texts]
+    return tuple(zip(LETTERS, texts, strict=False))
+
+
+def _answers(layout: Layout, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    value = _field(row, layout.answer)
+    answers = [] if value is None else _listed(value) if layout.answer_is == "texts" else [value]
+    answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
+    if not answers or any(isinstance(answer, bool | dict | list) or answer is None for answer in answers):
+        fix = "give the annotated answer, or a list of them"
+        raise UserError(f"{layout.answer} is {value!r:.80}", where=where, fix=fix)
+    texts = [str(answer) for answer in answers]
+    if layout.answer_is == "letter":
+        return (texts[0].strip(),)
+    if layout.answer_is == "index":
+        return (_letter_at(texts[0], layout.answer, where),)
+    if layout.answer_is in ("yes_no", "binary"):
+        said = texts[0].strip().rstrip(".").lower()
+        said = {"1": "yes", "0": "no"}.get(said, "") if layout.answer_is == "binary" else said
+        if said not in ("yes", "no"):
+            raise UserError(f"{layout.answer} is {value!r:.80}, not yes or no", where=where, fix="give yes or no")
+        return (said,)
+    return tuple(texts)
+
+
+def _letter_at(index: str, name: str, where: str) -> str:
+    if not index.isascii() or not index.isdigit() or int(index) >= len(LETTERS):
+        raise UserError(f"{name} is {index!r}", where=where, fix="give the number of the right option, from 0")
+    return LETTERS[int(index)]
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list as it stands or as Python writes it; nothing is executed."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    read = python_list(value) if isinstance(value, str) else None
+    return [value] if read is None else read
+
+
+def python_list(text: str) -> list[Any] | None:
+    """The list that a text is in Python's spelling, or None."""
+    if not text.lstrip().startswith("[") or len(text) > LONGEST_ANSWER_LIST:
+        return None
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, list) else None
+
+
+def _groups(layout: Layout, row: Mapping[str, Any]) -> tuple[str, ...]:
+    groups: list[str] = []
+    for spec in layout.groups:
+        value = _field(row, spec)
+        if value not in (None, ""):
+            groups += str(value).split(layout.separator) if layout.separator else [str(value)]
+    return tuple(dict.fromkeys(group.strip() for group in groups))
+
+
+def _units(task: Task, question_id: int | str, image_id: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    if task.units == "image":
+        return (image_id,)
+    if task.units == "circular":
+        number = str(question_id)
+        return (str(int(number) % _TURNS) if number.isascii() and number.isdigit() else number,)
+    if task.units == "hallusionbench":
+        return _hallusionbench_units(str(question_id), row)
+    return ()
+
+
+def _hallusionbench_units(index: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The figure and the question across figures, of `VD_illusion_1_0_0_0` or of the benchmark's own fields."""
+    category = row.get("l2-category") or f"{row.get('category')}_{row.get('subcategory')}"
+    if row.get("set_id") is not None:
+        parts = [str(row.get(name)) for name in ("set_id", "figure_id", "question_id")]
+    else:
+        parts = index.split("_")[3:6]
+    if len(parts) < 3:
+        raise UserError(
+            f"index {index!r} names no set, figure and question", where="HallusionBench", fix="keep its index"
+        )
+    return f"{category} {parts[0]} figure {parts[1]}", f"{category} {parts[0]} question {parts[2]}"
