@@ -92,13 +92,13 @@ def test_nothing_else_asks_for_cuda():
 
 def test_apples_gpus_sum_in_a_type_that_they_have(monkeypatch):
     asked = []
-    as_tensor = torch.as_tensor
+    full = torch.full
 
-    def on_host(value, dtype, device):
+    def on_host(size, value, dtype, device):
         asked.append(dtype)
-        return as_tensor(value, dtype=dtype)
+        return full(size, value, dtype=dtype)
 
-    monkeypatch.setattr(torch, "as_tensor", on_host)
+    monkeypatch.setattr(torch, "full", on_host)
     assert summed([1.0, 2.0], torch.device("mps")) == [1.0, 2.0] and set(asked) == {torch.float32}
 
 
