@@ -41,6 +41,7 @@ from llava_llama31.trainer.costs.flops import Flops, ModelShape, Work, hfu, mfu,
 from llava_llama31.trainer.costs.matrix_peak import cpu_instructions
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, RankBatches
 from llava_llama31.trainer.data.batches.collator import Collator, Sample
+from llava_llama31.trainer.fault_tolerance.out_of_memory import is_of_device
 from llava_llama31.trainer.model.module_groups import freeze
 from llava_llama31.trainer.recipes.derived import derive, num_held_out
 from llava_llama31.trainer.recipes.loading import load_recipe
@@ -451,7 +452,9 @@ def largest_that_fits(settings: Settings, run: Runner) -> dict[str, Any] | None:
     while micro_batch:
         try:
             return run(Settings(**(asdict(settings) | {"micro_batch": micro_batch})))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_of_device(error):
+                raise
             print(f"{settings.stage}, {settings.variant}: micro-batch {micro_batch} does not fit", file=sys.stderr)
             micro_batch //= 2
     return None
@@ -603,7 +606,9 @@ def main() -> int:
     if options.drive:
         try:
             print(json.dumps(drive(Settings(**json.loads(options.drive)))))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_of_device(error):
+                raise
             return OUT_OF_MEMORY
         return 0
     report = measure(options)

@@ -42,7 +42,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_llava_llama31 import LlavaLlama31Config
-from .packed_llama_llava_llama31 import LlavaLlama31TextModel, Packing, SupervisedHead
+from .packed_llama_llava_llama31 import LlavaLlama31TextModel, Packing, SupervisedHead, to_device
 
 
 IGNORE_INDEX = -100
@@ -197,9 +197,9 @@ class LlavaLlama31Model(LlavaNextModel):
         embeds = self.get_input_embeddings()(input_ids)
         is_newline = layout < 0
         where = [(~is_newline).nonzero()[:, 0], is_newline.nonzero()[:, 0]]
-        patches = layout[where[0]].to(embeds.device, non_blocking=True)
+        patches = to_device(layout[where[0]], embeds.device)
         patch_positions, newline_positions = (
-            image_positions.index_select(0, index.to(embeds.device, non_blocking=True)) for index in where
+            image_positions.index_select(0, to_device(index, embeds.device)) for index in where
         )
         computed = [] if pixel_values is None else [self.tile_features(pixel_values)]
         known = [] if image_features is None else [image_features]
@@ -481,7 +481,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         supervised: Sequence[int],
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        positions = torch.tensor(list(supervised) or [0], device=labels.device)
+        positions = to_device(list(supervised) or [0], labels.device)
         targets = labels.index_select(0, positions + 1).clamp_min(0)
         if isinstance(self.lm_head, SupervisedHead):
             total = self.lm_head(hidden, targets)

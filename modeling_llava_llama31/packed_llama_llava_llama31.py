@@ -11,6 +11,7 @@ Shapes: S positions of the row, N supervised positions, Q queries of the last la
 vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 
+logger = logging.getLogger(__name__)
+
 Packing = Sequence[Sequence[int]]
 Positions = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, S, head size) each
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys, values
@@ -41,6 +44,12 @@ _SOFTMAX_ROWS = 64
 # on a CPU: queries per block, and the number of keys up to which blocks beat the fused kernel
 _BLOCK_QUERIES = 256
 _MAX_BLOCK_KEYS = 1024
+# types that a GPU's varlen kernel takes, the first NVIDIA GPUs with it (Ampere), and a row that shows whether it is
+# right: a trunk with two branches and a sample alone; rounding is within a share of the largest number
+_VARLEN_DTYPES = (torch.float16, torch.bfloat16)
+_VARLEN_CAPABILITY = (8, 0)
+_VARLEN_ROW = ((37, 5, 19), (3,))
+_VARLEN_TOLERANCE = 2**-5
 # types whose kernels a CPU builds for every new shape (0.7 ms), and the multiple that segments are then padded to
 _FILLED_DTYPES = (torch.bfloat16,)
 _SEGMENT_MULTIPLE = 32
@@ -124,13 +133,15 @@ class AttentionPlan:
         segments: in the order of their queries.
         queries: (Q,) row positions of the queries; None: all.
         kept: (N,) queries whose output the layer returns; None: all.
+        varlen: in half precision, a GPU may run its varlen kernel.
     """
 
     segments: list[Segment]
     queries: torch.Tensor | None = None
     kept: torch.Tensor | None = None
+    varlen: bool = False
     _masks: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
-    _varlen: tuple[torch.Tensor, ...] | None = None
+    _lengths: tuple[torch.Tensor, ...] | None = None
     _aligned: Aligned | None = None
 
     def aligned(self, multiple: int) -> Aligned:
@@ -181,18 +192,24 @@ class AttentionPlan:
         square = Segment(0, num_queries, (0, num_queries), (0, 0))
         return self.mask(square, query)
 
-    def varlen(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+    def lengths(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Key positions, and cumulative lengths of queries and keys, in the form that varlen kernels take."""
-        if self._varlen is None:
+        if self._lengths is None:
             keys = [torch.cat([torch.arange(*segment.trunk), torch.arange(*segment.own)]) for segment in self.segments]
             num_queries = torch.tensor([0, *(segment.num_queries for segment in self.segments)])
             num_keys = torch.tensor([0, *(segment.num_keys for segment in self.segments)])
             arrays = torch.cat(keys), num_queries.cumsum(0).int(), num_keys.cumsum(0).int()
-            self._varlen = tuple(array.to(device, non_blocking=True) for array in arrays)
-        return self._varlen
+            self._lengths = tuple(to_device(array, device) for array in arrays)
+        return self._lengths
 
 
-def plan_row(packing: Packing) -> AttentionPlan:
+def to_device(values: torch.Tensor | Sequence[int], device: torch.device) -> torch.Tensor:
+    """A host's tensor or integers on the device, without a wait: a copy from pageable memory would make one."""
+    tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=torch.long)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def plan_row(packing: Packing, *, varlen: bool = False) -> AttentionPlan:
     """Attention of all positions of a packed row."""
     segments, begin = [], 0
     for trunk_length, *branches in packing:
@@ -202,7 +219,7 @@ def plan_row(packing: Packing) -> AttentionPlan:
         for length in branches:
             segments.append(Segment(begin, length, (begin, begin + length), trunk))
             begin += length
-    return AttentionPlan(segments)
+    return AttentionPlan(segments, varlen=varlen)
 
 
 def plan_last_layer(row: AttentionPlan, supervised: Sequence[int], device: torch.device) -> AttentionPlan:
@@ -228,8 +245,7 @@ def plan_last_layer(row: AttentionPlan, supervised: Sequence[int], device: torch
         while position is not None and position < end:
             kept.append(offset + position)
             position = next(positions, None)
-    rows, places = (torch.tensor(values, device=device, dtype=torch.long) for values in (queries, kept))
-    return AttentionPlan(segments, rows, places)
+    return AttentionPlan(segments, to_device(queries, device), to_device(kept, device), row.varlen)
 
 
 def packed_attention(
@@ -237,13 +253,19 @@ def packed_attention(
 ) -> torch.Tensor:
     """Attention (1, Q, H, head size) of queries (1, H, Q, head size) over the row's keys (1, key heads, S, head size).
 
-    A GPU in half precision runs one varlen kernel over all segments. Otherwise segments run one by one, since a mask
-    over the whole row would cost more than padding.
+    A GPU in half precision runs one varlen kernel over all segments, where the plan says that it may. Otherwise
+    segments run one by one, since a mask over the whole row would cost more than padding.
     """
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    if plan.varlen and query.is_cuda and query.dtype in _VARLEN_DTYPES:
         return _varlen_attention(query, key, value, plan, scaling)
     if query.device.type == "cpu" and max(segment.num_keys for segment in plan.segments) <= _MAX_BLOCK_KEYS:
         return _BlockAttention.apply(query, key, value, plan, scaling)
+    return _segment_attention(query, key, value, plan, scaling)
+
+
+def _segment_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scaling: float
+) -> torch.Tensor:
     outputs = []
     for segment in plan.segments:
         is_square = segment.num_queries == segment.num_keys
@@ -346,7 +368,7 @@ def _varlen_attention(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    keys, query_ends, key_ends = plan.varlen(query.device)
+    keys, query_ends, key_ends = plan.lengths(query.device)
     output = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1).index_select(0, keys),
@@ -361,6 +383,39 @@ def _varlen_attention(
     )
     assert isinstance(output, torch.Tensor)  # nothing more was asked for
     return output[None]
+
+
+def varlen_fault(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the varlen kernel of this device and this PyTorch can't be used; None: it can. Waits for the device.
+
+    The kernel is compared with PyTorch's scaled dot product, forward and backward: on some builds it refuses, and on
+    some it aligns masks otherwise or returns NaN (pytorch #173469).
+    """
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < _VARLEN_CAPABILITY:
+            return (
+                f"FlashAttention needs a GPU of compute capability 8.0 (Ampere) or newer; this one has {major}.{minor}"
+            )
+    size, plan = config.head_dim, plan_row(_VARLEN_ROW)
+    generator = torch.Generator().manual_seed(0)
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    drawn = [torch.randn(1, n, sum(map(sum, _VARLEN_ROW)), size, generator=generator) for n in heads]
+    results = []
+    try:
+        for attend in (_varlen_attention, _segment_attention):
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                inputs = [x.to(device, dtype).requires_grad_() for x in drawn]
+                output = attend(*inputs, plan, size**-0.5)
+                results.append((output, *torch.autograd.grad(output.float().square().sum(), inputs)))
+    except (ImportError, TypeError, RuntimeError) as error:
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    names = ("output", "gradient of queries", "gradient of keys", "gradient of values")
+    for name, mine, theirs in zip(names, *results, strict=True):
+        difference = ((mine.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
+        if not difference <= _VARLEN_TOLERANCE:  # NaN neither
+            return f"its {name} is off by {difference:.2g} of the largest number"
+    return None
 
 
 class LlavaLlama31Attention(LlamaAttention):
@@ -535,7 +590,19 @@ class LlavaLlama31TextModel(LlamaModel):
         self.norm = LlavaLlama31RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self.uses_varlen: dict[torch.dtype, bool] = {}  # on a GPU, by type; `check_attention` fills it
         self.post_init()
+
+    def check_attention(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether packed rows use a GPU's varlen kernel; asked and tried once, with a warning if they don't."""
+        if device.type != "cuda" or dtype not in _VARLEN_DTYPES:
+            return False
+        if dtype not in self.uses_varlen:
+            fault = varlen_fault(self.config, device, dtype)
+            self.uses_varlen[dtype] = fault is None
+            if fault is not None and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+                logger.warning("packed rows are read segment by segment, which is slower: varlen attention: %s", fault)
+        return self.uses_varlen[dtype]
 
     def compile_token_wise(self) -> None:
         """Compile the layers' norms, projections and MLPs for training on packed rows, once for all row lengths.
@@ -568,7 +635,10 @@ class LlavaLlama31TextModel(LlamaModel):
             cache: stores the keys and values of all positions.
         """
         positions = self.rotary_emb(inputs_embeds, position_ids)
-        plan = plan_row(packing)
+        device = inputs_embeds.device
+        narrow = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if narrow else inputs_embeds.dtype
+        plan = plan_row(packing, varlen=self.check_attention(device, dtype))
         last = plan_last_layer(plan, supervised, inputs_embeds.device)
         hidden = inputs_embeds
         for i, layer in enumerate(self.layers):
@@ -652,7 +722,8 @@ def _cross_entropy(logits: torch.Tensor, room: torch.Tensor, targets: torch.Tens
         torch.softmax(wide, dim=1, out=wide)
         # log-sum-exp, computed from the largest probability, which cannot underflow
         normaliser = largest - wide.amax(dim=1, keepdim=True).log()
-        part.copy_(wide.scatter_add_(1, index, torch.full_like(wanted, -1)))
+        # not scatter_add_, for which CUDA has no deterministic kernel
+        part.copy_(wide.scatter_(1, index, wide.gather(1, index) - 1))
         total += (normaliser - wanted).sum()
     return total
 

@@ -1,12 +1,22 @@
 """Folders that are complete or invisible, and training state without pickles."""
 
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.model.adapters import TRAINABLE_WEIGHTS
+from llava_llama31.trainer.training.optimizers import portable_state
+from llava_llama31.trainer.training.stage_checkpoints import load_weights
 
 
 @pytest.fixture
@@ -101,3 +111,63 @@ def test_what_has_no_place_in_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         atomic_folders.write_json(tmp_path / "x.json", {"loss": float("nan")})
     assert not (tmp_path / "x.json").exists()
+
+
+@pytest.fixture
+def one_shard():
+    """A process group of this process alone, in which FSDP2 shards all the same."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_a_save_gathers_sharded_moments_one_at_a_time(one_shard, monkeypatch):
+    """At 8B they are 64 GB, which every device would hold beside its own shards."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(8, 8, bias=False) for _ in range(4)])
+    for layer in model:
+        fully_shard(layer, mesh=one_shard)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    gather, gathered, most = DTensor.full_tensor, [], 0
+
+    def full_tensor(self):
+        nonlocal most
+        whole = gather(self).clone()
+        gathered.append(weakref.ref(whole))
+        most = max(most, sum(reference() is not None for reference in gathered))
+        return whole
+
+    monkeypatch.setattr(DTensor, "full_tensor", full_tensor)
+    assert portable_state(optimizer, keep=False) is None
+    assert (len(gathered), most) == (8, 1)
+    kept = portable_state(optimizer)
+    assert all(type(value) is torch.Tensor for state in kept["state"].values() for value in state.values())
+
+
+class Made(TorchDispatchMode):
+    """Numbers in the largest tensor that an operation made on the meta device."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if (
+            isinstance(out, torch.Tensor)
+            and out.is_meta
+            and not func.is_view
+            and func is not torch.ops.aten.copy_.default
+        ):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+def test_weights_are_restored_without_a_second_copy_on_the_device(tmp_path):
+    model = torch.nn.Linear(8, 8, device="meta")
+    save_file({"weight": torch.ones(8, 8), "bias": torch.ones(8)}, tmp_path / TRAINABLE_WEIGHTS)
+    with Made() as made:
+        load_weights(model, tmp_path, only_trainable=True)
+    assert made.largest == 0
+    on_host = torch.nn.Linear(8, 8)
+    load_weights(on_host, tmp_path, only_trainable=True)
+    assert on_host.weight.eq(1).all() and on_host.bias.eq(1).all()

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -111,10 +113,14 @@ def make_optimizer(name, parameters):
     groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters, (1e-2, 1e-3), strict=True)]
     if name == "adamw_bf16":
         return AdamWBfloat16(groups, lr=1.0)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    if name == "bitsandbytes":
+        return pytest.importorskip("bitsandbytes").optim.AdamW(groups, optim_bits=8)
     return pytest.importorskip("torchao.optim").AdamW8bit(groups, lr=1.0)
 
 
-@pytest.mark.parametrize("name", ["adamw_bf16", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "adamw_8bit", "bitsandbytes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @set_stance("force_eager")
 def test_state_in_a_checkpoint_is_all_of_it(tmp_path, name, dtype):
@@ -127,15 +133,17 @@ def test_state_in_a_checkpoint_is_all_of_it(tmp_path, name, dtype):
     resumed = make_optimizer(name, again)
     load_portable_state(resumed, load_tree(tmp_path / "optimizer"))
     for one, two in zip(optimizer.state.values(), resumed.state.values(), strict=True):
-        assert [type(value) for value in one.values()] == [type(value) for value in two.values()]
-        assert one["exp_avg"].dtype == two["exp_avg"].dtype
+        assert {key: type(value) for key, value in one.items()} == {key: type(value) for key, value in two.items()}
+        tensors = [key for key, value in one.items() if isinstance(value, torch.Tensor)]
+        assert [one[key].dtype for key in tensors] == [two[key].dtype for key in tensors]
     if name == "adamw_8bit":
         large = resumed.state[again[0]]
         assert large["exp_avg"].signed and not large["exp_avg_sq"].signed
     ends = train(optimizer, parameters, 4, seed=2), train(resumed, again, 4, seed=2)
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
     saved = sum(tensor.nbytes for tensor in load_file(tmp_path / "optimizer.safetensors").values())
-    assert saved < 2.5 * 64 * 96 * (2 if name == "adamw_bf16" else 1) + 3000
+    bytes_a_number = {"adamw": dtype.itemsize, "adamw_bf16": 2}.get(name, 1)
+    assert saved < 2.5 * 64 * 96 * bytes_a_number + 3000
 
 
 def test_state_of_an_unknown_kind_is_refused(tmp_path):
@@ -386,7 +394,9 @@ def machine(monkeypatch):
 
     def pretend(packages=(), capability=None):
         monkeypatch.setattr(device_options, "find_spec", lambda name: name if name in packages else None)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        device = torch.device("cpu" if capability is None else "cuda")
+        monkeypatch.setattr(device_options, "uses_cpu", lambda: capability is None)
+        monkeypatch.setattr(device_options, "default_device", lambda: device)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(device_options, "_check_compiler", lambda where, otherwise: None)
 
@@ -408,7 +418,7 @@ def test_the_8_bit_optimizer_is_the_one_that_is_there(machine):
 def test_fp8_wants_a_gpu_that_has_it(machine):
     eight = stage(fp8=True, compile=True)
     for packages, capability, message in (
-        (["torchao"], None, "needs a GPU, and this machine has none"),
+        (["torchao"], None, "needs a GPU, and this stage runs on cpu"),
         (["torchao"], (8, 6), r"8\.9 .* this one has 8\.6"),
         ([], (9, 0), "fp8 needs torchao"),
     ):
@@ -418,6 +428,15 @@ def test_fp8_wants_a_gpu_that_has_it(machine):
     for capability in ((8, 9), (9, 0), (10, 0)):
         machine(["torchao"], capability)
         device_options.check_device_options(eight, "here")
+
+
+@pytest.mark.parametrize(("name", "has_it"), [("gfx90a:sramecc+:xnack-", False), ("gfx942:sramecc+", True)])
+def test_amds_capability_says_nothing_of_float8(machine, monkeypatch, name, has_it):
+    machine(["torchao"], (9, 0))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: types.SimpleNamespace(gcnArchName=name))
+    with nullcontext() if has_it else pytest.raises(UserError, match=r"here\.fp8: .* this GPU is gfx90a"):
+        device_options.check_device_options(stage(fp8=True, compile=True), "here")
 
 
 @pytest.mark.parametrize("changes", [{"optimizer": "adamw_bf16"}, {"compile": True}], ids=str)

@@ -1,6 +1,7 @@
 """Tiles from the training device against Pillow's: equal to the last bit, and so are the runs."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,8 +32,10 @@ def test_resizing_is_pillows(height, width, new_height, new_width, seed, is_hard
     if is_hard:  # edges that overshoot and are clipped
         picture = np.where(picture > 127, np.uint8(255), np.uint8(0))
     expected = np.asarray(Image.fromarray(picture).resize((new_width, new_height), Image.Resampling.BICUBIC))
-    ours = resize_as_pillow(torch.from_numpy(picture).permute(2, 0, 1), new_height, new_width)
-    assert np.array_equal(ours.permute(1, 2, 0).numpy(), expected)
+    for resize in (device_tiles._by_sums, device_tiles._by_product):  # a CPU's way and a GPU's
+        with mock.patch.object(device_tiles, "_resize_lines", resize):
+            ours = resize_as_pillow(torch.from_numpy(picture).permute(2, 0, 1), new_height, new_width)
+        assert np.array_equal(ours.permute(1, 2, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,12 +56,12 @@ def test_another_filter_and_another_pillow_are_refused(processor, monkeypatch):
     with pytest.raises(UserError, match="bicubic one alone"):
         DeviceTiles(other)
     monkeypatch.setattr(device_tiles, "_bicubic", lambda x: np.maximum(1 - np.abs(x), 0))
-    device_tiles._weights.cache_clear()
+    device_tiles._filter.cache_clear()
     try:
         with pytest.raises(UserError, match="resizes otherwise than device_tiles"):
             DeviceTiles(processor)
     finally:
-        device_tiles._weights.cache_clear()
+        device_tiles._filter.cache_clear()
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 GB = 10**9
 
 MACHINE = Machine("node1", "Linux", "3.11.7", 64, 512 * GB, None, 250 * GB, 65536, None, None, ())
-TORCH = Package("torch", ">=2.6", "", "2.13.0+cu130", "2.13.0+cpu")
+TORCH = Package("torch", ">=2.12", "", "2.13.0+cu130", "2.13.0+cpu")
 PEFT = Package("peft", ">=0.18", "peft", None, "0.21.2")
 H100 = Gpu("NVIDIA H100", (9, 0), 85 * GB, 84 * GB)
 GPUS = Gpus((H100, H100), "12.8", ("sm_80", "sm_90"), None, "570.86.15", (12, 8), 2)

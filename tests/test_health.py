@@ -247,6 +247,12 @@ def test_save_now_saves_at_the_next_step_once(train, monkeypatch, tmp_path):
 def test_memory_that_is_full_names_what_to_lower(train, monkeypatch, capsys):
     for error, place in (
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore"), "the device"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "the device"),
+        (RuntimeError("CUDA error: out of memory"), "the device"),
+        (RuntimeError("CUDA driver error: out of memory"), "the device"),
+        (RuntimeError("NCCL error, unhandled cuda error: Cuda failure 2 'out of memory'"), "the device"),
+        (RuntimeError("HIP error: out of memory"), "the device"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 20 GB)"), "the device"),
         (MemoryError(), "the host"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), "the host"),
     ):

@@ -2,7 +2,10 @@
 
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -143,6 +146,42 @@ def test_a_worker_that_is_gone_is_told_from_one_that_is_stuck():
     error = RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly")
     failure = loader_failure(error, 0, ["r5"], "stages.x", 3)
     assert failure.exit_code == 7 and "worker 0 was asked for records r5 and is gone: DataLoader" in str(failure)
+
+
+MEETING = """
+import os
+import sys
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from llava_llama31.trainer.fault_tolerance.peers import Peers
+
+rank = int(sys.argv[1])
+if rank == 0:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=100))
+    print(store.port, flush=True)
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2] if rank else str(store.port)}
+peers = Peers.connect(rank, 2)
+with peers.together():
+    assert peers._lost() is None
+print("neighbours", sorted(peers._neighbours), flush=True)
+"""
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_pid_means_nothing_in_another_containers_namespace(apart):
+    """Containers with one host name (hostNetwork): a healthy rank was reported as gone and the run ended."""
+    prefix = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"] if apart else []
+    if apart and (shutil.which("unshare") is None or subprocess.run([*prefix, "true"]).returncode):
+        pytest.skip("this machine forbids namespaces")
+    command = [*prefix, sys.executable, "-c", MEETING]
+    first = subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, text=True)
+    port = first.stdout.readline().strip()
+    second = subprocess.run([*command, "1", port], stdout=subprocess.PIPE, text=True, timeout=100)
+    expected = ["neighbours []"] * 2 if apart else ["neighbours [1]", "neighbours [0]"]
+    assert [first.communicate(timeout=100)[0].strip(), second.stdout.strip()] == expected
+    assert (first.returncode, second.returncode) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -209,8 +209,14 @@ def _encode(value: Any, tensors: "dict[str, torch.Tensor]") -> Any:
     import torch  # a finished run is recognised without it
 
     if isinstance(value, torch.Tensor | np.ndarray):
-        tensor = torch.as_tensor(value).detach().cpu().clone()
-        tensors[str(len(tensors))] = tensor.contiguous()
+        tensor = torch.as_tensor(value).detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        # safetensors refuses tensors that share memory; the others are not copied, for they may fill half the host
+        if storage.nbytes() > tensor.nbytes or any(
+            storage.data_ptr() == known.data_ptr() for known in tensors.values()
+        ):
+            tensor = tensor.clone()
+        tensors[str(len(tensors))] = tensor
         return {"tensor" if isinstance(value, torch.Tensor) else "array": str(len(tensors) - 1)}
     if isinstance(value, dict):
         return {"dict": [[_encode(k, tensors), _encode(v, tensors)] for k, v in value.items()]}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HELP = "what is missing on this machine, or in a launch, and how to fix it"
 EXIT_ERRORS = 1
-_RANKS_SECONDS = 60.0
+_RANKS_SECONDS = 180.0
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 

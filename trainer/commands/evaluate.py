@@ -101,11 +101,14 @@ def _open(
     """Model and processor, and the settings of their evaluation."""
     import transformers
 
+    from llava_llama31.trainer.distributed.devices import refuse_unused_gpus
     from llava_llama31.trainer.evaluation.textvqa import weights_revision
     from llava_llama31.trainer.model.locating import model_folder
     from llava_llama31.trainer.model.opening import open_model
 
     transformers.utils.logging.disable_progress_bar()  # ours is enough
+    if options.device is None:
+        refuse_unused_gpus()
     folder = model_folder(options.model, where="MODEL")
     device = processes.device if processes else options.device
     model, processor = open_model(folder, dtype=options.dtype, device=device)
@@ -184,11 +187,12 @@ def _processes(device: str | None) -> "PartialState | None":
     """The processes that `accelerate launch` or torchrun started, if more than one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
-    import torch
     from accelerate import PartialState
 
+    from llava_llama31.trainer.distributed.devices import uses_cpu
+
     # the first process may read images by OCR for hours
-    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(hours=24))
+    processes = PartialState(cpu=device == "cpu" or uses_cpu(), timeout=timedelta(hours=24))
     atexit.register(processes.destroy_process_group)  # its threads abort a process whose interpreter is gone
     return processes
 

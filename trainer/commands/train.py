@@ -20,6 +20,7 @@ HELP = "run a recipe's stages, evaluate and export"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU whatever else the machine has")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,8 +33,12 @@ def run(options: argparse.Namespace) -> int:
         if _says_finished(recipe, output):
             return 0
         sets = [argument for override in options.overrides for argument in ("--set", override)]
-        command = shlex.join(["llava-llama31", "train", options.recipe, *sets])
+        command = shlex.join(["llava-llama31", "train", options.recipe, *sets, *["--cpu"] * options.cpu])
+        from llava_llama31.trainer.distributed.devices import ask_for_cpu
         from llava_llama31.trainer.runs.run import run_recipe
+
+        if options.cpu:
+            ask_for_cpu()
 
         run_recipe(recipe, output, command=command, signals=signals)
     return 0

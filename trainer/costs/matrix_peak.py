@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from llava_llama31.trainer.distributed.devices import wait_for
+
 
 # (m, k, n): a quick first estimate, squares, and the tall products of a decoder's layers
 _SMALL = ((256, 256, 256), (1024, 1024, 1024), (2048, 2048, 2048), (2048, 1024, 4096))
@@ -67,8 +69,7 @@ def _seconds_of_product(
         begin = clock()
         for _ in range(count):
             torch.mm(left, right, out=output)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         return (clock() - begin) / count
 
     measure(1)  # warm up: choose kernels and touch pages

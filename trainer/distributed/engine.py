@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from llava_llama31.trainer.distributed.devices import default_device
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.schema import Stage
 
@@ -120,7 +121,7 @@ def join_deepspeed(stage: Stage) -> None:
     if "RANK" not in os.environ:
         os.environ.update(alone)
     if not deepspeed.comm.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = torch.distributed.get_default_backend_for_device(default_device())
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 

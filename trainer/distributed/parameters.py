@@ -71,6 +71,11 @@ def unsharded(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def held_part(value: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def sharded_like(value: Any, parameter: torch.Tensor) -> Any:
     """This process's part of a whole tensor, sharded as the parameter of the same shape; any other value unchanged."""
     if not (isinstance(value, torch.Tensor) and isinstance(parameter, DTensor)) or value.shape != parameter.shape:

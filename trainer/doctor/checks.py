@@ -204,7 +204,7 @@ def _check_gpu(name: str, device: Gpu, architectures: Sequence[str]) -> list[Doc
         fix = "find them with nvidia-smi and end them, or choose GPUs with CUDA_VISIBLE_DEVICES"
         found.append(DoctorFinding("GPU memory", "warning", what, why, fix))
     if not able:
-        why = "precision: bfloat16 is emulated, which is slow"
+        why = "precision: bfloat16 is emulated, and packed rows are read segment by segment; both are slow"
         fix = "use an Ampere GPU or newer, or set precision: float32"
         found.append(DoctorFinding("GPUs", "warning", f"{name} has no bfloat16 matrix products", why, fix))
     if architectures and not _is_built_for(device.capability, architectures):

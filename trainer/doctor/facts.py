@@ -189,6 +189,8 @@ class Gpus:
 def gpus() -> Gpus:
     import torch
 
+    from llava_llama31.trainer.distributed.devices import num_installed_gpus
+
     number = Path("/proc/driver/nvidia/version")
     found = re.search(r"\b\d{3,}\.\d[\d.]*", number.read_text()) if number.is_file() else None
     devices, error = [], None
@@ -209,7 +211,7 @@ def gpus() -> Gpus:
         error=error,
         driver=found[0] if found else None,
         driver_cuda=_driver_cuda(),
-        num_installed=len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
+        num_installed=num_installed_gpus(),
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
     )
 

@@ -16,7 +16,8 @@ from llava_llama31.trainer.doctor.probe import Probes, all_reduce_commands
 Table: TypeAlias = list[tuple[str, Callable[[], list[DoctorFinding]]]]  # name and check
 
 _HUB_SECONDS = 4.0
-_LOCAL_SECONDS = 20.0
+# with the import of torch, which takes minutes for eight processes on a network file system
+_LOCAL_SECONDS = 120.0
 
 
 def local_findings(output: Path, debug: bool, *, alone: bool) -> list[DoctorFinding]:

@@ -2,6 +2,7 @@
 
 import io
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from llava_llama31.trainer.data.sources.images import ImageRef
@@ -18,10 +20,13 @@ from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, Prompt
 from llava_llama31.trainer.evaluation.predictions import PREDICTIONS
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings, digest
+from llava_llama31.trainer.fault_tolerance.out_of_memory import is_of_device
 
 
 JPEG_QUALITY = 75
 NUM_BATCHES_AHEAD = 2
+# so many questions that fail alike, and none that is answered: the machine is at fault, and not the questions
+FAILED_ALIKE = 16
 
 
 class Asker:
@@ -42,6 +47,8 @@ class Asker:
         self.answerer, self.processor = answerer, answerer.processor
         self.images, self.shown = images, shown
         self.settings = settings
+        self._any_answered = False
+        self._failures: Counter[str] = Counter()  # prompts by what their generation failed with
         self.num_image_tokens: dict[str, int] = {}
         """Image id -> placeholders, 0 where the header can't be read."""
         for image_id, image in images.items():
@@ -142,18 +149,33 @@ class Asker:
             return f"{type(error).__name__}: {error}"
 
     def _answers(self, prompts: list[Prompt]) -> list[list[int] | str]:
-        """Token ids of each answer; where generation fails, smaller batches, and in the end the reason."""
+        """Token ids of each answer; where generation fails, smaller batches, and in the end the reason.
+
+        Raises:
+            UserError: the device refuses to work, whatever the question.
+        """
         if not prompts:
             return []
         try:
-            return list(self.answerer.answer(prompts))
+            answers = self.answerer.answer(prompts)
+            self._any_answered = True
+            return list(answers)
         except (RuntimeError, ValueError, IndexError) as error:
             if self.answerer.in_step:
                 raise  # the other processes are waiting in the same call
+            self._refuse_machine(error, alone=len(prompts) == 1)
             if len(prompts) == 1:
                 return [f"{type(error).__name__}: {error}"]
         half = len(prompts) // 2
         return self._answers(prompts[:half]) + self._answers(prompts[half:])
+
+    def _refuse_machine(self, error: Exception, *, alone: bool) -> None:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        self._failures[reason] += alone
+        of_device = isinstance(error, torch.AcceleratorError | NotImplementedError) and not is_of_device(error)
+        if of_device or (self._failures[reason] >= FAILED_ALIKE and not self._any_answered):
+            fix = "see `llava-llama31 doctor`, or try another --dtype or --device"
+            raise UserError(f"no question can be answered here: {reason}", fix=fix) from error
 
     def _row(self, question: Question, result: list[int] | str) -> dict[str, Any]:
         row: dict[str, Any] = {"question_id": question.question_id, "image_id": question.image_id}

@@ -21,9 +21,10 @@ from transformers import Cache, DynamicCache, LlavaNextForConditionalGeneration
 from transformers.cache_utils import DynamicLayer
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
-from llava_llama31.packed_llama_llava_llama31 import LlavaLlama31TextModel
+from llava_llama31.packed_llama_llava_llama31 import LlavaLlama31TextModel, to_device
 from llava_llama31.processing import CHAT_TOKENS, STOP_TOKENS, LlavaLlama31Processor
 from llava_llama31.processing.pixels_llava_llama31 import upright_rgb
+from llava_llama31.trainer.distributed.devices import total_memory
 from llava_llama31.trainer.errors import UserError
 
 
@@ -89,7 +90,7 @@ class GreedyAnswerer:
         self._encodes_llama31 = all(token in vocabulary for token in CHAT_TOKENS)
         self._stop = torch.tensor(self.stop_ids, device=model.device)
         # a GPU is asked now and then: each question makes the host wait
-        self._steps_between_syncs = STEPS_BETWEEN_SYNCS if model.device.type == "cuda" else 1
+        self._steps_between_syncs = STEPS_BETWEEN_SYNCS if model.device.type != "cpu" else 1
         self._last_prefix: tuple[Hashable, Prompt, DynamicCache] | None = None
         text = model.config.get_text_config()
         self._reads_packed = (
@@ -121,7 +122,7 @@ class GreedyAnswerer:
 
     def auto_batch_size(self, num_image_tokens: int) -> int:
         """Prompts to answer at once: what half the memory beside the weights holds of keys and values, 64 at most."""
-        if self.model.device.type != "cuda":
+        if self.model.device.type == "cpu":
             return BATCH_SIZE_ON_CPU
         text = self.model.config.get_text_config()
         positions = num_image_tokens + POSITIONS_OF_A_QUESTION + self.max_new_tokens
@@ -130,7 +131,7 @@ class GreedyAnswerer:
         )
         # twice: the prefix of an image and its copy in the batch
         row = 2 * positions * per_position
-        free = torch.cuda.get_device_properties(self.model.device).total_memory - self.model.get_memory_footprint()
+        free = total_memory(self.model.device) - self.model.get_memory_footprint()
         return max(1, min(LARGEST_BATCH_SIZE, int(free / 2 / row)))
 
     @torch.no_grad()
@@ -172,17 +173,19 @@ class GreedyAnswerer:
         if prompt.tiles:
             tiles = torch.from_numpy(np.concatenate(prompt.tiles))
             images = {
-                "pixel_values": tiles.to(device, self.model.dtype),
+                "pixel_values": to_device(tiles.to(self.model.dtype), device),
                 "image_sizes": torch.tensor(prompt.image_sizes),  # on the CPU: the model reads its numbers one by one
             }
         cache = DynamicCache()
         ids = torch.tensor([prompt.input_ids[: self._prefix_length(prompt)]])
         if self._reads_packed:  # the last layer then gives its keys and values alone
-            positions = torch.arange(ids.shape[1], device=device)[None]
-            images |= {"packing": [[ids.shape[1]]], "position_ids": positions}
+            images |= {"packing": [[ids.shape[1]]], "position_ids": torch.arange(ids.shape[1], device=device)[None]}
+            images["image_sizes"] = prompt.image_sizes
+            placeholders = (ids[0] == self.processor.image_token_id).nonzero()[:, 0]
+            images["image_positions"] = to_device(placeholders, device)
         else:
             images |= {"use_cache": True, "logits_to_keep": 1}
-        self._forward(input_ids=ids.to(device), past_key_values=cache, **images)
+        self._forward(input_ids=to_device(ids, device), past_key_values=cache, **images)
         self._last_prefix = key, prompt, cache  # with the prompt, lest its arrays' ids be given to others
         return cache
 
@@ -226,7 +229,7 @@ class GreedyAnswerer:
             input_ids[row, start:] = torch.tensor(ids)
             position_ids[row, start:] = torch.arange(length, length + len(ids))
             visible[row, length : num_past + start] = False
-        input_ids, position_ids, visible = input_ids.to(device), position_ids.to(device), visible.to(device)
+        input_ids, position_ids, visible = (to_device(x, device) for x in (input_ids, position_ids, visible))
         cache = _fork(prefixes, num_past, num_asked + self.max_new_tokens)
         for step in range(self.max_new_tokens):
             num_keys = num_past + num_asked + step
@@ -326,8 +329,8 @@ def _fork(prefixes: Sequence[DynamicCache], num_past: int, room: int) -> Cache:
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Put a model into eval mode; afterwards every module's mode and torch's random state are what they were."""
     modes = [(module, module.training) for module in model.modules()]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+    devices = sorted({parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}, key=str)
+    with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"):
         try:
             model.eval()
             yield

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.distributed.devices import default_device, device_name, uses_cpu
 from llava_llama31.trainer.model.locating import hub_id, local_checkpoint
 from llava_llama31.trainer.recipes.schema import Recipe
 
@@ -94,8 +95,8 @@ def _git(*arguments: str) -> str | None:
 
 
 def _environment() -> dict[str, Any]:
-    if torch.cuda.is_available():
-        hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    if not uses_cpu():
+        hardware = f"{torch.accelerator.device_count()} x {device_name(default_device())}"
     else:
         hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
     versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in PACKAGES}

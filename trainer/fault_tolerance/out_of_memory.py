@@ -10,6 +10,23 @@ from llava_llama31.trainer.errors import OutOfMemory
 from llava_llama31.trainer.recipes.schema import Stage
 
 
+# those of CUDA's libraries, of the CUDA and HIP runtimes, of the driver, of NCCL, and of other makers' allocators
+_DEVICE_WORDS = (
+    "cublas_status_alloc_failed",
+    "cusolver_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "cudnn_status_internal_error_device_allocation_failed",
+    "cuda error: out of memory",
+    "cuda driver error: out of memory",
+    "hip error: out of memory",
+    "cuda failure 2 'out of memory'",
+    "cuda failure 'out of memory'",
+    "mps backend out of memory",
+    "ur_result_error_out_of_device_memory",
+    "npu out of memory",
+)
+
+
 @contextmanager
 def advising(stage: Stage, where: str) -> Iterator[None]:
     """Context that loads and trains a stage.
@@ -20,11 +37,19 @@ def advising(stage: Stage, where: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        on_device = isinstance(error, torch.OutOfMemoryError)
+        on_device = is_of_device(error)
         if not on_device and not _is_hosts(error):
             raise
         what = f"the {'device' if on_device else 'host'} is out of memory: {str(error).partition(chr(10))[0]}"
         raise OutOfMemory(what, where=where, fix=_advice(stage, on_device)) from error
+
+
+def is_of_device(error: BaseException) -> bool:
+    """Whether a device ran out of memory, in the words of torch's allocator or of a library that has its own."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in message for words in _DEVICE_WORDS)
 
 
 def _is_hosts(error: BaseException) -> bool:

@@ -67,10 +67,11 @@ class Peers:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=5), wait_for_workers=False)
         peers = cls(rank, num_processes, store)
-        store.set(f"llava-llama31/process/{rank}", f"{os.getpid()} {socket.gethostname()}")
+        here = _machine()
+        store.set(f"llava-llama31/process/{rank}", f"{os.getpid()} {here}")
         for other in range(num_processes):
-            pid, host = store.get(f"llava-llama31/process/{other}").decode().split(" ", 1)
-            if other != rank and host == socket.gethostname():
+            pid, there = store.get(f"llava-llama31/process/{other}").decode().split(" ", 1)
+            if other != rank and there == here:
                 peers._neighbours[other] = int(pid)
         return peers
 
@@ -210,6 +211,14 @@ class Peers:
     @staticmethod
     def _left(rank: int) -> str:
         return f"llava-llama31/left/{rank}"
+
+
+def _machine() -> str:
+    """Where a pid means the same process: containers may share a host name and have pids of their own."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return socket.gethostname()
 
 
 def _say(message: str) -> None:

@@ -160,7 +160,15 @@ def culprits_of(losses: Sequence[torch.Tensor], records: Callable[[], Records]) 
 
 def summed(values: Sequence[torch.Tensor | float], device: torch.device) -> list[float]:
     """Sum each value over the processes: one collective if there are several, and one device sync."""
-    total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs have not
+    there = [
+        # copied from the host, each number would make it wait
+        value.to(device, dtype)
+        if isinstance(value, torch.Tensor)
+        else torch.full((), value, dtype=dtype, device=device)
+        for value in values
+    ]
+    total = torch.stack(there)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
     return total.tolist()

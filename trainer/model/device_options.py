@@ -3,13 +3,16 @@
 `check_device_options` refuses, before training, what this machine or its packages don't support.
 """
 
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
 from torch import nn
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
+from llava_llama31.trainer.distributed.devices import default_device, uses_cpu
 from llava_llama31.trainer.distributed.engine import uses_fsdp
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.schema import Stage
@@ -20,6 +23,8 @@ LOW_BIT = "pip install 'llava-llama31[low-bit]'"
 FLOAT8_MULTIPLE = 16
 # the first NVIDIA GPUs with float8 matrix products
 _FLOAT8_CAPABILITY = (8, 9)
+# AMD's: MI300, MI350 and RDNA 4; a MI250 reports capability 9.0 and has none
+_FLOAT8_AMD = ("gfx942", "gfx950", "gfx1200", "gfx1201")
 
 
 def check_device_options(stage: Stage, where: str) -> None:
@@ -55,7 +60,7 @@ def optim_name(stage: Stage, where: str) -> str:
         return "adamw_torch_fused"
     if find_spec("torchao") is not None:
         return "adamw_torch_8bit"
-    if find_spec("bitsandbytes") is not None and torch.cuda.is_available():
+    if find_spec("bitsandbytes") is not None and not uses_cpu():
         return "adamw_bnb_8bit"
     raise UserError(
         "adamw_8bit needs torchao, or bitsandbytes and a GPU", where=f"{where}.optimizer", fix=f"run {LOW_BIT}"
@@ -64,13 +69,14 @@ def optim_name(stage: Stage, where: str) -> str:
 
 def _check_compiler(where: str, otherwise: str) -> None:
     """Compile a one-line function to find out whether anything is missing."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
+    needed = "a C++ compiler" if device.type == "cpu" else "a C++ compiler and Triton"
     try:
         torch.compile(_increased)(torch.zeros(8, device=device))
     except (RuntimeError, OSError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"torch.compile does not work here: {reason}", where=where, fix=f"install a C++ compiler, or {otherwise}"
+            f"torch.compile does not work here: {reason}", where=where, fix=f"install {needed}, or {otherwise}"
         ) from error
 
 
@@ -79,10 +85,15 @@ def _increased(x: torch.Tensor) -> torch.Tensor:
 
 
 def _check_fp8(where: str) -> None:
-    if not torch.cuda.is_available():
-        raise UserError("fp8 needs a GPU, and this machine has none", where=f"{where}.fp8", fix="set fp8: false")
-    capability = torch.cuda.get_device_capability()
-    if capability < _FLOAT8_CAPABILITY:
+    if default_device().type != "cuda":
+        what = f"fp8 needs a GPU, and this stage runs on {default_device().type}"
+        raise UserError(what, where=f"{where}.fp8", fix="set fp8: false")
+    if torch.version.hip is not None:  # AMD's numbers say nothing of what their GPUs can do
+        name = torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
+        if name not in _FLOAT8_AMD:
+            what = f"fp8 needs one of AMD's {', '.join(_FLOAT8_AMD)}; this GPU is {name}"
+            raise UserError(what, where=f"{where}.fp8", fix="set fp8: false")
+    elif (capability := torch.cuda.get_device_capability()) < _FLOAT8_CAPABILITY:
         major, minor = capability
         raise UserError(
             f"fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or newer; this one has {major}.{minor}",
@@ -91,6 +102,19 @@ def _check_fp8(where: str) -> None:
         )
     if find_spec("torchao") is None:
         raise UserError("fp8 needs torchao", where=f"{where}.fp8", fix=f"run {LOW_BIT}")
+
+
+@contextmanager
+def deterministic(stage: Stage) -> Iterator[None]:
+    """Context in which a stage that asks for it computes the same bits each time; an operation that can't fails."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if stage.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def use_float8(model: LlavaLlama31ForConditionalGeneration, *, emulate: bool = False) -> list[str]:

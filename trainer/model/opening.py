@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.trainer.distributed.devices import default_device
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.locating import local_checkpoint
 
@@ -27,12 +28,12 @@ def open_model(
     Args:
         folder: what `save_pretrained` wrote, here or elsewhere.
         dtype: `auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`.
-        device: torch's name of a device; by default the GPU where there is one.
+        device: torch's name of a device; by default the accelerator where there is one.
 
     Raises:
         UserError: there is no such model, it is not a LlavaNext, or it lacks weights.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     if not Path(folder, ADAPTER_CONFIG).is_file():
         model = _load_whole(folder, dtype)
         processor_folder = Path(folder)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
+from llava_llama31.packed_llama_llava_llama31 import LlavaLlama31TextModel
 from llava_llama31.trainer.distributed.engine import uses_fsdp
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.adapters import adapt, quantization
@@ -84,6 +85,13 @@ def _narrow(parameters: list[torch.nn.Parameter]) -> None:
     if all(_fits_bfloat16(parameter) for parameter in parameters):
         for parameter in parameters:
             parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def check_attention(model: LlavaLlama31ForConditionalGeneration, stage: Stage, device: torch.device) -> None:
+    """Try a GPU's attention kernel before the first step, so that a warning about it comes at the stage's start."""
+    language_model = model.model.language_model
+    if stage.packing and isinstance(language_model, LlavaLlama31TextModel):
+        language_model.check_attention(device, product_dtype(stage))
 
 
 def use_device_options(model: LlavaLlama31ForConditionalGeneration, stage: Stage) -> None:

@@ -156,6 +156,8 @@ class Stage(_Frozen):
     """float8 products in the language model's layers (torchao), on GPUs that have them."""
     activation_checkpointing: bool | PositiveInt = False
     """Recompute activations in the backward pass; N: those of every Nth layer, from the first."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits each time: slower on a GPU, where sums by atomics else differ."""
     lora: Lora | None = None
     deepspeed: str | None = None
     """A DeepSpeed JSON file, or the name of a shipped one."""

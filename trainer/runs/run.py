@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+from llava_llama31.trainer.distributed.devices import refuse_unused_gpus, uses_cpu
 from llava_llama31.trainer.distributed.engine import as_launched, forget_deepspeed
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.fault_tolerance.peers import Peers
@@ -45,14 +46,15 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) 
         UserError: naming what to fix.
         EndedElsewhere: another process of the run failed first.
     """
-    if torch.cuda.device_count() > 1 and "RANK" not in os.environ:
+    refuse_unused_gpus()
+    if not uses_cpu() and torch.accelerator.device_count() > 1 and "RANK" not in os.environ:
         raise UserError(
-            f"{torch.cuda.device_count()} GPUs are visible to one process",
+            f"{torch.accelerator.device_count()} GPUs are visible to one process",
             fix="start it with `accelerate launch examples/train.py RECIPE`, or set CUDA_VISIBLE_DEVICES",
         )
     # rank 0 may prepare and check data for hours, while the others wait
     try:
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
+        state = PartialState(cpu=uses_cpu(), timeout=timedelta(hours=24))
         transformers.utils.logging.disable_progress_bar()
         start_fork_server()
         peers = Peers.connect(state.process_index, state.num_processes)
@@ -120,7 +122,7 @@ def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
 def _settle(run: RunContext) -> tuple[dict[str, str], dict[str, str]]:
     """Revisions of what comes from the Hub, and the precision of each stage: those that the run began with."""
     recipe, folder, say = run.recipe, run.folder, run.console.print
-    precision = settle_precision(recipe, folder, on_cpu=not torch.cuda.is_available(), say=say)
+    precision = settle_precision(recipe, folder, on_cpu=uses_cpu(), say=say)
     return resolve_revisions(recipe, folder, say), precision
 
 

@@ -14,11 +14,19 @@ from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.data.batches.batch_order import within_row_limit
 from llava_llama31.trainer.data.batches.stage_rows import load_stage_data
+from llava_llama31.trainer.distributed.devices import release_cached_memory
 from llava_llama31.trainer.distributed.engine import check_resumable, forget_deepspeed, join_deepspeed
 from llava_llama31.trainer.errors import Interrupted
 from llava_llama31.trainer.fault_tolerance.out_of_memory import advising
 from llava_llama31.trainer.fault_tolerance.watchdog import kill_workers
-from llava_llama31.trainer.model.stage_model import base_model, freeze_groups, load_stage_model, use_device_options
+from llava_llama31.trainer.model.device_options import deterministic
+from llava_llama31.trainer.model.stage_model import (
+    base_model,
+    check_attention,
+    freeze_groups,
+    load_stage_model,
+    use_device_options,
+)
 from llava_llama31.trainer.recipes.derived import Derived, derive
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs.console import print_stage_start
@@ -38,7 +46,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         Interrupted: when a signal came; while the stage trained, after a checkpoint.
         UserError: naming what to fix.
     """
-    with advising(run.stage, run.where):
+    with advising(run.stage, run.where), deterministic(run.stage):
         return _run_stage(run)
 
 
@@ -56,6 +64,7 @@ def _run_stage(run: StageRun) -> dict[str, Any]:
     model = load_stage_model(run.origin, stage, seed=run.seed, where=run.where, quantized=True)
     report = freeze_groups(model, stage)
     use_device_options(base_model(model, stage), stage)
+    check_attention(base_model(model, stage), stage, args.device)
     print_stage_start(run.context.console, run.name, stage, derived, report, str(run.origin))
     features = stage_features(run, base_model(model, stage), processor, data, args.device)
     trainer = stage_trainer(run, model, args, processor, data, features)
@@ -118,5 +127,4 @@ def _release(stage: Stage) -> None:
     if stage.compile:
         torch.compiler.reset()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_cached_memory()

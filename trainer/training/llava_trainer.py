@@ -140,6 +140,11 @@ class LlavaTrainer(Trainer):
             self.meter.add(batch)
         return batches, num_items
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Stock's, without a wait: the loader's memory is pinned."""
+        moved = data.to(self.args.device, non_blocking=True) if isinstance(data, torch.Tensor) else data
+        return super()._prepare_input(moved)
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch on the device, its images as tiles; rows that are not packed ask for supervised positions only."""
         inputs = super()._prepare_inputs(inputs)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from llava_llama31.trainer.costs.flops import ModelShape, Work, needed_flops
 from llava_llama31.trainer.costs.matrix_peak import measure_matrix_peak
+from llava_llama31.trainer.distributed.devices import forget_peak, peak_allocated
 
 
 _GIB = 2**30
@@ -52,8 +53,7 @@ class Meter:
         self._aside = 0.0
         # needed FLOPs, FLOPs with recomputation, positions, those of them that are padding, seconds waited
         self._sums = torch.zeros(5, dtype=torch.float64)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        forget_peak(self.device)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -136,7 +136,7 @@ _matrix_peak = functools.cache(measure_matrix_peak)
 
 def peak_memory(device: torch.device) -> int:
     """Bytes at most allocated on a GPU since the last reading; on a CPU, held by the process at any time."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return peak_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -116,16 +116,17 @@ def round_by_chance(x: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
-def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's `state_dict` of plain tensors: torchao's 8-bit ones are taken apart, sharded ones are gathered.
+def portable_state(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Any] | None:
+    """An optimizer's `state_dict` of plain tensors in host memory: torchao's 8-bit ones are taken apart.
 
-    All processes call this together.
+    Sharded tensors are gathered one at a time, so that no device holds more than one whole. Collective.
+
+    Args:
+        keep: this process writes the state; the others gather with it and return None.
     """
     content = optimizer.state_dict()
-    state = {
-        number: {name: _apart(value) for name, value in entry.items()} for number, entry in content["state"].items()
-    }
-    return {**content, "state": state}
+    state = {number: _on_host(entry, keep) for number, entry in content["state"].items()}
+    return {**content, "state": state} if keep else None
 
 
 def load_portable_state(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
@@ -138,20 +139,30 @@ def load_portable_state(optimizer: torch.optim.Optimizer, content: dict[str, Any
     optimizer.load_state_dict({**content, "state": state})
 
 
-def _apart(value: Any) -> Any:
+# the fields of torchao's 8-bit tensor; bitsandbytes nests its own tensors in a mapping with other keys
+_TORCHAO_FIELDS = ("codes", "scale", "qmap", "signed")
+
+
+def _on_host(value: Any, keep: bool) -> Any:
+    """Plain copies in host memory of the tensors in an entry of a state, where they are kept. Collective."""
+    if isinstance(value, dict):
+        return {name: _on_host(item, keep) for name, item in value.items()}
     value = unsharded(value)
-    if not isinstance(value, torch.Tensor) or type(value) is torch.Tensor:
+    if not isinstance(value, torch.Tensor):
         return value
+    if type(value) is torch.Tensor:
+        return value.cpu() if keep else None
     from torchao.optim.subclass_8bit import OptimState8bit
 
     if not isinstance(value, OptimState8bit):
         raise TypeError(f"the optimizer's state holds a {type(value).__name__}, which has no place in a checkpoint")
-    return {"codes": value.codes, "scale": value.scale, "qmap": value.qmap, "signed": value.signed}
+    fields = (value.codes, value.scale, value.qmap, value.signed)
+    return _on_host(dict(zip(_TORCHAO_FIELDS, fields, strict=True)), keep)
 
 
 def _together(value: Any) -> Any:
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or set(value) != set(_TORCHAO_FIELDS):
         return value
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    return OptimState8bit(value["codes"], value["scale"], value["qmap"], value["signed"])
+    return OptimState8bit(*(value[name] for name in _TORCHAO_FIELDS))

@@ -5,19 +5,19 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.distributed.devices import default_device, random_state, set_random_state, uses_cpu
 from llava_llama31.trainer.distributed.engine import engine_of, uses_deepspeed
-from llava_llama31.trainer.distributed.parameters import num_elements
+from llava_llama31.trainer.distributed.parameters import held_part, num_elements, sharded_like
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
 from llava_llama31.trainer.model.adapters import TRAINABLE_WEIGHTS
@@ -132,8 +132,10 @@ def load_weights(model: PreTrainedModel, folder: Path, *, only_trainable: bool) 
     if set(saved) != expected:
         wrong = sorted(set(saved) ^ expected)
         raise ValueError(f"{folder}: {len(wrong)} tensors do not belong to this stage, e.g. {wrong[0]}")
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(model, cast(dict[str, Any], saved), options=options)
+    own = model.state_dict()
+    with torch.no_grad():
+        for name in expected:  # torch's own functions hold a second copy of all weights on the device
+            held_part(own[name]).copy_(held_part(sharded_like(saved[name], own[name])))
 
 
 def save_weights(
@@ -157,9 +159,9 @@ def save_optimizer(
 ) -> None:
     """Optimizer and schedule, unsharded. Collective; rank 0 writes."""
     assert optimizer is not None and scheduler is not None
-    state = {"optimizer": portable_state(optimizer), "scheduler": scheduler.state_dict()}
-    if write:
-        atomic_folders.save_tree(folder / "optimizer", state)
+    state = portable_state(optimizer, keep=write)
+    if state is not None:
+        atomic_folders.save_tree(folder / "optimizer", {"optimizer": state, "scheduler": scheduler.state_dict()})
 
 
 def load_optimizer(
@@ -174,8 +176,8 @@ def load_optimizer(
 def save_rng_state(folder: Path, rank: int) -> None:
     """Every rank saves its own."""
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if not uses_cpu():
+        state[default_device().type] = random_state(default_device())
     atomic_folders.save_tree(folder / f"rng_state_{rank}", state)
 
 
@@ -188,8 +190,8 @@ def load_rng_state(folder: Path | None, rank: int) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if not uses_cpu() and default_device().type in state:
+        set_random_state(default_device(), state[default_device().type])
 
 
 def _barrier(args: TrainingArguments) -> None:

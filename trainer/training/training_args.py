@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from llava_llama31.trainer.distributed.devices import uses_cpu
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.device_options import optim_name
 from llava_llama31.trainer.recipes.deepspeed_files import deepspeed_content, deepspeed_file
@@ -184,7 +185,7 @@ def training_arguments(
             prediction_loss_only=True,
             label_names=["labels"],
             logging_nan_inf_filter=False,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=uses_cpu(),
             **{"disable_tqdm": True, "ddp_find_unused_parameters": False, **stage.trainer_args},
         )
     except (TypeError, ValueError) as error:

@@ -28,6 +28,7 @@ from llava_llama31.processing import LlavaLlama31Processor, pixels_llava_llama31
 from llava_llama31.trainer.data.check.cache import user_cache
 from llava_llama31.trainer.data.sources import images
 from llava_llama31.trainer.data.sources.images import ImageRef
+from llava_llama31.trainer.distributed.devices import device_name
 
 
 if TYPE_CHECKING:  # a data loader's worker has no use for the model
@@ -204,7 +205,7 @@ def cache_key(
         config.vision_feature_layer,
         config.vision_feature_select_strategy,
         processor.image_processor.to_json_string(),
-        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        device_name(device),
         [str(pixel_dtype), autocast, torch.get_float32_matmul_precision()],
         [version(package) for package in _PACKAGES],
     ]

@@ -1,0 +1,112 @@
+"""Which device a command computes on: torch's accelerator of whatever make, never the CPU by mistake."""
+
+import ast
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.commands import doctor
+from llava_llama31.trainer.distributed import devices
+from llava_llama31.trainer.doctor import gathering
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.fault_tolerance.step_health import summed
+
+
+ROOT = Path(__file__).parents[1]
+# what knows one make's GPUs and is meant to: facts about them, and kernels that only they have
+OF_CUDA = {"trainer/distributed/devices.py", "trainer/doctor/facts.py", "trainer/doctor/probe.py"}
+OF_CUDA |= {"trainer/doctor/ranks.py", "trainer/model/device_options.py"}
+
+
+@pytest.fixture
+def unused_gpus(monkeypatch, tmp_path):
+    """Two GPUs that the driver knows and this CPU build of torch can't use."""
+    for number in range(2):
+        (tmp_path / "gpus" / f"0000:0{number}:00.0").mkdir(parents=True)
+    monkeypatch.setattr(devices, "_DRIVERS_GPUS", tmp_path / "gpus")
+    monkeypatch.setattr(devices, "_DEVICES", tmp_path / "dev")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_silent_cpu_run(unused_gpus, recipe_content, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_content))
+    command = ["train", str(recipe), "--output", str(tmp_path / "run")]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "2 NVIDIA GPU(s), but torch" in error and "train --cpu" in error and "doctor" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_refuses_it_too(unused_gpus, base_folder, data_folder, tmp_path, capsys):
+    command = ["evaluate", str(base_folder), "--data", str(data_folder / "questions.jsonl"), "--limit", "1"]
+    command += ["--max-new-tokens", "1", "--no-browser", "--output", str(tmp_path / "answers")]
+    assert main(command) == 2 and "evaluate --device cpu" in capsys.readouterr().err
+    assert main([*command, "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("how", ["hidden", "-1", "asked", "none"])
+def test_a_cpu_run_that_is_meant_is_not_refused(unused_gpus, monkeypatch, tmp_path, how):
+    if how in ("hidden", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "" if how == "hidden" else how)
+    elif how == "asked":
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "false")  # undone behind the test
+        devices.ask_for_cpu()
+    else:
+        monkeypatch.setattr(devices, "_DRIVERS_GPUS", tmp_path / "none")
+    devices.refuse_unused_gpus()
+
+
+def test_a_container_is_given_device_nodes(unused_gpus, monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "_DRIVERS_GPUS", tmp_path / "none")
+    (tmp_path / "dev").mkdir()
+    for name in ("nvidia0", "nvidia3", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / "dev" / name).touch()
+    assert devices.num_installed_gpus() == 2
+    with pytest.raises(UserError, match="2 NVIDIA GPU"):
+        devices.refuse_unused_gpus()
+
+
+@pytest.mark.parametrize("make", ["mps", "xpu", "hpu", "cuda"])
+def test_the_accelerator_is_used_whatever_its_make(monkeypatch, make):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(make))
+    assert devices.default_device() == torch.device(make) and not devices.uses_cpu()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert devices.default_device() == torch.device("cpu") and devices.uses_cpu()
+
+
+def test_nothing_else_asks_for_cuda():
+    """Asked so, Apple's, Intel's, Huawei's and Habana's accelerators stood idle without a word."""
+    found = set()
+    for path in sorted((ROOT / "trainer").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda":
+                found.add(str(path.relative_to(ROOT)))
+    assert found <= OF_CUDA
+
+
+def test_apples_gpus_sum_in_a_type_that_they_have(monkeypatch):
+    asked = []
+    full = torch.full
+
+    def on_host(size, value, dtype, device):
+        asked.append(dtype)
+        return full(size, value, dtype=dtype)
+
+    monkeypatch.setattr(torch, "full", on_host)
+    assert summed([1.0, 2.0], torch.device("mps")) == [1.0, 2.0] and set(asked) == {torch.float32}
+
+
+def test_processes_may_import_torch_before_they_have_to_answer(monkeypatch):
+    """Eight of them on a network file system take longer than 20 seconds to import it."""
+    limits = []
+    monkeypatch.setattr(gathering, "all_reduce_commands", lambda *arguments: limits.append(arguments[3]) or [])
+    monkeypatch.setattr(gathering.facts, "gpus", lambda: types.SimpleNamespace(devices=(1, 2)))
+    monkeypatch.setattr(gathering.checks, "check_communication", lambda backend, outcomes: [])
+    gathering._check_nccl(Path("unused"))
+    assert limits and min(*limits, doctor._RANKS_SECONDS) >= 120

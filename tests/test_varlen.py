@@ -1,0 +1,223 @@
+"""The varlen attention kernel of GPUs: called as the installed PyTorch wants it, tried before it is trusted."""
+
+import configparser
+import importlib
+import inspect
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from packaging.requirements import Requirement
+from packaging.version import Version
+from torch.nn.attention import varlen
+
+from llava_llama31 import packed_llama_llava_llama31 as packed
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.asker import FAILED_ALIKE, Asker
+from llava_llama31.trainer.model.device_options import deterministic
+from llava_llama31.trainer.model.stage_model import check_attention
+from llava_llama31.trainer.recipes.schema import Stage
+
+
+SIGNATURE = inspect.signature(varlen.varlen_attn)
+CPU = torch.device("cpu")
+
+
+def reference(*arguments, top_left=False, groups_apart=False, factor=1.0, **options):
+    """What the kernel computes, segment by segment; faults on request."""
+    given = SIGNATURE.bind(*arguments, **options).arguments
+    query, key, value, query_ends, key_ends = (given[name] for name in list(SIGNATURE.parameters)[:5])
+    assert given["window_size"] == (-1, 0) and given["enable_gqa"]
+    assert query_ends.dtype == key_ends.dtype == torch.int32
+    lengths = [ends.diff().tolist() for ends in (query_ends, key_ends, key_ends)]
+    outputs = []
+    for part in zip(*(x.split(n) for x, n in zip((query, key, value), lengths, strict=True)), strict=True):
+        queries, keys, values = (x.transpose(0, 1) for x in part)
+        groups = queries.shape[0] // keys.shape[0]
+        if groups_apart:
+            keys, values = keys.repeat(groups, 1, 1), values.repeat(groups, 1, 1)
+        else:
+            keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
+        shift = 0 if top_left else keys.shape[1] - queries.shape[1]
+        mask = torch.ones(queries.shape[1], keys.shape[1], dtype=torch.bool).tril(shift)
+        output = F.scaled_dot_product_attention(queries, keys, values, mask, scale=given["scale"])
+        outputs.append(output.transpose(0, 1))
+    return torch.cat(outputs) * factor
+
+
+def refuses(*arguments, **options):
+    raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nmore")
+
+
+def of_an_older_torch(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    raise AssertionError("unreachable")
+
+
+FAULTS = {
+    "refuses": (refuses, "RuntimeError: FlashAttention only supports Ampere GPUs or newer."),
+    "older torch": (of_an_older_torch, "TypeError: "),
+    "top left": (lambda *a, **o: reference(*a, top_left=True, **o), "its output is off by"),
+    "groups": (lambda *a, **o: reference(*a, groups_apart=True, **o), "its output is off by"),
+    "nan": (lambda *a, **o: reference(*a, factor=float("nan"), **o), "its output is off by nan"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_kernel_that_is_right_passes(tiny_config, monkeypatch, dtype):
+    """And the call fits the signature of the installed PyTorch, to which `reference` binds it."""
+    monkeypatch.setattr(varlen, "varlen_attn", reference)
+    assert packed.varlen_fault(tiny_config.text_config, CPU, dtype) is None
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_kernel_that_is_not_is_found(tiny_config, monkeypatch, fault):
+    kernel, message = FAULTS[fault]
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    found = packed.varlen_fault(tiny_config.text_config, CPU, torch.bfloat16)
+    assert found is not None and found.startswith(message) and "\n" not in found
+
+
+def test_a_wrong_gradient_is_found(tiny_config, monkeypatch):
+    def wrong(query, key, *rest, **options):
+        return reference(query, key.detach() + 0 * key, *rest, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", wrong)
+    found = packed.varlen_fault(tiny_config.text_config, CPU, torch.bfloat16)
+    assert found is not None and found.startswith("its gradient of keys is off by 1 ")
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_gpus_before_ampere_are_asked_and_not_tried(tiny_model, monkeypatch, caplog, capability):
+    """A T4 failed at its first packed step, and every question of `evaluate`."""
+    text, cuda = tiny_model.model.language_model, torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if capability >= (8, 0):  # would be tried
+        monkeypatch.setattr(packed, "varlen_fault", lambda *arguments: None)
+    with caplog.at_level(logging.WARNING):
+        answers = {text.check_attention(cuda, torch.float16) for _ in range(3)}
+    assert answers == {capability >= (8, 0)}
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (capability < (8, 0))
+    assert all("compute capability 8.0 (Ampere) or newer; this one has 7.5" in warning for warning in warnings)
+    assert not text.check_attention(CPU, torch.float16) and not text.check_attention(cuda, torch.float32)
+
+
+def test_without_the_kernel_segments_run_one_by_one(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(varlen, "varlen_attn", refuses)
+    heads = [torch.randn(1, n, 9, 8, dtype=torch.float16) for n in (4, 2, 2)]
+    with pytest.raises(RuntimeError, match="Ampere"):
+        packed.packed_attention(*heads, packed.plan_row([[4, 3, 2]], varlen=True), 0.3)
+    assert packed.packed_attention(*heads, packed.plan_row([[4, 3, 2]]), 0.3).shape == (1, 9, 4, 8)
+
+
+STAGE = {"trainable": ["language_model"], "learning_rate": 1e-3, "data": [{"name": "a", "path": "a.json"}]}
+STAGE |= {"global_batch": 8, "epochs": 1}
+
+
+def test_a_stage_asks_before_its_first_step(tiny_model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(packed, "varlen_fault", lambda config, device, dtype: asked.append((device, dtype)))
+    cuda = torch.device("cuda", 0)
+    for changes in ({}, {"packing": False}, {"precision": "float32"}):
+        check_attention(tiny_model, Stage.model_validate(STAGE | changes), cuda)
+    assert asked == [(cuda, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("is_deterministic", [True, False])
+def test_a_deterministic_stage_runs_under_torchs_own_rule(is_deterministic, tiny_model, samples, collate):
+    stage = Stage.model_validate(STAGE | {"deterministic": is_deterministic})
+    rows = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
+    row = collate(rows, packed=True, share_prefix=True)
+    with deterministic(stage):
+        assert torch.are_deterministic_algorithms_enabled() == is_deterministic
+        tiny_model.train()(**row).loss.backward()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+# evaluation
+
+
+class Failing:
+    in_step, processor, stop_ids = False, None, []
+
+    def __init__(self, *outcomes):
+        self.outcomes = list(outcomes)
+
+    def answer(self, prompts):
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return [outcome for _ in prompts]
+
+
+def asker(*outcomes):
+    return Asker(Failing(*outcomes), {}, {}, None)
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError("no kernel image", 209), NotImplementedError("aten::x")])
+def test_a_kernel_that_refuses_is_no_failed_answer(error):
+    refusing = asker([1], error)
+    assert refusing._answers([1, 2]) == [[1], [1]]
+    with pytest.raises(UserError, match=f"no question can be answered here: {type(error).__name__}"):
+        refusing._answers([1, 2])
+
+
+def test_questions_that_all_fail_alike_end_the_evaluation():
+    failing = asker(*[RuntimeError("same\nmore")] * FAILED_ALIKE)
+    for _ in range(FAILED_ALIKE - 1):
+        assert failing._answers([1]) == ["RuntimeError: same\nmore"]
+    with pytest.raises(UserError, match="RuntimeError: same"):
+        failing._answers([1])
+    some = asker([7], *[RuntimeError("same")] * 2 * FAILED_ALIKE)
+    assert [some._answers([1])[0] for _ in range(2 * FAILED_ALIKE)][-1] == "RuntimeError: same"
+
+
+# versions
+
+# what we call of optional or young APIs: name, and arguments that it must take
+APIS = {
+    "torch.nn.attention.varlen.varlen_attn": ("scale", "window_size", "enable_gqa"),
+    "torch.accelerator.get_memory_info": (),
+    "torch.accelerator.max_memory_allocated": (),
+    "torch.accelerator.reset_peak_memory_stats": (),
+    "torch.accelerator.synchronize": (),
+    "torch.get_device_module": (),
+    "torch.AcceleratorError": None,
+    "torch.distributed.get_default_backend_for_device": (),
+    "torch.distributed.fsdp.MixedPrecisionPolicy": ("param_dtype", "reduce_dtype", "cast_forward_inputs"),
+    "torch.distributed.tensor.distribute_tensor": ("src_data_rank",),
+    "torch.compiler.set_stance": None,
+    "accelerate.utils.memory.clear_device_cache": (),
+    "accelerate.FullyShardedDataParallelPlugin": ("mixed_precision_policy",),
+    "torchao.optim.subclass_8bit.OptimState8bit": ("codes", "scale", "qmap", "signed"),
+    "torchao.float8.Float8LinearConfig": ("emulate",),
+    "torchao.float8.convert_to_float8_training": ("module_filter_fn", "config"),
+    "bitsandbytes.optim.AdamW": ("optim_bits",),
+    "peft.LoraConfig": ("r", "lora_alpha", "lora_dropout", "target_modules", "use_dora"),
+    "deepspeed.utils.safe_get_full_fp32_param": (),
+    "deepspeed.runtime.zero.GatheredParameters": ("modifier_rank",),
+}
+
+
+@pytest.mark.parametrize("name", APIS)
+def test_what_we_call_is_there_and_takes_our_arguments(name):
+    """In an environment of setup.cfg's lower bounds this says that they are none too low (docs/results/tests.md)."""
+    module, _, attribute = name.rpartition(".")
+    pytest.importorskip(module.split(".")[0])
+    found = getattr(importlib.import_module(module), attribute)
+    if APIS[name] is not None:
+        parameters = inspect.signature(found).parameters
+        missing = set(APIS[name]) - set(parameters)
+        assert not missing or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def test_the_lower_bound_of_torch_has_the_varlen_call():
+    """2.6 to 2.11 have no such module, or one that takes other arguments."""
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    required = [Requirement(line) for line in config["options"]["install_requires"].split()]
+    [(bound,)] = [requirement.specifier for requirement in required if requirement.name == "torch"]
+    assert bound.operator == ">=" and Version(bound.version) >= Version("2.12")

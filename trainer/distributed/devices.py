@@ -1,0 +1,106 @@
+"""The device that this process computes on, of whatever make, and what the machine has besides."""
+
+import os
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate.utils.memory import clear_device_cache
+
+from llava_llama31.trainer.errors import UserError
+
+
+# accelerate's own variable, which `accelerate launch --cpu` sets
+_CPU_VARIABLE = "ACCELERATE_USE_CPU"
+_DRIVERS_GPUS, _DEVICES = Path("/proc/driver/nvidia/gpus"), Path("/dev")
+
+
+def ask_for_cpu() -> None:
+    """Compute on the CPU from here on, in this process and those it starts, whatever else the machine has."""
+    os.environ[_CPU_VARIABLE] = "true"
+
+
+def uses_cpu() -> bool:
+    """Whether this process computes on the CPU: it was asked to, or torch has no accelerator."""
+    return _is_asked_for_cpu() or not torch.accelerator.is_available()
+
+
+def default_device() -> torch.device:
+    """Where this process computes: the current accelerator or the CPU."""
+    found = None if uses_cpu() else torch.accelerator.current_accelerator()
+    return found or torch.device("cpu")
+
+
+def num_installed_gpus() -> int:
+    """NVIDIA GPUs that the driver knows or that this container was given, whether or not torch can use them."""
+    nodes = [path for path in _DEVICES.glob("nvidia[0-9]*") if path.name.removeprefix("nvidia").isdigit()]
+    return max(len(list(_DRIVERS_GPUS.glob("*"))), len(nodes))
+
+
+def refuse_unused_gpus() -> None:
+    """Refuse to compute on the CPU by mistake.
+
+    Raises:
+        UserError: the machine has GPUs, torch can't use them, and nobody asked for the CPU.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "?").strip() in ("", "-1")
+    number = num_installed_gpus()
+    if number and uses_cpu() and not _is_asked_for_cpu() and not hidden:
+        raise UserError(
+            f"this machine has {number} NVIDIA GPU(s), but torch {torch.__version__} can't use them, and the CPU is "
+            "hundreds of times slower",
+            fix="see what `llava-llama31 doctor` finds, or choose the CPU: train --cpu, evaluate --device cpu",
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's model, e.g. NVIDIA H100 80GB HBM3; the type of any other device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.xpu.get_device_name(device) if device.type == "xpu" else device.type
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of a device; on Apple silicon and a CPU those of the host, which they share."""
+    if device.type in ("cpu", "mps"):
+        return psutil.virtual_memory().total
+    return torch.accelerator.get_memory_info(device)[1]
+
+
+def peak_allocated(device: torch.device) -> int:
+    """Bytes at most allocated on an accelerator since `forget_peak`; on Apple silicon, which keeps no peak, now."""
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    return torch.accelerator.max_memory_allocated(device)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Start to measure the peak anew."""
+    if device.type not in ("cpu", "mps"):
+        torch.accelerator.reset_peak_memory_stats(device)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def release_cached_memory() -> None:
+    """Give back to the device what torch's allocator keeps."""
+    if not uses_cpu():
+        clear_device_cache()
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """State of the device's own random numbers."""
+    return torch.get_device_module(device).get_rng_state()
+
+
+def set_random_state(device: torch.device, state: torch.Tensor) -> None:
+    """Undo `random_state`."""
+    torch.get_device_module(device).set_rng_state(state)
+
+
+def _is_asked_for_cpu() -> bool:
+    return os.environ.get(_CPU_VARIABLE, "false").lower() in ("1", "true", "yes", "on")
