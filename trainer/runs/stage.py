@@ -19,7 +19,7 @@ from llava_llama31.trainer.errors import Interrupted
 from llava_llama31.trainer.fault_tolerance.out_of_memory import advising
 from llava_llama31.trainer.fault_tolerance.watchdog import kill_workers
 from llava_llama31.trainer.model.stage_model import base_model, freeze_groups, load_stage_model, use_device_options
-from llava_llama31.trainer.recipes.derived import Derived, derive
+from llava_llama31.trainer.recipes.derived import Derived, check_evaluations, derive
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs.console import print_stage_start
 from llava_llama31.trainer.runs.context import StageRun
@@ -49,6 +49,7 @@ def _run_stage(run: StageRun) -> dict[str, Any]:
     stage = within_row_limit(stage, data.train.lengths, run.seed, run.context.num_processes)
     run = replace(run, stage=stage)
     derived = derive(stage, len(data.train), run.context.num_processes, where=run.where)
+    check_evaluations(stage, derived.steps, where=run.where)
     # before the model: DeepSpeed's configuration must be alive when the weights are loaded
     join_deepspeed(stage)
     args = training_arguments(stage, derived, output_dir=run.folder.path, seed=run.seed, where=run.where)
