@@ -6,14 +6,21 @@ import platform
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import torch
 
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.costs.matrix_peak import CpuSpeed, measure_cpu_speed
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation import precision as answering
+from llava_llama31.trainer.evaluation.precision import answers_in_float32
+from llava_llama31.trainer.model.opening import open_model
 from llava_llama31.trainer.recipes.schema import Recipe
+from llava_llama31.trainer.runs import finish
 from llava_llama31.trainer.runs import run as runs
 from llava_llama31.trainer.runs.precision import at_precision, settle_precision
 
@@ -144,3 +151,65 @@ def test_a_run_records_the_precision_and_resumes_in_it(recipe_of, recipe_content
     monkeypatch.setattr(runs, "settle_precision", partial(settle_precision, measure=lambda: FAST))
     assert main(["train", str(run.with_suffix(".yaml")), "--output", str(run)]) == 0
     assert (run / "stages/1-projector/final/model.safetensors").read_bytes() == weights
+
+
+# evaluation
+
+
+@pytest.fixture
+def narrow_folder(base_folder, tmp_path):
+    """A model whose file says bfloat16."""
+    model, processor = open_model(base_folder, dtype="bfloat16")
+    model.save_pretrained(tmp_path / "narrow")
+    processor.save_pretrained(tmp_path / "narrow")
+    return tmp_path / "narrow"
+
+
+def test_a_model_answers_in_float32_where_bfloat16_is_emulated(base_folder):
+    narrow, wide = (open_model(base_folder, dtype=dtype)[0] for dtype in ("bfloat16", "float32"))
+    said = []
+    assert answers_in_float32(narrow, said.append, measure=lambda: SLOW)
+    assert said == [f"answering in float32: {SAID}"]
+    assert not answers_in_float32(narrow, said.append, insists=True, measure=lambda: SLOW)
+    assert said[1] == f"warning: answering in bfloat16, and {SAID}"
+    assert not answers_in_float32(narrow, said.append, measure=lambda: FAST)
+    assert not answers_in_float32(wide, said.append, measure=never) and len(said) == 2
+
+
+@pytest.mark.parametrize(("options", "dtype"), [([], "float32"), (["--dtype", "bfloat16"], "bfloat16")])
+def test_evaluate_answers_in_float32_unless_it_is_told(narrow_folder, data_folder, tmp_path, capsys, options, dtype):
+    slow = partial(answers_in_float32, measure=lambda: SLOW)
+    out = tmp_path / "out"
+    command = ["evaluate", str(narrow_folder), "--data", str(data_folder / "questions.jsonl"), "--output", str(out)]
+    with mock.patch.object(answering, "answers_in_float32", slow):
+        assert main([*command, "--limit", "2", "--device", "cpu", *options]) == 0
+    assert f"answering in {dtype}" in " ".join(capsys.readouterr().err.split())
+    assert json.loads((out / "settings.json").read_text())["dtype"] == dtype
+
+
+class Asked(Exception):
+    """The final evaluation was asked for."""
+
+
+def test_a_runs_final_evaluation_answers_in_float32_from_the_exported_weights(
+    base_folder, recipe_content, tmp_path, monkeypatch
+):
+    model, processor = open_model(base_folder, dtype="bfloat16")
+    expected = [tensor.clone() for tensor in model.state_dict().values()]
+
+    def evaluate(asked, *_):
+        assert asked is not model
+        for tensor, stored in zip(asked.state_dict().values(), expected, strict=True):
+            assert tensor.dtype == torch.float32 and torch.equal(tensor, stored.float())
+        raise Asked
+
+    monkeypatch.setattr(finish, "evaluate", evaluate)
+    monkeypatch.setattr(finish, "answers_in_float32", partial(answers_in_float32, measure=lambda: SLOW))
+    recipe_content["model"]["dtype"] = "bfloat16"
+    said = []
+    console = SimpleNamespace(print=said.append)
+    run = SimpleNamespace(recipe=Recipe.model_validate(recipe_content), folder=RunFolder(tmp_path), console=console)
+    with pytest.raises(Asked):
+        finish._score(run, base_folder, model, processor)
+    assert said == [f"answering in float32: {SAID}"]
+    assert all(torch.equal(*pair) for pair in zip(model.state_dict().values(), expected, strict=True))

@@ -8,7 +8,7 @@ import yaml
 
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipes.derived import derive
+from llava_llama31.trainer.recipes.derived import check_evaluations, derive, remarks
 from llava_llama31.trainer.recipes.loading import SHIPPED, load_recipe
 from llava_llama31.trainer.recipes.schema import Recipe
 
@@ -217,6 +217,39 @@ def test_the_last_batch_is_kept_or_dropped_by_name(tmp_path):
     assert (derive(keep, 17, 1).steps, derive(drop, 17, 1).steps) == (3, 2)
     with pytest.raises(UserError, match="7 samples do not fill one batch of 8"):
         derive(drop, 7, 1)
+
+
+def test_no_sample_to_train_on_is_told_as_such(tmp_path):
+    stage = load_recipe(write(tmp_path)).stages["one"]
+    with pytest.raises(UserError) as refused:
+        derive(stage, 0, 1)
+    assert str(refused.value) == "there is no sample to train on (fix: add data)"
+    with pytest.raises(UserError, match="no sample .* but those held out .fix: .* lower validation_fraction"):
+        derive(stage.model_copy(update={"validation_fraction": 0.5}), 0, 1)
+
+
+def test_a_batch_larger_than_the_data_is_remarked(tmp_path):
+    stage = load_recipe(write(tmp_path)).stages["one"]
+    assert stage.global_batch == 8 and remarks(stage, derive(stage, 8, 1)) == []
+    (remark,) = remarks(stage, derive(stage, 5, 1))
+    assert remark.startswith("a step has 5 samples, not 8")
+
+
+def test_evaluations_beyond_the_last_step_are_remarked_or_refused(tmp_path):
+    changes = {"eval_steps": 4, "save_steps": 2, "validation_fraction": 0.1}
+    stage = load_recipe(write(tmp_path, stage=changes)).stages["one"]
+    assert remarks(stage, derive(stage, 32, 1)) == []
+    (remark,) = remarks(stage, derive(stage, 24, 1))
+    assert remark == "no evaluation before the end: eval_steps is 4, the last step is 3"
+    check_evaluations(stage, 3, where="stages.one")
+    best = stage.model_copy(update={"keep": "best_loss"})
+    check_evaluations(best, 4, where="stages.one")
+    with pytest.raises(UserError) as refused:
+        check_evaluations(best, 3, where="stages.one")
+    assert str(refused.value) == (
+        "stages.one: keep: best_loss has nothing to choose from: the first evaluation is at step 4, the last step is "
+        "3 (fix: set eval_steps to 3 or less, or keep: last)"
+    )
 
 
 @pytest.mark.parametrize(("key", "former"), [("license", "licence"), ("vision_tower_license", "vision_tower_licence")])

@@ -174,8 +174,10 @@ RESUMES = {
 
 
 @pytest.mark.parametrize("name", RESUMES if FULL else ["dropout"])
-def test_resume_from_every_step_ends_with_the_same_bits(start, recipe, tmp_path, name):
+def test_resume_from_every_step_ends_with_the_same_bits(start, recipe, tmp_path, name, request):
     """20 steps and more over the epochs of the second stage; the first stage's too, with the hand-over behind them."""
+    if RESUMES[name].get("precision") == "bfloat16":
+        request.getfixturevalue("fast_bfloat16")
     path = recipe(epochs=4, save_total_limit=100, **RESUMES[name])
     whole = tmp_path / "whole"
     result = start(path, whole)

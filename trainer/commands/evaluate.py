@@ -4,7 +4,7 @@ import argparse
 import atexit
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -102,6 +102,7 @@ def _open(
     import transformers
 
     from llava_llama31.trainer.distributed.devices import refuse_unused_gpus
+    from llava_llama31.trainer.evaluation.precision import answers_in_float32
     from llava_llama31.trainer.evaluation.textvqa import weights_revision
     from llava_llama31.trainer.model.locating import model_folder
     from llava_llama31.trainer.model.opening import open_model
@@ -112,6 +113,8 @@ def _open(
     folder = model_folder(options.model, where="MODEL")
     device = processes.device if processes else options.device
     model, processor = open_model(folder, dtype=options.dtype, device=device)
+    if _of_first(lambda: answers_in_float32(model, _say, insists=options.dtype != "auto"), processes):
+        model = model.float()
     settings = EvaluationSettings(
         revision=weights_revision(folder) or "unknown",
         preset=PRESETS[options.preset],
@@ -125,6 +128,21 @@ def _open(
         ocr=options.ocr,
     )
     return model, processor, settings
+
+
+def _say(line: str) -> None:
+    from llava_llama31.trainer.terminal import Terminal
+
+    Terminal(stderr=True).print(line)
+
+
+def _of_first(decide: Callable[[], bool], processes: "PartialState | None") -> bool:
+    """What the first process decides."""
+    from accelerate.utils import broadcast_object_list
+
+    if processes is None:
+        return decide()
+    return broadcast_object_list([decide() if processes.is_main_process else None])[0]
 
 
 def _evaluate(

@@ -106,6 +106,8 @@ def print_plan(plan: dict[str, Any]) -> None:
             console.print(_fix_line(stage))
         for note in stage["assumed"]:
             console.print(f"assumed: {note}")
+        for note in stage["notes"]:
+            console.print(f"note: {note}")
     console.print()
     for note in _notes(plan):
         console.print(note)

@@ -28,7 +28,7 @@ from llava_llama31.trainer.planning.row_lengths import (
     stage_rows,
 )
 from llava_llama31.trainer.recipes.deepspeed_files import deepspeed_content, deepspeed_file, shipped_deepspeed_files
-from llava_llama31.trainer.recipes.derived import Derived, derive
+from llava_llama31.trainer.recipes.derived import Derived, check_evaluations, derive, remarks
 from llava_llama31.trainer.recipes.schema import Recipe, Stage
 
 
@@ -202,6 +202,8 @@ def _plan_stage(case: _Case) -> dict[str, Any]:
     num_train = stage.global_batch if rows.num_train is None else rows.num_train
     derived = derive(stage, num_train, machine.num_devices, where=f"stages.{case.name}")
     steps = stage.max_steps if rows.num_train is None else derived.steps
+    if steps is not None:
+        check_evaluations(stage, steps, where=f"stages.{case.name}")
     planned: dict[str, Any] = {
         "name": case.name,
         "trainable": list(stage.trainable),
@@ -215,6 +217,7 @@ def _plan_stage(case: _Case) -> dict[str, Any]:
         "warmup_steps": None if rows.num_train is None else derived.warmup_steps,
         "row_tokens": histogram(rows.lengths),
         "assumed": list(rows.assumed),
+        "notes": [] if rows.num_train is None else remarks(stage, derived),
     }
     seen = passes(stage, rows, _order(case), steps or 1, machine.num_devices)
     known = steps is not None

@@ -38,6 +38,13 @@ def derive(stage: Stage, num_samples: int, num_processes: int, *, where: str = "
             where=where,
             fix="change micro_batch or the number of devices",
         )
+    if num_samples == 0:
+        held_out = " but those held out" if stage.validation_fraction else ""
+        raise UserError(
+            f"there is no sample to train on{held_out}",
+            where=where,
+            fix="add data" + (", or lower validation_fraction" if stage.validation_fraction else ""),
+        )
     whole, rest = divmod(num_samples, stage.global_batch)
     steps_per_epoch = whole + (rest > 0 and stage.last_batch == "keep")
     if steps_per_epoch == 0:
@@ -55,3 +62,33 @@ def derive(stage: Stage, num_samples: int, num_processes: int, *, where: str = "
         steps=steps,
         warmup_steps=math.ceil(steps * stage.warmup_ratio),
     )
+
+
+def check_evaluations(stage: Stage, num_steps: int, *, where: str) -> None:
+    """Check that a stage that keeps its best weights evaluates any.
+
+    Raises:
+        UserError: its first evaluation would come after its last step.
+    """
+    if stage.keep != "last" and stage.eval_steps is not None and stage.eval_steps > num_steps:
+        raise UserError(
+            f"keep: {stage.keep} has nothing to choose from: the first evaluation is at step {stage.eval_steps}, the "
+            f"last step is {num_steps}",
+            where=where,
+            fix=f"set eval_steps to {num_steps} or less, or keep: last",
+        )
+
+
+def remarks(stage: Stage, derived: Derived) -> list[str]:
+    """What a stage does otherwise than its keys seem to say."""
+    found = []
+    if derived.num_samples < stage.global_batch:
+        found.append(
+            f"a step has {derived.num_samples} samples, not {stage.global_batch}: there are no more, and batches do "
+            "not go past the end of an epoch"
+        )
+    if stage.eval_steps is not None and stage.eval_steps > derived.steps:
+        found.append(
+            f"no evaluation before the end: eval_steps is {stage.eval_steps}, the last step is {derived.steps}"
+        )
+    return found

@@ -12,7 +12,7 @@ from llava_llama31.trainer.distributed.engine import engine_of
 from llava_llama31.trainer.distributed.parameters import num_elements, num_held
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOL
 from llava_llama31.trainer.model.module_groups import GroupReport
-from llava_llama31.trainer.recipes.derived import Derived
+from llava_llama31.trainer.recipes.derived import Derived, remarks
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.redaction import plain
 from llava_llama31.trainer.terminal import Terminal
@@ -41,6 +41,8 @@ def print_stage_start(
         f"({stage.micro_batch} x {derived.gradient_accumulation} accumulated x {derived.num_processes} devices), "
         f"{stage.schedule} schedule, {derived.warmup_steps} warm-up steps, {stage.precision}"
     )
+    for remark in remarks(stage, derived):
+        console.print(f"note: {remark}", style="yellow")
 
 
 class StageProgress(TrainerCallback):

@@ -1,5 +1,6 @@
 """After the last stage: score the model, export it with its card, and sum up the run."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -15,6 +16,7 @@ from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.engines.reference import REFERENCE, record_reference
 from llava_llama31.trainer.evaluation.browser import write_browser
+from llava_llama31.trainer.evaluation.precision import answers_in_float32
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
@@ -109,6 +111,9 @@ def _score(
             ),
         )
 
+    in_float32 = answers_in_float32(model, run.console.print)
+    if in_float32:  # the copy holds the weights as they are exported
+        model = copy.deepcopy(model).float()
     revision = weights_revision(final) or "unknown"
     after = ask("after", model, revision)
     scores = after.report.to_json()
@@ -122,6 +127,7 @@ def _score(
     if spec.baselines:
         base = base_of(recipe, run.folder)
         before, _ = open_model(str(base), dtype=recipe.model.dtype)
+        before = before.float() if in_float32 else before
         for name, done in (
             ("before", ask("before", before, weights_revision(base) or "unknown")),
             ("blind", ask("blind", model, revision, blind_seed=recipe.seed)),

@@ -22,7 +22,7 @@ from llava_llama31.trainer.export.provenance import base_models_of
 from llava_llama31.trainer.model.device_options import check_device_options
 from llava_llama31.trainer.model.locating import local_checkpoint
 from llava_llama31.trainer.publishing.beforehand import check_beforehand, check_strategy
-from llava_llama31.trainer.recipes.derived import derive
+from llava_llama31.trainer.recipes.derived import check_evaluations, derive
 from llava_llama31.trainer.recipes.schema import Publish, Stage
 from llava_llama31.trainer.runs.base_model import base_of, is_ours
 from llava_llama31.trainer.runs.context import RunContext
@@ -64,6 +64,8 @@ def check_stages(stages: Mapping[str, Stage], publish: Publish | None, num_proce
     for name, stage in stages.items():
         where = f"stages.{name}"
         derived = derive(stage, stage.global_batch, num_processes, where=where)
+        if stage.max_steps:  # of epochs, the steps are known with the data
+            check_evaluations(stage, stage.max_steps, where=where)
         check_policy(stage.on_bad_record)
         check_device_options(stage, where)
         if stage.deepspeed:

@@ -27,7 +27,7 @@ from llava_llama31.trainer.model.stage_model import (
     load_stage_model,
     use_device_options,
 )
-from llava_llama31.trainer.recipes.derived import Derived, derive
+from llava_llama31.trainer.recipes.derived import Derived, check_evaluations, derive
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs.console import print_stage_start
 from llava_llama31.trainer.runs.context import StageRun
@@ -57,6 +57,7 @@ def _run_stage(run: StageRun) -> dict[str, Any]:
     stage = within_row_limit(stage, data.train.lengths, run.seed, run.context.num_processes)
     run = replace(run, stage=stage)
     derived = derive(stage, len(data.train), run.context.num_processes, where=run.where)
+    check_evaluations(stage, derived.steps, where=run.where)
     # before the model: DeepSpeed's configuration must be alive when the weights are loaded
     join_deepspeed(stage)
     args = training_arguments(stage, derived, output_dir=run.folder.path, seed=run.seed, where=run.where)
