@@ -159,8 +159,8 @@ def _greedy(
     model: LlavaNextForConditionalGeneration, inputs: dict[str, torch.Tensor]
 ) -> tuple[list[int], torch.Tensor]:
     """Ids of the answer, and its logits (N, V) in float32."""
-    generate: Any = model.generate
-    output = generate(
+    generating: Any = model  # its method's type names another kind of self
+    output = generating.generate(
         **inputs, max_new_tokens=NUM_NEW_TOKENS, do_sample=False, return_dict_in_generate=True, output_logits=True
     )
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
