@@ -237,7 +237,6 @@ def test_what_the_gate_refuses_never_reaches_the_hub(hub, exported, tmp_path):
 def test_faults_while_what_was_published_comes_down(hub, release, monkeypatch, fault):
     # what comes down whole opens: processes/test_publish_processes.py
     monkeypatch.setattr(publishing, "open_doors", lambda *_, **__: DOORS)
-    monkeypatch.setattr(publishing, "run_snippet", lambda *_: DOORS.snippet)
     for kind in ("resolve_head", "resolve_get", "cdn"):
         hub.repos.clear()
         hub.collections[COLLECTION] = []
