@@ -283,15 +283,12 @@ class LlavaTrainer(Trainer):
         self.guard.watchdog.beat("saving")
         room = room_for_checkpoint(self.args, self._stage_model, only_trainable=self.options.only_trainable)
         with self.meter.aside(), room:
-            self._save_whole(model, trial)
+            try:
+                with staged_checkpoint(self.args, self.state, self.guard, self.options.inputs) as self.saving_to:
+                    super()._save_checkpoint(model, trial)
+            finally:
+                self.saving_to = None
         self.guard.watchdog.beat("saved")
-
-    def _save_whole(self, model: torch.nn.Module, trial: Any) -> None:
-        try:
-            with staged_checkpoint(self.args, self.state, self.guard, self.options.inputs) as self.saving_to:
-                super()._save_checkpoint(model, trial)
-        finally:
-            self.saving_to = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Whole weights and processor in one folder. Collective."""
