@@ -122,3 +122,25 @@ def test_two_compiled_processes_end_as_one_that_is_not(launch, forks, tmp_path, 
         for end, other in ((ends[0], ends[1]), (ends[0], start))
     )
     assert apart < 1e-3 * moved
+
+
+WORKER = """
+import multiprocessing, sys
+from llava_llama31.trainer.fault_tolerance.watchdog import start_fork_server
+
+if __name__ == "__main__":
+    start_fork_server(["wave"])
+    look = "import sys; sys.exit(4 + ('wave' in sys.modules))"
+    worker = multiprocessing.get_context("forkserver").Process(target=exec, args=(look,))
+    worker.start()
+    worker.join()
+    assert "wave" not in sys.modules
+    sys.exit(worker.exitcode)
+"""
+
+
+def test_data_workers_are_forks_that_have_imported_what_they_need(forks, tmp_path):
+    """They start anew for every epoch and evaluation, and would import torch each time."""
+    (tmp_path / "script.py").write_text(WORKER)
+    job = forks.start(script=str(tmp_path / "script.py"))
+    assert job.codes == [5], job.output()

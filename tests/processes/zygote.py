@@ -79,8 +79,7 @@ def start_workers_early() -> None:
     from llava_llama31.trainer.fault_tolerance.watchdog import start_fork_server
 
     os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    multiprocessing.set_forkserver_preload(["faults"])
-    start_fork_server()
+    start_fork_server(["faults"])
     worker = multiprocessing.get_context("forkserver").Process(target=int)
     worker.start()
     worker.join()

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -148,8 +148,14 @@ def kill_workers() -> None:
         worker.kill()
 
 
-def start_fork_server() -> None:
-    """Start the fork server of data workers, ignoring the signals to the process group that would end it."""
+def start_fork_server(modules: Sequence[str]) -> None:
+    """Start the fork server of data workers, ignoring the signals to the process group that would end it.
+
+    Args:
+        modules: imported there once, while this process goes on; a worker is then a fork that starts in milliseconds
+            and shares their memory, where it would import torch and Transformers for every epoch and evaluation.
+    """
+    multiprocessing.set_forkserver_preload(["__main__", *modules])
     former = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         forkserver.ensure_running()
