@@ -94,7 +94,9 @@ def _rows_of(task: Task, source: str | Path | Sequence[Row], with_images: bool) 
         named = _named_rows(path, layout) if layout.files else []
         if named:
             return layout, named
-    unused = () if with_images else tuple(layout.image for layout in task.layouts if layout.image)
+    # without an id the image names a question, and it may decide whether one is asked
+    needed = {layout.image for layout in task.layouts if with_images or task.only_with_image or layout.id is None}
+    unused = [layout.image for layout in task.layouts if layout.image is not None and layout.image not in needed]
     rows = list(any_rows(path, leave_out=unused))
     return _layout_of(task, rows, str(path)), rows
 
@@ -146,9 +148,8 @@ def _image(layout: Layout, row: Mapping[str, Any], holders: Mapping[str, Mapping
         image = holders[image].get(str(layout.image))
     if isinstance(image, str) and _is_base64(image):
         return {"bytes": decoded_base64(image, where)}
-    if image in (None, "") and layout.image_key:
-        return _field(row, layout.image_key)
-    return image
+    named = _field(row, layout.image_key) if layout.image_key and image in (None, "") else None
+    return named if isinstance(named, str) and Path(named).suffix else image
 
 
 def _is_base64(text: str) -> bool:
