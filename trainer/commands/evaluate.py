@@ -6,35 +6,51 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_llama31.trainer.commands.options import add_json, positive
-from llava_llama31.trainer.commands.score_tables import print_json, print_report
+from llava_llama31.trainer.commands.score_tables import print_json, print_report, print_task_report
 from llava_llama31.trainer.evaluation.presets import PRESETS, check_ocr
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from llava_llama31 import LlavaLlama31ForConditionalGeneration
     from llava_llama31.processing import LlavaLlama31Processor
+    from llava_llama31.trainer.evaluation.presets import Preset
     from llava_llama31.trainer.evaluation.questions import Question
+    from llava_llama31.trainer.evaluation.task_evaluation import TaskEvaluation
+    from llava_llama31.trainer.evaluation.task_files import Task
     from llava_llama31.trainer.evaluation.textvqa import Evaluation
 
 
-HELP = "ask a model the questions of a TextVQA-format file"
+HELP = "ask a model the questions of a TextVQA-format file, a benchmark or a file of one's own"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder that stock Transformers opens as LlavaNext")
-    parser.add_argument("--data", required=True, metavar="FILE", help="JSON lines, official JSON, or parquet")
+    parser.add_argument(
+        "--data", metavar="FILE", help="JSON lines, official JSON, or parquet; a task's may be a folder"
+    )
+    parser.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        metavar="NAME|FILE[=DATA]",
+        help="a benchmark, a task of one's own, or a file of questions; default: TextVQA",
+    )
     parser.add_argument("--questions", metavar="FILE", help="the questions that go with VQA-style annotations")
     parser.add_argument("--image-root", metavar="DIR", help="default: the folder of FILE")
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="card", help="whose prompt; default: card")
+    parser.add_argument(
+        "--preset", choices=(*PRESETS, "vlmevalkit"), default="card", help="whose prompt; default: card"
+    )
     parser.add_argument("--ocr", choices=("rapidocr",), help="read OCR tokens for --preset llava from the images")
     parser.add_argument(
         "--jpeg-rounds",
@@ -48,7 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=_number_or_auto, metavar="N|auto", help="default: auto, by the device's memory"
     )
-    parser.add_argument("--max-new-tokens", type=positive, default=EvaluationSettings.max_new_tokens, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help=f"default: {EvaluationSettings.max_new_tokens}, or the task's",
+    )
     parser.add_argument(
         "--batch-invariant", action="store_true", help="bfloat16 answers that no batch size changes; slower"
     )
@@ -69,9 +90,25 @@ def run(options: argparse.Namespace) -> int:
 
     Under `accelerate launch` the processes share the questions, and the first one prints.
     """
-    from llava_llama31.trainer.evaluation.questions import load_questions
+    from llava_llama31.trainer.errors import UserError
     from llava_llama31.trainer.evaluation.scoring import EXIT_INCOMPLETE
 
+    if options.task:
+        complete = _run_tasks(options)
+    elif options.data is None:
+        raise UserError("no questions", where="--data", fix="name their file, or a benchmark with --task")
+    else:
+        complete = _run_textvqa(options)
+    return 0 if complete else EXIT_INCOMPLETE
+
+
+def _run_textvqa(options: argparse.Namespace) -> bool:
+    """Whether every question is answered; true in other processes than the first."""
+    from llava_llama31.trainer.errors import UserError
+    from llava_llama31.trainer.evaluation.questions import load_questions
+
+    if options.preset not in PRESETS:
+        raise UserError("TextVQA's prompt there is that of card", where="--preset", fix="pass --preset card")
     # before the weights: it fails faster
     questions = load_questions(
         options.data, questions=options.questions, image_root=options.image_root, limit=options.limit
@@ -79,15 +116,81 @@ def run(options: argparse.Namespace) -> int:
     if options.ocr is None:
         check_ocr(PRESETS[options.preset], questions)
     processes = _processes(options.device)
-    model, processor, settings = _open(options, processes)
-    output = Path(options.output) if options.output else settings.folder(options.model, str(model.dtype))
+    opened = _open(options, processes)
+    settings = _settings(options, opened.revision, PRESETS[options.preset], options.data)
+    output = Path(options.output) if options.output else settings.folder(options.model, str(opened.model.dtype))
     is_main = processes is None or processes.is_main_process
-    evaluation, page = _evaluate(model, processor, questions, output, settings, processes, not options.no_browser)
+    evaluation, page = _evaluate(opened, questions, output, settings, processes, not options.no_browser)
     if is_main:
         _print(options, evaluation, page)
     if processes is not None:
         processes.wait_for_everyone()  # a launcher ends all processes as soon as one ends with another code than 0
-    return 0 if evaluation.report.complete or not is_main else EXIT_INCOMPLETE
+    return evaluation.report.complete or not is_main
+
+
+def _run_tasks(options: argparse.Namespace) -> bool:
+    """Ask one task after the other; whether every question is answered, true in other processes than the first."""
+    from llava_llama31.trainer.evaluation.task_evaluation import evaluate_task, preset_of, questions_to_ask
+
+    asked = []
+    for task, data in _tasks(options):
+        preset = preset_of(task, options.preset)
+        questions = questions_to_ask(task, data, image_root=options.image_root, limit=options.limit)
+        check_ocr(preset, questions)
+        asked.append((task, data or task.data, preset, questions))
+    processes = _processes(options.device)
+    opened = _open(options, processes)
+    is_main = processes is None or processes.is_main_process
+    evaluations = []
+    for task, data, preset, questions in asked:
+        settings = _settings(options, opened.revision, preset, f"{data}#{task.name}", task.max_new_tokens)
+        output = settings.folder(options.model, str(opened.model.dtype))
+        if options.output:
+            output = Path(options.output, task.name) if len(asked) > 1 else Path(options.output)
+        with _progress(is_main) as progress:
+            bar = progress.add_task(f"answering {task.name}", total=len(questions))
+            evaluations.append(
+                evaluate_task(
+                    task,
+                    opened.model,
+                    opened.processor,
+                    questions,
+                    output,
+                    settings,
+                    processes=processes,
+                    on_progress=partial(_advance, progress, bar),
+                )
+            )
+    if is_main:
+        _print_tasks(options, [task.title for task, *_ in asked], evaluations)
+    if processes is not None:
+        processes.wait_for_everyone()
+    return all(evaluation.report.complete for evaluation in evaluations) or not is_main
+
+
+def _advance(progress: "Progress", bar: "TaskID", done: int, _: int) -> None:
+    progress.update(bar, completed=done)
+
+
+def _tasks(options: argparse.Namespace) -> "list[tuple[Task, str | None]]":
+    """The tasks, each with the file that holds its questions."""
+    from llava_llama31.trainer.errors import UserError
+    from llava_llama31.trainer.evaluation.task_files import load_task
+
+    for name in ("questions", "ocr"):
+        if vars(options)[name] is not None:
+            raise UserError(f"--{name} does not go with --task", where=f"--{name}", fix="leave it out")
+    if options.data is not None and len(options.task) > 1:
+        raise UserError("one file for several tasks", where="--data", fix="give each its own: --task NAME=FILE")
+    tasks = []
+    for text in options.task:
+        name, _, data = text.partition("=")
+        tasks.append((load_task(name), data or options.data))
+    names = [task.name for task, _ in tasks]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{twice} is there twice", where="--task", fix="give the tasks names of their own")
+    return tasks
 
 
 def what_is_kept(options: argparse.Namespace) -> str:
@@ -95,10 +198,14 @@ def what_is_kept(options: argparse.Namespace) -> str:
     return "the batches that are answered are kept: run the same command to ask the others"
 
 
-def _open(
-    options: argparse.Namespace, processes: "PartialState | None"
-) -> "tuple[LlavaLlama31ForConditionalGeneration, LlavaLlama31Processor, EvaluationSettings]":
-    """Model and processor, and the settings of their evaluation."""
+@dataclass(frozen=True)
+class _Opened:
+    model: "LlavaLlama31ForConditionalGeneration"
+    processor: "LlavaLlama31Processor"
+    revision: str
+
+
+def _open(options: argparse.Namespace, processes: "PartialState | None") -> _Opened:
     import transformers
 
     from llava_llama31.trainer.distributed.devices import refuse_unused_gpus
@@ -115,19 +222,28 @@ def _open(
     model, processor = open_model(folder, dtype=options.dtype, device=device)
     if _of_first(lambda: answers_in_float32(model, _say, insists=options.dtype != "auto"), processes):
         model = model.float()
-    settings = EvaluationSettings(
-        revision=weights_revision(folder) or "unknown",
-        preset=PRESETS[options.preset],
+    return _Opened(model, processor, weights_revision(folder) or "unknown")
+
+
+def _settings(
+    options: argparse.Namespace,
+    revision: str,
+    preset: "Preset",
+    data: str,
+    max_new_tokens: int = EvaluationSettings.max_new_tokens,
+) -> EvaluationSettings:
+    return EvaluationSettings(
+        revision=revision,
+        preset=preset,
         jpeg_rounds=options.jpeg_rounds,
         blind_seed=0 if options.blind else None,
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=options.max_new_tokens or max_new_tokens,
         batch_size=options.batch_size,
         batch_invariant=options.batch_invariant,
-        data=options.data,
+        data=data,
         limit=options.limit,
         ocr=options.ocr,
     )
-    return model, processor, settings
 
 
 def _say(line: str) -> None:
@@ -146,8 +262,7 @@ def _of_first(decide: Callable[[], bool], processes: "PartialState | None") -> b
 
 
 def _evaluate(
-    model: "LlavaLlama31ForConditionalGeneration",
-    processor: "LlavaLlama31Processor",
+    opened: _Opened,
     questions: "list[Question]",
     output: Path,
     settings: EvaluationSettings,
@@ -163,8 +278,8 @@ def _evaluate(
             questions = _read_by_ocr(questions, output, processes, progress)
         task = progress.add_task("answering", total=len(questions))
         evaluation = evaluate(
-            model,
-            processor,
+            opened.model,
+            opened.processor,
             questions,
             output,
             settings,
@@ -186,6 +301,19 @@ def _print(options: argparse.Namespace, evaluation: "Evaluation", page: Path | N
     terminal.print(f"answers: {evaluation.predictions} ({evaluation.seconds:.1f} s)")
     if page is not None:
         terminal.print(f"to browse: {page}")
+
+
+def _print_tasks(options: argparse.Namespace, titles: Sequence[str], evaluations: "Sequence[TaskEvaluation]") -> None:
+    from llava_llama31.trainer.terminal import Terminal
+
+    if options.json_output:
+        values = [evaluation.to_json() for evaluation in evaluations]
+        print_json(values[0] if len(values) == 1 else {"tasks": values})
+        return
+    for title, evaluation in zip(titles, evaluations, strict=True):
+        shuffled = ", images shuffled" if options.blind else ""
+        print_task_report(evaluation.report, f"{Path(options.model).name}, {title}, prompt {options.preset}{shuffled}")
+        Terminal().print(f"answers: {evaluation.predictions} ({evaluation.seconds:.1f} s)")
 
 
 def _write_browser(evaluation: "Evaluation", questions: Sequence["Question"], progress: "Progress") -> Path:

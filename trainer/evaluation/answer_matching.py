@@ -99,7 +99,8 @@ def place_answers(answers: Sequence[Answer], questions: str | Path) -> list[Answ
     for answer in answers:
         rows = asked[str(answer.question_id)]
         if answer.asked is not None:
-            rows = [row for row in rows if question_key(str(row["text"])) == question_key(answer.asked)]
+            same = [row for row in rows if question_key(str(row["text"])) == question_key(answer.asked)]
+            rows = same or [row for row in rows if asks(answer.asked, str(row["text"]))]
         if len(rows) != 1:
             what = f"question_id {answer.question_id} asks {answer.asked!r:.80}; {path.name} has {len(rows)} such rows"
             raise UserError(what, where=answer.where, fix="pass the questions that the answers were made for")

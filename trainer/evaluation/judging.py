@@ -10,7 +10,7 @@ from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
 from llava_llama31.trainer.evaluation.metrics.text import anls, contains_answer, error_counts, exact_match
 from llava_llama31.trainer.evaluation.metrics.yes_no import NO, YES, yes_or_no
 from llava_llama31.trainer.evaluation.questions import Question
-from llava_llama31.trainer.evaluation.task_files import ProtocolOf, Task
+from llava_llama31.trainer.evaluation.task_files import PER_QUESTION, ProtocolOf, Task
 from llava_llama31.trainer.evaluation.task_questions import python_list
 from llava_llama31.trainer.evaluation.user_functions import user_function
 from llava_llama31.trainer.evaluation.vqa_accuracy import vqa_accuracy
@@ -33,18 +33,6 @@ class Judgement:
 
 Judge = Callable[[Question, str | None, bool], Judgement]
 """Judges a question's answer, which is in the rule's normal form already if so said; None is no answer, and wrong."""
-
-# metric of a question that says itself how it is scored -> metric, rule
-PER_QUESTION = {
-    "exact": ("exact", "ignore-case"),
-    "contains": ("contains", ""),
-    "relaxed": ("relaxed", "pix2struct"),
-    "anls": ("anls", "vlmevalkit"),
-    "choice": ("choice", "letter-or-text"),
-    "yes_no": ("yes_no", "words"),
-    "fields": ("fields", "verbatim"),
-    "vqa": ("vqa", "m4c"),
-}
 
 
 def judge_of(task: Task, protocol: ProtocolOf) -> Judge:
@@ -118,19 +106,8 @@ def _yes_no(protocol: ProtocolOf, question: Question, answer: str | None) -> Jud
 
 
 def _by_question(question: Question, answer: str | None, normalized: bool) -> Judgement:
-    if question.metric not in PER_QUESTION:
-        what = f"metric is {question.metric!r}"
-        raise UserError(what, where=f"question {question.question_id}", fix=f"one of {', '.join(PER_QUESTION)}")
-    metric, rule = PER_QUESTION[question.metric]
-    if metric == "choice":
-        return _choice(rule, question, answer)
-    if answer is None:
-        return Judgement(0.0)
-    if metric == "yes_no":
-        said = yes_or_no(answer, rule)
-        return Judgement(float(said == question.answers[0].strip().lower()), said)
-    protocol = ProtocolOf.model_validate({"source": "", "metric": metric, "rule": rule, "headline": "score"})
-    return Judgement(_judged(protocol, question, answer, normalized).value)
+    judgement = _judged(PER_QUESTION[question.metric], question, answer, normalized)
+    return Judgement(judgement.value, judgement.said)
 
 
 def _by_function(function: Callable[[str, list[str]], float]) -> Judge:

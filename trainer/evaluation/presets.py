@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.metrics.choices import inline_options
 
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ class Preset:
 
     Args:
         name: what stands beside every score.
-        prompt: the text after the image, with `{question}` and, where asked for, `{ocr_tokens}`.
+        prompt: the text after the image, with `{question}` and, where asked for, `{ocr_tokens}`, `{options}` (lines
+            of their own, if the question does not list them itself) and `{context}` (a line before the question).
         capitalize: first letter upper case and, as Python's `str.capitalize` does it, all others lower.
     """
 
@@ -45,9 +47,15 @@ class Preset:
     def text(self, question: "Question") -> str:
         """The words after the image."""
         asked = question.question.capitalize() if self.capitalize else question.question
-        values = {"question": asked, "ocr_tokens": ", ".join(question.ocr_tokens or ())}
+        listed = question.options == inline_options(question.question)
+        values = {
+            "question": asked,
+            "ocr_tokens": ", ".join(question.ocr_tokens or ()),
+            "options": "" if listed else "".join(f"\n{letter}. {text}" for letter, text in question.options),
+            "context": f"{question.context}\n" if question.context else "",
+        }
         # one pass: a question that says {ocr_tokens} stays what it is
-        return re.sub(r"\{(question|ocr_tokens)\}", lambda match: values[match[1]], self.prompt)
+        return re.sub(r"\{(question|ocr_tokens|options|context)\}", lambda match: values[match[1]], self.prompt)
 
 
 PRESETS: Mapping[str, "Preset"] = MappingProxyType(

@@ -170,6 +170,11 @@ def _vqa_rows(annotations: list[Any], path: Path, questions: str | Path | None) 
 
 
 def only_once(key: str, name: str, where: str, places: dict[str, str]) -> None:
+    """Keep the place of a key.
+
+    Raises:
+        UserError: another place has it already.
+    """
     first = places.setdefault(key, where)
     if first != where:
         raise UserError(f"{name} {key} occurs twice, first in {first}", where=where, fix="make ids unique")
@@ -227,6 +232,11 @@ def _answer_list(text: str, where: str) -> Any:
 
 
 def decoded_base64(text: str, where: str) -> bytes:
+    """The bytes of an image.
+
+    Raises:
+        UserError: the text is not base64.
+    """
     try:
         return b64decode(text, validate=True)
     except (Base64Error, ValueError) as error:

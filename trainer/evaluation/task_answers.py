@@ -58,6 +58,7 @@ def read_task_answers(
         raise UserError(what, where=str(path), fix="pass the .xlsx without _result in its name")
     if questions is not None and holds_questions(task, list(any_rows(Path(questions)))):
         annotations, questions = annotations or questions, None
+    annotations = annotations or task.data
     annotated = load_task_questions(
         task, annotations if annotations is not None else _held(task, file), with_images=False
     )

@@ -9,9 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.metrics import choices, numbers, text, yes_no
+from llava_llama31.trainer.evaluation.row_files import any_rows
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS as VQA_PROTOCOLS
 
 
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xlsx")
 _PACKAGE, _FOLDER, _SUFFIX = "llava_llama31.trainer.evaluation", "tasks", ".yaml"
 
 Metric = Literal[
@@ -29,7 +31,7 @@ Metric = Literal[
     "per_question",
 ]
 Summary = Literal["mean", "points", "yes_no", "pairs", "hallusionbench", "circular", "fields", "error_rate"]
-AnswerKind = Literal["text", "texts", "letter", "index", "yes_no", "binary"]
+AnswerKind = Literal["text", "texts", "letter", "index", "yes_no", "binary", "json"]
 Units = Literal["image", "circular", "hallusionbench"]
 
 # metric -> rules that it is measured by
@@ -115,6 +117,23 @@ class ProtocolOf(_Frozen):
         return self
 
 
+def _own(metric: Metric, rule: str = "") -> ProtocolOf:
+    return ProtocolOf(source="the question's own metric", metric=metric, rule=rule, headline="accuracy")
+
+
+# metric of a question that says itself how it is scored
+PER_QUESTION = {
+    "exact": _own("exact", "ignore-case"),
+    "contains": _own("contains"),
+    "number": _own("relaxed", "pix2struct"),
+    "anls": _own("anls", "vlmevalkit"),
+    "choice": _own("choice", "letter-or-text"),
+    "yes_no": _own("yes_no", "words"),
+    "fields": _own("fields", "verbatim"),
+    "vqa": _own("vqa", "m4c"),
+}
+
+
 class Reproduced(_Frozen):
     """Published answers that a protocol was run on, and the figures that came out."""
 
@@ -143,10 +162,14 @@ class Task(_Frozen):
     """Questions without an image are left out."""
     prompts: dict[str, str] = {}
     """Preset -> the words after the image."""
+    capitalized: list[str] = []
+    """Presets that make the question's first letter upper case and all others lower."""
     max_new_tokens: int = 64
     reproduced: list[Reproduced] = []
     not_reproduced: str | None = None
 
+    data: str | None = None
+    """The annotated questions, relative to the task's file."""
     folder: str | None = None
     """Where the file is; set when it is read."""
 
@@ -179,14 +202,53 @@ def load_task(name: str | Path) -> Task:
         content = (resources.files(_PACKAGE) / _FOLDER / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
         return _task(content, str(name))
     path = Path(name)
+    if path.suffix.lower() in TABLES:
+        return table_task(path)
     if path.suffix not in (".yaml", ".yml"):
         what = f"no task is named {str(name)!r}; there are {', '.join(shipped)}"
-        raise UserError(what, where="--task", fix="name one of them, or a .yaml file")
+        raise UserError(
+            what, where="--task", fix=f"name one of them, a .yaml file, or questions in {', '.join(TABLES)}"
+        )
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(path), fix="check the path") from error
-    return _task(content, str(path)).model_copy(update={"folder": str(path.resolve().parent)})
+    task, folder = _task(content, str(path)), path.resolve().parent
+    data = None if task.data is None else str(folder / task.data)
+    return task.model_copy(update={"folder": str(folder), "data": data})
+
+
+def table_task(path: Path) -> Task:
+    """The task that a file of one's own questions is: rows of image, question, answer and metric.
+
+    Optional columns: id; options A, B, ...; group. An answer is a text, a list of texts, a letter, yes or no, or a
+    JSON object, as the row's metric compares it.
+
+    Raises:
+        UserError: the file cannot be read, or has no rows with these columns.
+    """
+    _, first = next(any_rows(path), ("", {}))
+    lacking = [name for name in ("image", "question", "answer", "metric") if name not in first]
+    if lacking:
+        what = f"no {', '.join(lacking)}: the rows have {', '.join(map(str, first)) or 'nothing'}"
+        raise UserError(
+            what, where=str(path), fix=f"give each row image, question, answer, metric ({', '.join(PER_QUESTION)})"
+        )
+    layout = Layout(
+        name="rows",
+        id="id" if "id" in first else None,
+        image="image",
+        answer_is="texts",
+        options="columns" if "A" in first else None,
+        groups=["metric", *(["group"] if "group" in first else [])],
+        metric="metric",
+    )
+    own = ProtocolOf(source=str(path), metric="per_question", called="score", headline="score")
+    prompts = dict.fromkeys(("card", "llava", "lmms-eval"), "{question}{options}")
+    return Task(
+        name=path.stem, title=path.name, protocol="own", protocols={"own": own}, layouts=[layout], prompts=prompts,
+        data=str(path.resolve()),
+    )  # fmt: skip
 
 
 def _task(content: str, where: str) -> Task:

@@ -1,6 +1,7 @@
 """Questions of a task from the files in which its benchmark is handed around."""
 
 import ast
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.evaluation.metrics.choices import LETTERS
+from llava_llama31.trainer.evaluation.metrics.choices import LETTERS, inline_options
 from llava_llama31.trainer.evaluation.questions import (
     LONGEST_ANSWER_LIST,
     LONGEST_IMAGE_INDEX,
@@ -21,7 +22,7 @@ from llava_llama31.trainer.evaluation.questions import (
     shared_image,
 )
 from llava_llama31.trainer.evaluation.row_files import Row, any_rows
-from llava_llama31.trainer.evaluation.task_files import Layout, Task
+from llava_llama31.trainer.evaluation.task_files import PER_QUESTION, Layout, Task
 
 
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
@@ -93,7 +94,9 @@ def _rows_of(task: Task, source: str | Path | Sequence[Row], with_images: bool) 
         named = _named_rows(path, layout) if layout.files else []
         if named:
             return layout, named
-    unused = () if with_images else tuple(layout.image for layout in task.layouts if layout.image)
+    # without an id the image names a question, and it may decide whether one is asked
+    needed = {layout.image for layout in task.layouts if with_images or task.only_with_image or layout.id is None}
+    unused = [layout.image for layout in task.layouts if layout.image is not None and layout.image not in needed]
     rows = list(any_rows(path, leave_out=unused))
     return _layout_of(task, rows, str(path)), rows
 
@@ -145,9 +148,8 @@ def _image(layout: Layout, row: Mapping[str, Any], holders: Mapping[str, Mapping
         image = holders[image].get(str(layout.image))
     if isinstance(image, str) and _is_base64(image):
         return {"bytes": decoded_base64(image, where)}
-    if image in (None, "") and layout.image_key:
-        return _field(row, layout.image_key)
-    return image
+    named = _field(row, layout.image_key) if layout.image_key and image in (None, "") else None
+    return named if isinstance(named, str) and Path(named).suffix else image
 
 
 def _is_base64(text: str) -> bool:
@@ -171,6 +173,8 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
     answers = _answers(layout, row, where)
     context = _field(row, layout.context) if layout.context else None
     metric = _field(row, layout.metric) if layout.metric else None
+    if layout.metric and metric not in PER_QUESTION:
+        raise UserError(f"{layout.metric} is {metric!r:.80}", where=where, fix=f"one of {', '.join(PER_QUESTION)}")
     return Question(
         question_id,
         image_id,
@@ -182,6 +186,7 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
         groups=_groups(layout, row),
         units=_units(task, question_id, image_id, row),
         metric=str(metric or ""),
+        ocr_tokens=tuple(map(str, row["ocr_tokens"])) if isinstance(row.get("ocr_tokens"), list) else None,
     )
 
 
@@ -229,7 +234,7 @@ def _options(layout: Layout, row: Mapping[str, Any], question: str) -> tuple[tup
     if layout.options is None:
         return ()
     if layout.options == "inline":
-        return _inline_options(question)
+        return inline_options(question)
     if layout.options == "columns":
         return tuple((letter, str(row[letter])) for letter in LETTERS if row.get(letter) not in (None, ""))
     names = layout.options if isinstance(layout.options, list) else None
@@ -238,22 +243,10 @@ def _options(layout: Layout, row: Mapping[str, Any], question: str) -> tuple[tup
     return tuple(zip(LETTERS, texts, strict=False))
 
 
-def _inline_options(question: str) -> tuple[tuple[str, str], ...]:
-    """Options that the question itself lists: `A. one`, `A: one` or `(A) one`, in the order of the alphabet."""
-    starts: list[re.Match[str]] = []
-    for letter in LETTERS:
-        found = re.compile(rf"(?<![A-Za-z]){letter}[.:)]\s").search(question, starts[-1].end() if starts else 0)
-        if found is None:
-            break
-        starts.append(found)
-    ends = [match.start() for match in starts[1:]] + [len(question)]
-    texts = [question[match.end() : end].strip(" ,(\n") for match, end in zip(starts, ends, strict=True)]
-    texts = [text.split("\n")[0] for text in texts]
-    return tuple(zip(LETTERS, texts, strict=False))
-
-
 def _answers(layout: Layout, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     value = _field(row, layout.answer)
+    if layout.answer_is == "json" or (layout.metric and isinstance(value, dict)):
+        return (value if isinstance(value, str) else json.dumps(value),)
     answers = [] if value is None else _listed(value) if layout.answer_is == "texts" else [value]
     answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
     if not answers or any(isinstance(answer, bool | dict | list) or answer is None for answer in answers):

@@ -79,7 +79,8 @@ def metrics_of(sums: Mapping[tuple[str, str], float], protocol: ProtocolOf, grou
     added = PAIR_SCORE if protocol.summary == "pairs" else protocol.called
     for name, parts in protocol.sums.items():
         metrics[name] = sum(group_metrics(sums, protocol, part).get(added, 0.0) for part in parts)
-    metrics.pop(PAIR_SCORE, None)  # a category has one, and all together their sums
+    if protocol.summary == "pairs":
+        metrics.pop(PAIR_SCORE, None)  # a category has one, and all together their sums
     return metrics
 
 

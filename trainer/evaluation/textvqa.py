@@ -53,6 +53,28 @@ class Evaluation:
         return self.report.to_json() | rest
 
 
+@dataclass(frozen=True)
+class Answers:
+    """The answers to all questions, before they are scored.
+
+    Args:
+        rows: of predictions.jsonl, in the order of the questions.
+        path: the file.
+        seconds: what this call took.
+        settings: what the answers were made with.
+    """
+
+    rows: list[dict[str, Any]]
+    path: Path
+    seconds: float
+    settings: dict[str, Any]
+
+    def write_scores(self, scores: dict[str, Any]) -> None:
+        """Write scores.json beside the answers."""
+        text = json.dumps(scores | {"predictions": PREDICTIONS}, indent=2)
+        self.path.with_name("scores.json").write_text(text + "\n", encoding="utf-8")
+
+
 def evaluate(
     model: LlavaNextForConditionalGeneration,
     processor: LlavaLlama31Processor,
@@ -63,7 +85,31 @@ def evaluate(
     processes: PartialState | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Answer every question by greedy generation and score the answers.
+    """Answer every question as `answer_questions` does, and score the answers by TextVQA's protocols.
+
+    Raises:
+        UserError: as `answer_questions`, or not one question could be answered.
+    """
+    found = answer_questions(
+        model, processor, questions, output, settings, processes=processes, on_progress=on_progress
+    )
+    evaluation = Evaluation(score_answers(questions, found.rows), found.path, found.seconds, found.settings)
+    if processes is None or processes.is_main_process:
+        found.write_scores(evaluation.to_json())
+    return evaluation
+
+
+def answer_questions(
+    model: LlavaNextForConditionalGeneration,
+    processor: LlavaLlama31Processor,
+    questions: Sequence[Question],
+    output: str | Path,
+    settings: EvaluationSettings,
+    *,
+    processes: PartialState | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Answers:
+    """Answer every question by greedy generation.
 
     Answers are appended batch by batch to `output/predictions.jsonl`; called again with the same settings it resumes
     where it stopped, and the file ends the same, in the order of the questions. The model's modes and configuration
@@ -77,8 +123,8 @@ def evaluate(
         on_progress: called with (questions done, all questions) after each batch; other processes are estimated.
 
     Raises:
-        UserError: `output` holds the answers of another evaluation, not one question could be answered, or the preset
-            asks for OCR tokens that a question does not have.
+        UserError: `output` holds the answers of another evaluation, or the preset asks for OCR tokens that a question
+            does not have.
     """
     check_ocr(settings.preset, questions)
     asker = _asker(model, processor, questions, settings)
@@ -99,11 +145,7 @@ def evaluate(
                 done = before + (file.num_answered - before) * (processes.num_processes if processes else 1)
                 on_progress(min(done, len(questions)), len(questions))
         rows = file.finish([question.question_id for question in questions])
-    evaluation = Evaluation(score_answers(questions, rows), file.path, time.monotonic() - started, written)
-    if processes is None or processes.is_main_process:
-        scores = json.dumps(evaluation.to_json() | {"predictions": PREDICTIONS}, indent=2)
-        file.path.with_name("scores.json").write_text(scores + "\n", encoding="utf-8")
-    return evaluation
+    return Answers(rows, file.path, time.monotonic() - started, written)
 
 
 def _asker(

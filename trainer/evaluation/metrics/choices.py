@@ -128,3 +128,17 @@ def _mmmu(prediction: str, options: Mapping[str, str]) -> str:
 def multiple_choice(prediction: str, options: Mapping[str, str], answer: str, rule: str) -> float:
     """1 if the prediction chooses the option with the letter `answer`, else 0."""
     return float(chosen_letter(prediction, options, rule) == answer)
+
+
+def inline_options(question: str) -> tuple[tuple[str, str], ...]:
+    """(letter, text) of the options that a question itself lists: `A. one`, `A: one` or `A) one`, from A on."""
+    starts: list[re.Match[str]] = []
+    for letter in LETTERS:
+        pattern = re.compile(rf"(?<![A-Za-z]){letter}[.:)]\s")
+        found = pattern.search(question, starts[-1].end() if starts else 0)
+        if found is None:
+            break
+        starts.append(found)
+    ends = [*(match.start() for match in starts[1:]), len(question)]
+    spans = [question[match.end() : end].strip(" ,(\n") for match, end in zip(starts, ends, strict=False)]
+    return tuple((letter, span.split("\n")[0]) for letter, span in zip(LETTERS, spans, strict=False))

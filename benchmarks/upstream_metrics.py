@@ -1,0 +1,131 @@
+"""Our metrics beside lmms-eval's own functions on generated answers, exit code 1 if they differ.
+
+make upstream, or python benchmarks/upstream_metrics.py FOLDER, which holds lmms_eval/
+
+The functions are taken out of their files by name and run alone, because importing lmms_eval takes its whole
+environment. They are read at run time from the installed package; nothing of them is in this project.
+"""
+
+import argparse
+import ast
+import random
+import re
+import string
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+from llava_llama31.trainer.evaluation.metrics.choices import chosen_letter
+from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
+from llava_llama31.trainer.evaluation.metrics.text import anls, contains_answer
+from llava_llama31.trainer.evaluation.metrics.yes_no import yes_or_no
+
+
+WORDS = [
+    "yes",
+    "Yes.",
+    "no",
+    "No",
+    "not",
+    "y",
+    "N",
+    "A",
+    "B.",
+    "(C)",
+    "D",
+    "The answer is B.",
+    "red",
+    "Red",
+    "5",
+    "5%",
+]
+WORDS += ["0.05", "10.4", "10", "0", "1,000", "-3", "ß", "İ", "a  b", "x ^ 2", "x^2", "hello", "world", "\n", ".", ""]
+FORMULA = "HME100k"
+
+
+def functions(path: Path, *names: str) -> dict[str, Any]:
+    """Functions of a Python file by name, with nothing around them."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    wanted = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
+    missing = set(names) - {node.name for node in wanted}
+    if missing:
+        sys.exit(f"{path} has no function {', '.join(sorted(missing))}")
+    for node in wanted:
+        node.decorator_list = []  # they register a metric
+    space: dict[str, Any] = {"re": re, "string": string, "Optional": Optional}
+    exec(compile(ast.Module(body=list(wanted), type_ignores=[]), str(path), "exec"), space)
+    return space
+
+
+def pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., float]]]:
+    """Metric -> (theirs, ours), each of (prediction, answers)."""
+    text = functions(root / "api/metrics.py", "levenshtein_distance", "anls")
+    chart = functions(root / "tasks/chartqa/utils.py", "relaxed_correctness")
+    mme = functions(root / "tasks/mme/utils.py", "parse_pred_ans")
+    science = functions(root / "tasks/scienceqa/utils.py", "sqa_doc_to_target", "sqa_process_results")
+    pope = functions(root / "tasks/pope/utils.py", "pope_process_results")
+    ocr = functions(root / "tasks/ocrbench/utils.py", "_fold_fullwidth_ascii", "ocrbench_process_results")
+    options = dict(zip("ABCD", ["red", "blue", "hello", "10"], strict=True))
+    doc = {"choices": list(options.values()), "answer": 1}
+
+    def pope_doc(answers: list[str]) -> dict[str, Any]:
+        return {"answer": "yes" if len(answers) % 2 else "no", "question_id": 0}
+
+    def ocr_doc(answers: list[str], dataset: str) -> dict[str, Any]:
+        return {"answer": answers, "dataset": dataset, "question_type": ""}
+
+    return {
+        "ANLS": (lambda p, a: text["anls"](a, [p])["anls"], lambda p, a: anls(p, a, "lmms-eval")),
+        "relaxed accuracy": (
+            lambda p, a: float(chart["relaxed_correctness"](p.strip(), a[0].strip())),
+            lambda p, a: relaxed_accuracy(p, a[:1]),
+        ),
+        "MME": (
+            lambda p, a: mme["parse_pred_ans"](p) == "yes",
+            lambda p, a: yes_or_no(p, "lmms-eval-mme") == "yes",
+        ),
+        "ScienceQA": (
+            lambda p, a: science["sqa_process_results"](doc, [p])["exact_match"],
+            lambda p, a: float(chosen_letter(p, options, "lmms-eval-scienceqa") == "B"),
+        ),
+        "POPE": (
+            lambda p, a: pope["pope_process_results"](pope_doc(a), [p])["pope_accuracy"]["score"],
+            lambda p, a: float(yes_or_no(p, "exact") == pope_doc(a)["answer"]),
+        ),
+        "OCRBench": (
+            lambda p, a: ocr["ocrbench_process_results"](ocr_doc(a, ""), [p])["ocrbench_accuracy"]["score"],
+            contains_answer,
+        ),
+        "OCRBench, formulas": (
+            lambda p, a: ocr["ocrbench_process_results"](ocr_doc(a, FORMULA), [p])["ocrbench_accuracy"]["score"],
+            lambda p, a: contains_answer(p, a, formula=True),
+        ),
+    }
+
+
+def main() -> int:
+    """Compare and print; 1 if a score differs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="holds lmms_eval/")
+    parser.add_argument("--answers", type=int, default=10_000)
+    options = parser.parse_args()
+    draw, worst = random.Random(0), 0
+    for name, (theirs, ours) in pairs(options.folder / "lmms_eval").items():
+        differing: list[str] = []
+        scores: list[float] = []
+        for _ in range(options.answers):
+            prediction = " ".join(draw.choices(WORDS, k=draw.randrange(4)))
+            answers = [" ".join(draw.choices(WORDS, k=draw.randrange(1, 3))) for _ in range(draw.randrange(1, 4))]
+            scores.append(float(theirs(prediction, answers)))
+            if abs(scores[-1] - float(ours(prediction, answers))) > 1e-12:
+                differing.append(f"{prediction!r} against {answers!r}: {scores[-1]}")
+        worst = max(worst, len(differing))
+        print(f"{name}: {len(differing)} of {options.answers} differ, mean {sum(scores) / len(scores):.4f}")
+        for line in differing[:3]:
+            print(f"  {line}")
+    return int(worst > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
