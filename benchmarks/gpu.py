@@ -147,7 +147,15 @@ SMALL_CLIP: dict[str, Any] = {
     "patch_size": 14,
     "projection_dim": 128,
 }
-SHAPES = {"8b": Shape(LLAMA_8B, CLIP_L_336, 128_256), "small": Shape(SMALL_LLAMA, SMALL_CLIP, 16_000)}
+SHAPES = {
+    "8b": Shape(LLAMA_8B, CLIP_L_336, 128_256),
+    "small": Shape(SMALL_LLAMA, SMALL_CLIP, 16_000),
+    "tiny": Shape(
+        SMALL_LLAMA | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+        SMALL_CLIP | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "image_size": 56},
+        500,
+    ),
+}
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,15 @@ def test_device_tiles_run_in_fifteen_kernels_a_pass(traces):
     assert sum(kernels.values()) <= 15 * passes + 20
 
 
+@pytest.mark.skipif("TRACE_8B" not in os.environ, reason="takes minutes: make trace-8b")
+def test_the_8b_step_waits_for_nothing_and_is_predicted():
+    """Kernels and bytes have no target yet: norms, activations and rotary embeddings are not fused."""
+    command = [sys.executable, str(FOLDER.parents[1] / "benchmarks/roofline.py"), "--json"]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    assert set(found) == {"waits", "kernels", "gigabytes", "seconds", "mfu"}
+    assert found["waits"] == 0 and found["kernels"] < 7000 and found["gigabytes"] < 1300 and found["mfu"] > 0.35
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_has_deterministic_kernels(traces, name):
     """As `deterministic: true` needs: FakeTensors don't raise where a GPU would."""

@@ -39,6 +39,7 @@ class Trace:
         pageable: largest bytes copied to the device from memory that is not pinned, by source line.
         kernels, bytes: by operation.
         lines: bytes by source line.
+        work: (operation, FLOP, bytes) of each kernel; attention's FLOP, which depend on lengths, are not known here.
     """
 
     waits: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -46,7 +47,7 @@ class Trace:
     kernels: collections.Counter[str] = field(default_factory=collections.Counter)
     bytes: collections.Counter[str] = field(default_factory=collections.Counter)
     lines: collections.Counter[str] = field(default_factory=collections.Counter)
-    flops: float = 0.0
+    work: list[tuple[str, float, int]] = field(default_factory=list)
 
 
 class Watch(TorchDispatchMode):
@@ -148,8 +149,8 @@ class Watch(TorchDispatchMode):
         self.trace.kernels[name] += 2 if name == "index_add" else 1  # it copies first
         self.trace.bytes[name] += size
         self.trace.lines[self._line()] += size
-        if name in _MATRIX and len(inputs) >= 2:
-            self.trace.flops += _matrix_flops(name, inputs, outputs)
+        flops = _matrix_flops(name, inputs, outputs) if name in _MATRIX and len(inputs) >= 2 else 0.0
+        self.trace.work.append((name, flops, size))
 
     def _line(self) -> str:
         """The innermost line of ours, else of Transformers, that is being run."""
