@@ -40,15 +40,16 @@ bench: $(VENV)/.dev ## the benchmarks that run anywhere
 	$(BIN)/python benchmarks/check_data.py
 	$(BIN)/python benchmarks/evaluation.py
 
-upstream: $(VENV)/.dev ## metrics beside lmms-eval's own functions on 10,000 generated answers
-	$(PIP) --no-deps --target $(VENV)/upstream --upgrade $(LMMS_EVAL)
-	$(BIN)/python benchmarks/upstream_metrics.py $(VENV)/upstream
-
 torture: $(VENV)/.dev ## kills, signals, faults, full disks, hostile records: hundreds of each, and long runs of every engine (over an hour)
 	TORTURE=1 $(BIN)/pytest -s tests/processes/test_torture.py
 	ENGINE_STEPS=50 TORTURE=1 $(BIN)/pytest tests/processes/test_engines.py -k every_engine
 	TORTURE=1 $(BIN)/pytest tests/processes/test_engines.py -k "planned_peak or killed_run"
 	FUZZ_SCALE=10 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py -k "any_json or mutated or largest"
+
+upstream: $(VENV)/.upstream ## other projects on ours: lmms-eval's metrics; Transformers' LlavaNext tests, TRANSFORMERS=DIR a checkout of it
+	$(PIP) --no-deps --target $(VENV)/upstream --upgrade $(LMMS_EVAL)
+	$(BIN)/python benchmarks/upstream_metrics.py $(VENV)/upstream
+	$(BIN)/python tests/upstream/run.py $(TRANSFORMERS)
 
 trace-8b: $(VENV)/.dev ## the 8B step on every engine, at full size but without data
 	$(BIN)/python benchmarks/trace_8b.py
@@ -101,4 +102,8 @@ $(VENV)/.dev: $(VENV)/.base
 	$(PIP) $(CONSTRAINTS) setuptools wheel
 	$(PIP) $(CONSTRAINTS) --no-build-isolation -e '.[deepspeed]'
 	$(PIP) --no-deps $(REFERENCES)
+	touch $@
+
+$(VENV)/.upstream: $(VENV)/.dev
+	$(PIP) $(CONSTRAINTS) -e '.[upstream]'
 	touch $@

@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import logging
+import os
+import string
 import tarfile
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llava_llama31.trainer.data.sources.records import data_files, open_records
 from llava_llama31.trainer.errors import UserError
@@ -135,6 +139,8 @@ def test_suffixes_in_capitals_are_suffixes(tmp_path):
         ("1.tar.part", "1.tar.part: the file is not complete"),
         ("1.parquet.incomplete", "1.parquet.incomplete: the file is not complete"),
         (".1.tar", ".1.tar: a hidden file that looks like data"),
+        (".tar", ".tar: a hidden file that looks like data"),
+        ("..parquet", "..parquet: a hidden file that looks like data"),
         ("1.arrow", "holds both 1 .tar shards and arrow files"),
     ],
 )
@@ -174,6 +180,61 @@ def test_files_that_are_no_shards_may_lie_beside_them(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path}: its parquet files are read; not read: 'notes.jsonl'"
     ]
+
+
+# name: what it is in a folder
+MIXED = {
+    "a.parquet": "parquet",
+    "B.PARQUET": "parquet",
+    "sub/c.pq": "parquet",
+    "d.tar": "tar",
+    "sub/E.TAR": "tar",
+    "f.tar.gz": "packed",
+    "G.TGZ": "packed",
+    "h.parquet.zst": "packed",
+    "i.parquet.part": "packed",
+    ".j.tar": "packed",
+    "k.json": "beside",
+    "L.JSONL": "beside",
+    "sub/m.ndjson.gz": "beside",
+    "n.csv": "beside",
+    "o.tsv.zip": "beside",
+    "p.jsonl.part": "beside",
+    "LICENSE": "",
+    "README.md": "",
+    "q.png": "",
+    "r.txt.gz": "",
+    "._s.parquet": "",
+    "sub/._t.tar": "",
+}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(names=st.sets(st.sampled_from(sorted(MIXED)), min_size=1))
+def test_a_folder_of_mixed_files_is_read_whole_or_refused_by_a_files_name(tmp_path_factory, caplog, names):
+    folder = tmp_path_factory.mktemp("mixed")
+    for name in names:
+        make = {"parquet": parquet, "tar": shard}.get(MIXED[name])
+        (folder / name).parent.mkdir(exist_ok=True)
+        if make is None:
+            (folder / name).write_bytes(b"\0")
+        else:
+            make(folder / name, name if make is parquet else "0")
+    caplog.clear()
+    kinds = {MIXED[name] for name in names}
+    rows = {kind: sorted(name for name in names if MIXED[name] == kind) for kind in kinds}
+    if "packed" in kinds or len(kinds & {"parquet", "tar"}) != 1:
+        said = refusal(folder) if kinds & {"parquet", "tar", "packed"} else ""
+        assert not said or any(name.rpartition("/")[2] in said for name in rows.get("packed", [])) or "both" in said
+        with pytest.raises(UserError):
+            open_records(source(folder))
+        return
+    with caplog.at_level(logging.WARNING):
+        (kind,) = kinds & {"parquet", "tar"}
+        assert sorted(ids(folder)) == (rows[kind] if kind == "parquet" else ["0"] * len(rows[kind]))
+    told = " ".join(record.getMessage() for record in caplog.records)
+    assert len(caplog.records) == ("beside" in kinds)
+    assert sum(name in told for name in rows.get("beside", [])) == min(3, len(rows.get("beside", [])))
 
 
 # --- shards that are missing
@@ -229,6 +290,59 @@ def test_the_file_of_that_name_is_read_and_no_other(tmp_path, monkeypatch, name)
     right.unlink()
     with pytest.raises(UserError, match="does not exist"):
         open_records(source(right))
+
+
+# besides what is printable: what shells, globs, URLs and terminals take for something else
+PIECES = [
+    *(string.punctuation + string.whitespace).replace("/", ""),
+    "::",
+    "**",
+    "%20",
+    "$HOME",
+    "{a,b}",
+    "s3:",
+    "é",
+    "e\u0301",
+    "😀",
+]
+PIECES += ["\u202e", "\x1b[2J", "\x7f", "\udcff"]
+SHAPES = ("{}b", "a{}")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tar", "parquet", "folder of parquet", "save_to_disk"])
+def test_a_path_of_any_name_is_read_or_refused_by_that_name(tmp_path, kind):
+    suffix = kind.rpartition(" ")[2]
+    sample = tmp_path / f"sample.{suffix}"
+    if suffix == "jsonl":
+        sample.write_text(json.dumps({"id": "right", "texts": TURNS}))
+    elif suffix == "save_to_disk":
+        datasets.Dataset.from_list([{"id": "right", "texts": TURNS}]).save_to_disk(sample)
+    else:
+        (shard if suffix == "tar" else parquet)(sample, "right")
+    refused = set()
+    for number, piece in enumerate(PIECES):
+        for shape in SHAPES:
+            path = tmp_path / str(number) / f"{shape.format(piece)}{'' if ' ' in kind else f'.{suffix}'}"
+            path.parent.mkdir(exist_ok=True)
+            if " " in kind:
+                path.mkdir()
+            link = os.symlink if sample.is_dir() else os.link
+            link(sample, path / f"0{piece}.parquet" if " " in kind else path)
+            try:
+                assert ids(path) == ["right"] and data_files(source(path)), path
+            except UserError as error:
+                assert path.name in str(error) and "rename it" in str(error)
+                refused.add(piece)
+    by_datasets = {"::", "\udcff"} | ({"$HOME"} if "parquet" in kind else set())
+    assert refused == (by_datasets if suffix in ("parquet", "save_to_disk") else set())
+
+
+def test_a_variable_in_a_name_is_not_filled_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("WHICH", "other")
+    parquet(tmp_path / "other.parquet", "wrong")
+    for place in (tmp_path / "$WHICH.parquet", tmp_path / "${WHICH}" / "0.parquet"):
+        with pytest.raises(UserError, match="value of an environment variable .* holds `\\$` .fix: rename it"):
+            open_records(source(parquet(place, "right")))
 
 
 def test_a_name_that_datasets_would_cut_is_refused(tmp_path):

@@ -605,3 +605,17 @@ def test_a_question_file_that_is_a_pipe_is_not_opened(tmp_path):
         load_questions(tmp_path / "q.jsonl")
     with pytest.raises(UserError, match="no data that can be read"):
         open_records(DataSource(name="x", path=str(tmp_path / "q.jsonl")))
+
+
+def test_parquet_questions_that_are_not_utf8_are_one_line(tmp_path):
+    columns = {key: [value] for key, value in QUESTION.items()}
+    written = tmp_path / "q.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns | {"question": texts(b"\xff\xfe")}), written)
+    with pytest.raises(UserError, match=r"q\.parquet: holds text that is not UTF-8"):
+        load_questions(written)
+    pyarrow.parquet.write_table(pyarrow.table(columns), written)
+    (tmp_path / "\udcff").mkdir()
+    for path in (tmp_path / "\udcff.parquet", tmp_path / "\udcff" / "0.parquet"):
+        os.link(written, path)
+        with pytest.raises(UserError, match=r"the path is not UTF-8, and pyarrow opens no other .fix: rename it"):
+            load_questions(path)

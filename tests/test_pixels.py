@@ -2,6 +2,8 @@
 
 import base64
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from transformers.image_transforms import convert_to_rgb
 
 from llava_llama31.processing.pixels_llava_llama31 import upright_rgb
 from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles
-from llava_llama31.trainer.data.sources.images import ImageRef
+from llava_llama31.trainer.data.sources.images import FORMATS, ImageRef
+from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 
 
 HEIGHT, WIDTH = 24, 41
@@ -204,6 +207,97 @@ def test_every_mode_is_as_transformers_shows_it(mode, height, width, seed):
     assert once.mode == "RGB" and once.info == {}
     assert np.array_equal(np.asarray(once), convert_to_rgb(image, return_numpy=True))
     assert np.array_equal(np.asarray(upright_rgb(once)), np.asarray(once))
+
+
+MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV"]
+MODES += ["I", "F", "I;16", "I;16L", "I;16B"]
+READ = [*FORMATS, "MPO"]  # MPO: JPEGs in a file, of which the first is shown
+NOT_READ = ["TIFF", "JPEG2000", "ICO", "PPM", "TGA", "AVIF", "DIB", "PCX", "SGI"]
+
+
+def in_mode(mode: str) -> Image.Image:
+    deep = np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) * 60
+    if mode in ("I", "F"):
+        return Image.fromarray((deep % 256).astype(np.int32 if mode == "I" else np.float32))
+    if mode.startswith("I;16"):
+        return Image.fromarray(deep.astype(np.uint16)).convert(mode)
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 4), np.uint8))
+    if mode in ("LA", "La", "PA"):
+        return colours.convert("LA").convert(mode)
+    return colours.convert(mode) if mode in ("RGBA", "RGBa") else colours.convert("RGB").convert(mode)
+
+
+@pytest.mark.parametrize("format", [*READ, *NOT_READ])
+def test_whatever_mode_is_saved_is_shown_or_refused_by_its_format(format):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    saved = 0
+    for mode in MODES:
+        file = io.BytesIO()
+        try:
+            in_mode(mode).save(file, format, **({"exif": exif} if format in ("PNG", "JPEG", "WEBP") else {}))
+        except (OSError, ValueError, KeyError):  # a mode that the format has not
+            continue
+        saved += 1
+        ref = ImageRef("x", data=file.getvalue())
+        if format in READ:
+            expected = seen(ref.data)
+            assert np.array_equal(np.asarray(ref.open()), expected) and ref.size() == expected.shape[:2], mode
+            continue
+        for call in (ref.size, ref.open):
+            with pytest.raises(RecordError, match="unsupported_image_format: starts with"):
+                call()
+    assert saved
+
+
+def png(samples: np.ndarray, depth: int, colour: int, *, palette: bytes = b"", transparent: bytes = b"") -> bytes:
+    """A PNG of samples (H, W, bands) in any bit depth, which Pillow itself cannot write."""
+    height, width, _ = samples.shape
+    bits = ((samples[..., None] >> np.arange(depth)[::-1]) & 1).astype(np.uint8).reshape(height, -1)
+    rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(bits, axis=1))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)), (b"PLTE", palette)]
+    chunks += [(b"tRNS", transparent), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+        if data or kind == b"IEND"
+    )
+
+
+GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6
+DEPTHS = [(GREY, depth) for depth in (1, 2, 4, 8, 16)] + [(PALETTE, depth) for depth in (1, 2, 4, 8)]
+DEPTHS += [(colour, depth) for colour in (COLOUR, GREY_ALPHA, COLOUR_ALPHA) for depth in (8, 16)]
+PNGS = [(*kind, False) for kind in DEPTHS] + [(*kind, True) for kind in DEPTHS if kind[0] < GREY_ALPHA]
+MISREAD = [(GREY, 2), (GREY, 4), (COLOUR, 16)]  # by Pillow, where they have a transparent level: docs/data.md
+
+
+@pytest.mark.parametrize(("colour", "depth", "with_level"), PNGS)
+def test_every_depth_of_a_png_is_shown_as_its_samples_say(colour, depth, with_level):
+    rng = np.random.default_rng(depth)
+    bands = {COLOUR: 3, GREY_ALPHA: 2, COLOUR_ALPHA: 4}.get(colour, 1)
+    num_levels = min(2**depth, 16)
+    samples = rng.integers(0, num_levels, (9, 13, bands))
+    alpha = np.ones((9, 13))
+    palette = transparent = b""
+    if colour == PALETTE:
+        colours, alphas = rng.integers(0, 256, (num_levels, 3), np.uint8), rng.integers(0, 256, num_levels, np.uint8)
+        palette, shades = colours.tobytes(), colours[samples[..., 0]]
+        if with_level:
+            transparent, alpha = alphas.tobytes(), alphas[samples[..., 0]] / 255
+    else:
+        samples = samples * (2**depth // num_levels)
+        eight = samples >> 8 if depth == 16 else samples * 255 // (2**depth - 1)
+        shades = eight[..., :3] if bands > 2 else np.repeat(eight[..., :1], 3, axis=-1)
+        if with_level:
+            transparent = struct.pack(f">{bands}H", *samples[4, 4])
+            alpha = 1.0 - (samples == samples[4, 4]).all(axis=-1)
+        if bands in (2, 4):
+            alpha = eight[..., -1] / 255
+    data = png(samples, depth, colour, palette=palette, transparent=transparent)
+    shown = np.asarray(ImageRef("x", data=data).open())
+    assert np.array_equal(shown, seen(data))
+    on_white = 255 + (shades.astype(float) - 255) * alpha[..., None]
+    assert (np.abs(shown - on_white).max() <= 0.5) != (with_level and (colour, depth) in MISREAD)
 
 
 def test_a_large_transparent_image_is_put_together_band_by_band():

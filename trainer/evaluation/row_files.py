@@ -7,7 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llava_llama31.trainer.data.sources.data_folders import check_whole, matches, one_split, parquet_folder
+from llava_llama31.trainer.data.sources.data_folders import (
+    check_name_for_parquet,
+    check_whole,
+    matches,
+    one_split,
+    parquet_folder,
+)
 from llava_llama31.trainer.data.sources.json_rows import encoding_fault
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.strict_json import parse_json
@@ -154,6 +160,7 @@ def parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     import pyarrow.parquet
 
     for file in question_files(path):
+        check_name_for_parquet(file)
         try:
             table = pyarrow.parquet.ParquetFile(file)
             number = 0
@@ -165,6 +172,8 @@ def parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
                     number += 1
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"cannot be read: {error}", where=str(file), fix="download it again") from error
+        except UnicodeDecodeError as error:
+            raise UserError("holds text that is not UTF-8", where=str(file), fix="write it again") from error
 
 
 def question_files(path: Path) -> list[Path]:

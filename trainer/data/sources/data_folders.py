@@ -49,6 +49,7 @@ _SPLIT_WORDS = {
 _BETWEEN_WORDS = re.compile(r"[-._ 0-9]+")
 _NUMBER = re.compile(r"(?:^|[-_.])\d+(?=[-_.]|$)")
 _SHARD_OF = re.compile(r"(?:^|[-_.])(\d+)[-_]of[-_](\d+)(?!\d)")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # what Python puts for a byte that is not UTF-8
 _SPLIT = re.compile(r"\w+(\.\w+)*")
 
 
@@ -83,12 +84,13 @@ def data_files_at(path: Path) -> DataFiles | None:
     beside: list[str] = []
     for parent, name in _walk(path):
         kind = _kind(name)
-        if kind == "json" or (kind is None and _suffix(name) in _TABLES):
+        inner = name if kind is not None else _inner(name) or name
+        if _kind(inner) == "json" or _suffix(inner) in _TABLES:
             beside.append(os.path.relpath(os.path.join(parent, name), path))
         elif kind is not None:
             _check_entry(file := Path(parent, name))
             found.setdefault(kind, []).append(file)
-        elif _kind(_inner(name)) not in (None, "json"):
+        elif _kind(inner) is not None:
             _refuse_packed(Path(parent, name))
     if len(found) > 1:
         (first, files), (second, _) = sorted(found.items(), key=lambda item: item[0] != "tar")[:2]
@@ -180,6 +182,28 @@ def check_whole(files: Sequence[Path], where: Path) -> None:
         raise UserError(what, where=str(where), fix="fetch the missing shards, or name each file by itself")
 
 
+def check_name_for_datasets(path: Path) -> None:
+    """Check that `datasets` opens a path and no part of it.
+
+    Raises:
+        UserError: the path holds `::`, or is not UTF-8.
+    """
+    check_name_for_parquet(path)
+    if "::" in str(path.absolute()):
+        what = "`datasets` would take a part of the path for another file, since it holds `::`"
+        raise UserError(what, where=str(path), fix="rename it")
+
+
+def check_name_for_parquet(path: Path) -> None:
+    """Check that pyarrow can open a path.
+
+    Raises:
+        UserError: the path is not UTF-8.
+    """
+    if _SURROGATE.search(str(path.absolute())):
+        raise UserError("the path is not UTF-8, and pyarrow opens no other", where=str(path), fix="rename it")
+
+
 def parquet_folder(folder: Path) -> list[Path]:
     """All parquet files of a folder.
 
@@ -191,7 +215,8 @@ def parquet_folder(folder: Path) -> list[Path]:
 
 
 def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
+    # os.path.splitext finds none in `.tar` and `..tar`
+    return f".{name.rpartition('.')[2].lower()}" if "." in name else ""
 
 
 def _kind(name: str) -> Kind | None:

@@ -2,13 +2,14 @@
 
 import base64
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_llama31.trainer.data.sources.data_folders import data_files_at, parquet_splits
+from llava_llama31.trainer.data.sources.data_folders import check_name_for_datasets, data_files_at, parquet_splits
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.file_names import ends_like_a_file
@@ -62,6 +63,8 @@ def _load_dataset(path: str, split: str) -> Any:
     import datasets
 
     folder = Path(path)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        check_name_for_datasets(folder)
     try:
         if (folder / "dataset_dict.json").is_file():
             return _saved_dataset(_saved_split(folder, split))
@@ -89,13 +92,15 @@ def _parquet_dataset(path: Path, split: str) -> Any:
     from datasets.data_files import DataFilesList
 
     splits = parquet_splits(path, split)
+    for file in (file for files in splits.values() for file in files):
+        check_name_for_datasets(file)
+        if os.path.expandvars(file.absolute()) != str(file.absolute()):
+            what = "`datasets` would put the value of an environment variable into the path, since it holds `$`"
+            raise UserError(what, where=str(file), fix="rename it")
     filled = {name: _with_rows(files) for name, files in splits.items()}
     files = [file for files in filled.values() for file in files]
     if not files:
         return datasets.Dataset.from_dict({})
-    if odd := next((file for file in files if "::" in str(file.absolute())), None):
-        what = "`datasets` would take a part of the path for another file, since it holds `::`"
-        raise UserError(what, where=str(odd), fix="rename it")
     _check_columns(files)
     # only a list of this class is taken as it is; with sizes and times `datasets` reads a file again that has changed
     data_files = {
