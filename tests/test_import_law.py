@@ -97,6 +97,9 @@ LIGHT = {
     "import llava_llama31.trainer.evaluation.metrics.choices, llava_llama31.trainer.evaluation.metrics.fields,"
     " llava_llama31.trainer.evaluation.metrics.numbers, llava_llama31.trainer.evaluation.metrics.text,"
     " llava_llama31.trainer.evaluation.metrics.yes_no": "torch transformers datasets pyarrow numpy PIL",
+    "import llava_llama31.trainer.evaluation.task_answers, llava_llama31.trainer.evaluation.task_scoring": (
+        "torch transformers datasets"
+    ),
     "import llava_llama31.trainer.costs.flops": "torch",
     "import llava_llama31.trainer.data.sources.records": "torch datasets",
     "from llava_llama31.trainer.cli import main; main(['plan', 'llama31-8b-card', '--device-memory', '80'])": (

@@ -707,6 +707,17 @@ def test_images_are_called_by_their_stems():
     assert image_key("tt0048028") == "tt0048028" and image_key("v1.2-final") == "v1.2-final"
 
 
+def test_images_of_one_name_in_two_folders_are_two(own, capsys):
+    folder, arguments = own
+    rows = [{"id": i, "image": f"{name}/1.png", "question": "What?", "answer": name} for i, name in enumerate("ab")]
+    write_lines(folder / "q.jsonl", rows)
+    answers = [{"question_id": f"{name}/1.png", "prompt": "What?", "text": name} for name in "ba"]
+    assert score(capsys, write_lines(folder / "a.jsonl", answers), *arguments)["metrics"]["accuracy"] == 100
+    answers = [{"question_id": "c/1.png", "prompt": "What?", "text": "a"}]
+    assert main(["score", write_lines(folder / "c.jsonl", answers), *arguments]) == 2
+    assert "1 of 1 answers are to questions that are not annotated" in capsys.readouterr().err
+
+
 def test_reading_without_choices_is_plain(own):
     folder, arguments = own
     found = read_task_answers(

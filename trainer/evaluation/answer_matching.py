@@ -211,7 +211,8 @@ def _said_image(answer: Answer) -> str:
 
 def _asked_of(answer: Answer, candidates: Iterable[Question]) -> list[Question]:
     """The questions among candidates that an answer may belong to; the longest where one holds another."""
-    found = list(candidates)
+    image = str(answer.image or answer.question_id)
+    found = [question for question in candidates if _same_folders(image, question.image_id)]
     if answer.group is not None:
         found = [question for question in found if answer.group in question.groups]
     if answer.asked is not None:
@@ -220,6 +221,15 @@ def _asked_of(answer: Answer, candidates: Iterable[Question]) -> list[Question]:
         longest = max(len(question_key(question.question)) for question in found)
         found = [question for question in found if len(question_key(question.question)) == longest]
     if len(found) > 1:
-        folders = str(answer.image or answer.question_id).split("/")[:-1]
-        found = [question for question in found if set(question.groups) & set(folders)] or found
+        found = [question for question in found if set(question.groups) & _folders(image)] or found
     return found
+
+
+def _folders(image: str) -> set[str]:
+    return set(image.replace("\\", "/").split("/")[:-1])
+
+
+def _same_folders(image: str, other: str) -> bool:
+    """Whether two names may be of one image: each may leave out folders that the other has."""
+    first, second = _folders(image), _folders(other)
+    return first <= second or second <= first
