@@ -30,7 +30,12 @@ def launchers_variables(options: str, processes: int = 2) -> dict[str, str]:
         _, environment = prepare_deepspeed_cmd_env(arguments)
     else:
         environment = prepare_multi_gpu_env(arguments)
-    added = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+    # its own, even where this process has them already, and what else it changes
+    added = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(("ACCELERATE_", "FSDP_")) or os.environ.get(name) != value
+    }
     return {name: value for name, value in added.items() if name != "PYTHONPATH"}
 
 

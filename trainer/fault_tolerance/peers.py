@@ -69,10 +69,15 @@ class Peers:
         peers = cls(rank, num_processes, store)
         here = _machine()
         store.set(f"llava-llama31/process/{rank}", f"{os.getpid()} {here}")
-        for other in range(num_processes):
-            pid, there = store.get(f"llava-llama31/process/{other}").decode().split(" ", 1)
-            if other != rank and there == here:
-                peers._neighbours[other] = int(pid)
+        try:
+            for other in range(num_processes):
+                pid, there = store.get(f"llava-llama31/process/{other}").decode().split(" ", 1)
+                if other != rank and there == here:
+                    peers._neighbours[other] = int(pid)
+        except BaseException:  # a signal, met while it waited for the others, who know its pid by now
+            with contextlib.suppress(dist.DistError):
+                store.set(cls._left(rank), "")
+            raise
         return peers
 
     @contextmanager
