@@ -14,7 +14,7 @@ vocabulary.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -397,19 +397,18 @@ def varlen_fault(config: LlamaConfig, device: torch.device, dtype: torch.dtype) 
             return (
                 f"FlashAttention needs a GPU of compute capability 8.0 (Ampere) or newer; this one has {major}.{minor}"
             )
-    size, plan = cast(int, config.head_dim), plan_row(_VARLEN_ROW)
+    plan, length = plan_row(_VARLEN_ROW), sum(map(sum, _VARLEN_ROW))
+    num_heads = config.num_attention_heads
+    num_key_heads, size = config.num_key_value_heads or num_heads, config.head_dim or config.hidden_size // num_heads
     generator = torch.Generator().manual_seed(0)
-    num_key_values = cast(int, config.num_key_value_heads)
-    heads = (config.num_attention_heads, num_key_values, num_key_values)
-    drawn = [torch.randn(1, n, sum(map(sum, _VARLEN_ROW)), size, generator=generator) for n in heads]
+    drawn = [torch.randn(1, n, length, size, generator=generator) for n in (num_heads, num_key_heads, num_key_heads)]
     results = []
     try:
         for attend in (_varlen_attention, _segment_attention):
             with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-                query, key, value = (x.to(device, dtype).requires_grad_() for x in drawn)
-                output = attend(query, key, value, plan, float(size) ** -0.5)
-                gradients = torch.autograd.grad(output.float().square().sum(), (query, key, value))
-                results.append((output, *gradients))
+                inputs = [x.to(device, dtype).requires_grad_() for x in drawn]
+                output = attend(inputs[0], inputs[1], inputs[2], plan, size**-0.5)
+                results.append((output, *torch.autograd.grad(output.float().square().sum(), inputs)))
     except (ImportError, TypeError, RuntimeError) as error:
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     names = ("output", "gradient of queries", "gradient of keys", "gradient of values")

@@ -1,13 +1,21 @@
 """`llava-llama31 plan`: exact where the data was counted, named assumptions where not, and what fits."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.costs.accelerators import ACCELERATORS
+from llava_llama31.trainer.costs.memory import ENGINES
+from llava_llama31.trainer.planning.fastest import fastest, timed
+from llava_llama31.trainer.planning.plan import USABLE, Machine, cases_of
+from llava_llama31.trainer.recipes.loading import load_recipe
+from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.training import meter as meter_module
 from llava_llama31.trainer.training.meter import matrix_peak
 
@@ -64,6 +72,64 @@ def test_a_stage_that_nothing_makes_fit_says_so(capsys):
     assert "no setting that was tried makes it fit" in capsys.readouterr().out
 
 
+TIMED = {"micro_batch", "activation_checkpointing", "optimizer", "engine", "lora", "seconds_per_step", "hours", "peak"}
+TIMED |= {"set", "accelerate"}
+
+
+def test_a_named_gpu_gives_hours_cost_and_the_fastest_settings(capsys):
+    plan = planned(capsys, "llama31-8b", "--devices", "8", "--device", "h100", "--price", "3")
+    assert plan["hours"] == pytest.approx(sum(found["hours"] for found in plan["fastest"].values()))
+    assert plan["cost"] == pytest.approx(plan["hours"] * 8 * 3)
+    assert plan["verdict"].startswith("fits on 8 x h100 in ") and plan["device_memory"] == pytest.approx(84.9, abs=0.1)
+    assert set(plan["fastest"]) == {"projector", "pretrain", "instruct"}
+    for found in plan["fastest"].values():
+        assert set(found) == TIMED and found["lora"] is None
+        assert found["peak"] <= USABLE * plan["device_memory"]
+
+
+def test_the_fastest_is_that_of_an_exhaustive_search(tmp_path):
+    """Its own loops over all that a stage can be, over the same model of time and memory."""
+    machine = Machine(num_devices=8, device_memory=60e9, price=None)
+    recipe = load_recipe("llama31-8b", output=tmp_path, overrides=[])
+    case = cases_of(recipe, tmp_path, machine)[2]
+    gpu = ACCELERATORS["a100-80"]
+    best, seen = (float("inf"), None), {}
+    for size in (1, 2, 4, 8, 16, 32, 64):
+        for every in (True, 2, 3, False):
+            for optimizer in ("adamw_bf16", "adamw_8bit", "adamw"):
+                for name, file in (
+                    ("zero3", "zero3"),
+                    ("zero2", "zero2"),
+                    ("zero1", "zero1"),
+                    ("fsdp2", None),
+                    ("ddp", None),
+                ):
+                    changes = {"micro_batch": size, "activation_checkpointing": every, "optimizer": optimizer}
+                    try:
+                        stage = Stage.model_validate(case.stage.model_dump() | changes | {"deepspeed": file})
+                    except ValidationError:
+                        continue
+                    if name == "fsdp2" and optimizer != "adamw":
+                        continue
+                    found = timed(replace(case, stage=stage, engine=ENGINES[name]), gpu, seen)
+                    if found is not None and found.peak <= USABLE * 60e9:
+                        best = min(best, (found.step, (size, every, optimizer, name)))
+    chosen = fastest(case, gpu)
+    assert chosen.step == best[0] < float("inf")
+    chosen_stage = chosen.stage
+    assert (chosen_stage.micro_batch, chosen_stage.activation_checkpointing, chosen_stage.optimizer) == best[1][:3]
+    assert chosen.engine.name == best[1][3]
+
+
+def test_a_gpu_of_24_gb_is_proposed_adapters_and_no_disk(capsys):
+    plan = planned(capsys, "llama31-8b", "--device", "rtx4090")
+    found = plan["fastest"]["instruct"]
+    assert found["lora"] is not None and found["engine"] in ("ddp", "zero1", "zero2", "zero3")
+    assert "does not fit on 1 x rtx4090 whole" in plan["verdict"] and "LoRA it does in" in plan["verdict"]
+    assert not any("nvme" in word or "offload" in word for stage in plan["fastest"].values() for word in stage["set"])
+    assert found["peak"] <= USABLE * plan["device_memory"] and plan["cost"] is None
+
+
 def test_assumed_rows_can_be_given(capsys, tmp_path):
     options = ("--rows", "captions=1600", "--rows", "questions=320", "--tokens-per-row", "1000")
     plan = planned(capsys, "tiny", "--output", str(tmp_path), *options)
@@ -81,6 +147,7 @@ def test_assumed_rows_can_be_given(capsys, tmp_path):
     [
         (["--engine", "zero4"], "there is no engine 'zero4' (fix: one of ddp, zero1"),
         (["--mfu", "0.4"], "give both"),
+        (["--device", "h101"], "no figures of a GPU 'h101' (fix: one of a100-80"),
         (["--rows", "captions"], "'captions' is not NAME=N"),
         (["--set", "stages.pretrain.deepspeed=gone"], "there is no DeepSpeed file 'gone'"),
     ],

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from llava_llama31.trainer.commands.options import above_zero, add_json, add_recipe, positive, run_folder
+from llava_llama31.trainer.costs.accelerators import ACCELERATORS
 from llava_llama31.trainer.errors import UserError
 
 
@@ -24,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices-per-node", type=positive, metavar="M", help="default: all in one machine")
     parser.add_argument("--device-memory", type=above_zero, metavar="GB", help="10^9 bytes: does each stage fit?")
     parser.add_argument(
+        "--device", metavar="NAME", help=f"hours and the fastest settings on a GPU: {', '.join(ACCELERATORS)}"
+    )
+    parser.add_argument(
         "--engine", metavar="NAME", help="ddp, zero1 to zero3, zero3-offload-params, zero3-offload, fsdp2"
     )
     parser.add_argument("--mfu", type=above_zero, metavar="X", help="share of the peak that training reaches: hours")
@@ -40,14 +44,19 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: an option, or the recipe, asks for something impossible.
     """
-    from llava_llama31.trainer.planning.plan import plan_recipe
+    from llava_llama31.trainer.planning.fastest import timed_plan
+    from llava_llama31.trainer.planning.plan import cases_of, plan_recipe
     from llava_llama31.trainer.planning.row_lengths import Assumptions
     from llava_llama31.trainer.recipes.loading import load_recipe
     from llava_llama31.trainer.runs.named_paths import missing_paths
 
     output = run_folder(options, options.recipe)
     recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
-    plan = plan_recipe(recipe, output, _machine(options), Assumptions(_rows(options.rows), options.tokens_per_row))
+    machine, assumed = _machine(options), Assumptions(_rows(options.rows), options.tokens_per_row)
+    plan = plan_recipe(recipe, output, machine, assumed)
+    if options.device is not None:
+        plan |= timed_plan(cases_of(recipe, output, machine, assumed), ACCELERATORS[options.device])
+        plan["device"] = options.device
     plan["missing"] = missing_paths(recipe, output)
     if options.json_output:
         sys.stdout.write(json.dumps(plan) + "\n")
@@ -62,6 +71,12 @@ def _machine(options: argparse.Namespace) -> "Machine":
 
     if options.engine is not None and options.engine not in ENGINES:
         raise UserError(f"there is no engine {options.engine!r}", where="--engine", fix=f"one of {', '.join(ENGINES)}")
+    if options.device is not None and options.device not in ACCELERATORS:
+        fix = f"one of {', '.join(ACCELERATORS)}"
+        raise UserError(f"no figures of a GPU {options.device!r}", where="--device", fix=fix)
+    memory = None if options.device_memory is None else options.device_memory * GB
+    if memory is None and options.device is not None:
+        memory = ACCELERATORS[options.device].memory
     if (options.mfu is None) != (options.peak_tflops is None):
         raise UserError(
             "an MFU is a share of a peak",
@@ -70,7 +85,7 @@ def _machine(options: argparse.Namespace) -> "Machine":
         )
     return Machine(
         num_devices=options.devices,
-        device_memory=None if options.device_memory is None else options.device_memory * GB,
+        device_memory=memory,
         per_node=options.devices_per_node,
         engine=options.engine,
         mfu=options.mfu,
@@ -108,6 +123,10 @@ def print_plan(plan: dict[str, Any]) -> None:
             console.print(f"assumed: {note}")
         for note in stage["notes"]:
             console.print(f"note: {note}")
+    if "fastest" in plan:
+        console.print()
+        console.print(_fastest_table(plan))
+        console.print(plan["verdict"])
     console.print()
     for note in _notes(plan):
         console.print(note)
@@ -133,6 +152,22 @@ def _stage_table(stage: dict[str, Any], devices: int) -> "Table":
     return table
 
 
+def _fastest_table(plan: dict[str, Any]) -> "Table":
+    from rich.table import Table
+
+    table = Table(f"fastest on {plan['device']}", "hours", "GB", "settings", box=None, pad_edge=False)
+    for name, found in (plan["fastest"] or {}).items():
+        if found is None:
+            table.add_row(name, "?", "?", "none fits")
+            continue
+        words = [found["engine"], *found["set"]]
+        hours = "?" if found["hours"] is None else f"{found['hours']:,.1f}"
+        table.add_row(name, hours, f"{found['peak']:,.1f}", " ".join(words))
+    cost = "" if plan["cost"] is None else f"cost {plan['cost']:,.0f}"
+    table.add_row("all stages", "?" if plan["hours"] is None else f"{plan['hours']:,.1f}", "", cost)
+    return table
+
+
 def _memory_row(stage: dict[str, Any]) -> tuple[str, str]:
     memory = stage["memory"]
     fits = {True: ": fits", False: ": does not fit", None: ""}[stage["fits"]]
@@ -147,7 +182,9 @@ def _notes(plan: dict[str, Any]) -> list[str]:
     notes = []
     if any(stage["sampled"] for stage in plan["stages"]):
         notes.append("Tiles, FLOPs and the longest micro-batch are those of evenly chosen steps.")
-    if plan["hours_from"]:
+    if "fastest" in plan:
+        notes.append("Hours and cost of the fastest settings are those of a model of data sheets, not measured.")
+    elif plan["hours_from"]:
         notes.append(f"Hours: {plan['hours_from']}; evaluation and checkpoints not counted.")
     else:
         notes.append("Hours: not without --mfu and --peak-tflops.")

@@ -75,7 +75,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
     """A stage with all that its plan is made from; `setup` is None where the model is not known yet."""
 
     name: str
@@ -97,24 +97,34 @@ def plan_recipe(
         UserError: when a stage's batch does not divide among the devices, or the engine is none.
     """
     found = model_config(recipe, output)
+    stages = [_plan_stage(case) for case in cases_of(recipe, output, machine, assumptions)]
+    return {
+        "recipe": recipe.name,
+        "devices": machine.num_devices,
+        "device_memory": None if machine.device_memory is None else machine.device_memory / GB,
+        "model": found[1] if found else None,
+        "hours_from": _hours_from(machine),
+        "stages": stages,
+    }
+
+
+def cases_of(recipe: Recipe, output: Path, machine: Machine, assumptions: Assumptions | None = None) -> list[Case]:
+    """The recipe's stages with what is known of their model and rows.
+
+    Raises:
+        UserError: the engine is none.
+    """
+    found = model_config(recipe, output)
     config, origin = found if found else (None, None)
-    stages, trained_before = [], set[str]()
+    cases, trained_before = [], set[str]()
     for number, (name, stage) in enumerate(recipe.stages.items()):
         engine = engine_for(stage, machine.engine, where=f"stages.{name}")
         counted = _counted(stage, recipe, output, origin)
         rows = stage_rows(stage, counted, assumptions or Assumptions({}), recipe.seed + number)
         narrow = _narrow_groups(stage, recipe, trained_before)
-        case = _Case(name, stage, engine, rows, recipe.seed, machine, config, narrow)
-        stages.append(_plan_stage(case))
+        cases.append(Case(name, stage, engine, rows, recipe.seed, machine, config, narrow))
         trained_before |= set(stage.trainable)
-    return {
-        "recipe": recipe.name,
-        "devices": machine.num_devices,
-        "device_memory": None if machine.device_memory is None else machine.device_memory / GB,
-        "model": origin,
-        "hours_from": _hours_from(machine),
-        "stages": stages,
-    }
+    return cases
 
 
 def _hours_from(machine: Machine) -> str | None:
@@ -170,10 +180,12 @@ def _engine_name(zero: Mapping[str, Any]) -> str:
     return "zero3-offload-params" if parameters not in (None, "none") else "zero3"
 
 
-def _shipped(engine: str) -> str | None:
-    """The `deepspeed` value that gives an engine: of the shipped files the first without an optimizer of its own."""
+def shipped_file(engine: str) -> str | None:
+    """The `deepspeed` value that gives an engine: of the shipped files the first without an optimizer or a disk."""
     for name, content in shipped_deepspeed_files().items():
-        if "optimizer" not in content and _engine_name(content["zero_optimization"]) == engine:
+        zero = content["zero_optimization"]
+        on_disk = zero.get("offload_optimizer", {}).get("device") == "nvme"
+        if "optimizer" not in content and not on_disk and _engine_name(zero) == engine:
             return name
     return None
 
@@ -195,7 +207,7 @@ def _zero_settings(stage: Stage, engine: Engine) -> ZeroSettings:
 # one stage
 
 
-def _plan_stage(case: _Case) -> dict[str, Any]:
+def _plan_stage(case: Case) -> dict[str, Any]:
     machine, rows = case.machine, case.rows
     stage = within_row_limit(case.stage, rows.lengths, case.seed, machine.num_devices)
     case = replace(case, stage=stage)
@@ -219,7 +231,7 @@ def _plan_stage(case: _Case) -> dict[str, Any]:
         "assumed": list(rows.assumed),
         "notes": [] if rows.num_train is None else remarks(stage, derived),
     }
-    seen = passes(stage, rows, _order(case), steps or 1, machine.num_devices)
+    seen = passes(stage, rows, order_of(case), steps or 1, machine.num_devices)
     known = steps is not None
     planned |= {"tokens": seen.tokens if known else None, "tiles": seen.tiles if known else None}
     planned |= {"sampled": seen.sampled, "longest_micro_batch": seen.worst.num_tokens}
@@ -227,14 +239,14 @@ def _plan_stage(case: _Case) -> dict[str, Any]:
     return planned | _memory(case, seen.worst, derived)
 
 
-def _order(case: _Case) -> BatchOrder:
+def order_of(case: Case) -> BatchOrder:
     """The stage's order; rows that are drawn may be fewer than a global batch."""
     lengths = case.rows.lengths
     whole = case.stage.model_copy(update={"global_batch": min(case.stage.global_batch, len(lengths))})
     return batch_order(whole, lengths, case.seed)
 
 
-def _work(case: _Case, works: tuple[Work, Work] | None) -> dict[str, Any]:
+def _work(case: Case, works: tuple[Work, Work] | None) -> dict[str, Any]:
     """FLOPs that the stage needs, hours and cost where an MFU is given."""
     unknown = {"flops": None, "hours": None, "cost": None}
     if works is None or case.config is None:
@@ -253,7 +265,7 @@ def _work(case: _Case, works: tuple[Work, Work] | None) -> dict[str, Any]:
     return {"flops": flops, "hours": hours, "cost": cost}
 
 
-def _memory(case: _Case, worst: MicroBatch, derived: Derived) -> dict[str, Any]:
+def _memory(case: Case, worst: MicroBatch, derived: Derived) -> dict[str, Any]:
     if case.config is None:
         return {"parameters": None, "memory": None, "fits": None, "fix": None}
     setup = setup_of(case.stage, case.config, case.engine, case.narrow_groups, derived.gradient_accumulation > 1)
@@ -299,7 +311,7 @@ def setup_of(
 # what fits
 
 
-def nearest_that_fits(case: _Case) -> dict[str, Any] | None:
+def nearest_that_fits(case: Case) -> dict[str, Any] | None:
     """The cheapest change, by rank, with which the stage fits: overrides, and what else the launch needs."""
     assert case.machine.device_memory is not None and case.config is not None
     worst: dict[int, MicroBatch] = {}
@@ -312,7 +324,7 @@ def nearest_that_fits(case: _Case) -> dict[str, Any] | None:
         except (ValidationError, UserError):
             continue  # the stage can't be run so
         if stage.micro_batch not in worst:
-            worst[stage.micro_batch] = passes(stage, case.rows, _order(changed), 16, case.machine.num_devices).worst
+            worst[stage.micro_batch] = passes(stage, case.rows, order_of(changed), 16, case.machine.num_devices).worst
         setup = setup_of(stage, case.config, engine, case.narrow_groups, derived.gradient_accumulation > 1)
         memory = estimate(setup, worst[stage.micro_batch], engine, case.machine.num_devices, case.machine.per_node)
         if memory.peak <= USABLE * case.machine.device_memory:
@@ -320,7 +332,7 @@ def nearest_that_fits(case: _Case) -> dict[str, Any] | None:
     return None
 
 
-def _changes(case: _Case) -> Iterator[tuple[dict[str, Any], Engine]]:
+def _changes(case: Case) -> Iterator[tuple[dict[str, Any], Engine]]:
     """Keys of the stage with other values, and an engine; cheapest first."""
     stage = case.stage
     micro_batches = [size for size in range(stage.micro_batch, 0, -1) if stage.global_batch % size == 0]
@@ -330,8 +342,8 @@ def _changes(case: _Case) -> Iterator[tuple[dict[str, Any], Engine]]:
     for micro_batch, recompute, name, optimizer in itertools.product(
         micro_batches, checkpointing, engines, _COST_OPTIMIZER
     ):
-        file = _shipped(name)
-        if not _can_run(stage, ENGINES[name], optimizer, file):
+        file = shipped_file(name)
+        if not runs_under(stage, ENGINES[name], optimizer, file):
             continue
         changes: dict[str, Any] = {}
         cost = _COST_MICRO_BATCH ** micro_batches.index(micro_batch) * _COST_ENGINE[name] * _COST_OPTIMIZER[optimizer]
@@ -351,7 +363,7 @@ def _changes(case: _Case) -> Iterator[tuple[dict[str, Any], Engine]]:
         yield changes, engine
 
 
-def _can_run(stage: Stage, engine: Engine, optimizer: str, file: str | None) -> bool:
+def runs_under(stage: Stage, engine: Engine, optimizer: str, file: str | None) -> bool:
     """What stages refuse of DeepSpeed, whose file must be there, and of FSDP."""
     if engine.name == "ddp":
         return True
@@ -360,7 +372,7 @@ def _can_run(stage: Stage, engine: Engine, optimizer: str, file: str | None) -> 
     return has_file and optimizer == "adamw" and stage.precision != "bfloat16-weights" and not options
 
 
-def _fix(case: _Case, changes: Mapping[str, Any], engine: Engine, memory: Memory) -> dict[str, Any]:
+def _fix(case: Case, changes: Mapping[str, Any], engine: Engine, memory: Memory) -> dict[str, Any]:
     given = {key: value for key, value in changes.items() if getattr(case.stage, key) != value}
     text = [f"--set stages.{case.name}.{key}={json.dumps(value).strip(chr(34))}" for key, value in given.items()]
     launch = "examples/accelerate/fsdp2.yaml" if engine.name == "fsdp2" and case.engine != engine else None

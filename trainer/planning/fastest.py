@@ -1,0 +1,181 @@
+"""The fastest settings of each stage on a named GPU, their hours and cost, by the model of costs/seconds.py."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from llava_llama31.trainer.costs.accelerators import Accelerator
+from llava_llama31.trainer.costs.flops import FlopsByPart, ModelShape, needed_flops
+from llava_llama31.trainer.costs.memory import ENGINES, Engine, estimate
+from llava_llama31.trainer.costs.seconds import StepWork, step_seconds
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.planning.plan import USABLE, Case, order_of, runs_under, setup_of, shipped_file
+from llava_llama31.trainer.planning.row_lengths import Passes, passes
+from llava_llama31.trainer.recipes.derived import derive
+from llava_llama31.trainer.recipes.schema import Stage
+
+
+# of a stage that are looked at, and the largest micro-batch that is tried
+_STEPS, _LARGEST_MICRO_BATCH = 16, 64
+_CHECKPOINTING: tuple[bool | int, ...] = (False, 3, 2, True)
+_OPTIMIZERS = ("adamw", "adamw_8bit", "adamw_bf16")
+# proposed where nothing else fits
+_ADAPTERS: tuple[dict[str, Any], ...] = ({"r": 64}, {"r": 64, "quantize": "nf4"})
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A stage with settings that fit: how long a step and the stage take, and its peak memory in bytes."""
+
+    stage: Stage
+    engine: Engine
+    step: float
+    hours: float | None
+    peak: float
+
+
+def timed(case: Case, gpu: Accelerator, seen: dict[int, Passes]) -> Timed | None:
+    """A stage's time and memory; None: it can't be run so.
+
+    Args:
+        seen: passes by micro-batch, which the other settings do not change; filled here.
+    """
+    assert case.config is not None
+    stage, devices = case.stage, case.machine.num_devices
+    num_train = stage.global_batch if case.rows.num_train is None else case.rows.num_train
+    try:
+        derived = derive(stage, num_train, devices)
+    except UserError:
+        return None
+    if stage.micro_batch not in seen:
+        seen[stage.micro_batch] = passes(stage, case.rows, order_of(case), _STEPS, devices)
+    found, shape = seen[stage.micro_batch], ModelShape.of(case.config)
+    options: dict[str, Any] = {"checkpointing": int(stage.activation_checkpointing)}
+    if stage.lora is not None:
+        options |= {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
+    flops = FlopsByPart()
+    for work in found.works:
+        flops += needed_flops(shape, work, stage.trainable, **options)
+    setup = setup_of(stage, case.config, case.engine, case.narrow_groups, derived.gradient_accumulation > 1)
+    # `passes` adds up its steps
+    whole = StepWork(flops, found.positions, derived.gradient_accumulation * _STEPS)
+    seconds = step_seconds(setup, whole, case.engine, gpu, devices, case.machine.per_node) / _STEPS
+    steps = stage.max_steps if case.rows.num_train is None else derived.steps
+    memory = estimate(setup, found.worst, case.engine, devices, case.machine.per_node)
+    return Timed(stage, case.engine, seconds, None if steps is None else seconds * steps / 3600, memory.peak)
+
+
+def settings_of(case: Case) -> Iterator[Case]:
+    """The stage with every micro-batch, checkpointing, engine without offload, and optimizer that it can have."""
+    stage, devices = case.stage, case.machine.num_devices
+    sizes = [size for size in range(1, min(stage.global_batch, _LARGEST_MICRO_BATCH) + 1)]
+    sizes = [size for size in sizes if stage.global_batch % (size * devices) == 0]
+    engines = [name for name, engine in ENGINES.items() if not engine.offloads_weights]
+    engines = [name for name in engines if devices > 1 or name != "fsdp2"]
+    for size, every, name, optimizer in itertools.product(sizes, _CHECKPOINTING, engines, _OPTIMIZERS):
+        engine, file = ENGINES[name], shipped_file(name)
+        if not runs_under(stage, engine, optimizer, file):
+            continue
+        changes = {"micro_batch": size, "activation_checkpointing": every, "optimizer": optimizer}
+        changes["deepspeed"] = file if engine.deepspeed else None
+        try:
+            changed = Stage.model_validate(stage.model_dump() | changes)
+        except ValidationError:
+            continue
+        yield replace(case, stage=changed, engine=engine)
+
+
+def fastest(case: Case, gpu: Accelerator) -> Timed | None:
+    """The settings with which the stage takes least time, of those that fit; None: none does."""
+    limit = USABLE * (case.machine.device_memory or gpu.memory)
+    seen: dict[int, Passes] = {}
+    found = (timed(changed, gpu, seen) for changed in settings_of(case))
+    fitting = [result for result in found if result is not None and result.peak <= limit]
+    return min(fitting, key=lambda result: result.step, default=None)
+
+
+def with_adapters(case: Case, gpu: Accelerator) -> Timed | None:
+    """The fastest settings with LoRA, else QLoRA; None: that does not fit either."""
+    if "language_model" not in case.stage.trainable or case.stage.lora is not None:
+        return None
+    for lora in _ADAPTERS:
+        changes = {"lora": lora, "deepspeed": None, "compile": False, "fp8": False}
+        try:
+            stage = Stage.model_validate(case.stage.model_dump() | changes)
+        except ValidationError:
+            continue
+        found = fastest(replace(case, stage=stage, engine=ENGINES["ddp"]), gpu)
+        if found is not None:
+            return found
+    return None
+
+
+def timed_plan(cases: list[Case], gpu: Accelerator) -> dict[str, Any]:
+    """What a plan for a named GPU has besides: hours and cost of all stages, the fastest settings, and the verdict.
+
+    Hours and cost are those of the fastest settings; None where a stage's are not known.
+    """
+    if any(case.config is None for case in cases):
+        verdict = "the model's parts are not here yet: no time and no memory can be told"
+        return {"hours": None, "cost": None, "fastest": None, "verdict": verdict}
+    stages: dict[str, Any] = {}
+    hours: list[float | None] = []
+    unfit = []
+    for case in cases:
+        found = fastest(case, gpu)
+        if found is None:
+            unfit.append(case.name)
+            found = with_adapters(case, gpu)
+        stages[case.name] = None if found is None else _settings(case, found)
+        hours.append(None if found is None else found.hours)
+    total = None if None in hours else sum(filter(None, hours))
+    machine = cases[0].machine
+    price = machine.price
+    cost = None if total is None or price is None else total * machine.num_devices * price
+    return {
+        "hours": total,
+        "cost": cost,
+        "fastest": stages,
+        "verdict": _verdict(cases, gpu, stages, unfit, total, cost),
+    }
+
+
+def _settings(case: Case, found: Timed) -> dict[str, Any]:
+    keys = ("micro_batch", "activation_checkpointing", "optimizer", "deepspeed", "lora")
+    changed = {key: getattr(found.stage, key) for key in keys if getattr(found.stage, key) != getattr(case.stage, key)}
+    plain = found.stage.model_dump()
+    given = [f"--set stages.{case.name}.{key}={json.dumps(plain[key]).strip(chr(34))}" for key in changed]
+    return {
+        "micro_batch": found.stage.micro_batch,
+        "activation_checkpointing": found.stage.activation_checkpointing,
+        "optimizer": found.stage.optimizer,
+        "engine": found.engine.name,
+        "lora": plain["lora"],
+        "seconds_per_step": round(found.step, 3),
+        "hours": found.hours,
+        "peak": found.peak / 1e9,
+        "set": given,
+        "accelerate": "examples/accelerate/fsdp2.yaml" if found.engine.name == "fsdp2" else None,
+    }
+
+
+def _verdict(
+    cases: list[Case],
+    gpu: Accelerator,
+    stages: dict[str, Any],
+    unfit: list[str],
+    hours: float | None,
+    cost: float | None,
+) -> str:
+    where = f"{cases[0].machine.num_devices} x {gpu.name}"
+    if lost := [name for name, found in stages.items() if found is None]:
+        return f"does not fit on {where}: {', '.join(lost)}, with adapters neither; take more devices"
+    time = "" if hours is None else f" in {hours:,.1f} hours" + ("" if cost is None else f" for {cost:,.0f}")
+    if unfit:
+        kind = "QLoRA" if any(stages[name]["lora"].get("quantize") for name in unfit) else "LoRA"
+        return f"does not fit on {where} whole: {', '.join(unfit)}; with {kind} it does{time}"
+    return f"fits on {where}{time} with the fastest settings, by a model and not by measurement"
