@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.trainer.checkpoint.atomic_folders import load_tree
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.export.dialects import native_name
 from llava_llama31.trainer.publishing.gate import check_folder
 from llava_llama31.trainer.training.llava_trainer import _assert_autocast
 
@@ -72,7 +73,7 @@ def test_a_recipe_trains_hands_over_scores_and_exports(train, base_folder, recip
     moved = {name for name in base if not torch.equal(first[name], second[name])}
     assert moved and not any("vision_tower" in name for name in moved)
     assert {"lm_head.weight", "model.image_newline", "model.language_model.norm.weight"} <= moved
-    exported = weights(run / "export")
+    exported = {native_name(name, "clip_vision_model"): value for name, value in weights(run / "export").items()}
     assert all(torch.equal(exported[name], second[name]) for name in second)
     names = {path.name for path in (run / "export").rglob("*")}
     assert not any(name.endswith((".bin", ".pt", ".pth")) for name in names)

@@ -218,7 +218,8 @@ def _shape_findings(
     tie = config.tie_word_embeddings or config.get_text_config().tie_word_embeddings
     tied = {"lm_head.weight"} if tie else set()
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    tower = config.vision_config.model_type
+    vision: Any = config.vision_config
+    tower = vision.model_type
     written = {native_name(name, tower): name for name in shapes}
     doubled = sorted(shapes.keys() - set(written.values()))
     shapes = {native: shapes[name] for native, name in written.items()}
