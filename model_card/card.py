@@ -1,9 +1,9 @@
 """The model card and licence files of an exported model, written only from the run's own record.
 
 A record is a JSON-like dict (name, recipe, command, commit, lock, licence, base_models, parameters, stages, minutes,
-evaluation, samples, environment; model_id, if it is on the Hub). The card lists whatever is missing as not recorded.
-All strings in it are data: they are escaped for Markdown, HTML and YAML, and absolute paths are cut down to their last
-part.
+evaluation, samples, environment; model_id, if it is on the Hub; opened, if it was checked). The card lists whatever is
+missing as not recorded. All strings in it are data: they are escaped for Markdown, HTML and YAML, and absolute paths
+are cut down to their last part.
 """
 
 import html
@@ -266,6 +266,10 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
             [m.get("role"), _at_revision(m), m.get("licence") or "not stated"] for m in record.get("base_models") or []
         ],
         "parameters": [[group, _text(count)] for group, count in (record.get("parameters") or {}).items()],
+        "opened": [
+            [way["engine"], way["door"], f"{way['equal']} of {way['asked']}", way["note"]]
+            for way in record.get("opened") or []
+        ],
         "data": [_data_row(stage, source) for stage in stages for source in stage.get("data") or []],
         "stage_names": [_text(stage.get("name")) for stage in stages],
         "stage_rows": _stage_rows(record),

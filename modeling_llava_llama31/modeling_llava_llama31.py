@@ -527,9 +527,11 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "LlavaLlama31ForConditionalGeneration":
         """Stock `from_pretrained`; also opens llava-hf's old and new key dialects."""
-        if get_checkpoint_conversion_mapping(cls.__name__) is None:
-            # conversions are looked up by class: without its own, a renamed class would get a random lm_head
-            register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping("llava_next"))
+        # conversions are looked up by class: without its own, a renamed class would get random weights
+        for name, stocks in ((cls.__name__, "llava_next"), (LlavaLlama31Model.__name__, LlavaNextModel.__name__)):
+            conversion = get_checkpoint_conversion_mapping(stocks)
+            if conversion is not None and get_checkpoint_conversion_mapping(name) is None:
+                register_checkpoint_conversion_mapping(name, conversion)
         return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(  # type: ignore[override]  # stock has more arguments, which are keyword arguments here

@@ -22,6 +22,7 @@ from llava_llama31.trainer.engines import check
 from llava_llama31.trainer.engines.client import EngineClient
 from llava_llama31.trainer.engines.questions import fixed_questions, sign
 from llava_llama31.trainer.engines.reference import (
+    DROPPED,
     ON_BLACK,
     PADDED_RIGHT,
     inputs_of,
@@ -254,6 +255,7 @@ FAULTS = {
         lambda m, p: FewerTokens(m, p, lambda inputs, _: pads(inputs, p, right=True, mask=0)),
     ),
     "alpha on black": (ON_BLACK, lambda m, p: Engine(m, p, of_image=on_black)),
+    "alpha dropped": (DROPPED, lambda m, p: Engine(m, p, of_image=lambda image: image.convert("RGB"))),
     "a system turn": (
         check.SYSTEM_TURN,
         lambda m, p: Engine(

@@ -99,8 +99,8 @@ def edit_metadata(folder: Path, **metadata: str) -> None:
 
 def double(tensors: dict[str, torch.Tensor]) -> None:
     """Give a tensor of the tower its other name too."""
-    name = "model.vision_tower.vision_model.post_layernorm.bias"
-    tensors[name.replace("vision_model.", "")] = tensors[name] + 1
+    name = "vision_tower.vision_model.post_layernorm.bias"
+    tensors[f"model.{name}"] = tensors[name] + 1
 
 
 PICKLED = pickle.dumps(Path("x"))
@@ -179,9 +179,13 @@ BREAKS = [
     ("manifest", "config.json", lambda f: edit_json(f, "config.json", extra=1)),
     ("manifest", "more.txt", lambda f: (f / "more.txt").write_text("x")),
     ("manifest", "samples/1.png", lambda f: append(f, "samples/1.png", b"\0")),
-    ("tensors", "model.safetensors", lambda f: edit_tensors(f, lambda t: t.pop("model.image_newline"))),
+    ("tensors", "model.safetensors", lambda f: edit_tensors(f, lambda t: t.pop("image_newline"))),
     ("tensors", "model.safetensors", lambda f: edit_tensors(f, lambda t: t.update(extra=torch.zeros(2)))),
-    ("tensors", "model.safetensors", lambda f: edit_tensors(f, lambda t: t.update({"lm_head.weight": torch.ones(2)}))),
+    (
+        "tensors",
+        "model.safetensors",
+        lambda f: edit_tensors(f, lambda t: t.update({"language_model.lm_head.weight": torch.ones(2)})),
+    ),
     ("tensors", "model.safetensors", lambda f: edit_tensors(f, double)),
     ("tensors", "model.safetensors", lambda f: append(f, "model.safetensors", b"more")),
     ("tensors", "model.safetensors", lambda f: (f / "model.safetensors").unlink()),
@@ -382,7 +386,7 @@ def double_logits(folder: Path) -> None:
     ("change", "message"),
     [
         (double_logits, "differ"),
-        (lambda f: edit_tensors(f, lambda t: t["lm_head.weight"].fill_(float("nan"))), "NaN"),
+        (lambda f: edit_tensors(f, lambda t: t["language_model.lm_head.weight"].fill_(float("nan"))), "NaN"),
         (lambda f: append(f, "processing_llava_llama31.py", b"\nimport llava_llama31\n"), "which others do not have"),
         (lambda f: (f / "tokenizer.json").unlink(), "does not open"),
     ],

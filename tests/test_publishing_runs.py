@@ -172,6 +172,10 @@ def job_of(saves, folder: Path, stage_name: str, **facts) -> Path:
     return folder
 
 
+def native(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {native_name(name, "clip_vision_model"): tensor for name, tensor in tensors.items()}
+
+
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("stage_name", ["whole", "adapted"])
 def test_each_revision_has_the_weights_of_its_step(hub, saves, tmp_path, stage_name, with_state):
@@ -183,8 +187,7 @@ def test_each_revision_has_the_weights_of_its_step(hub, saves, tmp_path, stage_n
     (final,) = saves[0].glob(f"stages/*-{stage_name}/final/model.safetensors")  # of the same step
     with empty_cache() as cache:
         folder = fetch(REPO, told["tag"], cache)
-        pushed, trained = load_file(folder / "model.safetensors"), load_file(final)
-        pushed = {native_name(name, "clip_vision_model"): tensor for name, tensor in pushed.items()}
+        pushed, trained = native(load_file(folder / "model.safetensors")), load_file(final)
         assert pushed.keys() == trained.keys()
         assert all(torch.equal(pushed[name], trained[name].to(pushed[name].dtype)) for name in trained)
         assert "still training: stage" in (folder / "README.md").read_text()

@@ -143,8 +143,13 @@ def test_both_layouts_are_the_same_model_for_stock_and_for_our_class(folders, to
 
 
 def test_the_portable_folder_has_the_names_that_every_engine_reads(folders):
-    """Of vLLM's CLIPVisionModel and of Transformers 4; `layout` lists what of theirs our names must match."""
-    of_vllm = re.compile(r"model\.vision_tower\.vision_model\.(embeddings|encoder|pre_layrnorm|post_layernorm)\..+")
+    """Those of llava-hf's repositories, of vLLM's and SGLang's mappings and of Transformers 4."""
+    llava_hf = re.compile(
+        r"language_model\.(model|lm_head)\..+|vision_tower\..+|multi_modal_projector\..+|image_newline"
+    )
+    for tower in TOWERS:
+        assert all(llava_hf.fullmatch(name) for name in keys(folders / f"{tower}-portable"))
+    of_vllm = re.compile(r"vision_tower\.vision_model\.(embeddings|encoder|pre_layrnorm|post_layernorm)\..+")
     names = {name for name in keys(folders / "clip-portable") if "vision_tower" in name}
     assert names and all(of_vllm.fullmatch(name) for name in names)
     names = {name for name in keys(folders / "dinov2-portable") if ".attention." in name}
@@ -174,7 +179,8 @@ def test_names_come_back(folders, tower):
 
 
 def test_another_tower_keeps_its_names():
-    assert portable_name("model.vision_tower.encoder.x", "other") == "model.vision_tower.encoder.x"
+    assert portable_name("model.vision_tower.encoder.x", "other") == "vision_tower.encoder.x"
+    assert native_name("vision_tower.encoder.x", "other") == "model.vision_tower.encoder.x"
 
 
 def test_every_auto_class_of_stock_opens_ours(folders):

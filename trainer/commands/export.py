@@ -2,11 +2,17 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava_llama31.trainer.export.dialects import DIALECTS, PORTABLE
 from llava_llama31.trainer.redaction import say
 
 
+if TYPE_CHECKING:
+    from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+
+
+EXIT_DIFFERENT = 3
 HELP = "write a finished run's two-door folder again, with its card"
 
 
@@ -19,13 +25,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=PORTABLE,
         help="portable (default): for Transformers 4.52 and newer, and vLLM; native: as this Transformers saves",
     )
+    parser.add_argument(
+        "--check", action="store_true", help="open it in clean processes, and write the result into its card"
+    )
+    parser.add_argument(
+        "--check-with",
+        action="append",
+        default=[],
+        metavar="PYTHON",
+        help="also with the Transformers, and the vLLM if there is one, of this interpreter; may be repeated",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
+    """Exit code 0, or 3 if the checked folder does not open everywhere with the same answers."""
     from llava_llama31.trainer.checkpoint.run_folder import RunFolder
     from llava_llama31.trainer.export.export import export_again
 
     run, output = RunFolder(Path(options.folder)), Path(options.output) if options.output else None
     folder = export_again(run, output, options.dialect)
     say(str(folder), stdout=True)
-    return 0
+    return _check(run, folder, options.check_with) if options.check or options.check_with else 0
+
+
+def _check(run: "RunFolder", folder: Path, pythons: list[str]) -> int:
+    from llava_llama31.trainer.engines.opening_elsewhere import open_everywhere
+    from llava_llama31.trainer.export.export import write_openings
+
+    opened = []
+    for found in open_everywhere(folder, pythons):
+        note = f": {found.note}" if found.note else ""
+        say(f"{found.engine}, {found.door}: {found.equal} of {found.asked} answers are equal{note}", stdout=True)
+        opened.append(found)
+    write_openings(run, folder, [found.to_json() for found in opened])
+    return 0 if all(found.whole for found in opened) else EXIT_DIFFERENT

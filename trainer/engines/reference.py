@@ -6,7 +6,7 @@ the logits for the first token; and the answers under faults that change an answ
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -26,7 +26,8 @@ FORMAT = 1
 NUM_NEW_TOKENS = 16
 NUM_TOP = 5
 NUM_PADS = 8
-ON_BLACK, PADDED_RIGHT = "transparent images on black", "prompts padded on the right"
+PADDED_RIGHT = "prompts padded on the right"
+ON_BLACK, DROPPED = "transparent images on black", "the transparency of images is dropped"
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,9 @@ def _recorded(
     first = logits[0].log_softmax(-1).topk(min(NUM_TOP, logits.shape[-1]))
     faulty = {PADDED_RIGHT: _greedy(model, _padded_right(inputs, processor.tokenizer.pad_token_id))[0]}
     if question.is_transparent:
-        on_black = _placed(model, inputs_of(processor, _on_black(question).messages()))
-        faulty[ON_BLACK] = _greedy(model, on_black)[0]
+        for name, show in ((ON_BLACK, _flat), (DROPPED, lambda image: image.convert("RGB"))):
+            shown = _placed(model, inputs_of(processor, _with_images(question, show).messages()))
+            faulty[name] = _greedy(model, shown)[0]
     return Recorded(
         question.id,
         [[token, len(list(run))] for token, run in groupby(inputs["input_ids"][0].tolist())],
@@ -159,7 +161,7 @@ def _greedy(
     model: LlavaNextForConditionalGeneration, inputs: dict[str, torch.Tensor]
 ) -> tuple[list[int], torch.Tensor]:
     """Ids of the answer, and its logits (N, V) in float32."""
-    generating: Any = model  # its method's type names another kind of self
+    generating: Any = model  # its class hides that it generates
     output = generating.generate(
         **inputs, max_new_tokens=NUM_NEW_TOKENS, do_sample=False, return_dict_in_generate=True, output_logits=True
     )
@@ -174,9 +176,9 @@ def _padded_right(inputs: dict[str, torch.Tensor], pad: int) -> dict[str, torch.
     return {**inputs, "input_ids": torch.cat([ids, pads], dim=1), "attention_mask": mask}
 
 
-def _on_black(question: FixedQuestion) -> FixedQuestion:
+def _with_images(question: FixedQuestion, show: Callable[[Image.Image], Image.Image]) -> FixedQuestion:
     turns = tuple(
-        (role, tuple(_flat(part) if isinstance(part, Image.Image) else part for part in parts))
+        (role, tuple(show(part) if isinstance(part, Image.Image) else part for part in parts))
         for role, parts in question.turns
     )
     return FixedQuestion(question.id, turns)

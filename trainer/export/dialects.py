@@ -1,11 +1,13 @@
 """The two layouts of an exported folder: `portable`, which every engine opens, and `native`, as Transformers saves it.
 
-Engines and versions of Transformers differ in a few names. Portable takes the older one wherever newer software reads
-it too:
+Engines and versions of Transformers differ in a few names. Portable takes the older one, which newer software reads
+too; its weights have the names of llava-hf's own repositories, which every engine was made for:
 
 | | native | portable | read so by |
 |---|---|---|---|
-| CLIP tower's keys | no level `vision_model` | with it | Transformers before 5.6, vLLM's own class |
+| language model | `model.language_model.`, `lm_head.` | `language_model.model.`, `language_model.lm_head.` | SGLang |
+| rest | `model.NAME` | `NAME` | SGLang |
+| CLIP tower | no level `vision_model` | with it | Transformers before 5.6, vLLM's own class |
 | DINOv2's attention | `q_proj`, `o_proj` | `attention.query`, `output.dense` | Transformers before 5.17 |
 | rotary embedding | `rope_parameters` | `rope_theta`, `rope_scaling` | Transformers 4 |
 | type | `dtype` | `torch_dtype` | Transformers 4 |
@@ -24,8 +26,16 @@ from llava_llama31.trainer.checkpoint.atomic_folders import read_json, write_jso
 PORTABLE, NATIVE = "portable", "native"
 DIALECTS = (PORTABLE, NATIVE)
 _INDEX = "model.safetensors.index.json"
+# beginnings of names
+_PARTS = {
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.image_newline": "image_newline",
+}
 _TOWER = "model.vision_tower."
-_CLIP_NAME = re.compile(r"(?=(?:embeddings|pre_layrnorm|encoder|post_layernorm)\.)")
+_CLIP_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
 _DINOV2_NAME = re.compile(r"(?<=\.attention\.)([qkvo])_proj(?=\.)")
 _DINOV2_OLDER = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "output.dense"}
 _DINOV2_NEWER = {old: f"{new}_proj" for new, old in _DINOV2_OLDER.items()}
@@ -52,23 +62,26 @@ def portable_name(name: str, tower: str) -> str:
         tower: `model_type` of the vision tower.
     """
     part = name.removeprefix(_TOWER)
-    if part == name:
-        return name
-    if tower == "clip_vision_model":
-        return _TOWER + _CLIP_NAME.sub("vision_model.", part, count=1) if _CLIP_NAME.match(part) else name
-    if tower == "dinov2":
-        return _TOWER + _DINOV2_NAME.sub(lambda match: _DINOV2_OLDER[match[1]], part)
+    if part != name and tower == "clip_vision_model" and part.startswith(_CLIP_PARTS):
+        name = f"{_TOWER}vision_model.{part}"
+    elif part != name and tower == "dinov2":
+        name = _TOWER + _DINOV2_NAME.sub(lambda match: _DINOV2_OLDER[match[1]], part)
+    for native, portable in _PARTS.items():
+        if name.startswith(native):
+            return portable + name.removeprefix(native)
     return name
 
 
 def native_name(name: str, tower: str) -> str:
     """The native name of a tensor of either layout; see `portable_name`."""
+    for native, portable in _PARTS.items():
+        if name.startswith(portable):
+            name = native + name.removeprefix(portable)
+            break
     part = name.removeprefix(_TOWER)
-    if part == name:
-        return name
-    if tower == "clip_vision_model":
+    if part != name and tower == "clip_vision_model":
         return _TOWER + part.removeprefix("vision_model.")
-    if tower == "dinov2":
+    if part != name and tower == "dinov2":
         return _TOWER + _DINOV2_OLDER_NAME.sub(lambda match: _DINOV2_NEWER[match[1]], part)
     return name
 

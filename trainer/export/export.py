@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -74,11 +74,7 @@ def export_again(run: RunFolder, output: Path | None = None, dialect: str = PORT
     Raises:
         UserError: the run is not finished.
     """
-    if not run.record.is_file():
-        what = "this is not a finished run"
-        raise UserError(what, where=str(run.path), fix=f"train it to its end: {run.record.name} is missing")
-    record = atomic_folders.read_json(run.record)
-    record["stages"] = [as_logged(stage) for stage in record["stages"]]
+    record = _record_of(run)
     names = [stage["name"] for stage in record["stages"]]
     default = run.export if dialect == PORTABLE else run.export.with_name(f"{run.export.name}-{dialect}")
     folder = (output or default).resolve()
@@ -89,6 +85,31 @@ def export_again(run: RunFolder, output: Path | None = None, dialect: str = PORT
     texts[REFERENCE] = record_reference(model, processor)
     write_export(folder, model, processor, record, images, texts, dialect=dialect)
     return folder
+
+
+def write_openings(run: RunFolder, folder: Path, opened: Sequence[Mapping[str, Any]]) -> None:
+    """Put into an export's card where it was opened and with what result.
+
+    Args:
+        opened: of each, what `Opened` has.
+    """
+    card = folder / "README.md"
+    text = card_text({**_record_of(run), "opened": list(opened)}, card.read_text(encoding="utf-8"))
+    card.write_text(text, encoding="utf-8")
+    manifest = atomic_folders.read_manifest(folder)
+    facts = {"name": card.name, "size": card.stat().st_size, "sha256": atomic_folders.sha256(card)}
+    manifest["files"] = [facts if entry["name"] == card.name else entry for entry in manifest["files"]]
+    del manifest[atomic_folders.SEAL]
+    atomic_folders.write_manifest(folder, manifest)
+
+
+def _record_of(run: RunFolder) -> dict[str, Any]:
+    if not run.record.is_file():
+        what = "this is not a finished run"
+        raise UserError(what, where=str(run.path), fix=f"train it to its end: {run.record.name} is missing")
+    record = atomic_folders.read_json(run.record)
+    record["stages"] = [as_logged(stage) for stage in record["stages"]]
+    return record
 
 
 def licence_texts(base_models: list[dict[str, Any]]) -> dict[str, str]:
