@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipes.json_schema import SCHEMA_FILE, recipe_schema, schema_text
+from llava_llama31.trainer.recipes.json_schema import NAMED, SCHEMA_FILE, recipe_schema, schema_text
 from llava_llama31.trainer.recipes.loading import SHIPPED, load_recipe
 from llava_llama31.trainer.recipes.schema import Recipe
 
@@ -22,7 +22,7 @@ VALIDATOR = Draft202012Validator(recipe_schema())
 def test_the_committed_file_is_the_schema(capsys):
     Draft202012Validator.check_schema(recipe_schema())
     assert SCHEMA_FILE.read_text() == schema_text(), (
-        "llava-llama31 recipes --schema > trainer/recipes/recipe.schema.json"
+        "llava-llama31 recipes --schema > trainer/recipes/editors/recipe.schema.json"
     )
     assert main(["recipes", "--schema"]) == 0
     assert json.loads(capsys.readouterr().out) == recipe_schema()
@@ -30,8 +30,8 @@ def test_the_committed_file_is_the_schema(capsys):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_name_it_and_obey_it(name, capsys):
-    file = SCHEMA_FILE.with_name(f"{name}.yaml")
-    assert file.read_text().startswith(f"# yaml-language-server: $schema={SCHEMA_FILE.name}\n")
+    file = SCHEMA_FILE.parents[1] / f"{name}.yaml"
+    assert file.read_text().startswith(f"# yaml-language-server: {NAMED}")
     content = load_recipe(name).model_dump(mode="json", exclude_none=True)
     assert list(VALIDATOR.iter_errors(content)) == []
     assert main(["recipes", name]) == 0

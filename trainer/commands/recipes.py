@@ -21,11 +21,9 @@ def run(options: argparse.Namespace) -> int:
 
         sys.stdout.write(schema_text())
     elif options.copy:
-        from llava_llama31.trainer.recipes.json_schema import SCHEMA_FILE
+        from llava_llama31.trainer.recipes.json_schema import NAMED, SCHEMA_FILE
 
-        text = read_recipe_text(options.copy)[0].replace(
-            f"$schema={SCHEMA_FILE.name}\n", f"$schema={SCHEMA_FILE}\n", 1
-        )
+        text = read_recipe_text(options.copy)[0].replace(NAMED, f"$schema={SCHEMA_FILE}\n", 1)
         sys.stdout.flush()
         sys.stdout.buffer.write(text.encode())  # a copy, whatever the locale's encoding
     else:

@@ -8,7 +8,8 @@ from typing import Any
 from llava_llama31.trainer.recipes import schema
 
 
-SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
+SCHEMA_FILE = Path(__file__).with_name("editors") / "recipe.schema.json"
+NAMED = f"$schema={SCHEMA_FILE.parent.name}/{SCHEMA_FILE.name}\n"  # in shipped recipes
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
