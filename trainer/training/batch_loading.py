@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
@@ -15,6 +16,11 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
 from llava_llama31.trainer.fault_tolerance.step_health import Records
 from llava_llama31.trainer.fault_tolerance.watchdog import loader_failure, set_up_worker
+
+
+def sent(value: Any, device: torch.device) -> Any:
+    """A tensor on its way to the device, for which nobody waits: the loader's memory is pinned. Other values as is."""
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
 @dataclass(frozen=True, kw_only=True)

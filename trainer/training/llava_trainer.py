@@ -41,7 +41,7 @@ from llava_llama31.trainer.distributed.engine import fsdp_plugin, uses_fsdp
 from llava_llama31.trainer.distributed.parameters import unsharded, whole_parameters
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
-from llava_llama31.trainer.training.batch_loading import BatchLoader, StageBatches
+from llava_llama31.trainer.training.batch_loading import BatchLoader, StageBatches, sent
 from llava_llama31.trainer.training.meter import Meter
 from llava_llama31.trainer.training.optimizers import AdamWBfloat16, parameter_groups
 from llava_llama31.trainer.training.stage_checkpoints import (
@@ -141,9 +141,7 @@ class LlavaTrainer(Trainer):
         return batches, num_items
 
     def _prepare_input(self, data: Any) -> Any:
-        """Stock's, without a wait: the loader's memory is pinned."""
-        moved = data.to(self.args.device, non_blocking=True) if isinstance(data, torch.Tensor) else data
-        return super()._prepare_input(moved)
+        return super()._prepare_input(sent(data, self.args.device))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch on the device, its images as tiles; rows that are not packed ask for supervised positions only."""
