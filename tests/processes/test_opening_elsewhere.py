@@ -12,6 +12,7 @@ from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.engines import opening_elsewhere
+from llava_llama31.trainer.engines.ask_folder import MARK
 from llava_llama31.trainer.engines.opening_elsewhere import open_everywhere
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.export.export import export_again
@@ -34,7 +35,8 @@ if door != "versions":
     if door == "vllm":
         answers[0]["answer"] += "!"
     result |= {{"answers": answers, "imports_our_package": False}}
-print(json.dumps(result))
+print("{mark}" + json.dumps(result))
+print("an engine that prints after all")
 """
 
 
@@ -54,7 +56,7 @@ def run(lively_folder, tmp_path_factory):
 
 def test_an_export_is_opened_here_and_elsewhere_and_its_card_says_so(run, tmp_path, capsys):
     other = tmp_path / "python"
-    other.write_text(OTHER.format(python=sys.executable, reference=str(run / "export" / "reference.json")))
+    other.write_text(OTHER.format(mark=MARK, python=sys.executable, reference=str(run / "export" / "reference.json")))
     other.chmod(other.stat().st_mode | stat.S_IXUSR)
     assert main(["export", str(run), "--check", "--check-with", str(other)]) == 3
     lines = capsys.readouterr().out.splitlines()[1:]

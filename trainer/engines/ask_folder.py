@@ -3,10 +3,10 @@
     PYTHON ask_folder.py versions
     PYTHON ask_folder.py stock|remote|vllm FOLDER QUESTIONS.json
 
-It imports nothing of this package and runs with Transformers 4.52 and newer; the last line of its output is one JSON
-object. QUESTIONS.json has `conversations` as Transformers takes them, with paths of images, `num_new_tokens`, the
-longest row's `max_length` and the model's `dtype`. `stock` opens the folder with Transformers' own classes, `remote`
-with `trust_remote_code=True`, `vllm` with vLLM's own class.
+It imports nothing of this package and runs with Transformers 4.52 and newer; one line of its output is MARK and a JSON
+object, since engines print too. QUESTIONS.json has `conversations` as Transformers takes them, with paths of images,
+`num_new_tokens`, the longest row's `max_length` and the model's `dtype`. `stock` opens the folder with Transformers'
+own classes, `remote` with `trust_remote_code=True`, `vllm` with vLLM's own class.
 """
 
 import base64
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 
+MARK = "answers of this folder: "
 PACKAGES = ("transformers", "torch", "vllm")
 
 
@@ -90,7 +91,7 @@ def main(arguments: list[str]) -> None:
         questions = json.loads(Path(file).read_text(encoding="utf-8"))
         result["answers"] = by_vllm(folder, questions) if door == "vllm" else by_transformers(door, folder, questions)
         result["imports_our_package"] = "llava_llama31" in sys.modules
-    sys.stdout.write(f"\n{json.dumps(result)}\n")
+    sys.stdout.write(f"\n{MARK}{json.dumps(result)}\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from llava_llama31.trainer.engines.ask_folder import MARK
 from llava_llama31.trainer.engines.reference import NUM_NEW_TOKENS, Recorded, Reference, read_reference
 from llava_llama31.trainer.errors import UserError
 
@@ -122,7 +123,7 @@ def _write_questions(reference: Reference, is_asked: Sequence[bool], scratch: Pa
 
 
 def _run(python: str, arguments: Sequence[str], scratch: Path) -> Any:
-    """The JSON object on the script's last line; the last line of its errors, where it fails."""
+    """The JSON object that the script prints; the last line of its errors, where it fails."""
     environment = {name: value for name, value in os.environ.items() if name not in TOKENS}
     # its remote code comes from the folder that is checked, not from a cache
     environment |= {"HF_HOME": str(scratch / "home"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -140,4 +141,5 @@ def _run(python: str, arguments: Sequence[str], scratch: Path) -> Any:
         return f"does not run: {error.strerror}"
     if done.returncode != 0:
         return "does not open: " + (done.stderr.strip() or "it was killed").splitlines()[-1]
-    return json.loads(done.stdout.splitlines()[-1])
+    marked = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
+    return json.loads(marked[-1]) if marked else "does not open: it ended without an answer"
