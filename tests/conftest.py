@@ -7,8 +7,9 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
@@ -42,6 +43,20 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """A stage's end collects garbage: among what the tests make, not among all that was imported."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, Any, Any]:
+    """Reports as UTF-8, as which xdist sends them: output may hold the name of a file that is not."""
+    report = yield
+    report.sections = [(name, sendable(text)) for name, text in report.sections]
+    if report.longrepr is not None and sendable(str(report.longrepr)) != str(report.longrepr):
+        report.longrepr = sendable(str(report.longrepr))
+    return report
+
+
+def sendable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 TILE = 28

@@ -42,12 +42,10 @@ from llava_llama31.trainer.errors import (
     Interrupted,
     UserError,
 )
-from llava_llama31.trainer.redaction import SafeFormatter, say, shown
+from llava_llama31.trainer.redaction import SafeFormatter, quiet_libraries, say, shown
 
 
 _STDOUT = 1  # its file descriptor
-# at every import by Transformers, used or not: kernels that torchao lacks, and its calls of former names
-_NOISY = ("torchao", "torch.utils._pytree")
 # what of a stopped command the next start goes on from; the others keep nothing
 _KEPT: dict[str, Callable[[argparse.Namespace], str]] = {
     "train": train.what_is_kept,
@@ -91,8 +89,7 @@ def _run(given: list[str]) -> int:
     log = logging.StreamHandler()
     log.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[log])
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_libraries()
     warnings.filterwarnings("ignore", module="PIL")  # one a metadata tag: a hostile image has thousands
     # DeepSpeed's calls of former names, several lines a step; its users can't change them
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")

@@ -20,6 +20,8 @@ HIDDEN = "***"
 LONGEST_MESSAGE = 10_000
 
 _ID_LENGTH = 200
+# at every import by Transformers, used or not: kernels that torchao lacks, and its calls of former names
+_NOISY = ("torchao", "torch.utils._pytree")
 # Hub tokens, headers that carry one, and upload signatures
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?i:bearer)\s+[^\s'\"]+|X-Amz-[\w-]+=[^&\s]+")
 # user and password of a URL; a Path writes the URL with one slash
@@ -41,6 +43,12 @@ def printable(text: str, longest: int = _ID_LENGTH) -> str:
 def plain(text: str) -> str:
     """Text from data, models and paths as one line that is safe for a terminal: nothing is cut but a page of text."""
     return printable(text, LONGEST_MESSAGE)
+
+
+def quiet_libraries() -> None:
+    """Before torch and Transformers are imported: no messages that are of no use to whoever started a command."""
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def say(line: str, *, stdout: bool = False) -> None:

@@ -156,7 +156,8 @@ def start_fork_server(modules: Sequence[str]) -> None:
             and shares their memory, where it would import torch and Transformers for every epoch and evaluation.
     """
     multiprocessing.set_forkserver_preload(["__main__", *modules])
-    former = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    former = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         forkserver.ensure_running()
     finally:

@@ -13,8 +13,6 @@ from accelerate.utils import broadcast_object_list
 
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
-from llava_llama31.trainer.data.batches.collator import Collator
-from llava_llama31.trainer.data.batches.dataset import StageDataset
 from llava_llama31.trainer.distributed.devices import refuse_unused_gpus, uses_cpu
 from llava_llama31.trainer.distributed.engine import as_launched, forget_deepspeed
 from llava_llama31.trainer.errors import UserError
@@ -59,7 +57,7 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) 
         state = PartialState(cpu=uses_cpu(), timeout=timedelta(hours=24))
         transformers.utils.logging.disable_progress_bar()
         if any(stage.dataloader_workers for stage in recipe.stages.values()):
-            start_fork_server([StageDataset.__module__, Collator.__module__])
+            start_fork_server(["llava_llama31.trainer.runs.worker_imports"])
         peers = Peers.connect(state.process_index, state.num_processes)
     except RuntimeError:
         signals.act()  # the same signal has ended another rank before this one met it
