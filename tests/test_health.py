@@ -288,16 +288,16 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(train, monkey
 
 @pytest.mark.parametrize("limit", [1000, 20_000, 60_000])
 def test_a_disk_that_gets_full_in_a_save_leaves_the_former_checkpoint(train, monkeypatch, capsys, limit):
-    original = LlavaTrainer._save_whole
+    original = LlavaTrainer._save_checkpoint
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save_whole(self, *arguments):
+    def save_checkpoint(self, *arguments):
         if self.state.global_step == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LlavaTrainer, "_save_whole", save_whole)
+        patch.setattr(LlavaTrainer, "_save_checkpoint", save_checkpoint)
         try:
             code, run = train()
         finally:

@@ -240,6 +240,12 @@ def test_objects_are_found_among_words():
         field_counts("{}", "[]")
 
 
+@pytest.mark.parametrize("word", ["nan", "-inf", "1e999", "Infinity"])
+def test_numbers_that_are_not_finite(word):
+    assert relaxed_accuracy(word, [word], "pix2struct") == 0  # |x - x| / |x| is not a number in its source
+    assert relaxed_accuracy(word.upper(), [word], "paper") == 1 and relaxed_accuracy("5", [word], "paper") == 0
+
+
 @settings(max_examples=300, deadline=None)
 @given(ANY_TEXT, st.lists(ANY_TEXT, min_size=1, max_size=4), st.randoms())
 def test_any_text_has_a_score_in_range_that_the_order_of_answers_does_not_change(prediction, answers, draw):
@@ -249,7 +255,7 @@ def test_any_text_has_a_score_in_range_that_the_order_of_answers_does_not_change
     for metric, protocol in scores:
         value = metric(prediction, answers, protocol)
         assert 0 <= value <= 1 and metric(prediction, shuffled, protocol) == value
-        if metric is anls or protocol in ("verbatim", "ignore-case", "llava-gqa", "lmms-eval", "pix2struct"):
+        if metric is anls or protocol in ("verbatim", "ignore-case", "llava-gqa", "lmms-eval", "paper"):
             assert metric(answers[0], answers, protocol) == 1
     assert contains_answer(prediction, answers) == contains_answer(prediction, shuffled)
     for unit in ("character", "word"):

@@ -19,7 +19,8 @@ PROTOCOLS = ("pix2struct", "paper")
 def relaxed_accuracy(prediction: str, answers: Sequence[str], protocol: str = "pix2struct") -> float:
     """1 if the prediction is near enough to one of the answers, else 0.
 
-    An answer of 0 has no 5 %: it is compared as a text by `pix2struct`, as a number by `paper`.
+    An answer of 0 has no 5 %: it is compared as a text by `pix2struct`, as a number by `paper`. `nan` and `inf` are
+    texts by `paper`, and numbers that nothing is near to by `pix2struct`.
 
     Raises:
         ValueError: no protocol has that name.
@@ -33,8 +34,10 @@ def _is_near(prediction: str, answer: str, protocol: str) -> bool:
     said, wanted = _number(prediction, protocol), _number(answer, protocol)
     if said is None or wanted is None or (wanted == 0 and protocol == "pix2struct"):
         return prediction.lower() == answer.lower()
-    if wanted == 0 or not (math.isfinite(said) and math.isfinite(wanted)):
+    if wanted == 0:
         return said == wanted
+    if not (math.isfinite(said) and math.isfinite(wanted)):
+        return False  # as its source, where the share of an infinite number is not a number
     return abs(said - wanted) / abs(wanted) <= TOLERANCE
 
 
@@ -44,5 +47,7 @@ def _number(text: str, protocol: str) -> float | None:
     try:
         value = float(plain.rstrip("%"))
     except ValueError:
+        return None
+    if protocol == "paper" and not math.isfinite(value):
         return None
     return value / 100 if is_percent and protocol == "pix2struct" else value
