@@ -280,7 +280,8 @@ def test_sigterm_at_any_moment_ends_with_75_and_the_run_goes_on(start, recipe, t
         done = [(run / "summary.json").is_file(), is_whole(run / "stages/2-instruct/final")]
         for rank, code in enumerate(stopped["codes"]):
             allowed = {75} if rank in stopped["signalled"] else set()
-            assert code in allowed | ({0} if done[rank] else set()), (moment, done, stopped)
+            # a process whose work is done may meet the signal as it ends, without handlers
+            assert code in allowed | ({0, -15} if done[rank] else set()), (moment, done, stopped)
         codes.update(stopped["codes"])
         before = standing(run)
         again = start(path, run, processes=processes)
