@@ -65,11 +65,11 @@ def main() -> int:
         log = options.scratch / "server.log"
         try:
             with serving(options.vllm if is_vllm else options.transformers, is_vllm, folder, extra, log) as url:
-                told, equal = judged(folder, url, None if is_vllm else str(folder), asked, max_tokens)
+                checked, equal = judged(folder, url, None if is_vllm else str(folder), asked, max_tokens)
         except UserError as error:
-            told, equal = str(error), "not asked"
-        failed |= not (told.startswith("all ") and equal.startswith("all "))
-        print(f"| {name} | {told} | {equal} |", flush=True)
+            checked, equal = str(error), "not asked"
+        failed |= not (checked.startswith("all ") and equal.startswith("all "))
+        print(f"| {name} | {checked} | {equal} |", flush=True)
     return int(failed)
 
 
@@ -151,9 +151,9 @@ def judged(
     """What check-engine says, and how many of the evaluation's answers are equal."""
     with EngineClient(url, model) as client:
         report = check_engine(read_reference(folder), client, CONCURRENCY)
-        told = f"all {report.asked}" if report.equal == report.asked else f"{report.equal} of {report.asked}"
+        checked = f"all {report.asked}" if report.equal == report.asked else f"{report.equal} of {report.asked}"
         if report.likely:
-            told += f": {report.likely}"
+            checked += f": {report.likely}"
 
         def differs(row: dict[str, Any], image: Path) -> bool:
             with Image.open(image) as opened:
@@ -170,9 +170,9 @@ def judged(
                 if other
             ]
     if not different:
-        return told, f"all {len(asked)}"
+        return checked, f"all {len(asked)}"
     print("\n".join(different), file=sys.stderr)
-    return told, f"{len(asked) - len(different)} of {len(asked)}"
+    return checked, f"{len(asked) - len(different)} of {len(asked)}"
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ SIDES = st.integers(1, 90)
 @example(40, 40, 19, 30, 0, False)
 @example(40, 40, 41, 50, 0, False)
 def test_resizing_is_pillows(height, width, new_height, new_width, seed, is_hard):
-    picture = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     if is_hard:  # edges that overshoot and are clipped
-        picture = np.where(picture > 127, np.uint8(255), np.uint8(0))
-    expected = np.asarray(Image.fromarray(picture).resize((new_width, new_height), Image.Resampling.BICUBIC))
+        pixels = np.where(pixels > 127, np.uint8(255), np.uint8(0))
+    expected = np.asarray(Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BICUBIC))
     for resize in (device_tiles._by_sums, device_tiles._by_product):  # a CPU's way and a GPU's
         with mock.patch.object(device_tiles, "_resize_lines", resize):
-            ours = resize_as_pillow(torch.from_numpy(picture).permute(2, 0, 1), new_height, new_width)
+            ours = resize_as_pillow(torch.from_numpy(pixels).permute(2, 0, 1), new_height, new_width)
         assert np.array_equal(ours.permute(1, 2, 0).numpy(), expected)
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tables import write_xlsx
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
@@ -62,15 +63,6 @@ def write_tsv(path, rows, quoting=csv.QUOTE_MINIMAL):
         writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", quoting=quoting, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    return str(path)
-
-
-def write_xlsx(path, rows):
-    book = openpyxl.Workbook()
-    book.active.append(list(rows[0]))
-    for row in rows:
-        book.active.append(list(row.values()))
-    book.save(path)
     return str(path)
 
 

@@ -49,16 +49,6 @@ def data(make_image, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def lively_model(tiny_model):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in tiny_model.parameters():
-            parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
-    tiny_model.generation_config.eos_token_id = STOP_IDS
-    return tiny_model
-
-
 def answers_of(folder):
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     return {row["question_id"]: row["token_ids"] for row in rows}

@@ -8,10 +8,10 @@ import random
 from importlib import resources
 from pathlib import Path
 
-import openpyxl
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tables import write_xlsx
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
@@ -31,15 +31,6 @@ PROMPT = "\nAnswer the question using a single word or phrase."
 def write_lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def write_xlsx(path, rows):
-    book = openpyxl.Workbook()
-    book.active.append(list(rows[0]))
-    for row in rows:
-        book.active.append(list(row.values()))
-    book.save(path)
     return str(path)
 
 

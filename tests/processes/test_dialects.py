@@ -54,7 +54,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration, LlavaNextProcessor
 from transformers import AutoModelForImageTextToText
-folder, picture, logits, door = sys.argv[1:]
+folder, image_file, logits, door = sys.argv[1:]
 models, processors = LlavaNextForConditionalGeneration, LlavaNextProcessor
 options = {{}}
 if door == "auto":
@@ -64,7 +64,7 @@ if door == "remote":
     options = {{"trust_remote_code": True}}
 model, info = models.from_pretrained(folder, output_loading_info=True, torch_dtype=torch.float32, **options)
 processor = processors.from_pretrained(folder, **options)
-content = [{{"type": "image", "image": Image.open(picture)}}, {{"type": "text", "text": {QUESTION!r}}}]
+content = [{{"type": "image", "image": Image.open(image_file)}}, {{"type": "text", "text": {QUESTION!r}}}]
 inputs = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True,
                                        tokenize=True, return_dict=True, return_tensors="pt")
 with torch.no_grad():
@@ -72,8 +72,8 @@ with torch.no_grad():
 answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:].tolist()
 faults = [*info["missing_keys"], *info["unexpected_keys"]]
 special = sorted(processor.tokenizer.all_special_tokens)
-told = [type(model).__name__, faults, inputs["input_ids"][0].tolist(), answer, special]
-print(json.dumps([transformers.__version__, *told]))
+answered = [type(model).__name__, faults, inputs["input_ids"][0].tolist(), answer, special]
+print(json.dumps([transformers.__version__, *answered]))
 """
 
 
@@ -209,9 +209,9 @@ def answers_here(folders):
 
 
 def assert_the_same(here, there):
-    (_, _, faults, *told), logits = there
+    (_, _, faults, *answered), logits = there
     (_, _, _, *expected), expected_logits = here
-    assert not faults and told == expected
+    assert not faults and answered == expected
     np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-5)
 
 

@@ -140,7 +140,7 @@ if __name__ == "__main__":
 
 
 def test_data_workers_are_forks_that_have_imported_what_they_need(forks, tmp_path):
-    """They start anew for every epoch and evaluation, and would import torch each time."""
+    """They start again for every epoch and evaluation, and would import torch each time."""
     (tmp_path / "script.py").write_text(WORKER)
     job = forks.start(script=str(tmp_path / "script.py"))
     assert job.codes == [5], job.output()

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from llava_llama31.processing import LlavaLlama31Processor
     from llava_llama31.trainer.evaluation.presets import Preset
     from llava_llama31.trainer.evaluation.questions import Question
-    from llava_llama31.trainer.evaluation.task_evaluation import TaskEvaluation
+    from llava_llama31.trainer.evaluation.scoring import Report
     from llava_llama31.trainer.evaluation.task_files import Task
+    from llava_llama31.trainer.evaluation.task_scoring import TaskReport
     from llava_llama31.trainer.evaluation.textvqa import Evaluation
 
 
@@ -268,7 +269,7 @@ def _evaluate(
     settings: EvaluationSettings,
     processes: "PartialState | None",
     browser: bool,
-) -> "tuple[Evaluation, Path | None]":
+) -> "tuple[Evaluation[Report], Path | None]":
     """The evaluation and, in the first process and if it is wanted, the page to browse it."""
     from llava_llama31.trainer.evaluation.textvqa import evaluate
 
@@ -289,7 +290,7 @@ def _evaluate(
         return evaluation, _write_browser(evaluation, questions, progress) if is_main and browser else None
 
 
-def _print(options: argparse.Namespace, evaluation: "Evaluation", page: Path | None) -> None:
+def _print(options: argparse.Namespace, evaluation: "Evaluation[Report]", page: Path | None) -> None:
     from llava_llama31.trainer.terminal import Terminal
 
     if options.json_output:
@@ -303,7 +304,9 @@ def _print(options: argparse.Namespace, evaluation: "Evaluation", page: Path | N
         terminal.print(f"to browse: {page}")
 
 
-def _print_tasks(options: argparse.Namespace, titles: Sequence[str], evaluations: "Sequence[TaskEvaluation]") -> None:
+def _print_tasks(
+    options: argparse.Namespace, titles: Sequence[str], evaluations: "Sequence[Evaluation[TaskReport]]"
+) -> None:
     from llava_llama31.trainer.terminal import Terminal
 
     if options.json_output:
@@ -316,7 +319,7 @@ def _print_tasks(options: argparse.Namespace, titles: Sequence[str], evaluations
         Terminal().print(f"answers: {evaluation.predictions} ({evaluation.seconds:.1f} s)")
 
 
-def _write_browser(evaluation: "Evaluation", questions: Sequence["Question"], progress: "Progress") -> Path:
+def _write_browser(evaluation: "Evaluation[Report]", questions: Sequence["Question"], progress: "Progress") -> Path:
     from llava_llama31.trainer.evaluation.browser import write_browser
 
     with evaluation.predictions.open(encoding="utf-8") as file:

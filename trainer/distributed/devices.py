@@ -75,7 +75,7 @@ def peak_allocated(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Start to measure the peak anew."""
+    """Reset the measured peak."""
     if device.type not in ("cpu", "mps"):
         torch.accelerator.reset_peak_memory_stats(device)
 

@@ -274,7 +274,7 @@ def any_rows(path: Path, *, columns: Sequence[str] = (), leave_out: Sequence[str
 
 
 def _is_one_value(path: Path) -> bool:
-    """Whether a file holds one JSON value and not one a line, whatever its suffix says."""
+    """Whether a file holds one JSON value rather than one per line, whatever its suffix."""
     lines = (line.strip() for line in _lines(path))
     start = [line for line in islice((line for line in lines if line), 2)]
     if path.suffix.lower() == ".json":

@@ -1,9 +1,7 @@
 """Ask a model the questions of a task, and score the answers by the task's protocols."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from transformers import LlavaNextForConditionalGeneration
@@ -17,22 +15,7 @@ from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 from llava_llama31.trainer.evaluation.task_files import Task
 from llava_llama31.trainer.evaluation.task_questions import load_task_questions
 from llava_llama31.trainer.evaluation.task_scoring import TaskReport, answered, protocol_for, score_task
-from llava_llama31.trainer.evaluation.textvqa import answer_questions
-
-
-@dataclass(frozen=True)
-class TaskEvaluation:
-    """A finished evaluation of a task: its scores, the file of its answers, and what they were made with."""
-
-    report: TaskReport
-    predictions: Path
-    seconds: float
-    settings: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """The report's numbers, then file, seconds and settings."""
-        rest = {"predictions": str(self.predictions), "seconds": self.seconds, "settings": self.settings}
-        return self.report.to_json() | rest
+from llava_llama31.trainer.evaluation.textvqa import Evaluation, answer_questions
 
 
 def questions_to_ask(
@@ -84,7 +67,7 @@ def evaluate_task(
     *,
     processes: PartialState | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> TaskEvaluation:
+) -> Evaluation[TaskReport]:
     """Answer a task's questions by greedy generation and score the answers.
 
     The headline's protocol is the preset's if the task has one of that name, else the task's.
@@ -108,7 +91,7 @@ def evaluate_task(
     name = settings.preset.name
     protocol = protocol_for(task, "", name if name in task.protocols else None)
     report = score_task(task, answered(task, questions, found.rows), protocol)
-    evaluation = TaskEvaluation(report, found.path, found.seconds, found.settings)
+    evaluation = Evaluation(report, found.path, found.seconds, found.settings)
     if processes is None or processes.is_main_process:
         found.write_scores(evaluation.to_json())
     return evaluation

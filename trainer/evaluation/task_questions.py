@@ -216,7 +216,7 @@ def _id(value: Any, where: str, name: str) -> int | str:
 
 
 def _image_id(layout: Layout, row: Mapping[str, Any]) -> str:
-    """What the image is called; the hash of its content where it has no name, and empty where there is no image."""
+    """The image's name, the hash of its content if it has no name, or an empty string if there is no image."""
     named = _field(row, layout.image_key) if layout.image_key else None
     value = named if named not in (None, "") else _field(row, layout.image) if layout.image else None
     if isinstance(value, list) and len(value) == 1:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -38,11 +38,20 @@ ANSWER_FILES = (
 )
 
 
+class Scored(Protocol):
+    """A report of scores, which JSON can hold."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+AnyReport = TypeVar("AnyReport", bound=Scored)
+
+
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Generic[AnyReport]):
     """A finished evaluation: its scores, the file of its answers, and what they were made with."""
 
-    report: Report
+    report: AnyReport
     predictions: Path
     seconds: float
     settings: dict[str, Any]
@@ -84,7 +93,7 @@ def evaluate(
     *,
     processes: PartialState | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Evaluation:
+) -> Evaluation[Report]:
     """Answer every question as `answer_questions` does, and score the answers by TextVQA's protocols.
 
     Raises:

@@ -152,7 +152,7 @@ def start_fork_server(modules: Sequence[str]) -> None:
     """Start the fork server of data workers, ignoring the signals to the process group that would end it.
 
     Args:
-        modules: imported there once, while this process goes on; a worker is then a fork that starts in milliseconds
+        modules: imported there once, in parallel to this process; a worker is then a fork that starts in milliseconds
             and shares their memory, where it would import torch and Transformers for every epoch and evaluation.
     """
     multiprocessing.set_forkserver_preload(["__main__", *modules])

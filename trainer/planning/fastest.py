@@ -120,7 +120,7 @@ def timed_plan(cases: list[Case], gpu: Accelerator) -> dict[str, Any]:
     Hours and cost are those of the fastest settings; None where a stage's are not known.
     """
     if any(case.config is None for case in cases):
-        verdict = "the model's parts are not here yet: no time and no memory can be told"
+        verdict = "the model's parts are not here yet: time and memory can't be estimated"
         return {"hours": None, "cost": None, "fastest": None, "verdict": verdict}
     stages: dict[str, Any] = {}
     hours: list[float | None] = []

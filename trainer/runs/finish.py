@@ -19,6 +19,7 @@ from llava_llama31.trainer.evaluation.browser import write_browser
 from llava_llama31.trainer.evaluation.precision import answers_in_float32
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
+from llava_llama31.trainer.evaluation.scoring import Report
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 from llava_llama31.trainer.evaluation.textvqa import Evaluation, evaluate, weights_revision
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOL, vqa_accuracy
@@ -96,7 +97,7 @@ def _score(
 
     def ask(
         name: str, weights: LlavaNextForConditionalGeneration, revision: str, blind_seed: int | None = None
-    ) -> Evaluation:
+    ) -> Evaluation[Report]:
         return evaluate(
             weights,
             processor,

@@ -1,4 +1,4 @@
-"""What data workers need, imported by their fork server alone, which runs nothing of ours but imports."""
+"""What data workers need. Only their fork server imports it, and the imports are all that runs there."""
 
 from llava_llama31.trainer.redaction import quiet_libraries
 
