@@ -39,6 +39,14 @@ from llava_llama31.trainer.costs.matrix_peak import measure_cpu_speed
 from llava_llama31.trainer.data.batches.collator import Collator, Sample
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if TORTURE:
+        return
+    long = [item for item in items if item.get_closest_marker("torture")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if not item.get_closest_marker("torture")]
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """A stage's end collects garbage: among what the tests make, not among all that was imported."""
     gc.collect()
@@ -59,6 +67,7 @@ def sendable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+TORTURE = os.environ.get("TORTURE") == "1"
 TILE = 28
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [28, 84], [84, 28]]
 
