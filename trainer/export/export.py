@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from llava_llama31.model_card.card import CardError, licence_files, public, render_card
 from llava_llama31.model_card.curves import draw_curve
 from llava_llama31.model_card.sections import edited_sections
-from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.processing import CHAT_TEMPLATE, LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.engines.reference import REFERENCE, record_reference
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.export.dialects import PORTABLE, to_portable
+from llava_llama31.trainer.export.templates import is_own_template
 from llava_llama31.trainer.model.opening import open_model
 
 
@@ -52,6 +53,8 @@ def write_export(
     with atomic_folders.room(folder.parent, weights + min(weights, MAX_SHARD)):  # one shard is there twice for a while
         staging = atomic_folders.staging_folder(folder)
         model.save_pretrained(staging, max_shard_size=MAX_SHARD)
+        if is_own_template(processor.chat_template):  # a former version's refuses less
+            processor.chat_template = CHAT_TEMPLATE
         processor.save_pretrained(staging)
         if dialect == PORTABLE:
             to_portable(staging)

@@ -150,12 +150,12 @@ def _names_own_classes(value: Any, allowed: tuple[str, ...]) -> bool:
 
 def check_template(contents: Contents) -> Iterator[GateFinding]:
     """The only chat template is ours, which the model was trained with."""
-    from llava_llama31.processing import CHAT_TEMPLATE
+    from llava_llama31.trainer.export.templates import is_own_template
 
     for file in (file for file in contents.files if file.endswith(".jinja")):
         if file != "chat_template.jinja":
             yield GateFinding("template", file, "is a second chat template", f"remove {file}")
-        elif contents.read(file) != CHAT_TEMPLATE and contents.files[file].stat().st_size > 0:
+        elif not is_own_template(contents.read(file)) and contents.files[file].stat().st_size > 0:
             yield GateFinding("template", file, "is not the template that the model was trained with", EXPORT_AGAIN)
 
 
