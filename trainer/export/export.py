@@ -77,7 +77,7 @@ def export_again(run: RunFolder, output: Path | None = None, dialect: str = PORT
     Raises:
         UserError: the run is not finished.
     """
-    record = _record_of(run)
+    record = record_of_run(run)
     names = [stage["name"] for stage in record["stages"]]
     default = run.export if dialect == PORTABLE else run.export.with_name(f"{run.export.name}-{dialect}")
     folder = (output or default).resolve()
@@ -97,7 +97,7 @@ def write_openings(run: RunFolder, folder: Path, opened: Sequence[Mapping[str, A
         opened: of each, what `Opened` has.
     """
     card = folder / "README.md"
-    text = card_text({**_record_of(run), "opened": list(opened)}, card.read_text(encoding="utf-8"))
+    text = card_text({**record_of_run(run), "opened": list(opened)}, card.read_text(encoding="utf-8"))
     card.write_text(text, encoding="utf-8")
     manifest = atomic_folders.read_manifest(folder)
     facts = {"name": card.name, "size": card.stat().st_size, "sha256": atomic_folders.sha256(card)}
@@ -106,7 +106,12 @@ def write_openings(run: RunFolder, folder: Path, opened: Sequence[Mapping[str, A
     atomic_folders.write_manifest(folder, manifest)
 
 
-def _record_of(run: RunFolder) -> dict[str, Any]:
+def record_of_run(run: RunFolder) -> dict[str, Any]:
+    """What the card of a finished run is made from.
+
+    Raises:
+        UserError: the run is not finished.
+    """
     if not run.record.is_file():
         what = "this is not a finished run"
         raise UserError(what, where=str(run.path), fix=f"train it to its end: {run.record.name} is missing")
