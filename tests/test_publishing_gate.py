@@ -191,6 +191,7 @@ BREAKS = [
     ("tensors", "model.safetensors", lambda f: (f / "model.safetensors").unlink()),
     ("tensors", "model.safetensors", lambda f: shard(f, keep=True)),
     ("tensors", "model.safetensors.index.json", lambda f: shard(f, whole_index=False)),
+    ("twin", "twin.json", lambda f: edit_json(f, "config.json", quantization_config={"quant_method": "x"})),
     ("card", "README.md", lambda f: edit_text(f, "README.md", "library_name: transformers", "library_name: other")),
     ("card", "README.md", lambda f: edit_text(f, "README.md", "base_model:\n- meta/base", "base_model: ../x")),
     ("card", "README.md", lambda f: edit_text(f, "README.md", "samples/1.png", "samples/2.png")),
