@@ -109,7 +109,8 @@ def test_one_kernel_a_parameter_does_what_the_chunks_do(dtype):
         optimizer = AdamWBfloat16([{"params": parameters}], **options, compiled=compiled)
         ends.append((train(optimizer, parameters, 50), weights(dtype)))
     for one, other, start in zip(ends[0][0], ends[1][0], ends[0][1], strict=True):
-        assert 0 < (one - other).float().norm() < 0.02 * (one - start).float().norm()
+        tolerance = 0.02 if dtype == torch.float32 else 0.1
+        assert 0 < (one - other).float().norm() < tolerance * (one - start).float().norm()
 
 
 def test_numbers_are_hashed_evenly_and_by_their_place_alone():
