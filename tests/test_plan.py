@@ -94,7 +94,7 @@ def test_the_fastest_is_that_of_an_exhaustive_search(tmp_path):
     recipe = load_recipe("llama31-8b", output=tmp_path, overrides=[])
     case = cases_of(recipe, tmp_path, machine)[2]
     gpu = ACCELERATORS["a100-80"]
-    best, seen = (float("inf"), None), {}
+    best = (float("inf"), None)
     for size in (1, 2, 4, 8, 16, 32, 64):
         for every in (True, 2, "selective", 3, False):
             for optimizer in ("adamw_bf16", "adamw_8bit", "adamw"):
@@ -112,7 +112,7 @@ def test_the_fastest_is_that_of_an_exhaustive_search(tmp_path):
                         continue
                     if name == "fsdp2" and optimizer == "adamw_8bit":
                         continue
-                    found = timed(replace(case, stage=stage, engine=ENGINES[name]), gpu, seen)
+                    found = timed(replace(case, stage=stage, engine=ENGINES[name]), gpu)
                     if found is not None and found.peak <= USABLE * 60e9:
                         best = min(best, (found.step, (size, every, optimizer, name)))
     chosen = fastest(case, gpu)

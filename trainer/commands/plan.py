@@ -59,9 +59,10 @@ def run(options: argparse.Namespace) -> int:
     output = run_folder(options, options.recipe)
     recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
     machine, assumed = _machine(options), Assumptions(_rows(options.rows), options.tokens_per_row)
-    plan = plan_recipe(recipe, output, machine, assumed)
+    cases = cases_of(recipe, output, machine, assumed)
+    plan = plan_recipe(recipe, output, machine, assumed, cases)
     if options.device is not None:
-        plan |= timed_plan(cases_of(recipe, output, machine, assumed), ACCELERATORS[options.device])
+        plan |= timed_plan(cases, ACCELERATORS[options.device])
         plan["device"] = options.device
     if options.write is not None:
         _write(options, plan)
