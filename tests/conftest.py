@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import os
+import re
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from chromium import started
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -349,6 +351,22 @@ def run_recipe():
         return folder
 
     return run
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    yield from started(tmp_path_factory.mktemp("profile"))
+
+
+@pytest.fixture
+def window(chromium):
+    """Chromium; whatever the test does, no page may err or ask for anything but its own file."""
+    chromium.console(), chromium.requests()
+    yield chromium
+    assert chromium.console() == []
+    assert {re.sub(r"#.*", "", url) for url in chromium.requests()} == {
+        re.sub(r"#.*", "", chromium.run("return location.href"))
+    }
 
 
 def user(*parts):

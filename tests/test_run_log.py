@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.runs.run_log import entries
+from llava_llama31.trainer.report.run_facts import entries
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
 
@@ -86,6 +86,11 @@ def test_a_run_that_crashed_twice_has_every_step_once(train, monkeypatch):
     assert steps(log) == steps(expected)
     assert steps(log) == [("projector", n) for n in range(1, 7)] + [("instruct", n) for n in range(1, 6)]
     assert without_times(log) == without_times(expected)
+    start = next(entry for entry in log if entry.get("event") == "start")
+    assert [group["num_trainable"] > 0 for group in start["groups"]] == [False, True, False]
+    assert start["data"][0]["usable"] == 44 and start["command"].startswith("llava-llama31 train ")
+    report = (run / "report.html").read_text()
+    assert ">finished<" in report and "resumed 2 times" in report and start["environment"]["torch"] in report
 
 
 def test_findings_are_logged_once_each(train, recipe_content, tmp_path, monkeypatch):

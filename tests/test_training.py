@@ -88,7 +88,7 @@ def assert_card_of_the_run(run: Path) -> None:
         assert [step for step, _ in stage["loss_curve"]] == [1, 2, 3, 4, 5, 6]
         assert stage["curve_image"] == f"curves/{number}-{stage['name']}.png" and stage["curve_image"] in card
         with Image.open(export / stage["curve_image"]) as curve:
-            assert curve.format == "PNG" and curve.size == (640, 320)
+            assert curve.format == "PNG" and curve.size == (1280, 640)
     answers = (export / "predictions.jsonl").read_bytes()
     assert record["evaluation"]["predictions"]["sha256"] == hashlib.sha256(answers).hexdigest()
     assert answers == (run / "predictions.jsonl").read_bytes() and len(record["samples"]) == 6

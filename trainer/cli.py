@@ -28,6 +28,7 @@ from llava_llama31.trainer.commands import (
     plan,
     publish,
     recipes,
+    report,
     score,
     train,
 )
@@ -59,6 +60,7 @@ _COMMANDS = {
     "check-data": check_data,
     "doctor": doctor,
     "assemble": assemble,
+    "report": report,
     "evaluate": evaluate,
     "chat": chat,
     "score": score,

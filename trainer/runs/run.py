@@ -23,6 +23,8 @@ from llava_llama31.trainer.model.locating import local_checkpoint
 from llava_llama31.trainer.publishing.publish_run import publish_run
 from llava_llama31.trainer.publishing.pusher import pushing
 from llava_llama31.trainer.recipes.schema import Recipe
+from llava_llama31.trainer.report.page import write_report
+from llava_llama31.trainer.report.run_facts import run_facts
 from llava_llama31.trainer.runs.base_model import base_of, prepare
 from llava_llama31.trainer.runs.console import make_console, print_summary
 from llava_llama31.trainer.runs.context import RunContext, StageRun
@@ -117,6 +119,8 @@ def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
                 summary["saves"] = pusher.close(finish=True)
         atomic_folders.write_json(folder.summary, summary)
         print_summary(run.console, summary, atomic_folders.read_json(folder.record))
+        write_report([run_facts(folder.path)], folder.report)
+        run.console.print(f"report: {folder.report}")
         return publish_run(recipe.publish, folder.path, summary, run.console.print)
 
 

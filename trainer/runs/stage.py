@@ -68,7 +68,7 @@ def _run_stage(run: StageRun) -> dict[str, Any]:
     check_attention(base_model(model, stage), stage, args.device)
     print_stage_start(run.context.console, run.name, stage, derived, report, str(run.origin))
     features = stage_features(run, base_model(model, stage), processor, data, args.device)
-    trainer = stage_trainer(run, model, args, processor, data, features)
+    trainer = stage_trainer(run, model, args, processor, data, features, report)
     _train(run, trainer, derived)
     trainer.restore_best()
     record = stage_record(run, data, derived, report, trainer)

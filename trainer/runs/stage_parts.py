@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,10 +25,12 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.questions import load_questions
+from llava_llama31.trainer.export.provenance import commit, environment
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard, StopRequests
 from llava_llama31.trainer.fault_tolerance.step_health import Health
 from llava_llama31.trainer.fault_tolerance.watchdog import Watchdog
 from llava_llama31.trainer.model.device_options import FLOAT8_MULTIPLE
+from llava_llama31.trainer.model.module_groups import GroupReport
 from llava_llama31.trainer.model.stage_model import base_model, product_dtype
 from llava_llama31.trainer.publishing.pusher import PushSaves
 from llava_llama31.trainer.recipes.schema import Stage
@@ -97,6 +100,7 @@ def stage_trainer(
     processor: LlavaLlama31Processor,
     data: StageData,
     features: FeatureCache | None,
+    report: Sequence[GroupReport],
 ) -> LlavaTrainer:
     stage, guard = run.stage, _guard(run)
     pixel_dtype = product_dtype(stage)
@@ -133,7 +137,7 @@ def stage_trainer(
             inputs=stage_inputs(run, data),
         ),
         questions=_questions(run),
-        callbacks=[StageProgress(run.context.console, run.name), *_logs(run, guard), *_pushes(run)],
+        callbacks=[StageProgress(run.context.console, run.name), *_logs(run, guard, data, report), *_pushes(run)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -147,8 +151,17 @@ def stage_inputs(run: StageRun, data: StageData) -> Inputs:
     return contents | {f"{run.where}.origin": checkpoint_digests(run.origin)}
 
 
-def _logs(run: StageRun, guard: Guard) -> list[RunLog]:
-    return [RunLog(run.context.folder.log, run.name, run.stage, guard.health)] if run.context.is_main else []
+def _logs(run: StageRun, guard: Guard, data: StageData, report: Sequence[GroupReport]) -> list[RunLog]:
+    if not run.context.is_main:
+        return []
+    facts = {
+        "groups": [asdict(line) for line in report],
+        "data": data.summary,
+        "command": run.context.command,
+        "commit": commit(),
+        "environment": environment(),
+    }
+    return [RunLog(run.context.folder.log, run.name, run.stage, guard.health, facts)]
 
 
 def _pushes(run: StageRun) -> list[PushSaves]:

@@ -55,10 +55,10 @@ def stage_record(
 
 
 def _final_metrics(trainer: LlavaTrainer) -> dict[str, Any]:
-    """Metrics of the stage's final weights; evaluated now unless an evaluation chose them."""
-    step = trainer.state.best_global_step
-    for entry in trainer.state.log_history:
-        if step and entry["step"] == step and f"{trainer.args.metric_for_best_model}" in entry:
+    """Metrics of the stage's final weights; evaluated now unless they were at their step."""
+    step = trainer.state.best_global_step or trainer.state.global_step
+    for entry in reversed(trainer.state.log_history):
+        if entry["step"] == step and ("eval_loss" in entry or "eval_accuracy" in entry):
             return entry
     measures = len(trainer.batches.validation) > 0 or trainer.questions is not None
     return trainer.evaluate() if measures else {}
