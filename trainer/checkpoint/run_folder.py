@@ -222,6 +222,15 @@ class RunFolder:
                 except OSError as error:  # must not mask the original error
                     logger.warning("%s is not written: %s", file, error)
 
+    def refuse_other(self, recipe: Recipe) -> None:
+        """Refuse another recipe than the one that a run in this folder began with; nothing is written.
+
+        Raises:
+            UserError: naming the keys that differ.
+        """
+        if self.recipe.is_file() and self.has_begun():
+            self._refuse_changes(self._recipe_before(), recipe.model_dump(mode="json"))
+
     def _settle_recipe(self, recipe: Recipe) -> None:
         """Write down what the folder is for; before the first checkpoint of a run it may still change."""
         now = recipe.model_dump(mode="json")

@@ -1,6 +1,6 @@
 """Recipes key by key: `stages.NAME.key`, positions of lists counted from 0."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -16,3 +16,11 @@ def flat(content: Any, key: str = "") -> dict[str, Any]:
     for name, value in items.items():
         found |= flat(value, f"{key}.{name}" if key else name)
     return found
+
+
+def differing(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Keys whose values are not the same in all recipes, with the values as text."""
+    flattened = [flat(recipe) for recipe in recipes]
+    keys = dict.fromkeys(key for recipe in flattened for key in recipe)
+    values = {key: [str(recipe.get(key, "not there")) for recipe in flattened] for key in keys}
+    return {key: found for key, found in values.items() if len(set(found)) > 1}

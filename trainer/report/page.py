@@ -20,7 +20,7 @@ from llava_llama31.model_card.curves import DASHES, NUM_COLOURS, svg
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.questions import load_questions
-from llava_llama31.trainer.recipes.differences import flat
+from llava_llama31.trainer.recipes.differences import differing, flat
 from llava_llama31.trainer.redaction import redacted
 from llava_llama31.trainer.report.panels import number, panels
 from llava_llama31.trainer.report.run_facts import Entry, RunFacts, StageFacts
@@ -360,7 +360,5 @@ def _figures(run: RunFacts) -> tuple[Row, list[Row]] | None:
 
 def _differences(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
     """Keys of the recipes whose values are not the same in all runs."""
-    recipes = [flat(run.recipe) for run in runs]
-    keys = list(dict.fromkeys(key for recipe in recipes for key in recipe))
-    values = {key: [redacted(str(recipe.get(key, "not there"))) for recipe in recipes] for key in keys}
-    return [(key, found) for key, found in values.items() if len(set(found)) > 1]
+    found = differing([run.recipe for run in runs])
+    return [(key, [redacted(value) for value in values]) for key, values in found.items()]

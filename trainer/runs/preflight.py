@@ -23,7 +23,7 @@ from llava_llama31.trainer.model.device_options import check_device_options
 from llava_llama31.trainer.model.locating import local_checkpoint
 from llava_llama31.trainer.publishing.beforehand import check_beforehand, check_strategy
 from llava_llama31.trainer.recipes.derived import check_evaluations, derive
-from llava_llama31.trainer.recipes.schema import Publish, Stage
+from llava_llama31.trainer.recipes.schema import Publish, Recipe, Stage
 from llava_llama31.trainer.runs.base_model import base_of, is_ours
 from llava_llama31.trainer.runs.context import RunContext
 from llava_llama31.trainer.runs.inputs import run_inputs, settle_inputs
@@ -108,6 +108,15 @@ def check_inputs(run: RunContext) -> None:
             if source.not_read:
                 run.console.print(f"stages.{name}: {source.name}: {source.not_read_line()}")
     settle_inputs(run, run_inputs(run, reports))
+    check_questions(recipe)
+
+
+def check_questions(recipe: Recipe) -> None:
+    """Check the questions of the evaluation.
+
+    Raises:
+        UserError: naming what to fix.
+    """
     if recipe.evaluation is not None:
         spec = recipe.evaluation
         questions = load_questions(spec.data, image_root=spec.image_root, limit=spec.limit)

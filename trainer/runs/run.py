@@ -52,7 +52,7 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) 
     if not uses_cpu() and torch.accelerator.device_count() > 1 and "RANK" not in os.environ:
         raise UserError(
             f"{torch.accelerator.device_count()} GPUs are visible to one process",
-            fix="start it with `accelerate launch examples/train.py RECIPE`, or set CUDA_VISIBLE_DEVICES",
+            fix="add --devices N, start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES",
         )
     # rank 0 may prepare and check data for hours, while the others wait
     try:
