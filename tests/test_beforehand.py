@@ -57,7 +57,7 @@ def test_a_dry_run_of_the_demo_says_what_it_does_not_check(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r["evaluation"].update(data="gone.jsonl"), "evaluation.data: there is no gone.jsonl"),
+        (lambda r: r["evaluation"].update(data="gone.jsonl"), "gone.jsonl does not exist"),
         (
             lambda r: r["stages"]["instruct"].update(trainer_args={"report_to": ["tensorbord"]}),
             "did you mean tensorboard",
@@ -83,7 +83,7 @@ def test_devices_start_the_launcher_with_the_same_options(recipe_file, monkeypat
     started = []
     monkeypatch.setattr(train.os, "execv", lambda program, command: started.append((program, command)) or sys.exit(0))
     monkeypatch.delenv("RANK", raising=False)
-    arguments = [str(recipe_file), "--devices", "2", "--cpu", "--set", "seed=-1", "--output", "-odd run"]
+    arguments = [str(recipe_file), "--devices", "2", "--cpu", "--set", "description=-x", "--output", "-odd run"]
     with pytest.raises(SystemExit):
         main(["train", *arguments[:-2], f"--output={arguments[-1]}"])
     ((program, command),) = started
@@ -92,7 +92,12 @@ def test_devices_start_the_launcher_with_the_same_options(recipe_file, monkeypat
     assert (options.nproc_per_node, options.nnodes, options.module) == ("2", "1:1", True)
     assert options.training_script == "llava_llama31.trainer.cli"
     ours = command_parser().parse_args(options.training_script_args)
-    assert (ours.recipe, ours.overrides, ours.output, ours.cpu) == (str(recipe_file), ["seed=-1"], "-odd run", True)
+    assert (ours.recipe, ours.overrides, ours.output, ours.cpu) == (
+        str(recipe_file),
+        ["description=-x"],
+        "-odd run",
+        True,
+    )
 
 
 def test_devices_that_are_not_there_are_refused(recipe_file, tmp_path, capsys):

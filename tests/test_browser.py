@@ -388,7 +388,7 @@ def test_filters_show_the_right_questions(page):
     assert page.run("return location.protocol") == "file:" and page.text("h1") == "mine"
     assert page.ids() == ["1", "2", "3", "4", "5", "6", "7", BIG]
     expected = {
-        "vlmevalkit-2024": {"wrong": ["2", "3", "5", BIG], "zero": ["2", "5", BIG]},
+        "vlmevalkit-2024": {"right": ["1", "4"], "wrong": ["2", "3", "5", BIG], "zero": ["2", "5", BIG]},
         "vlmevalkit-2025": {"wrong": ["2", "3", "4", "5", BIG], "zero": ["2", "4", "5", BIG]},
         "m4c": {"wrong": ["2", "3", BIG], "zero": ["2", BIG]},
     }
@@ -486,8 +486,11 @@ def test_the_keyboard_is_enough(page):
     page.press(*"halt", "ArrowDown")
     assert page.focused() == "3"
     page.run("document.querySelector('#filters [value=all]').focus()")
-    page.press("ArrowRight")
+    page.press("ArrowRight", "ArrowRight")
     assert page.run("return document.querySelector('#filters :checked').value") == "wrong"
+    page.press("ArrowDown")
+    assert page.focused() == "3" and page.run("return document.querySelector('#filters :checked').value") == "wrong"
+    page.run("document.querySelector('#filters [value=wrong]').focus()")
     page.press("Tab", "ArrowDown", "Enter")
     assert page.run("return document.activeElement.className") != "", "Tab reaches the cards' buttons"
 
@@ -507,6 +510,48 @@ def test_arrows_go_over_the_ends_of_pages(window, image, tmp_path):
     assert window.ids()[0] == "50"
     window.show("unanswered")
     assert window.ids()[0] == "0", "another filter starts on its first page"
+
+
+def test_the_address_names_what_is_shown(page, tmp_path):
+    page.show("wrong")
+    page.choose("sort", "lowest")
+    page.choose("protocol", 2)
+    page.search("stop")
+    page.press("ArrowDown", "ArrowDown")
+    address = page.run("return location.href")
+    assert address.endswith("#filter=wrong&protocol=m4c&sort=lowest&search=stop&question=3")
+    page.open("about:blank")
+    page.console(), page.requests()
+    page.open(address)
+    assert page.ids() == ["2", "3"] and page.focused() == "3"
+    assert page.run("return document.getElementById('search').value") == "stop"
+    page.run("location.hash = '#filter=right&page=7&sort=never&protocol='")
+    assert page.ids() == ["1", "4"]
+    page.show("all")
+    page.search("")
+    page.press("Escape")
+    assert page.run("return location.hash") == ""
+
+
+def test_what_is_shown_can_be_saved(page, evaluation):
+    catch = "window.saved = []; URL.createObjectURL = (f) => { saved.push(f); return '#'; }"
+    page.run(catch)
+    page.show("wrong")
+    page.click("#export")
+    script = "saved[0].text().then(arguments[0])"
+    lines = page.call("POST", "/execute/async", {"script": script, "args": []}).splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["question_id"] for row in rows] == ["2", "3", "5", BIG]
+    assert rows[1]["answers"] == ["stop"] * 8 + ["halt"] * 2 and rows[1]["scores"]["m4c"] == 0.6
+    page.search("nowhere")
+    assert page.run("return document.getElementById('export').disabled")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_nobody_is_left_out(page, width, scheme):
+    page.resize(width)
+    page.prefer(scheme)
+    assert page.run("return document.documentElement.scrollWidth") <= width and page.violations() == []
 
 
 def test_every_control_has_a_name(page):

@@ -23,7 +23,7 @@ STAGE_RECORD = "stage.json"
 _FINAL = "final"
 _LOCK = ".lock"
 # recipe keys that may change between two starts of a run, beside `CHANGEABLE`
-_UNTRAINED = ("description", "device_watts", "hub_id")
+_UNTRAINED = ("description", "device_watts", "hub_id", "report_to")
 _PLACES = re.compile(
     r"stages\.[^.]+\.(init_from|data\.\d+\.(path|image_root))|evaluation\.(data|image_root)"
     rf"|model\.({'|'.join(MODEL_PARTS)})"

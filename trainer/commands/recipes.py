@@ -30,7 +30,7 @@ def _print_differences(one: str, other: str) -> None:
     table = Table("key", one, other, box=None, pad_edge=False)
     for key, values in found.items():
         table.add_row(key, *values)
-    Terminal(wrap_tables=True).print(table)
+    Terminal().print(table)
 
 
 def run(options: argparse.Namespace) -> int:

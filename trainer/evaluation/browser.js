@@ -15,6 +15,7 @@ const collator = new Intl.Collator("en", { numeric: true });
 
 const FILTERS = {
   all: () => true,
+  right: (entry) => score(entry) === 1,
   wrong: (entry) => score(entry) < 1,
   zero: (entry) => score(entry) === 0,
   disagree: (entry) => entry.compared !== undefined,
@@ -149,6 +150,55 @@ function showPage(page) {
   byId("range").textContent = `${whole(start + 1)} to ${whole(start + cards.length)} of ${whole(shown.length)}`;
   byId("previous").disabled = page === 0;
   byId("next").disabled = start + PAGE_SIZE >= shown.length;
+  writeAddress();
+}
+
+/** The address names what is shown, so that a reload or whoever gets the link sees it too. */
+function writeAddress(question = "") {
+  const named = { ...state, protocol: protocols[state.protocol], search: byId("search").value, question };
+  const usual = { filter: "all", protocol: protocols[0], sort: "file", search: "", page: 0, question: "" };
+  const changed = Object.entries(named).filter(([key, value]) => value !== usual[key]);
+  const hash = new URLSearchParams(changed).toString();
+  if (hash !== location.hash.slice(1)) history.replaceState(null, "", hash === "" ? "#" : `#${hash}`);
+}
+
+/** Show what the address names; what it names wrongly is as usual. */
+function readAddress() {
+  const named = new URLSearchParams(location.hash.slice(1));
+  const page = Number(named.get("page"));
+  const question = named.get("question");
+  state.filter = Object.hasOwn(FILTERS, named.get("filter")) ? named.get("filter") : "all";
+  state.sort = Object.hasOwn(SORTS, named.get("sort")) ? named.get("sort") : "file";
+  state.protocol = Math.max(protocols.indexOf(named.get("protocol")), 0);
+  document.querySelector(`#filters [value=${state.filter}]`).checked = true;
+  byId("sort").value = state.sort;
+  byId("protocol").value = state.protocol;
+  search(named.get("search") ?? "");
+  const place = question === null ? -1 : shown.findIndex((entry) => entry.id === question);
+  if (place >= 0) {
+    showPage(Math.floor(place / PAGE_SIZE));
+    focusCard(place % PAGE_SIZE);
+  } else if (Number.isInteger(page) && page > 0 && page * PAGE_SIZE < shown.length) {
+    showPage(page);
+  }
+}
+
+/** The shown questions with their answers, as lines of JSON. */
+function exportShown() {
+  const line = ({ id, image, question, prediction, error, scores, answers }) =>
+    JSON.stringify({
+      question_id: id,
+      image_id: images[image].id,
+      question,
+      answer: prediction ?? null,
+      ...(error === undefined ? {} : { error }),
+      ...(scores === undefined ? {} : { scores: Object.fromEntries(protocols.map((name, i) => [name, scores[i]])) }),
+      answers: answers.flatMap(({ text, count }) => Array(count).fill(text)),
+    });
+  const file = new Blob(shown.map((entry) => `${line(entry)}\n`), { type: "application/jsonl" });
+  const link = make("a", { href: URL.createObjectURL(file), download: `${title}.jsonl` });
+  link.click();
+  URL.revokeObjectURL(link.href);
 }
 
 function update() {
@@ -157,6 +207,7 @@ function update() {
     radio.parentElement.querySelector(".count").textContent = whole(found.filter(FILTERS[radio.value]).length);
   }
   shown = found.filter(FILTERS[state.filter]).sort(SORTS[state.sort]);
+  byId("export").disabled = shown.length === 0;
   byId("status").textContent = shown.length === 0 ? "No question fits." : `${counted(shown.length, "question")}, ${meanOf(shown)}`;
   showPage(0);
 }
@@ -172,6 +223,7 @@ function turn(step, last = false) {
 function focusCard(index) {
   const article = byId("questions").children[index].firstElementChild;
   article.focus({ preventScroll: true });
+  writeAddress(shown[state.page * PAGE_SIZE + index].id);
   article.scrollIntoView({ block: "nearest" });
 }
 
@@ -198,14 +250,15 @@ function focusSearch() {
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const searching = event.target === byId("search");
-  const choosing = event.target.matches("select, [type=radio]");
+  const choosing = event.target.matches("select");
+  const filtering = event.target.matches("[type=radio]"); // left and right change the filter, up and down the question
   const actions = {
     "/": () => !searching && focusSearch(),
     Escape: () => searching && search(""),
     ArrowDown: () => !choosing && move(1),
     ArrowUp: () => !choosing && move(-1),
-    ArrowRight: () => !choosing && !searching && turn(1),
-    ArrowLeft: () => !choosing && !searching && turn(-1),
+    ArrowRight: () => !choosing && !filtering && !searching && turn(1),
+    ArrowLeft: () => !choosing && !filtering && !searching && turn(-1),
   };
   // an action that says false did not apply: the key stays the browser's
   if (actions[event.key] !== undefined && actions[event.key]() !== false) event.preventDefault();
@@ -230,5 +283,7 @@ byId("sort").addEventListener("change", (event) => { state.sort = event.target.v
 byId("filters").addEventListener("change", (event) => { state.filter = event.target.value; update(); });
 byId("previous").addEventListener("click", () => turn(-1));
 byId("next").addEventListener("click", () => turn(1));
+byId("export").addEventListener("click", exportShown);
 document.addEventListener("keydown", onKey);
-update();
+window.addEventListener("hashchange", readAddress);
+readAddress();

@@ -52,19 +52,25 @@ class DataSource(_Frozen):
     """One set of records: JSON or JSON lines, WebDataset shards, parquet, a saved Hugging Face dataset or a Hub id."""
 
     name: str
+    """What the source is called in reports; each name once in a stage."""
     path: str
+    """File, folder, pattern of shards, or a data set's Hub id."""
     image_root: str | None = None
     """Folder that image paths are relative to and may not leave; default: the folder of `path`."""
     format: Literal["auto", DataFormat] = "auto"
+    """How rows say who speaks; `auto` looks at them."""
     split: str = "train"
+    """Of a saved data set or one of the Hub."""
     sample: PositiveInt | None = None
     """Number of rows to draw, without replacement, seeded; default: all."""
     sample_when: Literal["before_filtering", "after_filtering"] = "after_filtering"
+    """Whether `sample` draws from all rows or from the usable ones."""
     weight: PositiveFloat = 1.0
     """How often an epoch sees each training row: 2.5 is twice, and half of them, drawn by the seed, a third time."""
     images_only: bool = False
     """Reject rows without an image, by the reason `text_only`."""
     license: str | None = None
+    """Licence of the data, for the model card."""
     hub_id: str | None = None
     """Dataset of the Hub that the rows are from, for the model card."""
 
@@ -75,19 +81,25 @@ class Model(_Frozen):
     """Where the first stage starts: an assembled checkpoint, or the parts to assemble."""
 
     checkpoint: str | None = None
+    """LLaVA-NeXT folder or Hub id (`OWNER/NAME`, `OWNER/NAME@REVISION`); or give the two parts below."""
     vision_tower: str | None = None
+    """CLIP or DINOv2, or a LLaVA checkpoint whose tower is taken."""
     language_model: str | None = None
+    """Llama with its tokenizer."""
     projector: str | None = None
     """Checkpoint to take the projector from; default: a fresh one, N(0, 0.02)."""
     vision_feature_layer: int = -2
+    """Layer of the tower that the projector gets; -2 is the last but one."""
     image_grid_pinpoints: list[list[PositiveInt]] | None = None
     """(height, width) in pixels; default: LLaVA-1.6's five shapes in units of the tile."""
     add_chat_tokens: bool = False
     """Give a tokenizer that lacks them Llama 3.1's turn tokens, as new rows of the embedding."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """In which the base is assembled and the finished model is written."""
     license: str | None = None
     """Licence of the language model, which the finished model inherits, as the Hub names it."""
     vision_tower_license: str | None = None
+    """Licence of the vision tower, as the Hub names it."""
 
     _present_keys = model_validator(mode="before")(with_present_keys)
 
@@ -105,10 +117,15 @@ class Lora(_Frozen):
     """Low-rank adapters on the language model's linear layers (Hu et al., 2021), through PEFT."""
 
     r: PositiveInt = 64
+    """Rank of the adapters."""
     alpha: PositiveFloat = 128.0
+    """Scale; adapters are multiplied by alpha / r."""
     dropout: Fraction = 0.0
+    """Share of the adapters' inputs that is dropped in training."""
     targets: list[LoraTarget] = Field(list(get_args(LoraTarget)), min_length=1)
+    """Linear layers that are adapted."""
     dora: bool = False
+    """Also learn the magnitude of each output (Liu et al., 2024)."""
     quantize: Literal["nf4"] | None = None
     """Keep the adapted weights in 4 bits while the adapters are trained (QLoRA, through bitsandbytes)."""
 
@@ -117,8 +134,11 @@ class Stage(_Frozen):
     """What is trained, on what data, from what weights; lengths in tokens, batches in samples."""
 
     trainable: list[ModuleGroup] = Field(min_length=1)
+    """`multi_modal_projector` includes `image_newline`, `language_model` the head; the rest is frozen."""
     learning_rate: PositiveFloat | dict[ModuleGroup, PositiveFloat]
+    """One number, or one for each trainable group."""
     data: list[DataSource] = Field(min_length=1)
+    """Sources whose rows are trained on together."""
     global_batch: PositiveInt
     """Samples of one optimizer step, over all devices and accumulation."""
     batch_by: Literal["samples", "supervised_tokens"] = "samples"
@@ -126,7 +146,9 @@ class Stage(_Frozen):
     micro_batch: PositiveInt = 1
     """Samples that one device forwards at once."""
     epochs: PositiveFloat | None = None
+    """Length in passes over the data; or give `max_steps`."""
     max_steps: PositiveInt | None = None
+    """Length in optimizer steps."""
     last_batch: Literal["keep", "drop"] = "keep"
     """What becomes of an epoch's incomplete last batch."""
     group_by_length: bool = False
@@ -140,12 +162,19 @@ class Stage(_Frozen):
     init_from: str = "previous"
     """`previous` (the former stage, or the model for the first) or a checkpoint."""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Of the learning rates, from the end of the warm-up on."""
     warmup_ratio: Fraction = 0.03
+    """Share of the steps in which the learning rates rise from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW; norms and biases are not decayed."""
     adam_beta1: Fraction = 0.9
+    """Decay of AdamW's first moment."""
     adam_beta2: Fraction = 0.999
+    """Decay of AdamW's second moment."""
     adam_epsilon: PositiveFloat = 1e-8
+    """Added to AdamW's denominator."""
     max_grad_norm: PositiveFloat = 1.0
+    """Gradients with a larger norm are scaled down to it."""
     precision: Literal["float32", "bfloat16", "bfloat16-weights"] = "bfloat16"
     """float32; bfloat16 autocast over float32 weights; or weights, gradients and optimizer in bfloat16 as well."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16"] = "adamw"
@@ -159,6 +188,7 @@ class Stage(_Frozen):
     deterministic: bool = False
     """Only algorithms that give the same bits each time: slower on a GPU, where sums by atomics else differ."""
     lora: Lora | None = None
+    """Train low-rank adapters on the language model; they are merged at the end of the stage."""
     deepspeed: str | None = None
     """A DeepSpeed JSON file, or the name of a shipped one."""
     max_text_tokens: PositiveInt | None = None
@@ -168,15 +198,21 @@ class Stage(_Frozen):
     on_bad_record: dict[str, Policy] = {"default": "error"}
     """Policy per reject reason (`llava-llama31 check-data` lists them) and `default`."""
     validation_fraction: Fraction = 0.0
+    """Share of the rows that is held out for the validation loss."""
     eval_steps: PositiveInt | None = None
+    """Steps between evaluations."""
     eval_questions: PositiveInt | None = None
     """How many of the recipe's evaluation questions to ask at every `eval_steps`; logged as eval_accuracy."""
     keep: Literal["last", "best_loss", "best_accuracy"] = "last"
     """The weights that the stage ends with: its last, or those of the evaluation with the best metric."""
     save_steps: PositiveInt = 200
+    """Steps between checkpoints."""
     save_total_limit: PositiveInt = 2
+    """Checkpoints that are kept; the best one is kept too."""
     logging_steps: PositiveInt = 10
+    """Steps between lines of the log."""
     dataloader_workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that read images and cut tiles, for each device."""
     device_tiles: bool = False
     """Resize images and cut their tiles on the training device, with the bits of the workers' Pillow."""
     feature_cache_gb: PositiveFloat | None = None
@@ -302,14 +338,19 @@ class Evaluation(_Frozen):
     """TextVQA-format questions on which the finished model is scored."""
 
     data: str
+    """File of the questions: docs/evaluation.md."""
     image_root: str | None = None
+    """Folder of the images; default: the folder of `data`."""
     name: str = "validation"
+    """What the questions are called in reports."""
     limit: PositiveInt | None = None
+    """Ask only the first N questions."""
     preset: Literal["card", "llava", "lmms-eval"] = "card"
     """Whose prompt: docs/evaluation.md."""
     batch_size: PositiveInt | None = None
     """Default: by the device's memory."""
     max_new_tokens: PositiveInt = 64
+    """Tokens after which an answer is cut."""
     baselines: bool = False
     """Also score the untrained model, and the trained one with images shuffled between questions."""
 
@@ -331,14 +372,23 @@ class Recipe(_Frozen):
     """All of a run; see `trainer/recipes/` for complete ones."""
 
     name: str
+    """Of the run, its model card and its trackers."""
     description: str = ""
+    """One line, for `llava-llama31 recipes`."""
     seed: Annotated[int, Field(ge=0)] = 42
+    """Of every draw: rows, order, fresh weights, dropout."""
     prepare: Literal["tiny", "smol"] | None = None
     """Parts and data that have to be made first: `tiny` by the run itself, `smol` by examples/prepare_smol.py."""
     model: Model
+    """Where the first stage starts."""
     stages: dict[str, Stage] = Field(min_length=1)
+    """By name, in the order in which they are trained."""
     evaluation: Evaluation | None = None
+    """Questions on which the finished model is scored."""
     publish: Publish | None = None
+    """Where the finished model goes on the Hub."""
+    report_to: list[str] = []
+    """Trackers of all stages, as TrainingArguments names them, e.g. tensorboard; each stage is a run there."""
     device_watts: PositiveFloat | None = None
     """Mean power of one device while it trains, as measured; the model card's energy follows from it."""
 

@@ -13,6 +13,7 @@ from llava_llama31.trainer.recipes.schema import Recipe
 from llava_llama31.trainer.runs.base_model import base_processor
 from llava_llama31.trainer.runs.named_paths import check_paths
 from llava_llama31.trainer.runs.preflight import check_questions, check_stages
+from llava_llama31.trainer.runs.trackers import with_trackers
 
 
 def dry_run(recipe: Recipe, output: Path, *, num_processes: int, say: Callable[[str], None]) -> None:
@@ -30,7 +31,8 @@ def dry_run(recipe: Recipe, output: Path, *, num_processes: int, say: Callable[[
     folder = RunFolder(output)
     folder.refuse_other(recipe)
     check_paths(recipe, output)
-    check_stages(recipe.stages, recipe.publish, num_processes)
+    stages = {name: with_trackers(recipe, name, stage) for name, stage in recipe.stages.items()}
+    check_stages(stages, recipe.publish, num_processes)
     if recipe.publish is not None:
         say(
             f"not checked: whether {recipe.publish.repo_id} can be written; `train` asks the Hub before the first step"

@@ -35,6 +35,7 @@ from llava_llama31.trainer.runs.origins import at_revisions, resolve_revisions
 from llava_llama31.trainer.runs.precision import at_precision, settle_precision
 from llava_llama31.trainer.runs.preflight import check_inputs, check_publishing, check_shared, check_stages
 from llava_llama31.trainer.runs.stage import run_stage
+from llava_llama31.trainer.runs.trackers import with_trackers
 
 
 def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) -> dict[str, Any] | None:
@@ -100,7 +101,10 @@ def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
             check_paths(recipe, folder.path)
         (settled,) = broadcast_object_list([_settle(run) if run.is_main else None])
         recipe = at_precision(at_revisions(recipe, settled[0]), settled[1])
-        stages = {name: as_launched(stage, f"stages.{name}") for name, stage in recipe.stages.items()}
+        stages = {
+            name: with_trackers(recipe, name, as_launched(stage, f"stages.{name}"))
+            for name, stage in recipe.stages.items()
+        }
         run = replace(run, recipe=recipe, launched=stages)
         forget_deepspeed()
         check_stages(stages, recipe.publish, run.num_processes)
