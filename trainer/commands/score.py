@@ -102,7 +102,7 @@ def _compare(options: argparse.Namespace, questions: list["Question"], reading: 
         value["second"] |= _origin(paths[1], files[1])
         print_json(value)
     else:
-        names = [f"{Path(path).name} ({file.layout})" for path, file in zip(paths, files, strict=True)]
+        names = [f"{name} ({file.layout})" for name, file in zip(told_apart(paths), files, strict=True)]
         annotations = Path(options.annotations).name
         print_comparison(comparison, f"B = {names[1]} against A = {names[0]}, annotations {annotations}")
         print_notes(file.note for file in files)
@@ -123,7 +123,7 @@ def _score_task(options: argparse.Namespace, reading: "Reading") -> int:
     ]
     protocol = protocol_for(task, files[0].layout, options.protocol)
     sets = [answered(task, file.questions, file.rows) for file in files]
-    names = [f"{Path(path).name} ({file.layout})" for path, file in zip(paths, files, strict=True)]
+    names = [f"{name} ({file.layout})" for name, file in zip(told_apart(paths), files, strict=True)]
     origins = [
         {"predictions": path, "layout": file.layout} | ({"note": file.note} if file.note else {})
         for path, file in zip(paths, files, strict=True)
@@ -146,6 +146,16 @@ def _score_task(options: argparse.Namespace, reading: "Reading") -> int:
     else:
         print_notes(file.note for file in files)
     return 0 if all(report.complete for report in reports) else EXIT_INCOMPLETE
+
+
+def told_apart(paths: Sequence[str]) -> list[str]:
+    """The ends of paths by which they differ: names of files, where these do."""
+    parts = [Path(path).absolute().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        ends = [str(Path(*path[-length:])) for path in parts]
+        if len(set(ends)) == len(set(parts)):
+            return ends
+    return list(paths)
 
 
 def _origin(path: str, file: "AnswerFile") -> dict[str, Any]:
