@@ -46,7 +46,7 @@ bench: $(VENV)/.dev ## the benchmarks that run anywhere
 torture: $(VENV)/.dev ## kills, signals, faults, full disks, hostile records: hundreds of each, and long runs of every engine (over an hour)
 	TORTURE=1 $(BIN)/pytest -s tests/processes/test_torture.py
 	ENGINE_STEPS=50 TORTURE=1 $(BIN)/pytest tests/processes/test_engines.py -k every_engine
-	TORTURE=1 $(BIN)/pytest tests/processes/test_engines.py -k "planned_peak or killed_run"
+	TORTURE=1 $(BIN)/pytest -m torture --ignore tests/processes/test_torture.py -k "not every_engine"
 	FUZZ_SCALE=10 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py -k "any_json or mutated or largest"
 
 upstream: $(VENV)/.upstream ## other projects on ours: lmms-eval's metrics; Transformers' LlavaNext tests, TRANSFORMERS=DIR a checkout of it

@@ -1,4 +1,4 @@
-"""The demo's pictures, questions and stand-in parts: honest splits, true labels, whole or absent, repeatable."""
+"""The demo's images, questions and stand-in parts: honest splits, true labels, whole or absent, repeatable."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def test_layout_is_kind_shape_and_words_per_cell():
     assert moved.words == scene.words and moved.layout != scene.layout
 
 
-def test_words_of_validation_are_known_from_training_in_other_pictures(scenes):
+def test_words_of_validation_are_known_from_training_in_other_images(scenes):
     words = {split: {w for s in made if s.kind == "sign" for w in s.words} for split, made in scenes.items()}
     assert words["validation"] <= words["train"]
 
@@ -71,20 +71,20 @@ def test_every_anyres_grid_is_needed(scenes):
     rng = random.Random(1)
     grids = set()
     for scene in scenes["train"][:200]:
-        picture, _ = images.paint(scene, rng)
-        grids.add(select_best_resolution((picture.height, picture.width), images.GRID_PINPOINTS))
+        painted, _ = images.paint(scene, rng)
+        grids.add(select_best_resolution((painted.height, painted.width), images.GRID_PINPOINTS))
     assert grids == {tuple(grid) for grid in images.GRID_PINPOINTS}
 
 
 def test_glyphs_stand_where_the_ink_is(scenes):
     rng = random.Random(2)
     for scene in scenes["train"][:100]:
-        picture, glyphs = images.paint(scene, rng)
+        painted, glyphs = images.paint(scene, rng)
         assert "".join(glyph.character for glyph in glyphs) == "".join(scene.words)
         columns, rows = images.SHAPES[scene.shape]
-        cell = picture.width // columns
-        assert picture.size == (columns * cell, rows * cell)
-        grey = np.asarray(picture.convert("L"), dtype=np.int64)
+        cell = painted.width // columns
+        assert painted.size == (columns * cell, rows * cell)
+        grey = np.asarray(painted.convert("L"), dtype=np.int64)
         ground = np.bincount(grey.ravel()).argmax()
         for glyph in glyphs:
             here = grey[glyph.row * cell : (glyph.row + 1) * cell, glyph.column * cell : (glyph.column + 1) * cell]
@@ -100,7 +100,7 @@ def test_every_character_has_a_patch_of_its_own(scenes):
         assert all(0 <= glyph.column < columns and 0 <= glyph.row < rows for glyph in glyphs)
 
 
-def test_answers_are_in_the_picture(scenes):
+def test_answers_are_in_the_image(scenes):
     for scene in scenes["train"]:
         for question in scene.questions:
             assert set(question.answer.split()) <= set(scene.words)
@@ -145,7 +145,7 @@ def test_tiles_are_labelled_with_the_character_in_each_patch():
     assert (targets > 0).float().mean() > 0.1
 
 
-def test_tokenizer_keeps_the_text_of_pictures_in_single_characters(scenes):
+def test_tokenizer_keeps_the_text_of_images_in_single_characters(scenes):
     tokenizer = parts.train_tokenizer(scenes["train"][:600], 383)
     assert len(tokenizer) == 383
     assert len(tokenizer.encode("MILK 12.50", add_special_tokens=False)) == len("MILK 12.50")

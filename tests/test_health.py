@@ -134,7 +134,7 @@ def test_weights_that_are_broken_are_not_skipped_over_for_ever(train, spoil, cap
 
 
 @pytest.mark.parametrize("policy", ["warn", "skip", "stop"])
-def test_a_spike_is_told_skipped_or_stopped_at(train, spoil, caplog, capsys, policy, monkeypatch):
+def test_a_spike_is_reported_skipped_or_stopped_at(train, spoil, caplog, capsys, policy, monkeypatch):
     monkeypatch.setattr("llava_llama31.trainer.fault_tolerance.step_health.ENOUGH", 4)
     spoil({6: 50.0}, micro_batch=0)
     code, run = train(on_spike=policy, max_steps=7, learning_rate=1e-4)

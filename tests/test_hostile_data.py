@@ -380,7 +380,7 @@ LARGEST = ["JPEG", "PNG", "RGBA WEBP", *(["WEBP", "GIF", "BMP", "RGBA", "CMYK"] 
 
 @pytest.mark.parametrize("format", LARGEST)
 @pytest.mark.slow
-def test_the_largest_picture_that_is_allowed_takes_less_than_a_gigabyte(tmp_path, format):
+def test_the_largest_image_that_is_allowed_takes_less_than_a_gigabyte(tmp_path, format):
     exif = Image.Exif()
     exif[0x0112] = 6
     options = {"exif": exif} if format not in ("GIF", "BMP") else {}
@@ -565,10 +565,10 @@ def test_a_saved_data_set_cannot_name_files_elsewhere(tmp_path):
     (data / "state.json").write_text(
         json.dumps(state | {"_data_files": [{"filename": f"../other/{file['filename']}"}]})
     )
-    with pytest.raises(UserError, match="no name of a file in the folder"):
+    with pytest.raises(UserError, match="does not name a file in the folder"):
         open_records(DataSource(name="x", path=str(data)))
     (data / "dataset_dict.json").write_text('{"splits": ["../other"]}')
-    with pytest.raises(UserError, match="no name of a file in the folder"):
+    with pytest.raises(UserError, match="does not name a file in the folder"):
         open_records(DataSource(name="x", path=str(data), split="../other"))
 
 
@@ -594,7 +594,7 @@ def test_any_question_row_is_a_question_or_one_line(tmp_path, changes):
 
 
 @pytest.mark.parametrize("image", [{"bytes": "text"}, {"bytes": [1]}, {"path": 5}, "n" * 5000, "a\0b"])
-def test_a_question_with_an_impossible_picture(tmp_path, image):
+def test_a_question_with_an_impossible_image(tmp_path, image):
     (tmp_path / "q.jsonl").write_text(json.dumps(QUESTION | {"image": image}))
     test_any_question_row_is_a_question_or_one_line.hypothesis.inner_test(tmp_path, {"image": image})
 

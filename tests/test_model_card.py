@@ -352,7 +352,7 @@ def replaced(value, hostile):
 
 
 def without_files(record: dict) -> dict:
-    """The same record without the names of pictures and predictions, which are shown only if they are plain."""
+    """The same record without the names of images and predictions, which are shown only if they are plain."""
     record = copy.deepcopy(record)
     for place in (*record["stages"], *record["samples"], record["evaluation"]):
         for key in ("curve_image", "image", "predictions"):
@@ -389,7 +389,7 @@ def test_any_cell_reads_back_as_it_was(value):
 @pytest.mark.parametrize(
     "image", ["/etc/passwd", "../x.png", "https://e.org/x.png", 'x" onerror="alert(1)', "", 5, None]
 )
-def test_only_pictures_of_the_folder_are_shown(image):
+def test_only_images_of_the_folder_are_shown(image):
     sample, stage = RECORD["samples"][0] | {"image": image}, STAGE | {"curve_image": image}
     evaluation = RECORD["evaluation"] | {"predictions": {"file": image, "sha256": ""}}
     card = render_card(RECORD | {"samples": [sample], "stages": [stage], "evaluation": evaluation})
@@ -479,9 +479,9 @@ def test_broken_front_matter_of_the_former_card_is_named():
     st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e-9, 1e9)), max_size=3),
 )
 def test_any_curve_is_drawn(training, validation):
-    picture = draw_curve("stage one", training, validation)
-    colours = {colour for _, colour in picture.getcolors(1 << 20)}
-    assert picture.size == (640, 320) and (0x1F, 0x6F, 0xB4) in colours
+    image = draw_curve("stage one", training, validation)
+    colours = {colour for _, colour in image.getcolors(1 << 20)}
+    assert image.size == (640, 320) and (0x1F, 0x6F, 0xB4) in colours
     assert bool(validation) == ((0xD1, 0x59, 0x0A) in colours)
 
 

@@ -145,7 +145,7 @@ def test_assumed_rows_can_be_given(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--engine", "zero4"], "there is no engine 'zero4' (fix: one of ddp, zero1"),
+        (["--engine", "zero4"], "unknown engine 'zero4' (fix: one of ddp, zero1"),
         (["--mfu", "0.4"], "give both"),
         (["--device", "h101"], "no figures of a GPU 'h101' (fix: one of a100-80"),
         (["--rows", "captions"], "'captions' is not NAME=N"),

@@ -358,7 +358,7 @@ def test_letters_and_option_texts(tmp_path, capsys):
     assert "answer is 'blue', and 5 of 5 are no letter" in capsys.readouterr().err
 
 
-def test_earlier_and_judged_files_are_told_apart(tmp_path, capsys):
+def test_earlier_and_judged_files_are_distinguished(tmp_path, capsys):
     rows = CHOICES[:3]
     result = score(capsys, write_xlsx(tmp_path / "m_MMStar_PREV.xlsx", rows), "--task", "mmstar")
     assert "earlier, perhaps unfinished run (_PREV)" in result["note"]

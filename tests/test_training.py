@@ -81,7 +81,7 @@ def test_a_recipe_trains_hands_over_scores_and_exports(train, base_folder, recip
 
 
 def assert_card_of_the_run(run: Path) -> None:
-    """Pictures and answers that the card names are there, and what a person writes into it stays."""
+    """Images and answers that the card names are there, and what a person writes into it stays."""
     record, export = json.loads((run / "record.json").read_text()), run / "export"
     card = (export / "README.md").read_text()
     for number, stage in enumerate(record["stages"], start=1):

@@ -46,7 +46,7 @@ from llava_llama31.trainer.redaction import SafeFormatter, quiet_libraries, say,
 
 
 _STDOUT = 1  # its file descriptor
-# what of a stopped command the next start goes on from; the others keep nothing
+# what the next start of a stopped command resumes from; the others keep nothing
 _KEPT: dict[str, Callable[[argparse.Namespace], str]] = {
     "train": train.what_is_kept,
     "evaluate": evaluate.what_is_kept,

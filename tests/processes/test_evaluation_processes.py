@@ -14,19 +14,19 @@ from llava_llama31.trainer.model.opening import open_model
 
 
 SIZES = [(28, 28), (20, 90), (90, 20), (60, 50), (5, 200), (120, 121), (33, 64)]
-NUM_QUESTIONS, NUM_PICTURES = 500, 320
+NUM_QUESTIONS, NUM_IMAGES = 500, 320
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, make_image) -> Path:
-    """500 questions on 320 pictures of many shapes, TextVQA's ratio."""
+    """500 questions on 320 images of many shapes, TextVQA's ratio."""
     folder, draw = tmp_path_factory.mktemp("questions"), random.Random(0)
-    for i in range(NUM_PICTURES):
+    for i in range(NUM_IMAGES):
         make_image(*SIZES[i % len(SIZES)], seed=i).save(folder / f"p{i}.png")
     rows = []
     for i in range(NUM_QUESTIONS):
         text = " ".join(draw.choices(["what", "is", "the", "brand", "number", "clock", "left"], k=draw.randint(1, 9)))
-        image_id = f"p{i % NUM_PICTURES}"
+        image_id = f"p{i % NUM_IMAGES}"
         rows.append({"question_id": i, "image_id": image_id, "question": text, "answers": ["stop"] * 10})
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "questions.jsonl"
@@ -67,7 +67,7 @@ def test_two_processes_write_the_file_of_one(forks, lively_folder, data, whole, 
     assert json.loads((output / "scores.json").read_text())["num_questions"] == NUM_QUESTIONS
 
 
-def test_two_processes_report_a_picture_that_is_missing(forks, lively_folder, data, tmp_path):
+def test_two_processes_report_an_image_that_is_missing(forks, lively_folder, data, tmp_path):
     lines = data.read_text().splitlines()[:40]
     broken = json.dumps(json.loads(lines[7]) | {"image_id": "gone"})
     (tmp_path / "q.jsonl").write_text("\n".join([*lines[:7], broken, *lines[8:]]))
@@ -83,9 +83,9 @@ def test_two_processes_ask_with_the_ocr_tokens_that_one_has_read(forks, lively_f
     signs, font = ["STOP 42", "OPEN 24h", "HALT 7", "STOP 42", "EXIT"], ImageFont.load_default(72)
     rows = []
     for number, sign in enumerate(signs):
-        picture = Image.new("RGB", (400, 160), "white")
-        ImageDraw.Draw(picture).text((30, 40), sign, fill="black", font=font)
-        picture.save(tmp_path / f"p{number}.png")
+        image = Image.new("RGB", (400, 160), "white")
+        ImageDraw.Draw(image).text((30, 40), sign, fill="black", font=font)
+        image.save(tmp_path / f"p{number}.png")
         row = {"image_id": f"p{number}", "question": "what is written?", "answers": [sign] * 10}
         rows += [{"question_id": 2 * number + again, **row} for again in range(2)]
     questions = tmp_path / "questions.jsonl"

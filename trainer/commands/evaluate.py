@@ -195,7 +195,7 @@ def _tasks(options: argparse.Namespace) -> "list[tuple[Task, str | None]]":
 
 
 def what_is_kept(options: argparse.Namespace) -> str:
-    """From where the same command goes on after a signal."""
+    """Where the same command resumes after a signal."""
     return "the batches that are answered are kept: run the same command to ask the others"
 
 

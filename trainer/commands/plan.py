@@ -33,7 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mfu", type=above_zero, metavar="X", help="share of the peak that training reaches: hours")
     parser.add_argument("--peak-tflops", type=above_zero, metavar="X", help="of a device, in the stage's precision")
     parser.add_argument("--price", type=above_zero, metavar="P", help="of a device for an hour: cost")
-    parser.add_argument("--rows", action="append", default=[], metavar="NAME=N", help="of data that is not here")
+    parser.add_argument(
+        "--rows",
+        action="append",
+        default=[],
+        metavar="NAME=N",
+        help="rows of data that this machine does not have",
+    )
     parser.add_argument("--tokens-per-row", type=positive, metavar="N", help="of data that is not counted")
     add_json(parser)
 
@@ -70,7 +76,7 @@ def _machine(options: argparse.Namespace) -> "Machine":
     from llava_llama31.trainer.planning.plan import GB, Machine
 
     if options.engine is not None and options.engine not in ENGINES:
-        raise UserError(f"there is no engine {options.engine!r}", where="--engine", fix=f"one of {', '.join(ENGINES)}")
+        raise UserError(f"unknown engine {options.engine!r}", where="--engine", fix=f"one of {', '.join(ENGINES)}")
     if options.device is not None and options.device not in ACCELERATORS:
         fix = f"one of {', '.join(ACCELERATORS)}"
         raise UserError(f"no figures of a GPU {options.device!r}", where="--device", fix=fix)

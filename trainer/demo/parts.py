@@ -126,7 +126,7 @@ def prepare(folder: Path, *, seed: int, progress: Callable[[str], None], setting
     Args:
         folder: receives `vision_tower/`, `language_model/` and `data/`.
         seed: the same seed and settings give the same files.
-        progress: is told, in one line each, what was done.
+        progress: called with one line for each step done.
         settings: sizes and lengths of training.
     """
     fingerprint = settings.fingerprint(seed)
@@ -377,7 +377,7 @@ def draw_sheet(rng: random.Random) -> Sheet:
 
 
 def cut_tiles(sheets: list[Sheet], rng: random.Random, number: int) -> tuple[Tensor, Tensor]:
-    """Random tiles (number, 3, TILE, TILE), and what stands in each of their patches (number, patches)."""
+    """Random tiles (number, 3, TILE, TILE), and what is in each of their patches (number, patches)."""
     tiles = np.empty((number, TILE, TILE, 3), dtype=np.float32)
     targets = np.empty((number, PATCHES, PATCHES), dtype=np.int64)
     for tile, target in zip(tiles, targets, strict=True):
@@ -487,7 +487,7 @@ class _Reader:
         return self._row("\n".join(" ".join(line) for line in scene.lines), self._turns(scene, rng, ""))
 
     def page_row(self, scene: Scene, glyphs: list[Glyph], rng: random.Random) -> tuple[list[int], list[int]]:
-        """The text where it stands, patch by patch, after a thumbnail; a caption or questions in full form."""
+        """The text at its place, patch by patch, after a thumbnail; a caption or questions in full form."""
         columns, rows = SHAPES[scene.shape]
         page = thumbnail(glyphs, columns, rows) + lay_out(glyphs, columns, rows)
         return self._row(page, self._turns(scene, rng, PROMPT_SUFFIX))
