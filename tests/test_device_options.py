@@ -164,6 +164,7 @@ def run(tmp_path, content, output):
     return main(["train", str(path), "--output", str(tmp_path / output)]), tmp_path / output / "stages"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bf16"])
 def test_a_stage_with_a_low_bit_optimizer_resumes_with_the_same_bits(tmp_path, recipe_content, name, monkeypatch):
     if name == "adamw_8bit":
@@ -459,6 +460,7 @@ def test_a_run_is_refused_before_it_starts(tmp_path, recipe_content, capsys):
     assert "stages.instruct.fp8: fp8 needs a GPU" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler_is_refused(tmp_path):
     code = (
         "from llava_llama31.trainer.model.device_options import _check_compiler\n"

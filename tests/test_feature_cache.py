@@ -267,6 +267,7 @@ def test_shares_of_the_work_are_disjoint_and_complete(dataset, cache):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("after", "part"), [(".features", 0), (".features", 700), (".features", 5000), (".index", 0), (".index", 39)]
 )
@@ -342,6 +343,7 @@ def test_a_worker_reads_the_index_by_itself(cache):
     assert bytes([1]) * 16 not in state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "lora"])
 def test_a_run_with_a_cache_ends_with_the_bits_of_one_without(
     recipe_content, run_recipe, tmp_path, monkeypatch, capsys, kind

@@ -90,6 +90,7 @@ def test_a_loss_that_is_not_finite_stops_within_the_step_and_names_the_micro_bat
     assert len(names) == 4 and all(name.startswith("r") for name in names)
 
 
+@pytest.mark.slow
 def test_a_skipped_step_changes_nothing_and_the_run_that_stopped_there_may_skip_it(train, spoil, capsys):
     code, whole = train("whole")
     assert code == 0 and record(whole)["health"] == {"skipped_steps": 0, "spikes": 0, "events": []}

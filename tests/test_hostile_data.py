@@ -127,6 +127,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["llava", "sharegpt", "messages", "cauldron"])
 @settings(max_examples=250 * SCALE, deadline=None, suppress_health_check=QUIET)
 @given(st.lists(hostile_row, min_size=1, max_size=10), st.booleans())
@@ -434,6 +435,7 @@ class Fatal(ImageRef):
         return (os.abort, ()) if self.name == "abort" else (time.sleep, (1000,))
 
 
+@pytest.mark.slow
 def test_a_decoder_that_dies_or_stalls_is_one_rejects_fault(make_image):
     good = ImageRef("good", data=encoded(make_image(5, 7)))
     with Decoder(10**6, seconds=3) as decoder:

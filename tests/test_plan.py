@@ -121,6 +121,7 @@ def test_the_fastest_is_that_of_an_exhaustive_search(tmp_path):
     assert chosen.engine.name == best[1][3]
 
 
+@pytest.mark.slow
 def test_a_gpu_of_24_gb_is_proposed_adapters_and_no_disk(capsys):
     plan = planned(capsys, "llama31-8b", "--device", "rtx4090")
     found = plan["fastest"]["instruct"]
@@ -157,6 +158,7 @@ def test_what_cannot_be_is_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_plan_of_counted_rows_is_what_the_run_does(recipe_content, tmp_path, capsys, monkeypatch):
     """Steps and FLOPs as the meter counts them, and the run's seconds from its MFU."""
     recipe_batch = 8  # logged at every step

@@ -176,6 +176,7 @@ def native(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {native_name(name, "clip_vision_model"): tensor for name, tensor in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("stage_name", ["whole", "adapted"])
 def test_each_revision_has_the_weights_of_its_step(hub, saves, tmp_path, stage_name, with_state):

@@ -84,6 +84,7 @@ def token_ids(folder):
 # --- generation
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_batch_size_or_order(lively_model, processor, many_questions, tmp_path):
     evaluate(
         lively_model,

@@ -13,7 +13,7 @@ REASONS: dict[str, str] = {
     "conflicting_system": "the record gives two different system turns",
     "tool_calls": "a turn calls tools, which the chat template does not write",
     "preference": "the record compares answers (`chosen`, `rejected`, `label: false`); training takes good ones only",
-    "grounding": "boxes or `objects` are to replace `<bbox>` or `<ref-object>` in the text, which is not done",
+    "grounding": "the text has `<bbox>` or `<ref-object>` for boxes or `objects`, which is not supported",
     "video_or_audio": "the record has video or audio; images alone are read",
     "image_not_read": "a field that is not read gives an image; `image`, `images` and image parts are read",
     "image_count_mismatch": "places for images (`<image>` markers or image parts) and images differ in number",
