@@ -34,11 +34,13 @@ from torch.utils._pytree import tree_iter
 from transformers.initialization import no_init_weights
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
+from llava_llama31.packed_llama_llava_llama31 import _HEAD_SIZES
 from llava_llama31.trainer.costs.memory import ENGINES as ENGINES_OF_PLAN
 from llava_llama31.trainer.costs.memory import Memory, MicroBatch, estimate
 from llava_llama31.trainer.distributed.engine import fsdp_plugin
 from llava_llama31.trainer.model.adapters import adapt
 from llava_llama31.trainer.model.device_options import checkpoint_activations
+from llava_llama31.trainer.model.fused_layers import fuse_layers
 from llava_llama31.trainer.model.module_groups import freeze, group_parameters
 from llava_llama31.trainer.planning.plan import setup_of
 from llava_llama31.trainer.recipes.loading import load_recipe
@@ -265,8 +267,9 @@ def _prepare(model: LlavaLlama31ForConditionalGeneration, stage: Stage, *, narro
                 for _, parameter in group_parameters(model, line.group):
                     if not parameter.requires_grad:
                         parameter.data = parameter.data.to(torch.bfloat16)
-    if stage.activation_checkpointing:
-        checkpoint_activations(model, stage.trainable, int(stage.activation_checkpointing))
+    fuse_layers(model, torch.device("cpu"), remakes=stage.recomputed == "selective")
+    if stage.recomputed:
+        checkpoint_activations(model, stage.trainable, stage.recomputed)
 
 
 def _plain(config: LlavaLlama31Config, stage: Stage, *, narrows: bool = True) -> LlavaLlama31ForConditionalGeneration:
@@ -411,6 +414,9 @@ def planned(
         num_tiles=row.num_tiles,
         num_features=sum(row.num_features),
         copies_attention=True,
+        fuses=False,
+        head_rows=_HEAD_SIZES.rows,
+        softmax_rows=_HEAD_SIZES.softmax_rows,
     )
     return estimate(setup, batch, kind, 1 if engine == "single" else num_devices)
 
@@ -440,7 +446,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "missing": traced.missing,
         "shapes": traced.shapes,
         "traced": {name: getattr(traced, name) / GB for name in PHASES},
-        "planned": {name: getattr(plan, name) / GB for name in PHASES},
+        "planned": {name: getattr(plan, "of_a_step" if name == "peak" else name) / GB for name in PHASES},
     }
 
 

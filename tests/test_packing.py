@@ -160,7 +160,7 @@ def test_the_head_s_loss_is_the_same_in_chunks_and_under_autocast(monkeypatch):
 
     expected = run(torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum"))
     for rows in (256, 4, 1):
-        monkeypatch.setattr(packed, "_HEAD_ROWS", rows)
+        monkeypatch.setattr(packed, "_HEAD_SIZES", packed.HeadSizes(rows, 64, True))
         for got, wanted in zip(run(head(hidden, targets)), expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     loss = head(hidden, targets)

@@ -22,6 +22,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_TARGETS: tuple[str, ...] = get_args(LoraTarget)
 
+# every how many-th layer is computed twice, 0: none; or only what takes no matrix product
+Recomputed = int | Literal["selective"]
+
 # as TrainingArguments and huggingface_hub call it
 _TOKEN_FIELDS = ("hub_token", "token")
 
@@ -154,8 +157,8 @@ class Stage(_Frozen):
     """torch.compile for norms, projections and MLPs of the language model on packed rows."""
     fp8: bool = False
     """float8 products in the language model's layers (torchao), on GPUs that have them."""
-    activation_checkpointing: bool | PositiveInt = False
-    """Recompute activations in the backward pass; N: those of every Nth layer, from the first."""
+    activation_checkpointing: bool | PositiveInt | Literal["selective"] = False
+    """Recompute activations in the backward pass; N: those of every Nth layer; selective: what takes no product."""
     deterministic: bool = False
     """Only algorithms that give the same bits each time: slower on a GPU, where sums by atomics else differ."""
     lora: Lora | None = None
@@ -257,6 +260,10 @@ class Stage(_Frozen):
             raise ValueError("DeepSpeed keeps trained weights in float32 (fix: set precision: bfloat16)")
         if self.compile and not self.packing:
             raise ValueError("compile is for packed rows (fix: set compile: false, or packing: true)")
+        if self.activation_checkpointing == "selective" and (self.compile or not self.packing):
+            other = "compile: false" if self.compile else "packing: true"
+            what = "is for packed rows" if not self.packing else "under compile keeps what the compiler chooses"
+            raise ValueError(f"activation_checkpointing: selective {what} (fix: set {other}, or true)")
         if self.deepspeed is not None and (self.on_nonfinite == "skip" or self.on_spike == "skip"):
             key = "on_nonfinite" if self.on_nonfinite == "skip" else "on_spike"
             raise ValueError(
@@ -290,6 +297,12 @@ class Stage(_Frozen):
                 f"eval_steps {self.eval_steps} is not a multiple of save_steps {self.save_steps}, so the best "
                 f"evaluation may have no checkpoint (fix: set save_steps to {self.eval_steps} or a part of it)"
             )
+
+    @property
+    def recomputed(self) -> "Recomputed":
+        """`activation_checkpointing` as a number, 0 for none and 1 for all layers, or `selective`."""
+        asked = self.activation_checkpointing
+        return "selective" if isinstance(asked, str) else int(asked)
 
     def learning_rates(self) -> dict[str, float]:
         """Learning rate of each trainable group."""

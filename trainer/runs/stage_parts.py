@@ -178,7 +178,7 @@ def _meter(
     def num_patch_features(sizes: Sequence[tuple[int, int]]) -> int:
         return int((model.model.feature_layout(sizes)[0] >= 0).sum())
 
-    options: dict[str, Any] = {"checkpointing": int(stage.activation_checkpointing)}
+    options: dict[str, Any] = {"checkpointing": stage.recomputed}
     if stage.lora is not None:
         options |= {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
     return Meter(

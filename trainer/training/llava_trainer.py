@@ -41,6 +41,7 @@ from llava_llama31.trainer.distributed.engine import fsdp_plugin, uses_fsdp
 from llava_llama31.trainer.distributed.parameters import unsharded, whole_parameters
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
+from llava_llama31.trainer.model.device_options import compiles
 from llava_llama31.trainer.training.batch_loading import BatchLoader, StageBatches, sent
 from llava_llama31.trainer.training.meter import Meter
 from llava_llama31.trainer.training.optimizers import AdamWBfloat16, parameter_groups
@@ -161,7 +162,10 @@ class LlavaTrainer(Trainer):
             groups = parameter_groups(target, self._base(target), rates, decay, decayed)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             if self.options.bfloat16_moments:
-                self.optimizer = AdamWBfloat16(groups, options["lr"], options["betas"], options["eps"])
+                compiled = torch.compile if compiles(self.args.device) else None
+                self.optimizer = AdamWBfloat16(
+                    groups, options["lr"], options["betas"], options["eps"], compiled=compiled
+                )
             else:
                 self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
