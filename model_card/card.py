@@ -162,7 +162,20 @@ def render_card(record: Mapping[str, Any], previous: str = "") -> str:
 
 def usage_snippet(model_id: str) -> str:
     """The code that opens a model, as README and card show it."""
-    return _usage_template().replace("MODEL_ID", model_id)
+    return _usage_template("usage.txt").replace("MODEL_ID", model_id)
+
+
+def adapter_snippet(model_id: str) -> str:
+    """The code that opens adapters on their base, as their card shows it."""
+    return _usage_template("usage_adapter.txt").replace("ADAPTER_ID", model_id)
+
+
+def _adapter_of(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    adapter = record.get("adapter")
+    if not adapter:
+        return None
+    base, revision = adapter["base_model_name_or_path"], adapter["revision"]
+    return {"base": f"{base} at {revision}" if revision else base, "difference": f"{adapter['difference']:.1g}"}
 
 
 def _joined_metadata(metadata: dict[str, Any], previous: str) -> dict[str, Any]:
@@ -257,7 +270,8 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
     model_id = model_id if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) else "path/to/this/model"
     return {
         "name": record["name"],
-        "usage": usage_snippet(model_id),
+        "usage": adapter_snippet(model_id) if record.get("adapter") else usage_snippet(model_id),
+        "adapter": _adapter_of(record),
         "built_with_llama": _built_with_llama(record),
         "notice": LLAMA31_NOTICE,
         "policy_link": Markup(LLAMA31_POLICY),
@@ -402,18 +416,22 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
     licence = record.get("licence")
     known = licence in HUB_LICENCES
     base_models = [_line(m["id"]) for m in record.get("base_models") or [] if _is_hub_id(m.get("id"))]
+    relation, adapter = "finetune", record.get("adapter")
+    if adapter:
+        name = adapter["base_model_name_or_path"]
+        base_models, relation = ([_line(name)] if _is_hub_id(name) else []), "adapter"
     sources = [source for stage in record.get("stages") or [] for source in stage.get("data") or []]
     names = (source.get("hub_id") or source.get("name") for source in sources)
     datasets = dict.fromkeys(name for name in names if _is_hub_id(name))
     optional: dict[str, Any] = {
-        "base_model_relation": "finetune" if base_models else None,
+        "base_model_relation": relation if base_models else None,
         "license_name": None if known or licence is None else _line(licence),
         "license_link": "LICENSE" if _built_with_llama(record) else None,
     }
     return ModelCardData(
         model_name=_line(record["name"]),
         license=licence if known else None if licence is None else "other",
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
         tags=[*TAGS, *(["llama-3.1"] if _built_with_llama(record) else [])],
         base_model=base_models or None,
@@ -569,5 +587,5 @@ def _template() -> jinja2.Template:
 
 
 @cache
-def _usage_template() -> str:
-    return resources.files(__package__).joinpath("usage.txt").read_text("utf-8").rstrip()
+def _usage_template(file: str) -> str:
+    return resources.files(__package__).joinpath(file).read_text("utf-8").rstrip()
