@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,15 +19,15 @@ from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
     from llava_llama31 import LlavaLlama31ForConditionalGeneration
     from llava_llama31.processing import LlavaLlama31Processor
     from llava_llama31.trainer.evaluation.presets import Preset
     from llava_llama31.trainer.evaluation.questions import Question
     from llava_llama31.trainer.evaluation.scoring import Report
+    from llava_llama31.trainer.evaluation.task_evaluation import TaskEvaluation, TaskToAsk
     from llava_llama31.trainer.evaluation.task_files import Task
-    from llava_llama31.trainer.evaluation.task_scoring import TaskReport
     from llava_llama31.trainer.evaluation.textvqa import Evaluation
 
 
@@ -130,47 +129,44 @@ def _run_textvqa(options: argparse.Namespace) -> bool:
 
 
 def _run_tasks(options: argparse.Namespace) -> bool:
-    """Ask one task after the other; whether every question is answered, true in other processes than the first."""
-    from llava_llama31.trainer.evaluation.task_evaluation import evaluate_task, preset_of, questions_to_ask
+    """Ask all tasks together; whether every question is answered, true in other processes than the first."""
+    from llava_llama31.trainer.evaluation.answering import ToAsk
+    from llava_llama31.trainer.evaluation.task_evaluation import (
+        TaskToAsk,
+        evaluate_tasks,
+        preset_of,
+        questions_to_ask,
+    )
 
-    asked = []
+    read = []
     for task, data in _tasks(options):
         preset = preset_of(task, options.preset)
         questions = questions_to_ask(task, data, image_root=options.image_root, limit=options.limit)
         check_ocr(preset, questions)
-        asked.append((task, data or task.data, preset, questions))
+        read.append((task, data or task.data, preset, questions))
     processes = _processes(options.device)
     opened = _open(options, processes)
     is_main = processes is None or processes.is_main_process
-    evaluations = []
-    for task, data, preset, questions in asked:
+    asked = []
+    for task, data, preset, questions in read:
         settings = _settings(options, opened.revision, preset, f"{data}#{task.name}", task.max_new_tokens)
         output = settings.folder(options.model, str(opened.model.dtype))
         if options.output:
-            output = Path(options.output, task.name) if len(asked) > 1 else Path(options.output)
-        with _progress(is_main) as progress:
-            bar = progress.add_task(f"answering {task.name}", total=len(questions))
-            evaluations.append(
-                evaluate_task(
-                    task,
-                    opened.model,
-                    opened.processor,
-                    questions,
-                    output,
-                    settings,
-                    processes=processes,
-                    on_progress=partial(_advance, progress, bar),
-                )
-            )
+            output = Path(options.output, task.name) if len(read) > 1 else Path(options.output)
+        asked.append(TaskToAsk(task, ToAsk(questions, output, settings)))
+    with _progress(is_main) as progress:
+        bar = progress.add_task(f"answering {', '.join(part.task.name for part in asked)}", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        evaluations = evaluate_tasks(opened.model, opened.processor, asked, processes=processes, on_progress=advance)
+        pages = _write_pages(asked, evaluations, progress) if is_main and not options.no_browser else []
     if is_main:
-        _print_tasks(options, [task.title for task, *_ in asked], evaluations)
+        _print_tasks(options, asked, evaluations, pages)
     if processes is not None:
         processes.wait_for_everyone()
     return all(evaluation.report.complete for evaluation in evaluations) or not is_main
-
-
-def _advance(progress: "Progress", bar: "TaskID", done: int, _: int) -> None:
-    progress.update(bar, completed=done)
 
 
 def _tasks(options: argparse.Namespace) -> "list[tuple[Task, str | None]]":
@@ -305,7 +301,10 @@ def _print(options: argparse.Namespace, evaluation: "Evaluation[Report]", page: 
 
 
 def _print_tasks(
-    options: argparse.Namespace, titles: Sequence[str], evaluations: "Sequence[Evaluation[TaskReport]]"
+    options: argparse.Namespace,
+    asked: "Sequence[TaskToAsk]",
+    evaluations: "Sequence[TaskEvaluation]",
+    pages: Sequence[Path],
 ) -> None:
     from llava_llama31.trainer.terminal import Terminal
 
@@ -313,10 +312,30 @@ def _print_tasks(
         values = [evaluation.to_json() for evaluation in evaluations]
         print_json(values[0] if len(values) == 1 else {"tasks": values})
         return
-    for title, evaluation in zip(titles, evaluations, strict=True):
+    for number, (part, evaluation) in enumerate(zip(asked, evaluations, strict=True)):
         shuffled = ", images shuffled" if options.blind else ""
-        print_task_report(evaluation.report, f"{Path(options.model).name}, {title}, prompt {options.preset}{shuffled}")
+        title = f"{Path(options.model).name}, {part.task.title}, prompt {options.preset}{shuffled}"
+        print_task_report(evaluation.report, title)
         Terminal().print(f"answers: {evaluation.predictions} ({evaluation.seconds:.1f} s)")
+        if evaluation.submission is not None and part.task.submission is not None:
+            Terminal().print(f"for {part.task.submission.server}: {evaluation.submission}")
+        for page in pages[number : number + 1]:
+            Terminal().print(f"to browse: {page}")
+
+
+def _write_pages(
+    asked: "Sequence[TaskToAsk]", evaluations: "Sequence[TaskEvaluation]", progress: "Progress"
+) -> list[Path]:
+    from llava_llama31.trainer.evaluation.task_browser import write_task_browser
+
+    pages = []
+    for part, evaluation in zip(asked, evaluations, strict=True):
+        pages.append(evaluation.predictions.with_suffix(".html"))
+        progress.add_task(f"writing the browser of {part.task.name}")
+        with evaluation.predictions.open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        write_task_browser(part.task, part.to_ask.questions, rows, pages[-1])
+    return pages
 
 
 def _write_browser(evaluation: "Evaluation[Report]", questions: Sequence["Question"], progress: "Progress") -> Path:

@@ -65,13 +65,16 @@ class Layout(_Frozen):
     id: str | None = None
     """Default: the image's key and a running number."""
     question: str = "question"
+    first_line: bool = False
+    """The field's first line alone is the question; LLaVA's files have a prompt below it."""
     image: str | None = None
     """A path, bytes or base64."""
     image_key: str | None = None
     """What answers call the image, where `image` is no path; a path itself where a row has no `image`."""
     all_with_image: bool = False
     """Every question has an image, also where the file leaves it out."""
-    answer: str = "answer"
+    answer: str | None = "answer"
+    """None: the file has none, and the answers go to a server."""
     answer_is: AnswerKind = "text"
     options: Literal["columns", "inline"] | str | list[str] | None = None
     """`columns` A, B, ...; `inline`, in the question's text; one field with a list; or one field an option."""
@@ -143,6 +146,24 @@ class Reproduced(_Frozen):
     published: str
 
 
+class Submission(_Frozen):
+    """The file that a benchmark's server takes, for questions whose answers are not public.
+
+    An entry's value is a text, or one of {question_id}, {number} (the same as a number), {image}, {question}, {A} and
+    further options, {answer} and {letter} (the option that the answer chooses).
+    """
+
+    source: str
+    server: str
+    file: Literal["list", "object", "table"]
+    """JSON list of objects; JSON object, of entries `key` and `value`; or Excel table."""
+    fields: dict[str, str] = Field(min_length=1)
+    normalize: str | None = None
+    """The VQA rule in whose normal form answers are sent."""
+    rule: str = "letter-or-text"
+    """How {letter} is found."""
+
+
 class Task(_Frozen):
     """A benchmark, or a set of one's own questions."""
 
@@ -158,6 +179,8 @@ class Task(_Frozen):
     protocols: dict[str, ProtocolOf] = Field(min_length=1)
     layouts: list[Layout] = Field(min_length=1)
     units: Units | None = None
+    unit: str = "%"
+    """Of the headline, for reports."""
     only_with_image: bool = False
     """Questions without an image are left out."""
     prompts: dict[str, str] = {}
@@ -165,6 +188,7 @@ class Task(_Frozen):
     capitalized: list[str] = []
     """Presets that make the question's first letter upper case and all others lower."""
     max_new_tokens: int = 64
+    submission: Submission | None = None
     reproduced: list[Reproduced] = []
     not_reproduced: str | None = None
 
