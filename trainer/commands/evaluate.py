@@ -75,6 +75,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--device", metavar="NAME", help="torch's name; default: the GPU where there is one")
+    parser.add_argument("--engine", choices=("vllm",), help="serve MODEL with it and ask the server")
+    parser.add_argument(
+        "--engine-options", default="", metavar="TEXT", help='further options of it: "--tensor-parallel-size 2"'
+    )
+    parser.add_argument("--url", metavar="URL", help="ask an OpenAI-compatible server that serves MODEL already")
+    parser.add_argument("--served-model", metavar="NAME", help="its name there; default: the only one that is served")
+    parser.add_argument(
+        "--concurrency", type=positive, default=16, metavar="N", help="questions at a time; default 16"
+    )
+    parser.add_argument(
+        "--compare",
+        type=_number_or_none,
+        default=16,
+        metavar="N",
+        help="of a server's answers, how many to compare with this package's own; default 16 a task, 0: none",
+    )
     parser.add_argument("--blind", action="store_true", help="shuffle the images between questions")
     parser.add_argument("--output", metavar="DIR", help="default: a folder under runs/evaluate")
     parser.add_argument("--no-browser", action="store_true", help="write no HTML file to browse")
@@ -85,6 +101,13 @@ def _number_or_auto(text: str) -> int | None:
     return None if text == "auto" else positive(text)
 
 
+def _number_or_none(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
+
+
 def run(options: argparse.Namespace) -> int:
     """Exit code 0, or 3 if a question could not be answered.
 
@@ -93,7 +116,11 @@ def run(options: argparse.Namespace) -> int:
     from llava_llama31.trainer.errors import UserError
     from llava_llama31.trainer.evaluation.scoring import EXIT_INCOMPLETE
 
-    if options.task:
+    if options.engine is not None or options.url is not None:
+        from llava_llama31.trainer.commands.evaluate_served import run_served
+
+        complete = run_served(options)
+    elif options.task:
         complete = _run_tasks(options)
     elif options.data is None:
         raise UserError("no questions", where="--data", fix="name their file, or a benchmark with --task")
@@ -104,20 +131,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _run_textvqa(options: argparse.Namespace) -> bool:
     """Whether every question is answered; true in other processes than the first."""
-    from llava_llama31.trainer.errors import UserError
-    from llava_llama31.trainer.evaluation.questions import load_questions
-
-    if options.preset not in PRESETS:
-        raise UserError("TextVQA's prompt there is that of card", where="--preset", fix="pass --preset card")
     # before the weights: it fails faster
-    questions = load_questions(
-        options.data, questions=options.questions, image_root=options.image_root, limit=options.limit
-    )
-    if options.ocr is None:
-        check_ocr(PRESETS[options.preset], questions)
+    questions = textvqa_questions(options)
     processes = _processes(options.device)
     opened = _open(options, processes)
-    settings = _settings(options, opened.revision, PRESETS[options.preset], options.data)
+    settings = with_settings(options, opened.revision, PRESETS[options.preset], options.data)
     output = Path(options.output) if options.output else settings.folder(options.model, str(opened.model.dtype))
     is_main = processes is None or processes.is_main_process
     evaluation, page = _evaluate(opened, questions, output, settings, processes, not options.no_browser)
@@ -128,15 +146,24 @@ def _run_textvqa(options: argparse.Namespace) -> bool:
     return evaluation.report.complete or not is_main
 
 
-def _run_tasks(options: argparse.Namespace) -> bool:
-    """Ask all tasks together; whether every question is answered, true in other processes than the first."""
-    from llava_llama31.trainer.evaluation.answering import ToAsk
-    from llava_llama31.trainer.evaluation.task_evaluation import (
-        TaskToAsk,
-        evaluate_tasks,
-        preset_of,
-        questions_to_ask,
+def textvqa_questions(options: argparse.Namespace) -> "list[Question]":
+    """The questions of --data, checked for what the preset needs."""
+    from llava_llama31.trainer.errors import UserError
+    from llava_llama31.trainer.evaluation.questions import load_questions
+
+    if options.preset not in PRESETS:
+        raise UserError("TextVQA's prompt there is that of card", where="--preset", fix="pass --preset card")
+    questions = load_questions(
+        options.data, questions=options.questions, image_root=options.image_root, limit=options.limit
     )
+    if options.ocr is None:
+        check_ocr(PRESETS[options.preset], questions)
+    return questions
+
+
+def task_questions(options: argparse.Namespace) -> "list[tuple[Task, str | None, Preset, list[Question]]]":
+    """Of each task: itself, its data, how it is worded, its questions."""
+    from llava_llama31.trainer.evaluation.task_evaluation import preset_of, questions_to_ask
 
     read = []
     for task, data in _tasks(options):
@@ -144,16 +171,38 @@ def _run_tasks(options: argparse.Namespace) -> bool:
         questions = questions_to_ask(task, data, image_root=options.image_root, limit=options.limit)
         check_ocr(preset, questions)
         read.append((task, data or task.data, preset, questions))
-    processes = _processes(options.device)
-    opened = _open(options, processes)
-    is_main = processes is None or processes.is_main_process
+    return read
+
+
+def tasks_to_ask(
+    options: argparse.Namespace,
+    read: "list[tuple[Task, str | None, Preset, list[Question]]]",
+    revision: str,
+    dtype: str,
+) -> "list[TaskToAsk]":
+    """The tasks with their settings and folders."""
+    from llava_llama31.trainer.evaluation.answering import ToAsk
+    from llava_llama31.trainer.evaluation.task_evaluation import TaskToAsk
+
     asked = []
     for task, data, preset, questions in read:
-        settings = _settings(options, opened.revision, preset, f"{data}#{task.name}", task.max_new_tokens)
-        output = settings.folder(options.model, str(opened.model.dtype))
+        settings = with_settings(options, revision, preset, f"{data}#{task.name}", task.max_new_tokens)
+        output = settings.folder(options.model, dtype)
         if options.output:
             output = Path(options.output, task.name) if len(read) > 1 else Path(options.output)
         asked.append(TaskToAsk(task, ToAsk(questions, output, settings)))
+    return asked
+
+
+def _run_tasks(options: argparse.Namespace) -> bool:
+    """Ask all tasks together; whether every question is answered, true in other processes than the first."""
+    from llava_llama31.trainer.evaluation.task_evaluation import evaluate_tasks
+
+    read = task_questions(options)
+    processes = _processes(options.device)
+    opened = _open(options, processes)
+    is_main = processes is None or processes.is_main_process
+    asked = tasks_to_ask(options, read, opened.revision, str(opened.model.dtype))
     with _progress(is_main) as progress:
         bar = progress.add_task(f"answering {', '.join(part.task.name for part in asked)}", total=None)
 
@@ -222,13 +271,14 @@ def _open(options: argparse.Namespace, processes: "PartialState | None") -> _Ope
     return _Opened(model, processor, weights_revision(folder) or "unknown")
 
 
-def _settings(
+def with_settings(
     options: argparse.Namespace,
     revision: str,
     preset: "Preset",
     data: str,
     max_new_tokens: int = EvaluationSettings.max_new_tokens,
 ) -> EvaluationSettings:
+    """What the options say, for a model and a set of questions."""
     return EvaluationSettings(
         revision=revision,
         preset=preset,

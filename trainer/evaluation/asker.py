@@ -100,7 +100,7 @@ class Asker:
         try:
             image = self.images[image_id].open()
             for _ in range(self.settings.jpeg_rounds):
-                image = _through_jpeg(image)
+                image = through_jpeg(image)
             sha256 = self.images[image_id].sha256()
             return _Tiled(self.processor.tiles(image), (image.height, image.width), sha256)
         except RecordError as error:
@@ -114,14 +114,7 @@ class Asker:
         Raises:
             UserError: it is another one now, or gone.
         """
-        shown = row.get("shown_image_id", row["image_id"])
-        try:
-            same = self.images[shown].sha256() == row["image_sha256"]
-        except (KeyError, RecordError):
-            same = False
-        if not same:
-            what = f"question {row['question_id']} was answered from another image {shown}"
-            raise UserError(what, where=PREDICTIONS, fix="pass another --output, or bring the image back")
+        check_image(row, self.images)
 
     def ask(self, batch: Sequence[Question], opened: "Mapping[str, _Tiled | str]") -> list[dict[str, Any]]:
         """Prediction rows of a batch whose images are open, or why they are not."""
@@ -202,6 +195,22 @@ class Asker:
 Turn = tuple[Asker, Sequence[Question]]
 
 
+def check_image(row: Mapping[str, Any], images: Mapping[str, ImageRef]) -> None:
+    """Whether the image of an answered row is still the same.
+
+    Raises:
+        UserError: it is another one now, or gone.
+    """
+    shown = row.get("shown_image_id", row["image_id"])
+    try:
+        same = images[shown].sha256() == row["image_sha256"]
+    except (KeyError, RecordError):
+        same = False
+    if not same:
+        what = f"question {row['question_id']} was answered from another image {shown}"
+        raise UserError(what, where=PREDICTIONS, fix="pass another --output, or bring the image back")
+
+
 def take_turns(turns: Sequence[Turn], prefixes: Prefixes | None = None) -> Iterator[list[dict[str, Any]]]:
     """Prediction rows of each turn's batch, in order, while threads decode the images of the turns ahead.
 
@@ -233,7 +242,7 @@ class _Tiled:
     sha256: str
 
 
-def _through_jpeg(image: Image.Image) -> Image.Image:
+def through_jpeg(image: Image.Image) -> Image.Image:
     """The image written as JPEG by Pillow's defaults (quality 75, 4:2:0) and read again."""
     with io.BytesIO() as file:
         image.save(file, "JPEG", quality=JPEG_QUALITY)

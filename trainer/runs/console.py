@@ -132,17 +132,10 @@ def print_summary(console: Terminal, summary: dict[str, Any], record: dict[str, 
 
 def _print_tasks(console: Terminal, record: dict[str, Any]) -> None:
     """The headline of each task, with its baselines, and what has no whole answer."""
-    tasks = record.get("tasks", [])
-    if not tasks:
-        return
-    table = Table("task", "protocol", "headline", "value", "95 % interval", box=None, pad_edge=False)
-    for column in ("before", "blind", "questions", "failed", "cut"):
-        table.add_column(column, justify="right")
-    for task in tasks:
-        shown = [f"{task[name]:.1f}" if name in task else "" for name in ("before", "blind")]
-        counts = [f"{task[name]:,}" for name in ("num_questions", "failed", "cut")]
-        interval = f"{task['low']:.1f} to {task['high']:.1f}"
-        headline = task["headline"] if task["unit"] == "%" else f"{task['headline']} ({task['unit']})"
-        cells = [plain(task["name"]), task["protocol"], headline, f"{task['value']:.1f}", interval]
-        table.add_row(*cells, *shown, *counts)
-    console.print(table)
+    for task in record.get("tasks", []):
+        unit = " %" if task["unit"] == "%" else f" {task['unit']}"
+        shown = [f"{name} {task[name]:.1f}" for name in ("before", "blind") if name in task]
+        counted = f"{task['num_questions']:,} questions, {task['failed']} failed, {task['cut']} cut"
+        scored = f"{task['headline']} {task['value']:.1f} ({task['low']:.1f} to {task['high']:.1f}){unit}"
+        parts = [f"{plain(task['name'])}: {scored}", *shown, counted, task["protocol"]]
+        console.print(", ".join(parts))
