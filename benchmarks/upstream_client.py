@@ -3,9 +3,9 @@
     make upstream, or
     python benchmarks/upstream_client.py EXPORT QUESTIONS.jsonl --number 50
 
-lmms-eval needs its own packages (Makefile); its class opens the folder with stock Transformers, words each prompt by its
-tokenizer's chat template and generates one answer after the other. Questions are {question_id, image_id, image, question,
-answers} rows, the prompt is lmms-eval's for TextVQA.
+lmms-eval needs packages of its own (Makefile); its class opens the folder with stock Transformers, words each prompt
+by the tokenizer's chat template and generates one answer after the other. Questions are rows of question_id, image_id,
+image, question and answers; the prompt is lmms-eval's for TextVQA.
 """
 
 import argparse

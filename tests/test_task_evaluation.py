@@ -231,6 +231,28 @@ def test_answers_that_are_not_public_go_to_the_server_in_its_format(
     assert f"takes a {output.suffix} file" in capsys.readouterr().err
 
 
+def test_answers_for_a_grader_are_written_by_the_documented_task(lively_model, processor, data, tmp_path, capsys):
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    block = "name: mm-vet" + text.split("```yaml\nname: mm-vet")[1].split("```")[0]
+    (tmp_path / "mm-vet.yaml").write_text(block)
+    path = write_lines(tmp_path / "q.jsonl", [{"question_id": 3, "image": "0.png", "text": "What?\nSay why."}])
+    task = load_task(tmp_path / "mm-vet.yaml")
+    questions = questions_to_ask(task, path, image_root=str(data))
+    settings = EvaluationSettings(revision="r", preset=preset_of(task, "card"), max_new_tokens=2)
+    done = evaluate_task(task, lively_model, processor, questions, tmp_path / "out", settings)
+    (row,) = map(json.loads, (tmp_path / "out" / "predictions.jsonl").read_text().splitlines())
+    assert row["prompt"] == "What?\nSay why." and json.loads(done.submission.read_text()) == {"v1_3": row["answer"]}
+    assert main(["score", str(done.predictions), "--task", str(tmp_path / "mm-vet.yaml"), "--annotations", path]) == 2
+    assert "a language model grades these answers" in capsys.readouterr().err
+    lines = (
+        (tmp_path / "mm-vet.yaml").read_text().replace("file: object", "file: lines").replace("key:", "question_id:")
+    )
+    (tmp_path / "mm-vet.yaml").write_text(lines)
+    options = ["--annotations", path, "--submission", str(tmp_path / "for_grader.jsonl")]
+    assert main(["score", str(done.predictions), "--task", str(tmp_path / "mm-vet.yaml"), *options]) == 0
+    assert json.loads((tmp_path / "for_grader.jsonl").read_text()) == {"question_id": "v1_3", "value": row["answer"]}
+
+
 def test_vqas_own_test_questions_name_coco_images(tmp_path):
     content = {"questions": [{"image_id": 262144, "question": "Is it?", "question_id": 262144000}]}
     (tmp_path / "q.json").write_text(json.dumps(content))

@@ -156,12 +156,14 @@ def _submit(options: argparse.Namespace, task: "Task", sets: "list[Answered]") -
     """Write the submission, if one is asked for; refuse answers that can neither be scored nor be submitted."""
     from llava_llama31.trainer.errors import UserError
     from llava_llama31.trainer.evaluation.submissions import write_submission
-    from llava_llama31.trainer.evaluation.task_questions import is_annotated
+    from llava_llama31.trainer.evaluation.task_questions import is_scored
 
-    if options.submission is None and is_annotated(sets[0].questions):
+    if options.submission is None and is_scored(task, sets[0].questions):
         return {}
     if options.submission is None:
-        what = "these questions have no annotated answers"
+        what = (
+            "these questions have no annotated answers" if task.protocols else "a language model grades these answers"
+        )
         raise UserError(what, where=task.name, fix="pass annotations, or --submission FILE for the task's server")
     if len(sets) == 2:
         raise UserError("one file for two sets of answers", where="--submission", fix="pass one set of answers")

@@ -114,7 +114,7 @@ def print_task_report(report: "TaskReport", title: str) -> None:
     if report.protocols:
         _print_scores(terminal, report, partly=num_answered < report.num_questions)
     else:
-        terminal.print("the annotated answers are not public: not scored here")
+        terminal.print("not scored here: the right answers are not public, or a language model grades them")
     _print_ids(_unaccounted_of_task(report))
 
 

@@ -27,7 +27,7 @@ def submission_file(task: Task, folder: Path) -> Path:
     if task.submission is None:
         what = f"no server takes answers of {task.name} in a format that is known here"
         raise UserError(what, where=task.name, fix="leave --submission out, or give the task a submission")
-    suffix = {"list": "json", "object": "json", "table": "xlsx"}[task.submission.file]
+    suffix = {"list": "json", "lines": "jsonl", "object": "json", "table": "xlsx"}[task.submission.file]
     return folder / f"{task.name}_submission.{suffix}"
 
 
@@ -61,12 +61,20 @@ def write_submission(
         if task.submission.file == "table":
             write_table(partial, rows)
         else:
-            content: Any = rows if task.submission.file == "list" else {str(row["key"]): row["value"] for row in rows}
-            partial.write_text(json.dumps(content, ensure_ascii=False) + "\n", "utf-8", errors="backslashreplace")
+            partial.write_text(_text(task.submission, rows), "utf-8", errors="backslashreplace")
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(path), fix="choose another path") from error
     return [question.question_id for question in questions if str(question.question_id) not in answers]
+
+
+def _text(submission: Submission, rows: Sequence[Mapping[str, Any]]) -> str:
+    content: Any = rows
+    if submission.file == "lines":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if submission.file == "object":
+        content = {str(row["key"]): row["value"] for row in rows}
+    return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 def _row(submission: Submission, question: Question, answer: str) -> dict[str, Any]:
@@ -85,11 +93,12 @@ def _row(submission: Submission, question: Question, answer: str) -> dict[str, A
         ),
     }
 
+    def value(name: str) -> Any:
+        return parts[name]() if name in parts else options.get(name, "")
+
     def filled(spec: str) -> Any:
         whole = _NAME.fullmatch(spec)
-        if whole is None:
-            return spec
-        return parts[whole[1]]() if whole[1] in parts else options.get(whole[1], "")
+        return value(whole[1]) if whole else _NAME.sub(lambda found: str(value(found[1])), spec)
 
     return {name: filled(spec) for name, spec in submission.fields.items()}
 

@@ -52,7 +52,7 @@ def marking_of(task: Task) -> Marking:
         entry = facts | {"prediction": answer}
         if row.get("ended") == CUT:
             entry["cut"] = True
-        if not question.answers:  # not public: nothing to compare with
+        if not question.answers or not judges:  # nothing to compare with
             return entry | {"answers": []}
         judged = [judge(question, answer, done == rule) for rule, judge in judges.values()]
         said = [judgement.said for judgement in judged]

@@ -17,7 +17,7 @@ from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 from llava_llama31.trainer.evaluation.submissions import submission_file, write_submission
 from llava_llama31.trainer.evaluation.task_files import Task
-from llava_llama31.trainer.evaluation.task_questions import is_annotated, load_task_questions
+from llava_llama31.trainer.evaluation.task_questions import is_scored, load_task_questions
 from llava_llama31.trainer.evaluation.task_scoring import TaskReport, answered, protocol_for, score_task
 from llava_llama31.trainer.evaluation.textvqa import Evaluation
 
@@ -122,7 +122,7 @@ def score_found(asked: TaskToAsk, found: Answers, *, writes: bool) -> TaskEvalua
     name = asked.to_ask.settings.preset.name
     protocol = protocol_for(task, "", name if name in task.protocols else None)
     answers = answered(task, questions, found.rows)
-    submission = None if is_annotated(questions) else submission_file(task, found.path.parent)
+    submission = None if is_scored(task, questions) else submission_file(task, found.path.parent)
     evaluation = TaskEvaluation(
         score_task(task, answers, protocol), found.path, found.seconds, found.settings, submission
     )

@@ -147,16 +147,17 @@ class Reproduced(_Frozen):
 
 
 class Submission(_Frozen):
-    """The file that a benchmark's server takes, for questions whose answers are not public.
+    """The file that a benchmark's server or grader takes, for questions that are not scored here.
 
-    An entry's value is a text, or one of {question_id}, {number} (the same as a number), {image}, {question}, {A} and
-    further options, {answer} and {letter} (the option that the answer chooses).
+    An entry's value is a text with names in braces, or one name alone, whose type it then has: {question_id}, {number}
+    (the same as a number), {image}, {question}, {A} and further options, {answer} and {letter} (the option that the answer
+    chooses).
     """
 
     source: str
     server: str
-    file: Literal["list", "object", "table"]
-    """JSON list of objects; JSON object, of entries `key` and `value`; or Excel table."""
+    file: Literal["list", "lines", "object", "table"]
+    """JSON list of objects; JSON lines; JSON object, of entries `key` and `value`; or Excel table."""
     fields: dict[str, str] = Field(min_length=1)
     normalize: str | None = None
     """The VQA rule in whose normal form answers are sent."""
@@ -174,9 +175,10 @@ class Task(_Frozen):
     sources: list[str] = []
     labels: str | None = None
     """The revision whose labels are meant."""
-    protocol: str
+    protocol: str = ""
     """The protocol of the headline where the answer file's layout does not choose one."""
-    protocols: dict[str, ProtocolOf] = Field(min_length=1)
+    protocols: dict[str, ProtocolOf] = {}
+    """None: a language model grades the answers; they are written for it as `submission` says."""
     layouts: list[Layout] = Field(min_length=1)
     units: Units | None = None
     unit: str = "%"
@@ -199,7 +201,9 @@ class Task(_Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Task":
-        named = {self.protocol, *(figure.protocol for figure in self.reproduced)}
+        if not self.protocols and (self.submission is None or self.protocol):
+            raise ValueError("no protocols (fix: give one, or a submission for those who grade the answers)")
+        named = {*([self.protocol] if self.protocols else []), *(figure.protocol for figure in self.reproduced)}
         unknown = sorted(named - self.protocols.keys())
         if unknown:
             raise ValueError(f"no protocol is named {unknown[0]!r}; there are {', '.join(self.protocols)}")

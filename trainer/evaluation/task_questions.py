@@ -82,9 +82,9 @@ def without_right_option(questions: Sequence[Question]) -> list[Question]:
     return [q for q in questions if q.options and q.answers and q.answers[0] not in dict(q.options)]
 
 
-def is_annotated(questions: Sequence[Question]) -> bool:
-    """Whether the answers are known, so that answers to these questions can be scored."""
-    return any(question.answers for question in questions)
+def is_scored(task: Task, questions: Sequence[Question]) -> bool:
+    """Whether answers to these questions can be scored: the task has protocols, and the right answers are known."""
+    return bool(task.protocols) and any(question.answers for question in questions)
 
 
 def _all_or_none_annotated(questions: Sequence[Question], where: str) -> None:

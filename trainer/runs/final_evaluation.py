@@ -24,7 +24,7 @@ from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 from llava_llama31.trainer.evaluation.task_browser import write_task_browser
 from llava_llama31.trainer.evaluation.task_evaluation import TaskToAsk, preset_of, questions_to_ask, score_found
 from llava_llama31.trainer.evaluation.task_files import Task, load_task
-from llava_llama31.trainer.evaluation.task_questions import is_annotated
+from llava_llama31.trainer.evaluation.task_questions import is_scored
 from llava_llama31.trainer.evaluation.textvqa import weights_revision
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOL, vqa_accuracy
 from llava_llama31.trainer.export.export import public_rows
@@ -77,7 +77,7 @@ def question_set(spec: Evaluation, *, where: str, limit: int | None = None) -> Q
         task = load_task(spec.task)
         preset = preset_of(task, spec.preset)
         questions = questions_to_ask(task, spec.data, image_root=spec.image_root, limit=limit)
-        if not is_annotated(questions):
+        if not is_scored(task, questions):
             what = f"the answers to these questions of {task.name} are not public, so nothing can be scored"
             raise UserError(what, where=where, fix="give annotated questions; `evaluate` writes files for servers")
     check_ocr(preset, questions)
