@@ -150,8 +150,8 @@ class Submission(_Frozen):
     """The file that a benchmark's server or grader takes, for questions that are not scored here.
 
     An entry's value is a text with names in braces, or one name alone, whose type it then has: {question_id}, {number}
-    (the same as a number), {image}, {question}, {A} and further options, {answer} and {letter} (the option that the answer
-    chooses).
+    (the same as a number), {image}, {question}, {A} and further options, {answer} and {letter} (the option that the
+    answer chooses).
     """
 
     source: str
