@@ -148,7 +148,7 @@ def tasks(tmp_path_factory, make_image) -> list[str]:
     """Yes/no and multiple-choice questions, five an image of each kind: what `evaluate` is asked for both together."""
     folder, draw = tmp_path_factory.mktemp("tasks"), random.Random(1)
     rows: dict[str, list[dict]] = {"pope": [], "mmstar": []}
-    for i in range(60):
+    for i in range(40):
         make_image(*SIZES[i % len(SIZES)], seed=i).save(folder / f"{i}.png")
         for k in range(5):
             row = {"index": 5 * i + k, "image_path": f"{i}.png", "question": f"Is it {'very ' * k}{i}?"}
@@ -186,7 +186,7 @@ def test_tasks_are_shared_by_processes_and_survive_kills(forks, lively_folder, t
     assert job.returncode == 0, printed
     for task in ("pope", "mmstar"):
         whole = answers(tmp_path / "one" / task)
-        assert len(whole) == 300 and len({json.loads(line)["answer"] for line in whole}) > 50
+        assert len(whole) == 200 and len({json.loads(line)["answer"] for line in whole}) > 15
         assert all(answers(tmp_path / name / task) == whole for name in ("two", "turned", "killed"))
         scores = [
             json.loads((tmp_path / name / task / "scores.json").read_text()) for name in ("one", "two", "killed")
