@@ -4,6 +4,7 @@ import hashlib
 import json
 import queue
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,6 +190,31 @@ def test_data_is_in_llava_and_textvqa_form(prepared):
     rows = [json.loads(line) for line in (data / "validation.jsonl").read_text().splitlines()]
     assert len({row["question_id"] for row in rows}) == len(rows) >= SMALL.validation_pictures
     assert all(len(row["answers"]) == 10 and (data / row["image"]).is_file() for row in rows)
+
+
+def test_tasks_ask_about_the_validation_images(tmp_path, scenes):
+    from llava_llama31.trainer.demo.tasks import write_tasks
+    from llava_llama31.trainer.evaluation.task_files import load_task
+    from llava_llama31.trainer.evaluation.task_questions import load_task_questions
+
+    shown = {f"v{number}": scene for number, scene in enumerate(scenes["validation"][:120])}
+    write_tasks(tmp_path, shown, 3)
+    yes_no = load_task(tmp_path / "yes_no.yaml")
+    asked = load_task_questions(yes_no, yes_no.data, with_images=False)
+    assert [sum(q.answers == (said,) for q in asked) for said in ("yes", "no")] == [120, 120]
+    for question in asked:
+        scene = shown[Path(question.image_id).stem]
+        text, _, said = question.question.removesuffix("?").partition("? is it ")
+        is_true = any(q.text == f"{text}?" and q.answer == said for q in scene.questions)
+        assert is_true == (question.answers == ("yes",)), question
+    task = load_task(tmp_path / "choices.yaml")
+    choices = load_task_questions(task, task.data, with_images=False)
+    assert len(choices) == 120 and {q.answers[0] for q in choices} == set("ABCD")
+    for question in choices:
+        scene, options = shown[Path(question.image_id).stem], dict(question.options)
+        right = options[question.answers[0]]
+        assert right in [q.answer for q in scene.questions if q.text == question.question] and len(options) == 4
+        assert not [text for text in options.values() if text != right and (text in right or right in text)]
 
 
 def test_finished_folder_is_left_alone_and_another_seed_replaces_it(prepared, monkeypatch):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -237,6 +238,50 @@ def test_metadata_is_what_the_hub_reads():
     published = ModelCard(render_card(RECORD | {"model_id": "me/Llama-x"})).data.eval_results[0]
     assert published.source_url == "https://huggingface.co/me/Llama-x/blob/main/predictions.jsonl"
     assert data.model_name == RECORD["name"]
+
+
+TASK = {
+    "name": "pope",
+    "title": "POPE, COCO",
+    "dataset": "lmms-lab/POPE",
+    "unit": "%",
+    "protocol": "llava",
+    "headline": "f1",
+    "value": 85.947,
+    "before": 12.5,
+    "blind": 49.0,
+    "protocols": {
+        "vlmevalkit": {"headline": "f1", "metrics": {"f1": 85.93, "accuracy": 86.0}, "low": 85.2, "high": 86.6},
+        "llava": {"headline": "f1", "metrics": {"f1": 85.947, "accuracy": 86.1}, "low": 85.25, "high": 86.63},
+    },
+    "num_questions": 8910,
+    "failed": 1,
+    "missing": 0,
+    "cut": 2,
+    "prompt": "<image>\n{question}",
+    "decoding": "greedy, at most 16 new tokens",
+    "predictions": {"file": "predictions-pope.jsonl", "sha256": "7b" * 32},
+}
+
+
+def test_tasks_are_listed_with_what_made_their_figures():
+    card = render_card(
+        RECORD | {"tasks": [TASK, TASK | {"name": "m|e", "title": None, "dataset": None, "unit": "sum"}]}
+    )
+    rows = [line for line in card.splitlines() if line.startswith("| POPE, COCO")]
+    assert rows[0].startswith("| POPE, COCO | llava | f1 | 85.947 | 85.25 to 86.63 | accuracy: 86.1 |")
+    assert rows[2] == "| POPE, COCO | llava | 12.500 | 85.947 | 49.000 |" and "f1 (sum)" in card
+    assert "questions 8,910, failed 1, unanswered 0, cut 2; greedy" in card and "m&#124;e" in card
+    assert f"[predictions-pope.jsonl](predictions-pope.jsonl), SHA-256 {TASK['predictions']['sha256']}" in card
+    results = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
+    (pope,) = [result for result in results if result["dataset"]["type"] == "lmms-lab/POPE"]
+    assert [metric["value"] for metric in pope["metrics"]] == [85.93, 85.947]
+    assert pope["metrics"][1]["type"] == "f1" and pope["metrics"][1]["args"]["interval_95"] == [85.25, 86.63]
+    assert pope["metrics"][1]["args"] | {"num_questions": 8910, "failed": 1, "cut": 2} == pope["metrics"][1]["args"]
+    alone = {key: value for key, value in RECORD.items() if key not in ("evaluation", "samples")}
+    without = render_card(alone | {"tasks": [TASK]})
+    assert "## Other evaluations" in without and "\n- evaluation\n" not in without
+    assert "## Other evaluations" not in render_card(RECORD)
 
 
 def test_missing_facts_are_named_and_never_made_up():

@@ -61,7 +61,8 @@ def test_the_shipped_tasks_are_those_that_are_named():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_task_says_what_it_is(name):
     task = load_task(name)
-    assert task.name == name and task.sources and task.dataset and set(task.prompts) >= {"card", "llava", "lmms-eval"}
+    assert task.name == name and task.sources and task.dataset and task.labels
+    assert set(task.prompts) >= {"card", "llava", "lmms-eval"}
     assert bool(task.reproduced) != bool(task.not_reproduced)
     for protocol in task.protocols.values():
         assert protocol.source

@@ -27,11 +27,12 @@ from llava_llama31.trainer.cli import command_parser
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation import generation, textvqa
+from llava_llama31.trainer.evaluation.answering import derangement
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, undisturbed
 from llava_llama31.trainer.evaluation.presets import PRESETS, Preset
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
-from llava_llama31.trainer.evaluation.textvqa import derangement, evaluate
+from llava_llama31.trainer.evaluation.textvqa import evaluate
 from llava_llama31.trainer.model.opening import open_model
 
 

@@ -112,7 +112,7 @@ def test_kill_9_at_any_moment_changes_nothing(launch, forks, lively_folder, data
     output, draw = tmp_path / "killed", random.Random(processes)
     command, kills = [*arguments(lively_folder, data, output), "--batch-size", "8"], 0
     while kills < 5:
-        started = sum(1 for file in output.glob("predictions*.jsonl") for _ in file.open())
+        started = num_written(output)
         if processes == 1 and kills == 0:
             job = launch("evaluate.py", *command)
         else:
@@ -134,9 +134,65 @@ def wait_for_more(job, output: Path, before: int) -> None:
     """Until a batch more is written than there was, or the process has ended."""
     deadline = time.monotonic() + 120
     while job.poll() is None and time.monotonic() < deadline:
-        if sum(1 for file in output.glob("predictions*.jsonl") for _ in file.open()) > before:
+        if num_written(output) > before:
             return
         time.sleep(0.02)
+
+
+def num_written(output: Path) -> int:
+    return sum(1 for file in output.rglob("predictions*.jsonl") for _ in file.open())
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory, make_image) -> list[str]:
+    """Yes/no and multiple-choice questions, five an image of each kind: what `evaluate` is asked for both together."""
+    folder, draw = tmp_path_factory.mktemp("tasks"), random.Random(1)
+    rows: dict[str, list[dict]] = {"pope": [], "mmstar": []}
+    for i in range(40):
+        make_image(*SIZES[i % len(SIZES)], seed=i).save(folder / f"{i}.png")
+        for k in range(5):
+            row = {"index": 5 * i + k, "image_path": f"{i}.png", "question": f"Is it {'very ' * k}{i}?"}
+            rows["pope"].append(row | {"image": None, "answer": draw.choice(["yes", "no"]), "category": f"kind {k}"})
+            rows["mmstar"].append(row | {"A": "red", "B": f"{i}", "answer": draw.choice("AB"), "category": "one"})
+    named = []
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        named += ["--task", f"{name}={folder / f'{name}.jsonl'}"]
+    return [*named, "--image-root", str(folder), "--max-new-tokens", "6", "--batch-size", "7", "--no-browser"]
+
+
+def test_tasks_are_shared_by_processes_and_survive_kills(forks, lively_folder, tasks, tmp_path):
+    """Answers of one process, of two, and of killed ones in turn, also in another order of the tasks."""
+    command = ("evaluate", lively_folder, *tasks, "--output")
+    assert main([str(part) for part in (*command, tmp_path / "one")]) == 0
+    turned = ("evaluate", lively_folder, *tasks[2:4], *tasks[:2], *tasks[4:], "--output")
+    jobs = [forks.start(*command, tmp_path / "two", processes=2), forks.start(*turned, tmp_path / "turned")]
+    for job in jobs:
+        printed, _ = job.communicate(timeout=240)
+        assert set(job.codes) == {0}, printed
+    draw, kills = random.Random(0), 0
+    while kills < 3:
+        started = num_written(tmp_path / "killed")
+        job = forks.start(*command, tmp_path / "killed", processes=1 + kills % 2)
+        wait_for_more(job, tmp_path / "killed", started)
+        time.sleep(draw.random() * 0.1)
+        if job.poll() is not None:
+            break
+        job.kill()
+        job.communicate()
+        kills += 1
+    job = forks.start(*command, tmp_path / "killed")
+    printed, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, printed
+    for task in ("pope", "mmstar"):
+        whole = answers(tmp_path / "one" / task)
+        assert len(whole) == 200 and len({json.loads(line)["answer"] for line in whole}) > 15
+        assert all(answers(tmp_path / name / task) == whole for name in ("two", "turned", "killed"))
+        scores = [
+            json.loads((tmp_path / name / task / "scores.json").read_text()) for name in ("one", "two", "killed")
+        ]
+        assert scores[0]["protocols"] == scores[1]["protocols"] == scores[2]["protocols"]
+    assert kills
 
 
 def test_adapters_answer_like_the_model_they_are_merged_into(lively_folder, data, tmp_path):

@@ -37,6 +37,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from llava_llama31.trainer.demo.tasks import write_tasks
+
 from .images import (
     ALPHABET,
     PATCH,
@@ -117,7 +119,7 @@ class Settings:
 
     def fingerprint(self, seed: int) -> str:
         """A hash of the settings and the seed."""
-        return hashlib.sha256(json.dumps([asdict(self), seed, 1]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([asdict(self), seed, 2]).encode()).hexdigest()
 
 
 def prepare(folder: Path, *, seed: int, progress: Callable[[str], None], settings: Settings = Settings()) -> None:
@@ -198,15 +200,17 @@ def _ending_at_once(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
 
 
 def write_data(folder: Path, settings: Settings, seed: int) -> None:
-    """Draws the images and writes `captions.json`, `instruct.json` and `validation.jsonl` beside them."""
+    """Draws the images and writes `captions.json`, `instruct.json`, `validation.jsonl` and two tasks beside them."""
     (folder / "images").mkdir(parents=True)
     captions = [_caption_row(folder, f"caption-{n:05d}", seed) for n in range(settings.captions)]
     (folder / "captions.json").write_text(json.dumps(captions, indent=1))
     dialogues = [_dialogue_row(folder, f"dialogue-{n:05d}", seed) for n in range(settings.dialogues)]
     (folder / "instruct.json").write_text(json.dumps(dialogues, indent=1))
     names = [f"validation-{n:05d}" for n in range(settings.validation_pictures)]
-    rows = [row for name in names for row in _validation_rows(folder, name, seed)]
+    drawn = {name: _draw(folder, name, "validation", seed) for name in names}
+    rows = [row for name, (scene, rng) in drawn.items() for row in _validation_rows(name, scene, rng)]
     (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_tasks(folder, {name: scene for name, (scene, _) in drawn.items()}, seed)
 
 
 def _draw(folder: Path, name: str, split: str, seed: int) -> tuple[Scene, random.Random]:
@@ -239,8 +243,7 @@ def _question_turns(scene: Scene, rng: random.Random, suffix: str) -> list[tuple
     return [(question.text + suffix, question.answer) for question in shuffled]
 
 
-def _validation_rows(folder: Path, name: str, seed: int) -> list[dict]:
-    scene, rng = _draw(folder, name, "validation", seed)
+def _validation_rows(name: str, scene: Scene, rng: random.Random) -> list[dict]:
     return [
         {
             "question_id": f"{name}-{number}",

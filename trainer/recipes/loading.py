@@ -189,9 +189,13 @@ def _fields_at(location: list) -> list[str]:
 
 
 def _object_type(annotation: Any) -> Any:
-    for candidate in (annotation, *typing.get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
+    """The first object among the types that an annotation is made of, or the annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in typing.get_args(annotation):
+        found = _object_type(part)
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return found
     return annotation
 
 

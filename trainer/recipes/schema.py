@@ -6,9 +6,20 @@ Every object is frozen and checked when it is made; an error names the key and i
 import math
 import re
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from llava_llama31.trainer.recipes.data_formats import DataFormat
 from llava_llama31.trainer.redaction import holds_credential
@@ -172,8 +183,8 @@ class Stage(_Frozen):
     """Policy per reject reason (`llava-llama31 check-data` lists them) and `default`."""
     validation_fraction: Fraction = 0.0
     eval_steps: PositiveInt | None = None
-    eval_questions: PositiveInt | None = None
-    """How many of the recipe's evaluation questions to ask at every `eval_steps`; logged as eval_accuracy."""
+    eval_questions: PositiveInt | dict[str, PositiveInt] | None = None
+    """How many questions of the recipe's first evaluation to ask at every `eval_steps`, or of each one by its name."""
     keep: Literal["last", "best_loss", "best_accuracy"] = "last"
     """The weights that the stage ends with: its last, or those of the evaluation with the best metric."""
     save_steps: PositiveInt = 200
@@ -312,19 +323,53 @@ class Stage(_Frozen):
 
 
 class Evaluation(_Frozen):
-    """TextVQA-format questions on which the finished model is scored."""
+    """Questions on which the finished model is scored: TextVQA-format ones, or those of a task."""
 
-    data: str
+    task: str | None = None
+    """A shipped task, or a file of one's own: YAML, or a table of questions; default: TextVQA's protocols."""
+    data: str | None = None
+    """File or folder of the questions; a file of one's own may name it."""
     image_root: str | None = None
     name: str = "validation"
+    """What it is called in reports and in `eval_questions`; default for a task: the task's name."""
     limit: PositiveInt | None = None
-    preset: Literal["card", "llava", "lmms-eval"] = "card"
+    preset: Literal["card", "llava", "lmms-eval", "vlmevalkit"] = "card"
     """Whose prompt: docs/evaluation.md."""
     batch_size: PositiveInt | None = None
     """Default: by the device's memory."""
-    max_new_tokens: PositiveInt = 64
+    max_new_tokens: PositiveInt | None = None
+    """Length at which an answer is cut; default: 64, or the task's."""
     baselines: bool = False
     """Also score the untrained model, and the trained one with images shuffled between questions."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_tasks(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        task = content.get("task")
+        if isinstance(task, str):
+            return {"name": PurePath(task).stem, **content}
+        return {"max_new_tokens": 64, **content}
+
+    @model_validator(mode="after")
+    def _has_questions(self) -> "Evaluation":
+        if self.task is None and self.data is None:
+            raise ValueError("there are no questions (fix: give data, a file of questions)")
+        if self.task is None and self.preset == "vlmevalkit":
+            raise ValueError("vlmevalkit's prompt for TextVQA is that of card (fix: set preset: card)")
+        return self
+
+
+def _number_of_evaluations(content: Any) -> str:
+    return "list[Evaluation]" if isinstance(content, list | tuple) else "mapping[Evaluation]"
+
+
+Evaluations = Annotated[
+    Annotated[Evaluation, Tag("mapping[Evaluation]")]
+    | Annotated[list[Evaluation], Tag("list[Evaluation]"), Field(min_length=1)],
+    Discriminator(_number_of_evaluations),
+]
 
 
 class Publish(_Frozen):
@@ -350,7 +395,8 @@ class Recipe(_Frozen):
     """Parts and data that have to be made first: `tiny` by the run itself, `smol` by examples/prepare_smol.py."""
     model: Model
     stages: dict[str, Stage] = Field(min_length=1)
-    evaluation: Evaluation | None = None
+    evaluation: Evaluations | None = None
+    """What the finished model is scored on: one set of questions, or a list of them."""
     publish: Publish | None = None
     device_watts: PositiveFloat | None = None
     """Mean power of one device while it trains, as measured; the model card's energy follows from it."""
@@ -370,10 +416,38 @@ class Recipe(_Frozen):
         for name in self.stages:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ValueError(f"{name!r} is no name for a stage (fix: use letters, digits, - and _)")
+        names = [spec.name for spec in self.evaluations]
         for name, stage in self.stages.items():
-            if stage.eval_questions is not None and self.evaluation is None:
+            if stage.eval_questions is not None and not names:
                 raise ValueError(f"stage {name} has eval_questions, but there is no evaluation (fix: add one)")
+            asked = stage.eval_questions if isinstance(stage.eval_questions, dict) else {}
+            for unknown in [key for key in asked if key not in names]:
+                raise ValueError(
+                    f"stage {name} has eval_questions of {unknown!r} (fix: name evaluations: {', '.join(names)})"
+                )
+        slugs = [slug(each) for each in names]
+        for number, each in enumerate(slugs):
+            if each in slugs[:number]:
+                raise ValueError(f"two evaluations are called {names[number]!r} (fix: give one another name)")
+        if sum(spec.task is None for spec in self.evaluations) > 1:
+            raise ValueError("two evaluations have no task (fix: give one of them task: textvqa)")
         return self
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """What the finished model is scored on, in the order of the recipe."""
+        if self.evaluation is None:
+            return ()
+        return tuple(self.evaluation) if isinstance(self.evaluation, list) else (self.evaluation,)
+
+    def where_evaluation(self, number: int) -> str:
+        """The key of an evaluation, as `--set` names it."""
+        return f"evaluation.{number}" if isinstance(self.evaluation, list) else "evaluation"
+
+
+def slug(name: str) -> str:
+    """A name in characters that files and keys can have."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "evaluation"
 
 
 def _numbers(content: Any, key: str = "") -> Iterator[tuple[str, float]]:
