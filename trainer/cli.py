@@ -1,5 +1,5 @@
-"""`llava-llama31`: train, check data, plan, doctor, assemble, evaluate, chat, score, browse, export, check engines,
-publish.
+"""`llava-llama31`: train, fetch and check data, plan, doctor, assemble, evaluate, chat, score, browse, export, check
+engines, publish.
 
 llava-llama31 train tiny
 """
@@ -25,6 +25,7 @@ from llava_llama31.trainer.commands import (
     evaluate,
     export,
     export_metric,
+    fetch,
     plan,
     publish,
     recipes,
@@ -56,6 +57,7 @@ _COMMANDS = {
     "train": train,
     "plan": plan,
     "recipes": recipes,
+    "fetch": fetch,
     "check-data": check_data,
     "doctor": doctor,
     "assemble": assemble,
