@@ -87,7 +87,14 @@ def main() -> int:
     parser.add_argument("--stage", choices=("projector", "instruct"), default="instruct", help="of llama31-8b-card")
     parser.add_argument("--device", choices=tuple(ACCELERATORS), default="h100")
     parser.add_argument("--micro-batch", type=int, default=8, metavar="N", help="samples; default: 8")
-    parser.add_argument("--checkpointing", type=int, default=1, metavar="N", help="of every Nth layer; 0: none")
+    parser.add_argument(
+        "--checkpointing",
+        type=lambda text: text if text == "selective" else int(text),
+        default="selective",
+        metavar="N",
+        help="of every Nth layer; 0: none; default: selective",
+    )
+    parser.add_argument("--unfused", action="store_true", help="norms, rotary embeddings and MLPs in eager kernels")
     parser.add_argument("--autocast", action="store_true", help="float32 weights, computed with in bfloat16")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -97,6 +104,7 @@ def main() -> int:
         micro_batch=options.micro_batch,
         autocast=options.autocast,
         checkpointing=options.checkpointing,
+        fused=not options.unfused,
     )
     device = ACCELERATORS[options.device]
     found = predict(step, device)

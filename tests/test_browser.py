@@ -27,6 +27,8 @@ from llava_llama31.trainer.evaluation.browser import write_browser
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.scoring import score_answers
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
+from llava_llama31.trainer.evaluation.task_browser import write_task_browser
+from llava_llama31.trainer.evaluation.task_files import load_task
 from llava_llama31.trainer.evaluation.textvqa import evaluate
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS, normalize, vqa_accuracy
 
@@ -666,3 +668,25 @@ def test_five_thousand_questions_load(window, make_image, tmp_path):
     assert len(window.ids()) == 50 and window.text("#status").startswith("111 questions")
     assert window.run("return document.querySelectorAll('article').length") == 50
     print(f"5,000 questions: loaded in {loaded - started:.2f} s, searched in {searched - loaded:.2f} s")  # noqa: T201
+
+
+def test_a_tasks_page_shows_options_and_what_was_read(window, image, tmp_path):
+    task = load_task("mmstar")
+    common = {"image": image, "answers": ("B",), "options": (("A", "red"), ("B", "blue")), "groups": ("colours",)}
+    questions = [Question(i, "p", question=f"what is {i}?", **common) for i in range(4)]
+    rows = [{"question_id": i, "answer": text} for i, text in enumerate(["B.", "it is blue", "A"])]
+    written = write_task_browser(task, questions, rows, tmp_path / "b.html")
+    assert written.num_unanswered == 1
+    window.open(written.path)
+    assert window.text("h1") == "MMStar" and "mean score 66.667 %" in window.text("#status")
+    assert (
+        window.text("article .facts") == "PredictionB.AnswersB. blue (as predicted)OptionsA. redB. blueGroupscolours"
+    )
+    assert window.text("article .scores") == "vlmevalkit1 (read as B)letter1 (read as B)"
+    window.show("disagree")
+    assert window.ids() == ["1"] and window.text("article .scores") == "vlmevalkit1 (read as B)letter0"
+    window.show("unanswered")
+    assert window.ids() == ["3"]
+    window.show("all")
+    window.search("colours")
+    assert len(window.ids()) == 4

@@ -27,6 +27,7 @@ from llava_llama31.trainer.model import device_options
 from llava_llama31.trainer.model.module_groups import freeze
 from llava_llama31.trainer.model.stage_model import use_device_options
 from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.training import optimizers
 from llava_llama31.trainer.training.optimizers import (
     AdamWBfloat16,
     load_portable_state,
@@ -99,6 +100,32 @@ def test_the_second_moment_does_not_stand_still():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_kernel_a_parameter_does_what_the_chunks_do(dtype):
+    """But for its random numbers, which are as evenly spread."""
+    ends = []
+    for compiled in (None, lambda function: function):
+        parameters = weights(dtype)
+        options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
+        optimizer = AdamWBfloat16([{"params": parameters}], **options, compiled=compiled)
+        ends.append((train(optimizer, parameters, 50), weights(dtype)))
+    for one, other, start in zip(ends[0][0], ends[1][0], ends[0][1], strict=True):
+        assert 0 < (one - other).float().norm() < 0.02 * (one - start).float().norm()
+
+
+def test_numbers_are_hashed_evenly_and_by_their_place_alone():
+    seed, places = torch.tensor((3 << 24) + 7), torch.arange(1 << 16)
+    bits = optimizers._hashed(places, seed)
+    for shift in (0, 16, 32, 48):
+        part = (bits >> shift) & 0xFFFF
+        assert float(part.double().mean()) == pytest.approx(2**15, rel=0.01)
+        assert 0.6 < part.unique().numel() / 2**16 < 0.66  # 1 - 1/e of all values
+    assert torch.equal(optimizers._hashed(places[1000:], seed), bits[1000:])
+    assert (optimizers._hashed(places, seed + 1) != bits).all()
+    x = torch.full((1 << 16,), 1 + 2**-9)
+    assert float(optimizers._rounded(x, bits & 0xFFFF).double().mean()) == pytest.approx(1 + 2**-9, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_all_processes_round_alike(dtype):
     ends = []
     for seed in (0, 1):
@@ -111,8 +138,8 @@ def test_all_processes_round_alike(dtype):
 
 def make_optimizer(name, parameters):
     groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters, (1e-2, 1e-3), strict=True)]
-    if name == "adamw_bf16":
-        return AdamWBfloat16(groups, lr=1.0)
+    if name.startswith("adamw_bf16"):
+        return AdamWBfloat16(groups, lr=1.0, compiled=(lambda function: function) if "fused" in name else None)
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     if name == "bitsandbytes":
@@ -120,7 +147,7 @@ def make_optimizer(name, parameters):
     return pytest.importorskip("torchao.optim").AdamW8bit(groups, lr=1.0)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "adamw_8bit", "bitsandbytes"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "adamw_bf16 fused", "adamw_8bit", "bitsandbytes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @set_stance("force_eager")
 def test_state_in_a_checkpoint_is_all_of_it(tmp_path, name, dtype):
@@ -142,7 +169,7 @@ def test_state_in_a_checkpoint_is_all_of_it(tmp_path, name, dtype):
     ends = train(optimizer, parameters, 4, seed=2), train(resumed, again, 4, seed=2)
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
     saved = sum(tensor.nbytes for tensor in load_file(tmp_path / "optimizer.safetensors").values())
-    bytes_a_number = {"adamw": dtype.itemsize, "adamw_bf16": 2}.get(name, 1)
+    bytes_a_number = {"adamw": dtype.itemsize, "adamw_bf16": 2, "adamw_bf16 fused": 2}.get(name, 1)
     assert saved < 2.5 * 64 * 96 * bytes_a_number + 3000
 
 
@@ -164,6 +191,7 @@ def run(tmp_path, content, output):
     return main(["train", str(path), "--output", str(tmp_path / output)]), tmp_path / output / "stages"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bf16"])
 def test_a_stage_with_a_low_bit_optimizer_resumes_with_the_same_bits(tmp_path, recipe_content, name, monkeypatch):
     if name == "adamw_8bit":
@@ -224,7 +252,10 @@ def gradients_of(model, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-4), (True, 2e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("autocast", "tolerance"),
+    [pytest.param(False, 1e-4, id="float32"), pytest.param(True, 2e-2, id="bfloat16", marks=pytest.mark.torture)],
+)
 def test_compiled_equals_eager(tiny_config, samples, collate, autocast, tolerance):
     def gradients(model, row):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -439,12 +470,13 @@ def test_amds_capability_says_nothing_of_float8(machine, monkeypatch, name, has_
         device_options.check_device_options(stage(fp8=True, compile=True), "here")
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "adamw_bf16"}, {"compile": True}], ids=str)
+@pytest.mark.parametrize("changes", [{"optimizer": "adamw_8bit"}, {"fp8": True, "compile": True}], ids=str)
 def test_fsdp_is_refused(machine, monkeypatch, changes):
-    machine()
+    machine(["torchao"], (9, 0))
     device_options.check_device_options(stage(**changes), "here")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    device_options.check_device_options(stage(), "here")
+    for supported in ({}, {"compile": True}, {"optimizer": "adamw_bf16"}):
+        device_options.check_device_options(stage(**supported), "here")
     with pytest.raises(UserError, match=rf"here\.{next(iter(changes))}: is not supported under FSDP"):
         device_options.check_device_options(stage(**changes), "here")
 
@@ -456,6 +488,7 @@ def test_a_run_is_refused_before_it_starts(tmp_path, recipe_content, capsys):
     assert "stages.instruct.fp8: fp8 needs a GPU" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler_is_refused(tmp_path):
     code = (
         "from llava_llama31.trainer.model.device_options import _check_compiler\n"

@@ -92,7 +92,7 @@ def run(make_run, data_folder):
         start("instruct", 0, 20),
         training("instruct", 1),
         training("instruct", 2) | {"loss": "nan"},
-        training("instruct", 3),
+        training("instruct", 3) | {"eval_pope_f1": 81.5, "eval_pope_unanswered": 0},
     ]
     folder = make_run("run", log, name=HOSTILE)
     asked = folder / "stages/2-instruct/evaluation"
@@ -143,6 +143,7 @@ def test_a_run_that_was_killed_twice_has_every_step_once(run):
     assert facts.state == "stopped" and facts.num_starts == 4
     charts = {panel.title: panel.charts for panel in panels([facts])}
     assert {"Loss", "Validation accuracy", "Learning rate", "Memory, GiB"} <= set(charts)
+    assert [(line.label, line.dots) for line in charts["Scores of tasks"]["time"].lines] == [("pope_f1", True)]
     first, second = charts["Loss"]["steps"].lines
     drawn = [x for x, y in first.points if np.isfinite(y)]
     assert drawn == [*range(1, 9), 9, 11]  # of the second stage the step with a loss of nan is a gap
@@ -189,7 +190,16 @@ def test_a_finished_run_has_its_score_and_a_link_to_the_wrong_answers(make_run, 
     score = {"accuracy": 0.5, "low": 0.25, "high": 0.75}
     evaluation = {"dataset": "signs", "num_questions": 9, "decoding": "greedy", "protocols": {"m4c": score}}
     sample = {"question": "what?", "prediction": "red", "answers": ["red", "blue", "red"], "image": "samples/1.png"}
-    record = {"evaluation": evaluation, "samples": [sample | {"accuracy": 0.6}], "commit": "abc", "command": "train x"}
+    pope = {"headline": "f1", "metrics": {"f1": 81.25}, "low": 80.0, "high": 82.5}
+    task = {"title": "POPE", "name": "pope", "num_questions": 9, "decoding": "greedy", "protocols": {"llava": pope}}
+    (run / "predictions-pope.html").write_text("")
+    record = {
+        "tasks": [task | {"predictions": {"file": "predictions-pope.jsonl"}}],
+        "evaluation": evaluation,
+        "samples": [sample | {"accuracy": 0.6}],
+        "commit": "abc",
+        "command": "train x",
+    }
     (run / "record.json").write_text(json.dumps(record))
     (run / "samples").mkdir()
     Image.new("RGB", (900, 30), "red").save(run / "samples/1.png")
@@ -197,6 +207,8 @@ def test_a_finished_run_has_its_score_and_a_link_to_the_wrong_answers(make_run, 
         (run / name).write_text("{}")
     page = page_of(capsys, run)
     assert page.tables["test: score"][1] == ["m4c", "50.0%", "25.0% to 75.0%"]
+    assert page.tables["test: score of POPE"][1] == ["llava", "f1", "81.2", "80.0 to 82.5"]
+    assert 'href="predictions-pope.html"' in page.text
     assert 'href="predictions.html#filter=wrong"' in page.text and "red x 2, blue" in page.text
     assert ["commit", "abc"] in page.tables["test: command, commit, environment"]
     elsewhere = page_of(capsys, run, "--output", tmp_path / "deep/page.html")
@@ -307,8 +319,8 @@ def test_a_watched_run_is_served_to_this_machine_and_always_new(served, run):
     with (run / "log.jsonl").open("a") as log:
         log.write(json.dumps(training("instruct", 4)) + "\n")
     assert "step 4 of 20" in get(served.address)[1]
-    assert get(served.address + "answers/0") == (200, "<p>answers")
-    for path in ("answers/1", "../recipe.json", "recipe.json"):
+    assert get(served.address + "answers/0/predictions.html") == (200, "<p>answers")
+    for path in ("answers/1/predictions.html", "answers/0/recipe.json", "../recipe.json", "recipe.json"):
         assert get(served.address + path)[0] == 404
     assert get(served.address, host="evil.example")[0] == 403
     (run / "recipe.json").unlink()

@@ -69,6 +69,7 @@ def test_it_has_what_the_trainer_recorded(train):
     assert rates[0]["language_model"] != rates[-1]["language_model"]
 
 
+@pytest.mark.slow
 def test_a_run_that_crashed_twice_has_every_step_once(train, monkeypatch):
     _, whole = train("whole")
     for stage, step in (("1-projector", 4), ("2-instruct", 4)):

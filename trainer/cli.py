@@ -1,5 +1,5 @@
-"""`llava-llama31`: train, check data, plan, doctor, assemble, evaluate, chat, score, browse, export, check engines,
-publish.
+"""`llava-llama31`: train, fetch and check data, plan, doctor, assemble, evaluate, chat, score, browse, export, check
+engines, publish.
 
 llava-llama31 train tiny
 """
@@ -29,6 +29,7 @@ from llava_llama31.trainer.commands import (
     evaluate,
     export,
     export_metric,
+    fetch,
     new,
     plan,
     publish,
@@ -53,7 +54,7 @@ from llava_llama31.trainer.redaction import SafeFormatter, quiet_libraries, say,
 
 
 _STDOUT = 1  # its file descriptor
-# what of a stopped command the next start goes on from; the others keep nothing
+# what the next start of a stopped command resumes from; the others keep nothing
 _KEPT: dict[str, Callable[[argparse.Namespace], str]] = {
     "train": train.what_is_kept,
     "evaluate": evaluate.what_is_kept,
@@ -64,6 +65,7 @@ _COMMANDS = {
     "train": train,
     "plan": plan,
     "recipes": recipes,
+    "fetch": fetch,
     "check-data": check_data,
     "doctor": doctor,
     "assemble": assemble,

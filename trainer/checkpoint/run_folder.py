@@ -25,7 +25,7 @@ _LOCK = ".lock"
 # recipe keys that may change between two starts of a run, beside `CHANGEABLE`
 _UNTRAINED = ("description", "device_watts", "hub_id", "report_to")
 _PLACES = re.compile(
-    r"stages\.[^.]+\.(init_from|data\.\d+\.(path|image_root))|evaluation\.(data|image_root)"
+    r"stages\.[^.]+\.(init_from|data\.\d+\.(path|image_root))|evaluation\.(\d+\.)?(data|image_root)"
     rf"|model\.({'|'.join(MODEL_PARTS)})"
 )
 _NOTHING = re.compile(r"(?!)")
@@ -132,6 +132,14 @@ class RunFolder:
     def browser(self) -> Path:
         """The page to look through the answers."""
         return self.path / "predictions.html"
+
+    def task_evaluation(self, slug: str) -> Path:
+        """One folder of answers per evaluation of a task at the end of the run."""
+        return self.evaluation / "tasks" / slug
+
+    def task_predictions(self, slug: str) -> Path:
+        """The finished model's answers to a task; the page to look through them has its name."""
+        return self.path / f"predictions-{slug}.jsonl"
 
     @property
     def export(self) -> Path:

@@ -180,7 +180,7 @@ def _obey(conversation: "Conversation", line: str, options: argparse.Namespace) 
     if command not in SLASH_COMMANDS:
         near = difflib.get_close_matches(command, SLASH_COMMANDS, 1)
         fix = f"did you mean {near[0]}?" if near else f"one of {', '.join(SLASH_COMMANDS)}"
-        raise UserError(f"there is no {command}", fix=fix)
+        raise UserError(f"unknown command {command}", fix=fix)
     actions: dict[str, Callable[[], object]] = {
         "/image": lambda: _show(conversation, _only_word(argument, command)),
         "/reset": conversation.reset,

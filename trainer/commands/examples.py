@@ -3,6 +3,7 @@
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "new": ("signs --data mine/rows.json", "signs --data mine/rows.json --questions mine/questions.jsonl --lora"),
     "train": ("tiny", "mine.yaml --dry-run", "mine.yaml --devices 8 --set stages.instruct.epochs=2"),
+    "fetch": ("llama31-8b --dry-run", "--list"),
     "plan": ("llama31-8b --devices 8 --device h100", "mine.yaml --device-memory 24"),
     "recipes": ("llama31-8b > mine.yaml", "--check mine.yaml", "--diff llama31-8b mine.yaml"),
     "check-data": ("mine.yaml", "rows.json --image-root images --on-bad missing_image=skip"),

@@ -96,7 +96,7 @@ def _dry_run(options: argparse.Namespace, recipe: "Recipe", output: Path) -> int
 
 
 def what_is_kept(options: argparse.Namespace) -> str:
-    """From where the same command goes on after a signal."""
+    """Where the same command resumes after a signal."""
     from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 
     if RunFolder(run_folder(options, options.recipe)).has_begun():

@@ -4,7 +4,7 @@
 
 const PAGE_SIZE = 50;
 const byId = (id) => document.getElementById(id);
-const { title, note, protocols, images, questions, unknown } = JSON.parse(byId("data").textContent);
+const { title, note, protocols, measure, images, questions, unknown } = JSON.parse(byId("data").textContent);
 const state = { filter: "all", protocol: 0, sort: "file", search: "", page: 0 };
 let shown = questions;
 
@@ -18,8 +18,8 @@ const FILTERS = {
   right: (entry) => score(entry) === 1,
   wrong: (entry) => score(entry) < 1,
   zero: (entry) => score(entry) === 0,
-  disagree: (entry) => entry.compared !== undefined,
-  unanswered: (entry) => entry.scores === undefined,
+  disagree: (entry) => new Set(entry.scores).size > 1,
+  unanswered: (entry) => entry.error !== undefined,
 };
 // sorting is stable, so equals stay in the order of the file; questions without an answer come last
 const SORTS = {
@@ -33,7 +33,8 @@ const SORTS = {
 
 for (const entry of questions) {
   const texts = [entry.id, images[entry.image].id, entry.question, entry.prediction ?? ""];
-  entry.haystack = [...texts, ...entry.answers.map((answer) => answer.text)].join("\n").toLowerCase();
+  const options = (entry.options ?? []).map((option) => option[1]);
+  entry.haystack = [...texts, ...options, ...(entry.groups ?? []), ...entry.answers.map((answer) => answer.text)].join("\n").toLowerCase();
 }
 
 function make(tag, attributes, ...children) {
@@ -68,8 +69,11 @@ const rounded = (value) => String(Math.round(value * 1000) / 1000);
 const chosen = (i) => (i === state.protocol ? { class: "chosen" } : {});
 
 function scoreList(entry) {
-  const row = (value, i) =>
-    make("div", chosen(i), make("dt", {}, protocols[i]), make("dd", { class: scoreClass(value) }, rounded(value)));
+  const row = (value, i) => {
+    const cell = make("dd", { class: scoreClass(value) }, rounded(value));
+    if (entry.said?.[i]) cell.append(" (read as ", quoted(entry.said[i]), ")");
+    return make("div", chosen(i), make("dt", {}, protocols[i]), cell);
+  };
   return make("dl", { class: "scores" }, ...entry.scores.map(row));
 }
 
@@ -113,7 +117,8 @@ function imagesOf(entry) {
 }
 
 function prediction(entry) {
-  if (entry.scores === undefined) return make("dd", { class: "error" }, "No answer: ", quoted(entry.error));
+  if (entry.error !== undefined) return make("dd", { class: "error" }, "No answer: ", quoted(entry.error));
+  if (entry.scores === undefined) return make("dd", { class: "prediction" }, quoted(entry.prediction));
   const text = make("dd", { class: `prediction ${scoreClass(score(entry))}` }, quoted(entry.prediction));
   if (entry.cut) text.append(make("span", { class: "note" }, "cut at the token limit"));
   if (entry.times) text.append(make("span", { class: "note" }, `first of ${entry.times} answers`));
@@ -124,6 +129,11 @@ function card(entry, place) {
   const heading = make("h2", { id: `question-${place}` }, quoted(entry.question));
   const facts = make("dl", { class: "facts" }, make("dt", {}, "Prediction"), prediction(entry), make("dt", {}, "Answers"));
   facts.append(make("dd", {}, grouped(entry.answers, (answer) => answer.matches?.[state.protocol])));
+  if (entry.options !== undefined) {
+    const listed = entry.options.map(([letter, text]) => ({ text: `${letter}. ${text}`, count: 1 }));
+    facts.append(make("dt", {}, "Options"), make("dd", {}, grouped(listed, () => false)));
+  }
+  if (entry.groups !== undefined) facts.append(make("dt", {}, "Groups"), make("dd", {}, quoted(entry.groups.join(", "))));
   const text = make("div", { class: "text" }, make("p", { class: "id" }, "question ", quoted(entry.id)), heading, facts);
   if (entry.scores !== undefined) text.append(entry.compared === undefined ? scoreList(entry) : scoreTable(entry));
   const article = make("article", { tabindex: "-1", "aria-labelledby": heading.id }, imagesOf(entry), text);
@@ -135,7 +145,7 @@ function meanOf(entries) {
   if (answered.length === 0) return "no answer to score";
   const sum = answered.reduce((total, entry) => total + score(entry), 0);
   const percent = (number) => `${((100 * sum) / number).toFixed(3)} %`;
-  const mean = `accuracy ${percent(answered.length)}`;
+  const mean = `${measure} ${percent(answered.length)}`;
   if (answered.length === entries.length) return mean;
   return `${mean} (${percent(entries.length)} with ${whole(entries.length - answered.length)} unanswered as 0)`;
 }

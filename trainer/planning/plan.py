@@ -253,7 +253,7 @@ def _work(case: Case, works: tuple[Work, Work] | None) -> dict[str, Any]:
         return unknown
     stage, machine = case.stage, case.machine
     shape = ModelShape.of(case.config)
-    options: dict[str, Any] = {"checkpointing": int(stage.activation_checkpointing)}
+    options: dict[str, Any] = {"checkpointing": stage.recomputed}
     if stage.lora is not None:
         options |= {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
     # a micro-batch without images needs other gradients: the two kinds are counted apart
@@ -298,7 +298,7 @@ def setup_of(
         parameters.trainable(stage.trainable, num_adapters=adapters, frozen_newline=frozen_newline),
         precision=stage.precision,
         optimizer=stage.optimizer,
-        checkpointing=int(stage.activation_checkpointing),
+        checkpointing=stage.recomputed,
         accumulates=accumulates,
         lora_rank=lora.r if lora else 0,
         lora_targets=tuple(lora.targets) if lora else (),
@@ -367,9 +367,11 @@ def runs_under(stage: Stage, engine: Engine, optimizer: str, file: str | None) -
     """What stages refuse of DeepSpeed, whose file must be there, and of FSDP."""
     if engine.name == "ddp":
         return True
-    options = stage.compile or stage.fp8 or stage.feature_cache_gb is not None
-    has_file = file is not None or not engine.deepspeed
-    return has_file and optimizer == "adamw" and stage.precision != "bfloat16-weights" and not options
+    if stage.fp8 or stage.feature_cache_gb is not None or stage.precision == "bfloat16-weights":
+        return False
+    if engine.deepspeed:
+        return file is not None and optimizer == "adamw" and not stage.compile
+    return optimizer != "adamw_8bit" and not (stage.lora is not None and stage.lora.quantize)
 
 
 def _fix(case: Case, changes: Mapping[str, Any], engine: Engine, memory: Memory) -> dict[str, Any]:

@@ -123,9 +123,9 @@ def _draw(
     """Tokens, supervised ones, prefix, prefix key, tiles and patch features of rows with one image each."""
     entry = published()["data"].get(source.name) or published()["unknown"]
     draw = np.random.default_rng(seed)
-    pictures = np.array(published()["pictures"])
-    chosen = draw.choice(len(pictures), number, p=pictures[:, 3] / pictures[:, 3].sum())
-    image_tokens, features, tiles = pictures[chosen, :3].T
+    images = np.array(published()["images"])
+    chosen = draw.choice(len(images), number, p=images[:, 3] / images[:, 3].sum())
+    image_tokens, features, tiles = images[chosen, :3].T
     if assumptions.tokens_per_row is not None:
         total = assumptions.tokens_per_row
         notes.append(f"{source.name}: rows of {total:,} tokens, as --tokens-per-row says, with an image each")
@@ -143,9 +143,9 @@ def _draw(
             f"{source.name} is not counted: an image of COCO's sizes at 336 px a row, and {entry['text_tokens'][1]} "
             "tokens of text in the median (check-data counts them where data and model are here)"
         )
-    group = np.arange(number) // entry["rows_per_picture"]
+    group = np.arange(number) // entry["rows_per_image"]
     # rows about one image have one image
-    first = group * entry["rows_per_picture"]
+    first = group * entry["rows_per_image"]
     tokens = tokens - image_tokens + image_tokens[first]
     return tokens, supervised, image_tokens[first] + 5, group + 1, tiles[first], features[first]
 
@@ -219,12 +219,12 @@ def passes(stage: Stage, rows: StageRows, order: BatchOrder, steps: int, num_dev
                 totals[int(found[_TILES] == 0)] += found
                 worst = max(worst, found, key=lambda measured: measured[_TOKENS])
     scale = steps / len(batches)
-    with_pictures, without = (np.round(total * scale).astype(np.int64) for total in totals)
+    with_images, without = (np.round(total * scale).astype(np.int64) for total in totals)
     return Passes(
         tokens=_tokens(order, steps) if counted else round(tokens * scale),
-        positions=int(with_pictures[_TOKENS] + without[_TOKENS]),
-        tiles=int(with_pictures[_TILES]),
-        works=(_work(with_pictures), _work(without)),
+        positions=int(with_images[_TOKENS] + without[_TOKENS]),
+        tiles=int(with_images[_TILES]),
+        works=(_work(with_images), _work(without)),
         worst=MicroBatch(
             num_tokens=int(worst[_TOKENS]),
             num_keys=int(worst[_KEYS]),

@@ -87,8 +87,9 @@ def _default(value: Any) -> str:
 
 def _values(described: dict[str, Any]) -> str:
     """What a value may be, in words."""
-    if "anyOf" in described:
-        return " or ".join(_values(one) for one in described["anyOf"] if one.get("type") != "null")
+    for union in ("anyOf", "oneOf"):
+        if union in described:
+            return " or ".join(_values(one) for one in described[union] if one.get("type") != "null")
     if "enum" in described:
         return ", ".join(f"`{value}`" for value in described["enum"])
     if "const" in described:

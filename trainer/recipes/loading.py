@@ -26,6 +26,22 @@ def load_recipe(name_or_path: str, *, output: Path | None = None, overrides: typ
     Raises:
         UserError: naming file, key and fix.
     """
+    content, where = _content(name_or_path, overrides)
+    if output is not None:
+        content = _substitute(content, "{output}", str(output))
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def changed_recipe(name_or_path: str, overrides: typing.Sequence[str]) -> str:
+    """YAML of a recipe with overrides, as `load_recipe` takes them; `{output}` stays, comments don't."""
+    return yaml.safe_dump(_content(name_or_path, overrides)[0], sort_keys=False, allow_unicode=True, width=100)
+
+
+def _content(name_or_path: str, overrides: typing.Sequence[str]) -> tuple[dict[str, Any], str]:
+    """A recipe as it is written, with overrides, and the name to call it by in messages."""
     text, where = read_recipe_text(name_or_path)
     try:
         content = yaml.load(text, Loader=_Yaml12Loader)
@@ -38,12 +54,7 @@ def load_recipe(name_or_path: str, *, output: Path | None = None, overrides: typ
         raise UserError("a recipe is a mapping with name, model and stages", where=where, fix="see a shipped recipe")
     for override in overrides:
         _apply_override(content, override)
-    if output is not None:
-        content = _substitute(content, "{output}", str(output))
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise _explain(error, where) from None
+    return content, where
 
 
 def read_recipe_text(name_or_path: str) -> tuple[str, str]:
@@ -180,9 +191,13 @@ def _fields_at(location: list) -> list[str]:
 
 
 def _object_type(annotation: Any) -> Any:
-    for candidate in (annotation, *typing.get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
+    """The first object among the types that an annotation is made of, or the annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in typing.get_args(annotation):
+        found = _object_type(part)
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return found
     return annotation
 
 

@@ -6,9 +6,20 @@ Every object is frozen and checked when it is made; an error names the key and i
 import math
 import re
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from llava_llama31.trainer.recipes.data_formats import DataFormat
 from llava_llama31.trainer.redaction import holds_credential
@@ -21,6 +32,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 # the linear layers of a decoder layer, by their names in the Llama model
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_TARGETS: tuple[str, ...] = get_args(LoraTarget)
+
+# every how many-th layer is computed twice, 0: none; or only what takes no matrix product
+Recomputed = int | Literal["selective"]
 
 # as TrainingArguments and huggingface_hub call it
 _TOKEN_FIELDS = ("hub_token", "token")
@@ -183,8 +197,8 @@ class Stage(_Frozen):
     """torch.compile for norms, projections and MLPs of the language model on packed rows."""
     fp8: bool = False
     """float8 products in the language model's layers (torchao), on GPUs that have them."""
-    activation_checkpointing: bool | PositiveInt = False
-    """Recompute activations in the backward pass; N: those of every Nth layer, from the first."""
+    activation_checkpointing: bool | PositiveInt | Literal["selective"] = False
+    """Recompute activations in the backward pass; N: those of every Nth layer; selective: what takes no product."""
     deterministic: bool = False
     """Only algorithms that give the same bits each time: slower on a GPU, where sums by atomics else differ."""
     lora: Lora | None = None
@@ -201,8 +215,8 @@ class Stage(_Frozen):
     """Share of the rows that is held out for the validation loss."""
     eval_steps: PositiveInt | None = None
     """Steps between evaluations."""
-    eval_questions: PositiveInt | None = None
-    """How many of the recipe's evaluation questions to ask at every `eval_steps`; logged as eval_accuracy."""
+    eval_questions: PositiveInt | dict[str, PositiveInt] | None = None
+    """How many questions of the recipe's first evaluation to ask at every `eval_steps`, or of each one by its name."""
     keep: Literal["last", "best_loss", "best_accuracy"] = "last"
     """The weights that the stage ends with: its last, or those of the evaluation with the best metric."""
     save_steps: PositiveInt = 200
@@ -293,6 +307,10 @@ class Stage(_Frozen):
             raise ValueError("DeepSpeed keeps trained weights in float32 (fix: set precision: bfloat16)")
         if self.compile and not self.packing:
             raise ValueError("compile is for packed rows (fix: set compile: false, or packing: true)")
+        if self.activation_checkpointing == "selective" and (self.compile or not self.packing):
+            other = "compile: false" if self.compile else "packing: true"
+            what = "is for packed rows" if not self.packing else "under compile keeps what the compiler chooses"
+            raise ValueError(f"activation_checkpointing: selective {what} (fix: set {other}, or true)")
         if self.deepspeed is not None and (self.on_nonfinite == "skip" or self.on_spike == "skip"):
             key = "on_nonfinite" if self.on_nonfinite == "skip" else "on_spike"
             raise ValueError(
@@ -327,6 +345,12 @@ class Stage(_Frozen):
                 f"evaluation may have no checkpoint (fix: set save_steps to {self.eval_steps} or a part of it)"
             )
 
+    @property
+    def recomputed(self) -> "Recomputed":
+        """`activation_checkpointing` as a number, 0 for none and 1 for all layers, or `selective`."""
+        asked = self.activation_checkpointing
+        return "selective" if isinstance(asked, str) else int(asked)
+
     def learning_rates(self) -> dict[str, float]:
         """Learning rate of each trainable group."""
         if isinstance(self.learning_rate, dict):
@@ -335,24 +359,55 @@ class Stage(_Frozen):
 
 
 class Evaluation(_Frozen):
-    """TextVQA-format questions on which the finished model is scored."""
+    """Questions on which the finished model is scored: TextVQA-format ones, or those of a task."""
 
-    data: str
-    """File of the questions: docs/evaluation.md."""
+    task: str | None = None
+    """A shipped task, or a file of one's own: YAML, or a table of questions; default: TextVQA's protocols."""
+    data: str | None = None
+    """File or folder of the questions; a file of one's own may name it."""
     image_root: str | None = None
     """Folder of the images; default: the folder of `data`."""
     name: str = "validation"
-    """What the questions are called in reports."""
+    """What it is called in reports and in `eval_questions`; default for a task: the task's name."""
     limit: PositiveInt | None = None
     """Ask only the first N questions."""
-    preset: Literal["card", "llava", "lmms-eval"] = "card"
+    preset: Literal["card", "llava", "lmms-eval", "vlmevalkit"] = "card"
     """Whose prompt: docs/evaluation.md."""
     batch_size: PositiveInt | None = None
     """Default: by the device's memory."""
-    max_new_tokens: PositiveInt = 64
-    """Tokens after which an answer is cut."""
+    max_new_tokens: PositiveInt | None = None
+    """Length at which an answer is cut; default: 64, or the task's."""
     baselines: bool = False
     """Also score the untrained model, and the trained one with images shuffled between questions."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_tasks(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        task = content.get("task")
+        if isinstance(task, str):
+            return {"name": PurePath(task).stem, **content}
+        return {"max_new_tokens": 64, **content}
+
+    @model_validator(mode="after")
+    def _has_questions(self) -> "Evaluation":
+        if self.task is None and self.data is None:
+            raise ValueError("there are no questions (fix: give data, a file of questions)")
+        if self.task is None and self.preset == "vlmevalkit":
+            raise ValueError("vlmevalkit's prompt for TextVQA is that of card (fix: set preset: card)")
+        return self
+
+
+def _number_of_evaluations(content: Any) -> str:
+    return "list[Evaluation]" if isinstance(content, list | tuple) else "mapping[Evaluation]"
+
+
+Evaluations = Annotated[
+    Annotated[Evaluation, Tag("mapping[Evaluation]")]
+    | Annotated[list[Evaluation], Tag("list[Evaluation]"), Field(min_length=1)],
+    Discriminator(_number_of_evaluations),
+]
 
 
 class Publish(_Frozen):
@@ -383,8 +438,8 @@ class Recipe(_Frozen):
     """Where the first stage starts."""
     stages: dict[str, Stage] = Field(min_length=1)
     """By name, in the order in which they are trained."""
-    evaluation: Evaluation | None = None
-    """Questions on which the finished model is scored."""
+    evaluation: Evaluations | None = None
+    """What the finished model is scored on: one set of questions, or a list of them."""
     publish: Publish | None = None
     """Where the finished model goes on the Hub."""
     report_to: list[str] = []
@@ -407,10 +462,38 @@ class Recipe(_Frozen):
         for name in self.stages:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ValueError(f"{name!r} is no name for a stage (fix: use letters, digits, - and _)")
+        names = [spec.name for spec in self.evaluations]
         for name, stage in self.stages.items():
-            if stage.eval_questions is not None and self.evaluation is None:
+            if stage.eval_questions is not None and not names:
                 raise ValueError(f"stage {name} has eval_questions, but there is no evaluation (fix: add one)")
+            asked = stage.eval_questions if isinstance(stage.eval_questions, dict) else {}
+            for unknown in [key for key in asked if key not in names]:
+                raise ValueError(
+                    f"stage {name} has eval_questions of {unknown!r} (fix: name evaluations: {', '.join(names)})"
+                )
+        slugs = [slug(each) for each in names]
+        for number, each in enumerate(slugs):
+            if each in slugs[:number]:
+                raise ValueError(f"two evaluations are called {names[number]!r} (fix: give one another name)")
+        if sum(spec.task is None for spec in self.evaluations) > 1:
+            raise ValueError("two evaluations have no task (fix: give one of them task: textvqa)")
         return self
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """What the finished model is scored on, in the order of the recipe."""
+        if self.evaluation is None:
+            return ()
+        return tuple(self.evaluation) if isinstance(self.evaluation, list) else (self.evaluation,)
+
+    def where_evaluation(self, number: int) -> str:
+        """The key of an evaluation, as `--set` names it."""
+        return f"evaluation.{number}" if isinstance(self.evaluation, list) else "evaluation"
+
+
+def slug(name: str) -> str:
+    """A name in characters that files and keys can have."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "evaluation"
 
 
 def _numbers(content: Any, key: str = "") -> Iterator[tuple[str, float]]:

@@ -4,7 +4,7 @@ import json
 import os
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import resources
@@ -44,7 +44,7 @@ def write_report(runs: Sequence[RunFacts], path: Path) -> None:
     """
     if path.is_dir():
         raise UserError("is a folder", where=str(path), fix="name an .html file, in that folder or elsewhere")
-    text = report_page(runs, [_link(run.folder.browser, path.parent) for run in runs])
+    text = report_page(runs, lambda page: Path(os.path.relpath(page.resolve(), path.parent.resolve())).as_posix())
     partial = path.with_name(f"{path.name}.partial")
     try:
         try:
@@ -58,11 +58,11 @@ def write_report(runs: Sequence[RunFacts], path: Path) -> None:
         raise UserError(f"cannot be written: {error.strerror or error}", where=str(path), fix=fix) from error
 
 
-def report_page(runs: Sequence[RunFacts], browsers: Sequence[str | None], *, refresh: int = 0) -> str:
+def report_page(runs: Sequence[RunFacts], address: Callable[[Path], str], *, refresh: int = 0) -> str:
     """The page's text.
 
     Args:
-        browsers: addresses of the runs' browsers of answers, or None.
+        address: of a page of answers in a run's folder.
         refresh: seconds after which a browser asks for the page again; 0: never.
     """
     runs = _distinct(runs)
@@ -82,7 +82,7 @@ def report_page(runs: Sequence[RunFacts], browsers: Sequence[str | None], *, ref
         style=Markup(_file("report.css")),
         refresh=refresh,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        runs=[_run(i, run, browser) for i, (run, browser) in enumerate(zip(runs, browsers, strict=True))],
+        runs=[_run(i, run, address) for i, run in enumerate(runs)],
         panels=drawn,
         differences=_differences(runs) if len(runs) > 1 else [],
     )
@@ -96,10 +96,6 @@ def _distinct(runs: Sequence[RunFacts]) -> list[RunFacts]:
 
 def _file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _link(file: Path, folder: Path) -> str | None:
-    return Path(os.path.relpath(file.resolve(), folder.resolve())).as_posix() if file.is_file() else None
 
 
 def _key(colour: int, dash: int) -> Markup:
@@ -142,7 +138,7 @@ def _is_figure(cell: str | Markup) -> bool:
     return not isinstance(cell, Markup) and (not cell or cell[0] in "-0123456789") and cell[-1:] not in "abcdef"
 
 
-def _run(number: int, run: RunFacts, browser: str | None) -> dict[str, Any]:
+def _run(number: int, run: RunFacts, address: Callable[[Path], str]) -> dict[str, Any]:
     scores = run.record.get("evaluation", {})
     return {
         "number": number,
@@ -150,14 +146,17 @@ def _run(number: int, run: RunFacts, browser: str | None) -> dict[str, Any]:
         "state": run.state,
         "tone": _TONES.get(run.state, ""),
         "state_detail": _state_detail(run),
-        "browser": browser,
+        "browser": address(run.folder.browser) if run.folder.browser.is_file() else None,
         "scores": list(_scores(scores)),
         "score_note": _score_note(scores),
+        "tasks": [_task(run, task, address) for task in run.record.get("tasks", ())],
         "findings": [
             _finding(stage, event) for stage in run.stages for event in stage.events if event["event"] == "finding"
         ],
         "samples": list(_samples(run)),
-        "asked": [asked for stage in run.stages if (asked := _asked(run, stage))],
+        "asked": [
+            asked for stage in run.stages for folder in _asked_folders(stage) if (asked := _asked(run, stage, folder))
+        ],
         "stages": [_stage(stage) for stage in run.stages],
         "provenance": list(_provenance(run)),
         "figures": _figures(run),
@@ -196,6 +195,22 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _task(run: RunFacts, task: Mapping[str, Any], address: Callable[[Path], str]) -> dict[str, Any]:
+    page = run.folder.path / Path(task["predictions"]["file"]).with_suffix(".html").name
+    rows = [
+        (
+            name,
+            score["headline"],
+            f"{score['metrics'][score['headline']]:.1f}",
+            f"{score['low']:.1f} to {score['high']:.1f}",
+        )
+        for name, score in task["protocols"].items()
+        if score["low"] is not None
+    ]
+    note = f"{task['name']}, {task['num_questions']:,} questions; {task['decoding']}"
+    return {"title": task["title"], "note": note, "rows": rows, "browser": address(page) if page.is_file() else None}
 
 
 def _score_note(scores: Mapping[str, Any]) -> str:
@@ -249,9 +264,15 @@ def _picture(image: Image.Image) -> str:
     return f"data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}"
 
 
-def _asked(run: RunFacts, stage: StageFacts) -> dict[str, Any] | None:
+def _asked_folders(stage: StageFacts) -> list[Path]:
+    """Of the sets of questions that a stage asks; the first set's holds those of the others."""
+    folder = stage.folder.evaluation
+    return [folder, *sorted(path for path in folder.glob("*") if path.is_dir())] if folder.is_dir() else []
+
+
+def _asked(run: RunFacts, stage: StageFacts, folder: Path) -> dict[str, Any] | None:
     """The first questions, and what the model answered at some of the evaluations of a stage."""
-    files = {int(file.stem.removeprefix("step-")): file for file in stage.folder.evaluation.glob("step-*.jsonl")}
+    files = {int(file.stem.removeprefix("step-")): file for file in folder.glob("step-*.jsonl")}
     steps = sorted(step for step in files if not stage.step or step <= stage.step)
     if not steps:
         return None
@@ -259,7 +280,8 @@ def _asked(run: RunFacts, stage: StageFacts) -> dict[str, Any] | None:
     chosen = steps if len(steps) <= NUM_EVALUATIONS else sorted(set(chosen))
     answers = {step: {str(row["question_id"]): row for row in _rows(files[step])} for step in chosen}
     ids = list(answers[chosen[0]])[:NUM_ASKED]
-    known = _questions(run)
+    is_first = folder == stage.folder.evaluation
+    known = _questions(run) if is_first else {}
     rows = []
     for question_id in ids:
         text, truth, picture = known.get(
@@ -269,7 +291,7 @@ def _asked(run: RunFacts, stage: StageFacts) -> dict[str, Any] | None:
         said = [answers[step].get(question_id, {}).get("answer") for step in chosen]
         rows.append((text, image, truth, *("no answer" if answer is None else answer for answer in said)))
     return {
-        "stage": stage.name,
+        "stage": stage.name if is_first else f"{stage.name}, {folder.name}",
         "head": ("question", "image", "annotated", *(f"step {step:,}" for step in chosen)),
         "rows": rows,
         "left_out": f"{len(chosen)} of {len(steps)} evaluations are shown." if len(chosen) < len(steps) else "",
@@ -286,8 +308,9 @@ def _rows(file: Path) -> Iterator[Entry]:
 
 def _questions(run: RunFacts) -> dict[str, tuple[str, str, str | None]]:
     """Question, annotators' answers and image of the first questions, where the file is still there."""
-    spec = run.recipe.get("evaluation")
-    if not spec:
+    specs = run.recipe.get("evaluation") or {}
+    spec = specs[0] if isinstance(specs, list) else specs
+    if not spec.get("data") or spec.get("task"):
         return {}
     try:
         questions = load_questions(spec["data"], image_root=spec["image_root"], limit=NUM_ASKED)

@@ -10,11 +10,14 @@ from llava_llama31.model_card.curves import Chart, Line
 from llava_llama31.trainer.report.run_facts import Entry, RunFacts
 
 
-# title, (label, key) of its lines, whether they are shares of one
-_PANELS: tuple[tuple[str, tuple[tuple[str, str], ...], bool], ...] = (
+_RATE = "learning rate of "
+_TASK = "score of "
+# title; (label, key) of its lines, or what the keys of its lines begin with; whether they are shares of one
+_PANELS: tuple[tuple[str, tuple[tuple[str, str], ...] | str, bool], ...] = (
     ("Loss", (("training", "loss"), ("validation", "eval_loss")), False),
     ("Validation accuracy", (("accuracy", "eval_accuracy"),), True),
-    ("Learning rate", (), False),
+    ("Scores of tasks", _TASK, False),
+    ("Learning rate", _RATE, False),
     ("Gradient norm", (("gradient norm", "grad_norm"),), False),
     ("Tokens per second", (("all", "tokens_per_second"), ("supervised", "supervised_tokens_per_second")), False),
     (
@@ -24,9 +27,8 @@ _PANELS: tuple[tuple[str, tuple[tuple[str, str], ...], bool], ...] = (
     ),
     ("Memory, GiB", (("peak", "memory_gib"),), False),
 )
-_KEYS = tuple(key for _, lines, _ in _PANELS for _, key in lines)
-_RATE = "learning rate of "
-_VALIDATED = ("eval_loss", "eval_accuracy")
+_KEYS = tuple(key for _, lines, _ in _PANELS if not isinstance(lines, str) for _, key in lines)
+_VALIDATED = ("eval_loss", "eval_accuracy", _TASK)
 _UNITS = (
     (2 * 3600.0, 3600.0, "hours of training"),
     (180.0, 60.0, "minutes of training"),
@@ -110,6 +112,9 @@ def _columns(logged: Sequence[Entry]) -> dict[str, tuple[list[int], list[float]]
     for entry in logged:
         values = {key: entry[key] for key in _KEYS if key in entry}
         values |= {f"{_RATE}{group}": rate for group, rate in entry.get("learning_rates", {}).items()}
+        for key in entry.keys() - _KEYS:
+            if key.startswith("eval_") and not key.endswith("unanswered"):
+                values[f"{_TASK}{key.removeprefix('eval_')}"] = entry[key]
         for key, value in values.items():
             steps, figures = found.setdefault(key, ([], []))
             steps.append(entry["step"])
@@ -118,12 +123,19 @@ def _columns(logged: Sequence[Entry]) -> dict[str, tuple[list[int], list[float]]
 
 
 def _lines(
-    runs: Sequence[RunFacts], placed: Sequence[Sequence[_Stage]], keys: Sequence[tuple[str, str]], axis: str
+    runs: Sequence[RunFacts],
+    placed: Sequence[Sequence[_Stage]],
+    keys: Sequence[tuple[str, str]] | str,
+    axis: str,
 ) -> Iterator[Line]:
     """One line for each run and quantity; colours tell runs apart, or the quantities of a single run."""
     for number_of_run, (run, stages) in enumerate(zip(runs, placed, strict=True)):
-        groups = dict.fromkeys(key for stage in stages for key in stage.columns if key.startswith(_RATE))
-        for dash, (label, key) in enumerate(keys or [(key.removeprefix(_RATE), key) for key in groups]):
+        if isinstance(keys, str):
+            names = dict.fromkeys(key for stage in stages for key in stage.columns if key.startswith(keys))
+            wanted = [(key.removeprefix(keys), key) for key in names]
+        else:
+            wanted = list(keys)
+        for dash, (label, key) in enumerate(wanted):
             gap = np.full((1, 2), np.nan)
             columns = [stage.columns[key] for stage in stages if key in stage.columns]
             parts = [part for column in columns for part in (np.stack([column.x[axis], column.y], axis=1), gap)]
@@ -131,7 +143,7 @@ def _lines(
             if np.isfinite(points[:, 1]).any():
                 name = f"{run.name}, {label}" if len(runs) > 1 else label
                 colour = number_of_run if len(runs) > 1 else dash
-                yield Line(name, points, colour, dash, dots=key in _VALIDATED or len(points) <= 2)
+                yield Line(name, points, colour, dash, dots=key.startswith(_VALIDATED) or len(points) <= 2)
 
 
 def number(value: Any) -> float:

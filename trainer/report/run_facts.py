@@ -97,6 +97,11 @@ class RunFacts:
     num_starts: int = 0
 
     @property
+    def answer_pages(self) -> list[Path]:
+        """The browsers of answers."""
+        return sorted(self.folder.path.glob(f"{self.folder.predictions.stem}*.html"))
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """Command, commit and environment: of the record, or else of the newest start."""
         found = {}
@@ -157,7 +162,7 @@ def _one_a_step(logged: Iterator[Entry]) -> Iterator[Entry]:
     """Of several evaluations of one step the last: they are of the same weights."""
     kept: dict[tuple[int, bool], Entry] = {}
     for entry in logged:
-        kept[(entry["step"], "eval_loss" in entry or "eval_accuracy" in entry)] = entry
+        kept[(entry["step"], "loss" not in entry and any(key.startswith("eval_") for key in entry))] = entry
     yield from kept.values()
 
 

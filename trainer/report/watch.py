@@ -44,11 +44,10 @@ class ReportServer(ThreadingHTTPServer):
     def content(self, path: str) -> str | None:
         """What is at a path, or None."""
         runs = [run_facts(folder) for folder in self.folders]
-        browsers = [f"answers/{i}" if run.folder.browser.is_file() else None for i, run in enumerate(runs)]
+        pages = {page: f"answers/{i}/{page.name}" for i, run in enumerate(runs) for page in run.answer_pages}
         if path == "/":
-            return report_page(runs, browsers, refresh=self.every)
-        name = path.removeprefix("/")
-        return runs[browsers.index(name)].folder.browser.read_text(encoding="utf-8") if name in browsers else None
+            return report_page(runs, pages.__getitem__, refresh=self.every)
+        return next((page.read_text(encoding="utf-8") for page, name in pages.items() if path == f"/{name}"), None)
 
 
 class _Handler(BaseHTTPRequestHandler):

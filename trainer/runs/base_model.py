@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from llava_llama31.assembly import VisionChoices
-from llava_llama31.processing import CHAT_TEMPLATE, LlavaLlama31Processor
+from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+from llava_llama31.trainer.export.templates import is_own_template
 from llava_llama31.trainer.model.assemble import Choices, assemble, planned_processor
 from llava_llama31.trainer.model.locating import local_checkpoint
 from llava_llama31.trainer.recipes.schema import Recipe
@@ -80,4 +81,4 @@ def is_ours(folder: Path) -> bool:
         return False
     # by its name, and not by the file with its code, which is not downloaded
     names = json.loads(processor.read_text(encoding="utf-8")).get("auto_map", {}).get("AutoProcessor", "")
-    return "LlavaLlama31Processor" in str(names) and template.read_text(encoding="utf-8") == CHAT_TEMPLATE
+    return "LlavaLlama31Processor" in str(names) and is_own_template(template.read_text(encoding="utf-8"))

@@ -11,8 +11,9 @@ from llava_llama31.trainer.export.export import licence_texts
 from llava_llama31.trainer.export.provenance import base_models_of
 from llava_llama31.trainer.recipes.schema import Recipe
 from llava_llama31.trainer.runs.base_model import base_processor
+from llava_llama31.trainer.runs.final_evaluation import check_evaluations
 from llava_llama31.trainer.runs.named_paths import check_paths
-from llava_llama31.trainer.runs.preflight import check_questions, check_stages
+from llava_llama31.trainer.runs.preflight import check_stages
 from llava_llama31.trainer.runs.trackers import with_trackers
 
 
@@ -47,4 +48,4 @@ def dry_run(recipe: Recipe, output: Path, *, num_processes: int, say: Callable[[
             DeviceTiles(processor, where=f"stages.{name}.device_tiles")
         for source in check_stage(stage, processor, None).sources:
             say(f"stages.{name}: {source.name}: {len(source.rows):,} of {source.num_rows:,} records usable")
-    check_questions(recipe)
+    check_evaluations(recipe)

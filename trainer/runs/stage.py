@@ -1,6 +1,7 @@
 """One stage, from its origin to its final weights: check data, freeze, train, hand over."""
 
 import gc
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def _run_stage(run: StageRun) -> dict[str, Any]:
     transformers.set_seed(run.seed)
     model = load_stage_model(run.origin, stage, seed=run.seed, where=run.where, quantized=True)
     report = freeze_groups(model, stage)
-    use_device_options(base_model(model, stage), stage)
+    use_device_options(base_model(model, stage), stage, args.device)
     check_attention(base_model(model, stage), stage, args.device)
     print_stage_start(run.context.console, run.name, stage, derived, report, str(run.origin))
     features = stage_features(run, base_model(model, stage), processor, data, args.device)
@@ -128,7 +129,7 @@ def _release(stage: Stage) -> None:
     """Clear what Accelerate and DeepSpeed hold of a stage; the model is freed with its last reference."""
     AcceleratorState._reset_state(reset_partial_state=False)
     forget_deepspeed()
-    if stage.compile:
+    if "torch._dynamo" in sys.modules:  # something was compiled
         torch.compiler.reset()
     gc.collect()
     release_cached_memory()

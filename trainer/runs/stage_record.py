@@ -48,6 +48,7 @@ def stage_record(
         "weights_of_step": trainer.state.best_global_step or derived.steps,
         "validation_loss": metrics.get("eval_loss"),
         "validation_accuracy": metrics.get("eval_accuracy"),
+        "validation_metrics": {name: metrics[name] for name in metrics if name.startswith("eval_")},
         "supervised_tokens": tokens,
         "supervised_tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "minutes": round(seconds / 60, 2),
@@ -60,5 +61,5 @@ def _final_metrics(trainer: LlavaTrainer) -> dict[str, Any]:
     for entry in reversed(trainer.state.log_history):
         if entry["step"] == step and ("eval_loss" in entry or "eval_accuracy" in entry):
             return entry
-    measures = len(trainer.batches.validation) > 0 or trainer.questions is not None
+    measures = len(trainer.batches.validation) > 0 or len(trainer.questions) > 0
     return trainer.evaluate() if measures else {}

@@ -15,7 +15,7 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +41,7 @@ from llava_llama31.trainer.distributed.engine import fsdp_plugin, uses_fsdp
 from llava_llama31.trainer.distributed.parameters import unsharded, whole_parameters
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
+from llava_llama31.trainer.model.device_options import compiles
 from llava_llama31.trainer.training.batch_loading import BatchLoader, StageBatches, sent
 from llava_llama31.trainer.training.meter import Meter
 from llava_llama31.trainer.training.optimizers import AdamWBfloat16, parameter_groups
@@ -84,7 +85,7 @@ class LlavaTrainer(Trainer):
 
     Args:
         model: the model, or a PEFT model around it, already frozen as the stage wants it.
-        questions: asked at every evaluation, beside the loss on the validation rows.
+        questions: sets asked at every evaluation, beside the loss on the validation rows.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class LlavaTrainer(Trainer):
         meter: Meter,
         guard: Guard,
         options: TrainerOptions,
-        questions: TrainingQuestions | None = None,
+        questions: Sequence[TrainingQuestions] = (),
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.batches, self.processor, self.options = batches, processor, options
@@ -161,7 +162,10 @@ class LlavaTrainer(Trainer):
             groups = parameter_groups(target, self._base(target), rates, decay, decayed)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             if self.options.bfloat16_moments:
-                self.optimizer = AdamWBfloat16(groups, options["lr"], options["betas"], options["eps"])
+                compiled = torch.compile if compiles(self.args.device) else None
+                self.optimizer = AdamWBfloat16(
+                    groups, options["lr"], options["betas"], options["eps"], compiled=compiled
+                )
             else:
                 self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
@@ -227,8 +231,8 @@ class LlavaTrainer(Trainer):
             loss = validation_loss(self.loader, self.batches.validation, self.model_wrapped, self._loss_of)
             check_finite(f"{prefix}_loss", loss, f"{self.guard.where}, step {self.state.global_step}")
             metrics[f"{prefix}_loss"] = loss
-        if self.questions is not None:
-            accuracy, num_unanswered = self.questions.ask(
+        for asked in self.questions:
+            found = asked.ask(
                 self._base(self._stage_model),
                 self.processor,
                 step=self.state.global_step,
@@ -237,7 +241,7 @@ class LlavaTrainer(Trainer):
                 autocast=self.accelerator.autocast(),
                 beat=lambda: self.guard.watchdog.beat("answering questions"),
             )
-            metrics |= {f"{prefix}_accuracy": accuracy, f"{prefix}_unanswered": num_unanswered}
+            metrics |= {f"{prefix}_{name}": value for name, value in found.items()}
         return metrics
 
     @property
