@@ -1,8 +1,9 @@
 """Predicts seconds and MFU of a micro-batch on a GPU, from a trace of the step on a fake CUDA device.
 
 A prediction, not a measurement: the trace counts every kernel, its FLOP and the bytes that it must move; a kernel is
-assumed to take the longer of the two at fixed shares of the data sheet's figures. Communication, the loader and the
-optimizer's step are not in it. Needs no GPU, but a CPU build of PyTorch and g++.
+assumed to take the longer of the two at fixed shares of the data sheet's figures. Functions that torch.compile fuses
+count as the kernels of Inductor's own schedule for an H100. Communication, the loader and the optimizer's step are not
+in it. Needs no GPU and no Triton, but a CPU build of PyTorch and g++.
 
 python benchmarks/roofline.py --shape 8b --stage instruct --device h100 --json
 """
@@ -118,6 +119,8 @@ def main() -> int:
     print(
         f"assumed: products at {PRODUCTS:.0%} of {device.bfloat16 / 1e12:.0f} TFLOP/s, attention at {ATTENTION:.0%},"
         f" memory at {BANDWIDTH:.0%} of {device.bandwidth / 1e12:.2f} TB/s, {LAUNCH * 1e6:.0f} us a launch;"
+        " each input read once, nothing found in caches;"
+        " fused functions as the kernels that Inductor schedules for an H100, each compiled alone;"
         " forward and backward only"
     )
     return 0

@@ -11,10 +11,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.compiler import set_stance
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import TrainingArguments
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
@@ -109,7 +113,8 @@ def test_one_kernel_a_parameter_does_what_the_chunks_do(dtype):
         optimizer = AdamWBfloat16([{"params": parameters}], **options, compiled=compiled)
         ends.append((train(optimizer, parameters, 50), weights(dtype)))
     for one, other, start in zip(ends[0][0], ends[1][0], ends[0][1], strict=True):
-        assert 0 < (one - other).float().norm() < 0.02 * (one - start).float().norm()
+        tolerance = 0.02 if dtype == torch.float32 else 0.1
+        assert 0 < (one - other).float().norm() < tolerance * (one - start).float().norm()
 
 
 def test_numbers_are_hashed_evenly_and_by_their_place_alone():
@@ -134,6 +139,42 @@ def test_all_processes_round_alike(dtype):
         parameters = weights(dtype)
         ends.append(train(AdamWBfloat16([{"params": parameters}], lr=1e-2), parameters, 5))
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def sharded(rank, run):
+    """What a function returns on one of two ranks of a group that does not communicate."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+    try:
+        return run(init_device_mesh("cpu", (2,)))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shards_are_rounded_as_the_whole_is(dtype):
+    """Seven rows, four of them on the first rank: the same bits, however many ranks there are."""
+    generator = torch.Generator().manual_seed(0)
+    weight, *grads = (torch.randn(7, 6, generator=generator).to(dtype) for _ in range(4))
+
+    def stepped(parameter, grads, part):
+        optimizer = AdamWBfloat16([{"params": [parameter]}], lr=1e-2, compiled=lambda function: function)
+        for grad in grads:
+            parameter.grad = grad
+            optimizer.step()
+        state = optimizer.state[parameter]
+        return [part(x).detach().clone() for x in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+
+    whole = stepped(torch.nn.Parameter(weight.clone()), grads, lambda x: x)
+    for rank, rows in enumerate((slice(0, 4), slice(4, 7))):
+
+        def run(mesh, rows=rows):
+            shard = lambda x: DTensor.from_local(  # noqa: E731
+                x[rows].clone(), mesh, [Shard(0)], run_check=False, shape=x.shape, stride=x.stride()
+            )
+            return stepped(torch.nn.Parameter(shard(weight)), map(shard, grads), lambda x: x.to_local())
+
+        for one, other in zip(sharded(rank, run), whole, strict=True):
+            assert torch.equal(one, other[rows])
 
 
 def make_optimizer(name, parameters):

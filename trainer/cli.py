@@ -110,6 +110,9 @@ def _run(given: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after the tokenizer was used
     # read at torch's first allocation: huge pages, without which a CPU spends a tenth of a step on page faults
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # packed rows differ in length, which tears a GPU's memory to pieces
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what matters of its warnings is checked here
     try:
         return options.run(options)

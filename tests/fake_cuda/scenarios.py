@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from steps import Step, answer, gpu, train  # first: it loads the device before torch
+from steps import Step, answer, gpu, torch, train  # first: it loads the device before torch
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -218,6 +218,33 @@ def test_every_engine_trains_as_one_process_does(start, all_stages, tmp_path, en
         assert ours["groups"] == expected["groups"]
 
 
+@pytest.mark.torture
+@pytest.mark.parametrize(
+    ("engine", "changes", "tolerance"),
+    [
+        ("ddp", {"compile": True}, 1e-5),
+        ("fsdp2", {"compile": True}, 1e-5),
+        ("fsdp2", {"optimizer": "adamw_bf16"}, 1e-2),
+    ],
+    ids=["ddp-compile", "fsdp2-compile", "fsdp2-adamw_bf16"],
+)
+def test_options_under_an_engine_train_as_one_process_without_them(
+    start, forks, recipe_content, tmp_path, engine, changes, tolerance
+):
+    del recipe_content["evaluation"], recipe_content["stages"]["projector"]
+    recipe_content["stages"]["instruct"] |= {"precision": "float32", "logging_steps": 1}
+    plain = write(recipe_content, tmp_path / "plain.yaml")
+    finish(forks.start("train", plain, "--output", tmp_path / "plain", engines=True))
+    recipe_content["stages"]["instruct"] |= changes
+    options, _ = engine_options(engine, tmp_path)
+    finish(start(options, write(recipe_content, tmp_path / "recipe.yaml"), "--output", tmp_path / "run"))
+    losses = []
+    for run in ("plain", "run"):
+        lines = (tmp_path / run / "log.jsonl").read_text().splitlines()
+        losses.append([entry["loss"] for entry in map(json.loads, lines) if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance) and len(losses[0]) >= 4
+
+
 LAUNCHES = {"ddp": "ddp.yaml", "zero3": "zero3.yaml", "fsdp2": "fsdp2.yaml"}
 
 

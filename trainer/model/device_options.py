@@ -113,8 +113,13 @@ def _check_fp8(where: str) -> None:
 
 @contextmanager
 def deterministic(stage: Stage) -> Iterator[None]:
-    """Context in which a stage that asks for it computes the same bits each time; an operation that can't fails."""
-    before = torch.are_deterministic_algorithms_enabled()
+    """Context in which a stage that asks for it computes the same bits each time; an operation that can't fails.
+
+    A stage in float32 computes in float32: cuDNN's convolutions, the patch embedding, use no TF32 in it.
+    """
+    before, narrows = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
+    if stage.precision == "float32":  # torch narrows no product of matrices by itself, but a GPU's convolutions
+        torch.backends.cudnn.allow_tf32 = False
     if stage.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
@@ -122,6 +127,7 @@ def deterministic(stage: Stage) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.allow_tf32 = narrows
 
 
 def use_float8(model: LlavaLlama31ForConditionalGeneration, *, emulate: bool = False) -> list[str]:

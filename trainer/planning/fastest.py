@@ -4,16 +4,25 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from pydantic import ValidationError
 
 from llava_llama31.trainer.costs.accelerators import Accelerator
 from llava_llama31.trainer.costs.flops import FlopsByPart, ModelShape, needed_flops
-from llava_llama31.trainer.costs.memory import ENGINES, Engine, estimate
+from llava_llama31.trainer.costs.memory import ENGINES, Engine, MicroBatch, estimate
 from llava_llama31.trainer.costs.seconds import StepWork, step_seconds
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.planning.plan import USABLE, Case, order_of, runs_under, setup_of, shipped_file
+from llava_llama31.trainer.planning.plan import (
+    USABLE,
+    Case,
+    order_of,
+    runs_under,
+    setup_of,
+    shipped_file,
+    worst_micro_batch,
+)
 from llava_llama31.trainer.planning.row_lengths import Passes, passes
 from llava_llama31.trainer.recipes.derived import derive
 from llava_llama31.trainer.recipes.schema import Stage
@@ -23,6 +32,7 @@ from llava_llama31.trainer.recipes.schema import Stage
 _STEPS, _LARGEST_MICRO_BATCH = 16, 64
 _CHECKPOINTING: tuple[bool | int | str, ...] = (False, "selective", 3, 2, True)
 _OPTIMIZERS = ("adamw", "adamw_8bit", "adamw_bf16")
+_flops = lru_cache(maxsize=256)(needed_flops)  # of many settings that differ in other things
 # proposed where nothing else fits
 _ADAPTERS: tuple[dict[str, Any], ...] = ({"r": 64}, {"r": 64, "quantize": "nf4"})
 
@@ -56,10 +66,10 @@ def timed(case: Case, gpu: Accelerator, seen: dict[int, Passes]) -> Timed | None
     found, shape = seen[stage.micro_batch], ModelShape.of(case.config)
     options: dict[str, Any] = {"checkpointing": stage.recomputed}
     if stage.lora is not None:
-        options |= {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
+        options |= {"lora_rank": stage.lora.r, "lora_targets": tuple(stage.lora.targets)}
     flops = FlopsByPart()
     for work in found.works:
-        flops += needed_flops(shape, work, stage.trainable, **options)
+        flops += _flops(shape, work, tuple(stage.trainable), **options)
     setup = setup_of(stage, case.config, case.engine, case.narrow_groups, derived.gradient_accumulation > 1)
     # `passes` adds up its steps
     whole = StepWork(flops, found.positions, derived.gradient_accumulation * _STEPS, fused=stage.packing)
@@ -107,7 +117,25 @@ def fastest(
     known: dict[int, Passes] = {} if seen is None else seen
     found = (timed(changed, gpu, known) for changed in settings_of(case, fsdp=fsdp))
     fitting = [result for result in found if result is not None and result.peak <= limit]
-    return min(fitting, key=lambda result: result.step, default=None)
+    whole: dict[int, MicroBatch] = {}
+    for result in sorted(fitting, key=lambda result: result.step):
+        peak = _peak_of_all_steps(case, result, whole)
+        if peak <= limit:
+            return replace(result, peak=peak)
+    return None
+
+
+def _peak_of_all_steps(case: Case, found: Timed, seen: dict[int, MicroBatch]) -> float:
+    """Memory by the longest micro-batch of all steps, not only of those that were timed."""
+    assert case.config is not None
+    chosen, machine = replace(case, stage=found.stage, engine=found.engine), case.machine
+    num_train = found.stage.global_batch if case.rows.num_train is None else case.rows.num_train
+    derived = derive(found.stage, num_train, machine.num_devices)
+    if found.stage.micro_batch not in seen:
+        seen[found.stage.micro_batch] = worst_micro_batch(chosen, derived)
+    setup = setup_of(found.stage, case.config, found.engine, case.narrow_groups, derived.gradient_accumulation > 1)
+    worst = seen[found.stage.micro_batch]
+    return estimate(setup, worst, found.engine, machine.num_devices, machine.per_node).peak
 
 
 def with_adapters(case: Case, gpu: Accelerator, *, fsdp: bool | None = None) -> Timed | None:
@@ -122,7 +150,8 @@ def with_adapters(case: Case, gpu: Accelerator, *, fsdp: bool | None = None) -> 
             stage = Stage.model_validate(case.stage.model_dump() | changes)
         except ValidationError:
             continue
-        found = fastest(replace(case, stage=stage, engine=ENGINES["ddp"]), gpu, fsdp=fsdp)
+        adapted = replace(case, stage=stage, engine=ENGINES["ddp"], narrow_groups=case.narrow_with_adapters)
+        found = fastest(adapted, gpu, fsdp=fsdp)
         if found is not None:
             return found
     return None

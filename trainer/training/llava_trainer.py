@@ -35,7 +35,8 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.packed_llama_llava_llama31 import to_device
+from llava_llama31.processing import IGNORE_INDEX, LlavaLlama31Processor
 from llava_llama31.trainer.data.batches.batch_order import RankBatches
 from llava_llama31.trainer.distributed.engine import fsdp_plugin, uses_fsdp
 from llava_llama31.trainer.distributed.parameters import unsharded, whole_parameters
@@ -140,6 +141,16 @@ class LlavaTrainer(Trainer):
         for batch in batches:
             self.meter.add(batch)
         return batches, num_items
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> torch.Tensor | int | None:
+        """Supervised tokens of a step on all processes; Transformers' own count waits for the device."""
+        if not batch_samples:
+            return None
+        counts = [int(batch["labels"][..., 1:].ne(IGNORE_INDEX).sum()) for batch in batch_samples]
+        number = to_device([sum(counts)], device)
+        return self.accelerator.gather(number).sum() if self.args.world_size > 1 else number[0]
 
     def _prepare_input(self, data: Any) -> Any:
         return super()._prepare_input(sent(data, self.args.device))
