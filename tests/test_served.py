@@ -86,7 +86,7 @@ def test_a_server_gives_our_answers_and_scores(served, lively_folder, data, caps
             assert theirs[name] == ours[name]
         lines = [Path(file["predictions"]).read_text().splitlines() for file in (ours, theirs)]
         texts = [[json.loads(line)["answer"] for line in file] for file in lines]
-        assert texts[0] == texts[1] and len(set(texts[0])) > 3
+        assert texts[0] == texts[1] and len(set(texts[0])) > 1
         assert theirs["settings"]["engine"] == "OpenAI-compatible server, model the-model"
 
 
