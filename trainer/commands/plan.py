@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price", type=above_zero, metavar="P", help="of a device for an hour: cost")
     parser.add_argument("--rows", action="append", default=[], metavar="NAME=N", help="of data that is not here")
     parser.add_argument("--tokens-per-row", type=positive, metavar="N", help="of data that is not counted")
+    parser.add_argument("--image", metavar="HxW", help="size in pixels of its images; default: COCO's sizes")
     add_json(parser)
 
 
@@ -52,7 +53,8 @@ def run(options: argparse.Namespace) -> int:
 
     output = run_folder(options, options.recipe)
     recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
-    machine, assumed = _machine(options), Assumptions(_rows(options.rows), options.tokens_per_row)
+    machine = _machine(options)
+    assumed = Assumptions(_rows(options.rows), options.tokens_per_row, _image(options.image))
     plan = plan_recipe(recipe, output, machine, assumed)
     if options.device is not None:
         plan |= timed_plan(cases_of(recipe, output, machine, assumed), ACCELERATORS[options.device])
@@ -102,6 +104,15 @@ def _rows(given: list[str]) -> dict[str, int]:
             raise UserError(f"{text!r} is not NAME=N", where="--rows", fix="--rows llava-pretrain=558128")
         rows[name] = int(number)
     return rows
+
+
+def _image(given: str | None) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    height, _, width = given.partition("x")
+    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise UserError(f"{given!r} is not HEIGHTxWIDTH", where="--image", fix="--image 1754x1240, A4 at 150 dpi")
+    return int(height), int(width)
 
 
 def print_plan(plan: dict[str, Any]) -> None:

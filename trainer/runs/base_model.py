@@ -24,9 +24,9 @@ def prepare(recipe: Recipe, folder: RunFolder, console: Terminal) -> None:
     projector: Path | None
     if model.checkpoint is not None:
         tower = language = projector = local_checkpoint(model.checkpoint, where="model.checkpoint")
-        if is_ours(tower):
+        if is_ours(tower) and model.image_grid_pinpoints is None and model.max_tiles is None:
             return
-        # llava-hf's or LLaVA's own layout: the same parts, our processor
+        # llava-hf's or LLaVA's own layout, or another grid: the same parts, our processor
     else:
         assert model.vision_tower is not None and model.language_model is not None
         tower = local_checkpoint(model.vision_tower, where="model.vision_tower")
@@ -38,7 +38,9 @@ def prepare(recipe: Recipe, folder: RunFolder, console: Terminal) -> None:
         folder.base,
         projector=projector,
         vision=VisionChoices(
-            image_grid_pinpoints=model.image_grid_pinpoints, vision_feature_layer=model.vision_feature_layer
+            max_tiles=model.max_tiles,
+            image_grid_pinpoints=model.image_grid_pinpoints,
+            vision_feature_layer=model.vision_feature_layer,
         ),
         add_chat_tokens=model.add_chat_tokens,
         dtype=model.dtype,
