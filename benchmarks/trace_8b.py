@@ -253,6 +253,7 @@ def _make_model(config: LlavaLlama31Config, stage: Stage, dtype: torch.dtype) ->
     is_fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     with no_init_weights() if is_fake else nullcontext():
         model = LlavaLlama31ForConditionalGeneration._from_config(config, dtype=dtype, packable=True)
+    model.tie_weights()  # without initial values it has not been done
     return model.train()
 
 

@@ -344,11 +344,24 @@ def _stage_rows(record: Mapping[str, Any]) -> list[list[str]]:
         # null in a recipe is a fact: "none"
         rows.append((label, [stage.get(key) if stage.get(key, 0) is not None else [] for stage in asked]))
     rows.append(("seed", [recipe.get("seed")] * len(stages)))
+    for name in dict.fromkeys(name for stage in stages for name in stage.get("loss_by_source") or {}):
+        of_stages = [_source_fact(stage, name) for stage in stages]
+        rows.append((f"loss and accuracy on {_text(name)}, last log entry", of_stages))
     return [
         [label, *("none" if value in ([], {}) else _text(value) for value in values)]
         for label, values in rows
         if any(value not in (None, [], {}) for value in values)
     ]
+
+
+def _source_fact(stage: Mapping[str, Any], name: str) -> str | None:
+    """Loss and accuracy of a stage's source on the tokens trained last, and on its validation rows where there are."""
+    trained = (stage.get("loss_by_source") or {}).get(name)
+    if trained is None:
+        return None
+    fact = f"{trained['loss']:.4g}, {trained['accuracy']:.1%}"
+    held_out = (stage.get("validation_by_source") or {}).get(name)
+    return fact if held_out is None else f"{fact}; validation {held_out['loss']:.4g}, {held_out['accuracy']:.1%}"
 
 
 def _device_hours(record: Mapping[str, Any]) -> float | None:

@@ -586,7 +586,7 @@ def test_tiles_vanish_exactly_where_the_model_unpads_them_away():
         size = tuple(int(side) for side in np.exp(random.uniform(0, 9, 2)).astype(int))
         rows, columns = (side // 14 for side in select_best_resolution(size, pinpoints))
         left = unpad_image(torch.zeros(1, rows, columns), torch.tensor(size)).numel()
-        assert check_rows.tiles_vanish(size, pinpoints, 14) == (left == 0), size
+        assert check_rows.tiles_vanish(size, pinpoints, 14, 336) == (left == 0), size
         vanished += left == 0
     assert vanished > 50
 

@@ -311,8 +311,8 @@ def test_what_is_not_known_is_refused(tiny_config):
     fields = tiny_config.to_dict()
     with pytest.raises(ValueError, match="mixtral"):
         ModelShape.of({**fields, "text_config": {**fields["text_config"], "model_type": "mixtral"}})
-    with pytest.raises(ValueError, match="siglip"):
-        ModelShape.of({**fields, "vision_config": {**fields["vision_config"], "model_type": "siglip_vision_model"}})
+    with pytest.raises(ValueError, match="pixtral"):
+        ModelShape.of({**fields, "vision_config": {**fields["vision_config"], "model_type": "pixtral"}})
     del fields["text_config"]["vocab_size"]
     with pytest.raises(ValueError, match="vocab_size"):
         ModelShape.of(fields)

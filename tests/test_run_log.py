@@ -11,6 +11,7 @@ import yaml
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.report.run_facts import entries
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
+from llava_llama31.trainer.training.source_losses import nested
 
 
 TIMED = {"time", "seconds", "mfu", "hfu", "data_wait", "memory_gib", "epoch"}
@@ -61,7 +62,7 @@ def test_it_has_what_the_trainer_recorded(train):
         recorded = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         # the checkpoint of the last step is saved before the Trainer's closing words
         logged = [entry for entry in log if entry["stage"] == stage and "event" not in entry][: len(recorded)]
-        assert recorded and logged == [logged[i] | former for i, former in enumerate(recorded)]
+        assert recorded and logged == [logged[i] | nested(former) for i, former in enumerate(recorded)]
         saves = [entry["step"] for entry in log if entry.get("event") == "save" and entry["stage"] == stage]
         assert saves == [2, 4, int(folder.name[11:])]
     rates = [entry["learning_rates"] for entry in log if entry["stage"] == "instruct" and "loss" in entry]

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--write", type=Path, metavar="FILE", help="a new recipe with the fastest settings; with --device"
     )
+    parser.add_argument("--image", metavar="HxW", help="size in pixels of its images; default: COCO's sizes")
     add_json(parser)
 
 
@@ -64,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
         _check_new_file(options)
     output = run_folder(options, options.recipe)
     recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
-    machine, assumed = _machine(options), Assumptions(_rows(options.rows), options.tokens_per_row)
+    machine = _machine(options)
+    assumed = Assumptions(_rows(options.rows), options.tokens_per_row, _image(options.image))
     plan = plan_recipe(recipe, output, machine, assumed)
     if options.device is not None:
         plan |= timed_plan(cases_of(recipe, output, machine, assumed), ACCELERATORS[options.device])
@@ -149,6 +151,15 @@ def _rows(given: list[str]) -> dict[str, int]:
             raise UserError(f"{text!r} is not NAME=N", where="--rows", fix="--rows llava-pretrain=558128")
         rows[name] = int(number)
     return rows
+
+
+def _image(given: str | None) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    height, _, width = given.partition("x")
+    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise UserError(f"{given!r} is not HEIGHTxWIDTH", where="--image", fix="--image 1754x1240, A4 at 150 dpi")
+    return int(height), int(width)
 
 
 def print_plan(plan: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ def assemble(
     """Join the parts into one checkpoint folder with processor; returns the number of parameters of each part.
 
     Args:
-        vision_tower: folder of a LLaVA checkpoint (any layout), a CLIP or a DINOv2.
+        vision_tower: folder of a LLaVA checkpoint (any layout), a CLIP, a SigLIP or a DINOv2.
         language_model: folder of a Llama-family model with its tokenizer.
         output: new folder; it appears once complete.
         projector: folder of a LLaVA checkpoint, or a projector's safetensors file; default: a fresh one.
@@ -127,6 +127,7 @@ def _processor_of(plan: "AssemblyPlan", tokenizer: "PreTrainedTokenizerBase") ->
         image_mean=plan.image_mean,
         image_std=plan.image_std,
         image_grid_pinpoints=config.image_grid_pinpoints,
+        has_class_token=config.vision_feature_select_strategy == "default",
     )
 
 

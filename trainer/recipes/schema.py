@@ -106,6 +106,8 @@ class Model(_Frozen):
     """Layer of the tower that the projector gets; -2 is the last but one."""
     image_grid_pinpoints: list[list[PositiveInt]] | None = None
     """(height, width) in pixels; default: LLaVA-1.6's five shapes in units of the tile."""
+    max_tiles: Annotated[int, Field(ge=2, le=64)] | None = None
+    """Every shape of a grid of so many tiles at most, for documents; in place of image_grid_pinpoints."""
     add_chat_tokens: bool = False
     """Give a tokenizer that lacks them Llama 3.1's turn tokens, as new rows of the embedding."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -124,6 +126,8 @@ class Model(_Frozen):
             raise ValueError(
                 "no clear origin of the model (fix: give either checkpoint, or both vision_tower and language_model)"
             )
+        if self.max_tiles is not None and self.image_grid_pinpoints is not None:
+            raise ValueError("max_tiles and image_grid_pinpoints both name the grid (fix: remove one of the two)")
         return self
 
 

@@ -52,16 +52,18 @@ def _parts(recipe: Recipe) -> tuple[Path, Path, Choices] | None:
     projector: Path | None
     if model.checkpoint is not None:
         tower = language = projector = local_checkpoint(model.checkpoint, where="model.checkpoint")
-        if is_ours(tower):
+        if is_ours(tower) and model.image_grid_pinpoints is None and model.max_tiles is None:
             return None
-        # llava-hf's or LLaVA's own layout: the same parts, our processor
+        # llava-hf's or LLaVA's own layout, or another grid: the same parts, our processor
     else:
         assert model.vision_tower is not None and model.language_model is not None
         tower = local_checkpoint(model.vision_tower, where="model.vision_tower")
         language = local_checkpoint(model.language_model, where="model.language_model")
         projector = local_checkpoint(model.projector, where="model.projector", file=True) if model.projector else None
     vision = VisionChoices(
-        image_grid_pinpoints=model.image_grid_pinpoints, vision_feature_layer=model.vision_feature_layer
+        max_tiles=model.max_tiles,
+        image_grid_pinpoints=model.image_grid_pinpoints,
+        vision_feature_layer=model.vision_feature_layer,
     )
     return tower, language, Choices(projector, vision, model.add_chat_tokens, model.dtype, recipe.seed)
 

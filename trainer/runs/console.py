@@ -111,6 +111,11 @@ def print_summary(console: Terminal, summary: dict[str, Any], record: dict[str, 
             f"{stage['minutes']:.1f}",
         )
     console.print(table)
+    for stage in record["stages"]:
+        found = stage.get("loss_by_source") or {}
+        if len(found) > 1:
+            parts = [f"{name} {values['loss']:.3f} ({values['accuracy']:.0%} right)" for name, values in found.items()]
+            console.print(f"{stage['name']}, last loss by source: {', '.join(parts)}")
     for key, label in (
         ("accuracy_before", "before training"),
         ("accuracy_after", "after training"),

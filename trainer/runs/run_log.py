@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llava_llama31.trainer.fault_tolerance.step_health import Health
 from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.training.source_losses import nested
 
 
 class RunLog(TrainerCallback):
@@ -58,7 +59,7 @@ class RunLog(TrainerCallback):
         if "learning_rate" in logs:  # that of the first group; all follow one schedule
             part = logs["learning_rate"] / next(iter(self._rates.values()))
             rates["learning_rates"] = {group: rate * part for group, rate in self._rates.items()}
-        self._append({"step": state.global_step, **logs, **rates})
+        self._append({"step": state.global_step, **nested(logs), **rates})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self._append({"event": "save", "step": state.global_step})

@@ -28,7 +28,7 @@ from llava_llama31.trainer.fault_tolerance.stage_guard import Guard, StopRequest
 from llava_llama31.trainer.fault_tolerance.step_health import Health
 from llava_llama31.trainer.fault_tolerance.watchdog import Watchdog
 from llava_llama31.trainer.model.device_options import FLOAT8_MULTIPLE
-from llava_llama31.trainer.model.module_groups import GroupReport
+from llava_llama31.trainer.model.module_groups import GroupReport, layer_classes
 from llava_llama31.trainer.model.stage_model import base_model, product_dtype
 from llava_llama31.trainer.publishing.pusher import PushSaves
 from llava_llama31.trainer.recipes.schema import Stage, slug
@@ -119,6 +119,7 @@ def stage_trainer(
                 packed=stage.packing,
                 share_prefix=stage.packing and stage.share_prefix > 1,
                 multiple_of=_row_multiple(stage, args),
+                with_sources=True,
             ),
             order=batch_order(stage, data.train.lengths, run.seed),
             validation_lengths=data.validation.lengths,
@@ -134,6 +135,8 @@ def stage_trainer(
             decay_all_parameters="decay_all_parameters" in stage.quirks,
             only_trainable=stage.lora is not None,
             inputs=stage_inputs(run, data),
+            sources=[source.name for source in stage.data],
+            layers=layer_classes(base_model(model, stage)),
         ),
         questions=_questions(run),
         callbacks=[StageProgress(run.context.console, run.name), *_logs(run, guard, data, report), *_pushes(run)],
