@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import patch_environment
 from gpu import SHAPES
 from peak_memory import PeakMemory
 from torch import nn
@@ -253,6 +254,7 @@ def _make_model(config: LlavaLlama31Config, stage: Stage, dtype: torch.dtype) ->
     is_fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     with no_init_weights() if is_fake else nullcontext():
         model = LlavaLlama31ForConditionalGeneration._from_config(config, dtype=dtype, packable=True)
+    model.tie_weights()  # without initial values it has not been done
     return model.train()
 
 
@@ -305,8 +307,8 @@ def _fsdp2(config: LlavaLlama31Config, stage: Stage, num_devices: int, accumulat
     model = _plain(config, stage, narrows=False)
     with unset_fake_temporarily():
         mesh = init_device_mesh("cpu", (num_devices,))
-    os.environ["FSDP_VERSION"] = "2"  # like `accelerate launch`
-    policy = fsdp_plugin(bfloat16=stage.precision != "float32").mixed_precision_policy
+    with patch_environment(FSDP_VERSION="2"):  # as `accelerate launch` sets it
+        policy = fsdp_plugin(bfloat16=stage.precision != "float32").mixed_precision_policy
     inner = model.model
     for layer in (*inner.vision_tower.encoder.layers, *inner.language_model.layers):
         fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -976,12 +976,17 @@ class LlavaLlama31TextModel(LlamaModel):
 class SupervisedHead(nn.Linear):
     """The language model's head; given targets, it returns their loss without storing the logits."""
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (..., V) of hidden states (..., D); with `targets` (N,), the sum of their cross-entropies."""
+    def forward(
+        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, scores: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (..., V) of hidden states (..., D); with `targets` (N,), the sum of their cross-entropies.
+
+        `scores` (2, N) receives each target's own, and whether no logit is above the target's.
+        """
         if targets is None:
             return super().forward(hidden)
         assert self.bias is None
-        return _LinearCrossEntropy.apply(hidden, self.weight, targets)
+        return _LinearCrossEntropy.apply(hidden, self.weight, targets, scores)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -991,7 +996,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor | None
+    ) -> torch.Tensor:
         ctx.hidden_dtype, device = hidden.dtype, hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         exact = torch.promote_types(dtype, torch.float32)
@@ -1012,7 +1019,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = slice(begin, min(begin + rows, len(targets)))
                 chunk = slice(0, part.stop - begin)
                 torch.mm(hidden[part], narrow_weight.T, out=logits[chunk])
-                total += _cross_entropy(logits[chunk], room, targets[part], sizes.softmax_rows)
+                own = None if scores is None else scores[:, part]
+                total += _cross_entropy(logits[chunk], room, targets[part], sizes.softmax_rows, own)
                 if hidden_grad is not None:
                     torch.mm(logits[chunk], narrow_weight, out=hidden_grad[part])
                 if ctx.needs_input_grad[1]:
@@ -1028,22 +1036,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
             None if hidden_grad is None else hidden_grad.to(ctx.hidden_dtype).mul_(grad),
             None if weight_grad is None else weight_grad.mul_(grad.to(weight_grad.dtype)),
             None,
+            None,
         )
 
 
-def _cross_entropy(logits: torch.Tensor, room: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
+def _cross_entropy(
+    logits: torch.Tensor,
+    room: torch.Tensor,
+    targets: torch.Tensor,
+    num_rows: int,
+    scores: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Sum of the cross-entropies of logits (N, V), so many rows at once; overwrites the logits with their gradient.
 
-    `room` (R, V), of the type to compute in, is scratch space; it may be empty if the logits have that type.
+    `room` (R, V), of the type to compute in, is scratch space; it may be empty if the logits have that type. `scores`
+    (2, N) receives each cross-entropy, and whether no logit is above the target's.
     """
     total = room.new_zeros(())
-    for part, index in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
+    for begin in range(0, len(logits), num_rows):
+        rows = slice(begin, begin + num_rows)
+        part, index = logits[rows], targets[rows, None]
         wide = room[: len(part)] if len(room) else part
         wanted, largest = (x.to(wide.dtype) for x in (part.gather(1, index), part.amax(dim=1, keepdim=True)))
         wide.copy_(part)
@@ -1052,7 +1070,10 @@ def _cross_entropy(logits: torch.Tensor, room: torch.Tensor, targets: torch.Tens
         normaliser = largest - wide.amax(dim=1, keepdim=True).log()
         # not scatter_add_, for which CUDA has no deterministic kernel
         part.copy_(wide.scatter_(1, index, wide.gather(1, index) - 1))
-        total += (normaliser - wanted).sum()
+        losses = normaliser - wanted
+        total += losses.sum()
+        if scores is not None:
+            scores[0, rows], scores[1, rows] = losses[:, 0], (wanted >= largest)[:, 0]
     return total
 
 

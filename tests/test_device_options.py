@@ -232,6 +232,7 @@ def run(tmp_path, content, output):
     return main(["train", str(path), "--output", str(tmp_path / output)]), tmp_path / output / "stages"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bf16"])
 def test_a_stage_with_a_low_bit_optimizer_resumes_with_the_same_bits(tmp_path, recipe_content, name, monkeypatch):
     if name == "adamw_8bit":
@@ -292,7 +293,10 @@ def gradients_of(model, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-4), (True, 2e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("autocast", "tolerance"),
+    [pytest.param(False, 1e-4, id="float32"), pytest.param(True, 2e-2, id="bfloat16", marks=pytest.mark.torture)],
+)
 def test_compiled_equals_eager(tiny_config, samples, collate, autocast, tolerance):
     def gradients(model, row):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -525,6 +529,7 @@ def test_a_run_is_refused_before_it_starts(tmp_path, recipe_content, capsys):
     assert "stages.instruct.fp8: fp8 needs a GPU" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler_is_refused(tmp_path):
     code = (
         "from llava_llama31.trainer.model.device_options import _check_compiler\n"

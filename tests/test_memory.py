@@ -195,6 +195,15 @@ def test_peak_is_within_3_percent_of_a_traced_small_step(trace_8b, engine, argum
     assert_planned(driven(trace_8b, engine, *arguments), 0.03)
 
 
+EVERYTHING = ("--set", "trainable=[vision_tower,multi_modal_projector,language_model]")
+
+
+@pytest.mark.parametrize("arguments", [(), EVERYTHING], ids=["tower frozen", "tower trained"])
+@pytest.mark.parametrize("shape", ["small-siglip", "small-tied"])
+def test_peak_with_siglip_and_with_a_tied_head_is_within_3_percent_of_a_traced_small_step(trace_8b, shape, arguments):
+    assert_planned(driven(trace_8b, "single", *arguments, "--shape", shape), 0.03)
+
+
 @pytest.mark.parametrize("stage", ["projector", "pretrain"])
 def test_peak_is_within_10_percent_of_a_traced_small_step_under_fsdp2(trace_8b, stage):
     assert_planned(driven(trace_8b, "fsdp2", "--stage", stage, "--set", "micro_batch=2"), 0.1)

@@ -123,7 +123,7 @@ def test_the_fastest_is_that_of_an_exhaustive_search(tmp_path):
     assert chosen.engine.name == best[1][3]
 
 
-@pytest.mark.parametrize(("devices", "device"), [("8", "h100"), ("1", "rtx4090")])
+@pytest.mark.parametrize(("devices", "device"), [("8", "h100"), pytest.param("1", "rtx4090", marks=pytest.mark.slow)])
 def test_a_written_recipe_has_the_fastest_settings(capsys, tmp_path, devices, device):
     """It loads, and its own plan finds nothing to change."""
     options, file = ("--devices", devices, "--device", device), tmp_path / "fast.yaml"
@@ -189,7 +189,7 @@ def test_assumed_rows_can_be_given(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--engine", "zero4"], "there is no engine 'zero4' (fix: one of ddp, zero1"),
+        (["--engine", "zero4"], "unknown engine 'zero4' (fix: one of ddp, zero1"),
         (["--mfu", "0.4"], "give both"),
         (["--write", "fast.yaml"], "give --device too"),
         (["--device", "h101"], "no figures of a GPU 'h101' (fix: one of a100-80"),
@@ -202,6 +202,7 @@ def test_what_cannot_be_is_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_plan_of_counted_rows_is_what_the_run_does(recipe_content, tmp_path, capsys, monkeypatch):
     """Steps and FLOPs as the meter counts them, and the run's seconds from its MFU."""
     recipe_batch = 8  # logged at every step

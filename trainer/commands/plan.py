@@ -34,11 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mfu", type=above_zero, metavar="X", help="share of the peak that training reaches: hours")
     parser.add_argument("--peak-tflops", type=above_zero, metavar="X", help="of a device, in the stage's precision")
     parser.add_argument("--price", type=above_zero, metavar="P", help="of a device for an hour: cost")
-    parser.add_argument("--rows", action="append", default=[], metavar="NAME=N", help="of data that is not here")
+    parser.add_argument(
+        "--rows",
+        action="append",
+        default=[],
+        metavar="NAME=N",
+        help="rows of data that this machine does not have",
+    )
     parser.add_argument("--tokens-per-row", type=positive, metavar="N", help="of data that is not counted")
     parser.add_argument(
         "--write", type=Path, metavar="FILE", help="a new recipe with the fastest settings; with --device"
     )
+    parser.add_argument("--image", metavar="HxW", help="size in pixels of its images; default: COCO's sizes")
     add_json(parser)
 
 
@@ -58,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
         _check_new_file(options)
     output = run_folder(options, options.recipe)
     recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
-    machine, assumed = _machine(options), Assumptions(_rows(options.rows), options.tokens_per_row)
+    machine = _machine(options)
+    assumed = Assumptions(_rows(options.rows), options.tokens_per_row, _image(options.image))
     cases = cases_of(recipe, output, machine, assumed)
     plan = plan_recipe(recipe, output, machine, assumed, cases)
     if options.device is not None:
@@ -112,7 +120,7 @@ def _machine(options: argparse.Namespace) -> "Machine":
     from llava_llama31.trainer.planning.plan import GB, Machine
 
     if options.engine is not None and options.engine not in ENGINES:
-        raise UserError(f"there is no engine {options.engine!r}", where="--engine", fix=f"one of {', '.join(ENGINES)}")
+        raise UserError(f"unknown engine {options.engine!r}", where="--engine", fix=f"one of {', '.join(ENGINES)}")
     if options.device is not None and options.device not in ACCELERATORS:
         fix = f"one of {', '.join(ACCELERATORS)}"
         raise UserError(f"no figures of a GPU {options.device!r}", where="--device", fix=fix)
@@ -144,6 +152,15 @@ def _rows(given: list[str]) -> dict[str, int]:
             raise UserError(f"{text!r} is not NAME=N", where="--rows", fix="--rows llava-pretrain=558128")
         rows[name] = int(number)
     return rows
+
+
+def _image(given: str | None) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    height, _, width = given.partition("x")
+    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise UserError(f"{given!r} is not HEIGHTxWIDTH", where="--image", fix="--image 1754x1240, A4 at 150 dpi")
+    return int(height), int(width)
 
 
 def print_plan(plan: dict[str, Any]) -> None:

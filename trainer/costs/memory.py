@@ -408,7 +408,7 @@ class _Step:
         """What autograd saves for a trained tower; nothing for a frozen one."""
         if not self.setup.trained["vision_tower"]:
             return 0.0
-        tower, num = self.setup.model.tower, self.batch.num_tiles * (self.setup.model.tower.num_patches + 1)
+        tower, num = self.setup.model.tower, self.batch.num_tiles * self.setup.model.tower.num_positions
         width = 4 if self.autocasts or not self.half else 2
         stream = width * num * tower.hidden_size
         is_recomputed = self.setup.checkpointing in (1, "selective")
@@ -421,13 +421,15 @@ class _Step:
         tower, a = self.setup.model.tower, self.a
         inner = tower.mlp[0][1]
         copies = 4 if self.autocasts else 2
-        return num * (tower.hidden_size * (width + a * (copies + 5 + 2 * tower.saves_output)) + 3 * a * inner)
+        return num * (
+            tower.hidden_size * (width + a * (copies + 5 + 2 * tower.saves_output)) + tower.saved_by_mlp * a * inner
+        )
 
     @cached_property
     def tower_transient(self) -> float:
         """Peak of a frozen tower: a layer's MLP."""
         tower = self.setup.model.tower
-        num = self.batch.num_tiles * (tower.num_patches + 1)
+        num = self.batch.num_tiles * tower.num_positions
         return float(self.a * num * (3 * tower.mlp[0][1] + 4 * tower.hidden_size))
 
     @cached_property

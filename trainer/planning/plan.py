@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.costs.flops import ModelShape, Work, needed_flops
+from llava_llama31.trainer.costs.image_tokens import TileGrid
 from llava_llama31.trainer.costs.memory import ENGINES, Engine, Memory, MicroBatch, Setup, ZeroSettings, estimate
 from llava_llama31.trainer.costs.parameters import Parameters, adapter_parameters
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, batch_order, within_row_limit
@@ -133,11 +134,12 @@ def cases_of(recipe: Recipe, output: Path, machine: Machine, assumptions: Assump
     """
     found = model_config(recipe, output)
     config, origin = found if found else (None, None)
+    grid = None if config is None else TileGrid.of(config)
     cases, trained_before = [], set[str]()
     for number, (name, stage) in enumerate(recipe.stages.items()):
         engine = engine_for(stage, machine.engine, where=f"stages.{name}")
         counted = _counted(stage, recipe, output, origin)
-        rows = stage_rows(stage, counted, assumptions or Assumptions({}), recipe.seed + number)
+        rows = stage_rows(stage, counted, assumptions or Assumptions({}), recipe.seed + number, grid)
         narrow = _narrow_groups(stage, recipe, trained_before)
         adapted = stage.model_copy(update={"lora": stage.lora or Lora()})
         with_adapters = _narrow_groups(adapted, recipe, trained_before)

@@ -47,8 +47,9 @@ def _content(name_or_path: str, overrides: typing.Sequence[str]) -> tuple[dict[s
         content = yaml.load(text, Loader=_Yaml12Loader)
     except yaml.YAMLError as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"not valid YAML: {error}", where=f"{where}{line}", fix="correct the syntax there") from None
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        what = (error.problem if isinstance(error, yaml.MarkedYAMLError) else None) or str(error)
+        raise UserError(f"not valid YAML: {what}", where=f"{where}{place}", fix="correct the syntax there") from None
     if not isinstance(content, dict):
         raise UserError("a recipe is a mapping with name, model and stages", where=where, fix="see a shipped recipe")
     for override in overrides:
@@ -65,7 +66,8 @@ def read_recipe_text(name_or_path: str) -> tuple[str, str]:
     if not path.is_file():
         near = difflib.get_close_matches(name_or_path, SHIPPED, n=1)
         hint = f"did you mean {near[0]}?" if near else f"name a YAML file, or one of {', '.join(SHIPPED)}"
-        raise UserError("there is no such recipe", where=name_or_path, fix=hint)
+        what = "is a folder" if path.is_dir() else "there is no such recipe"
+        raise UserError(what, where=name_or_path, fix=hint)
     try:
         return path.read_text(encoding="utf-8"), str(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -189,9 +191,13 @@ def _fields_at(location: list) -> list[str]:
 
 
 def _object_type(annotation: Any) -> Any:
-    for candidate in (annotation, *typing.get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
+    """The first object among the types that an annotation is made of, or the annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in typing.get_args(annotation):
+        found = _object_type(part)
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return found
     return annotation
 
 

@@ -36,6 +36,7 @@ from llava_llama31.trainer.runs.final_weights import write_final_weights
 from llava_llama31.trainer.runs.inputs import refuse_changes
 from llava_llama31.trainer.runs.stage_parts import stage_features, stage_trainer
 from llava_llama31.trainer.runs.stage_record import stage_record
+from llava_llama31.trainer.runs.trackers import continue_trackers, end_trackers
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 from llava_llama31.trainer.training.training_args import training_arguments
 
@@ -69,9 +70,10 @@ def _run_stage(run: StageRun) -> dict[str, Any]:
     check_attention(base_model(model, stage), stage, args.device)
     print_stage_start(run.context.console, run.name, stage, derived, report, str(run.origin))
     features = stage_features(run, base_model(model, stage), processor, data, args.device)
-    trainer = stage_trainer(run, model, args, processor, data, features)
+    trainer = stage_trainer(run, model, args, processor, data, features, report)
     _train(run, trainer, derived)
     trainer.restore_best()
+    end_trackers(trainer)
     record = stage_record(run, data, derived, report, trainer)
     write_final_weights(run, trainer, record)
     _release(stage)
@@ -79,7 +81,7 @@ def _run_stage(run: StageRun) -> dict[str, Any]:
 
 
 def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived) -> None:
-    checkpoint = _newest_checkpoint(run)
+    checkpoint, step = _newest_checkpoint(run), 0
     if checkpoint is not None:
         manifest = atomic_folders.read_manifest(checkpoint)
         check_resumable(manifest, trainer.args, checkpoint)
@@ -92,6 +94,7 @@ def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived) -> None:
         if step >= derived.steps:  # Trainer would take one more step
             trainer.restore(checkpoint)
             return
+    continue_trackers(run, trainer, step)
     try:
         with run.context.signals.deferring():
             trainer.train(str(checkpoint) if checkpoint else None)

@@ -15,7 +15,7 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -46,6 +46,7 @@ from llava_llama31.trainer.model.device_options import compiles
 from llava_llama31.trainer.training.batch_loading import BatchLoader, StageBatches, sent
 from llava_llama31.trainer.training.meter import Meter
 from llava_llama31.trainer.training.optimizers import AdamWBfloat16, parameter_groups
+from llava_llama31.trainer.training.source_losses import SourceLosses
 from llava_llama31.trainer.training.stage_checkpoints import (
     load_optimizer,
     load_rng_state,
@@ -72,6 +73,8 @@ class TrainerOptions:
         decay_all_parameters: apply weight decay to norms and biases too.
         only_trainable: save the trainable parameters alone (adapters); the rest comes from the stage's origin.
         inputs: digests of the stage's data and origin, kept in every checkpoint.
+        sources: names of the data sources, in order.
+        layers: classes that FSDP shards one by one.
     """
 
     learning_rates: Mapping[str, float]
@@ -79,6 +82,8 @@ class TrainerOptions:
     decay_all_parameters: bool = False
     only_trainable: bool = False
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    sources: Sequence[str] = ()
+    layers: Sequence[str] = ()
 
 
 class LlavaTrainer(Trainer):
@@ -86,7 +91,7 @@ class LlavaTrainer(Trainer):
 
     Args:
         model: the model, or a PEFT model around it, already frozen as the stage wants it.
-        questions: asked at every evaluation, beside the loss on the validation rows.
+        questions: sets asked at every evaluation, beside the loss on the validation rows.
     """
 
     def __init__(
@@ -99,16 +104,17 @@ class LlavaTrainer(Trainer):
         meter: Meter,
         guard: Guard,
         options: TrainerOptions,
-        questions: TrainingQuestions | None = None,
+        questions: Sequence[TrainingQuestions] = (),
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.batches, self.processor, self.options = batches, processor, options
         self.meter, self.guard, self.questions = meter, guard, questions
         self.loader = BatchLoader(batches, args, guard)
-        self.throughput = Throughput(batches.order, meter)
         self.saving_to: Path | None = None
         self._losses: list[torch.Tensor] = []  # of the step's micro-batches so far
         self.num_drawn = 0  # micro-batches from the epoch's loader
+        self.sources = SourceLosses(options.sources, args.device)
+        self.throughput = Throughput(batches.order, meter, self.sources)
         super().__init__(
             model,
             args,
@@ -124,7 +130,7 @@ class LlavaTrainer(Trainer):
     def _build_accelerator_args(self, **kwargs: object) -> dict[str, Any]:
         options = super()._build_accelerator_args(**kwargs)
         if uses_fsdp():
-            options["fsdp_plugin"] = fsdp_plugin(bfloat16=self.args.bf16)
+            options["fsdp_plugin"] = fsdp_plugin(bfloat16=self.args.bf16, layers=self.options.layers)
         return options
 
     def get_train_dataloader(self) -> DataLoader:
@@ -163,7 +169,7 @@ class LlavaTrainer(Trainer):
         if "pixels" in inputs:
             assert self.batches.device_tiles is not None
             inputs["pixel_values"] = self.batches.device_tiles(inputs.pop("pixels"))
-        return inputs
+        return self.sources.ask(inputs, torch.promote_types(self._stage_model.dtype, torch.float32))
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -202,6 +208,7 @@ class LlavaTrainer(Trainer):
         losses, self._losses = self._losses, []
         step = self.state.global_step + 1
         skip, norm = self.guard.judge(step, losses, norm, lambda: self.loader.records(step), self.args.device)
+        self.sources.keep(taken=not skip)
         if not skip:
             return norm
         model.zero_grad()  # without gradients an optimizer changes neither weights nor moments
@@ -241,9 +248,9 @@ class LlavaTrainer(Trainer):
         if len(self.batches.validation):
             loss = validation_loss(self.loader, self.batches.validation, self.model_wrapped, self._loss_of)
             check_finite(f"{prefix}_loss", loss, f"{self.guard.where}, step {self.state.global_step}")
-            metrics[f"{prefix}_loss"] = loss
-        if self.questions is not None:
-            accuracy, num_unanswered = self.questions.ask(
+            metrics |= {f"{prefix}_loss": loss, **self.sources.read_evaluation(prefix)}
+        for asked in self.questions:
+            found = asked.ask(
                 self._base(self._stage_model),
                 self.processor,
                 step=self.state.global_step,
@@ -252,7 +259,7 @@ class LlavaTrainer(Trainer):
                 autocast=self.accelerator.autocast(),
                 beat=lambda: self.guard.watchdog.beat("answering questions"),
             )
-            metrics |= {f"{prefix}_accuracy": accuracy, f"{prefix}_unanswered": num_unanswered}
+            metrics |= {f"{prefix}_{name}": value for name, value in found.items()}
         return metrics
 
     @property
