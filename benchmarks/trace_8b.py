@@ -40,7 +40,6 @@ from llava_llama31.trainer.costs.memory import Memory, MicroBatch, estimate
 from llava_llama31.trainer.distributed.engine import fsdp_plugin
 from llava_llama31.trainer.model.adapters import adapt
 from llava_llama31.trainer.model.device_options import checkpoint_activations
-from llava_llama31.trainer.model.fused_layers import fuse_layers
 from llava_llama31.trainer.model.module_groups import freeze, group_parameters
 from llava_llama31.trainer.planning.plan import setup_of
 from llava_llama31.trainer.recipes.loading import load_recipe
@@ -158,6 +157,8 @@ def trace(
             stack.enter_context(context)
         model, run = _RUNS[engine](config, stage, num_devices, accumulation)
         model.model._layouts = layouts._layouts
+        if stage.recomputed == "selective":
+            model.model.language_model.fuse(memory.as_one_kernel, remakes=True)
         dtype = torch.float32 if stage.precision == "float32" else torch.bfloat16
         side = config.vision_config.image_size
         batch["pixel_values"] = torch.zeros(row.num_tiles, 3, side, side, dtype=dtype)
@@ -268,7 +269,6 @@ def _prepare(model: LlavaLlama31ForConditionalGeneration, stage: Stage, *, narro
                 for _, parameter in group_parameters(model, line.group):
                     if not parameter.requires_grad:
                         parameter.data = parameter.data.to(torch.bfloat16)
-    fuse_layers(model, torch.device("cpu"), remakes=stage.recomputed == "selective")
     if stage.recomputed:
         checkpoint_activations(model, stage.trainable, stage.recomputed)
 

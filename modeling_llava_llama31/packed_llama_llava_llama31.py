@@ -13,10 +13,9 @@ vocabulary.
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +34,7 @@ from transformers.utils import TransformersKwargs
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Packing = Sequence[Sequence[int]]
 Positions = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, S, head size) each
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys, values
@@ -622,7 +622,10 @@ def gated_gradient(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> 
 
 
 class Arithmetic(NamedTuple):
-    """The functions of these names; compiled or plain."""
+    """The functions of these names; compiled or plain.
+
+    Tensors come to them detached: compiled code is then the same for parameters of every engine and for activations.
+    """
 
     norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     sum_norm: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -642,7 +645,7 @@ class _FusedNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype, arithmetic: Arithmetic
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed, scale = arithmetic.norm(x, weight, eps, dtype)
+        normed, scale = arithmetic.norm(x.detach(), weight.detach(), eps, dtype)
         ctx.save_for_backward(x, weight, scale)
         ctx.arithmetic = arithmetic
         ctx.mark_non_differentiable(scale)
@@ -652,7 +655,10 @@ class _FusedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        x_grad, weight_grad = ctx.arithmetic.norm_gradient(grad, None, x, weight, scale, ctx.needs_input_grad[1])
+        trains_weight = ctx.needs_input_grad[1]
+        x_grad, weight_grad = ctx.arithmetic.norm_gradient(
+            grad, None, x.detach(), weight.detach(), scale, trains_weight
+        )
         return x_grad, weight_grad, None, None, None
 
 
@@ -667,7 +673,7 @@ class _FusedSumNorm(torch.autograd.Function):
         dtype: torch.dtype,
         arithmetic: Arithmetic,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        total, normed, scale = arithmetic.sum_norm(x, added, weight, eps, dtype)
+        total, normed, scale = arithmetic.sum_norm(x.detach(), added.detach(), weight.detach(), eps, dtype)
         ctx.save_for_backward(total, weight, scale)
         ctx.dtypes, ctx.arithmetic = (x.dtype, added.dtype), arithmetic
         ctx.mark_non_differentiable(scale)
@@ -677,7 +683,10 @@ class _FusedSumNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, passed: torch.Tensor, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
         total, weight, scale = ctx.saved_tensors
-        x_grad, weight_grad = ctx.arithmetic.norm_gradient(grad, passed, total, weight, scale, ctx.needs_input_grad[2])
+        trains_weight = ctx.needs_input_grad[2]
+        x_grad, weight_grad = ctx.arithmetic.norm_gradient(
+            grad, passed, total.detach(), weight.detach(), scale, trains_weight
+        )
         return *(x_grad.to(dtype) for dtype in ctx.dtypes), weight_grad, None, None, None
 
 
@@ -688,7 +697,7 @@ class _FusedRotary(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.arithmetic = arithmetic
-        return arithmetic.rotate(x, cos, sin)
+        return arithmetic.rotate(x.detach(), cos, sin)
 
     @staticmethod
     @once_differentiable
@@ -701,12 +710,13 @@ class _FusedGate(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, arithmetic: Arithmetic) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.arithmetic = arithmetic
-        return arithmetic.gated(gate, up)
+        return arithmetic.gated(gate.detach(), up.detach())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *ctx.arithmetic.gated_gradient(grad, *ctx.saved_tensors), None
+        gate, up = ctx.saved_tensors
+        return *ctx.arithmetic.gated_gradient(grad, gate.detach(), up.detach()), None
 
 
 class _View(NamedTuple):
@@ -747,12 +757,13 @@ class _Remade:
         return x
 
 
-def _saving(tensor: torch.Tensor, make: Callable[[], torch.Tensor] | None) -> AbstractContextManager[Any]:
-    """Context whose operations don't keep `tensor` for the backward pass, if there is a way to make it again."""
+def _without_keeping(tensor: torch.Tensor, make: Callable[[], torch.Tensor] | None, compute: Callable[[], T]) -> T:
+    """What is computed from a tensor that is not kept for the backward pass, if there is a way to make it again."""
     if make is None:
-        return nullcontext()
+        return compute()
     remade = _Remade(tensor, make)
-    return torch.autograd.graph.saved_tensors_hooks(remade.pack, remade.unpack)
+    with torch.autograd.graph.saved_tensors_hooks(remade.pack, remade.unpack):
+        return compute()
 
 
 class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
@@ -839,10 +850,13 @@ class Fused:
     ) -> Heads:
         attention = layer.self_attn
         normed, scale = layer.input_layernorm(hidden, arithmetic=self.arithmetic)
-        with _saving(normed, self._again(layer.input_layernorm, hidden, scale, normed.dtype)):
-            read = normed if queries is None else normed.index_select(1, queries)
-            query, key, value = attention.q_proj(read), attention.k_proj(normed), attention.v_proj(normed)
-        query, key, value = (x.unflatten(-1, (-1, attention.head_dim)) for x in (query, key, value))
+        read = normed if queries is None else normed.index_select(1, queries)
+        projected = _without_keeping(
+            normed,
+            self._again(layer.input_layernorm, hidden, scale, normed.dtype),
+            lambda: (attention.q_proj(read), attention.k_proj(normed), attention.v_proj(normed)),
+        )
+        query, key, value = (x.unflatten(-1, (-1, attention.head_dim)) for x in projected)
         angles = positions if queries is None else [x.index_select(1, queries) for x in positions]
         query = _FusedRotary.apply(query, *angles, self.arithmetic)
         key = _FusedRotary.apply(key, *positions, self.arithmetic)
@@ -852,12 +866,11 @@ class Fused:
         mlp, norm = layer.mlp, layer.post_attention_layernorm
         added = layer.self_attn.o_proj(attended)
         hidden, normed, scale = norm(hidden, added=added, arithmetic=self.arithmetic)
-        with _saving(normed, self._again(norm, hidden, scale, normed.dtype)):
-            gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)
+        again = self._again(norm, hidden, scale, normed.dtype)
+        gate, up = _without_keeping(normed, again, lambda: (mlp.gate_proj(normed), mlp.up_proj(normed)))
         product = _FusedGate.apply(gate, up, self.arithmetic)
         make = partial(self.arithmetic.gated, gate.detach(), up.detach()) if self.remakes else None
-        with _saving(product, make):
-            return hidden + mlp.down_proj(product)
+        return hidden + _without_keeping(product, make, lambda: mlp.down_proj(product))
 
     def _again(
         self, norm: LlavaLlama31RMSNorm, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype

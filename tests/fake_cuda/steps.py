@@ -138,7 +138,7 @@ def train(
     batches = make_batches(step, watch, 2)
     tiles = DeviceTiles(processor, torch.bfloat16) if step.images == "pixels" and processor is not None else None
     trainer: Any = LlavaTrainer.__new__(LlavaTrainer)
-    trainer.args, trainer.is_deepspeed_enabled = SimpleNamespace(device=CUDA), False
+    trainer.args, trainer.is_deepspeed_enabled = SimpleNamespace(device=CUDA, world_size=1), False
     trainer.batches = SimpleNamespace(device_tiles=tiles)
     with fake_cuda(watch):
         model = make_model(step, watch)
@@ -149,10 +149,11 @@ def train(
         for number, batch in enumerate(batches):
             is_last = number == len(batches) - 1
             watch.phase = "inputs" if is_last else "first"
+            number = trainer._get_num_items_in_batch([batch], CUDA)
             given = trainer._prepare_inputs(batch)
             watch.phase = "forward" if is_last else "first"
             with autocast:
-                loss = model(**given, num_items_in_batch=100).loss
+                loss = model(**given, num_items_in_batch=number).loss
             watch.phase = "backward" if is_last else "first"
             loss.backward()
             assert all(parameter.grad is not None for parameter in trained)

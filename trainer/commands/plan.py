@@ -67,9 +67,10 @@ def run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
     machine = _machine(options)
     assumed = Assumptions(_rows(options.rows), options.tokens_per_row, _image(options.image))
-    plan = plan_recipe(recipe, output, machine, assumed)
+    cases = cases_of(recipe, output, machine, assumed)
+    plan = plan_recipe(recipe, output, machine, assumed, cases)
     if options.device is not None:
-        plan |= timed_plan(cases_of(recipe, output, machine, assumed), ACCELERATORS[options.device])
+        plan |= timed_plan(cases, ACCELERATORS[options.device])
         plan["device"] = options.device
     if options.write is not None:
         _write(options, plan)

@@ -11,19 +11,18 @@ from pydantic import ValidationError
 
 from llava_llama31.trainer.costs.accelerators import Accelerator
 from llava_llama31.trainer.costs.flops import FlopsByPart, ModelShape, needed_flops
-from llava_llama31.trainer.costs.memory import ENGINES, Engine, MicroBatch, estimate
+from llava_llama31.trainer.costs.memory import ENGINES, Engine, estimate
 from llava_llama31.trainer.costs.seconds import StepWork, step_seconds
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.planning.plan import (
     USABLE,
     Case,
-    order_of,
+    passes_of,
     runs_under,
     setup_of,
     shipped_file,
     worst_micro_batch,
 )
-from llava_llama31.trainer.planning.row_lengths import Passes, passes
 from llava_llama31.trainer.recipes.derived import derive
 from llava_llama31.trainer.recipes.schema import Stage
 
@@ -48,12 +47,8 @@ class Timed:
     peak: float
 
 
-def timed(case: Case, gpu: Accelerator, seen: dict[int, Passes]) -> Timed | None:
-    """A stage's time and memory; None: it can't be run so.
-
-    Args:
-        seen: passes by micro-batch, which the other settings do not change; filled here.
-    """
+def timed(case: Case, gpu: Accelerator) -> Timed | None:
+    """A stage's time and memory; None: it can't be run so."""
     assert case.config is not None
     stage, devices = case.stage, case.machine.num_devices
     num_train = stage.global_batch if case.rows.num_train is None else case.rows.num_train
@@ -61,9 +56,7 @@ def timed(case: Case, gpu: Accelerator, seen: dict[int, Passes]) -> Timed | None
         derived = derive(stage, num_train, devices)
     except UserError:
         return None
-    if stage.micro_batch not in seen:
-        seen[stage.micro_batch] = passes(stage, case.rows, order_of(case), _STEPS, devices)
-    found, shape = seen[stage.micro_batch], ModelShape.of(case.config)
+    found, shape = passes_of(case, _STEPS), ModelShape.of(case.config)
     options: dict[str, Any] = {"checkpointing": stage.recomputed}
     if stage.lora is not None:
         options |= {"lora_rank": stage.lora.r, "lora_targets": tuple(stage.lora.targets)}
@@ -104,38 +97,32 @@ def settings_of(case: Case, *, fsdp: bool | None = None) -> Iterator[Case]:
         yield replace(case, stage=changed, engine=engine)
 
 
-def fastest(
-    case: Case, gpu: Accelerator, *, fsdp: bool | None = None, seen: dict[int, Passes] | None = None
-) -> Timed | None:
+def fastest(case: Case, gpu: Accelerator, *, fsdp: bool | None = None) -> Timed | None:
     """The settings with which the stage takes least time, of those that fit; None: none does.
 
     Args:
         fsdp: as `settings_of` takes it.
-        seen: as `timed` takes it.
     """
     limit = USABLE * (case.machine.device_memory or gpu.memory)
-    known: dict[int, Passes] = {} if seen is None else seen
-    found = (timed(changed, gpu, known) for changed in settings_of(case, fsdp=fsdp))
+    found = (timed(changed, gpu) for changed in settings_of(case, fsdp=fsdp))
     fitting = [result for result in found if result is not None and result.peak <= limit]
-    whole: dict[int, MicroBatch] = {}
     for result in sorted(fitting, key=lambda result: result.step):
-        peak = _peak_of_all_steps(case, result, whole)
+        peak = _peak_of_all_steps(case, result)
         if peak <= limit:
             return replace(result, peak=peak)
     return None
 
 
-def _peak_of_all_steps(case: Case, found: Timed, seen: dict[int, MicroBatch]) -> float:
+def _peak_of_all_steps(case: Case, found: Timed) -> float:
     """Memory by the longest micro-batch of all steps, not only of those that were timed."""
     assert case.config is not None
     chosen, machine = replace(case, stage=found.stage, engine=found.engine), case.machine
     num_train = found.stage.global_batch if case.rows.num_train is None else case.rows.num_train
     derived = derive(found.stage, num_train, machine.num_devices)
-    if found.stage.micro_batch not in seen:
-        seen[found.stage.micro_batch] = worst_micro_batch(chosen, derived)
     setup = setup_of(found.stage, case.config, found.engine, case.narrow_groups, derived.gradient_accumulation > 1)
-    worst = seen[found.stage.micro_batch]
-    return estimate(setup, worst, found.engine, machine.num_devices, machine.per_node).peak
+    return estimate(
+        setup, worst_micro_batch(chosen, derived), found.engine, machine.num_devices, machine.per_node
+    ).peak
 
 
 def with_adapters(case: Case, gpu: Accelerator, *, fsdp: bool | None = None) -> Timed | None:
@@ -186,9 +173,8 @@ def timed_plan(cases: list[Case], gpu: Accelerator) -> dict[str, Any]:
 def _of_one_launch(cases: list[Case], gpu: Accelerator) -> tuple[list[bool], list[Timed | None]]:
     """Whether each stage fits whole, and its settings: of the launches, with and without FSDP, the faster one."""
     results = []
-    seen: list[dict[int, Passes]] = [{} for _ in cases]
     for fsdp in (False, True):
-        whole = [fastest(case, gpu, fsdp=fsdp, seen=known) for case, known in zip(cases, seen, strict=True)]
+        whole = [fastest(case, gpu, fsdp=fsdp) for case in cases]
         found = [one or with_adapters(case, gpu, fsdp=fsdp) for case, one in zip(cases, whole, strict=True)]
         # a step's share of the whole run is not known where rows are not
         seconds = sum(one.step if one.hours is None else 3600 * one.hours for one in found if one is not None)

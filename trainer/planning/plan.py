@@ -5,8 +5,8 @@ Without a GPU, without the model's weights, and without the data where that is n
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.planning.model_sizes import model_config
 from llava_llama31.trainer.planning.row_lengths import (
     Assumptions,
+    Passes,
     StageRows,
     counted_rows,
     histogram,
@@ -83,6 +84,7 @@ class Case:
     Args:
         narrow_groups: whose frozen weights bfloat16 holds exactly.
         narrow_with_adapters: the same if the stage trained adapters instead of the language model.
+        passed: what `passes_of` has found, by micro-batch and number of steps: no other setting changes it.
     """
 
     name: str
@@ -94,18 +96,26 @@ class Case:
     config: Mapping[str, Any] | None
     narrow_groups: frozenset[str]
     narrow_with_adapters: frozenset[str] = frozenset()
+    passed: dict[tuple[int, int], Passes] = field(default_factory=dict, compare=False, repr=False)
 
 
 def plan_recipe(
-    recipe: Recipe, output: Path, machine: Machine, assumptions: Assumptions | None = None
+    recipe: Recipe,
+    output: Path,
+    machine: Machine,
+    assumptions: Assumptions | None = None,
+    cases: Sequence[Case] | None = None,
 ) -> dict[str, Any]:
     """The plan as a mapping that JSON can hold; memory in 10^9 bytes, a figure that is not known is None.
+
+    Args:
+        cases: what `cases_of` returns for the same arguments.
 
     Raises:
         UserError: when a stage's batch does not divide among the devices, or the engine is none.
     """
     found = model_config(recipe, output)
-    stages = [_plan_stage(case) for case in cases_of(recipe, output, machine, assumptions)]
+    stages = [_plan_stage(case) for case in cases or cases_of(recipe, output, machine, assumptions)]
     return {
         "recipe": recipe.name,
         "devices": machine.num_devices,
@@ -243,7 +253,7 @@ def _plan_stage(case: Case) -> dict[str, Any]:
         "assumed": list(rows.assumed),
         "notes": [] if rows.num_train is None else remarks(stage, derived),
     }
-    seen = passes(stage, rows, order_of(case), steps or 1, machine.num_devices)
+    seen = passes_of(case, steps or 1)
     known = steps is not None
     planned |= {"tokens": seen.tokens if known else None, "tiles": seen.tiles if known else None}
     planned |= {"sampled": seen.sampled, "longest_micro_batch": seen.worst.num_tokens}
@@ -337,7 +347,7 @@ def nearest_that_fits(case: Case) -> dict[str, Any] | None:
         except (ValidationError, UserError):
             continue  # the stage can't be run so
         if stage.micro_batch not in worst:
-            worst[stage.micro_batch] = passes(stage, case.rows, order_of(changed), 16, case.machine.num_devices).worst
+            worst[stage.micro_batch] = passes_of(changed, 16).worst
         setup = setup_of(stage, case.config, engine, case.narrow_groups, derived.gradient_accumulation > 1)
         limit, devices = USABLE * case.machine.device_memory, (case.machine.num_devices, case.machine.per_node)
         if estimate(setup, worst[stage.micro_batch], engine, *devices).peak > limit:
@@ -353,7 +363,15 @@ def nearest_that_fits(case: Case) -> dict[str, Any] | None:
 def worst_micro_batch(case: Case, derived: Derived) -> MicroBatch:
     """The longest micro-batch of the steps that the stage's plan goes through."""
     steps = case.stage.max_steps if case.rows.num_train is None else derived.steps
-    return passes(case.stage, case.rows, order_of(case), steps or 1, case.machine.num_devices).worst
+    return passes_of(case, steps or 1).worst
+
+
+def passes_of(case: Case, steps: int) -> Passes:
+    """`passes` through the stage's steps, or through so many of them."""
+    key = (case.stage.micro_batch, steps)
+    if key not in case.passed:
+        case.passed[key] = passes(case.stage, case.rows, order_of(case), steps, case.machine.num_devices)
+    return case.passed[key]
 
 
 def _changes(case: Case) -> Iterator[tuple[dict[str, Any], Engine]]:
