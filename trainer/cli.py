@@ -30,6 +30,7 @@ from llava_llama31.trainer.commands import (
     publish,
     recipes,
     score,
+    shards,
     train,
 )
 from llava_llama31.trainer.errors import (
@@ -58,6 +59,7 @@ _COMMANDS = {
     "plan": plan,
     "recipes": recipes,
     "fetch": fetch,
+    "shards": shards,
     "check-data": check_data,
     "doctor": doctor,
     "assemble": assemble,
