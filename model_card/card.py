@@ -323,6 +323,12 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
             for way in record.get("opened") or []
         ],
         "data": [_data_row(stage, source) for stage in stages for source in stage.get("data") or []],
+        "contamination": [
+            _contamination_row(stage, source, found)
+            for stage in stages
+            for source in stage.get("data") or []
+            for found in source.get("contamination") or []
+        ],
         "stage_names": [_text(stage.get("name")) for stage in stages],
         "stage_rows": _stage_rows(record),
         "curves": [
@@ -436,6 +442,15 @@ def _reproduction(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if lock:
         facts.append(("lock file", f"{lock['file']}, SHA-256 {lock['sha256']}"))
     return facts
+
+
+def _contamination_row(stage: Mapping[str, Any], source: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What a source holds of an evaluation, and which of these rows were not trained on."""
+    file = str(found.get("evaluation", "")).rstrip("/").rpartition("/")[2]
+    rejected = {"images": "rows with images", "images_and_questions": "rows with images or questions"}
+    left_out = rejected.get(str(found.get("reject")), "none")
+    counts = [found.get(key) for key in ("evaluation_images", "exact", "near", "questions")]
+    return [_text(fact) for fact in (stage.get("name"), source.get("name"), file, *counts, left_out)]
 
 
 def _data_row(stage: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:

@@ -62,6 +62,33 @@ def with_present_keys(content: Any) -> Any:
 CHANGEABLE = ("on_nonfinite", "on_spike", "step_timeout", "loader_timeout")
 
 
+class Where(_Frozen):
+    """What a column of a row, or each turn's number in a list column, has to be; the row or turn is left out else."""
+
+    min: float | None = None
+    max: float | None = None
+    one_of: list[str | int | float | bool] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Where":
+        if self.min is None and self.max is None and self.one_of is None:
+            raise ValueError("it says nothing (fix: give min, max or one_of)")
+        return self
+
+
+class Contamination(_Frozen):
+    """An evaluation's questions whose images are looked for in the stage's data."""
+
+    against: list[str] = Field(min_length=1)
+    """Files of questions, as `evaluate` reads them."""
+    image_root: str | None = None
+    """Folder of the questions' images; default: that of each file."""
+    near_bits: Annotated[int, Field(ge=0, le=127)] = 40
+    """Of the perceptual hash's 256 bits, those in which near duplicates may differ."""
+    reject: Literal["images", "images_and_questions", "nothing"] = "images"
+    """Rows to reject as `evaluation_image` and `evaluation_question`; `nothing`: state what was found, no more."""
+
+
 class DataSource(_Frozen):
     """One set of records: JSON or JSON lines, WebDataset shards, parquet, a saved Hugging Face dataset or a Hub id."""
 
@@ -83,6 +110,8 @@ class DataSource(_Frozen):
     """How often an epoch sees each training row: 2.5 is twice, and half of them, drawn by the seed, a third time."""
     images_only: bool = False
     """Reject rows without an image, by the reason `text_only`."""
+    where: dict[str, Where] = {}
+    """Rows to take, by their columns; the others are left out and counted by the reason `filtered`."""
     license: str | None = None
     """Licence of the data, for the model card."""
     hub_id: str | None = None
@@ -215,6 +244,8 @@ class Stage(_Frozen):
     """Longest row, image placeholders counted."""
     on_bad_record: dict[str, Policy] = {"default": "error"}
     """Policy per reject reason (`llava-llama31 check-data` lists them) and `default`."""
+    contamination: Contamination | None = None
+    """Look for an evaluation's images and questions in the data."""
     validation_fraction: Fraction = 0.0
     """Share of the rows that is held out for the validation loss."""
     eval_steps: PositiveInt | None = None
