@@ -48,7 +48,7 @@ def tensorboard_folder(run: StageRun) -> Path:
 
 def _summary_writer(folder: Path, *, purge_step: int) -> Any:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils import tensorboard as writers
     except ImportError:  # Transformers takes either
-        from tensorboardX import SummaryWriter
-    return SummaryWriter(log_dir=str(folder), purge_step=purge_step)
+        import tensorboardX as writers
+    return writers.SummaryWriter(log_dir=str(folder), purge_step=purge_step)
