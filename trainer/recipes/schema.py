@@ -318,6 +318,19 @@ class Evaluation(_Frozen):
     """Also score the untrained model, and the trained one with images shuffled between questions."""
 
 
+class TextQuestions(_Frozen):
+    """Text-only questions that show what training does to the language model: asked before the first and after each stage."""
+
+    data: str
+    """A table (JSON lines, JSON, CSV, TSV, xlsx): question, answer and metric; optional id, group, options A, B, ..."""
+    limit: PositiveInt | None = None
+    max_new_tokens: PositiveInt = 64
+    batch_size: PositiveInt | None = None
+    """Default: by the device's memory."""
+    max_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Accuracy that a run may lose; one that loses more stops after the stage. Default: it does not stop."""
+
+
 class Publish(_Frozen):
     """Where the model goes on the Hub; the token stays in the environment."""
 
@@ -342,6 +355,7 @@ class Recipe(_Frozen):
     model: Model
     stages: dict[str, Stage] = Field(min_length=1)
     evaluation: Evaluation | None = None
+    text_questions: TextQuestions | None = None
     publish: Publish | None = None
     device_watts: PositiveFloat | None = None
     """Mean power of one device while it trains, as measured; the model card's energy follows from it."""

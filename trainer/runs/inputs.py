@@ -52,6 +52,8 @@ def run_inputs(run: RunContext, reports: Mapping[str, DataReport]) -> Inputs:
         inputs |= {f"stages.{name}.data.{found.name}": dict(found.content) for found in report.sources}
     if recipe.evaluation is not None:
         inputs["evaluation.data"] = {"files": _digest(question_files(Path(recipe.evaluation.data)))}
+    if recipe.text_questions is not None:
+        inputs["text_questions.data"] = {"files": _digest([Path(recipe.text_questions.data).expanduser()])}
     return inputs
 
 

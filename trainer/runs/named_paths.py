@@ -58,6 +58,10 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str, Path]]:
         yield from _missing_of_stage(stage, f"stages.{name}")
     if recipe.evaluation is not None:
         yield from _missing_of_evaluation(recipe.evaluation)
+    if recipe.text_questions is not None:
+        path = Path(recipe.text_questions.data).expanduser().absolute()
+        if not path.is_file():
+            yield "text_questions.data", f"{path} does not exist", path
 
 
 def _missing_of_stage(stage: Stage, where: str) -> Iterator[tuple[str, str, Path]]:
