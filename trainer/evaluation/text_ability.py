@@ -1,4 +1,4 @@
-"""What a model knows without an image: a file of text-only questions, asked between stages and scored by their metrics."""
+"""What a model knows without an image: text-only questions, asked between stages and scored by their metrics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -319,10 +319,10 @@ class Evaluation(_Frozen):
 
 
 class TextQuestions(_Frozen):
-    """Text-only questions that show what training does to the language model: asked before the first and after each stage."""
+    """Text-only questions, asked before the first and after each stage: what training does to the language model."""
 
     data: str
-    """A table (JSON lines, JSON, CSV, TSV, xlsx): question, answer and metric; optional id, group, options A, B, ..."""
+    """A table (JSON lines, JSON, CSV, TSV, xlsx): question, answer, metric; optional id, group, options A, B, ..."""
     limit: PositiveInt | None = None
     max_new_tokens: PositiveInt = 64
     batch_size: PositiveInt | None = None
