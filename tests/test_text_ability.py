@@ -34,7 +34,8 @@ def texts(tmp_path_factory):
 
 def recipe(checkpoint, texts, rows, **keys):
     stage = {
-        "trainable": ["language_model"], "learning_rate": 5e-3, "data": [{"name": rows, "path": str(texts / f"{rows}.json")}],
+        "trainable": ["language_model"], "learning_rate": 5e-3,
+        "data": [{"name": rows, "path": str(texts / f"{rows}.json")}],
         "global_batch": 4, "micro_batch": 4, "max_steps": 40, "precision": "float32", "dataloader_workers": 0,
         "schedule": "constant", "warmup_ratio": 0.0, "save_steps": 100,
     }  # fmt: skip

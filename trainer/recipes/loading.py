@@ -16,6 +16,7 @@ from llava_llama31.trainer.recipes.schema import FORMER_KEYS, Recipe
 
 SHIPPED = (
     "tiny",
+    "tiny-siglip",
     "smol",
     "llama31-8b",
     "llama31-8b-beyond",

@@ -177,6 +177,8 @@ class Stage(_Frozen):
     """How many of the recipe's evaluation questions to ask at every `eval_steps`; logged as eval_accuracy."""
     keep: Literal["last", "best_loss", "best_accuracy"] = "last"
     """The weights that the stage ends with: its last, or those of the evaluation with the best metric."""
+    stop_on_plateau: PositiveInt | None = None
+    """End the stage after so many evaluations in a row without a better one (of `keep`, else validation loss)."""
     save_steps: PositiveInt = 200
     save_total_limit: PositiveInt = 2
     logging_steps: PositiveInt = 10
@@ -282,6 +284,8 @@ class Stage(_Frozen):
             raise ValueError(
                 "eval_steps has nothing to evaluate (fix: set validation_fraction above 0, or eval_questions)"
             )
+        if self.stop_on_plateau is not None and self.eval_steps is None:
+            raise ValueError("stop_on_plateau compares evaluations (fix: set eval_steps)")
         if self.keep == "last":
             return
         needed = {"best_loss": "validation_fraction", "best_accuracy": "eval_questions"}[self.keep]
@@ -350,8 +354,9 @@ class Recipe(_Frozen):
     name: str
     description: str = ""
     seed: Annotated[int, Field(ge=0)] = 42
-    prepare: Literal["tiny", "smol"] | None = None
-    """Parts and data that have to be made first: `tiny` by the run itself, `smol` by examples/prepare_smol.py."""
+    prepare: Literal["tiny", "tiny-siglip", "smol"] | None = None
+    """Parts and data that have to be made first: `tiny` and its SigLIP twin by the run itself, `smol` by
+    examples/prepare_smol.py."""
     model: Model
     stages: dict[str, Stage] = Field(min_length=1)
     evaluation: Evaluation | None = None

@@ -39,7 +39,7 @@ def missing_paths(recipe: Recipe, output: Path) -> dict[str, str]:
     for where, what, path in _missing(recipe):
         if where.startswith("model.") and folder.base.exists():
             continue
-        if recipe.prepare != "tiny" or prepared not in path.parents:
+        if recipe.prepare not in ("tiny", "tiny-siglip") or prepared not in path.parents:
             found[where] = what
     return found
 
