@@ -44,6 +44,7 @@ from llava_llama31.trainer.costs.matrix_peak import cpu_instructions
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, RankBatches
 from llava_llama31.trainer.data.batches.collator import Collator, Sample
 from llava_llama31.trainer.fault_tolerance.out_of_memory import is_of_device
+from llava_llama31.trainer.model.fused_layers import fuse_layers
 from llava_llama31.trainer.model.module_groups import freeze
 from llava_llama31.trainer.recipes.derived import derive, num_held_out
 from llava_llama31.trainer.recipes.loading import load_recipe
@@ -355,6 +356,8 @@ def make_model(shape: Shape, stage: Stage, variant: str, device: str) -> nn.Modu
             if parameter.ndim > 1 or parameter in vectors:
                 parameter.normal_(0, 0.02)
     freeze(model, stage.learning_rates())
+    if variant != STOCK:
+        fuse_layers(model, torch.device(device))
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 

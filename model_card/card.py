@@ -1,9 +1,9 @@
 """The model card and licence files of an exported model, written only from the run's own record.
 
 A record is a JSON-like dict (name, recipe, command, commit, lock, licence, base_models, parameters, stages, minutes,
-evaluation, samples, environment; model_id, if it is on the Hub; opened, if it was checked). The card lists whatever is
-missing as not recorded. All strings in it are data: they are escaped for Markdown, HTML and YAML, and absolute paths
-are cut down to their last part.
+evaluation, tasks, samples, environment; model_id, if it is on the Hub; opened, if it was checked). The card lists
+whatever is missing as not recorded. All strings in it are data: they are escaped for Markdown, HTML and YAML, and
+absolute paths are cut down to their last part.
 """
 
 import html
@@ -162,7 +162,20 @@ def render_card(record: Mapping[str, Any], previous: str = "") -> str:
 
 def usage_snippet(model_id: str) -> str:
     """The code that opens a model, as README and card show it."""
-    return _usage_template().replace("MODEL_ID", model_id)
+    return _usage_template("usage.txt").replace("MODEL_ID", model_id)
+
+
+def adapter_snippet(model_id: str) -> str:
+    """The code that opens adapters on their base, as their card shows it."""
+    return _usage_template("usage_adapter.txt").replace("ADAPTER_ID", model_id)
+
+
+def _adapter_of(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    adapter = record.get("adapter")
+    if not adapter:
+        return None
+    base, revision = adapter["base_model_name_or_path"], adapter["revision"]
+    return {"base": f"{base} at {revision}" if revision else base, "difference": f"{adapter['difference']:.1g}"}
 
 
 def _joined_metadata(metadata: dict[str, Any], previous: str) -> dict[str, Any]:
@@ -257,7 +270,8 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
     model_id = model_id if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) else "path/to/this/model"
     return {
         "name": record["name"],
-        "usage": usage_snippet(model_id),
+        "usage": adapter_snippet(model_id) if record.get("adapter") else usage_snippet(model_id),
+        "adapter": _adapter_of(record),
         "built_with_llama": _built_with_llama(record),
         "notice": LLAMA31_NOTICE,
         "policy_link": Markup(LLAMA31_POLICY),
@@ -292,6 +306,9 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
             for name, score in (evaluation.get("protocols") or {}).items()
         ],
         "predictions_link": _predictions_link(evaluation),
+        "tasks": [row for task in record.get("tasks") or [] for row in _task_rows(task)],
+        "task_baselines": [_baselines_row(task) for task in record.get("tasks") or [] if _has_baselines(task)],
+        "task_facts": [_task_facts(task) for task in record.get("tasks") or []],
         "samples_scored": any(sample.get("accuracy") is not None for sample in record.get("samples") or []),
         "samples": [_sample_row(sample) for sample in record.get("samples") or []],
         "environment_rows": [[key, _text(value)] for key, value in (record.get("environment") or {}).items()],
@@ -302,7 +319,8 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _not_recorded(record: Mapping[str, Any]) -> list[str]:
-    names = [label for key, label in RECORD_FACTS.items() if not record.get(key)]
+    told = {"evaluation"} if record.get("tasks") else set()
+    names = [label for key, label in RECORD_FACTS.items() if not record.get(key) and key not in told]
     for stage in record.get("stages") or []:
         lacking = [
             label
@@ -411,6 +429,53 @@ def _image(file: Any, width: int) -> Markup:
     return Markup(f'<img src="{file}" width="{width}">')
 
 
+def _task_rows(task: Mapping[str, Any]) -> list[list[Any]]:
+    """Per protocol, the one of the headline first: what it measured, with the interval."""
+    protocols = task.get("protocols") or {}
+    order = sorted(protocols, key=lambda name: name != task.get("protocol"))
+    rows = []
+    for name in order:
+        scores = protocols[name]
+        headline = scores["headline"]
+        others = {key: round(value, 3) for key, value in scores["metrics"].items() if key != headline}
+        rows.append(
+            [
+                task.get("title") or task.get("name"),
+                name,
+                headline if task.get("unit") == "%" else f"{headline} ({task.get('unit')})",
+                f"{scores['metrics'][headline]:.3f}",
+                f"{scores['low']:.2f} to {scores['high']:.2f}",
+                _text(others) if others else "",
+            ]
+        )
+    return rows
+
+
+def _has_baselines(task: Mapping[str, Any]) -> bool:
+    return task.get("before") is not None or task.get("blind") is not None
+
+
+def _baselines_row(task: Mapping[str, Any]) -> list[str]:
+    values = (task.get("before"), task.get("value"), task.get("blind"))
+    named = [task.get("title") or task.get("name"), task.get("protocol")]
+    return [*map(_text, named), *("" if value is None else f"{value:.3f}" for value in values)]
+
+
+def _task_facts(task: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in a list under the scores."""
+    counts = {"questions": "num_questions", "failed": "failed", "unanswered": "missing", "cut": "cut"}
+    told = [f"{label} {_text(task[key])}" for label, key in counts.items() if task.get(key) is not None]
+    return {
+        "title": task.get("title") or task.get("name"),
+        "dataset": task.get("dataset"),
+        "counts": ", ".join(told),
+        "decoding": task.get("decoding"),
+        "link": _predictions_link(task),
+        "sha256": (task.get("predictions") or {}).get("sha256"),
+        "prompt": task.get("prompt"),
+    }
+
+
 def _predictions_link(evaluation: Mapping[str, Any]) -> Markup | None:
     file = (evaluation.get("predictions") or {}).get("file")
     return Markup(f"[{file}]({file})") if _is_file(file, ".jsonl") else None
@@ -420,18 +485,22 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
     licence = record.get("licence")
     known = licence in HUB_LICENCES
     base_models = [_line(m["id"]) for m in record.get("base_models") or [] if _is_hub_id(m.get("id"))]
+    relation, adapter = "finetune", record.get("adapter")
+    if adapter:
+        name = adapter["base_model_name_or_path"]
+        base_models, relation = ([_line(name)] if _is_hub_id(name) else []), "adapter"
     sources = [source for stage in record.get("stages") or [] for source in stage.get("data") or []]
     names = (source.get("hub_id") or source.get("name") for source in sources)
     datasets = dict.fromkeys(name for name in names if _is_hub_id(name))
     optional: dict[str, Any] = {
-        "base_model_relation": "finetune" if base_models else None,
+        "base_model_relation": relation if base_models else None,
         "license_name": None if known or licence is None else _line(licence),
         "license_link": "LICENSE" if _built_with_llama(record) else None,
     }
     return ModelCardData(
         model_name=_line(record["name"]),
         license=licence if known else None if licence is None else "other",
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
         tags=[*TAGS, *(["llama-3.1"] if _built_with_llama(record) else [])],
         base_model=base_models or None,
@@ -442,11 +511,17 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
 
 
 def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
+    tasks = [result for task in record.get("tasks") or [] for result in _task_results(record, task)]
     evaluation = record.get("evaluation") or {}
     dataset = evaluation.get("dataset")
-    if dataset is None:
-        return []
-    counts = {key: evaluation[key] for key in ("num_questions", "failed") if evaluation.get(key) is not None}
+    return (_textvqa_results(record, evaluation, dataset) if dataset is not None else []) + tasks
+
+
+def _counts_and_source(
+    record: Mapping[str, Any], evaluation: Mapping[str, Any], names: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Counts with the predictions file, and where that file is on the Hub."""
+    counts = {key: evaluation[key] for key in names if evaluation.get(key) is not None}
     source: dict[str, Any] = {}
     if _predictions_link(evaluation):
         predictions, model_id = evaluation["predictions"], record.get("model_id")
@@ -454,11 +529,43 @@ def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
         if _is_hub_id(model_id):
             url = f"{constants.ENDPOINT}/{model_id}/blob/main/{predictions['file']}"
             source = {"source_name": "predictions", "source_url": url}
+    return counts, source
+
+
+def _dataset_type(dataset: str) -> str:
+    return dataset if _is_hub_id(dataset) else re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-")
+
+
+def _task_results(record: Mapping[str, Any], task: Mapping[str, Any]) -> list[EvalResult]:
+    counts, source = _counts_and_source(record, task, ("num_questions", "failed", "missing", "cut"))
+    dataset = str(task.get("dataset") or task["name"])
     return [
         EvalResult(
             task_type="image-text-to-text",
             task_name="Visual question answering",
-            dataset_type=dataset if _is_hub_id(dataset) else re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-"),
+            dataset_type=_dataset_type(dataset),
+            dataset_name=_line(task.get("title") or task["name"]),
+            metric_type=_line(scores["headline"]),
+            metric_name=_line(f"{scores['headline']} in {task.get('unit')}, protocol {protocol}"),
+            metric_value=round(scores["metrics"][scores["headline"]], 3),
+            metric_args={
+                "protocol": _line(protocol),
+                "interval_95": [round(scores["low"], 3), round(scores["high"], 3)],
+                **counts,
+            },
+            **source,
+        )
+        for protocol, scores in (task.get("protocols") or {}).items()
+    ]
+
+
+def _textvqa_results(record: Mapping[str, Any], evaluation: Mapping[str, Any], dataset: str) -> list[EvalResult]:
+    counts, source = _counts_and_source(record, evaluation, ("num_questions", "failed"))
+    return [
+        EvalResult(
+            task_type="image-text-to-text",
+            task_name="Visual question answering",
+            dataset_type=_dataset_type(dataset),
             dataset_name=_line(dataset),
             metric_type="accuracy",
             metric_name=f"accuracy in %, protocol {_line(protocol)}",
@@ -587,5 +694,5 @@ def _template() -> jinja2.Template:
 
 
 @cache
-def _usage_template() -> str:
-    return resources.files(__package__).joinpath("usage.txt").read_text("utf-8").rstrip()
+def _usage_template(file: str) -> str:
+    return resources.files(__package__).joinpath(file).read_text("utf-8").rstrip()

@@ -269,7 +269,7 @@ class LlavaLlama31Model(LlavaNextModel):
         return torch.cat(layouts), (num_without, sum(counts) - num_without)
 
     def images_of_copies(self, input_ids: torch.Tensor, image_sizes: torch.Tensor, num_copies: int) -> list[int]:
-        """Numbers of the images of a batch in which each row (B, S) stands `num_copies` times in succession."""
+        """Numbers of the images of a batch in which each row (B, S) is repeated `num_copies` times in succession."""
         features = torch.tensor([len(self.feature_layout([size])[0]) for size in _pairs(image_sizes)])
         placeholders = (input_ids == self.config.image_token_id).sum(dim=1).cpu()
         owners = torch.searchsorted(placeholders.cumsum(0), features.cumsum(0)).tolist()

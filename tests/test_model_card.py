@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -239,6 +240,50 @@ def test_metadata_is_what_the_hub_reads():
     assert data.model_name == RECORD["name"]
 
 
+TASK = {
+    "name": "pope",
+    "title": "POPE, COCO",
+    "dataset": "lmms-lab/POPE",
+    "unit": "%",
+    "protocol": "llava",
+    "headline": "f1",
+    "value": 85.947,
+    "before": 12.5,
+    "blind": 49.0,
+    "protocols": {
+        "vlmevalkit": {"headline": "f1", "metrics": {"f1": 85.93, "accuracy": 86.0}, "low": 85.2, "high": 86.6},
+        "llava": {"headline": "f1", "metrics": {"f1": 85.947, "accuracy": 86.1}, "low": 85.25, "high": 86.63},
+    },
+    "num_questions": 8910,
+    "failed": 1,
+    "missing": 0,
+    "cut": 2,
+    "prompt": "<image>\n{question}",
+    "decoding": "greedy, at most 16 new tokens",
+    "predictions": {"file": "predictions-pope.jsonl", "sha256": "7b" * 32},
+}
+
+
+def test_tasks_are_listed_with_what_made_their_figures():
+    card = render_card(
+        RECORD | {"tasks": [TASK, TASK | {"name": "m|e", "title": None, "dataset": None, "unit": "sum"}]}
+    )
+    rows = [line for line in card.splitlines() if line.startswith("| POPE, COCO")]
+    assert rows[0].startswith("| POPE, COCO | llava | f1 | 85.947 | 85.25 to 86.63 | accuracy: 86.1 |")
+    assert rows[2] == "| POPE, COCO | llava | 12.500 | 85.947 | 49.000 |" and "f1 (sum)" in card
+    assert "questions 8,910, failed 1, unanswered 0, cut 2; greedy" in card and "m&#124;e" in card
+    assert f"[predictions-pope.jsonl](predictions-pope.jsonl), SHA-256 {TASK['predictions']['sha256']}" in card
+    results = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
+    (pope,) = [result for result in results if result["dataset"]["type"] == "lmms-lab/POPE"]
+    assert [metric["value"] for metric in pope["metrics"]] == [85.93, 85.947]
+    assert pope["metrics"][1]["type"] == "f1" and pope["metrics"][1]["args"]["interval_95"] == [85.25, 86.63]
+    assert pope["metrics"][1]["args"] | {"num_questions": 8910, "failed": 1, "cut": 2} == pope["metrics"][1]["args"]
+    alone = {key: value for key, value in RECORD.items() if key not in ("evaluation", "samples")}
+    without = render_card(alone | {"tasks": [TASK]})
+    assert "## Other evaluations" in without and "\n- evaluation\n" not in without
+    assert "## Other evaluations" not in render_card(RECORD)
+
+
 def test_missing_facts_are_named_and_never_made_up():
     card = render_card(TINY)
     data = ModelCard(card).data
@@ -352,7 +397,7 @@ def replaced(value, hostile):
 
 
 def without_files(record: dict) -> dict:
-    """The same record without the names of pictures and predictions, which are shown only if they are plain."""
+    """The same record without the names of images and predictions, which are shown only if they are plain."""
     record = copy.deepcopy(record)
     for place in (*record["stages"], *record["samples"], record["evaluation"]):
         for key in ("curve_image", "image", "predictions"):
@@ -389,7 +434,7 @@ def test_any_cell_reads_back_as_it_was(value):
 @pytest.mark.parametrize(
     "image", ["/etc/passwd", "../x.png", "https://e.org/x.png", 'x" onerror="alert(1)', "", 5, None]
 )
-def test_only_pictures_of_the_folder_are_shown(image):
+def test_only_images_of_the_folder_are_shown(image):
     sample, stage = RECORD["samples"][0] | {"image": image}, STAGE | {"curve_image": image}
     evaluation = RECORD["evaluation"] | {"predictions": {"file": image, "sha256": ""}}
     card = render_card(RECORD | {"samples": [sample], "stages": [stage], "evaluation": evaluation})
@@ -473,16 +518,17 @@ def test_broken_front_matter_of_the_former_card_is_named():
 # --- loss curves
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e6, 1e6)), min_size=1, max_size=6),
     st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e-9, 1e9)), max_size=3),
 )
 def test_any_curve_is_drawn(training, validation):
-    picture = draw_curve("stage one", training, validation)
-    colours = {colour for _, colour in picture.getcolors(1 << 20)}
-    assert picture.size == (640, 320) and (0x1F, 0x6F, 0xB4) in colours
-    assert bool(validation) == ((0xD1, 0x59, 0x0A) in colours)
+    image = draw_curve("stage one", training, validation)
+    colours = {colour for _, colour in image.getcolors(1 << 20)}
+    assert image.size == (1280, 640) and (0x2F, 0x7F, 0xD0, 0xFF) in colours
+    assert bool(validation) == ((0xD1, 0x69, 0x0A, 0xFF) in colours)
+    assert image.getpixel((0, 0))[3] == 0  # the page's own background
 
 
 @pytest.mark.parametrize("points", [[], [(1, float("nan"))]])

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.runs.run_log import entries
+from llava_llama31.trainer.report.run_facts import entries
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 from llava_llama31.trainer.training.source_losses import nested
 
@@ -70,6 +70,7 @@ def test_it_has_what_the_trainer_recorded(train):
     assert rates[0]["language_model"] != rates[-1]["language_model"]
 
 
+@pytest.mark.slow
 def test_a_run_that_crashed_twice_has_every_step_once(train, monkeypatch):
     _, whole = train("whole")
     for stage, step in (("1-projector", 4), ("2-instruct", 4)):
@@ -87,6 +88,11 @@ def test_a_run_that_crashed_twice_has_every_step_once(train, monkeypatch):
     assert steps(log) == steps(expected)
     assert steps(log) == [("projector", n) for n in range(1, 7)] + [("instruct", n) for n in range(1, 6)]
     assert without_times(log) == without_times(expected)
+    start = next(entry for entry in log if entry.get("event") == "start")
+    assert [group["num_trainable"] > 0 for group in start["groups"]] == [False, True, False]
+    assert start["data"][0]["usable"] == 44 and start["command"].startswith("llava-llama31 train ")
+    report = (run / "report.html").read_text()
+    assert ">finished<" in report and "resumed 2 times" in report and start["environment"]["torch"] in report
 
 
 def test_findings_are_logged_once_each(train, recipe_content, tmp_path, monkeypatch):

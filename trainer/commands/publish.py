@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def what_is_kept(options: argparse.Namespace) -> str:
-    """From where the same command goes on after a signal."""
+    """Where the same command resumes after a signal."""
     return "run the same command to continue: it does only what is missing on the Hub"
 
 

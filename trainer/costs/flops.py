@@ -17,7 +17,7 @@ from functools import reduce
 from operator import add
 from typing import Any, Protocol, get_args
 
-from llava_llama31.trainer.recipes.schema import LORA_TARGETS, ModuleGroup
+from llava_llama31.trainer.recipes.schema import LORA_TARGETS, ModuleGroup, Recomputed
 
 
 Packing = Sequence[Sequence[int]]  # a row's trees: [trunk, branch, ...] in positions; a plain sample is [length]
@@ -301,7 +301,7 @@ def needed_flops(
     work: Work,
     trainable: Collection[str],
     *,
-    checkpointing: int = 0,
+    checkpointing: Recomputed = 0,
     lora_rank: int = 0,
     lora_targets: Collection[str] = LORA_TARGETS,
 ) -> FlopsByPart:
@@ -313,7 +313,7 @@ def needed_flops(
     Args:
         trainable: module groups that are trained.
         checkpointing: every n-th transformer layer of tower and decoder, from the first, runs its forward pass twice
-            if it has a backward pass; 1 (or True): all, 0: none.
+            if it has a backward pass; 1 (or True): all, 0: none; `selective`: none of the decoder, all of the tower.
         lora_rank: of adapters trained in place of the language model's weights; 0: no adapters. Their dropout and
             DoRA's weight norms do not count.
         lora_targets: linear layers of the decoder with an adapter.
@@ -333,14 +333,15 @@ def needed_flops(
         trains_weights=trains_weights,
         lora_rank=lora_rank if trains_text else 0,
         lora_targets=frozenset(lora_targets),
-        checkpointing=checkpointing,
+        checkpointing=0 if checkpointing == "selective" else checkpointing,
     )
     # the embeddings belong to the language model: if trained, the first layer passes gradients on
     linears, attention, has_grad = decoder.count(
         work, has_grad=trains_weights or (has_images and (trains_tower or trains_projector))
     )
+    of_tower = 1 if checkpointing == "selective" else checkpointing
     return FlopsByPart(
-        vision_tower=_tower(model.tower, work.num_tiles, trains=trains_tower, checkpointing=checkpointing),
+        vision_tower=_tower(model.tower, work.num_tiles, trains=trains_tower, checkpointing=of_tower),
         multi_modal_projector=_projector(model, work.num_image_features, trains_projector, trains_tower),
         language_model=linears,
         attention=attention,

@@ -40,6 +40,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from llava_llama31.trainer.demo.tasks import write_tasks
+
 from .images import (
     ALPHABET,
     PATCH,
@@ -124,7 +126,7 @@ class Settings:
         content = asdict(self)
         if self.tower.family == "clip":  # as before there was another
             del content["tower"]["family"]
-        return hashlib.sha256(json.dumps([content, seed, 1]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([content, seed, 2]).encode()).hexdigest()
 
 
 SIGLIP = Settings(tower=TowerSettings(family="siglip"))
@@ -136,7 +138,7 @@ def prepare(folder: Path, *, seed: int, progress: Callable[[str], None], setting
     Args:
         folder: receives `vision_tower/`, `language_model/` and `data/`.
         seed: the same seed and settings give the same files.
-        progress: is told, in one line each, what was done.
+        progress: called with one line for each step done.
         settings: sizes and lengths of training.
     """
     fingerprint = settings.fingerprint(seed)
@@ -208,15 +210,17 @@ def _ending_at_once(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
 
 
 def write_data(folder: Path, settings: Settings, seed: int) -> None:
-    """Draws the images and writes `captions.json`, `instruct.json` and `validation.jsonl` beside them."""
+    """Draws the images and writes `captions.json`, `instruct.json`, `validation.jsonl` and two tasks beside them."""
     (folder / "images").mkdir(parents=True)
     captions = [_caption_row(folder, f"caption-{n:05d}", seed) for n in range(settings.captions)]
     (folder / "captions.json").write_text(json.dumps(captions, indent=1))
     dialogues = [_dialogue_row(folder, f"dialogue-{n:05d}", seed) for n in range(settings.dialogues)]
     (folder / "instruct.json").write_text(json.dumps(dialogues, indent=1))
     names = [f"validation-{n:05d}" for n in range(settings.validation_pictures)]
-    rows = [row for name in names for row in _validation_rows(folder, name, seed)]
+    drawn = {name: _draw(folder, name, "validation", seed) for name in names}
+    rows = [row for name, (scene, rng) in drawn.items() for row in _validation_rows(name, scene, rng)]
     (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_tasks(folder, {name: scene for name, (scene, _) in drawn.items()}, seed)
 
 
 def _draw(folder: Path, name: str, split: str, seed: int) -> tuple[Scene, random.Random]:
@@ -249,8 +253,7 @@ def _question_turns(scene: Scene, rng: random.Random, suffix: str) -> list[tuple
     return [(question.text + suffix, question.answer) for question in shuffled]
 
 
-def _validation_rows(folder: Path, name: str, seed: int) -> list[dict]:
-    scene, rng = _draw(folder, name, "validation", seed)
+def _validation_rows(name: str, scene: Scene, rng: random.Random) -> list[dict]:
     return [
         {
             "question_id": f"{name}-{number}",
@@ -393,7 +396,7 @@ def draw_sheet(rng: random.Random) -> Sheet:
 
 
 def cut_tiles(sheets: list[Sheet], rng: random.Random, number: int) -> tuple[Tensor, Tensor]:
-    """Random tiles (number, 3, TILE, TILE), and what stands in each of their patches (number, patches)."""
+    """Random tiles (number, 3, TILE, TILE), and what is in each of their patches (number, patches)."""
     tiles = np.empty((number, TILE, TILE, 3), dtype=np.float32)
     targets = np.empty((number, PATCHES, PATCHES), dtype=np.int64)
     for tile, target in zip(tiles, targets, strict=True):
@@ -503,7 +506,7 @@ class _Reader:
         return self._row("\n".join(" ".join(line) for line in scene.lines), self._turns(scene, rng, ""))
 
     def page_row(self, scene: Scene, glyphs: list[Glyph], rng: random.Random) -> tuple[list[int], list[int]]:
-        """The text where it stands, patch by patch, after a thumbnail; a caption or questions in full form."""
+        """The text at its place, patch by patch, after a thumbnail; a caption or questions in full form."""
         columns, rows = SHAPES[scene.shape]
         page = thumbnail(glyphs, columns, rows) + lay_out(glyphs, columns, rows)
         return self._row(page, self._turns(scene, rng, PROMPT_SUFFIX))

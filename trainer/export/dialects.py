@@ -25,7 +25,7 @@ from llava_llama31.trainer.checkpoint.atomic_folders import read_json, write_jso
 
 PORTABLE, NATIVE = "portable", "native"
 DIALECTS = (PORTABLE, NATIVE)
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 # beginnings of names
 _PARTS = {
     "model.language_model.": "language_model.model.",
@@ -97,10 +97,10 @@ def _rename_weights(folder: Path, renamed: Callable[[str], str]) -> None:
         staging = file.with_suffix(".renamed")
         save_file({renamed(name): tensor for name, tensor in tensors.items()}, staging, metadata={"format": "pt"})
         staging.replace(file)
-    if (folder / _INDEX).is_file():
-        index = read_json(folder / _INDEX)
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
         index["weight_map"] = {renamed(name): file for name, file in index["weight_map"].items()}
-        write_json(folder / _INDEX, index)
+        write_json(folder / INDEX, index)
 
 
 def _older_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.distributed.devices import default_device
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.model.locating import local_checkpoint
+from llava_llama31.trainer.model.locating import hub_id, local_checkpoint
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -84,12 +84,14 @@ def adapted_base(folder: str | Path) -> str:
     """
     where = str(Path(folder, ADAPTER_CONFIG))
     try:
-        base = json.loads(Path(where).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        config = json.loads(Path(where).read_text(encoding="utf-8"))
+        base, revision = config.get("base_model_name_or_path"), config.get("revision")
     except ValueError as error:
         raise UserError(f"not JSON: {error}", where=where, fix="save the adapters again") from error
     if not isinstance(base, str):
         raise UserError("names no base_model_name_or_path", where=where, fix="add the base model's folder or Hub id")
-    return str(local_checkpoint(base, where=f"{where}: base_model_name_or_path"))
+    named = f"{base}@{revision}" if revision and hub_id(base) == (base, None) else base
+    return str(local_checkpoint(named, where=f"{where}: base_model_name_or_path"))
 
 
 def _load_adapters(

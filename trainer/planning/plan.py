@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from llava_llama31.trainer.planning.row_lengths import (
 )
 from llava_llama31.trainer.recipes.deepspeed_files import deepspeed_content, deepspeed_file, shipped_deepspeed_files
 from llava_llama31.trainer.recipes.derived import Derived, check_evaluations, derive, remarks
-from llava_llama31.trainer.recipes.schema import Recipe, Stage
+from llava_llama31.trainer.recipes.schema import Lora, Recipe, Stage
 
 
 GB = 1e9
@@ -77,7 +78,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Case:
-    """A stage with all that its plan is made from; `setup` is None where the model is not known yet."""
+    """A stage with all that its plan is made from; `config` is None where the model is not known yet.
+
+    Args:
+        narrow_groups: whose frozen weights bfloat16 holds exactly.
+        narrow_with_adapters: the same if the stage trained adapters instead of the language model.
+    """
 
     name: str
     stage: Stage
@@ -87,6 +93,7 @@ class Case:
     machine: Machine
     config: Mapping[str, Any] | None
     narrow_groups: frozenset[str]
+    narrow_with_adapters: frozenset[str] = frozenset()
 
 
 def plan_recipe(
@@ -124,7 +131,9 @@ def cases_of(recipe: Recipe, output: Path, machine: Machine, assumptions: Assump
         counted = _counted(stage, recipe, output, origin)
         rows = stage_rows(stage, counted, assumptions or Assumptions({}), recipe.seed + number, grid)
         narrow = _narrow_groups(stage, recipe, trained_before)
-        cases.append(Case(name, stage, engine, rows, recipe.seed, machine, config, narrow))
+        adapted = stage.model_copy(update={"lora": stage.lora or Lora()})
+        with_adapters = _narrow_groups(adapted, recipe, trained_before)
+        cases.append(Case(name, stage, engine, rows, recipe.seed, machine, config, narrow, with_adapters))
         trained_before |= set(stage.trainable)
     return cases
 
@@ -182,6 +191,7 @@ def _engine_name(zero: Mapping[str, Any]) -> str:
     return "zero3-offload-params" if parameters not in (None, "none") else "zero3"
 
 
+@cache
 def shipped_file(engine: str) -> str | None:
     """The `deepspeed` value that gives an engine: of the shipped files the first without an optimizer or a disk."""
     for name, content in shipped_deepspeed_files().items():
@@ -255,7 +265,7 @@ def _work(case: Case, works: tuple[Work, Work] | None) -> dict[str, Any]:
         return unknown
     stage, machine = case.stage, case.machine
     shape = ModelShape.of(case.config)
-    options: dict[str, Any] = {"checkpointing": int(stage.activation_checkpointing)}
+    options: dict[str, Any] = {"checkpointing": stage.recomputed}
     if stage.lora is not None:
         options |= {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
     # a micro-batch without images needs other gradients: the two kinds are counted apart
@@ -300,7 +310,7 @@ def setup_of(
         parameters.trainable(stage.trainable, num_adapters=adapters, frozen_newline=frozen_newline),
         precision=stage.precision,
         optimizer=stage.optimizer,
-        checkpointing=int(stage.activation_checkpointing),
+        checkpointing=stage.recomputed,
         accumulates=accumulates,
         lora_rank=lora.r if lora else 0,
         lora_targets=tuple(lora.targets) if lora else (),
@@ -317,6 +327,7 @@ def nearest_that_fits(case: Case) -> dict[str, Any] | None:
     """The cheapest change, by rank, with which the stage fits: overrides, and what else the launch needs."""
     assert case.machine.device_memory is not None and case.config is not None
     worst: dict[int, MicroBatch] = {}
+    whole: dict[int, MicroBatch] = {}  # of as many steps as the stage's plan goes through, which takes longer
     for changes, engine in _changes(case):
         try:
             stage = Stage.model_validate(case.stage.model_dump() | changes)
@@ -328,10 +339,21 @@ def nearest_that_fits(case: Case) -> dict[str, Any] | None:
         if stage.micro_batch not in worst:
             worst[stage.micro_batch] = passes(stage, case.rows, order_of(changed), 16, case.machine.num_devices).worst
         setup = setup_of(stage, case.config, engine, case.narrow_groups, derived.gradient_accumulation > 1)
-        memory = estimate(setup, worst[stage.micro_batch], engine, case.machine.num_devices, case.machine.per_node)
-        if memory.peak <= USABLE * case.machine.device_memory:
+        limit, devices = USABLE * case.machine.device_memory, (case.machine.num_devices, case.machine.per_node)
+        if estimate(setup, worst[stage.micro_batch], engine, *devices).peak > limit:
+            continue
+        if stage.micro_batch not in whole:
+            whole[stage.micro_batch] = worst_micro_batch(changed, derived)
+        memory = estimate(setup, whole[stage.micro_batch], engine, *devices)
+        if memory.peak <= limit:
             return _fix(case, changes, engine, memory)
     return None
+
+
+def worst_micro_batch(case: Case, derived: Derived) -> MicroBatch:
+    """The longest micro-batch of the steps that the stage's plan goes through."""
+    steps = case.stage.max_steps if case.rows.num_train is None else derived.steps
+    return passes(case.stage, case.rows, order_of(case), steps or 1, case.machine.num_devices).worst
 
 
 def _changes(case: Case) -> Iterator[tuple[dict[str, Any], Engine]]:
@@ -369,9 +391,11 @@ def runs_under(stage: Stage, engine: Engine, optimizer: str, file: str | None) -
     """What stages refuse of DeepSpeed, whose file must be there, and of FSDP."""
     if engine.name == "ddp":
         return True
-    options = stage.compile or stage.fp8 or stage.feature_cache_gb is not None
-    has_file = file is not None or not engine.deepspeed
-    return has_file and optimizer == "adamw" and stage.precision != "bfloat16-weights" and not options
+    if stage.fp8 or stage.feature_cache_gb is not None or stage.precision == "bfloat16-weights":
+        return False
+    if engine.deepspeed:
+        return file is not None and optimizer == "adamw" and not stage.compile
+    return optimizer != "adamw_8bit" and not (stage.lora is not None and stage.lora.quantize)
 
 
 def _fix(case: Case, changes: Mapping[str, Any], engine: Engine, memory: Memory) -> dict[str, Any]:

@@ -141,10 +141,10 @@ def _draw(
     """Tokens, supervised ones, prefix, prefix key, tiles and patch features of rows with one image each."""
     entry = published()["data"].get(source.name) or published()["unknown"]
     draw, notes = np.random.default_rng(chance.seed), chance.notes
-    pictures = published()["pictures"] if assumptions.image is None else [[*assumptions.image, 1]]
-    shares = np.array([share for *_, share in pictures])
-    chosen = draw.choice(len(pictures), number, p=shares / shares.sum())
-    image_tokens, features, tiles = np.array([chance.grid.measure(size[:2]) for size in pictures])[chosen].T
+    images = published()["images"] if assumptions.image is None else [[*assumptions.image, 1]]
+    shares = np.array([share for *_, share in images])
+    chosen = draw.choice(len(images), number, p=shares / shares.sum())
+    image_tokens, features, tiles = np.array([chance.grid.measure(size[:2]) for size in images])[chosen].T
     if assumptions.tokens_per_row is not None:
         total = assumptions.tokens_per_row
         notes.append(f"{source.name}: rows of {total:,} tokens, as --tokens-per-row says, with an image each")
@@ -163,9 +163,9 @@ def _draw(
             f"{entry['text_tokens'][1]} tokens of text in the median (check-data counts them where data and model are "
             "here)"
         )
-    group = np.arange(number) // entry["rows_per_picture"]
+    group = np.arange(number) // entry["rows_per_image"]
     # rows about one image have one image
-    first = group * entry["rows_per_picture"]
+    first = group * entry["rows_per_image"]
     tokens = tokens - image_tokens + image_tokens[first]
     return tokens, supervised, image_tokens[first] + 5, group + 1, tiles[first], features[first]
 
@@ -245,12 +245,12 @@ def passes(stage: Stage, rows: StageRows, order: BatchOrder, steps: int, num_dev
                 totals[int(found[_TILES] == 0)] += found
                 worst = max(worst, found, key=lambda measured: measured[_TOKENS])
     scale = steps / len(batches)
-    with_pictures, without = (np.round(total * scale).astype(np.int64) for total in totals)
+    with_images, without = (np.round(total * scale).astype(np.int64) for total in totals)
     return Passes(
         tokens=_tokens(order, steps) if counted else round(tokens * scale),
-        positions=int(with_pictures[_TOKENS] + without[_TOKENS]),
-        tiles=int(with_pictures[_TILES]),
-        works=(_work(with_pictures), _work(without)),
+        positions=int(with_images[_TOKENS] + without[_TOKENS]),
+        tiles=int(with_images[_TILES]),
+        works=(_work(with_images), _work(without)),
         worst=MicroBatch(
             num_tokens=int(worst[_TOKENS]),
             num_keys=int(worst[_KEYS]),

@@ -56,8 +56,17 @@ def open_door(door: str, model_id: str, revision: str, logits_file: str) -> dict
     options: dict[str, Any] = {"revision": revision or "main"}
     if remote:
         options["trust_remote_code"] = True
-    model = model_class.from_pretrained(model_id, dtype="auto", use_safetensors=True, **options).eval()
-    processor = processor_class.from_pretrained(model_id, **options)
+    whole, adapter = model_id, Path(model_id, "adapter_config.json")
+    if adapter.is_file():  # the base that they belong to, in the cache
+        config = json.loads(adapter.read_text(encoding="utf-8"))
+        whole, options["revision"] = config["base_model_name_or_path"], config["revision"]
+    model = model_class.from_pretrained(whole, dtype="auto", use_safetensors=True, **options)
+    processor = processor_class.from_pretrained(whole, **options)
+    if adapter.is_file():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, model_id)
+    model = model.eval()
     torch.manual_seed(0)
     samples = []
     for number, question in enumerate(QUESTIONS):

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_llama31.model_card.card import usage_snippet
+from llava_llama31.model_card.card import adapter_snippet, usage_snippet
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.model.opening import ADAPTER_CONFIG
 from llava_llama31.trainer.publishing.hub_calls import DownloadError
 
 
@@ -66,14 +67,20 @@ def open_doors(model: str | Path, cache: Path, *, revision: str = "", snippet_of
         snippet_of: the downloaded folder on which to run the card's code too.
 
     Raises:
+        DownloadError: the base of adapters can't be downloaded.
         DoorError: a door does not open, the logits are not finite or differ, or the answers differ; or the card's
             code fails, or prints different texts.
     """
     from safetensors.numpy import load_file
 
-    code = cache / "snippet.py"
+    code, adapter = cache / "snippet.py", Path(snippet_of or model, ADAPTER_CONFIG)
+    if adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8"))
+        fetch(base["base_model_name_or_path"], base["revision"], cache)
+        model = adapter.parent
     if snippet_of is not None:
-        code.write_text(usage_snippet(str(snippet_of)), encoding="utf-8")
+        snippet = adapter_snippet if adapter.is_file() else usage_snippet
+        code.write_text(snippet(str(snippet_of)), encoding="utf-8")
     asked = ["open", str(model), revision, str(cache), *([str(code)] if snippet_of is not None else [])]
     results = _run(asked, cache, online=False)
     for door, result in results.items():

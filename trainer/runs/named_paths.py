@@ -56,8 +56,8 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str, Path]]:
             yield where, f"{path.absolute()} does not exist", path.absolute()
     for name, stage in recipe.stages.items():
         yield from _missing_of_stage(stage, f"stages.{name}")
-    if recipe.evaluation is not None:
-        yield from _missing_of_evaluation(recipe.evaluation)
+    for number, spec in enumerate(recipe.evaluations):
+        yield from _missing_of_evaluation(spec, recipe.where_evaluation(number))
     if recipe.text_questions is not None:
         path = Path(recipe.text_questions.data).expanduser().absolute()
         if not path.is_file():
@@ -77,15 +77,20 @@ def _missing_of_stage(stage: Stage, where: str) -> Iterator[tuple[str, str, Path
         yield from _missing_root(source.image_root, f"{where}.data.{number}.image_root")
 
 
-def _missing_of_evaluation(spec: Evaluation) -> Iterator[tuple[str, str, Path]]:
-    path = Path(spec.data).absolute()
-    if "*" in path.name and not path.exists():
-        names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        if not any(matches(name, path.name) for name in names):
-            yield "evaluation.data", f"no file matches {path}", path
-    elif not path.exists():
-        yield "evaluation.data", f"{path} does not exist", path
-    yield from _missing_root(spec.image_root, "evaluation.image_root")
+def _missing_of_evaluation(spec: Evaluation, where: str) -> Iterator[tuple[str, str, Path]]:
+    # a shipped task is a plain name
+    if spec.task is not None and Path(spec.task).suffix and not Path(spec.task).is_file():
+        path = Path(spec.task).absolute()
+        yield f"{where}.task", f"{path} does not exist", path
+    if spec.data is not None:
+        path = Path(spec.data).absolute()
+        if "*" in path.name and not path.exists():
+            names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+            if not any(matches(name, path.name) for name in names):
+                yield f"{where}.data", f"no file matches {path}", path
+        elif not path.exists():
+            yield f"{where}.data", f"{path} does not exist", path
+    yield from _missing_root(spec.image_root, f"{where}.image_root")
 
 
 def _missing_root(root: str | None, where: str) -> Iterator[tuple[str, str, Path]]:

@@ -1,13 +1,15 @@
 """`log.jsonl` of a run: what its stages logged, line by line, for people and programs that watch it.
 
 Lines are only ever appended. Each has `time` (UTC) and `stage`. Where a stage starts, a line with `event: start` names
-the step that it starts after. After a resume that may be less than what an earlier start logged: `entries` drops the
-lines of steps that were trained again. A number that is not finite is text: "nan", "inf".
+the step that it starts after, the freeze report, the data, and what it runs on. After a resume that step may be less
+than what an earlier start logged: `report` drops the lines of steps that were trained again (`report/run_facts.py`). A
+number that is not finite is text: "nan", "inf".
 """
 
 import json
 import math
 import os
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,11 @@ class RunLog(TrainerCallback):
         name: of the stage.
         stage: for its learning rates.
         health: whose findings are logged once each.
+        facts: of the start, for its line.
     """
 
-    def __init__(self, path: Path, name: str, stage: Stage, health: Health):
-        self.path, self.name, self.health = path, name, health
+    def __init__(self, path: Path, name: str, stage: Stage, health: Health, facts: Mapping[str, Any]):
+        self.path, self.name, self.health, self.facts = path, name, health, facts
         self._rates = stage.learning_rates()
         self._num_events = 0
 
@@ -38,7 +41,7 @@ class RunLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self._num_events = len(self.health.events)  # those of an earlier start are in the file
-        self._append({"event": "start", "step": state.global_step, "steps": state.max_steps})
+        self._append({"event": "start", "step": state.global_step, "steps": state.max_steps, **self.facts})
 
     def on_log(  # type: ignore[override]  # Transformers passes `logs` by name
         self,
@@ -82,21 +85,3 @@ def append_entry(path: Path, stage: str, entry: dict[str, Any]) -> None:
 def _is_odd(value: object) -> bool:
     """Whether JSON has no number for it."""
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def entries(path: Path) -> list[dict[str, Any]]:
-    """What a run's log says, each step once: lines of steps that a resumed stage trained again are dropped.
-
-    A line that a kill cut is dropped too: the resumed stage wrote it again.
-    """
-    kept: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry.get("event") == "start":
-            stage, step = entry["stage"], entry["step"]
-            kept = [former for former in kept if former["stage"] != stage or former["step"] <= step]
-        kept.append(entry)
-    return kept

@@ -52,6 +52,7 @@ def stage_record(
         "weights_of_step": trainer.state.best_global_step or steps,
         "validation_loss": metrics.get("eval_loss"),
         "validation_accuracy": metrics.get("eval_accuracy"),
+        "validation_metrics": {name: metrics[name] for name in metrics if name.startswith("eval_")},
         "supervised_tokens": tokens,
         "supervised_tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "minutes": round(seconds / 60, 2),
@@ -68,10 +69,10 @@ def _by_source(history: list[dict[str, Any]], key: str) -> dict[str, Any]:
 
 
 def _final_metrics(trainer: LlavaTrainer) -> dict[str, Any]:
-    """Metrics of the stage's final weights; evaluated now unless an evaluation chose them."""
-    step = trainer.state.best_global_step
-    for entry in trainer.state.log_history:
-        if step and entry["step"] == step and f"{trainer.args.metric_for_best_model}" in entry:
+    """Metrics of the stage's final weights; evaluated now unless they were at their step."""
+    step = trainer.state.best_global_step or trainer.state.global_step
+    for entry in reversed(trainer.state.log_history):
+        if entry["step"] == step and ("eval_loss" in entry or "eval_accuracy" in entry):
             return entry
-    measures = len(trainer.batches.validation) > 0 or trainer.questions is not None
+    measures = len(trainer.batches.validation) > 0 or len(trainer.questions) > 0
     return trainer.evaluate() if measures else {}

@@ -35,12 +35,14 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.packed_llama_llava_llama31 import to_device
+from llava_llama31.processing import IGNORE_INDEX, LlavaLlama31Processor
 from llava_llama31.trainer.data.batches.batch_order import RankBatches
 from llava_llama31.trainer.distributed.engine import fsdp_plugin, uses_fsdp
 from llava_llama31.trainer.distributed.parameters import unsharded, whole_parameters
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
+from llava_llama31.trainer.model.device_options import compiles
 from llava_llama31.trainer.training.batch_loading import BatchLoader, StageBatches, sent
 from llava_llama31.trainer.training.meter import Meter
 from llava_llama31.trainer.training.optimizers import AdamWBfloat16, parameter_groups
@@ -89,7 +91,7 @@ class LlavaTrainer(Trainer):
 
     Args:
         model: the model, or a PEFT model around it, already frozen as the stage wants it.
-        questions: asked at every evaluation, beside the loss on the validation rows.
+        questions: sets asked at every evaluation, beside the loss on the validation rows.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class LlavaTrainer(Trainer):
         meter: Meter,
         guard: Guard,
         options: TrainerOptions,
-        questions: TrainingQuestions | None = None,
+        questions: Sequence[TrainingQuestions] = (),
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.batches, self.processor, self.options = batches, processor, options
@@ -146,6 +148,16 @@ class LlavaTrainer(Trainer):
             self.meter.add(batch)
         return batches, num_items
 
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> torch.Tensor | int | None:
+        """Supervised tokens of a step on all processes; Transformers' own count waits for the device."""
+        if not batch_samples:
+            return None
+        counts = [int(batch["labels"][..., 1:].ne(IGNORE_INDEX).sum()) for batch in batch_samples]
+        number = to_device([sum(counts)], device)
+        return self.accelerator.gather(number).sum() if self.args.world_size > 1 else number[0]
+
     def _prepare_input(self, data: Any) -> Any:
         return super()._prepare_input(sent(data, self.args.device))
 
@@ -167,7 +179,10 @@ class LlavaTrainer(Trainer):
             groups = parameter_groups(target, self._base(target), rates, decay, decayed)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             if self.options.bfloat16_moments:
-                self.optimizer = AdamWBfloat16(groups, options["lr"], options["betas"], options["eps"])
+                compiled = torch.compile if compiles(self.args.device) else None
+                self.optimizer = AdamWBfloat16(
+                    groups, options["lr"], options["betas"], options["eps"], compiled=compiled
+                )
             else:
                 self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
@@ -234,8 +249,8 @@ class LlavaTrainer(Trainer):
             loss = validation_loss(self.loader, self.batches.validation, self.model_wrapped, self._loss_of)
             check_finite(f"{prefix}_loss", loss, f"{self.guard.where}, step {self.state.global_step}")
             metrics |= {f"{prefix}_loss": loss, **self.sources.read_evaluation(prefix)}
-        if self.questions is not None:
-            accuracy, num_unanswered = self.questions.ask(
+        for asked in self.questions:
+            found = asked.ask(
                 self._base(self._stage_model),
                 self.processor,
                 step=self.state.global_step,
@@ -244,7 +259,7 @@ class LlavaTrainer(Trainer):
                 autocast=self.accelerator.autocast(),
                 beat=lambda: self.guard.watchdog.beat("answering questions"),
             )
-            metrics |= {f"{prefix}_accuracy": accuracy, f"{prefix}_unanswered": num_unanswered}
+            metrics |= {f"{prefix}_{name}": value for name, value in found.items()}
         return metrics
 
     @property
