@@ -331,6 +331,11 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "stage_names": [_text(stage.get("name")) for stage in stages],
         "stage_rows": _stage_rows(record),
+        "text_rows": [
+            ["before training" if name == "before" else f"after {_text(name)}"]
+            + [f"{found['accuracy']:.1%}", _text(found["num_questions"])]
+            for name, found in (record.get("text_ability") or {}).items()
+        ],
         "curves": [
             _image(stage["curve_image"], 640)
             for stage in stages

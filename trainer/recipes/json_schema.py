@@ -61,6 +61,7 @@ def key_tables() -> str:
         "DataSource": "`stages.NAME.data`, a list",
         "Lora": "`stages.NAME.lora`",
         "Evaluation": "`evaluation`",
+        "TextQuestions": "`text_questions`",
         "Publish": "`publish`",
     }
     assert models.keys() == places.keys(), "a model of schema.py is in no table"

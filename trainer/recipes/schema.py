@@ -126,7 +126,7 @@ class Model(_Frozen):
     checkpoint: str | None = None
     """LLaVA-NeXT folder or Hub id (`OWNER/NAME`, `OWNER/NAME@REVISION`); or give the two parts below."""
     vision_tower: str | None = None
-    """CLIP or DINOv2, or a LLaVA checkpoint whose tower is taken."""
+    """CLIP, SigLIP or DINOv2, or a LLaVA checkpoint whose tower is taken."""
     language_model: str | None = None
     """Llama with its tokenizer."""
     projector: str | None = None
@@ -254,6 +254,8 @@ class Stage(_Frozen):
     """How many questions of the recipe's first evaluation to ask at every `eval_steps`, or of each one by its name."""
     keep: Literal["last", "best_loss", "best_accuracy"] = "last"
     """The weights that the stage ends with: its last, or those of the evaluation with the best metric."""
+    stop_on_plateau: PositiveInt | None = None
+    """End the stage after so many evaluations in a row without a better one (of `keep`, else validation loss)."""
     save_steps: PositiveInt = 200
     """Steps between checkpoints."""
     save_total_limit: PositiveInt = 2
@@ -367,6 +369,8 @@ class Stage(_Frozen):
             raise ValueError(
                 "eval_steps has nothing to evaluate (fix: set validation_fraction above 0, or eval_questions)"
             )
+        if self.stop_on_plateau is not None and self.eval_steps is None:
+            raise ValueError("stop_on_plateau compares evaluations (fix: set eval_steps)")
         if self.keep == "last":
             return
         needed = {"best_loss": "validation_fraction", "best_accuracy": "eval_questions"}[self.keep]
@@ -445,6 +449,21 @@ Evaluations = Annotated[
 ]
 
 
+class TextQuestions(_Frozen):
+    """Text-only questions, asked before the first and after each stage: what training does to the language model."""
+
+    data: str
+    """A table (JSON lines, JSON, CSV, TSV, xlsx): question, answer, metric; optional id, group, options A, B, ..."""
+    limit: PositiveInt | None = None
+    """Ask only the first so many."""
+    max_new_tokens: PositiveInt = 64
+    """Longest answer, in tokens."""
+    batch_size: PositiveInt | None = None
+    """Questions that are answered at once; default: by the device's memory."""
+    max_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Accuracy that a run may lose; one that loses more stops after the stage. Default: it does not stop."""
+
+
 class Publish(_Frozen):
     """Where the model goes on the Hub; the token stays in the environment."""
 
@@ -467,14 +486,16 @@ class Recipe(_Frozen):
     """One line, for `llava-llama31 recipes`."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Of every draw: rows, order, fresh weights, dropout."""
-    prepare: Literal["tiny", "smol"] | None = None
-    """Parts and data that have to be made first: `tiny` by the run itself, `smol` by examples/prepare_smol.py."""
+    prepare: Literal["tiny", "tiny-siglip", "smol"] | None = None
+    """Parts and data that have to be made first: `tiny` and its SigLIP twin by the run, `smol` by its example."""
     model: Model
     """Where the first stage starts."""
     stages: dict[str, Stage] = Field(min_length=1)
     """By name, in the order in which they are trained."""
     evaluation: Evaluations | None = None
     """What the finished model is scored on: one set of questions, or a list of them."""
+    text_questions: TextQuestions | None = None
+    """Text-only questions that show what training does to the language model."""
     publish: Publish | None = None
     """Where the finished model goes on the Hub."""
     report_to: list[str] = []

@@ -57,6 +57,8 @@ def run_inputs(run: RunContext, reports: Mapping[str, DataReport]) -> Inputs:
         for key, file in (("task", own), ("data", data)):
             if file is not None:
                 inputs[f"{recipe.where_evaluation(number)}.{key}"] = {"files": _digest(_files_of(Path(file)))}
+    if recipe.text_questions is not None:
+        inputs["text_questions.data"] = {"files": _digest([Path(recipe.text_questions.data).expanduser()])}
     return inputs
 
 

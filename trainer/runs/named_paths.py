@@ -40,7 +40,7 @@ def missing_paths(recipe: Recipe, output: Path) -> dict[str, str]:
     for where, what, path in _missing(recipe):
         if where.startswith("model.") and folder.base.exists():
             continue
-        if recipe.prepare != "tiny" or prepared not in path.parents:
+        if recipe.prepare not in ("tiny", "tiny-siglip") or prepared not in path.parents:
             found[where] = what
     return found
 
@@ -59,6 +59,10 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str, Path]]:
         yield from _missing_of_stage(stage, f"stages.{name}")
     for number, spec in enumerate(recipe.evaluations):
         yield from _missing_of_evaluation(spec, recipe.where_evaluation(number))
+    if recipe.text_questions is not None:
+        path = Path(recipe.text_questions.data).expanduser().absolute()
+        if not path.is_file():
+            yield "text_questions.data", f"{path} does not exist", path
 
 
 def _missing_of_stage(stage: Stage, where: str) -> Iterator[tuple[str, str, Path]]:
