@@ -66,8 +66,11 @@ class Where(_Frozen):
     """What a column of a row, or each turn's number in a list column, has to be; the row or turn is left out else."""
 
     min: float | None = None
+    """Smallest number that is taken."""
     max: float | None = None
+    """Largest number that is taken."""
     one_of: list[str | int | float | bool] | None = Field(None, min_length=1)
+    """Values that are taken."""
 
     @model_validator(mode="after")
     def _says_something(self) -> "Where":
