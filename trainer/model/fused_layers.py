@@ -92,7 +92,7 @@ def fused_fault(
         for name, arguments in trials.items():
             try:
                 mine, wanted = getattr(fused, name)(*arguments), getattr(PLAIN, name)(*arguments)
-            except (RuntimeError, OSError, ImportError) as error:
+            except Exception as error:  # compilers and drivers raise what they like, and the stage can do without
                 return f"torch.compile does not work here: {str(error).strip().partition(chr(10))[0]}"
             pairs = zip(mine, wanted, strict=True) if isinstance(mine, tuple) else [(mine, wanted)]
             for one, other in pairs:
