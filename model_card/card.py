@@ -9,7 +9,7 @@ absolute paths are cut down to their last part.
 import html
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -37,6 +37,11 @@ HUB_LICENCES = frozenset(
     ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
     + ("openrail", "gemma", "llama2", "llama3", LLAMA31, "llama3.2", "llama3.3", "llama4", "unknown")
 )
+QUANTIZATIONS = {
+    "fp8": "fp8: weights in float8 (E4M3), a scale a row; activations in float8, a scale a token",
+    "int8": "int8: weights in 8-bit integers, a scale a row; activations too, a scale a token",
+    "w4a16": "w4a16: weights in 4-bit integers, a scale a group of columns; activations as they are",
+}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 TAGS = ("llava", "llava-next", "visual-question-answering", "conversational")
 
@@ -170,12 +175,44 @@ def adapter_snippet(model_id: str) -> str:
     return _usage_template("usage_adapter.txt").replace("ADAPTER_ID", model_id)
 
 
+def twin_snippet(model_id: str) -> str:
+    """The code that opens a quantised model, as its card shows it."""
+    return _usage_template("usage_twin.txt").replace("MODEL_ID", model_id)
+
+
+def _snippet_of(record: Mapping[str, Any]) -> Callable[[str], str]:
+    if record.get("adapter"):
+        return adapter_snippet
+    return twin_snippet if record.get("quantized") else usage_snippet
+
+
 def _adapter_of(record: Mapping[str, Any]) -> dict[str, Any] | None:
     adapter = record.get("adapter")
     if not adapter:
         return None
     base, revision = adapter["base_model_name_or_path"], adapter["revision"]
     return {"base": f"{base} at {revision}" if revision else base, "difference": f"{adapter['difference']:.1g}"}
+
+
+def _quantized_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """What was quantised, and what that cost; empty for a model that is not."""
+    twin = record.get("quantized")
+    if not twin:
+        return []
+    interval = f"{_points(twin['low'])} to {_points(twin['high'])}"
+    return [
+        ["scheme", QUANTIZATIONS[twin["scheme"]]],
+        ["quantised", f"{twin['layers']} linear layers of the decoder; tower, projector, embeddings and head are not"],
+        ["weights", f"{twin['bytes']:,} bytes, {twin['bytes_before']:,} before"],
+        [f"accuracy on {twin['dataset']} before, after", f"{_percent(twin['first'])}, {_percent(twin['second'])}"],
+        ["difference, paired 95 % interval", f"{_points(twin['difference'])} points, {interval}"],
+        ["questions that gained, lost, tied", f"{twin['gained']}, {twin['lost']}, {twin['tied']}"],
+        ["same answer to the fixed questions", f"{twin['equal_answers']} of {twin['fixed_questions']}"],
+    ]
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f}"
 
 
 def _joined_metadata(metadata: dict[str, Any], previous: str) -> dict[str, Any]:
@@ -270,8 +307,9 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
     model_id = model_id if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) else "path/to/this/model"
     return {
         "name": record["name"],
-        "usage": adapter_snippet(model_id) if record.get("adapter") else usage_snippet(model_id),
+        "usage": _snippet_of(record)(model_id),
         "adapter": _adapter_of(record),
+        "quantized": _quantized_rows(record),
         "built_with_llama": _built_with_llama(record),
         "notice": LLAMA31_NOTICE,
         "policy_link": Markup(LLAMA31_POLICY),
@@ -285,8 +323,19 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
             for way in record.get("opened") or []
         ],
         "data": [_data_row(stage, source) for stage in stages for source in stage.get("data") or []],
+        "contamination": [
+            _contamination_row(stage, source, found)
+            for stage in stages
+            for source in stage.get("data") or []
+            for found in source.get("contamination") or []
+        ],
         "stage_names": [_text(stage.get("name")) for stage in stages],
         "stage_rows": _stage_rows(record),
+        "text_rows": [
+            ["before training" if name == "before" else f"after {_text(name)}"]
+            + [f"{found['accuracy']:.1%}", _text(found["num_questions"])]
+            for name, found in (record.get("text_ability") or {}).items()
+        ],
         "curves": [
             _image(stage["curve_image"], 640)
             for stage in stages
@@ -398,6 +447,15 @@ def _reproduction(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if lock:
         facts.append(("lock file", f"{lock['file']}, SHA-256 {lock['sha256']}"))
     return facts
+
+
+def _contamination_row(stage: Mapping[str, Any], source: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What a source holds of an evaluation, and which of these rows were not trained on."""
+    file = str(found.get("evaluation", "")).rstrip("/").rpartition("/")[2]
+    rejected = {"images": "rows with images", "images_and_questions": "rows with images or questions"}
+    left_out = rejected.get(str(found.get("reject")), "none")
+    counts = [found.get(key) for key in ("evaluation_images", "exact", "near", "questions")]
+    return [_text(fact) for fact in (stage.get("name"), source.get("name"), file, *counts, left_out)]
 
 
 def _data_row(stage: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:

@@ -154,7 +154,12 @@ def _style() -> Any:
     import matplotlib
 
     # text stays text, and no label is read as mathematics
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "llava-llama31", "text.parse_math": False, "font.size": 9}
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "llava-llama31",
+        "text.parse_math": False,
+        "font.size": 9,
+    }
     return matplotlib.rc_context(settings)
 
 

@@ -454,15 +454,21 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         if targets.numel() == 0 and num_items_in_batch is None:
             raise ValueError("no label of the batch is supervised: every label is -100")
         # a training row is read once; a cache would also undo packing
-        output: Any = super().forward(
-            **arguments, supervised_only=True, use_cache=False, logits_to_keep=supervised, return_dict=True
-        )
+        inner = self.model(**arguments, supervised_only=True, use_cache=False, return_dict=True)
+        # not by `logits_to_keep`, which takes a mask since Transformers 5.21 only
+        logits = self.lm_head(inner.last_hidden_state[supervised.to(inner.last_hidden_state.device)])
         # at least float32; float64 stays exact
-        logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
-        total = F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
-        _fill_scores(token_scores, logits, targets.to(logits.device))
-        output.loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
-        return output
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.cross_entropy(exact, targets.to(exact.device), reduction="sum")
+        _fill_scores(token_scores, exact, targets.to(exact.device))
+        return LlavaNextCausalLMOutputWithPast(
+            loss=total / (targets.numel() if num_items_in_batch is None else num_items_in_batch),
+            logits=logits,
+            past_key_values=inner.past_key_values,
+            hidden_states=inner.hidden_states,
+            attentions=inner.attentions,
+            image_hidden_states=inner.image_hidden_states,
+        )
 
     def _forward_packed(
         self,

@@ -125,7 +125,7 @@ def check_yaml(pristine_recipe, tmp_path):
 
     def check(block: Block) -> None:
         content = yaml.load(block.text, Loader=_Yaml12Loader)
-        if "protocols" in content:
+        if "layouts" in content or "protocols" in content:
             (tmp_path / "task.yaml").write_text(block.text)
             load_task(tmp_path / "task.yaml")
             return

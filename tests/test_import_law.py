@@ -157,7 +157,7 @@ FLOORS = (
     ("recipes", "demo", "data.registry"),
     ("checkpoint", "costs", "distributed", "data.sources"),
     ("data.check", "fault_tolerance", "model"),
-    ("data.batches", "data.fetch", "evaluation", "export", "engines", "doctor"),
+    ("data.batches", "data.contamination", "data.fetch", "data.shards", "evaluation", "export", "engines", "doctor"),
     ("training", "publishing", "planning", "chat", "report"),
     ("runs",),
     ("commands",),

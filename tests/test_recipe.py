@@ -171,10 +171,10 @@ def test_yaml_numbers_in_scientific_notation_are_numbers(tmp_path):
 def test_a_key_given_twice_and_broken_yaml_are_named_with_their_line(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("name: a\nname: b\n")
-    with pytest.raises(UserError, match=r"r\.yaml:2: .*'name' is given twice"):
+    with pytest.raises(UserError, match=r"r\.yaml:2:1: .*'name' is given twice"):
         load_recipe(str(path))
     path.write_text("name: [a\n")
-    with pytest.raises(UserError, match=r"r\.yaml:\d+: not valid YAML"):
+    with pytest.raises(UserError, match=r"r\.yaml:\d+:\d+: not valid YAML"):
         load_recipe(str(path))
 
 

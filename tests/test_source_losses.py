@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
+from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs.run_log import entries
+from llava_llama31.trainer.training.plateau import is_flat
 from llava_llama31.trainer.training.source_losses import SourceLosses, nested
 
 
@@ -129,3 +131,23 @@ def test_a_run_tells_them_in_log_record_summary_and_card(two_sources, tmp_path, 
     assert summary["stages"]["instruct"]["loss_by_source"] == stage["loss_by_source"]
     card = (run / "export" / "README.md").read_text()
     assert "loss and accuracy on texts, last log entry" in card and "; validation " in card
+
+
+def test_a_stage_ends_on_a_plateau_of_its_validation_loss(two_sources, tmp_path, run_recipe):
+    """At a learning rate that is far too high, the loss only rises after the first evaluations."""
+    keys = {"validation_fraction": 0.2, "eval_steps": 1, "save_steps": 1, "stop_on_plateau": 2, "max_steps": 30}
+    run = run_recipe(two_sources, tmp_path / "run", **keys, learning_rate=0.3, schedule="constant", warmup_ratio=0.0)
+    losses = [entry["eval_loss"] for entry in entries(run / "log.jsonl") if "eval_loss" in entry]
+    stage = json.loads(next(run.glob("stages/*/final/stage.json")).read_text())
+    best = losses.index(min(losses))
+    assert stage["steps"] == best + 3 < 30
+    assert min(losses[best + 1 : best + 3]) >= losses[best]
+
+
+def test_a_plateau_is_judged_from_the_log_alone(two_sources):
+    fields = next(iter(two_sources["stages"].values()))
+    stage = Stage.model_validate({**fields, "validation_fraction": 0.2, "eval_steps": 1, "stop_on_plateau": 2})
+    logged = [{"loss": 9.0}, *({"eval_loss": value} for value in (3.0, 2.0, 2.5, 2.0))]
+    assert [is_flat(logged[:n], stage) for n in range(1, 6)] == [False, False, False, False, True]
+    with pytest.raises(ValueError, match="stop_on_plateau"):
+        Stage.model_validate({**fields, "stop_on_plateau": 2})

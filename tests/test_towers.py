@@ -1,12 +1,14 @@
 """SigLIP and towers of CLIP's shape have all that CLIP has: parts, stock logits, packed rows, costs, keys, caches."""
 
 import json
+import queue
 import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROWS, make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,6 +31,7 @@ from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGenerati
 from llava_llama31.processing import LlavaLlama31Processor, build_processor
 from llava_llama31.tile_grids import GRID_SHAPES, shapes_up_to
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.costs.accelerators import ACCELERATORS
 from llava_llama31.trainer.costs.flops import ModelShape, Work, needed_flops
 from llava_llama31.trainer.costs.image_tokens import TileGrid
 from llava_llama31.trainer.costs.parameters import Parameters
@@ -36,9 +39,12 @@ from llava_llama31.trainer.data.batches.collator import Sample
 from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles
 from llava_llama31.trainer.data.batches.feature_cache import cache_key
 from llava_llama31.trainer.data.check.row_checker import tiles_vanish
+from llava_llama31.trainer.demo.parts import TowerSettings, train_tower
 from llava_llama31.trainer.export.dialects import native_name, portable_name, to_portable
 from llava_llama31.trainer.model.assemble import assemble
 from llava_llama31.trainer.model.module_groups import GROUPS, freeze, layer_classes
+from llava_llama31.trainer.planning.plan import Machine, plan_recipe
+from llava_llama31.trainer.recipes.loading import SHIPPED, load_recipe, read_recipe_text
 
 
 PATCH = 14
@@ -322,3 +328,74 @@ def test_a_grid_of_any_number_of_tiles(parts, tmp_path):
     config = LlavaNextConfig.from_pretrained(tmp_path / "out")
     assert all(pair in config.image_grid_pinpoints for pair in ([30, 270], [90, 90], [120, 60]))
     assert len(config.image_grid_pinpoints) == len(shapes_up_to(9)) == 22
+
+
+# recipe -> the GPU that it says it fits on, and how many of them
+FITS = {
+    "llama31-8b": ("a100-80", 8),
+    "llama31-8b-beyond": ("a100-80", 8),
+    "llama31-8b-beyond-data": ("a100-80", 8),
+    "llama31-8b-beyond-siglip2": ("a100-80", 8),
+    "llama31-8b-beyond-no-textvqa": ("a100-80", 8),
+    "llama31-8b-qlora-24gb": ("rtx4090", 1),
+    "llava16-lora-24gb": ("rtx4090", 1),
+    "llama32-1b": ("rtx4090", 1),
+    "llama32-3b": ("a100-80", 1),
+}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_a_recipe_is_planned_within_its_devices_memory(name, tmp_path):
+    device, number = FITS[name]
+    machine = Machine(num_devices=number, device_memory=ACCELERATORS[device].memory)
+    plan = plan_recipe(load_recipe(name), tmp_path, machine)
+    assert [stage["fits"] for stage in plan["stages"]] == [True] * len(plan["stages"])
+    for stage in plan["stages"]:  # a card's worth of learning rates, and not a typing error
+        assert all(2e-6 <= rate <= 1e-3 for rate in stage["learning_rate"].values())
+
+
+def test_every_shipped_recipe_with_a_gpu_is_in_the_list():
+    assert set(FITS) == set(SHIPPED) - {"tiny", "tiny-siglip", "smol", "llama31-8b-card", "llama31-8b-card-commands"}
+
+
+SMALL = ["tiny-siglip", "llama31-8b-beyond", "llama32-1b", "llava16-lora-24gb", "llama31-8b-qlora-24gb"]
+SMALL_TOWER = TowerSettings(
+    "siglip", hidden_size=32, intermediate_size=32, layers=1, heads=2, sheets=2, steps=2, batch=4
+)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_recipes_stages_run_at_a_small_shape(name, parts, assembled, data_folder, tmp_path, run_recipe):
+    """All that the recipe says but its sizes: parts and rows here, one step a stage."""
+    content = yaml.safe_load(read_recipe_text(name)[0])
+    model = {key: value for key, value in content["model"].items() if "license" not in key}
+    if name == "tiny-siglip":  # a tower that the demo has trained, for a moment
+        content.pop("prepare")
+        train_tower(tmp_path / "siglip2-tower", SMALL_TOWER, 3, queue.Queue())
+        model |= {"vision_tower": str(tmp_path / "siglip2-tower"), "language_model": str(parts / "llama")}
+    elif "checkpoint" in model:
+        model["checkpoint"] = str(assembled / "mlcd")
+    else:
+        tower = "siglip2" if "siglip2" in model["vision_tower"] else "mlcd"
+        model |= {"vision_tower": str(parts / tower), "language_model": str(parts / "llama")}
+    content["model"] = model | {"dtype": "float32"}
+    for stage in content["stages"].values():
+        stage["data"] = [{"name": "rows", "path": str(data_folder / "rows.json")}]
+        stage.pop("epochs")
+        stage |= {"max_steps": 1, "global_batch": 4, "micro_batch": min(stage["micro_batch"], 2), "eval_steps": 1}
+        stage |= {"precision": "float32", "dataloader_workers": 0, "deepspeed": None, "validation_fraction": 0.05}
+        stage |= {key: float(stage[key]) for key in ("learning_rate",) if isinstance(stage[key], str)}
+        if isinstance(stage["learning_rate"], dict):
+            stage["learning_rate"] = {group: float(rate) for group, rate in stage["learning_rate"].items()}
+    del content["evaluation"]
+    run = run_recipe(content, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(summary["stages"]) == list(content["stages"])
+    before, after = (load_file(next(folder.glob("*.safetensors"))) for folder in (
+        assembled / "mlcd" if "checkpoint" in model else run / "base", run / "export"))  # fmt: skip
+    kind = "siglip_vision_model" if "siglip2" in model.get("vision_tower", "") else "clip_vision_model"
+    changed = {native_name(key, kind) for key in after if not torch.equal(after[key], before[native_name(key, kind)])}
+    trained = {group for stage in content["stages"].values() for group in stage["trainable"]}
+    assert {name.split(".")[1] for name in changed} - {"image_newline"} == trained
+    stock, info = LlavaNextForConditionalGeneration.from_pretrained(run / "export", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]

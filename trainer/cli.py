@@ -36,6 +36,7 @@ from llava_llama31.trainer.commands import (
     recipes,
     report,
     score,
+    shards,
     train,
 )
 from llava_llama31.trainer.commands.examples import EXAMPLES
@@ -66,6 +67,7 @@ _COMMANDS = {
     "plan": plan,
     "recipes": recipes,
     "fetch": fetch,
+    "shards": shards,
     "check-data": check_data,
     "doctor": doctor,
     "assemble": assemble,

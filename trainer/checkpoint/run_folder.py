@@ -25,7 +25,7 @@ _LOCK = ".lock"
 # recipe keys that may change between two starts of a run, beside `CHANGEABLE`
 _UNTRAINED = ("description", "device_watts", "hub_id", "report_to")
 _PLACES = re.compile(
-    r"stages\.[^.]+\.(init_from|data\.\d+\.(path|image_root))|evaluation\.(\d+\.)?(data|image_root)"
+    r"stages\.[^.]+\.(init_from|data\.\d+\.(path|image_root))|evaluation\.(\d+\.)?(data|image_root)|text_questions\.data"
     rf"|model\.({'|'.join(MODEL_PARTS)})"
 )
 _NOTHING = re.compile(r"(?!)")
@@ -98,6 +98,11 @@ class RunFolder:
     def log(self) -> Path:
         """What the stages log, a JSON object a line."""
         return self.path / "log.jsonl"
+
+    @property
+    def text_ability(self) -> Path:
+        """Answers and scores of the text-only questions, before the first and after each stage."""
+        return self.path / "text_ability"
 
     @property
     def prepared(self) -> Path:

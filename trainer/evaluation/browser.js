@@ -98,15 +98,24 @@ function imageOf(index, alt) {
   if (image.error !== undefined) return make("p", { class: "unreadable" }, "Image not shown: ", quoted(image.error));
   const src = `data:image/jpeg;base64,${byId(`image-${index}`).textContent}`;
   const element = make("img", { src, alt, width: image.width, height: image.height, decoding: "async" });
-  const button = make("button", { type: "button", class: "image", "aria-pressed": "false", title: "Enlarge" }, element);
-  button.addEventListener("click", () => {
-    button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") === "false"));
-  });
+  const button = make("button", { type: "button", class: "image", title: "Enlarge" }, element);
+  button.addEventListener("click", () => enlarge(button));
   return button;
 }
 
-function imagesOf(entry) {
+/** An image over the page, with its question and answer beside it; Escape closes it. */
+function enlarge(button) {
+  const text = button.closest("article").querySelector(".text").cloneNode(true);
+  for (const element of text.querySelectorAll("[id]")) element.removeAttribute("id");
+  byId("enlarged").replaceChildren(button.firstElementChild.cloneNode(), text);
+  byId("zoom").showModal();
+}
+
+function imagesOf(entry, previous) {
   const own = images[entry.image];
+  if (previous?.image === entry.image && previous.shown === undefined && entry.shown === undefined) {
+    return make("p", { class: "unreadable" }, "the image above: ", quoted(own.id));
+  }
   const caption = make("figcaption", {}, "image ", quoted(own.id));
   const figure = make("figure", {}, imageOf(entry.image, `Image ${own.id}`), caption);
   if (entry.shown === undefined) return figure;
@@ -125,7 +134,7 @@ function prediction(entry) {
   return text;
 }
 
-function card(entry, place) {
+function card(entry, place, previous) {
   const heading = make("h2", { id: `question-${place}` }, quoted(entry.question));
   const facts = make("dl", { class: "facts" }, make("dt", {}, "Prediction"), prediction(entry), make("dt", {}, "Answers"));
   facts.append(make("dd", {}, grouped(entry.answers, (answer) => answer.matches?.[state.protocol])));
@@ -136,7 +145,7 @@ function card(entry, place) {
   if (entry.groups !== undefined) facts.append(make("dt", {}, "Groups"), make("dd", {}, quoted(entry.groups.join(", "))));
   const text = make("div", { class: "text" }, make("p", { class: "id" }, "question ", quoted(entry.id)), heading, facts);
   if (entry.scores !== undefined) text.append(entry.compared === undefined ? scoreList(entry) : scoreTable(entry));
-  const article = make("article", { tabindex: "-1", "aria-labelledby": heading.id }, imagesOf(entry), text);
+  const article = make("article", { tabindex: "-1", "aria-labelledby": heading.id }, imagesOf(entry, previous), text);
   return make("li", {}, article);
 }
 
@@ -152,7 +161,7 @@ function meanOf(entries) {
 
 function showPage(page) {
   const start = page * PAGE_SIZE;
-  const cards = shown.slice(start, start + PAGE_SIZE).map((entry, i) => card(entry, start + i));
+  const cards = shown.slice(start, start + PAGE_SIZE).map((entry, i, page) => card(entry, start + i, page[i - 1]));
   state.page = page;
   byId("questions").replaceChildren(...cards);
   byId("questions").start = start + 1;
@@ -259,6 +268,7 @@ function focusSearch() {
 
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (byId("zoom").open) return;
   const searching = event.target === byId("search");
   const choosing = event.target.matches("select");
   const filtering = event.target.matches("[type=radio]"); // left and right change the filter, up and down the question
@@ -293,6 +303,7 @@ byId("sort").addEventListener("change", (event) => { state.sort = event.target.v
 byId("filters").addEventListener("change", (event) => { state.filter = event.target.value; update(); });
 byId("previous").addEventListener("click", () => turn(-1));
 byId("next").addEventListener("click", () => turn(1));
+byId("close").addEventListener("click", () => byId("zoom").close());
 byId("export").addEventListener("click", exportShown);
 document.addEventListener("keydown", onKey);
 window.addEventListener("hashchange", readAddress);

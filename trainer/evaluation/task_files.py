@@ -246,8 +246,10 @@ def load_task(name: str | Path) -> Task:
     return task.model_copy(update={"folder": str(folder), "data": data})
 
 
-def table_task(path: Path) -> Task:
+def table_task(path: Path, *, with_images: bool = True) -> Task:
     """The task that a file of one's own questions is: rows of image, question, answer and metric.
+
+    Without images the rows have none, and a column of that name is refused.
 
     Optional columns: id; options A, B, ...; group. An answer is a text, a list of texts, a letter, yes or no, or a
     JSON object, as the row's metric compares it.
@@ -256,16 +258,18 @@ def table_task(path: Path) -> Task:
         UserError: the file cannot be read, or has no rows with these columns.
     """
     _, first = next(any_rows(path), ("", {}))
-    lacking = [name for name in ("image", "question", "answer", "metric") if name not in first]
+    if "image" in first and not with_images:
+        fix = "remove the column, or ask these questions as the evaluation"
+        raise UserError("text-only questions have no image", where=str(path), fix=fix)
+    needed = ("image", "question", "answer", "metric")[not with_images :]
+    lacking = [name for name in needed if name not in first]
     if lacking:
         what = f"no {', '.join(lacking)}: the rows have {', '.join(map(str, first)) or 'nothing'}"
-        raise UserError(
-            what, where=str(path), fix=f"give each row image, question, answer, metric ({', '.join(PER_QUESTION)})"
-        )
+        raise UserError(what, where=str(path), fix=f"give each row {', '.join(needed)} ({', '.join(PER_QUESTION)})")
     layout = Layout(
         name="rows",
         id="id" if "id" in first else None,
-        image="image",
+        image="image" if with_images else None,
         answer_is="texts",
         options="columns" if "A" in first else None,
         groups=["metric", *(["group"] if "group" in first else [])],

@@ -12,6 +12,6 @@ _FORMER = (
 )
 
 
-def is_own_template(text: str | None) -> bool:
+def is_own_template(text: object) -> bool:
     """Whether a chat template is this version's or a former one's."""
-    return text == CHAT_TEMPLATE or (text is not None and hashlib.sha256(text.encode()).hexdigest() in _FORMER)
+    return text == CHAT_TEMPLATE or (isinstance(text, str) and hashlib.sha256(text.encode()).hexdigest() in _FORMER)

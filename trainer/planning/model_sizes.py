@@ -43,7 +43,6 @@ def _published_llava(name: str | None) -> Mapping[str, Any] | None:
         return None
     side = known["vision_config"]["image_size"]
     grid = [[side * rows, side * columns] for rows, columns in GRID_SHAPES]
-    known = known | {"text_config": known["text_config"] | {"vocab_size": known.get("embedding_rows", 0)}}
     return _LLAVA_DEFAULTS | {"vision_feature_layer": -2, "image_grid_pinpoints": grid} | known
 
 

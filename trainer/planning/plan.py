@@ -141,7 +141,7 @@ def cases_of(recipe: Recipe, output: Path, machine: Machine, assumptions: Assump
         counted = _counted(stage, recipe, output, origin)
         rows = stage_rows(stage, counted, assumptions or Assumptions({}), recipe.seed + number, grid)
         narrow = _narrow_groups(stage, recipe, trained_before)
-        adapted = stage.model_copy(update={"lora": stage.lora or Lora()})
+        adapted = stage.model_copy(update={"lora": stage.lora or Lora.model_validate({})})
         with_adapters = _narrow_groups(adapted, recipe, trained_before)
         cases.append(Case(name, stage, engine, rows, recipe.seed, machine, config, narrow, with_adapters))
         trained_before |= set(stage.trainable)

@@ -189,6 +189,8 @@ def counted_rows(stage: Stage, model_folder: Path, seed: int) -> StageRows | Non
     from llava_llama31.trainer.data.check.check import cached_reports
     from llava_llama31.trainer.data.check.report import select_rows
 
+    if stage.contamination is not None:
+        return None  # which rows it leaves is known to the check alone
     try:
         processor = LlavaLlama31Processor.from_pretrained(model_folder)
         reports = cached_reports(stage.data, stage_check(stage, processor))

@@ -18,6 +18,7 @@ from llava_llama31.model_card.card import LLAMA31, LLAMA31_NOTICE, LLAMA31_POLIC
 from llava_llama31.trainer.checkpoint.atomic_folders import MANIFEST
 from llava_llama31.trainer.export.adapter import ADAPTER_WEIGHTS
 from llava_llama31.trainer.export.dialects import native_name
+from llava_llama31.trainer.export.quantized import MAX_LOSS, TWIN, dense_shapes, is_quantized
 from llava_llama31.trainer.model.opening import ADAPTER_CONFIG
 from llava_llama31.trainer.publishing.contents import CARD, CARD_ERRORS, EXPORT_AGAIN, Contents, GateFinding, mapping
 from llava_llama31.trainer.publishing.gate_code import check_code
@@ -226,6 +227,8 @@ def _shape_findings(
     written = {native_name(name, tower): name for name in shapes}
     doubled = sorted(shapes.keys() - set(written.values()))
     shapes = {native: shapes[name] for native, name in written.items()}
+    if is_quantized(contents.read_json("config.json")):
+        shapes = dense_shapes(shapes)
     kinds = {
         "is missing": sorted(wanted.keys() - shapes.keys() - tied),
         "is not a tensor of the model in config.json": sorted(shapes.keys() - wanted.keys()),
@@ -241,6 +244,19 @@ def _shape_findings(
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             file = holders.get(written.get(names[0], ""), next(iter(holders.values())))
             yield GateFinding("tensors", file, f"{names[0]} {what}{more}", EXPORT_AGAIN)
+
+
+def check_twin(contents: Contents) -> Iterator[GateFinding]:
+    """A quantised model says what quantising it cost, and that is not more than a limit."""
+    if not is_quantized(contents.read_json("config.json")):
+        return
+    lost = contents.read_json(TWIN).get("difference")
+    fix = "write it with: llava-llama31 export RUN --quantize SCHEME"
+    if not isinstance(lost, float | int):
+        yield GateFinding("twin", TWIN, "does not say what quantising cost", fix)
+    elif not lost >= -MAX_LOSS:
+        what = f"quantising cost {-100 * lost:.2f} points of the score; the limit is {100 * MAX_LOSS:g}"
+        yield GateFinding("twin", TWIN, what, "publish another scheme: fp8, int8 and w4a16, from least to most loss")
 
 
 def check_card(contents: Contents) -> Iterator[GateFinding]:
@@ -355,6 +371,7 @@ RULES: tuple[Callable[[Contents], Iterator[GateFinding]], ...] = (
     check_paths,
     check_manifest,
     check_tensors,
+    check_twin,
     check_card,
     check_licence,
     check_adapters,
@@ -364,7 +381,9 @@ RULES: tuple[Callable[[Contents], Iterator[GateFinding]], ...] = (
 
 # of a folder that has neither a model's weights nor its files
 ADAPTER_RULES = tuple(
-    rule for rule in RULES if rule not in (check_complete, check_doors_named, check_template, check_tensors)
+    rule
+    for rule in RULES
+    if rule not in (check_complete, check_doors_named, check_template, check_tensors, check_twin)
 )
 
 

@@ -59,8 +59,11 @@ def key_tables() -> str:
         "Model": "`model`",
         "Stage": "`stages.NAME`",
         "DataSource": "`stages.NAME.data`, a list",
+        "Where": "`stages.NAME.data.NUMBER.where.COLUMN`",
         "Lora": "`stages.NAME.lora`",
+        "Contamination": "`stages.NAME.contamination`",
         "Evaluation": "`evaluation`",
+        "TextQuestions": "`text_questions`",
         "Publish": "`publish`",
     }
     assert models.keys() == places.keys(), "a model of schema.py is in no table"

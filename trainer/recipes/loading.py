@@ -14,7 +14,22 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.schema import FORMER_KEYS, Recipe
 
 
-SHIPPED = ("tiny", "smol", "llama31-8b", "llama31-8b-card", "llama31-8b-card-commands")
+SHIPPED = (
+    "tiny",
+    "tiny-siglip",
+    "smol",
+    "llama31-8b",
+    "llama31-8b-beyond",
+    "llama31-8b-beyond-data",
+    "llama31-8b-beyond-siglip2",
+    "llama31-8b-beyond-no-textvqa",
+    "llama31-8b-qlora-24gb",
+    "llava16-lora-24gb",
+    "llama32-1b",
+    "llama32-3b",
+    "llama31-8b-card",
+    "llama31-8b-card-commands",
+)
 
 
 def load_recipe(name_or_path: str, *, output: Path | None = None, overrides: typing.Sequence[str] = ()) -> Recipe:

@@ -62,6 +62,36 @@ def with_present_keys(content: Any) -> Any:
 CHANGEABLE = ("on_nonfinite", "on_spike", "step_timeout", "loader_timeout")
 
 
+class Where(_Frozen):
+    """What a column of a row, or each turn's number in a list column, has to be; the row or turn is left out else."""
+
+    min: float | None = None
+    """Smallest number that is taken."""
+    max: float | None = None
+    """Largest number that is taken."""
+    one_of: list[str | int | float | bool] | None = Field(None, min_length=1)
+    """Values that are taken."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Where":
+        if self.min is None and self.max is None and self.one_of is None:
+            raise ValueError("it says nothing (fix: give min, max or one_of)")
+        return self
+
+
+class Contamination(_Frozen):
+    """An evaluation's questions whose images are looked for in the stage's data."""
+
+    against: list[str] = Field(min_length=1)
+    """Files of questions, as `evaluate` reads them."""
+    image_root: str | None = None
+    """Folder of the questions' images; default: that of each file."""
+    near_bits: Annotated[int, Field(ge=0, le=127)] = 40
+    """Of the perceptual hash's 256 bits, those in which near duplicates may differ."""
+    reject: Literal["images", "images_and_questions", "nothing"] = "images"
+    """Rows to reject as `evaluation_image` and `evaluation_question`; `nothing`: state what was found, no more."""
+
+
 class DataSource(_Frozen):
     """One set of records: JSON or JSON lines, WebDataset shards, parquet, a saved Hugging Face dataset or a Hub id."""
 
@@ -83,6 +113,8 @@ class DataSource(_Frozen):
     """How often an epoch sees each training row: 2.5 is twice, and half of them, drawn by the seed, a third time."""
     images_only: bool = False
     """Reject rows without an image, by the reason `text_only`."""
+    where: dict[str, Where] = {}
+    """Rows to take, by their columns; the others are left out and counted by the reason `filtered`."""
     license: str | None = None
     """Licence of the data, for the model card."""
     hub_id: str | None = None
@@ -97,7 +129,7 @@ class Model(_Frozen):
     checkpoint: str | None = None
     """LLaVA-NeXT folder or Hub id (`OWNER/NAME`, `OWNER/NAME@REVISION`); or give the two parts below."""
     vision_tower: str | None = None
-    """CLIP or DINOv2, or a LLaVA checkpoint whose tower is taken."""
+    """CLIP, SigLIP or DINOv2, or a LLaVA checkpoint whose tower is taken."""
     language_model: str | None = None
     """Llama with its tokenizer."""
     projector: str | None = None
@@ -215,6 +247,8 @@ class Stage(_Frozen):
     """Longest row, image placeholders counted."""
     on_bad_record: dict[str, Policy] = {"default": "error"}
     """Policy per reject reason (`llava-llama31 check-data` lists them) and `default`."""
+    contamination: Contamination | None = None
+    """Look for an evaluation's images and questions in the data."""
     validation_fraction: Fraction = 0.0
     """Share of the rows that is held out for the validation loss."""
     eval_steps: PositiveInt | None = None
@@ -223,6 +257,8 @@ class Stage(_Frozen):
     """How many questions of the recipe's first evaluation to ask at every `eval_steps`, or of each one by its name."""
     keep: Literal["last", "best_loss", "best_accuracy"] = "last"
     """The weights that the stage ends with: its last, or those of the evaluation with the best metric."""
+    stop_on_plateau: PositiveInt | None = None
+    """End the stage after so many evaluations in a row without a better one (of `keep`, else validation loss)."""
     save_steps: PositiveInt = 200
     """Steps between checkpoints."""
     save_total_limit: PositiveInt = 2
@@ -336,6 +372,8 @@ class Stage(_Frozen):
             raise ValueError(
                 "eval_steps has nothing to evaluate (fix: set validation_fraction above 0, or eval_questions)"
             )
+        if self.stop_on_plateau is not None and self.eval_steps is None:
+            raise ValueError("stop_on_plateau compares evaluations (fix: set eval_steps)")
         if self.keep == "last":
             return
         needed = {"best_loss": "validation_fraction", "best_accuracy": "eval_questions"}[self.keep]
@@ -414,6 +452,21 @@ Evaluations = Annotated[
 ]
 
 
+class TextQuestions(_Frozen):
+    """Text-only questions, asked before the first and after each stage: what training does to the language model."""
+
+    data: str
+    """A table (JSON lines, JSON, CSV, TSV, xlsx): question, answer, metric; optional id, group, options A, B, ..."""
+    limit: PositiveInt | None = None
+    """Ask only the first so many."""
+    max_new_tokens: PositiveInt = 64
+    """Longest answer, in tokens."""
+    batch_size: PositiveInt | None = None
+    """Questions that are answered at once; default: by the device's memory."""
+    max_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Accuracy that a run may lose; one that loses more stops after the stage. Default: it does not stop."""
+
+
 class Publish(_Frozen):
     """Where the model goes on the Hub; the token stays in the environment."""
 
@@ -436,14 +489,16 @@ class Recipe(_Frozen):
     """One line, for `llava-llama31 recipes`."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Of every draw: rows, order, fresh weights, dropout."""
-    prepare: Literal["tiny", "smol"] | None = None
-    """Parts and data that have to be made first: `tiny` by the run itself, `smol` by examples/prepare_smol.py."""
+    prepare: Literal["tiny", "tiny-siglip", "smol"] | None = None
+    """Parts and data that have to be made first: `tiny` and its SigLIP twin by the run, `smol` by its example."""
     model: Model
     """Where the first stage starts."""
     stages: dict[str, Stage] = Field(min_length=1)
     """By name, in the order in which they are trained."""
     evaluation: Evaluations | None = None
     """What the finished model is scored on: one set of questions, or a list of them."""
+    text_questions: TextQuestions | None = None
+    """Text-only questions that show what training does to the language model."""
     publish: Publish | None = None
     """Where the finished model goes on the Hub."""
     report_to: list[str] = []

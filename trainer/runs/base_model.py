@@ -15,10 +15,11 @@ from llava_llama31.trainer.terminal import Terminal
 
 def prepare(recipe: Recipe, folder: RunFolder, console: Terminal) -> None:
     """Make the parts that a recipe makes itself, and the checkpoint that the first stage starts from."""
-    if recipe.prepare == "tiny":
-        from llava_llama31.trainer.demo.parts import prepare as prepare_tiny  # needs the `demo` extra
+    if recipe.prepare in ("tiny", "tiny-siglip"):
+        from llava_llama31.trainer.demo import parts as demo  # needs the `demo` extra
 
-        prepare_tiny(folder.prepared, seed=recipe.seed, progress=console.print)
+        settings = demo.SIGLIP if recipe.prepare == "tiny-siglip" else demo.Settings()
+        demo.prepare(folder.prepared, seed=recipe.seed, progress=console.print, settings=settings)
     if folder.base.exists():
         return
     parts = _parts(recipe)

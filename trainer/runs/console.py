@@ -124,6 +124,9 @@ def print_summary(console: Terminal, summary: dict[str, Any], record: dict[str, 
         if key in summary:
             console.print(f"accuracy {label}: {summary[key]:.1%} of {summary['num_questions']} questions ({PROTOCOL})")
     _print_tasks(console, record)
+    if "text_ability" in summary:
+        found = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in summary["text_ability"].items())
+        console.print(f"text accuracy, no images: {found}")
     if "samples" in record:
         samples = Table("image", "question", "answer", "truth", box=None, pad_edge=False)
         for sample in record["samples"]:

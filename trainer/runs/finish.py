@@ -12,6 +12,7 @@ from llava_llama31.trainer.model.module_groups import GROUPS, group_parameters
 from llava_llama31.trainer.model.opening import open_model
 from llava_llama31.trainer.runs.context import RunContext
 from llava_llama31.trainer.runs.final_evaluation import evaluate_run
+from llava_llama31.trainer.runs.text_ability import results
 
 
 def finish(
@@ -32,6 +33,9 @@ def finish(
     record["stages"] = [{**stage, "curve_image": curve_file(i, stage)} for i, stage in enumerate(stages, start=1)]
     shown = {stage["name"]: {key: stage[key] for key in stage if key not in CURVES} for stage in stages}
     summary: dict[str, Any] = {"recipe": recipe.name, "stages": shown}
+    if recipe.text_questions is not None:
+        record["text_ability"] = results(folder)
+        summary["text_ability"] = {name: found["accuracy"] for name, found in record["text_ability"].items()}
     if recipe.evaluations:
         summary |= evaluate_run(run, final, record, model, processor)
     record["minutes"] = round(minutes(), 2)

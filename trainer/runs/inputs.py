@@ -54,9 +54,11 @@ def run_inputs(run: RunContext, reports: Mapping[str, DataReport]) -> Inputs:
     for number, spec in enumerate(recipe.evaluations):
         own = spec.task if spec.task is not None and Path(spec.task).is_file() else None
         data = spec.data or (load_task(own).data if own is not None else None)
-        for key, name in (("task", own), ("data", data)):
-            if name is not None:
-                inputs[f"{recipe.where_evaluation(number)}.{key}"] = {"files": _digest(_files_of(Path(name)))}
+        for key, file in (("task", own), ("data", data)):
+            if file is not None:
+                inputs[f"{recipe.where_evaluation(number)}.{key}"] = {"files": _digest(_files_of(Path(file)))}
+    if recipe.text_questions is not None:
+        inputs["text_questions.data"] = {"files": _digest([Path(recipe.text_questions.data).expanduser()])}
     return inputs
 
 

@@ -35,6 +35,7 @@ from llava_llama31.trainer.runs.origins import at_revisions, resolve_revisions
 from llava_llama31.trainer.runs.precision import at_precision, settle_precision
 from llava_llama31.trainer.runs.preflight import check_inputs, check_publishing, check_shared, check_stages
 from llava_llama31.trainer.runs.stage import run_stage
+from llava_llama31.trainer.runs.text_ability import BEFORE, check_text
 from llava_llama31.trainer.runs.trackers import with_trackers
 
 
@@ -138,6 +139,7 @@ def _settle(run: RunContext) -> tuple[dict[str, str], dict[str, str]]:
 def _run_stages(run: RunContext) -> tuple[Path, list[dict[str, Any]]]:
     """Run every stage that has not finished, in turn; returns the weights of the last one, and all records."""
     origin, records = base_of(run.recipe, run.folder), []
+    check_text(run, BEFORE, origin, 0)
     for name, stage in run.launched.items():
         folder = run.stage_folder(name)
         if stage.init_from != "previous":
@@ -151,4 +153,5 @@ def _run_stages(run: RunContext) -> tuple[Path, list[dict[str, Any]]]:
             run.console.print(f"stage {name} has already finished: {folder.final}")
         records.append(record)
         origin = folder.final
+        check_text(run, name, origin, record["steps"])
     return origin, records

@@ -65,16 +65,21 @@ class RunLog(TrainerCallback):
         self._append({"event": "save", "step": state.global_step})
 
     def _append(self, entry: dict[str, Any]) -> None:
-        time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        plain = {key: str(value) if _is_odd(value) else value for key, value in entry.items()}
-        line = json.dumps({"time": time, "stage": self.name, **plain}, allow_nan=False)
-        file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            end = os.fstat(file).st_size
-            cut = end > 0 and os.pread(file, 1, end - 1) != b"\n"  # a start that was killed as it wrote
-            os.write(file, f"{chr(10) * cut}{line}\n".encode())
-        finally:
-            os.close(file)
+        append_entry(self.path, self.name, entry)
+
+
+def append_entry(path: Path, stage: str, entry: dict[str, Any]) -> None:
+    """Append one line to a run's log."""
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    plain = {key: str(value) if _is_odd(value) else value for key, value in entry.items()}
+    line = json.dumps({"time": time, "stage": stage, **plain}, allow_nan=False)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        end = os.fstat(file).st_size
+        cut = end > 0 and os.pread(file, 1, end - 1) != b"\n"  # a start that was killed as it wrote
+        os.write(file, f"{chr(10) * cut}{line}\n".encode())
+    finally:
+        os.close(file)
 
 
 def _is_odd(value: object) -> bool:

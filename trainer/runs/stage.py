@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
@@ -38,6 +39,7 @@ from llava_llama31.trainer.runs.stage_parts import stage_features, stage_trainer
 from llava_llama31.trainer.runs.stage_record import stage_record
 from llava_llama31.trainer.runs.trackers import continue_trackers, end_trackers
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
+from llava_llama31.trainer.training.plateau import is_flat, metric_of
 from llava_llama31.trainer.training.training_args import training_arguments
 
 
@@ -91,7 +93,8 @@ def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived) -> None:
             )
         step = manifest["step"]
         run.context.console.print(f"resuming from {checkpoint}, step {step} of {derived.steps}")
-        if step >= derived.steps:  # Trainer would take one more step
+        ended = is_flat(atomic_folders.read_json(checkpoint / TRAINER_STATE_NAME)["log_history"], run.stage)
+        if step >= derived.steps or ended:  # Trainer would take one more step
             trainer.restore(checkpoint)
             return
     continue_trackers(run, trainer, step)
@@ -108,6 +111,11 @@ def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived) -> None:
             agreed=True,
         )
     run.context.signals.act()
+    if trainer.state.global_step < derived.steps:
+        run.context.console.print(
+            f"stage {run.name} ends at step {trainer.state.global_step} of {derived.steps}: no better "
+            f"{metric_of(run.stage)} in the last {run.stage.stop_on_plateau} evaluations"
+        )
 
 
 def _newest_checkpoint(run: StageRun) -> Path | None:

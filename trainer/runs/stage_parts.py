@@ -40,6 +40,7 @@ from llava_llama31.trainer.runs.run_log import RunLog
 from llava_llama31.trainer.training.batch_loading import StageBatches
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer, TrainerOptions
 from llava_llama31.trainer.training.meter import Meter
+from llava_llama31.trainer.training.plateau import StopOnPlateau
 
 
 # of a tower's configuration: what makes its features random in training
@@ -139,7 +140,12 @@ def stage_trainer(
             layers=layer_classes(base_model(model, stage)),
         ),
         questions=_questions(run),
-        callbacks=[StageProgress(run.context.console, run.name), *_logs(run, guard, data, report), *_pushes(run)],
+        callbacks=[
+            StageProgress(run.context.console, run.name),
+            StopOnPlateau(stage),
+            *_logs(run, guard, data, report),
+            *_pushes(run),
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -19,15 +19,16 @@ def stage_record(
     losses = [entry["loss"] for entry in history if "loss" in entry]
     metrics = _final_metrics(trainer)
     seconds = next((entry["seconds"] for entry in reversed(history) if "seconds" in entry), 0.0)
-    tokens = int(trainer.throughput.trained(derived.steps)[1])
+    steps = trainer.state.global_step  # fewer than planned after a plateau
+    tokens = int(trainer.throughput.trained(steps)[1])
     return {
         "name": run.name,
         "trainable": [line.group for line in report if line.num_trainable],
         "groups": [asdict(line) for line in report],
         "learning_rate": stage.learning_rates(),
         "data": data.summary,
-        "epochs": stage.epochs or round(derived.steps / derived.steps_per_epoch, 3),
-        "steps": derived.steps,
+        "epochs": stage.epochs or round(steps / derived.steps_per_epoch, 3),
+        "steps": steps,
         "global_batch": stage.global_batch,
         "micro_batch": stage.micro_batch,
         "gradient_accumulation": derived.gradient_accumulation,
@@ -48,7 +49,7 @@ def stage_record(
         "loss_curve": [(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
         "validation_curve": [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry],
         "health": trainer.guard.health.summary(),
-        "weights_of_step": trainer.state.best_global_step or derived.steps,
+        "weights_of_step": trainer.state.best_global_step or steps,
         "validation_loss": metrics.get("eval_loss"),
         "validation_accuracy": metrics.get("eval_accuracy"),
         "validation_metrics": {name: metrics[name] for name in metrics if name.startswith("eval_")},

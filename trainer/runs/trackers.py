@@ -50,5 +50,7 @@ def _summary_writer(folder: Path, *, purge_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # Transformers takes either
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter as OtherWriter
+
+        return OtherWriter(log_dir=str(folder), purge_step=purge_step)
     return SummaryWriter(log_dir=str(folder), purge_step=purge_step)

@@ -9,6 +9,7 @@ from transformers import LlavaNextForConditionalGeneration
 
 from llava_llama31.packed_llama_llava_llama31 import to_device
 from llava_llama31.trainer.distributed.parameters import held_part, num_before, sharded_like, unsharded
+from llava_llama31.trainer.model.device_options import compiles
 from llava_llama31.trainer.model.module_groups import group_parameters
 
 
@@ -42,6 +43,21 @@ def parameter_groups(
                 decay = weight_decay if decays else 0.0
                 groups.append({"params": chosen, "lr": learning_rate, "weight_decay": decay})
     return groups
+
+
+def make_optimizer(
+    kind: Callable[..., torch.optim.Optimizer],
+    groups: Iterable[dict[str, Any]],
+    options: Mapping[str, Any],
+    *,
+    bfloat16_moments: bool,
+    device: torch.device,
+) -> torch.optim.Optimizer:
+    """What Transformers has chosen, `kind` with `options`, or AdamWBfloat16 with these."""
+    if not bfloat16_moments:
+        return kind(groups, **options)
+    compiled = torch.compile if compiles(device) else None
+    return AdamWBfloat16(groups, options["lr"], options["betas"], options["eps"], compiled=compiled)
 
 
 class AdamWBfloat16(torch.optim.Optimizer):
@@ -117,7 +133,8 @@ class AdamWBfloat16(torch.optim.Optimizer):
         size = max(1, len(tensors[0])) if self._fused is not None else _CHUNK
         for begin in range(0, len(tensors[0]), size):
             seeds = to_device([(state["step"] << 24) + place, first + begin], tensors[0].device)
-            (self._fused or update_in_place)(*(x[begin : begin + size] for x in tensors), numbers, seeds)
+            weight, mean, square, wide = (x[begin : begin + size] for x in tensors)
+            (self._fused or update_in_place)(weight, mean, square, wide, numbers, seeds)
 
     def _update(self, parameter: torch.nn.Parameter, grad: torch.Tensor, group: dict[str, Any], place: int) -> None:
         state = self.state[parameter]

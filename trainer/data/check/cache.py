@@ -19,6 +19,7 @@ from llava_llama31.processing import pixels_llava_llama31
 from llava_llama31.trainer import redaction
 from llava_llama31.trainer.data import check, sources
 from llava_llama31.trainer.data.sources.images import stat_signature
+from llava_llama31.trainer.data.sources.remote_files import signature
 
 
 if TYPE_CHECKING:
@@ -166,8 +167,13 @@ def fingerprint(signatures: Sequence[list], processor: "LlavaLlama31Processor | 
     return digest.hexdigest()
 
 
-def file_signature(path: Path) -> list:
-    """Path, size and a hash of the content; of a large file, of 64 MiB spread over it, and its modification time."""
+def file_signature(path: Path | str) -> list:
+    """Path, size and a hash of the content; of a large file, of 64 MiB spread over it, and its modification time.
+
+    A string is a URL, whose large file counts with what its store calls the version.
+    """
+    if isinstance(path, str):
+        return signature(path, _WHOLE_FILE_BYTES)
     size, modified = stat_signature(os.fspath(path))
     if size <= _WHOLE_FILE_BYTES:
         modified = 0

@@ -152,7 +152,8 @@ class RowChecker:
         else:
             path = image.path
             if path not in known:
-                found.files[path] = image.stat()
+                if not image.is_remote:  # the store is not asked for each image at every start
+                    found.files[path] = image.stat()
                 known[path] = self._measured(image)
             size = known[path]
         if isinstance(size, RecordError):
@@ -161,7 +162,7 @@ class RowChecker:
 
     def _measured(self, image: ImageRef) -> Size | RecordError:
         try:
-            size = image.size() if self.images == "header" else self._decoder.size(image)
+            size = image.size() if self.images == "header" else self._decoder.size(image.fetched())
         except RecordError as error:
             return error
         if self.processor is not None:

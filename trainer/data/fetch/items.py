@@ -16,6 +16,7 @@ from llava_llama31.trainer.data.registry.registry import (
     with_needs,
 )
 from llava_llama31.trainer.data.sources.dataset_rows import DatasetId
+from llava_llama31.trainer.data.sources.remote_files import is_remote
 from llava_llama31.trainer.model.locating import hub_id
 from llava_llama31.trainer.recipes.schema import MODEL_PARTS, Recipe
 
@@ -89,7 +90,8 @@ def items_of_recipe(recipe: Recipe, root: Path | None, known: Mapping[str, Datas
         if at is None and DatasetId.parse(path) is not None:
             items = [_hub_dataset(path, license_name)]
         elif at is None:
-            unknown += [] if Path(path).exists() or recipe.prepare else [f"{owner}: {path}"]
+            is_there = is_remote(path) or Path(path).exists() or recipe.prepare is not None
+            unknown += [] if is_there else [f"{owner}: {path}"]
             continue
         else:
             items = items_of_dataset(at[0], root or Path(at[1]), known)

@@ -32,6 +32,9 @@ REASONS: dict[str, str] = {
     "decoder_died": "the process that decodes images crashed, was killed or stalled on this one, twice",
     "too_thin_image": "so long and thin that unpadding leaves nothing of its tiles, only the squashed overview",
     "too_long": "the record has more tokens than the limit; no image and no answer is ever cut",
+    "filtered": "the source's `where` leaves the row out; never an error",
+    "evaluation_image": "the row shows an image of an evaluation, or a near duplicate of one",
+    "evaluation_question": "the row asks a question of an evaluation",
     "duplicate": "an earlier row of the same source has the same images and the same conversation",
 }
 
