@@ -206,6 +206,12 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(EXIT_USER)
 
 
+def _examples(command: str) -> str | None:
+    """The end of a command's help."""
+    lines = [f"  llava-llama31 {command} {line}" for line in EXAMPLES.get(command, ())]
+    return "\n".join(["examples:", *lines]) if lines else None
+
+
 def command_parser() -> argparse.ArgumentParser:
     """The parser of all commands; what it parses has the command as `run`."""
     parser = _Parser(prog="llava-llama31", description="Train, evaluate and publish LLaVA-NeXT on Llama 3.1.")
@@ -216,7 +222,7 @@ def command_parser() -> argparse.ArgumentParser:
             name,
             help=module.HELP,
             description=module.HELP,
-            epilog="\n".join(["examples:", *(f"  llava-llama31 {name} {line}" for line in EXAMPLES[name])]),
+            epilog=_examples(name),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
