@@ -16,10 +16,10 @@ from llava_llama31.trainer.terminal import Terminal
 def prepare(recipe: Recipe, folder: RunFolder, console: Terminal) -> None:
     """Make the parts that a recipe makes itself, and the checkpoint that the first stage starts from."""
     if recipe.prepare in ("tiny", "tiny-siglip"):
-        from llava_llama31.trainer.demo import parts  # needs the `demo` extra
+        from llava_llama31.trainer.demo import parts as demo  # needs the `demo` extra
 
-        settings = parts.SIGLIP if recipe.prepare == "tiny-siglip" else parts.Settings()
-        parts.prepare(folder.prepared, seed=recipe.seed, progress=console.print, settings=settings)
+        settings = demo.SIGLIP if recipe.prepare == "tiny-siglip" else demo.Settings()
+        demo.prepare(folder.prepared, seed=recipe.seed, progress=console.print, settings=settings)
     if folder.base.exists():
         return
     parts = _parts(recipe)

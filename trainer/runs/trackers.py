@@ -48,7 +48,9 @@ def tensorboard_folder(run: StageRun) -> Path:
 
 def _summary_writer(folder: Path, *, purge_step: int) -> Any:
     try:
-        from torch.utils import tensorboard as writers
+        from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # Transformers takes either
-        import tensorboardX as writers
-    return writers.SummaryWriter(log_dir=str(folder), purge_step=purge_step)
+        from tensorboardX import SummaryWriter as OtherWriter
+
+        return OtherWriter(log_dir=str(folder), purge_step=purge_step)
+    return SummaryWriter(log_dir=str(folder), purge_step=purge_step)

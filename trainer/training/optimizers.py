@@ -133,7 +133,8 @@ class AdamWBfloat16(torch.optim.Optimizer):
         size = max(1, len(tensors[0])) if self._fused is not None else _CHUNK
         for begin in range(0, len(tensors[0]), size):
             seeds = to_device([(state["step"] << 24) + place, first + begin], tensors[0].device)
-            (self._fused or update_in_place)(*(x[begin : begin + size] for x in tensors), numbers, seeds)
+            weight, mean, square, wide = (x[begin : begin + size] for x in tensors)
+            (self._fused or update_in_place)(weight, mean, square, wide, numbers, seeds)
 
     def _update(self, parameter: torch.nn.Parameter, grad: torch.Tensor, group: dict[str, Any], place: int) -> None:
         state = self.state[parameter]
