@@ -51,7 +51,7 @@ from llava_llama31.trainer.errors import (
     Interrupted,
     UserError,
 )
-from llava_llama31.trainer.redaction import SafeFormatter, quiet_libraries, say, shown
+from llava_llama31.trainer.redaction import SafeFormatter, plain, quiet_libraries, redacted, say, shown
 
 
 _STDOUT = 1  # its file descriptor
@@ -160,7 +160,16 @@ def _say(error: str, exit_code: int, *, debug: bool) -> int:
     """Print what the user can fix, and return the exit code."""
     if debug:
         sys.stderr.write(shown(traceback.format_exc()))
-    say(f"error: {error}")
+    if not sys.stderr.isatty():
+        say(f"error: {error}")
+        return exit_code
+    from llava_llama31.trainer.terminal import Terminal, styled
+
+    what, _, fix = plain(redacted(error)).partition(" (fix: ")
+    terminal = Terminal(stderr=True)
+    terminal.print(styled(("error: ", "bold red"), (what, "")))
+    if fix:
+        terminal.print(styled(("fix: ", "bold"), (fix.removesuffix(")"), "")))
     return exit_code
 
 
