@@ -1,14 +1,15 @@
 """The model card and licence files of an exported model, written only from the run's own record.
 
 A record is a JSON-like dict (name, recipe, command, commit, lock, licence, base_models, parameters, stages, minutes,
-evaluation, samples, environment; model_id, if it is on the Hub; opened, if it was checked). The card lists whatever is
-missing as not recorded. All strings in it are data: they are escaped for Markdown, HTML and YAML, and absolute paths
-are cut down to their last part.
+evaluation, tasks, samples, environment; model_id, if it is on the Hub; opened, if it was checked). The card lists
+whatever is missing as not recorded. All strings in it are data: they are escaped for Markdown, HTML and YAML, and
+absolute paths are cut down to their last part.
 """
 
 import html
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -323,11 +324,22 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
             for way in record.get("opened") or []
         ],
         "data": [_data_row(stage, source) for stage in stages for source in stage.get("data") or []],
+        "contamination": [
+            _contamination_row(stage, source, found)
+            for stage in stages
+            for source in stage.get("data") or []
+            for found in source.get("contamination") or []
+        ],
         "stage_names": [_text(stage.get("name")) for stage in stages],
         "stage_rows": _stage_rows(record),
+        "text_rows": [
+            ["before training" if name == "before" else f"after {_text(name)}"]
+            + [f"{found['accuracy']:.1%}", _text(found["num_questions"])]
+            for name, found in (record.get("text_ability") or {}).items()
+        ],
         "curves": [
-            _image(stage["curve_image"], 640)
-            for stage in stages
+            _image(stage["curve_image"], 640, f"Loss curve of stage {number}")
+            for number, stage in enumerate(stages, start=1)
             if _is_file(stage.get("curve_image"), *IMAGE_SUFFIXES)
         ],
         "cost": _cost_rows(record),
@@ -339,6 +351,9 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
             for name, score in (evaluation.get("protocols") or {}).items()
         ],
         "predictions_link": _predictions_link(evaluation),
+        "tasks": [row for task in record.get("tasks") or [] for row in _task_rows(task)],
+        "task_baselines": [_baselines_row(task) for task in record.get("tasks") or [] if _has_baselines(task)],
+        "task_facts": [_task_facts(task) for task in record.get("tasks") or []],
         "samples_scored": any(sample.get("accuracy") is not None for sample in record.get("samples") or []),
         "samples": [_sample_row(sample) for sample in record.get("samples") or []],
         "environment_rows": [[key, _text(value)] for key, value in (record.get("environment") or {}).items()],
@@ -349,7 +364,8 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _not_recorded(record: Mapping[str, Any]) -> list[str]:
-    names = [label for key, label in RECORD_FACTS.items() if not record.get(key)]
+    told = {"evaluation"} if record.get("tasks") else set()
+    names = [label for key, label in RECORD_FACTS.items() if not record.get(key) and key not in told]
     for stage in record.get("stages") or []:
         lacking = [
             label
@@ -378,11 +394,24 @@ def _stage_rows(record: Mapping[str, Any]) -> list[list[str]]:
         # null in a recipe is a fact: "none"
         rows.append((label, [stage.get(key) if stage.get(key, 0) is not None else [] for stage in asked]))
     rows.append(("seed", [recipe.get("seed")] * len(stages)))
+    for name in dict.fromkeys(name for stage in stages for name in stage.get("loss_by_source") or {}):
+        of_stages = [_source_fact(stage, name) for stage in stages]
+        rows.append((f"loss and accuracy on {_text(name)}, last log entry", of_stages))
     return [
         [label, *("none" if value in ([], {}) else _text(value) for value in values)]
         for label, values in rows
         if any(value not in (None, [], {}) for value in values)
     ]
+
+
+def _source_fact(stage: Mapping[str, Any], name: str) -> str | None:
+    """Loss and accuracy of a stage's source on the tokens trained last, and on its validation rows where there are."""
+    trained = (stage.get("loss_by_source") or {}).get(name)
+    if trained is None:
+        return None
+    fact = f"{trained['loss']:.4g}, {trained['accuracy']:.1%}"
+    held_out = (stage.get("validation_by_source") or {}).get(name)
+    return fact if held_out is None else f"{fact}; validation {held_out['loss']:.4g}, {held_out['accuracy']:.1%}"
 
 
 def _device_hours(record: Mapping[str, Any]) -> float | None:
@@ -421,6 +450,15 @@ def _reproduction(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
+def _contamination_row(stage: Mapping[str, Any], source: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What a source holds of an evaluation, and which of these rows were not trained on."""
+    file = str(found.get("evaluation", "")).rstrip("/").rpartition("/")[2]
+    rejected = {"images": "rows with images", "images_and_questions": "rows with images or questions"}
+    left_out = rejected.get(str(found.get("reject")), "none")
+    counts = [found.get(key) for key in ("evaluation_images", "exact", "near", "questions")]
+    return [_text(fact) for fact in (stage.get("name"), source.get("name"), file, *counts, left_out)]
+
+
 def _data_row(stage: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
     dropped = source.get("dropped")
     reasons = None if dropped is None else ", ".join(f"{why}: {_text(n)}" for why, n in dropped.items()) or "none"
@@ -432,17 +470,65 @@ def _data_row(stage: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
 
 def _sample_row(sample: Mapping[str, Any]) -> list[Any]:
     image = sample.get("image")
-    shown: Any = _image(image, 200) if _is_file(image, *IMAGE_SUFFIXES) else _text(None)
+    shown: Any = _image(image, 200, "Image of the question") if _is_file(image, *IMAGE_SUFFIXES) else _text(None)
     answers = sample.get("answers")
-    texts = None if answers is None else ", ".join(dict.fromkeys(map(str, answers)))
+    counts = Counter(map(str, answers or ())).most_common()
+    texts = None if answers is None else ", ".join(f"{text} x {n}" if n > 1 else text for text, n in counts)
     accuracy = sample.get("accuracy")
     facts = (sample.get("question"), sample.get("prediction"), texts, None if accuracy is None else _percent(accuracy))
     return [shown, *(_text(fact) for fact in facts)]
 
 
-def _image(file: Any, width: int) -> Markup:
-    """An image tag; the name must have passed `_is_file`."""
-    return Markup(f'<img src="{file}" width="{width}">')
+def _image(file: Any, width: int, alt: str) -> Markup:
+    """An image tag; the name must have passed `_is_file`, and `alt` is ours."""
+    return Markup(f'<img src="{file}" width="{width}" alt="{alt}">')
+
+
+def _task_rows(task: Mapping[str, Any]) -> list[list[Any]]:
+    """Per protocol, the one of the headline first: what it measured, with the interval."""
+    protocols = task.get("protocols") or {}
+    order = sorted(protocols, key=lambda name: name != task.get("protocol"))
+    rows = []
+    for name in order:
+        scores = protocols[name]
+        headline = scores["headline"]
+        others = {key: round(value, 3) for key, value in scores["metrics"].items() if key != headline}
+        rows.append(
+            [
+                task.get("title") or task.get("name"),
+                name,
+                headline if task.get("unit") == "%" else f"{headline} ({task.get('unit')})",
+                f"{scores['metrics'][headline]:.3f}",
+                f"{scores['low']:.2f} to {scores['high']:.2f}",
+                _text(others) if others else "",
+            ]
+        )
+    return rows
+
+
+def _has_baselines(task: Mapping[str, Any]) -> bool:
+    return task.get("before") is not None or task.get("blind") is not None
+
+
+def _baselines_row(task: Mapping[str, Any]) -> list[str]:
+    values = (task.get("before"), task.get("value"), task.get("blind"))
+    named = [task.get("title") or task.get("name"), task.get("protocol")]
+    return [*map(_text, named), *("" if value is None else f"{value:.3f}" for value in values)]
+
+
+def _task_facts(task: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in a list under the scores."""
+    counts = {"questions": "num_questions", "failed": "failed", "unanswered": "missing", "cut": "cut"}
+    told = [f"{label} {_text(task[key])}" for label, key in counts.items() if task.get(key) is not None]
+    return {
+        "title": task.get("title") or task.get("name"),
+        "dataset": task.get("dataset"),
+        "counts": ", ".join(told),
+        "decoding": task.get("decoding"),
+        "link": _predictions_link(task),
+        "sha256": (task.get("predictions") or {}).get("sha256"),
+        "prompt": task.get("prompt"),
+    }
 
 
 def _predictions_link(evaluation: Mapping[str, Any]) -> Markup | None:
@@ -480,11 +566,17 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
 
 
 def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
+    tasks = [result for task in record.get("tasks") or [] for result in _task_results(record, task)]
     evaluation = record.get("evaluation") or {}
     dataset = evaluation.get("dataset")
-    if dataset is None:
-        return []
-    counts = {key: evaluation[key] for key in ("num_questions", "failed") if evaluation.get(key) is not None}
+    return (_textvqa_results(record, evaluation, dataset) if dataset is not None else []) + tasks
+
+
+def _counts_and_source(
+    record: Mapping[str, Any], evaluation: Mapping[str, Any], names: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Counts with the predictions file, and where that file is on the Hub."""
+    counts = {key: evaluation[key] for key in names if evaluation.get(key) is not None}
     source: dict[str, Any] = {}
     if _predictions_link(evaluation):
         predictions, model_id = evaluation["predictions"], record.get("model_id")
@@ -492,11 +584,43 @@ def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
         if _is_hub_id(model_id):
             url = f"{constants.ENDPOINT}/{model_id}/blob/main/{predictions['file']}"
             source = {"source_name": "predictions", "source_url": url}
+    return counts, source
+
+
+def _dataset_type(dataset: str) -> str:
+    return dataset if _is_hub_id(dataset) else re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-")
+
+
+def _task_results(record: Mapping[str, Any], task: Mapping[str, Any]) -> list[EvalResult]:
+    counts, source = _counts_and_source(record, task, ("num_questions", "failed", "missing", "cut"))
+    dataset = str(task.get("dataset") or task["name"])
     return [
         EvalResult(
             task_type="image-text-to-text",
             task_name="Visual question answering",
-            dataset_type=dataset if _is_hub_id(dataset) else re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-"),
+            dataset_type=_dataset_type(dataset),
+            dataset_name=_line(task.get("title") or task["name"]),
+            metric_type=_line(scores["headline"]),
+            metric_name=_line(f"{scores['headline']} in {task.get('unit')}, protocol {protocol}"),
+            metric_value=round(scores["metrics"][scores["headline"]], 3),
+            metric_args={
+                "protocol": _line(protocol),
+                "interval_95": [round(scores["low"], 3), round(scores["high"], 3)],
+                **counts,
+            },
+            **source,
+        )
+        for protocol, scores in (task.get("protocols") or {}).items()
+    ]
+
+
+def _textvqa_results(record: Mapping[str, Any], evaluation: Mapping[str, Any], dataset: str) -> list[EvalResult]:
+    counts, source = _counts_and_source(record, evaluation, ("num_questions", "failed"))
+    return [
+        EvalResult(
+            task_type="image-text-to-text",
+            task_name="Visual question answering",
+            dataset_type=_dataset_type(dataset),
             dataset_name=_line(dataset),
             metric_type="accuracy",
             metric_name=f"accuracy in %, protocol {_line(protocol)}",

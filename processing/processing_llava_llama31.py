@@ -444,8 +444,9 @@ def build_processor(
     image_std: Sequence[float],
     image_grid_pinpoints: Sequence[Sequence[int]],
     resample: int = Image.Resampling.BICUBIC,
+    has_class_token: bool = True,
 ) -> LlavaLlama31Processor:
-    """Build the processor for a vision tower with a CLS token and a Llama-3.1 tokenizer, adding `<image>` to it.
+    """Build the processor for a vision tower and a Llama-3.1 tokenizer, adding `<image>` to it.
 
     Args:
         tokenizer: a fast tokenizer with Llama 3.1's special tokens; changed in place.
@@ -454,6 +455,7 @@ def build_processor(
         image_mean, image_std: per channel, on pixel values in [0, 1].
         image_grid_pinpoints: (height, width) in pixels of the resolutions that an image may be tiled at.
         resample: PIL's code for the filter.
+        has_class_token: whether the tower's hidden states begin with one, which the model drops.
 
     Raises:
         ValueError: the tokenizer lacks chat tokens, and names them; or it adds tokens that can't be taken away.
@@ -479,8 +481,8 @@ def build_processor(
         image_processor,
         tokenizer,
         patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default" if has_class_token else "full",
+        num_additional_image_tokens=int(has_class_token),
         chat_template=CHAT_TEMPLATE,
         image_token=IMAGE_TOKEN,
     )

@@ -154,11 +154,11 @@ PACKAGE = "llava_llama31.trainer"
 # lowest first: a file imports its own room, rooms of the floors below it, and rooms of its floor in one direction
 FLOORS = (
     ("errors", "redaction", "terminal", "strict_json"),
-    ("recipes", "demo"),
+    ("recipes", "demo", "data.registry"),
     ("checkpoint", "costs", "distributed", "data.sources"),
     ("data.check", "fault_tolerance", "model"),
-    ("data.batches", "evaluation", "export", "engines", "doctor"),
-    ("training", "publishing", "planning", "chat"),
+    ("data.batches", "data.contamination", "data.fetch", "data.shards", "evaluation", "export", "engines", "doctor"),
+    ("training", "publishing", "planning", "chat", "report"),
     ("runs",),
     ("commands",),
     ("cli",),

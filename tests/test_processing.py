@@ -141,7 +141,7 @@ def test_the_chat_template_gives_the_same_ids_and_mask(llama):
             assert given["assistant_masks"] == [int(label != IGNORE_INDEX) for label in ours.labels]
 
 
-def test_pictures_in_a_conversation_give_the_stock_processors_ids(processor, make_image):
+def test_images_in_a_conversation_give_the_stock_processors_ids(processor, make_image):
     image_sizes = [(30, 50), (90, 20), (28, 28)]
     images = [make_image(*size) for size in image_sizes]
     messages = [

@@ -3,12 +3,18 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from llava_llama31.trainer.commands.options import add_json, run_folder
+from llava_llama31.trainer.commands.options import add_json, positive, run_folder
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.data_formats import DataFormat
+
+
+if TYPE_CHECKING:
+    from llava_llama31.trainer.data.check.report import DataReport
+    from llava_llama31.trainer.recipes.schema import DataSource
 
 
 HELP = "check all records and images before training"
@@ -19,11 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-root", metavar="DIR", help="default: the folder of each file")
     parser.add_argument("--processor", metavar="DIR", help="checkpoint whose processor counts the tokens of FILES")
     parser.add_argument("--format", default="auto", choices=("auto", *get_args(DataFormat)))
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest record, image tokens counted")
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="largest image, height x width")
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="longest record, image tokens counted")
+    parser.add_argument("--max-pixels", type=positive, metavar="N", help="largest image, height x width")
     parser.add_argument("--on-bad", metavar="POLICY", help="error, skip or quarantine; or REASON=POLICY,...")
     parser.add_argument("--rejects", metavar="FILE", help="where the unusable records are listed (JSON lines)")
     parser.add_argument("--no-decode", action="store_true", help="read image headers only")
+    parser.add_argument("--against", metavar="FILE", help="questions of an evaluation to look for in the data")
+    parser.add_argument("--against-images", metavar="DIR", help="folder of their images; default: that of FILE")
+    parser.add_argument("--near-bits", type=int, metavar="N", help="of 256, in which near duplicates may differ")
+    parser.add_argument("--matches", metavar="FILE", help="where they are listed; default: contamination.jsonl")
     parser.add_argument("--output", metavar="DIR", help="the recipe's run folder; default: runs/RECIPE")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     add_json(parser)
@@ -51,6 +61,7 @@ def _check_recipe(options: argparse.Namespace, output: Path) -> int:
     from llava_llama31.trainer.data.batches.stage_rows import stage_check
     from llava_llama31.trainer.data.check.check import check_sources
     from llava_llama31.trainer.data.check.report import parse_policy, print_report
+    from llava_llama31.trainer.data.contamination.search import contamination_check
     from llava_llama31.trainer.recipes.loading import load_recipe
     from llava_llama31.trainer.runs.base_model import base_of, prepare
     from llava_llama31.trainer.runs.named_paths import check_paths
@@ -72,17 +83,20 @@ def _check_recipe(options: argparse.Namespace, output: Path) -> int:
             stage.data,
             stage_check(stage, processor, decode=not options.no_decode),
             policy=parse_policy(options.on_bad) if options.on_bad else stage.on_bad_record,
+            adjust=contamination_check(stage),
             rejects=_rejects(options.rejects, name) or folder.stage(name, recipe.stages).rejects,
         )
         for name, stage in recipe.stages.items()
     }
+    found = _contamination(options, [(recipe.stages[name].data, report) for name, report in reports.items()])
     if options.json_output:
         stages = {name: report.to_dict() for name, report in reports.items()}
         ok = all(stage["ok"] for stage in stages.values())
-        sys.stdout.write(json.dumps({"ok": ok, "stages": stages}) + "\n")
+        sys.stdout.write(json.dumps({"ok": ok, "stages": stages} | found) + "\n")
     else:
         for report in reports.values():
             print_report(report)
+        _print_contamination(found)
     for report in reports.values():
         report.raise_for_policy()
     return 0
@@ -118,5 +132,45 @@ def _check_files(options: argparse.Namespace) -> int:
     )
     policy = parse_policy(options.on_bad) if options.on_bad else None
     report = check_sources(sources, check, policy=policy, rejects=Path(options.rejects) if options.rejects else None)
-    show_report(report, json_output=options.json_output)
+    found = _contamination(options, [(sources, report)])
+    show_report(report, json_output=options.json_output, more=found)
+    if not options.json_output:
+        _print_contamination(found)
     return 0
+
+
+def _contamination(
+    options: argparse.Namespace, checked: "list[tuple[Sequence[DataSource], DataReport]]"
+) -> dict[str, Any]:
+    """What the usable rows hold of the evaluation of `--against`, as `{"contamination": ...}`; empty without it."""
+    if options.against is None:
+        return {}
+    from llava_llama31.trainer.data.contamination.search import NEAR_BITS, find_in_sources, load_evaluation
+
+    sources: dict[tuple[str, ...], DataSource] = {}
+    rows = {}
+    for given, report in checked:
+        for source, found in zip(given, report.sources, strict=True):
+            key = (source.name, source.path, str(source.where), source.split)
+            if key not in sources:
+                # two stages may call different sources by one name
+                name = source.name if source.name not in rows else f"{source.name} ({source.path})"
+                sources[key] = source.model_copy(update={"name": name})
+                rows[name] = found.rows
+    evaluation = load_evaluation(options.against, options.against_images)
+    near_bits = NEAR_BITS if options.near_bits is None else options.near_bits
+    found_all = find_in_sources(list(sources.values()), rows, evaluation, near_bits=near_bits)
+    listed = Path(options.matches) if options.matches else checked[0][1].rejects.with_name("contamination.jsonl")
+    found_all.write(listed)
+    return {"contamination": found_all.to_dict() | {"listed": str(listed)}}
+
+
+def _print_contamination(found: dict[str, Any]) -> None:
+    from llava_llama31.trainer.terminal import Terminal
+
+    if not found:
+        return
+    it = found["contamination"]
+    what = f"{it['exact']:,} rows show an image of {it['evaluation']}, {it['near']:,} a near duplicate of one "
+    what += f"(at most {it['near_bits']} of 256 bits apart), {it['questions']:,} ask one of its questions"
+    Terminal().print(f"{what}; {it['evaluation_images']:,} images compared: {it['listed']}")

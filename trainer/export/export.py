@@ -158,6 +158,8 @@ def attachments(run: RunFolder, record: Mapping[str, Any]) -> tuple[dict[str, Im
             images[stage["curve_image"]] = draw_curve(f"stage {stage['name']}", *(stage[key] for key in CURVES))
     if "predictions" in record.get("evaluation", {}):
         texts[run.predictions.name] = public_rows(run.predictions)
+    for task in record.get("tasks", []):
+        texts[task["predictions"]["file"]] = public_rows(run.path / task["predictions"]["file"])
     return images, texts
 
 

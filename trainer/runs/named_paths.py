@@ -6,6 +6,7 @@ from pathlib import Path
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.data.sources.data_folders import matches
 from llava_llama31.trainer.data.sources.dataset_rows import DatasetId
+from llava_llama31.trainer.data.sources.remote_files import is_remote
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.locating import hub_id
 from llava_llama31.trainer.recipes.deepspeed_files import deepspeed_file
@@ -39,7 +40,7 @@ def missing_paths(recipe: Recipe, output: Path) -> dict[str, str]:
     for where, what, path in _missing(recipe):
         if where.startswith("model.") and folder.base.exists():
             continue
-        if recipe.prepare != "tiny" or prepared not in path.parents:
+        if recipe.prepare not in ("tiny", "tiny-siglip") or prepared not in path.parents:
             found[where] = what
     return found
 
@@ -56,8 +57,12 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str, Path]]:
             yield where, f"{path.absolute()} does not exist", path.absolute()
     for name, stage in recipe.stages.items():
         yield from _missing_of_stage(stage, f"stages.{name}")
-    if recipe.evaluation is not None:
-        yield from _missing_of_evaluation(recipe.evaluation)
+    for number, spec in enumerate(recipe.evaluations):
+        yield from _missing_of_evaluation(spec, recipe.where_evaluation(number))
+    if recipe.text_questions is not None:
+        path = Path(recipe.text_questions.data).expanduser().absolute()
+        if not path.is_file():
+            yield "text_questions.data", f"{path} does not exist", path
 
 
 def _missing_of_stage(stage: Stage, where: str) -> Iterator[tuple[str, str, Path]]:
@@ -66,25 +71,39 @@ def _missing_of_stage(stage: Stage, where: str) -> Iterator[tuple[str, str, Path
             deepspeed_file(stage.deepspeed, where)
         except UserError as error:
             yield f"{where}.deepspeed", error.what, Path(stage.deepspeed).absolute()
+    if stage.contamination is not None:
+        for number, file in enumerate(stage.contamination.against):
+            path = Path(file).absolute()
+            if "*" not in path.name and not path.exists():
+                yield f"{where}.contamination.against.{number}", f"{path} does not exist", path
+        yield from _missing_root(stage.contamination.image_root, f"{where}.contamination.image_root")
     for number, source in enumerate(stage.data):
         path = Path(source.path).absolute()
+        if is_remote(source.path):
+            yield from _missing_root(source.image_root, f"{where}.data.{number}.image_root")
+            continue
         if not path.exists() and DatasetId.parse(source.path) is None:
             yield f"{where}.data.{number}.path", f"{path} does not exist", path
         yield from _missing_root(source.image_root, f"{where}.data.{number}.image_root")
 
 
-def _missing_of_evaluation(spec: Evaluation) -> Iterator[tuple[str, str, Path]]:
-    path = Path(spec.data).absolute()
-    if "*" in path.name and not path.exists():
-        names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        if not any(matches(name, path.name) for name in names):
-            yield "evaluation.data", f"no file matches {path}", path
-    elif not path.exists():
-        yield "evaluation.data", f"{path} does not exist", path
-    yield from _missing_root(spec.image_root, "evaluation.image_root")
+def _missing_of_evaluation(spec: Evaluation, where: str) -> Iterator[tuple[str, str, Path]]:
+    # a shipped task is a plain name
+    if spec.task is not None and Path(spec.task).suffix and not Path(spec.task).is_file():
+        path = Path(spec.task).absolute()
+        yield f"{where}.task", f"{path} does not exist", path
+    if spec.data is not None:
+        path = Path(spec.data).absolute()
+        if "*" in path.name and not path.exists():
+            names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+            if not any(matches(name, path.name) for name in names):
+                yield f"{where}.data", f"no file matches {path}", path
+        elif not path.exists():
+            yield f"{where}.data", f"{path} does not exist", path
+    yield from _missing_root(spec.image_root, f"{where}.image_root")
 
 
 def _missing_root(root: str | None, where: str) -> Iterator[tuple[str, str, Path]]:
-    if root is not None and not Path(root).is_dir():
+    if root is not None and not is_remote(root) and not Path(root).is_dir():
         path = Path(root).absolute()
         yield where, f"{path} {'is not a folder' if path.exists() else 'does not exist'}", path

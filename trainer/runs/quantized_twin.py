@@ -22,7 +22,7 @@ from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOL
 from llava_llama31.trainer.export.export import card_text, export_again, public_rows, record_of_run
 from llava_llama31.trainer.export.quantized import TWIN, quantize
 from llava_llama31.trainer.model.opening import open_model
-from llava_llama31.trainer.recipes.schema import Recipe
+from llava_llama31.trainer.recipes.schema import Evaluation, Recipe
 
 
 def export_twin(
@@ -42,9 +42,10 @@ def export_twin(
     """
     record = record_of_run(run)
     recipe = Recipe.model_validate(record["recipe"])
-    if recipe.evaluation is None or not run.predictions.is_file():
-        what = "has no evaluation, so nothing tells what quantising it costs"
-        raise UserError(what, where=str(run.path), fix="train with an `evaluation` in the recipe")
+    spec = next((spec for spec in recipe.evaluations if spec.task is None), None)
+    if spec is None or not run.predictions.is_file():
+        what = "has no TextVQA-format evaluation, so nothing tells what quantising it costs"
+        raise UserError(what, where=str(run.path), fix="train with an `evaluation` without `task` in the recipe")
     folder = (output or run.export.with_name(f"{run.export.name}-{scheme}")).resolve()
     if folder.exists() and not (folder / atomic_folders.MANIFEST).is_file():
         raise UserError("exists and is not an export", where=str(folder), fix="choose a new folder")
@@ -58,11 +59,11 @@ def export_twin(
     model, processor = open_model(staging)
     if answers_in_float32(model, say):
         model, _ = open_model(staging, dtype="float32")
-    say(f"{num_layers} layers are quantised; asking {recipe.evaluation.name} again")
+    say(f"{num_layers} layers are quantised; asking {spec.name} again")
     (staging / REFERENCE).write_text(record_reference(model, processor), encoding="utf-8")
-    difference, scores = _score(run, recipe, scheme, staging, model, processor)
+    difference, scores = _score(run, spec, scheme, staging, model, processor)
     twin = {"scheme": scheme, "layers": num_layers, "bytes_before": size, "bytes": weights_size(staging)}
-    twin |= _equal_answers(plain, staging) | {"protocol": PROTOCOL, "dataset": recipe.evaluation.name}
+    twin |= _equal_answers(plain, staging) | {"protocol": PROTOCOL, "dataset": spec.name}
     keys = ("first", "second", "difference", "low", "high", "gained", "lost", "tied")
     twin |= {key: difference.to_json()[key] for key in keys}
     record |= {"name": f"{record['name']}-{scheme}", "quantized": twin, "evaluation": scores, "samples": []}
@@ -87,17 +88,16 @@ def _equal_answers(plain: Path, twin: Path) -> dict[str, int]:
 
 
 def _score(
-    run: RunFolder, recipe: Recipe, scheme: str, staging: Path, model: Any, processor: LlavaLlama31Processor
+    run: RunFolder, spec: Evaluation, scheme: str, staging: Path, model: Any, processor: LlavaLlama31Processor
 ) -> tuple[Difference, dict[str, Any]]:
     """The paired difference to the run's own answers, and the twin's scores for its card; writes predictions."""
-    spec = recipe.evaluation
-    assert spec is not None
+    assert spec.data is not None
     questions = load_questions(spec.data, image_root=spec.image_root, limit=spec.limit)
     settings = EvaluationSettings(
         revision=weights_revision(staging) or "unknown",
         preset=PRESETS[spec.preset],
         batch_size=spec.batch_size,
-        max_new_tokens=spec.max_new_tokens,
+        max_new_tokens=spec.max_new_tokens or EvaluationSettings.max_new_tokens,
     )
     answers = run.evaluation / f"{scheme}-{settings.revision[:12]}"
     found = evaluate(model, processor, questions, answers, settings)

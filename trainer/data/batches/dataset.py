@@ -61,8 +61,17 @@ class StageDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """The samples of one micro-batch; an image that several of them show is read once."""
+        for source, rows in self._by_source(indices).items():
+            self.stores[source].prefetch(rows)
         known: dict[tuple[str, ...], RecordImages] = {}
         return [self._sample(index, known) for index in indices]
+
+    def _by_source(self, indices: Sequence[int]) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for index in indices:
+            source, row = self.rows[index if index >= 0 else -1 - index]
+            found.setdefault(source, []).append(row)
+        return found
 
     def record_id(self, index: int) -> str:
         """Id of a sample's record, whether or not it can be read now."""
@@ -99,6 +108,7 @@ class StageDataset(Dataset):
             image_features=features,
             has_features=has_features,
             pixels=pixels,
+            source=self.rows[index if index >= 0 else -1 - index][0],
         )
 
     def _images_of(self, record: Record) -> RecordImages:

@@ -16,6 +16,7 @@ from llava_llama31.trainer.data.batches.batch_order import Lengths
 from llava_llama31.trainer.data.check.check import DataCheck, check_sources
 from llava_llama31.trainer.data.check.report import DataReport, select_rows
 from llava_llama31.trainer.data.check.row_checker import Limits
+from llava_llama31.trainer.data.contamination.search import contamination_check
 from llava_llama31.trainer.data.sources.records import RecordStore, open_records
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.derived import num_held_out
@@ -59,7 +60,8 @@ def check_stage(
         UserError: when records can't be used and their policy is `error`, or a weight leaves none of a source's rows.
     """
     check = stage_check(stage, processor, progress=progress)
-    report = check_sources(stage.data, check, policy=stage.on_bad_record, rejects=rejects)
+    adjust = contamination_check(stage)
+    report = check_sources(stage.data, check, policy=stage.on_bad_record, rejects=rejects, adjust=adjust)
     report.raise_for_policy()
     for source, found in zip(stage.data, report.sources, strict=True):
         # here too, since it is before the first stage; held-out rows are known when the stage begins
@@ -163,6 +165,7 @@ def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, rejects: Pat
                 "weight": source.weight,
                 "license": source.license,
                 "hub_id": source.hub_id,
+                "contamination": list(found.contamination),
             }
         )
     rows = Rows(places, Lengths(*(np.concatenate(column) for column in zip(*lengths, strict=True))))

@@ -19,6 +19,7 @@ from llava_llama31.processing import pixels_llava_llama31
 from llava_llama31.trainer import redaction
 from llava_llama31.trainer.data import check, sources
 from llava_llama31.trainer.data.sources.images import stat_signature
+from llava_llama31.trainer.data.sources.remote_files import signature
 
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def write_atomically(path: Path, pieces: Iterable[str]) -> None:
 
 
 def content_digests(signatures: Sequence[list], arrays: dict[str, np.ndarray]) -> dict[str, str]:
-    """Digests of a source's data files and of the image files beside them, wherever the folders that hold them lie.
+    """Digests of a source's data files and of the image files beside them, wherever their folders are.
 
     Args:
         signatures: of the data files, by `file_signature`.
@@ -166,8 +167,13 @@ def fingerprint(signatures: Sequence[list], processor: "LlavaLlama31Processor | 
     return digest.hexdigest()
 
 
-def file_signature(path: Path) -> list:
-    """Path, size and a hash of the content; of a large file, of 64 MiB spread over it, and its modification time."""
+def file_signature(path: Path | str) -> list:
+    """Path, size and a hash of the content; of a large file, of 64 MiB spread over it, and its modification time.
+
+    A string is a URL, whose large file counts with what its store calls the version.
+    """
+    if isinstance(path, str):
+        return signature(path, _WHOLE_FILE_BYTES)
     size, modified = stat_signature(os.fspath(path))
     if size <= _WHOLE_FILE_BYTES:
         modified = 0
@@ -186,7 +192,7 @@ def file_signature(path: Path) -> list:
 def processor_signature(processor: "LlavaLlama31Processor") -> str:
     """Hash of the processor's settings, chat template and tokenizer."""
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()
-    # what stands before is the padding and truncation of the last call
+    # what comes before is the padding and truncation of the last call
     tokenizer = tokenizer[tokenizer.index('"added_tokens"') :]
     parts = [processor.to_json_string(), processor.chat_template, tokenizer]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

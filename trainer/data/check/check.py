@@ -6,10 +6,10 @@ The command is `llava-llama31 check-data RECIPE|FILES...`; `train` makes the sam
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 from uuid import uuid4
 
 import numpy as np
@@ -63,6 +63,8 @@ __all__ = [
     "show_report",
 ]
 
+Adjust = Callable[["DataSource", SourceReport], SourceReport]
+
 _NUM_FIRST_IDS = 5
 # rows whose keys are data would name millions
 _NUM_NOT_READ = 1000
@@ -110,7 +112,8 @@ class DataCheck:
 
     def key(self, source: "DataSource", decode: bool, signatures: Sequence[list]) -> str:
         """Key of the finding in the cache; `signatures` are those of the source's files."""
-        place = [source.path, source.image_root, source.format, source.split, source.images_only]
+        place: list = [source.path, source.image_root, source.format, source.split, source.images_only]
+        place += [{name: where.model_dump() for name, where in source.where.items()}]
         settings = asdict(self.limits) | {"newline": self.keep_data_newline, "decode": decode, "source": place}
         return fingerprint(signatures, self.processor, settings)
 
@@ -166,6 +169,7 @@ def check_sources(
     policy: Mapping[str, str] | None = None,
     cache_dir: Path | None = None,
     rejects: Path | None = None,
+    adjust: "Adjust | None" = None,
 ) -> DataReport:
     """Check every record of every source; what the policy says of it is left to the report's `raise_for_policy`.
 
@@ -175,6 +179,7 @@ def check_sources(
             default `default_cache_dir()`.
         rejects: file of all unusable rows; default `rejects.jsonl` in `cache_dir`. Quarantined records go to
             `quarantine.jsonl` beside it.
+        adjust: what else to make of each source's report, given its rejects' file, before the policy is applied.
 
     Raises:
         UserError: a source can't be read, or the policy names an unknown reason or action.
@@ -182,6 +187,8 @@ def check_sources(
     actions = check_policy(_DEFAULT_POLICY if policy is None else policy)
     cache = CheckCache(cache_dir or default_cache_dir())
     reports = tuple(check.source(source, cache) for source in sources)
+    if adjust is not None:
+        reports = tuple(adjust(source, report) for source, report in zip(sources, reports, strict=True))
     rejects = rejects or cache.folder / "rejects.jsonl"
     write_atomically(rejects, _rejected(reports, actions))
     if not any(action_for(actions, reason) == "quarantine" for report in reports for reason in report.dropped):
@@ -199,14 +206,14 @@ def cached_reports(sources: Sequence["DataSource"], check: DataCheck) -> list[So
     return [_report(source, *entry) for source, entry in entries if entry] if all(e for _, e in entries) else None
 
 
-def show_report(report: DataReport, *, json_output: bool) -> None:
-    """Print the report as tables or as one JSON object, then raise what the policy says.
+def show_report(report: DataReport, *, json_output: bool, more: Mapping[str, Any] | None = None) -> None:
+    """Print the report as tables or as one JSON object, with `more` keys, then raise what the policy says.
 
     Raises:
         UserError: records can't be used, and the policy for their reason is `error`.
     """
     if json_output:
-        sys.stdout.write(json.dumps(report.to_dict()) + "\n")
+        sys.stdout.write(json.dumps(report.to_dict() | dict(more or {})) + "\n")
     else:
         print_report(report)
     report.raise_for_policy()

@@ -38,9 +38,10 @@ class SourceReport:
             num_supervised_tokens, num_tiles, num_prefix_tokens (to the end of the last image, if that is in the
             first turn); empty where no processor was given.
         prefixes: uint64 (N,), equal where rows begin with the same turns and images; 0 without an image.
-        content: digests of the data files and of the image files, wherever they lie.
+        content: digests of the data files and of the image files, wherever they are.
         rejects: JSON lines with row, id, image, reason and detail of every unusable row.
         cached: whether an earlier check of the same data was found again.
+        contamination: rows that hold something of an evaluation, by kind, one entry per evaluation.
     """
 
     name: str
@@ -56,6 +57,7 @@ class SourceReport:
     content: dict[str, str]
     rejects: Path
     cached: bool = False
+    contamination: tuple[dict, ...] = ()
 
     def statistics(self) -> dict[str, dict[str, int]]:
         """p5, p50, p95, max and total of every count over the usable rows."""
@@ -187,7 +189,9 @@ def check_policy(policy: Mapping[str, str]) -> dict[str, Action]:
 
 
 def action_for(policy: Mapping[str, Action], reason: str) -> Action:
-    """What a policy says of a reason: its own entry, else `default`, else error."""
+    """What a policy says of a reason: its own entry, else `default`, else error; what `where` filters is skipped."""
+    if reason == "filtered":
+        return "skip"
     return policy.get(reason, policy.get("default", "error"))
 
 
@@ -199,7 +203,7 @@ def select_rows(
 ) -> np.ndarray:
     """Positions in the report's arrays of the rows to train on: int64, ascending.
 
-    The sample depends on the row numbers and the seed alone, and a smaller one lies within a larger one.
+    The sample depends on the row numbers and the seed alone, and a smaller one is part of a larger one.
 
     Args:
         report: of the source to sample from.

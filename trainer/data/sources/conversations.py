@@ -5,12 +5,16 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from llava_llama31.trainer.data.sources import fields
 from llava_llama31.trainer.data.sources.images import ImageRef, image_at, image_column, is_absent
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.recipes.data_formats import DataFormat
+
+
+if TYPE_CHECKING:
+    from llava_llama31.trainer.recipes.schema import Where
 
 
 IMAGE_MARKER = "<image>"
@@ -110,12 +114,15 @@ class Converter:
     """Turns a row into a Record."""
 
     format: DataFormat
-    root: Path
+    root: Path | str
     max_pixels: int
     keep_data_newline: bool
     images_only: bool
+    where: Mapping[str, "Where"] = field(default_factory=dict)
 
     def __call__(self, raw: dict, record_id: str) -> Record:
+        if self.where:
+            raw = fields.filtered(raw, self.where)
         others = fields.other_fields(raw)
         turns = _TURNS[self.format](raw)
         for turn in turns:
@@ -270,7 +277,7 @@ def _not_read_of_image(given: object) -> Iterator[str]:
 
 
 def _in_place(sources: list[object], column: list[object]) -> list[object]:
-    """What each place for an image shows: an image of its own, the column's next one, or that of a number.
+    """What each place for an image shows: its own image, the column's next one, or that of a number.
 
     Raises:
         RecordError: image_count_mismatch, when the column's images and their places don't agree.

@@ -2,9 +2,14 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from llava_llama31.trainer.data.sources.images import holds_base64_image, is_absent, is_encoded_image
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
+
+
+if TYPE_CHECKING:
+    from llava_llama31.trainer.recipes.schema import Where
 
 
 IMAGE_FIELDS = ("image", "images")
@@ -61,6 +66,44 @@ def other_fields(raw: Mapping[str, object]) -> dict[str, object]:
     return others
 
 
+def filtered(raw: Mapping[str, object], where: Mapping[str, "Where"]) -> dict:
+    """The record without the columns of a source's `where`, and without the turns that a list column leaves out.
+
+    A list column has one number per entry of `texts`, as FineVision's ratings of each turn.
+
+    Raises:
+        RecordError: filtered, the record is not to be taken; malformed_record, a list fits no turns.
+    """
+    kept = {key: value for key, value in raw.items() if key not in where}
+    turns = raw.get("texts")
+    taken = [True] * len(turns) if isinstance(turns, list) else []
+    for name, condition in where.items():
+        value = raw.get(name)
+        if not isinstance(value, list):
+            if not _meets(value, condition):
+                raise RecordError("filtered", f"`{name}` is {ascii(value)[:80]}")
+            continue
+        if len(value) != len(taken):
+            what = f"`{name}` has {len(value)} entries for {len(taken)} entries of `texts`"
+            raise RecordError("malformed_record", what)
+        taken = [kept_so_far and _meets(one, condition) for kept_so_far, one in zip(taken, value, strict=True)]
+    if isinstance(turns, list) and not all(taken):
+        kept["texts"] = [turn for turn, is_taken in zip(turns, taken, strict=True) if is_taken]
+        if not kept["texts"]:
+            raise RecordError("filtered", f"no turn has {', '.join(f'`{name}`' for name in where)} as asked for")
+    return kept
+
+
+def _meets(value: object, where: "Where") -> bool:
+    if where.one_of is not None and value not in where.one_of:
+        return False
+    if where.min is None and where.max is None:
+        return True
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return (where.min is None or value >= where.min) and (where.max is None or value <= where.max)
+
+
 def image_fields(others: Mapping[str, object]) -> tuple[list[object], list[str]]:
     """The images that other tools' fields give to a record without any of its own, and the names of these fields.
 
@@ -89,7 +132,7 @@ def refuse_boxes(others: Mapping[str, object], texts: Iterator[str]) -> None:
     if boxes:
         markers = next((marker for text in texts for marker in _BOX_MARKERS if marker in text), None)
         if markers is not None:
-            raise RecordError("grounding", f"{markers} in the text stands for values of `{boxes[0]}`")
+            raise RecordError("grounding", f"{markers} in the text refers to values of `{boxes[0]}`")
 
 
 def not_read(fields: Mapping[str, object]) -> Iterator[str]:
@@ -149,7 +192,7 @@ def image_part_fields(fields: Mapping[str, object], *, has_image: bool) -> Itera
 
     Args:
         fields: of the part, beside those that gave its image.
-        has_image: the part gave an image of its own.
+        has_image: the part has its own image.
 
     Raises:
         RecordError: malformed_record, image_not_read, video_or_audio.
@@ -157,7 +200,7 @@ def image_part_fields(fields: Mapping[str, object], *, has_image: bool) -> Itera
     _refuse_video_and_audio(fields)
     text = fields.get("text")
     if isinstance(text, str) and text.strip():
-        raise RecordError("malformed_record", "an image part has text of its own: make it a text part")
+        raise RecordError("malformed_record", "an image part also has text: make it a text part")
     for key, value in fields.items():
         if not has_image and _gives_part_image(key, value):
             raise RecordError("image_not_read", f"an image part's `{key[:80]}` gives an image: name it `image`")

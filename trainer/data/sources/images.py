@@ -9,7 +9,7 @@ from base64 import b64decode
 from binascii import Error as Base64Error
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -18,6 +18,8 @@ from PIL import Image, UnidentifiedImageError
 
 from llava_llama31.processing.pixels_llava_llama31 import SIDEWAYS, orientation_of, upright_rgb
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
+from llava_llama31.trainer.data.sources.remote_files import Missing, is_remote, join, whole
+from llava_llama31.trainer.redaction import redacted
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -39,7 +41,7 @@ _IMAGE_HEAD = re.compile(
     re.DOTALL,
 )
 _VIDEO_HEAD = re.compile(rb"....ftyp|RIFF....AVI |\x1aE\xdf\xa3", re.DOTALL)
-# two letters or more before the colon: `C:/` is no scheme
+# two letters or more before the colon: `C:/` is not a scheme
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _DATA_URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -90,6 +92,20 @@ class ImageRef:
         with self._file() as file, self._header(file, check_scans=True) as image:
             return upright_rgb(image)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is in a store rather than on this machine."""
+        return is_remote(self.path)
+
+    def encoded(self) -> bytes:
+        """The image as it is stored, no longer than MAX_FILE_BYTES."""
+        with self._file() as file:
+            return file.read()
+
+    def fetched(self) -> "ImageRef":
+        """The image with its bytes, where it is in a store."""
+        return replace(self, path=None, root=None, data=self.encoded()) if self.is_remote else self
+
     def sha256(self) -> str:
         """Hash of the encoded image."""
         with self._file() as file:
@@ -138,7 +154,7 @@ class ImageRef:
     @contextmanager
     def _file(self) -> Iterator[BinaryIO]:
         """The encoded image, no longer than MAX_FILE_BYTES."""
-        with BytesIO(self.data) if self.data is not None else self._regular_file() as file:
+        with BytesIO(self.data) if self.data is not None else self._stored_file() as file:
             num_bytes = file.seek(0, os.SEEK_END)
             if num_bytes > MAX_FILE_BYTES:
                 what = f"{num_bytes} bytes encoded, more than {MAX_FILE_BYTES}"
@@ -146,8 +162,16 @@ class ImageRef:
             file.seek(0)
             yield file
 
+    def _stored_file(self) -> BinaryIO:
+        if not self.is_remote:
+            return self._regular_file()
+        try:
+            return BytesIO(whole(str(self.path), MAX_FILE_BYTES))
+        except Missing:
+            raise RecordError("missing_image", f"no file {redacted(str(self.path))}", self.name) from None
+
     def _regular_file(self) -> BinaryIO:
-        """The file, opened, which lies under the root and is no device."""
+        """The opened file, which is under the root and not a device."""
         assert self.path is not None and self.root is not None
         try:
             real = os.path.realpath(self.path, strict=True)
@@ -182,8 +206,8 @@ class ImageRef:
         return RecordError("unsupported_image_format", f"starts with {start!r}, not {', '.join(FORMATS)}", self.name)
 
 
-def image_at(name: str, root: Path, max_pixels: int = MAX_PIXELS) -> ImageRef:
-    """The image that the data calls `name`, under the real path `root`.
+def image_at(name: str, root: Path | str, max_pixels: int = MAX_PIXELS) -> ImageRef:
+    """The image that the data calls `name`, under the real path or the URL `root`.
 
     An absolute path and `..` are allowed as long as they stay under the root; nothing on disk is opened.
 
@@ -198,7 +222,12 @@ def image_at(name: str, root: Path, max_pixels: int = MAX_PIXELS) -> ImageRef:
     if _URL.match(name):
         raise RecordError("image_url", "URLs are not fetched: download the image and name its path", name)
     if not name.strip() or "\0" in name or _SURROGATE.search(name):
-        raise RecordError("invalid_image_path", f"{ascii(name)} is no path", name)
+        raise RecordError("invalid_image_path", f"{ascii(name)} is not a path", name)
+    if isinstance(root, str) and is_remote(root):
+        url = join(root, name)
+        if url is None:
+            raise RecordError("image_outside_root", f"{ascii(name)} is not under {redacted(root)}", name)
+        return ImageRef(name, path=url, root=root, max_pixels=max_pixels)
     base = os.fspath(root)
     path = os.path.normpath(os.path.join(base, name))
     if not _is_under(path, base):
@@ -243,7 +272,7 @@ def holds_base64_image(text: str) -> bool:
     if match is None:
         return False
     start = b64decode(match.group(), altchars=b"-_" if {"-", "_"} & set(match.group()) else None)
-    # two letters are no proof of a BMP; its header holds four zeros
+    # two letters do not prove a BMP; its header holds four zeros
     return is_encoded_image(start) and (start[:2] != b"BM" or start[6:10] == bytes(4))
 
 
@@ -295,7 +324,7 @@ def _kind(mode: int) -> str:
 
 
 def _late_png_metadata(file: BinaryIO) -> BytesIO | None:
-    """A PNG of the header alone, with what stands behind the pixels moved before them; None if nothing does."""
+    """A PNG of the header alone, with what follows the pixels moved before them; None if nothing does."""
     kept: list[tuple[int, int]] = []
     behind_pixels = late = False
     at = len(_PNG_SIGNATURE)

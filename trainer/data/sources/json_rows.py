@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
+from llava_llama31.trainer.data.sources.remote_files import open_remote
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.strict_json import unique_keys
 
@@ -37,6 +38,9 @@ class JsonRows:
     Opening it reads the file once and keeps 12 bytes a row; `rows[i]` reads and parses that row alone. A pickled copy
     opens the file again.
 
+    Args:
+        path: of this machine; a string is a URL.
+
     Raises:
         UserError: when the file as a whole can't be read (truncated array, not JSON, not UTF-8), with the byte offset.
         RecordError: from `rows[i]`, malformed_json, when that row alone is bad.
@@ -44,11 +48,13 @@ class JsonRows:
 
     _file_descriptor = -1
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | str):
         self.path = path
+        self._remote = open_remote(path) if isinstance(path, str) else None
         self._starts = array("Q")
         self._sizes = array("I")
-        self._file_descriptor = os.open(path, os.O_RDONLY)
+        if self._remote is None:
+            self._file_descriptor = os.open(path, os.O_RDONLY)
         head = self.read(0, _HEAD_BYTES)
         if fault := encoding_fault(head):
             raise UserError(fault[0], where=str(path), fix=fault[1])
@@ -60,7 +66,7 @@ class JsonRows:
             self._starts.append(begin)
             # a longer row is refused by its size alone
             self._sizes.append(min(end - begin, MAX_ROW_BYTES + 1))
-        if byte != b"[" and path.suffix.lower() == ".json":
+        if byte != b"[" and str(path).lower().endswith(".json"):
             self._check_lines()
 
     def __len__(self) -> int:
@@ -70,7 +76,7 @@ class JsonRows:
         return parse_row(self.text(row), f"in the row at byte {self._starts[row]}")
 
     def text(self, row: int) -> str:
-        """The row as it stands in the file; bytes that are not UTF-8 become lone surrogates.
+        """The row as it is in the file; bytes that are not UTF-8 become lone surrogates.
 
         Raises:
             RecordError: malformed_json, when the row is longer than MAX_ROW_BYTES.
@@ -82,6 +88,8 @@ class JsonRows:
 
     def read(self, start: int, size: int) -> bytes:
         """Up to `size` bytes of the file from byte `start` on."""
+        if self._remote is not None:
+            return self._remote.read(start, size)
         # pread, not mmap: the pages of a mapped file would count as this process's memory
         return os.pread(self._file_descriptor, size, start)
 
@@ -97,7 +105,8 @@ class JsonRows:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._file_descriptor = os.open(self.path, os.O_RDONLY)
+        if self._remote is None:
+            self._file_descriptor = os.open(self.path, os.O_RDONLY)
 
     def __del__(self) -> None:
         if self._file_descriptor >= 0:

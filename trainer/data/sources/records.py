@@ -6,8 +6,8 @@ Hugging Face datasets stay memory-mapped with their images encoded.
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
 from llava_llama31.trainer.data.sources.conversations import Converter, Record, kind_of
@@ -16,10 +16,13 @@ from llava_llama31.trainer.data.sources.dataset_rows import DatasetRows
 from llava_llama31.trainer.data.sources.images import MAX_PIXELS
 from llava_llama31.trainer.data.sources.json_rows import JsonRows
 from llava_llama31.trainer.data.sources.reject_reasons import REASONS, RecordError
+from llava_llama31.trainer.data.sources.remote_files import Missing, is_remote, join
+from llava_llama31.trainer.data.sources.sharded_rows import INDEX, ShardedRows
 from llava_llama31.trainer.data.sources.tar_rows import TarRows
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.data_formats import DataFormat
-from llava_llama31.trainer.redaction import printable
+from llava_llama31.trainer.recipes.file_names import ends_like_a_file
+from llava_llama31.trainer.redaction import printable, redacted
 
 
 if TYPE_CHECKING:
@@ -58,10 +61,24 @@ class RecordStore:
         return len(self._rows)
 
     def __getitem__(self, row: int) -> Record:
+        raw = self.raw(row)
+        return self._convert(raw, self._id(raw, row))
+
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Bring rows of a store into the cache, several at once; nothing where they are on this machine."""
+        if isinstance(self._rows, ShardedRows):
+            self._rows.prefetch(list(rows))
+
+    def raw(self, row: int) -> dict:
+        """The row as the source has it.
+
+        Raises:
+            RecordError: it is no object.
+        """
         raw = self._rows[row]
         if not isinstance(raw, dict):
             raise RecordError("malformed_record", f"the row is {kind_of(raw)}, not an object")
-        return self._convert(raw, self._id(raw, row))
+        return raw
 
     def __iter__(self) -> Iterator[Record]:
         return (self[row] for row in range(len(self)))
@@ -93,7 +110,7 @@ def open_records(
     """The records of a source: JSON array or lines, WebDataset shards, parquet, `save_to_disk`, or a Hub data set.
 
     Args:
-        source: where the data lies and what shape it has; `image_root` defaults to the data's own folder. A Hub data
+        source: where the data is and what shape it has; `image_root` defaults to the data's own folder. A Hub data
             set is `OWNER/NAME` or `OWNER/NAME:CONFIG`.
         keep_data_newline: keep the newline that follows an image marker, so that the chat template's own makes two.
         max_pixels: passed on to every image.
@@ -101,7 +118,6 @@ def open_records(
     Raises:
         UserError: when there is no such data, or its first rows have none of the known shapes.
     """
-    path = Path(source.path)
     rows = _open_rows(source)
     if not len(rows):
         raise UserError("there are no records", where=source.path)
@@ -109,17 +125,35 @@ def open_records(
     if data_format == "auto":
         data_format = _detect_format(rows, source.path)
         logger.info("%s: %d rows, format %s (detected)", source.path, len(rows), data_format)
-    folder = path if path.is_dir() else path.parent
-    root = Path(source.image_root) if source.image_root else folder
+    root, stem = _image_root(source), PurePosixPath(source.path).stem
+    convert = Converter(data_format, root, max_pixels, keep_data_newline, source.images_only, source.where)
+    return RecordStore(rows, data_format, stem, convert)
+
+
+def _image_root(source: "DataSource") -> Path | str:
+    """The real path, or the URL, that image paths are relative to."""
+    if source.image_root and is_remote(source.image_root):
+        return source.image_root
+    if is_remote(source.path) and not source.image_root:
+        return source.path if not ends_like_a_file(source.path) else source.path.rpartition("/")[0]
+    path = Path(source.path)
+    root = Path(source.image_root) if source.image_root else path if path.is_dir() else path.parent
     if source.image_root and not root.is_dir():
         raise UserError(f"image_root {root} is not a folder", where=source.path, fix="name the folder of the images")
-    convert = Converter(data_format, Path(os.path.realpath(root)), max_pixels, keep_data_newline, source.images_only)
-    return RecordStore(rows, data_format, path.stem, convert)
+    return Path(os.path.realpath(root))
 
 
-def data_files(source: "DataSource") -> list[Path]:
-    """The files on this machine that hold a source's rows."""
+def data_files(source: "DataSource") -> list[Path | str]:
+    """The files that hold a source's rows, URLs as strings; of shards with an index that, which has their sums."""
+    if is_remote(source.path):
+        return [source.path if ends_like_a_file(source.path) else str(join(source.path, INDEX))]
     path = Path(source.path)
+    if (path / INDEX).is_file():
+        return [path / INDEX]
+    return list(_local_files(source, path))
+
+
+def _local_files(source: "DataSource", path: Path) -> Iterable[Path]:
     if path.is_file():
         return [path]
     found = data_files_at(path)
@@ -134,7 +168,11 @@ def data_files(source: "DataSource") -> list[Path]:
 
 
 def _open_rows(source: "DataSource") -> _Rows:
+    if is_remote(source.path):
+        return _open_remote_rows(source.path)
     path = Path(source.path)
+    if (path / INDEX).is_file():
+        return ShardedRows(source.path)
     found = data_files_at(path)
     if found is not None and found.beside and found.kind != "arrow":
         names = ", ".join(map(ascii, found.beside[:3]))
@@ -149,8 +187,25 @@ def _open_rows(source: "DataSource") -> _Rows:
     return DatasetRows(source.path, source.split)
 
 
+def _open_remote_rows(url: str) -> _Rows:
+    """The rows of JSON, or of a folder of shards with an index, in a store.
+
+    Raises:
+        UserError: there is no such file, or it is of another kind.
+    """
+    if not ends_like_a_file(url):
+        return ShardedRows(url)
+    if PurePosixPath(url).suffix.lower() in (".json", ".jsonl", ".ndjson"):
+        try:
+            return JsonRows(url)
+        except Missing:
+            raise UserError("there is no such file", where=redacted(url), fix="correct `path`") from None
+    what = "a store is read as JSON, or as a folder of shards with an index"
+    raise UserError(what, where=redacted(url), fix="write it as such with `llava-llama31 shards`")
+
+
 def _beginning(rows: _Rows, row: int) -> str:
-    """How a row begins, for the person who looks for its fault; empty where that can't be told."""
+    """How a row begins, for the person who looks for its fault; empty where that is unknown."""
     try:
         return f", which begins {ascii(rows.text(row)[:40])}"
     except RecordError:

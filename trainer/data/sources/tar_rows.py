@@ -1,8 +1,8 @@
-"""Samples of WebDataset shards, found once by byte offset and read one at a time, where the shards lie.
+"""Samples of WebDataset shards, found once by byte offset and read one at a time, in place.
 
 A sample is a run of files in a .tar whose names are the same up to the first dot of the last part: `000123.json`, a
-record, and `000123.jpg`, `000123.1.jpg`, ..., its images. Which of them are images is told by their content, and by a
-name that is an image's. Nothing is ever unpacked to disk.
+record, and `000123.jpg`, `000123.1.jpg`, ..., its images. A file is an image by its content, or, if damaged, by its
+suffix. Nothing is ever unpacked to disk.
 
 Source: the WebDataset convention (Aizman et al., 2019, github.com/webdataset/webdataset).
 """
@@ -25,7 +25,7 @@ from llava_llama31.trainer.errors import UserError
 MAX_HEADER_BYTES = 2**20
 
 _HEAD_BYTES = 16
-# the content tells of other names; a name tells where the content is damaged
+# content decides for other names; the name decides where the content is damaged
 _MEDIA = {
     "image": ".avif .bmp .gif .heic .heif .ico .jfif .jp2 .jpe .jpeg .jpg .jxl .pjpeg .png .psd .svg .tif .tiff .webp",
     "video": ".avi .m4v .mkv .mov .mp4 .mpeg .mpg .webm",
@@ -36,7 +36,7 @@ _BLOCK_BYTES = 512
 _CHUNK_BYTES = 2**20
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
     """A file of a sample: its name in the shard, and where its bytes lie."""
 
     name: str
@@ -90,15 +90,14 @@ class TarRows:
         if (num_bytes := sum(image.size for image in images)) > MAX_FILE_BYTES:
             what = f"{num_bytes} bytes of images in {self._where(row)}, more than {MAX_FILE_BYTES}"
             raise RecordError("oversized_image", what)
-        shard = self._shard(row)
         rest = {name: value for name, value in record.items() if name not in ("image", "images")}
         if images:
             column = "images" if "images" in record else "image"
-            rest[column] = [{"bytes": _read(shard, image), "path": image.name} for image in images]
+            rest[column] = [{"bytes": self._bytes(row, image), "path": image.name} for image in images]
         return {"id": _key(self._members(row)[0].name)} | rest
 
     def text(self, row: int) -> str:
-        """The sample's record as it stands in the shard; bytes that are not UTF-8 become lone surrogates.
+        """The sample's record as it is in the shard; bytes that are not UTF-8 become lone surrogates.
 
         Raises:
             RecordError: there is none, or it is longer than MAX_ROW_BYTES.
@@ -112,9 +111,9 @@ class TarRows:
         if found[0].size > MAX_ROW_BYTES:
             what = f"the .json in {self._where(row)} is longer than {MAX_ROW_BYTES} bytes"
             raise RecordError("malformed_json", what)
-        return _read(self._shard(row), found[0]).decode("utf-8", "surrogateescape")
+        return self._bytes(row, found[0]).decode("utf-8", "surrogateescape")
 
-    def _images(self, row: int, record: dict) -> list[_Member]:
+    def _images(self, row: int, record: dict) -> list[Member]:
         """The files that are images by content or by name, or that the record calls so."""
         named = {Path(name).name for name in image_column(record) if isinstance(name, str)}
         images = []
@@ -123,7 +122,7 @@ class TarRows:
                 continue
             path = Path(member.name)
             medium = _MEDIUM_OF_SUFFIX.get(path.suffix.lower())
-            medium = medium or medium_of(_read(self._shard(row), member, _HEAD_BYTES))
+            medium = medium or medium_of(self._bytes(row, member, _HEAD_BYTES))
             if medium == "image" or path.name in named:
                 images.append(member)
             elif medium is not None:
@@ -131,7 +130,7 @@ class TarRows:
                 raise RecordError("malformed_record", what)
         return images
 
-    def _in_order(self, row: int, record: dict, images: list[_Member]) -> list[_Member]:
+    def _in_order(self, row: int, record: dict, images: list[Member]) -> list[Member]:
         """The images in the order in which the record names them; a single one may have any name."""
         by_name = {Path(image.name).name: image for image in images}
         if len(by_name) < len(images):
@@ -146,15 +145,19 @@ class TarRows:
                 raise RecordError("missing_image", f"no file {ascii(name)[:80]} in {self._where(row)}")
         return [by_name[Path(str(name)).name] for name in names]
 
+    def _bytes(self, row: int, member: Member, most: int | None = None) -> bytes:
+        """The bytes of a file of a sample, or the first of them."""
+        return _read(self._shard(row), member, most)
+
     def _shard(self, row: int) -> Path:
         return self.shards[bisect_right(self._first_rows, row) - 1]
 
-    def _members(self, row: int) -> list[_Member]:
+    def _members(self, row: int) -> list[Member]:
         begin = self._member_ends[row - 1] if row else 0
         members = []
         for number in range(begin, self._member_ends[row]):
             name = self._names[self._name_ends[number - 1] if number else 0 : self._name_ends[number]]
-            members.append(_Member(name.decode("utf-8", "surrogateescape"), self._starts[number], self._sizes[number]))
+            members.append(Member(name.decode("utf-8", "surrogateescape"), self._starts[number], self._sizes[number]))
         return members
 
     def _where(self, row: int) -> str:
@@ -167,7 +170,7 @@ def _key(name: str) -> str:
     return folder + slash + last.partition(".")[0]
 
 
-def _by_number(images: list[_Member]) -> list[_Member]:
+def _by_number(images: list[Member]) -> list[Member]:
     """The images as they stand; by their numbers where they stand in the order of names, in which 10 is before 2."""
     names = [image.name for image in images]
     numbers = [name[len(_key(name)) :].split(".")[1] for name in names]
@@ -176,7 +179,7 @@ def _by_number(images: list[_Member]) -> list[_Member]:
     return sorted(images, key=lambda image: int(image.name[len(_key(image.name)) :].split(".")[1]))
 
 
-def _read(shard: Path, member: _Member, most: int | None = None) -> bytes:
+def _read(shard: Path, member: Member, most: int | None = None) -> bytes:
     """The bytes of a file of a shard, or the first of them."""
     size = member.size if most is None else min(most, member.size)
     try:
@@ -199,22 +202,22 @@ class _Headers(io.FileIO):
         return super().read(size) or b""
 
 
-def _members(shard: Path) -> Iterator[_Member]:
+def _members(shard: Path) -> Iterator[Member]:
     """The plain files of a shard, from its headers alone."""
     try:
         with _Headers(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             position = -1
             while (found := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep every header
-                if found.offset <= position or found.size < 0:  # would go round for ever
+                if found.offset <= position or found.size < 0:  # would loop forever
                     raise tarfile.ReadError(f"a size of {found.size} bytes at byte {found.offset}")
                 position = found.offset
                 if found.isdir():
                     continue
                 if not found.isreg() or found.issparse():
-                    what = f"{ascii(found.name[:80])} at byte {found.offset} is no plain file"
+                    what = f"{ascii(found.name[:80])} at byte {found.offset} is not a regular file"
                     raise UserError(what, where=str(shard), fix="pack files, and no links, devices or sparse files")
-                yield _Member(found.name, found.offset_data, found.size)
+                yield Member(found.name, found.offset_data, found.size)
             _check_end(shard, tar.offset)
     except UserError:  # a ValueError too
         raise

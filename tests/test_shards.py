@@ -1,0 +1,363 @@
+"""Shards with an index and object storage: rows, order and batches of the source on disk, under faults too."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from file_server import serving
+from PIL import Image
+
+from llava_llama31.trainer.checkpoint.atomic_folders import remove
+from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.data.batches.dataset import StageDataset
+from llava_llama31.trainer.data.check.check import DataCheck, check_sources
+from llava_llama31.trainer.data.sources import remote_files
+from llava_llama31.trainer.data.sources.records import open_records
+from llava_llama31.trainer.data.sources.reject_reasons import RecordError
+from llava_llama31.trainer.data.sources.tar_rows import TarRows
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.recipes.schema import DataSource
+
+
+NUM_ROWS = 23
+
+
+def record(i: int, num_images: int) -> dict:
+    text = "<image>\n" * num_images + f"what is in {i}?"
+    images = [f"{i}-{n}.png" for n in range(num_images)]
+    row = {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": f"number {i}"}], "note": i}
+    if i % 5:
+        row["id"] = f"r{i}"
+    return row | ({"image": images[0]} if num_images == 1 else {"image": images} if images else {})
+
+
+@pytest.fixture(scope="module")
+def rows_folder(tmp_path_factory) -> Path:
+    """JSON rows with none, one or two images."""
+    folder = tmp_path_factory.mktemp("rows")
+    rows = [record(i, i % 3) for i in range(NUM_ROWS)]
+    for i in range(NUM_ROWS):
+        for n in range(i % 3):
+            pixels = np.random.default_rng([i, n]).integers(0, 256, (20 + i, 30 + n, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}-{n}.png")
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(rows_folder, tmp_path_factory) -> Path:
+    to = tmp_path_factory.mktemp("sharded")
+    assert main(["shards", str(rows_folder / "rows.json"), "--to", str(to), "--shards", "4", "--json"]) == 0
+    return to / "rows"
+
+
+@pytest.fixture(scope="module")
+def server(sharded, rows_folder):
+    with serving() as files:
+        for path in sharded.iterdir():
+            files.contents[f"/bucket/rows/{path.name}"] = path.read_bytes()
+        for path in rows_folder.iterdir():
+            files.contents[f"/bucket/plain/{path.name}"] = path.read_bytes()
+        yield files
+
+
+@pytest.fixture
+def store_server(server, monkeypatch, tmp_path):
+    """The server without faults, and a cache of the test's own."""
+    server.faults.clear()
+    server.calls.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote_files, "FIRST_WAIT_S", 0.0)
+    remote_files._opened.cache_clear()
+    yield server
+    remote_files._opened.cache_clear()
+
+
+def source(path: object, **more) -> DataSource:
+    return DataSource(name="rows", path=str(path), **more)
+
+
+def content(given: DataSource) -> list[tuple]:
+    """Everything that training takes of each row."""
+    return [
+        (one.id, one.messages, one.not_read, [image.encoded() for image in one.images]) for one in open_records(given)
+    ]
+
+
+def test_shards_are_balanced_and_hold_the_rows_in_their_order(rows_folder, sharded):
+    index = json.loads((sharded / "index.json").read_text())
+    assert [shard["rows"] for shard in index["shards"]] == [5, 6, 6, 6] and index["rows"] == NUM_ROWS
+    assert content(source(sharded)) == content(source(rows_folder / "rows.json"))
+    # any reader of WebDataset sees the same, as does ours without the index
+    plain = TarRows(sorted(sharded.glob("*.tar")))
+    assert [plain[i] for i in range(NUM_ROWS)] == [open_records(source(sharded)).raw(i) for i in range(NUM_ROWS)]
+    with tarfile.open(sharded / "shard-00001-of-00004.tar") as tar:
+        assert tar.getnames()[:2] == ["000000005.json", "000000005.0.png"]
+    copy = pickle.loads(pickle.dumps(open_records(source(sharded))))  # as a worker gets it
+    assert copy[7].messages == open_records(source(sharded))[7].messages
+
+
+def test_parquet_and_parts_become_shards_too(rows_folder, tmp_path):
+    images = [(rows_folder / f"{i}-0.png").read_bytes() for i in (1, 2)]
+    rows = [
+        {"images": [{"bytes": images[0], "path": None}], "texts": [{"user": "a?", "assistant": "b"}], "score": 3},
+        {"images": [{"bytes": data, "path": None} for data in images], "texts": [{"user": "c?", "assistant": "d"}] * 2}
+        | {"score": 1},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "fine.parquet")
+    talk = [{"type": "image", "image": str(rows_folder / "1-0.png")}, {"type": "text", "text": "what <image>?"}]
+    turns = [{"role": "user", "content": talk[:1] + [{"type": "text", "text": "what?"}]}]
+    (tmp_path / "parts.jsonl").write_text(json.dumps({"messages": [*turns, {"role": "assistant", "content": "it"}]}))
+    command = ["shards", str(tmp_path / "fine.parquet"), str(tmp_path / "parts.jsonl"), "--to", str(tmp_path / "out")]
+    assert main([*command, "--image-root", "/"]) == 0
+    for name, file in (("fine", "fine.parquet"), ("parts", "parts.jsonl")):
+        before, after = content(source(tmp_path / file, image_root="/")), content(source(tmp_path / "out" / name))
+        assert [row[1:2] + row[3:] for row in before] == [row[1:2] + row[3:] for row in after]
+    filtered = open_records(source(tmp_path / "out" / "fine", where={"score": {"min": 2}}))
+    assert filtered[0].messages and pytest.raises(RecordError, filtered.__getitem__, 1)
+
+
+def test_bad_rows_stop_the_writing_or_are_listed_and_an_index_is_not_overwritten(rows_folder, tmp_path, capsys):
+    rows = [record(0, 0), record(1, 1) | {"image": "gone.png"}, {"id": "x"}, record(2, 0)]
+    (tmp_path / "bad.json").write_text(json.dumps(rows))
+    command = ["shards", str(tmp_path / "bad.json"), "--to", str(tmp_path / "out"), "--shards", "2"]
+    assert main(command) == 2 and "row 1 (r1) can't be written: missing_image" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "bad" / "index.json").exists()
+    assert main([*command, "--on-bad", "skip"]) == 0
+    listed = [json.loads(line) for line in (tmp_path / "out" / "bad" / "rejects.jsonl").read_text().splitlines()]
+    assert [(one["row"], one["reason"]) for one in listed] == [(1, "missing_image"), (2, "malformed_record")]
+    assert [one[1][1]["content"][0]["text"] for one in content(source(tmp_path / "out" / "bad"))] == [
+        "number 0",
+        "number 2",
+    ]
+    assert main(command) == 2 and "there is an index of shards already" in capsys.readouterr().err
+
+
+def test_damage_is_found_when_it_is_read_or_before(sharded, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(sharded, own)
+    shard = own / "shard-00002-of-00004.tar"
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 1  # in the first record
+    shard.write_bytes(data)
+    store = open_records(source(own))
+    assert store[0].messages
+    with pytest.raises(RecordError, match="corrupt_image: 000000011.json of shard-00002-of-00004.tar is not what was"):
+        store[11]
+    shard.write_bytes(data[:-512])
+    with pytest.raises(UserError, match="bytes long"):
+        open_records(source(own))
+    shard.unlink()
+    with pytest.raises(UserError, match="is missing"):
+        open_records(source(own))
+
+
+FAULTS = {
+    "none": [],
+    "429 and 503": [429, 503, 500],
+    "cut": ["cut:100", "cut:10"],
+    "short": ["short:20", "short:1"],
+    "no ranges": ["no-range"] * 10,
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_store_gives_the_rows_of_the_disk_under_faults(store_server, rows_folder, name):
+    store_server.faults = list(FAULTS[name])
+    expected = content(source(rows_folder / "rows.json"))
+    assert content(source(f"{store_server.url}/bucket/rows")) == expected
+    if name == "none":  # index, its two arrays, and one range a row; the probe for the format reads the first again
+        gets = [call for call in store_server.calls if call[0] == "GET"]
+        assert len(gets) == 3 + NUM_ROWS
+        num_calls = len(gets)
+        assert content(source(f"{store_server.url}/bucket/rows")) == expected  # from the cache
+        assert len([call for call in store_server.calls if call[0] == "GET"]) == num_calls
+
+
+@pytest.mark.parametrize("name", ["none", "cut", "429 and 503"])
+def test_json_and_an_image_root_in_a_store(store_server, rows_folder, name):
+    store_server.faults = list(FAULTS[name])
+    url = f"{store_server.url}/bucket/plain"
+    expected = content(source(rows_folder / "rows.json"))
+    assert content(source(f"{url}/rows.json")) == expected
+    assert content(source(rows_folder / "rows.json", image_root=url)) == expected
+
+
+def test_what_a_store_lacks_or_refuses_is_said(store_server, tmp_path):
+    url = store_server.url
+    with pytest.raises(UserError, match=r"there is no index.json .*write the shards again"):
+        open_records(source(f"{url}/bucket/plain"))
+    with pytest.raises(UserError, match="there is no such file"):
+        open_records(source(f"{url}/bucket/none.json"))
+    with pytest.raises(UserError, match="llava-llama31 shards"):
+        open_records(source(f"{url}/bucket/some.parquet"))
+    store_server.faults = [403]
+    with pytest.raises(UserError, match="the server answers 403 .*in the environment"):
+        open_records(source(f"{url}/bucket/rows"))
+    store_server.faults = [503] * 50
+    with pytest.raises(UserError, match="after 6 attempts"):
+        open_records(source(f"{url}/bucket/plain/rows.json"))
+    store_server.faults = []
+    row = {"id": "a", "image": "../secret.png", "conversations": record(1, 1)["conversations"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"image": "gone.png"}))
+    given = source(tmp_path / "rows.jsonl", image_root=f"{url}/bucket/plain")
+    (report,) = check_sources([given], DataCheck(num_workers=0, progress=False)).sources
+    assert report.dropped == {"image_outside_root": 1, "missing_image": 1}
+
+
+def test_bytes_that_are_not_those_that_were_written_are_refused(store_server):
+    """A shard that was replaced by one of the same length."""
+    path = "/bucket/rows/shard-00000-of-00004.tar"
+    before = store_server.contents[path]
+    store_server.contents[path] = before[:600] + b"?" + before[601:]
+    try:
+        with pytest.raises(RecordError, match="corrupt_image: 000000000.json of shard-00000"):
+            open_records(source(f"{store_server.url}/bucket/rows", format="llava"))[0]
+    finally:
+        store_server.contents[path] = before
+
+
+def test_check_batches_and_content_are_those_of_the_disk(store_server, sharded, processor):
+    """Same report, same digest of the content (so a run moves between disk and store), same samples, read ahead."""
+    there = source(f"{store_server.url}/bucket/rows")
+    check = DataCheck(processor=processor, num_workers=0, progress=False)
+    local, remote = (check_sources([given], check).sources[0] for given in (source(sharded), there))
+    assert (local.rows == remote.rows).all() and local.content == remote.content
+    assert all((local.counts[name] == remote.counts[name]).all() for name in local.counts)
+    order = [5, 1, 22, 7, 8, 2]
+    places = [(0, row) for row in range(NUM_ROWS)]
+    samples = [
+        StageDataset([open_records(given)], places, processor).__getitems__(order)
+        for given in (source(sharded), there)
+    ]
+    for one, other in zip(*samples, strict=True):
+        assert (one.record_id, one.input_ids, one.labels) == (other.record_id, other.input_ids, other.labels)
+        assert (one.pixel_values is None) == (other.pixel_values is None)
+        assert one.pixel_values is None or bool((one.pixel_values == other.pixel_values).all())
+
+
+def test_forked_workers_read_by_themselves(store_server, rows_folder):
+    store = open_records(source(f"{store_server.url}/bucket/rows"))
+    expected = [one.messages for one in open_records(source(rows_folder / "rows.json"))]
+    pid = os.fork()
+    if not pid:
+        os._exit(0 if [store[row].messages for row in range(NUM_ROWS)] == expected else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert store[3].messages == expected[3]
+
+
+def test_the_cache_stays_within_its_limit_and_can_be_left_out(store_server, monkeypatch, tmp_path):
+    folder = tmp_path / "cache" / "llava-llama31" / "remote"
+    cache = remote_files._RangeCache(folder, 100_000)
+    for i in range(200):
+        cache.store(f"key{i}", bytes(2000))
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    assert 50_000 < sum(sizes) <= 100_000 + 100_000 // 16
+    assert cache.load("key199") == bytes(2000) and cache.load("key0") is None
+    monkeypatch.setenv("LLAVA_LLAMA31_REMOTE_CACHE_GB", "0")
+    url = f"{store_server.url}/bucket/plain/rows.json"
+    for _ in range(2):
+        remote_files.open_remote(url).read(0, 100)
+    assert len([call for call in store_server.calls if call[0] == "GET"]) == 2
+    monkeypatch.setenv("LLAVA_LLAMA31_REMOTE_CACHE_GB", "lots")
+    with pytest.raises(UserError, match="'lots' is not a number"):
+        remote_files.open_remote(url).read(0, 100)
+
+
+@pytest.mark.skipif(find_spec("s3fs") is None, reason="s3fs is not installed")
+def test_a_bucket_gives_the_rows_of_the_disk_under_faults(store_server, rows_folder, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store_server.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    expected = content(source(rows_folder / "rows.json"))
+    assert content(source("s3://bucket/rows")) == expected
+    assert any(path == "/bucket/rows/index.json" for _, path, _ in store_server.calls)
+    store_server.faults = [503, "cut:100", 500]
+    assert content(source("s3://bucket/plain/rows.json")) == expected
+
+
+def test_a_store_without_its_package_names_it(monkeypatch):
+    import fsspec
+
+    def absent(url):
+        raise ImportError("Install gcsfs")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
+    remote_files._opened.cache_clear()
+    with pytest.raises(UserError, match="gs:// is read by gcsfs, which is not installed .fix: pip install gcsfs"):
+        open_records(source("gs://bucket/rows"))
+
+
+def test_shards_are_written_to_a_store(rows_folder, tmp_path):
+    """Through fsspec's memory, which is no store of ours, so by the writer alone."""
+    from llava_llama31.trainer.data.shards import writing
+
+    class Memory(writing._Place):
+        def __init__(self, to):
+            super().__init__(to)
+            self._folder = None
+
+        def _system(self):
+            import fsspec
+
+            return fsspec.core.url_to_fs(self._to.replace("s3://", "memory://"))
+
+    original, writing._Place = writing._Place, Memory
+    try:
+        written = writing.write_shards(source(rows_folder / "rows.json"), "s3://out/rows", num_shards=2)
+    finally:
+        writing._Place = original
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    names = sorted(Path(path).name for path in system.ls("/out/rows", detail=False))
+    assert written.shards == 2 and {"index.json", "shard-00000-of-00002.tar"} <= set(names)
+    with tarfile.open(fileobj=io.BytesIO(system.cat_file("/out/rows/shard-00000-of-00002.tar"))) as tar:
+        assert tar.getnames()[0] == "000000000.json"
+
+
+@pytest.mark.torture
+def test_training_from_a_store_gives_the_bits_of_the_disk_and_resumes_to_them(
+    recipe_content, data_folder, store_server, tmp_path
+):
+    """From shards on disk, from the store under faults, and from the store resumed from an earlier checkpoint."""
+    assert main(["shards", str(data_folder / "rows.json"), "--to", str(tmp_path / "out"), "--shards", "3"]) == 0
+    shards = tmp_path / "out" / "rows"
+    for path in shards.iterdir():
+        store_server.contents[f"/bucket/train/{path.name}"] = path.read_bytes()
+    recipe_content["stages"].pop("instruct")
+    recipe_content.pop("evaluation")
+    hashes = {}
+    for name, path in (("disk", str(shards)), ("store", f"{store_server.url}/bucket/train")):
+        recipe_content["stages"]["projector"]["data"] = [{"name": "rows", "path": path}]
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe_content, sort_keys=False))
+        store_server.faults = [503, "cut:200", 429, "short:30"]
+        command = ["train", str(tmp_path / f"{name}.yaml"), "--output", str(tmp_path / name)]
+        assert main(command) == 0
+        hashes[name] = digests(tmp_path / name)
+    assert hashes["disk"] and hashes["disk"] == hashes["store"]
+    run = RunFolder(tmp_path / "store")
+    stage = run.stage("projector", {"projector": None})
+    kept, *_ = sorted(stage.path.glob("checkpoint-*"))
+    for path in [run.export, *stage.path.iterdir()]:
+        if path != kept:
+            remove(path)
+    assert main(command) == 0 and digests(tmp_path / "store") == hashes["disk"]
+
+
+def digests(run: Path) -> list[str]:
+    weights = sorted((run / "export").glob("*.safetensors"))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in weights]

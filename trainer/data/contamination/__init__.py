@@ -1,0 +1,1 @@
+"""Finds an evaluation's images and questions among the rows of training data."""

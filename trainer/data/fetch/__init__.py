@@ -1,0 +1,1 @@
+"""Fetches what a recipe names and is not here, and checks that every image that its rows name is there."""

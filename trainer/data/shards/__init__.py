@@ -1,0 +1,1 @@
+"""Writes balanced tar shards with an index from the rows of any source."""

@@ -1,0 +1,269 @@
+"""Files in object storage and on web servers, read by byte range through fsspec: retried, cached, of checked length.
+
+URLs begin with `s3://`, `gs://`, `hf://`, `http://` or `https://`; the environment variables of fsspec and of each
+store give endpoints and credentials, never a recipe. What was read is kept on disk, in `llava-llama31/remote` of the
+user's cache folder, up to `LLAVA_LLAMA31_REMOTE_CACHE_GB` (10^9 bytes, default 10; 0: nothing); the oldest goes first.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+import posixpath
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.redaction import redacted
+
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 6
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 20.0
+CACHE_VARIABLE = "LLAVA_LLAMA31_REMOTE_CACHE_GB"
+_DEFAULT_CACHE_GB = 10.0
+_URL = re.compile(r"(s3|gs|hf|https?)://", re.IGNORECASE)
+_EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
+_READ_AHEAD = 8  # ranges at once
+# so often a process looks whether the cache is too large
+_SCANS_PER_LIMIT = 16
+
+
+def is_remote(path: object) -> bool:
+    """Whether a path is a URL of a store that is read by byte range."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
+def join(folder: str, name: str) -> str | None:
+    """The URL of a file below a folder's; None where the name leaves it."""
+    if name.startswith("/") or ".." in name.split("/"):
+        return None
+    return f"{folder.rstrip('/')}/{posixpath.normpath(name)}"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of known length and version.
+
+    Args:
+        url: where it is.
+        size: in bytes.
+        version: its ETag, checksum or time, whatever the store gives.
+    """
+
+    url: str
+    size: int
+    version: str
+
+    def read(self, start: int, size: int) -> bytes:
+        """Up to `size` bytes from byte `start` on, fewer only at the file's end.
+
+        Raises:
+            UserError: the store does not give them.
+        """
+        end = min(start + size, self.size)
+        if end <= start:
+            return b""
+        key = f"{self.url}\0{self.version}\0{self.size}\0{start}\0{end}"
+        cache = _cache()
+        found = cache.load(key)
+        if found is None or len(found) != end - start:
+            found = _retried(self.url, lambda: self._range(start, end))
+            cache.store(key, found)
+        return found
+
+    def read_all(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Bring (start, size) ranges into the cache, several at once; what fails now is asked for again when read."""
+        with ThreadPoolExecutor(_READ_AHEAD) as pool:
+            for done in [pool.submit(self.read, start, size) for start, size in ranges]:
+                if isinstance(error := done.exception(), BaseException) and not isinstance(error, UserError):
+                    raise error
+
+    def _range(self, start: int, end: int) -> bytes:
+        system, path = _system(self.url)
+        data = system.cat_file(path, start=start, end=end)
+        if len(data) == self.size and (start, end) != (0, self.size):
+            data = data[start:end]  # of a server that knows no ranges
+        if len(data) != end - start:
+            raise _ShortRead(f"{len(data):,} of {end - start:,} bytes arrived")
+        return data
+
+
+class _ShortRead(OSError):
+    """Fewer bytes than asked for."""
+
+
+class Missing(Exception):
+    """There is no such file."""
+
+
+def open_remote(url: str) -> RemoteFile:
+    """A file, by asking for its length.
+
+    Raises:
+        Missing: there is none.
+        UserError: the store does not answer, or refuses.
+    """
+    return _opened(url, os.getpid())
+
+
+@lru_cache(maxsize=4096)
+def _opened(url: str, process: int) -> RemoteFile:
+    def ask() -> RemoteFile:
+        system, path = _system(url)
+        facts = system.info(path)
+        version = next(
+            (str(facts[key]) for key in ("ETag", "etag", "sha256", "mtime", "LastModified") if facts.get(key)), ""
+        )
+        if facts.get("size") is None:
+            raise UserError("the server does not say how long it is", where=redacted(url), fix="use another server")
+        return RemoteFile(url, int(facts["size"]), version)
+
+    return _retried(url, ask)
+
+
+def whole(url: str, longest: int) -> bytes:
+    """The bytes of a file; one byte more than `longest` of a longer one.
+
+    Raises:
+        Missing: there is none.
+        UserError: the store does not answer, or refuses.
+    """
+    file = open_remote(url)
+    return file.read(0, min(file.size, longest + 1))
+
+
+def signature(url: str, longest: int) -> list:
+    """URL, size, 0 and a hash: of the content where that is short, else of what the store calls its version."""
+    file = open_remote(url)
+    content = file.read(0, file.size) if file.size <= longest else file.version.encode()
+    return [url, file.size, 0, hashlib.blake2b(content, digest_size=16).hexdigest()]
+
+
+def _system(url: str) -> tuple[Any, str]:
+    """The file system of a URL and the path in it; fsspec keeps one per process and thread."""
+    import fsspec
+
+    scheme = url.partition("://")[0].lower()
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        package = _EXTRAS.get(scheme, "fsspec")
+        what = f"{scheme}:// is read by {package}, which is not installed"
+        raise UserError(what, where=redacted(url), fix=f"pip install {package}") from error
+
+
+def _retried(url: str, step: Callable[[], Any]) -> Any:
+    import aiohttp
+
+    for attempt in range(ATTEMPTS):
+        try:
+            return step()
+        except FileNotFoundError as error:
+            raise Missing(redacted(url)) from error
+        except PermissionError as error:
+            fix = "give credentials in the environment, as the store's own tools read them"
+            raise UserError(f"access is denied: {error}", where=redacted(url), fix=fix) from error
+        except (OSError, asyncio.TimeoutError, aiohttp.ClientError) as error:
+            status = error.status if isinstance(error, aiohttp.ClientResponseError) else None
+            if status in (400, 401, 403, 404, 410):
+                if status in (404, 410):
+                    raise Missing(redacted(url)) from error
+                fix = "give credentials in the environment, as the store's own tools read them"
+                raise UserError(f"the server answers {status}", where=redacted(url), fix=fix) from error
+            if attempt == ATTEMPTS - 1:
+                what = f"can't be read after {ATTEMPTS} attempts: {redacted(str(error)) or type(error).__name__}"
+                raise UserError(what, where=redacted(url), fix="check the connection and the store") from error
+            logger.info("%s: %s, attempt %d", redacted(url), error, attempt + 1)
+            time.sleep(min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S))
+    raise AssertionError
+
+
+@dataclass
+class _RangeCache:
+    """Ranges on disk, one file each, whole or absent; all processes of a machine share it."""
+
+    folder: Path
+    limit: int
+    _written: int = field(default=0)
+
+    def load(self, key: str) -> bytes | None:
+        if not self.limit:
+            return None
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+            os.utime(path)  # the oldest goes first
+        except OSError:
+            return None
+        return data
+
+    def store(self, key: str, data: bytes) -> None:
+        if not self.limit or len(data) > self.limit // 4:
+            return
+        path = self._path(key)
+        staged = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staged.write_bytes(data)
+            staged.replace(path)
+        except OSError as error:  # a full disk costs speed alone
+            logger.warning("%s: not cached: %s", path, error)
+            staged.unlink(missing_ok=True)
+            return
+        self._written += len(data)
+        if self._written > self.limit // _SCANS_PER_LIMIT:
+            self._written = 0
+            self.shrink()
+
+    def shrink(self) -> None:
+        """Remove the oldest files until the rest is within the limit."""
+        found = []
+        for path in self.folder.rglob("*"):
+            try:
+                facts = path.stat()
+            except OSError:
+                continue
+            if path.is_file():
+                found.append((facts.st_mtime_ns, facts.st_size, path))
+        total = sum(size for _, size, _ in found)
+        goal = self.limit - self.limit // _SCANS_PER_LIMIT
+        for _, size, path in sorted(found):
+            if total <= goal:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+    def _path(self, key: str) -> Path:
+        name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        return self.folder / name[:2] / name[2:]
+
+
+def cache_folder() -> Path:
+    """Where ranges are kept."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "llava-llama31" / "remote"
+
+
+def _cache() -> _RangeCache:
+    return _cache_at(cache_folder(), os.environ.get(CACHE_VARIABLE, ""), os.getpid())
+
+
+@lru_cache(maxsize=4)
+def _cache_at(folder: Path, given: str, process: int) -> _RangeCache:
+    try:
+        gigabytes = float(given or _DEFAULT_CACHE_GB)
+        if not 0 <= gigabytes < float("inf"):
+            raise ValueError
+    except ValueError:
+        what = f"{given!r} is not a number of 10^9 bytes"
+        raise UserError(what, where=CACHE_VARIABLE, fix="set it to a number, 0 for no cache") from None
+    return _RangeCache(folder, int(gigabytes * 1e9))
