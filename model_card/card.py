@@ -9,6 +9,7 @@ absolute paths are cut down to their last part.
 import html
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -337,8 +338,8 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
             for name, found in (record.get("text_ability") or {}).items()
         ],
         "curves": [
-            _image(stage["curve_image"], 640)
-            for stage in stages
+            _image(stage["curve_image"], 640, f"Loss curve of stage {number}")
+            for number, stage in enumerate(stages, start=1)
             if _is_file(stage.get("curve_image"), *IMAGE_SUFFIXES)
         ],
         "cost": _cost_rows(record),
@@ -469,17 +470,18 @@ def _data_row(stage: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
 
 def _sample_row(sample: Mapping[str, Any]) -> list[Any]:
     image = sample.get("image")
-    shown: Any = _image(image, 200) if _is_file(image, *IMAGE_SUFFIXES) else _text(None)
+    shown: Any = _image(image, 200, "Image of the question") if _is_file(image, *IMAGE_SUFFIXES) else _text(None)
     answers = sample.get("answers")
-    texts = None if answers is None else ", ".join(dict.fromkeys(map(str, answers)))
+    counts = Counter(map(str, answers or ())).most_common()
+    texts = None if answers is None else ", ".join(f"{text} x {n}" if n > 1 else text for text, n in counts)
     accuracy = sample.get("accuracy")
     facts = (sample.get("question"), sample.get("prediction"), texts, None if accuracy is None else _percent(accuracy))
     return [shown, *(_text(fact) for fact in facts)]
 
 
-def _image(file: Any, width: int) -> Markup:
-    """An image tag; the name must have passed `_is_file`."""
-    return Markup(f'<img src="{file}" width="{width}">')
+def _image(file: Any, width: int, alt: str) -> Markup:
+    """An image tag; the name must have passed `_is_file`, and `alt` is ours."""
+    return Markup(f'<img src="{file}" width="{width}" alt="{alt}">')
 
 
 def _task_rows(task: Mapping[str, Any]) -> list[list[Any]]:

@@ -194,7 +194,7 @@ def test_every_fact_stands_in_its_place():
         "- commit of the code: 0123abcd",
         f"- lock file: constraints.txt, SHA-256 {'5e' * 32}",
         f"- every answer: [predictions.jsonl](predictions.jsonl), SHA-256 {'9a' * 32}",
-        '<img src="curves/1-projector.png" width="640">',
+        '<img src="curves/1-projector.png" width="640" alt="Loss curve of stage 1">',
         "| hours of the whole run | 0.2 |",
         # 2 stages of 3.5 minutes on one device of 400 W
         "| hours of training x processes | 0.1167 |",
@@ -202,7 +202,8 @@ def test_every_fact_stands_in_its_place():
     ):
         assert line in card
     assert "```text\n{question}\nAnswer the question using a single word or phrase.\n```" in card
-    assert '<img src="samples/0.png" width="200"> | what brand? | dakota | dakota, no | 100.00 % |' in card
+    assert '<img src="samples/0.png" width="200" alt="Image of the question"> | what brand? | dakota |' in card
+    assert "| dakota | dakota x 9, no | 100.00 % |" in card
     assert "Not recorded" not in card
     assert NOTICE in card and "https://llama.meta.com/llama3_1/use-policy" in card
 
@@ -496,7 +497,7 @@ def test_edited_sections_and_added_text_stay_and_the_rest_is_new():
     assert render_card(now, again) == again
     # an edited section outlives the facts that it was about, and one that is deleted with its markers comes back
     without = {key: value for key, value in RECORD.items() if key != "samples"}
-    kept = render_card(without, card.replace("dakota | dakota, no", "dakota | Dakota"))
+    kept = render_card(without, card.replace("dakota | dakota x 9, no", "dakota | Dakota"))
     assert "dakota | Dakota" in kept and "- sample answers" in kept
     start, end = (re.search(f"<!-- {word} cost .*-->\n", card) for word in ("begin", "end"))
     assert "## Hardware" in render_card(RECORD, card[: start.start()] + card[end.end() :])

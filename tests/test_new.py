@@ -1,6 +1,8 @@
 """`new`, shell completion, examples in every help, and guesses at what was meant."""
 
+import re
 import shlex
+import sys
 
 import pytest
 import yaml
@@ -97,3 +99,12 @@ def test_a_shell_can_complete(shell, capsys):
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert "check-engine" in script and "--dry-run" in script
+
+
+def test_an_error_on_a_terminal_has_its_fix_on_a_line_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["plan", "gone[red].yaml"]) == 2
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().err).splitlines()
+    assert lines[0] == "error: gone[red].yaml: there is no such recipe" and lines[1].startswith(
+        "fix: name a YAML file"
+    )

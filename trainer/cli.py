@@ -51,7 +51,7 @@ from llava_llama31.trainer.errors import (
     Interrupted,
     UserError,
 )
-from llava_llama31.trainer.redaction import SafeFormatter, quiet_libraries, say, shown
+from llava_llama31.trainer.redaction import SafeFormatter, plain, quiet_libraries, redacted, say, shown
 
 
 _STDOUT = 1  # its file descriptor
@@ -160,7 +160,16 @@ def _say(error: str, exit_code: int, *, debug: bool) -> int:
     """Print what the user can fix, and return the exit code."""
     if debug:
         sys.stderr.write(shown(traceback.format_exc()))
-    say(f"error: {error}")
+    if not sys.stderr.isatty():
+        say(f"error: {error}")
+        return exit_code
+    from llava_llama31.trainer.terminal import Terminal, styled
+
+    what, _, fix = plain(redacted(error)).partition(" (fix: ")
+    terminal = Terminal(stderr=True)
+    terminal.print(styled(("error: ", "bold red"), (what, "")))
+    if fix:
+        terminal.print(styled(("fix: ", "bold"), (fix.removesuffix(")"), "")))
     return exit_code
 
 
@@ -206,6 +215,12 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(EXIT_USER)
 
 
+def _examples(command: str) -> str | None:
+    """The end of a command's help."""
+    lines = [f"  llava-llama31 {command} {line}" for line in EXAMPLES.get(command, ())]
+    return "\n".join(["examples:", *lines]) if lines else None
+
+
 def command_parser() -> argparse.ArgumentParser:
     """The parser of all commands; what it parses has the command as `run`."""
     parser = _Parser(prog="llava-llama31", description="Train, evaluate and publish LLaVA-NeXT on Llama 3.1.")
@@ -216,7 +231,7 @@ def command_parser() -> argparse.ArgumentParser:
             name,
             help=module.HELP,
             description=module.HELP,
-            epilog="\n".join(["examples:", *(f"  llava-llama31 {name} {line}" for line in EXAMPLES[name])]),
+            epilog=_examples(name),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -6,6 +6,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "fetch": ("llama31-8b --dry-run", "--list"),
     "plan": ("llama31-8b --devices 8 --device h100", "mine.yaml --device-memory 24"),
     "recipes": ("llama31-8b > mine.yaml", "--check mine.yaml", "--diff llama31-8b mine.yaml"),
+    "shards": ("mine.yaml --to shards",),
     "check-data": ("mine.yaml", "rows.json --image-root images --on-bad missing_image=skip"),
     "shards": ("mine.yaml --to shards", "rows.parquet --to shards --shards 64"),
     "doctor": ("", "--json"),

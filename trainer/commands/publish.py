@@ -69,5 +69,12 @@ def _shown(result: Mapping[str, Any]) -> str:
     files = [f"  {shown_size(size):>12}  {plain(name)}" for name, size in result["files"].items()]
     removed = [f"  {'removed':>12}  {plain(name)}" for name in result["removed"]]
     return "\n".join(
-        [f"{result['repo']}: dry run, nothing was written; the steps would be", *steps, "files:", *files, *removed]
+        [
+            f"{result['repo']}: dry run, nothing was written; the steps would be",
+            *steps,
+            "files:",
+            *files,
+            *removed,
+            *([result["not_checked"]] if "not_checked" in result else []),
+        ]
     )
