@@ -8,7 +8,6 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "recipes": ("llama31-8b > mine.yaml", "--check mine.yaml", "--diff llama31-8b mine.yaml"),
     "shards": ("mine.yaml --to shards",),
     "check-data": ("mine.yaml", "rows.json --image-root images --on-bad missing_image=skip"),
-    "shards": ("mine.yaml --to shards", "rows.parquet --to shards --shards 64"),
     "doctor": ("", "--json"),
     "assemble": ("--vision-tower CLIP --language-model LLAMA --output base",),
     "evaluate": ("runs/tiny --data validation.jsonl", "runs/tiny --task pope --data llava_pope_test.jsonl"),
