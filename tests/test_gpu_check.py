@@ -104,7 +104,7 @@ def other_losses(module, patch):
 
 
 def wrong_gate(module, patch):
-    patch.setattr(module.packed, "PLAIN", module.packed.PLAIN._replace(gated=lambda gate, up: 100 * up))
+    patch.setattr(module.packed, "PLAIN", module.packed.PLAIN._replace(gated=lambda gate, up: up * float("nan")))
 
 
 def lost_loss(module, patch):
