@@ -8,6 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_llama31.trainer.commands.evaluate_questions import (
+    task_questions,
+    tasks_to_ask,
+    textvqa_questions,
+    with_settings,
+)
 from llava_llama31.trainer.commands.score_tables import print_json, print_report, print_task_report
 from llava_llama31.trainer.evaluation.presets import PRESETS
 
@@ -21,7 +27,6 @@ if TYPE_CHECKING:
 
 def run_served(options: argparse.Namespace) -> bool:
     """Ask a server all questions; whether every one is answered."""
-    from llava_llama31.trainer.commands.evaluate import task_questions, tasks_to_ask, textvqa_questions, with_settings
     from llava_llama31.trainer.evaluation.answering import ToAsk
     from llava_llama31.trainer.evaluation.served import answer_by_server
     from llava_llama31.trainer.evaluation.textvqa import weights_revision
