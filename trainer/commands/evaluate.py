@@ -79,6 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--device", metavar="NAME", help="torch's name; default: the GPU where there is one")
+    _add_server(parser)
+    parser.add_argument("--blind", action="store_true", help="shuffle the images between questions")
+    parser.add_argument("--output", metavar="DIR", help="default: a folder under runs/evaluate")
+    parser.add_argument("--no-browser", action="store_true", help="write no HTML file to browse")
+    add_json(parser)
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("vllm",), help="serve MODEL with it and ask the server")
     parser.add_argument(
         "--engine-options", default="", metavar="TEXT", help='further options of it: "--tensor-parallel-size 2"'
@@ -95,10 +103,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of a server's answers, how many to compare with this package's own; default 16 a task, 0: none",
     )
-    parser.add_argument("--blind", action="store_true", help="shuffle the images between questions")
-    parser.add_argument("--output", metavar="DIR", help="default: a folder under runs/evaluate")
-    parser.add_argument("--no-browser", action="store_true", help="write no HTML file to browse")
-    add_json(parser)
 
 
 def _number_or_auto(text: str) -> int | None:
