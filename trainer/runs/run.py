@@ -35,7 +35,7 @@ from llava_llama31.trainer.runs.origins import at_revisions, resolve_revisions
 from llava_llama31.trainer.runs.precision import at_precision, settle_precision
 from llava_llama31.trainer.runs.preflight import check_inputs, check_publishing, check_shared, check_stages
 from llava_llama31.trainer.runs.stage import run_stage
-from llava_llama31.trainer.runs.text_ability import BEFORE, check_text
+from llava_llama31.trainer.runs.text_ability import BEFORE, check_text, forget_text
 from llava_llama31.trainer.runs.trackers import with_trackers
 
 
@@ -148,6 +148,7 @@ def _run_stages(run: RunContext) -> tuple[Path, list[dict[str, Any]]]:
         (record,) = broadcast_object_list([folder.finished_record() if run.is_main else None])
         if record is None:
             folder.path.mkdir(parents=True, exist_ok=True)
+            forget_text(run, name)
             record = run_stage(StageRun(context=run, name=name, stage=stage, origin=origin))
         else:
             run.console.print(f"stage {name} has already finished: {folder.final}")

@@ -55,11 +55,21 @@ def results(folder: RunFolder) -> dict[str, dict[str, Any]]:
     return {file.stem.partition("-")[2]: atomic_folders.read_json(file) for file in files}
 
 
+def forget_text(run: RunContext, stage: str) -> None:
+    """Drop what was found of a stage that is about to be trained: a damaged one is trained again."""
+    if run.is_main:
+        _file(run, stage).unlink(missing_ok=True)
+
+
+def _file(run: RunContext, stage: str) -> Path:
+    number = 0 if stage == BEFORE else 1 + list(run.recipe.stages).index(stage)
+    return run.folder.text_ability / f"{number}-{stage}.json"
+
+
 def _result(run: RunContext, stage: str, checkpoint: Path, step: int) -> dict[str, Any]:
     spec = run.recipe.text_questions
     assert spec is not None
-    number = 0 if stage == BEFORE else 1 + list(run.recipe.stages).index(stage)
-    file = run.folder.text_ability / f"{number}-{stage}.json"
+    file = _file(run, stage)
     if file.is_file():
         return atomic_folders.read_json(file)
     asked = load_text_questions(spec.data, limit=spec.limit)
