@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ class TowerFamily:
     std: tuple[float, ...]
 
     @property
-    def select_strategy(self) -> str:
+    def select_strategy(self) -> Literal["default", "full"]:
         """`vision_feature_select_strategy` that keeps the patches and nothing else."""
         return "default" if self.has_class_token else "full"
 

@@ -873,7 +873,7 @@ class Fused:
         return hidden + _without_keeping(product, make, lambda: mlp.down_proj(product))
 
     def _again(
-        self, norm: LlavaLlama31RMSNorm, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+        self, norm: LlamaRMSNorm, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
     ) -> Callable[[], torch.Tensor] | None:
         if not self.remakes:
             return None

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 from file_server import serving
+from hub_server import MAIN, Blob, Repo, hub_of_this_process
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.data.fetch import downloading, fetching
 from llava_llama31.trainer.data.fetch.downloading import Download, new_client, sha256_of
+from llava_llama31.trainer.data.fetch.hub_files import fetch_checkpoint
 from llava_llama31.trainer.data.fetch.items import items_of_dataset, items_of_recipe
 from llava_llama31.trainer.data.fetch.unpacking import unpack
 from llava_llama31.trainer.data.registry.registry import (
@@ -410,3 +412,52 @@ def test_names_that_the_registry_lacks_are_said_with_the_nearest(capsys):
     assert main(["fetch", "finevision", "--dry-run"]) == 2
     assert "name one, as its page lists them: finevision:SUBSET" in capsys.readouterr().err
     assert main(["fetch", "--list"]) == 0 and NOT_VERIFIED in capsys.readouterr().out
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with hub_of_this_process("hf_token", monkeypatch) as running:
+        yield running
+
+
+def upload(hub, name: str, files: dict[str, bytes]) -> None:
+    blobs = {path: Blob(content, is_lfs=path.endswith((".zip", ".safetensors"))) for path, content in files.items()}
+    hub.objects |= {blob.sha256: blob.content for blob in blobs.values() if blob.is_lfs}
+    hub.repos[name] = Repo(private=False)
+    hub.repos[name].commit(MAIN, "files", blobs)
+
+
+def test_files_of_the_hub_are_found_fetched_and_verified(hub, own_set, files, tmp_path, capsys, monkeypatch):
+    registry, entry, members = own_set
+    upload(hub, "me/set", {"images.zip": files.contents["/images.zip"], "rows.json": files.contents["/rows.json"]})
+    for file in entry["files"]:
+        file["url"] = "hf://me/set/" + file["url"].rpartition("/")[2]
+    parts = {"url": "hf://me/set/*.json", "to": "all"}
+    registry.write_text(yaml.safe_dump({"own": entry, "all": entry | {"path": "", "files": [parts]}}))
+    root = tmp_path / "root"
+    assert fetch(registry, root) == 0
+    assert (root / "own" / "images" / "3.png").read_bytes() == members["images/3.png"]
+    assert main(["fetch", "all", "--to", str(root), "--registry", str(registry)]) == 0
+    assert (root / "all" / "rows.json").read_bytes() == files.contents["/rows.json"]
+    assert not list(root.rglob(".part-*")) and not list(root.rglob(".staging-*"))
+    num_calls = len(hub.calls)
+    assert main(["fetch", "all", "--to", str(root), "--registry", str(registry)]) == 0 and len(hub.calls) == num_calls
+
+    hub.objects[next(iter(hub.objects))] = bytes(len(files.contents["/images.zip"]))  # another file, as long
+    assert fetch(registry, tmp_path / "other") == 2
+    assert "length or sha256 is not the Hub's" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "own").exists()
+
+
+def test_checkpoints_are_fetched_into_the_cache_and_their_sums_verified(hub, tmp_path):
+    files = {"config.json": b"{}", "model.safetensors": b"weights" * 1000}
+    upload(hub, "me/model", files)
+    fetch_checkpoint("me/model")
+    (stored,) = (tmp_path / "hub").rglob("snapshots/*/model.safetensors")
+    stored.resolve().write_bytes(bytes(7000))
+    with pytest.raises(UserError, match="its sha256 is not the Hub's; it was removed"):
+        fetch_checkpoint("me/model")
+    fetch_checkpoint("me/model")
+    (stored,) = (tmp_path / "hub").rglob("snapshots/*/model.safetensors")
+    assert stored.read_bytes() == files["model.safetensors"]

@@ -88,7 +88,7 @@ def run(make_run, data_folder):
         logged("projector", 8, eval_loss=1.25, eval_accuracy=0.5),
         start("projector", 7, 8),
         training("projector", 8),
-        logged("projector", 8, eval_loss=1.5, eval_accuracy=0.25),
+        logged("projector", 8, eval_loss=1.5, eval_accuracy=0.25, eval_loss_by_source={"rows": {"loss": 1.5}}),
         start("instruct", 0, 20),
         training("instruct", 1),
         training("instruct", 2) | {"loss": "nan"},
@@ -142,6 +142,7 @@ def test_a_run_that_was_killed_twice_has_every_step_once(run):
     assert [entry["eval_loss"] for entry in facts.stages[0].logged if "eval_loss" in entry] == [1.5]
     assert facts.state == "stopped" and facts.num_starts == 4
     charts = {panel.title: panel.charts for panel in panels([facts])}
+    assert [line.name for line in charts["Validation loss by source"]["steps"].lines] == ["rows"]
     assert {"Loss", "Validation accuracy", "Learning rate", "Memory, GiB"} <= set(charts)
     assert [(line.label, line.dots) for line in charts["Scores of tasks"]["time"].lines] == [("pope_f1", True)]
     first, second = charts["Loss"]["steps"].lines

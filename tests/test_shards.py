@@ -1,9 +1,11 @@
 """Shards with an index and object storage: rows, order and batches of the source on disk, under faults too."""
 
+import hashlib
 import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,9 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from file_server import serving
 from PIL import Image
 
+from llava_llama31.trainer.checkpoint.atomic_folders import remove
+from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.data.batches.dataset import StageDataset
 from llava_llama31.trainer.data.check.check import DataCheck, check_sources
@@ -141,8 +146,6 @@ def test_bad_rows_stop_the_writing_or_are_listed_and_an_index_is_not_overwritten
 
 
 def test_damage_is_found_when_it_is_read_or_before(sharded, tmp_path):
-    import shutil
-
     own = tmp_path / "own"
     shutil.copytree(sharded, own)
     shard = own / "shard-00002-of-00004.tar"
@@ -324,3 +327,37 @@ def test_shards_are_written_to_a_store(rows_folder, tmp_path):
     assert written.shards == 2 and {"index.json", "shard-00000-of-00002.tar"} <= set(names)
     with tarfile.open(fileobj=io.BytesIO(system.cat_file("/out/rows/shard-00000-of-00002.tar"))) as tar:
         assert tar.getnames()[0] == "000000000.json"
+
+
+@pytest.mark.torture
+def test_training_from_a_store_gives_the_bits_of_the_disk_and_resumes_to_them(
+    recipe_content, data_folder, store_server, tmp_path
+):
+    """From shards on disk, from the store under faults, and from the store resumed from an earlier checkpoint."""
+    assert main(["shards", str(data_folder / "rows.json"), "--to", str(tmp_path / "out"), "--shards", "3"]) == 0
+    shards = tmp_path / "out" / "rows"
+    for path in shards.iterdir():
+        store_server.contents[f"/bucket/train/{path.name}"] = path.read_bytes()
+    recipe_content["stages"].pop("instruct")
+    recipe_content.pop("evaluation")
+    hashes = {}
+    for name, path in (("disk", str(shards)), ("store", f"{store_server.url}/bucket/train")):
+        recipe_content["stages"]["projector"]["data"] = [{"name": "rows", "path": path}]
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe_content, sort_keys=False))
+        store_server.faults = [503, "cut:200", 429, "short:30"]
+        command = ["train", str(tmp_path / f"{name}.yaml"), "--output", str(tmp_path / name)]
+        assert main(command) == 0
+        hashes[name] = digests(tmp_path / name)
+    assert hashes["disk"] and hashes["disk"] == hashes["store"]
+    run = RunFolder(tmp_path / "store")
+    stage = run.stage("projector", {"projector": None})
+    kept, *_ = sorted(stage.path.glob("checkpoint-*"))
+    for path in [run.export, *stage.path.iterdir()]:
+        if path != kept:
+            remove(path)
+    assert main(command) == 0 and digests(tmp_path / "store") == hashes["disk"]
+
+
+def digests(run: Path) -> list[str]:
+    weights = sorted((run / "export").glob("*.safetensors"))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in weights]

@@ -88,7 +88,7 @@ def settings_of(case: Case, *, fsdp: bool | None = None) -> Iterator[Case]:
         engine, file = ENGINES[name], shipped_file(name)
         if not runs_under(stage, engine, optimizer, file):
             continue
-        changes = {"micro_batch": size, "activation_checkpointing": every, "optimizer": optimizer}
+        changes: dict[str, Any] = {"micro_batch": size, "activation_checkpointing": every, "optimizer": optimizer}
         changes["deepspeed"] = file if engine.deepspeed else None
         try:
             changed = Stage.model_validate(stage.model_dump() | changes)

@@ -12,10 +12,12 @@ from llava_llama31.trainer.report.run_facts import Entry, RunFacts
 
 _RATE = "learning rate of "
 _TASK = "score of "
+_SOURCE, _BY_SOURCE = "validation loss of ", "eval_loss_by_source"
 # title; (label, key) of its lines, or what the keys of its lines begin with; whether they are shares of one
 _PANELS: tuple[tuple[str, tuple[tuple[str, str], ...] | str, bool], ...] = (
     ("Loss", (("training", "loss"), ("validation", "eval_loss")), False),
     ("Validation accuracy", (("accuracy", "eval_accuracy"),), True),
+    ("Validation loss by source", _SOURCE, False),
     ("Scores of tasks", _TASK, False),
     ("Learning rate", _RATE, False),
     ("Gradient norm", (("gradient norm", "grad_norm"),), False),
@@ -28,7 +30,7 @@ _PANELS: tuple[tuple[str, tuple[tuple[str, str], ...] | str, bool], ...] = (
     ("Memory, GiB", (("peak", "memory_gib"),), False),
 )
 _KEYS = tuple(key for _, lines, _ in _PANELS if not isinstance(lines, str) for _, key in lines)
-_VALIDATED = ("eval_loss", "eval_accuracy", _TASK)
+_VALIDATED = ("eval_loss", "eval_accuracy", _SOURCE, _TASK)
 _UNITS = (
     (2 * 3600.0, 3600.0, "hours of training"),
     (180.0, 60.0, "minutes of training"),
@@ -112,7 +114,8 @@ def _columns(logged: Sequence[Entry]) -> dict[str, tuple[list[int], list[float]]
     for entry in logged:
         values = {key: entry[key] for key in _KEYS if key in entry}
         values |= {f"{_RATE}{group}": rate for group, rate in entry.get("learning_rates", {}).items()}
-        for key in entry.keys() - _KEYS:
+        values |= {f"{_SOURCE}{name}": figures["loss"] for name, figures in entry.get(_BY_SOURCE, {}).items()}
+        for key in entry.keys() - _KEYS - {_BY_SOURCE}:
             if key.startswith("eval_") and not key.endswith("unanswered"):
                 values[f"{_TASK}{key.removeprefix('eval_')}"] = entry[key]
         for key, value in values.items():

@@ -38,7 +38,7 @@ def dry_run(recipe: Recipe, output: Path, *, num_processes: int, say: Callable[[
         say(
             f"not checked: whether {recipe.publish.repo_id} can be written; `train` asks the Hub before the first step"
         )
-    if recipe.prepare == "tiny" and not folder.prepared.is_dir():
+    if recipe.prepare in ("tiny", "tiny-siglip") and not folder.prepared.is_dir():
         say("not checked: the data and the model's parts, which the run makes itself")
         return
     licence_texts(base_models_of(recipe))

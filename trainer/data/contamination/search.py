@@ -209,7 +209,7 @@ class RowFingerprints:
 def fingerprints_of(source: "DataSource", rows: np.ndarray, cache: CheckCache) -> RowFingerprints:
     """Of a source's usable rows, from the cache where data and images are what they were."""
     files = [file_signature(file) for file in data_files(source)]
-    place = [source.path, source.image_root, source.format, source.split, source.images_only]
+    place: list = [source.path, source.image_root, source.format, source.split, source.images_only]
     place += [{name: where.model_dump() for name, where in source.where.items()}]
     settings = {"contamination": [NUM_BITS, hash_version()], "source": place}
     key = fingerprint(files, None, settings | {"rows": hashlib.sha256(rows.tobytes()).hexdigest()})
@@ -225,7 +225,10 @@ def fingerprints_of(source: "DataSource", rows: np.ndarray, cache: CheckCache) -
 def _fingerprint(store: RecordStore, rows: np.ndarray) -> dict[str, np.ndarray]:
     chunks = [rows[start : start + _CHUNK_ROWS].tolist() for start in range(0, len(rows), _CHUNK_ROWS)]
     watched = WatchedFiles()
-    image_rows, digests, bits, question_rows, questions = [], bytearray(), [], [], bytearray()
+    image_rows: list[int] = []
+    question_rows: list[int] = []
+    bits: list[np.ndarray] = []
+    digests, questions = bytearray(), bytearray()
     for found in _chunks_of(store, chunks):
         for row, image in found.images:
             image_rows.append(row)
@@ -236,13 +239,14 @@ def _fingerprint(store: RecordStore, rows: np.ndarray) -> dict[str, np.ndarray]:
             questions += key
         for path, signature in found.files.items():
             watched.add(path, signature)
-    return {
+    arrays: dict[str, np.ndarray] = {
         "image_rows": np.array(image_rows, np.int64),
         "digests": np.frombuffer(digests, np.uint8).reshape(-1, 16),
         "bits": np.array(bits, np.uint8).reshape(-1, NUM_BITS // 8),
         "question_rows": np.array(question_rows, np.int64),
         "questions": np.frombuffer(questions, np.uint64),
-    } | watched.to_arrays()
+    }
+    return arrays | watched.to_arrays()
 
 
 @dataclass
@@ -409,14 +413,15 @@ def rejecting(report: SourceReport, matches: Sequence[Match], folder: Path, *, q
         {"row": row, "id": ids[row], "image": image, "reason": reason, "detail": detail}
         for row, (reason, detail, image) in sorted(reasons.items())
     ]
-    rejects = folder / f"{report.rejects.stem}.evaluation.jsonl"
-    write_atomically(rejects, (json.dumps(reject) + "\n" for reject in [*report.rejected(), *added]))
+    lines = [json.dumps(reject) + "\n" for reject in added]
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()[:8]  # stages may look for other evaluations
+    rejects = folder / f"{report.rejects.stem}.{digest}.jsonl"
+    write_atomically(rejects, [*(json.dumps(reject) + "\n" for reject in report.rejected()), *lines])
     kept = ~np.isin(report.rows, np.array(sorted(reasons), np.int64))
     dropped, first_ids = dict(report.dropped), dict(report.first_ids)
-    for reject in added:
-        dropped[reject["reason"]] = dropped.get(reject["reason"], 0) + 1
-        ids_of_reason = list(first_ids.get(reject["reason"], []))
-        first_ids[reject["reason"]] = [*ids_of_reason, reject["id"]][:5]
+    for row, (reason, _, _) in sorted(reasons.items()):
+        dropped[reason] = dropped.get(reason, 0) + 1
+        first_ids[reason] = [*first_ids.get(reason, []), ids[row]][:5]
     return replace(
         report,
         rows=report.rows[kept],

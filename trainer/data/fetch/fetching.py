@@ -74,7 +74,7 @@ class Fetcher:
             self._fetch_all(item, target)
             return
         path = self._archive(item) if item.file.unpack else target
-        record = {"url": item.url, "license": item.license}
+        record: dict[str, str | int] = {"url": item.url, "license": item.license}
         if not (item.file.unpack and path.is_file()):
             record["bytes"] = self._download(item, path)
         if item.file.unpack:

@@ -259,9 +259,9 @@ class _Place:
     def put_index(self, index: _Index, source: "DataSource") -> None:
         """The arrays, and last what names them."""
         arrays = {}
-        for name, content in ((MEMBERS, index.members()), (ROWS, np.frombuffer(index.ends, ROW_TYPE))):
+        for name, table in ((MEMBERS, index.members()), (ROWS, np.frombuffer(index.ends, ROW_TYPE))):
             with tempfile.NamedTemporaryFile(dir=self.staging(), suffix=name) as file:
-                _save(file, content)
+                _save(file, table)
                 size, sha256 = self.put(file.name, name)
             arrays[name] = {"bytes": size, "sha256": sha256}
         content = {
