@@ -119,9 +119,10 @@ def test_recipes_are_compared(recipe_file, recipe_content, tmp_path, capsys):
     recipe_content["stages"]["more"] = recipe_content["stages"].pop("projector")
     other.write_text(yaml.safe_dump(recipe_content))
     assert main(["recipes", "--diff", str(recipe_file), str(other)]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["stages.instruct.epochs", "1", "2"] in lines and ["stages.projector.epochs", "1", "not", "there"] in lines
-    assert ["stages.more.epochs", "not", "there", "1"] in lines and not [line for line in lines if line[0] == "seed"]
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["stages.instruct.epochs"] == "1.0 -> 2.0" and "seed" not in lines
+    assert lines["stages.projector.global_batch"] == "8 -> not there"
+    assert lines["stages.more.global_batch"] == "not there -> 8"
     assert main(["recipes", "--diff", SHIPPED[0], SHIPPED[0]]) == 0
     assert capsys.readouterr().out == "all keys have the same values\n"
 

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from llava_llama31.trainer.redaction import say
+
 
 HELP = "list the shipped recipes, copy one out, check or compare recipes, or print their schema"
 
@@ -16,21 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _print_differences(one: str, other: str) -> None:
-    from rich.table import Table
-
+    """A line for each key that differs."""
     from llava_llama31.trainer.recipes.differences import differing
     from llava_llama31.trainer.recipes.loading import load_recipe
-    from llava_llama31.trainer.terminal import Terminal
 
     recipes = [load_recipe(name).model_dump(mode="json") for name in (one, other)]
     found = differing(recipes)
-    if not found:
-        sys.stdout.write("all keys have the same values\n")
-        return
-    table = Table("key", one, other, box=None, pad_edge=False)
-    for key, values in found.items():
-        table.add_row(key, *values)
-    Terminal().print(table)
+    lines = [f"{key}: {first} -> {second}" for key, (first, second) in found.items()]
+    for line in lines or ["all keys have the same values"]:
+        say(line, stdout=True)
 
 
 def run(options: argparse.Namespace) -> int:
