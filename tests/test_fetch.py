@@ -168,7 +168,7 @@ def test_a_damaged_archive_leaves_nothing_and_a_whole_one_its_files(tmp_path):
             unpack(tmp_path / "archive", tmp_path / "into")
         assert not (tmp_path / "into" / "train").exists()
     (tmp_path / "archive").write_bytes(whole)
-    assert unpack(tmp_path / "archive", tmp_path / "into") == 20
+    assert unpack(tmp_path / "archive", tmp_path / "into") == {"train": 20}
     assert {path.name: path.read_bytes() for path in (tmp_path / "into" / "train").iterdir()} == {
         name[6:]: content for name, content in members.items() if name.startswith("train")
     }
