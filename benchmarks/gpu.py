@@ -32,16 +32,19 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextForConditionalGeneration
+from transformers import AutoConfig, LlamaConfig, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
+from llava_llama31.checkpoint_parts import VISION_TOWERS
 from llava_llama31.processing import IGNORE_INDEX
+from llava_llama31.tile_grids import GRID_SHAPES
 from llava_llama31.trainer.costs.flops import Flops, ModelShape, Work, hfu, mfu, needed_flops
 from llava_llama31.trainer.costs.matrix_peak import cpu_instructions
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, RankBatches
 from llava_llama31.trainer.data.batches.collator import Collator, Sample
 from llava_llama31.trainer.fault_tolerance.out_of_memory import is_of_device
+from llava_llama31.trainer.model.fused_layers import fuse_layers
 from llava_llama31.trainer.model.module_groups import freeze
 from llava_llama31.trainer.recipes.derived import derive, num_held_out
 from llava_llama31.trainer.recipes.loading import load_recipe
@@ -92,6 +95,7 @@ class Shape:
     text: dict[str, Any]
     vision: dict[str, Any]
     num_words: int
+    tied: bool = False
 
     @cached_property
     def config(self) -> LlavaLlama31Config:
@@ -100,18 +104,21 @@ class Shape:
             **self.text,
             vocab_size=-(-(self.num_words + 1) // 64) * 64,
             max_position_embeddings=131_072,
-            tie_word_embeddings=False,
+            tie_word_embeddings=self.tied,
             pad_token_id=self.num_words - 1,
             use_cache=False,
         )
-        grid = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
+        vision = AutoConfig.for_model(**{"model_type": "clip_vision_model"} | self.vision)
+        family = VISION_TOWERS[vision.model_type]
         return LlavaLlama31Config(
-            vision_config=CLIPVisionConfig(**self.vision),
+            vision_config=vision,
             text_config=text,
             image_token_index=self.num_words,
             image_seq_length=(tile // self.vision["patch_size"]) ** 2,
-            image_grid_pinpoints=[[tile * rows, tile * columns] for rows, columns in grid],
+            image_grid_pinpoints=[[tile * rows, tile * columns] for rows, columns in GRID_SHAPES],
             vision_feature_layer=-2,
+            vision_feature_select_strategy=family.select_strategy,
+            tie_word_embeddings=self.tied,
         )
 
 
@@ -147,9 +154,52 @@ SMALL_CLIP: dict[str, Any] = {
     "patch_size": 14,
     "projection_dim": 128,
 }
+# google/siglip-so400m-patch14-384 and google/siglip2-so400m-patch14-384
+SIGLIP_SO400M_384: dict[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+SMALL_SIGLIP: dict[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 144,
+    "intermediate_size": 536,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 128,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+# Llama 3.2
+LLAMA_1B: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
+LLAMA_3B: dict[str, Any] = {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
 SHAPES = {
     "8b": Shape(LLAMA_8B, CLIP_L_336, 128_256),
+    "8b-siglip": Shape(LLAMA_8B, SIGLIP_SO400M_384, 128_256),
+    "1b": Shape(LLAMA_1B, SIGLIP_SO400M_384, 128_256, tied=True),
+    "3b": Shape(LLAMA_3B, SIGLIP_SO400M_384, 128_256, tied=True),
     "small": Shape(SMALL_LLAMA, SMALL_CLIP, 16_000),
+    "small-siglip": Shape(SMALL_LLAMA, SMALL_SIGLIP, 16_000),
+    "small-tied": Shape(SMALL_LLAMA, SMALL_SIGLIP, 16_000, tied=True),
     "tiny": Shape(
         SMALL_LLAMA | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
         SMALL_CLIP | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "image_size": 56},
@@ -306,6 +356,8 @@ def make_model(shape: Shape, stage: Stage, variant: str, device: str) -> nn.Modu
             if parameter.ndim > 1 or parameter in vectors:
                 parameter.normal_(0, 0.02)
     freeze(model, stage.learning_rates())
+    if variant != STOCK:
+        fuse_layers(model, torch.device(device))
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 

@@ -37,6 +37,7 @@ from llava_llama31 import packed_llama_llava_llama31 as packed
 from llava_llama31.trainer.checkpoint.atomic_folders import load_tree, save_tree, write_json
 from llava_llama31.trainer.data.batches.device_tiles import resize_as_pillow
 from llava_llama31.trainer.distributed.devices import default_device, device_name, wait_for
+from llava_llama31.trainer.model.fused_layers import fused_fault
 from llava_llama31.trainer.model.module_groups import freeze
 from llava_llama31.trainer.training.optimizers import AdamWBfloat16, load_portable_state, portable_state
 
@@ -259,7 +260,8 @@ def head(place: Place) -> Detail:
     expect(difference <= tolerance, f"a gradient is off by {difference:.2g}")
     found = {}
     for chunk, piece in HEAD_CHUNKS:
-        with mock.patch.object(packed, "_HEAD_ROWS", chunk), mock.patch.object(packed, "_SOFTMAX_ROWS", piece):
+        sizes = packed.HeadSizes(chunk, piece, True)
+        with mock.patch.multiple(packed, _HEAD_SIZES=sizes, _HEAD_SIZES_CUDA=sizes):
             run = lambda: packed._LinearCrossEntropy.apply(x, weight, targets).backward()  # noqa: E731
             found[f"{chunk}/{piece}"] = _milliseconds(run, place)
     return {"milliseconds": found}
@@ -268,7 +270,9 @@ def head(place: Place) -> Detail:
 def _optimizers(place: Place) -> dict[str, Callable[[list[Any]], torch.optim.Optimizer]]:
     made: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
         "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
-        "adamw_bf16": lambda parameters: AdamWBfloat16([{"params": parameters}], lr=1e-3),
+        "adamw_bf16": lambda parameters: AdamWBfloat16(
+            [{"params": parameters}], lr=1e-3, compiled=None if place.small else torch.compile
+        ),
     }
     try:
         from torchao.optim import AdamW8bit
@@ -356,7 +360,7 @@ def sharded(place: Place) -> Detail:
 
 
 def profile(place: Place) -> Detail:
-    """A micro-batch at the true width with few layers: milliseconds, eager and compiled, whose losses agree."""
+    """A micro-batch at the true width with few layers: milliseconds, eager, fused and compiled, whose losses agree."""
     model, batch = _model_and_batch("tiny" if place.small else "8b", 1 if place.small else 8)
     dtype = torch.float32 if place.device.type == "cpu" else torch.bfloat16
     model.to(place.device, dtype)
@@ -370,8 +374,16 @@ def profile(place: Place) -> Detail:
 
     run()
     found = {"eager": _milliseconds(run, place)}
+    language_model = model.model.language_model
     if not place.small:  # a CPU compiles for a minute
-        model.model.language_model.compile_token_wise()
+        fault = fused_fault(language_model, place.device)
+        expect(fault is None, f"fused arithmetic: {fault}")
+    for name, remakes in (("fused", False), ("selective", True)):
+        language_model.fuse((lambda function: function) if place.small else torch.compile, remakes=remakes)
+        run()
+        found[name] = _milliseconds(run, place)
+    if not place.small:
+        language_model.compile_token_wise()
         run()
         found["compiled"] = _milliseconds(run, place)
     spread = (max(losses) - min(losses)) / abs(losses[0])

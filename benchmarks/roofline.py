@@ -1,8 +1,9 @@
 """Predicts seconds and MFU of a micro-batch on a GPU, from a trace of the step on a fake CUDA device.
 
 A prediction, not a measurement: the trace counts every kernel, its FLOP and the bytes that it must move; a kernel is
-assumed to take the longer of the two at fixed shares of the data sheet's figures. Communication, the loader and the
-optimizer's step are not in it. Needs no GPU, but a CPU build of PyTorch and g++.
+assumed to take the longer of the two at fixed shares of the data sheet's figures. Functions that torch.compile fuses
+count as the kernels of Inductor's own schedule for an H100. Communication, the loader and the optimizer's step are not
+in it. Needs no GPU and no Triton, but a CPU build of PyTorch and g++.
 
 python benchmarks/roofline.py --shape 8b --stage instruct --device h100 --json
 """
@@ -87,7 +88,14 @@ def main() -> int:
     parser.add_argument("--stage", choices=("projector", "instruct"), default="instruct", help="of llama31-8b-card")
     parser.add_argument("--device", choices=tuple(ACCELERATORS), default="h100")
     parser.add_argument("--micro-batch", type=int, default=8, metavar="N", help="samples; default: 8")
-    parser.add_argument("--checkpointing", type=int, default=1, metavar="N", help="of every Nth layer; 0: none")
+    parser.add_argument(
+        "--checkpointing",
+        type=lambda text: text if text == "selective" else int(text),
+        default="selective",
+        metavar="N",
+        help="of every Nth layer; 0: none; default: selective",
+    )
+    parser.add_argument("--unfused", action="store_true", help="norms, rotary embeddings and MLPs in eager kernels")
     parser.add_argument("--autocast", action="store_true", help="float32 weights, computed with in bfloat16")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -97,6 +105,7 @@ def main() -> int:
         micro_batch=options.micro_batch,
         autocast=options.autocast,
         checkpointing=options.checkpointing,
+        fused=not options.unfused,
     )
     device = ACCELERATORS[options.device]
     found = predict(step, device)
@@ -110,6 +119,8 @@ def main() -> int:
     print(
         f"assumed: products at {PRODUCTS:.0%} of {device.bfloat16 / 1e12:.0f} TFLOP/s, attention at {ATTENTION:.0%},"
         f" memory at {BANDWIDTH:.0%} of {device.bandwidth / 1e12:.2f} TB/s, {LAUNCH * 1e6:.0f} us a launch;"
+        " each input read once, nothing found in caches;"
+        " fused functions as the kernels that Inductor schedules for an H100, each compiled alone;"
         " forward and backward only"
     )
     return 0

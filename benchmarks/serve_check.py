@@ -3,7 +3,8 @@
     python benchmarks/serve_check.py EXPORT PREDICTIONS.jsonl --questions FILE --vllm .venv-vllm/bin/vllm
 
 `make serve-check` sets up what it needs. For each way of serving it prints how many of check-engine's questions and of
-the evaluation's questions get the recorded answer, one row of the table in docs/results/serving.md.
+the evaluation's questions get the recorded answer, one row of the table in docs/results/serving.md. Adapters are drawn
+at random for the export; a quantised twin, `export --quantize`, is compared with its own answers.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,44 +35,88 @@ from llava_llama31.trainer.errors import UserError
 PATIENCE = 900  # seconds until a server answers
 CONCURRENCY = 8
 VLLM = ("--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--limit-mm-per-prompt", '{"image": 4}')
-# name of a way of serving -> whether vLLM serves, its options, whether the tokenizer is made to add a bos
-WAYS: dict[str, tuple[bool, tuple[str, ...], bool]] = {
-    "vLLM, own class": (True, (), False),
-    "vLLM, own class, a tokenizer that adds bos": (True, (), True),
-    "vLLM, own class, `--trust-remote-code`": (True, ("--trust-remote-code",), False),
-    "vLLM, `--model-impl transformers`": (True, ("--model-impl", "transformers"), False),
-    "vLLM, `--model-impl transformers --trust-remote-code`": (
-        True,
-        ("--model-impl", "transformers", "--trust-remote-code"),
-        False,
-    ),
-    "`transformers serve`": (False, (), False),
-    "`transformers serve`, a tokenizer that adds bos": (False, (), True),
-}
+LORA_RANK = 8
+WITH_BOS, WITH_ADAPTER = "with-bos", "adapter"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of serving.
+
+    Args:
+        name: in the table.
+        options: of the server, beside `VLLM`.
+        by: "vllm" or "transformers".
+        what: the folder that is served: the export, or what `made` makes of it.
+    """
+
+    name: str
+    options: tuple[str, ...] = ()
+    by: str = "vllm"
+    what: str = "export"
+
+
+BY_TRANSFORMERS = ("--model-impl", "transformers")
+WAYS = (
+    Way("vLLM, own class"),
+    Way("vLLM, own class, a tokenizer that adds bos", what=WITH_BOS),
+    Way("vLLM, own class, `--trust-remote-code`", ("--trust-remote-code",)),
+    Way("vLLM, `--model-impl transformers`", BY_TRANSFORMERS),
+    Way("vLLM, `--model-impl transformers --trust-remote-code`", (*BY_TRANSFORMERS, "--trust-remote-code")),
+    Way("vLLM, own class, adapters by `--lora-modules`", ("--enable-lora", "--max-lora-rank", "8"), what=WITH_ADAPTER),
+    Way("`transformers serve`", by="transformers"),
+    Way("`transformers serve`, a tokenizer that adds bos", by="transformers", what=WITH_BOS),
+)
 
 
 def main() -> int:
     options = parsed()
-    predictions = [json.loads(line) for line in options.predictions.read_text(encoding="utf-8").splitlines()]
     rows = {row["question_id"]: row for row in map(json.loads, options.questions.read_text("utf-8").splitlines())}
-    asked = [(row, options.questions.parent / rows[row["question_id"]]["image"]) for row in predictions]
-    # the evaluator's limit, or enough where no answer was cut
-    max_tokens = max(len(row["token_ids"]) for row in predictions)
-    with_bos = options.scratch / "with-bos"
-    add_bos(options.export, with_bos)
+    twins = [Way(f"vLLM, own class, {twin.name}", what=str(twin.resolve())) for twin in options.twin]
     failed = False
     print("| served by | check-engine | evaluation's questions |\n|---|---|---|")
-    for name, (is_vllm, extra, adds_bos) in WAYS.items():
-        folder = with_bos if adds_bos else options.export
-        log = options.scratch / "server.log"
+    for way in (*WAYS, *twins):
+        if not any(part in way.name for part in options.only or [""]):
+            continue
+        folder = made(way, options.export, options.scratch)
+        predictions = folder / "predictions.jsonl" if Path(way.what).is_absolute() else options.predictions
+        asked = [
+            (row, options.questions.parent / rows[row["question_id"]]["image"])
+            for row in map(json.loads, predictions.read_text(encoding="utf-8").splitlines())
+        ]
         try:
-            with serving(options.vllm if is_vllm else options.transformers, is_vllm, folder, extra, log) as url:
-                checked, equal = judged(folder, url, None if is_vllm else str(folder), asked, max_tokens)
+            checked, equal = served(way, folder, asked, options)
         except UserError as error:
             checked, equal = str(error), "not asked"
-        failed |= not (checked.startswith("all ") and equal.startswith("all "))
-        print(f"| {name} | {checked} | {equal} |", flush=True)
+        failed |= not (checked.startswith("all ") and equal.startswith(("all ", "no ")))
+        print(f"| {way.name} | {checked} | {equal} |", flush=True)
     return int(failed)
+
+
+def made(way: Way, export: Path, scratch: Path) -> Path:
+    """The folder with the answers that a way of serving should give."""
+    folder = scratch / way.what
+    if way.what == WITH_BOS:
+        add_bos(export, folder)
+    elif way.what == WITH_ADAPTER:
+        draw_adapter(export, folder)
+    return export if way.what == "export" else folder
+
+
+def served(
+    way: Way, folder: Path, asked: list[tuple[dict[str, Any], Path]], options: argparse.Namespace
+) -> tuple[str, str]:
+    """What check-engine says, and how many of the evaluation's answers are equal."""
+    command = options.vllm if way.by == "vllm" else options.transformers
+    extra, served_folder, model = way.options, folder, None if way.by == "vllm" else str(folder)
+    if way.what == WITH_ADAPTER:
+        extra, served_folder, model = (*extra, "--lora-modules", f"mine={folder}"), options.export, "mine"
+        asked = []  # the evaluation's answers are those without the adapters
+    # the evaluator's limit, or enough where no answer was cut
+    max_tokens = max((len(row["token_ids"]) for row, _ in asked), default=0)
+    log = options.scratch / "server.log"
+    with serving(command, way.by == "vllm", served_folder, extra, log) as url:
+        return judged(folder, url, model, asked, max_tokens)
 
 
 def parsed() -> argparse.Namespace:
@@ -79,6 +125,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("predictions", type=Path, help="of `evaluate` on the export")
     parser.add_argument("--questions", type=Path, required=True, help="JSON lines with question_id and image")
     parser.add_argument("--vllm", required=True, help="its command")
+    parser.add_argument("--twin", type=Path, action="append", default=[], help="a quantised export; may be repeated")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="ways whose names hold it; may be repeated")
     parser.add_argument("--transformers", default=str(Path(sys.executable).with_name("transformers")))
     parser.add_argument("--scratch", type=Path, default=Path("runs/serve-check"))
     options = parser.parse_args()
@@ -102,6 +150,26 @@ def add_bos(export: Path, folder: Path) -> None:
         "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+
+
+def draw_adapter(export: Path, folder: Path) -> None:
+    """Random adapters for the export's decoder, and what the model answers with them."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from llava_llama31.trainer.engines.reference import REFERENCE, record_reference
+    from llava_llama31.trainer.model.module_groups import lora_target_pattern
+    from llava_llama31.trainer.model.opening import open_model
+
+    targets = lora_target_pattern(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    model, processor = open_model(export, dtype="float32", device="cpu")
+    adapted = get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules=targets, task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapted.save_pretrained(str(folder))
+    (folder / REFERENCE).write_text(record_reference(adapted.get_base_model(), processor), encoding="utf-8")
 
 
 @contextmanager
@@ -169,6 +237,8 @@ def judged(
                 for (row, _), other in zip(asked, pool.map(lambda pair: differs(*pair), asked), strict=True)
                 if other
             ]
+    if not asked:
+        return checked, "no answers with the adapters"
     if not different:
         return checked, f"all {len(asked)}"
     print("\n".join(different), file=sys.stderr)

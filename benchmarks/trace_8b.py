@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import patch_environment
 from gpu import SHAPES
 from peak_memory import PeakMemory
 from torch import nn
@@ -33,6 +34,7 @@ from torch.utils._pytree import tree_iter
 from transformers.initialization import no_init_weights
 
 from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
+from llava_llama31.packed_llama_llava_llama31 import _HEAD_SIZES
 from llava_llama31.trainer.costs.memory import ENGINES as ENGINES_OF_PLAN
 from llava_llama31.trainer.costs.memory import Memory, MicroBatch, estimate
 from llava_llama31.trainer.distributed.engine import fsdp_plugin
@@ -155,6 +157,8 @@ def trace(
             stack.enter_context(context)
         model, run = _RUNS[engine](config, stage, num_devices, accumulation)
         model.model._layouts = layouts._layouts
+        if stage.recomputed == "selective":
+            model.model.language_model.fuse(memory.as_one_kernel, remakes=True)
         dtype = torch.float32 if stage.precision == "float32" else torch.bfloat16
         side = config.vision_config.image_size
         batch["pixel_values"] = torch.zeros(row.num_tiles, 3, side, side, dtype=dtype)
@@ -250,6 +254,7 @@ def _make_model(config: LlavaLlama31Config, stage: Stage, dtype: torch.dtype) ->
     is_fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     with no_init_weights() if is_fake else nullcontext():
         model = LlavaLlama31ForConditionalGeneration._from_config(config, dtype=dtype, packable=True)
+    model.tie_weights()  # without initial values it has not been done
     return model.train()
 
 
@@ -264,8 +269,8 @@ def _prepare(model: LlavaLlama31ForConditionalGeneration, stage: Stage, *, narro
                 for _, parameter in group_parameters(model, line.group):
                     if not parameter.requires_grad:
                         parameter.data = parameter.data.to(torch.bfloat16)
-    if stage.activation_checkpointing:
-        checkpoint_activations(model, stage.trainable, int(stage.activation_checkpointing))
+    if stage.recomputed:
+        checkpoint_activations(model, stage.trainable, stage.recomputed)
 
 
 def _plain(config: LlavaLlama31Config, stage: Stage, *, narrows: bool = True) -> LlavaLlama31ForConditionalGeneration:
@@ -302,8 +307,8 @@ def _fsdp2(config: LlavaLlama31Config, stage: Stage, num_devices: int, accumulat
     model = _plain(config, stage, narrows=False)
     with unset_fake_temporarily():
         mesh = init_device_mesh("cpu", (num_devices,))
-    os.environ["FSDP_VERSION"] = "2"  # like `accelerate launch`
-    policy = fsdp_plugin(bfloat16=stage.precision != "float32").mixed_precision_policy
+    with patch_environment(FSDP_VERSION="2"):  # as `accelerate launch` sets it
+        policy = fsdp_plugin(bfloat16=stage.precision != "float32").mixed_precision_policy
     inner = model.model
     for layer in (*inner.vision_tower.encoder.layers, *inner.language_model.layers):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -410,6 +415,9 @@ def planned(
         num_tiles=row.num_tiles,
         num_features=sum(row.num_features),
         copies_attention=True,
+        fuses=False,
+        head_rows=_HEAD_SIZES.rows,
+        softmax_rows=_HEAD_SIZES.softmax_rows,
     )
     return estimate(setup, batch, kind, 1 if engine == "single" else num_devices)
 
@@ -439,7 +447,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "missing": traced.missing,
         "shapes": traced.shapes,
         "traced": {name: getattr(traced, name) / GB for name in PHASES},
-        "planned": {name: getattr(plan, name) / GB for name in PHASES},
+        "planned": {name: getattr(plan, "of_a_step" if name == "peak" else name) / GB for name in PHASES},
     }
 
 

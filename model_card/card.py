@@ -1,15 +1,16 @@
 """The model card and licence files of an exported model, written only from the run's own record.
 
 A record is a JSON-like dict (name, recipe, command, commit, lock, licence, base_models, parameters, stages, minutes,
-evaluation, samples, environment; model_id, if it is on the Hub; opened, if it was checked). The card lists whatever is
-missing as not recorded. All strings in it are data: they are escaped for Markdown, HTML and YAML, and absolute paths
-are cut down to their last part.
+evaluation, tasks, samples, environment; model_id, if it is on the Hub; opened, if it was checked). The card lists
+whatever is missing as not recorded. All strings in it are data: they are escaped for Markdown, HTML and YAML, and
+absolute paths are cut down to their last part.
 """
 
 import html
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -37,6 +38,11 @@ HUB_LICENCES = frozenset(
     ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
     + ("openrail", "gemma", "llama2", "llama3", LLAMA31, "llama3.2", "llama3.3", "llama4", "unknown")
 )
+QUANTIZATIONS = {
+    "fp8": "fp8: weights in float8 (E4M3), a scale a row; activations in float8, a scale a token",
+    "int8": "int8: weights in 8-bit integers, a scale a row; activations too, a scale a token",
+    "w4a16": "w4a16: weights in 4-bit integers, a scale a group of columns; activations as they are",
+}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 TAGS = ("llava", "llava-next", "visual-question-answering", "conversational")
 
@@ -162,7 +168,52 @@ def render_card(record: Mapping[str, Any], previous: str = "") -> str:
 
 def usage_snippet(model_id: str) -> str:
     """The code that opens a model, as README and card show it."""
-    return _usage_template().replace("MODEL_ID", model_id)
+    return _usage_template("usage.txt").replace("MODEL_ID", model_id)
+
+
+def adapter_snippet(model_id: str) -> str:
+    """The code that opens adapters on their base, as their card shows it."""
+    return _usage_template("usage_adapter.txt").replace("ADAPTER_ID", model_id)
+
+
+def twin_snippet(model_id: str) -> str:
+    """The code that opens a quantised model, as its card shows it."""
+    return _usage_template("usage_twin.txt").replace("MODEL_ID", model_id)
+
+
+def _snippet_of(record: Mapping[str, Any]) -> Callable[[str], str]:
+    if record.get("adapter"):
+        return adapter_snippet
+    return twin_snippet if record.get("quantized") else usage_snippet
+
+
+def _adapter_of(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    adapter = record.get("adapter")
+    if not adapter:
+        return None
+    base, revision = adapter["base_model_name_or_path"], adapter["revision"]
+    return {"base": f"{base} at {revision}" if revision else base, "difference": f"{adapter['difference']:.1g}"}
+
+
+def _quantized_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """What was quantised, and what that cost; empty for a model that is not."""
+    twin = record.get("quantized")
+    if not twin:
+        return []
+    interval = f"{_points(twin['low'])} to {_points(twin['high'])}"
+    return [
+        ["scheme", QUANTIZATIONS[twin["scheme"]]],
+        ["quantised", f"{twin['layers']} linear layers of the decoder; tower, projector, embeddings and head are not"],
+        ["weights", f"{twin['bytes']:,} bytes, {twin['bytes_before']:,} before"],
+        [f"accuracy on {twin['dataset']} before, after", f"{_percent(twin['first'])}, {_percent(twin['second'])}"],
+        ["difference, paired 95 % interval", f"{_points(twin['difference'])} points, {interval}"],
+        ["questions that gained, lost, tied", f"{twin['gained']}, {twin['lost']}, {twin['tied']}"],
+        ["same answer to the fixed questions", f"{twin['equal_answers']} of {twin['fixed_questions']}"],
+    ]
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f}"
 
 
 def _joined_metadata(metadata: dict[str, Any], previous: str) -> dict[str, Any]:
@@ -257,7 +308,9 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
     model_id = model_id if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) else "path/to/this/model"
     return {
         "name": record["name"],
-        "usage": usage_snippet(model_id),
+        "usage": _snippet_of(record)(model_id),
+        "adapter": _adapter_of(record),
+        "quantized": _quantized_rows(record),
         "built_with_llama": _built_with_llama(record),
         "notice": LLAMA31_NOTICE,
         "policy_link": Markup(LLAMA31_POLICY),
@@ -279,9 +332,14 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "stage_names": [_text(stage.get("name")) for stage in stages],
         "stage_rows": _stage_rows(record),
+        "text_rows": [
+            ["before training" if name == "before" else f"after {_text(name)}"]
+            + [f"{found['accuracy']:.1%}", _text(found["num_questions"])]
+            for name, found in (record.get("text_ability") or {}).items()
+        ],
         "curves": [
-            _image(stage["curve_image"], 640)
-            for stage in stages
+            _image(stage["curve_image"], 640, f"Loss curve of stage {number}")
+            for number, stage in enumerate(stages, start=1)
             if _is_file(stage.get("curve_image"), *IMAGE_SUFFIXES)
         ],
         "cost": _cost_rows(record),
@@ -293,6 +351,9 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
             for name, score in (evaluation.get("protocols") or {}).items()
         ],
         "predictions_link": _predictions_link(evaluation),
+        "tasks": [row for task in record.get("tasks") or [] for row in _task_rows(task)],
+        "task_baselines": [_baselines_row(task) for task in record.get("tasks") or [] if _has_baselines(task)],
+        "task_facts": [_task_facts(task) for task in record.get("tasks") or []],
         "samples_scored": any(sample.get("accuracy") is not None for sample in record.get("samples") or []),
         "samples": [_sample_row(sample) for sample in record.get("samples") or []],
         "environment_rows": [[key, _text(value)] for key, value in (record.get("environment") or {}).items()],
@@ -303,7 +364,8 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _not_recorded(record: Mapping[str, Any]) -> list[str]:
-    names = [label for key, label in RECORD_FACTS.items() if not record.get(key)]
+    told = {"evaluation"} if record.get("tasks") else set()
+    names = [label for key, label in RECORD_FACTS.items() if not record.get(key) and key not in told]
     for stage in record.get("stages") or []:
         lacking = [
             label
@@ -332,11 +394,24 @@ def _stage_rows(record: Mapping[str, Any]) -> list[list[str]]:
         # null in a recipe is a fact: "none"
         rows.append((label, [stage.get(key) if stage.get(key, 0) is not None else [] for stage in asked]))
     rows.append(("seed", [recipe.get("seed")] * len(stages)))
+    for name in dict.fromkeys(name for stage in stages for name in stage.get("loss_by_source") or {}):
+        of_stages = [_source_fact(stage, name) for stage in stages]
+        rows.append((f"loss and accuracy on {_text(name)}, last log entry", of_stages))
     return [
         [label, *("none" if value in ([], {}) else _text(value) for value in values)]
         for label, values in rows
         if any(value not in (None, [], {}) for value in values)
     ]
+
+
+def _source_fact(stage: Mapping[str, Any], name: str) -> str | None:
+    """Loss and accuracy of a stage's source on the tokens trained last, and on its validation rows where there are."""
+    trained = (stage.get("loss_by_source") or {}).get(name)
+    if trained is None:
+        return None
+    fact = f"{trained['loss']:.4g}, {trained['accuracy']:.1%}"
+    held_out = (stage.get("validation_by_source") or {}).get(name)
+    return fact if held_out is None else f"{fact}; validation {held_out['loss']:.4g}, {held_out['accuracy']:.1%}"
 
 
 def _device_hours(record: Mapping[str, Any]) -> float | None:
@@ -395,17 +470,65 @@ def _data_row(stage: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
 
 def _sample_row(sample: Mapping[str, Any]) -> list[Any]:
     image = sample.get("image")
-    shown: Any = _image(image, 200) if _is_file(image, *IMAGE_SUFFIXES) else _text(None)
+    shown: Any = _image(image, 200, "Image of the question") if _is_file(image, *IMAGE_SUFFIXES) else _text(None)
     answers = sample.get("answers")
-    texts = None if answers is None else ", ".join(dict.fromkeys(map(str, answers)))
+    counts = Counter(map(str, answers or ())).most_common()
+    texts = None if answers is None else ", ".join(f"{text} x {n}" if n > 1 else text for text, n in counts)
     accuracy = sample.get("accuracy")
     facts = (sample.get("question"), sample.get("prediction"), texts, None if accuracy is None else _percent(accuracy))
     return [shown, *(_text(fact) for fact in facts)]
 
 
-def _image(file: Any, width: int) -> Markup:
-    """An image tag; the name must have passed `_is_file`."""
-    return Markup(f'<img src="{file}" width="{width}">')
+def _image(file: Any, width: int, alt: str) -> Markup:
+    """An image tag; the name must have passed `_is_file`, and `alt` is ours."""
+    return Markup(f'<img src="{file}" width="{width}" alt="{alt}">')
+
+
+def _task_rows(task: Mapping[str, Any]) -> list[list[Any]]:
+    """Per protocol, the one of the headline first: what it measured, with the interval."""
+    protocols = task.get("protocols") or {}
+    order = sorted(protocols, key=lambda name: name != task.get("protocol"))
+    rows = []
+    for name in order:
+        scores = protocols[name]
+        headline = scores["headline"]
+        others = {key: round(value, 3) for key, value in scores["metrics"].items() if key != headline}
+        rows.append(
+            [
+                task.get("title") or task.get("name"),
+                name,
+                headline if task.get("unit") == "%" else f"{headline} ({task.get('unit')})",
+                f"{scores['metrics'][headline]:.3f}",
+                f"{scores['low']:.2f} to {scores['high']:.2f}",
+                _text(others) if others else "",
+            ]
+        )
+    return rows
+
+
+def _has_baselines(task: Mapping[str, Any]) -> bool:
+    return task.get("before") is not None or task.get("blind") is not None
+
+
+def _baselines_row(task: Mapping[str, Any]) -> list[str]:
+    values = (task.get("before"), task.get("value"), task.get("blind"))
+    named = [task.get("title") or task.get("name"), task.get("protocol")]
+    return [*map(_text, named), *("" if value is None else f"{value:.3f}" for value in values)]
+
+
+def _task_facts(task: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in a list under the scores."""
+    counts = {"questions": "num_questions", "failed": "failed", "unanswered": "missing", "cut": "cut"}
+    told = [f"{label} {_text(task[key])}" for label, key in counts.items() if task.get(key) is not None]
+    return {
+        "title": task.get("title") or task.get("name"),
+        "dataset": task.get("dataset"),
+        "counts": ", ".join(told),
+        "decoding": task.get("decoding"),
+        "link": _predictions_link(task),
+        "sha256": (task.get("predictions") or {}).get("sha256"),
+        "prompt": task.get("prompt"),
+    }
 
 
 def _predictions_link(evaluation: Mapping[str, Any]) -> Markup | None:
@@ -417,18 +540,22 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
     licence = record.get("licence")
     known = licence in HUB_LICENCES
     base_models = [_line(m["id"]) for m in record.get("base_models") or [] if _is_hub_id(m.get("id"))]
+    relation, adapter = "finetune", record.get("adapter")
+    if adapter:
+        name = adapter["base_model_name_or_path"]
+        base_models, relation = ([_line(name)] if _is_hub_id(name) else []), "adapter"
     sources = [source for stage in record.get("stages") or [] for source in stage.get("data") or []]
     names = (source.get("hub_id") or source.get("name") for source in sources)
     datasets = dict.fromkeys(name for name in names if _is_hub_id(name))
     optional: dict[str, Any] = {
-        "base_model_relation": "finetune" if base_models else None,
+        "base_model_relation": relation if base_models else None,
         "license_name": None if known or licence is None else _line(licence),
         "license_link": "LICENSE" if _built_with_llama(record) else None,
     }
     return ModelCardData(
         model_name=_line(record["name"]),
         license=licence if known else None if licence is None else "other",
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
         tags=[*TAGS, *(["llama-3.1"] if _built_with_llama(record) else [])],
         base_model=base_models or None,
@@ -439,11 +566,17 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
 
 
 def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
+    tasks = [result for task in record.get("tasks") or [] for result in _task_results(record, task)]
     evaluation = record.get("evaluation") or {}
     dataset = evaluation.get("dataset")
-    if dataset is None:
-        return []
-    counts = {key: evaluation[key] for key in ("num_questions", "failed") if evaluation.get(key) is not None}
+    return (_textvqa_results(record, evaluation, dataset) if dataset is not None else []) + tasks
+
+
+def _counts_and_source(
+    record: Mapping[str, Any], evaluation: Mapping[str, Any], names: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Counts with the predictions file, and where that file is on the Hub."""
+    counts = {key: evaluation[key] for key in names if evaluation.get(key) is not None}
     source: dict[str, Any] = {}
     if _predictions_link(evaluation):
         predictions, model_id = evaluation["predictions"], record.get("model_id")
@@ -451,11 +584,43 @@ def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
         if _is_hub_id(model_id):
             url = f"{constants.ENDPOINT}/{model_id}/blob/main/{predictions['file']}"
             source = {"source_name": "predictions", "source_url": url}
+    return counts, source
+
+
+def _dataset_type(dataset: str) -> str:
+    return dataset if _is_hub_id(dataset) else re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-")
+
+
+def _task_results(record: Mapping[str, Any], task: Mapping[str, Any]) -> list[EvalResult]:
+    counts, source = _counts_and_source(record, task, ("num_questions", "failed", "missing", "cut"))
+    dataset = str(task.get("dataset") or task["name"])
     return [
         EvalResult(
             task_type="image-text-to-text",
             task_name="Visual question answering",
-            dataset_type=dataset if _is_hub_id(dataset) else re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-"),
+            dataset_type=_dataset_type(dataset),
+            dataset_name=_line(task.get("title") or task["name"]),
+            metric_type=_line(scores["headline"]),
+            metric_name=_line(f"{scores['headline']} in {task.get('unit')}, protocol {protocol}"),
+            metric_value=round(scores["metrics"][scores["headline"]], 3),
+            metric_args={
+                "protocol": _line(protocol),
+                "interval_95": [round(scores["low"], 3), round(scores["high"], 3)],
+                **counts,
+            },
+            **source,
+        )
+        for protocol, scores in (task.get("protocols") or {}).items()
+    ]
+
+
+def _textvqa_results(record: Mapping[str, Any], evaluation: Mapping[str, Any], dataset: str) -> list[EvalResult]:
+    counts, source = _counts_and_source(record, evaluation, ("num_questions", "failed"))
+    return [
+        EvalResult(
+            task_type="image-text-to-text",
+            task_name="Visual question answering",
+            dataset_type=_dataset_type(dataset),
             dataset_name=_line(dataset),
             metric_type="accuracy",
             metric_name=f"accuracy in %, protocol {_line(protocol)}",
@@ -584,5 +749,5 @@ def _template() -> jinja2.Template:
 
 
 @cache
-def _usage_template() -> str:
-    return resources.files(__package__).joinpath("usage.txt").read_text("utf-8").rstrip()
+def _usage_template(file: str) -> str:
+    return resources.files(__package__).joinpath(file).read_text("utf-8").rstrip()

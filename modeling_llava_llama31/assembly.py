@@ -22,6 +22,7 @@ import torch
 from transformers import GenerationConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from .checkpoint_parts import (
+    VISION_TOWERS,
     AssemblyError,
     Checkpoint,
     LlavaSettings,
@@ -35,11 +36,10 @@ from .checkpoint_parts import (
     projector_part,
     vision_part,
 )
+from .tile_grids import GRID_SHAPES, shapes_up_to
 
 
 MAX_SHARD_BYTES = 4 * 2**30
-# LLaVA-1.6's shapes, (rows, columns) of tiles
-GRID_SHAPES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 INITIALIZER_STD = 0.02
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -60,12 +60,14 @@ class VisionChoices:
 
     Args:
         image_size: side of a tile in pixels; default: the tower's.
+        max_tiles: the grid has every shape of 2 to so many tiles; in place of `image_grid_pinpoints`.
         image_grid_pinpoints: (height, width) in pixels; default: those of the LLaVA checkpoint that the tower comes
             from, else LLaVA-1.6's five shapes in units of the tile.
         vision_feature_layer: hidden state(s) that the projector reads; default: that checkpoint's, else -2.
     """
 
     image_size: int | None = None
+    max_tiles: int | None = None
     image_grid_pinpoints: Sequence[Sequence[int]] | None = None
     vision_feature_layer: int | list[int] | None = None
 
@@ -117,7 +119,7 @@ def plan_assembly(
     """Plan one checkpoint from its parts, reading only configs and safetensors headers.
 
     Args:
-        vision_tower: folder of a LLaVA checkpoint, a CLIP or a DINOv2.
+        vision_tower: folder of a LLaVA checkpoint, a CLIP, a SigLIP or a DINOv2.
         language_model: folder of a Llama-family model, or of a LLaVA checkpoint that contains one.
         vocabulary: of the finished tokenizer.
         projector: folder of a LLaVA checkpoint, or a projector's safetensors file; default: a fresh one.
@@ -254,8 +256,8 @@ def collecting(problems: list[str]) -> Iterator[None]:
         problems += error.problems
 
 
-def _scaled_grid(image_size: int) -> list[tuple[int, int]]:
-    return [(rows * image_size, columns * image_size) for rows, columns in GRID_SHAPES]
+def _scaled_grid(image_size: int, shapes: Sequence[tuple[int, int]] = GRID_SHAPES) -> list[tuple[int, int]]:
+    return [(rows * image_size, columns * image_size) for rows, columns in shapes]
 
 
 def _chosen_settings(tower: ModelPart, given: Part | None, chosen: VisionChoices) -> LlavaSettings:
@@ -263,6 +265,8 @@ def _chosen_settings(tower: ModelPart, given: Part | None, chosen: VisionChoices
     stated = tower.settings or LlavaSettings()
     layer = chosen.vision_feature_layer
     pinpoints = chosen.image_grid_pinpoints or stated.image_grid_pinpoints or _scaled_grid(tower.config.image_size)
+    if chosen.max_tiles is not None:
+        pinpoints = _scaled_grid(tower.config.image_size, shapes_up_to(chosen.max_tiles))
     settings = replace(
         (given and given.settings) or LlavaSettings(),
         vision_feature_layer=stated.vision_feature_layer if layer is None else layer,
@@ -282,6 +286,7 @@ def _assembled_config(
         text_config=language.config,
         image_token_index=vocabulary.image_token_id,
         vision_feature_layer=settings.vision_feature_layer,
+        vision_feature_select_strategy=VISION_TOWERS[tower.config.model_type].select_strategy,
         image_grid_pinpoints=[list(pinpoint) for pinpoint in settings.image_grid_pinpoints],
         image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
         projector_hidden_act=settings.projector_hidden_act,
@@ -338,7 +343,8 @@ def _normal(shape: tuple[int, ...], std: float, seed: int) -> PlannedTensor:
 def _grid_problems(tower: ModelPart, settings: LlavaSettings) -> list[str]:
     config, problems = tower.config, []
     size, patch = config.image_size, config.patch_size
-    if size % patch:
+    # SigLIP's 384 px are 27 patches of 14 px and a border that its own convolution leaves out
+    if size % patch and config.model_type != "siglip_vision_model":
         problems.append(
             f"{tower.path}: image_size {size} is not a multiple of patch_size {patch} (fix: image_size "
             f"{round(size / patch) * patch})"

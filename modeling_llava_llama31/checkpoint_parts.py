@@ -4,7 +4,8 @@ Only configs and safetensors headers are read here; a `PlannedTensor` reads its 
 
 Layouts: LLaVA in Transformers' old keys (`language_model.model.*`, `vision_tower.vision_model.*`) and new keys
 (`model.language_model.*`, `model.vision_tower.*`, with and without `vision_model.`), LLaVA-1.6's original layout
-(`model.mm_projector.*`, `model.vision_tower.vision_tower.vision_model.*`), CLIP, DINOv2, and causal language models.
+(`model.mm_projector.*`, `model.vision_tower.vision_tower.vision_model.*`), CLIP (and towers of its shape, such as
+MLCD-L), SigLIP, DINOv2, and causal language models.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,20 +25,57 @@ from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedCo
 
 
 LANGUAGE_MODELS = ("llama", "mistral")  # one tensor layout
-VISION_TOWERS = ("clip_vision_model", "dinov2")  # both start with one CLS token
 ROW_MULTIPLE = (
     64  # embedding rows are padded to a multiple of this, for the head's GEMM and for sharding the vocabulary
 )
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class TowerFamily:
+    """What towers of one `model_type` have in common.
+
+    Args:
+        has_class_token: the first hidden state is no patch, and LLaVA drops it.
+        mean, std: of the pre-processing, for a folder that does not name them.
+    """
+
+    has_class_token: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def select_strategy(self) -> Literal["default", "full"]:
+        """`vision_feature_select_strategy` that keeps the patches and nothing else."""
+        return "default" if self.has_class_token else "full"
+
+
+VISION_TOWERS = {
+    "clip_vision_model": TowerFamily(True, CLIP_MEAN, CLIP_STD),
+    "siglip_vision_model": TowerFamily(False, SIGLIP_MEAN, SIGLIP_STD),
+    "dinov2": TowerFamily(True, IMAGENET_MEAN, IMAGENET_STD),
+}
+# `model_type` of a whole image-and-text model whose tower has the type on the right
+_TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+# towers that stock LlavaNext can't hold, and what to use instead
+_UNFIT_TOWERS = {
+    "siglip2_vision_model": "its number of patches varies (NaFlex), and LlavaNext's tiles have one; use a SigLIP2 of "
+    "fixed resolution, for instance google/siglip2-so400m-patch14-384",
+    "mlcd_vision_model": "it rotates its queries and keys by patch, which is not supported; use the MLCD of "
+    "CLIP's shape, DeepGlint-AI/mlcd-vit-large-patch14-336",
+}
+_UNFIT_TOWERS["siglip2"] = _UNFIT_TOWERS["siglip2_vision_model"]
+_UNFIT_TOWERS["mlcd"] = _UNFIT_TOWERS["mlcd_vision_model"]
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # Group 1 is the name inside the native module.
 _VISION_KEY = re.compile(
     r"(?:model\.)?(?:vision_tower\.){0,2}(?:vision_model\.|dinov2\.)?"
-    r"((?:embeddings|encoder|pre_layrnorm|post_layernorm|layernorm)\..+)"
+    r"((?:embeddings|encoder|pre_layrnorm|post_layernorm|layernorm|head)\..+)"
 )
 _LANGUAGE_KEY = re.compile(
     r"(?:model\.language_model\.model\.|language_model\.model\.|model\.language_model\.|model\.)"
@@ -192,13 +230,15 @@ class Checkpoint:
                     f"supported; LLaVA-1.6 has 'mlp2x_gelu' on 'patch' features (fix: use another checkpoint)"
                 )
             return LlavaSettings(config.get("mm_vision_select_layer", -2), config.get("image_grid_pinpoints") or ())
-        if "vision_config" not in config or "text_config" not in config or config.get("model_type") == "clip":
+        if "vision_config" not in config or "text_config" not in config or config.get("model_type") in _TWO_TOWERS:
             return None
         strategy = config.get("vision_feature_select_strategy", "default")
-        if strategy != "default":
+        family = VISION_TOWERS.get(config["vision_config"].get("model_type", "clip_vision_model"))
+        if family is not None and strategy != family.select_strategy:
+            keeps = "which keeps the CLS token" if family.has_class_token else "which drops the first patch"
             raise AssemblyError(
-                f"{self.path}: vision_feature_select_strategy is {strategy!r}, which keeps the CLS token; the model "
-                f"drops it (fix: use a checkpoint with 'default')"
+                f"{self.path}: vision_feature_select_strategy is {strategy!r}, {keeps}; the model takes the patches "
+                f"alone (fix: use a checkpoint with {family.select_strategy!r})"
             )
         return LlavaSettings(
             config.get("vision_feature_layer", -2),
@@ -209,7 +249,9 @@ class Checkpoint:
 
 
 def vision_part(checkpoint: Checkpoint, image_size: int | None = None) -> ModelPart:
-    """The vision tower of a LLaVA, CLIP or DINOv2 checkpoint.
+    """The vision tower of a LLaVA, CLIP, SigLIP or DINOv2 checkpoint.
+
+    SigLIP's pooling head is left out: LLaVA reads hidden states before it.
 
     Args:
         image_size: side of a tile in pixels; DINOv2's position embeddings are permanently resized to it.
@@ -225,6 +267,18 @@ def vision_part(checkpoint: Checkpoint, image_size: int | None = None) -> ModelP
             tensors[f"model.vision_tower.{name}"] = tensor
     config = _vision_config(checkpoint, tensors)
     notes = []
+    head = [name for name in tensors if name.startswith("model.vision_tower.head.")]
+    if config.model_type == "siglip_vision_model":
+        config.vision_use_head = False
+        notes += [f"the pooling head's {len(head)} tensors are left out: LLaVA reads none of them"] if head else []
+        for name in head:
+            del tensors[name]
+        border = config.image_size % config.patch_size
+        if border:
+            notes.append(
+                f"the tower reads {config.image_size // config.patch_size} patches of {config.patch_size} px a side, "
+                f"and not the last {border} px of a tile, as it was trained"
+            )
     if image_size is not None and image_size != config.image_size:
         if config.model_type != "dinov2":
             raise AssemblyError(
@@ -335,8 +389,8 @@ def image_statistics(folder: Path, tower_type: str) -> tuple[tuple[float, ...], 
     named = named or read_json(folder / "processor_config.json").get("image_processor", {})
     if "image_mean" in named and "image_std" in named:
         return tuple(named["image_mean"]), tuple(named["image_std"]), True
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if tower_type == "dinov2" else (CLIP_MEAN, CLIP_STD)
-    return mean, std, False
+    family = VISION_TOWERS[tower_type]
+    return family.mean, family.std, False
 
 
 def is_original_llava(config: Mapping[str, Any]) -> bool:
@@ -431,13 +485,19 @@ def _vision_config(checkpoint: Checkpoint, tensors: Mapping[str, PlannedTensor])
     if checkpoint.is_original_llava:
         return _clip_config_of(checkpoint.path, tensors)
     if "vision_config" in fields:
-        fields = {"model_type": "clip_vision_model"} | fields["vision_config"]
-    if fields.get("model_type") not in VISION_TOWERS:
-        raise AssemblyError(
-            f"{checkpoint.path}: a vision tower of type {fields.get('model_type')!r} is not supported "
-            f"(fix: use CLIP, DINOv2 without registers, or a LLaVA checkpoint)"
-        )
-    return _native_config(fields)
+        kind = _TWO_TOWERS.get(fields.get("model_type", ""), "clip_vision_model")
+        if fields.get("model_type") in _UNFIT_TOWERS:
+            kind = fields["model_type"]
+        fields = {"model_type": kind} | fields["vision_config"]
+    kind = fields.get("model_type", "")
+    if kind not in VISION_TOWERS:
+        instead = _UNFIT_TOWERS.get(kind, "use CLIP, SigLIP, DINOv2 without registers, or a LLaVA checkpoint")
+        raise AssemblyError(f"{checkpoint.path}: a vision tower of type {kind!r} is not supported (fix: {instead})")
+    config = _native_config(fields)
+    sizes = {key: getattr(config, key) for key in ("image_size", "patch_size")}
+    if odd := {key: size for key, size in sizes.items() if not isinstance(size, int)}:
+        raise AssemblyError(f"{checkpoint.path}: {odd}: LlavaNext's tiles are square (fix: use a tower with one size)")
+    return config
 
 
 def _clip_config_of(path: Path, tensors: Mapping[str, PlannedTensor]) -> CLIPVisionConfig:

@@ -46,6 +46,8 @@ from .packed_llama_llava_llama31 import LlavaLlama31TextModel, Packing, Supervis
 
 
 IGNORE_INDEX = -100
+# towers whose hidden states are patches only: with these `full` keeps the patches and nothing else
+_WITHOUT_CLASS_TOKEN = ("siglip_vision_model",)
 
 
 class LlavaLlama31Model(LlavaNextModel):
@@ -99,7 +101,10 @@ class LlavaLlama31Model(LlavaNextModel):
         return embeds.masked_scatter(self.get_placeholder_mask(input_ids, embeds, packed), packed)
 
     def _tower_features(self, tiles: torch.Tensor, feature_layer: int | list[int] | None) -> torch.Tensor:
-        """Hidden states (T, 1 + P, D) of the chosen layers; the tower runs up to the last of them."""
+        """Hidden states (T, 1 + P, D) of the chosen layers; the tower runs up to the last of them.
+
+        A tower without a class token gives (T, P, D).
+        """
         assert feature_layer is not None
         tower = self.vision_tower
         needs_graph = tiles.requires_grad or any(parameter.requires_grad for parameter in tower.parameters())
@@ -108,6 +113,9 @@ class LlavaLlama31Model(LlavaNextModel):
             model_type = self.config.vision_config.model_type
             if model_type == "clip_vision_model":
                 hidden = tower.pre_layrnorm(tower.embeddings(tiles))
+                layers = tower.encoder.layers
+            elif model_type == "siglip_vision_model":
+                hidden = tower.embeddings(tiles)
                 layers = tower.encoder.layers
             elif model_type == "dinov2":
                 hidden = tower.embeddings(tiles)
@@ -239,7 +247,8 @@ class LlavaLlama31Model(LlavaNextModel):
             has_features: the images whose tiles come after all others; default: none.
         """
         vision, strategy = self.config.vision_config, self.config.vision_feature_select_strategy
-        num_patches = (vision.image_size // vision.patch_size) ** 2 + (strategy != "default")
+        num_patches = (vision.image_size // vision.patch_size) ** 2
+        num_patches += strategy != "default" and vision.model_type not in _WITHOUT_CLASS_TOKEN
         has_features = [False] * len(image_sizes) if has_features is None else has_features
         counts = [
             image_size_to_num_patches(size, self.config.image_grid_pinpoints, vision.image_size)
@@ -260,7 +269,7 @@ class LlavaLlama31Model(LlavaNextModel):
         return torch.cat(layouts), (num_without, sum(counts) - num_without)
 
     def images_of_copies(self, input_ids: torch.Tensor, image_sizes: torch.Tensor, num_copies: int) -> list[int]:
-        """Numbers of the images of a batch in which each row (B, S) stands `num_copies` times in succession."""
+        """Numbers of the images of a batch in which each row (B, S) is repeated `num_copies` times in succession."""
         features = torch.tensor([len(self.feature_layout([size])[0]) for size in _pairs(image_sizes)])
         placeholders = (input_ids == self.config.image_token_id).sum(dim=1).cpu()
         owners = torch.searchsorted(placeholders.cumsum(0), features.cumsum(0)).tolist()
@@ -351,6 +360,8 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
     If the vision tower's features of some images are known (`tile_features`), pass them instead of their tiles:
         image_features: (T, P, D) of all tiles of those images; `pixel_values` has the tiles of the others.
         has_features: for each of `image_sizes`, whether it is one of those images.
+    With either, `token_scores` (2, N), given empty, receives the loss of each supervised token in row order and
+    whether no token is likelier (1 or 0), outside of the graph.
 
     Args:
         packable: build the Llama and the head that packed rows need; for other language models without effect.
@@ -397,6 +408,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         image_features: torch.Tensor | None = None,
         has_features: Sequence[bool] | None = None,
         supervised_only: bool = False,
+        token_scores: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaNextCausalLMOutputWithPast | tuple:
         row: dict[str, Any] = {"input_ids": input_ids, "pixel_values": pixel_values, "image_sizes": image_sizes}
@@ -410,17 +422,24 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         of_logits = {"use_cache": use_cache or None, "logits_to_keep": None if keeps_all else logits_to_keep}
         if packing is not None:
             _refuse("a packed row does not take", {**more, **of_logits})
-            return self._forward_packed(row | of_packing, packing, labels, supervised_positions, num_items_in_batch)
+            return self._forward_packed(
+                row | of_packing, packing, labels, supervised_positions, num_items_in_batch, token_scores
+            )
         _refuse("only a packed row takes", {**of_packing, "supervised_positions": supervised_positions})
         if supervised_only:
             _refuse("supervised_only does not take", {**of_logits, **{key: more.get(key) for key in _OF_STOCKS_LOSS}})
-            return self._forward_supervised({**row, **more}, labels, num_items_in_batch)
+            return self._forward_supervised({**row, **more}, labels, num_items_in_batch, token_scores)
+        _refuse("only packed rows and supervised_only take", {"token_scores": token_scores})
         if num_items_in_batch is not None:
             more["num_items_in_batch"] = num_items_in_batch
         return super().forward(labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, **row, **more)
 
     def _forward_supervised(
-        self, arguments: dict[str, Any], labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
+        self,
+        arguments: dict[str, Any],
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+        token_scores: torch.Tensor | None,
     ) -> LlavaNextCausalLMOutputWithPast:
         """Loss and logits at the positions that predict a supervised token.
 
@@ -435,14 +454,21 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         if targets.numel() == 0 and num_items_in_batch is None:
             raise ValueError("no label of the batch is supervised: every label is -100")
         # a training row is read once; a cache would also undo packing
-        output: Any = super().forward(
-            **arguments, supervised_only=True, use_cache=False, logits_to_keep=supervised, return_dict=True
-        )
+        inner = self.model(**arguments, supervised_only=True, use_cache=False, return_dict=True)
+        # not by `logits_to_keep`, which takes a mask since Transformers 5.21 only
+        logits = self.lm_head(inner.last_hidden_state[supervised.to(inner.last_hidden_state.device)])
         # at least float32; float64 stays exact
-        logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
-        total = F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
-        output.loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
-        return output
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.cross_entropy(exact, targets.to(exact.device), reduction="sum")
+        _fill_scores(token_scores, exact, targets.to(exact.device))
+        return LlavaNextCausalLMOutputWithPast(
+            loss=total / (targets.numel() if num_items_in_batch is None else num_items_in_batch),
+            logits=logits,
+            past_key_values=inner.past_key_values,
+            hidden_states=inner.hidden_states,
+            attentions=inner.attentions,
+            image_hidden_states=inner.image_hidden_states,
+        )
 
     def _forward_packed(
         self,
@@ -451,6 +477,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         labels: torch.Tensor | None,
         supervised_positions: Sequence[int] | None,
         num_items_in_batch: torch.Tensor | int | None,
+        token_scores: torch.Tensor | None,
     ) -> LlavaNextCausalLMOutputWithPast:
         """Loss of a packed row (1, S), or, without labels, its keys and values in the cache.
 
@@ -471,7 +498,8 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         ).last_hidden_state
         if labels is None:
             return LlavaNextCausalLMOutputWithPast(past_key_values=row["past_key_values"])
-        loss = self._packed_loss(hidden[0], labels[0], supervised_positions, num_items_in_batch)
+        scores = token_scores if supervised_positions else None
+        loss = self._packed_loss(hidden[0], labels[0], supervised_positions, num_items_in_batch, scores)
         return LlavaNextCausalLMOutputWithPast(loss=loss)
 
     def _packed_loss(
@@ -480,15 +508,17 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         labels: torch.Tensor,
         supervised: Sequence[int],
         num_items_in_batch: torch.Tensor | int | None,
+        token_scores: torch.Tensor | None,
     ) -> torch.Tensor:
         positions = to_device(list(supervised) or [0], labels.device)
         targets = labels.index_select(0, positions + 1).clamp_min(0)
         if isinstance(self.lm_head, SupervisedHead):
-            total = self.lm_head(hidden, targets)
+            total = self.lm_head(hidden, targets, token_scores)
         else:  # another module has taken its place, as resizing the vocabulary does
             logits = self.lm_head(hidden)
             wide = torch.promote_types(logits.dtype, torch.float32)
             total = F.cross_entropy(logits.to(wide), targets, reduction="sum")
+            _fill_scores(token_scores, logits.to(wide), targets)
         if not supervised:
             total = total * 0
         return total / (len(supervised) if num_items_in_batch is None else num_items_in_batch)
@@ -570,6 +600,14 @@ def _refuse(why: str, arguments: Mapping[str, Any]) -> None:
     given = [name for name, value in arguments.items() if value is not None]
     if given:
         raise ValueError(f"{why} {', '.join(given)}")
+
+
+@torch.no_grad()
+def _fill_scores(scores: torch.Tensor | None, logits: torch.Tensor, targets: torch.Tensor) -> None:
+    """Loss of each target (N,) under logits (N, V), and whether no logit is above its own, into `scores` (2, N)."""
+    if scores is not None:
+        scores[0] = F.cross_entropy(logits, targets, reduction="none")
+        scores[1] = logits.gather(1, targets[:, None])[:, 0] >= logits.amax(dim=1)
 
 
 def _pairs(image_sizes: torch.Tensor | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -14,7 +14,8 @@ vocabulary.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +34,12 @@ from transformers.utils import TransformersKwargs
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Packing = Sequence[Sequence[int]]
 Positions = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, S, head size) each
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys, values
 
-# positions whose logits exist at once: few enough to need little memory, enough for an efficient matrix product
-_HEAD_ROWS = 256
-# of those, how many are processed in float32 at once: few enough for a CPU's cache
-_SOFTMAX_ROWS = 64
+
 # on a CPU: queries per block, and the number of keys up to which blocks beat the fused kernel
 _BLOCK_QUERIES = 256
 _MAX_BLOCK_KEYS = 1024
@@ -53,6 +52,26 @@ _VARLEN_TOLERANCE = 2**-5
 # types whose kernels a CPU builds for every new shape (0.7 ms), and the multiple that segments are then padded to
 _FILLED_DTYPES = (torch.bfloat16,)
 _SEGMENT_MULTIPLE = 32
+# Transformers' names of the activation
+_SILU = ("silu", "swish")
+
+
+class HeadSizes(NamedTuple):
+    """How a device computes the head's loss.
+
+    Args:
+        rows: positions whose logits exist at once: few enough for little memory, enough for efficient products.
+        softmax_rows: of those, how many are processed in float32 at once: few enough for a CPU's cache, enough to
+            occupy all of a GPU.
+        wide_sums: gradients of the weights add up in float32 over the chunks, whatever their type.
+    """
+
+    rows: int
+    softmax_rows: int
+    wide_sums: bool
+
+
+_HEAD_SIZES, _HEAD_SIZES_CUDA = HeadSizes(256, 64, False), HeadSizes(2048, 512, True)
 
 
 class Segment(NamedTuple):
@@ -141,7 +160,7 @@ class AttentionPlan:
     kept: torch.Tensor | None = None
     varlen: bool = False
     _masks: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
-    _lengths: tuple[torch.Tensor, ...] | None = None
+    _lengths: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None
     _aligned: Aligned | None = None
 
     def aligned(self, multiple: int) -> Aligned:
@@ -192,14 +211,21 @@ class AttentionPlan:
         square = Segment(0, num_queries, (0, num_queries), (0, 0))
         return self.mask(square, query)
 
-    def lengths(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Key positions, and cumulative lengths of queries and keys, in the form that varlen kernels take."""
+    def lengths(
+        self, num_positions: int, device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Key positions, and cumulative lengths of queries and keys, in the form that varlen kernels take.
+
+        Positions are None where the keys are those of the row in its order: nothing is shared or left out.
+        """
         if self._lengths is None:
             keys = [torch.cat([torch.arange(*segment.trunk), torch.arange(*segment.own)]) for segment in self.segments]
             num_queries = torch.tensor([0, *(segment.num_queries for segment in self.segments)])
             num_keys = torch.tensor([0, *(segment.num_keys for segment in self.segments)])
-            arrays = torch.cat(keys), num_queries.cumsum(0).int(), num_keys.cumsum(0).int()
-            self._lengths = tuple(to_device(array, device) for array in arrays)
+            positions, is_row = torch.cat(keys), int(num_keys.sum()) == num_positions
+            is_row = is_row and torch.equal(positions, torch.arange(num_positions))
+            query_ends, key_ends = (to_device(x.cumsum(0).int(), device) for x in (num_queries, num_keys))
+            self._lengths = None if is_row else to_device(positions, device), query_ends, key_ends
         return self._lengths
 
 
@@ -368,11 +394,15 @@ def _varlen_attention(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    keys, query_ends, key_ends = plan.lengths(query.device)
+    positions, query_ends, key_ends = plan.lengths(key.shape[2], query.device)
+    # not x[0], whose gradient is a larger tensor of zeros with this one in it
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    if positions is not None:
+        key, value = key.index_select(0, positions), value.index_select(0, positions)
     output = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1).index_select(0, keys),
-        value[0].transpose(0, 1).index_select(0, keys),
+        query,
+        key,
+        value,
         query_ends,
         key_ends,
         max(segment.num_queries for segment in plan.segments),
@@ -424,8 +454,8 @@ class LlavaLlama31Attention(LlamaAttention):
 
     def project(self, hidden: torch.Tensor, positions: Positions, queries: torch.Tensor | None) -> Heads:
         """Rotated queries (1, H, Q, head size), rotated keys and values (1, key heads, S, head size) of (1, S, D)."""
-        query = self._heads(self.q_proj(hidden if queries is None else hidden[:, queries]))
-        cos, sin = (x if queries is None else x[:, queries] for x in positions)
+        query = self._heads(self.q_proj(hidden if queries is None else hidden.index_select(1, queries)))
+        cos, sin = (x if queries is None else x.index_select(1, queries) for x in positions)
         return _Rotary.apply(query, cos, sin), *self.keys_and_values(hidden, positions)
 
     def keys_and_values(self, hidden: torch.Tensor, positions: Positions) -> tuple[torch.Tensor, torch.Tensor]:
@@ -441,7 +471,7 @@ class LlavaLlama31Attention(LlamaAttention):
         if cache is not None:
             cache.update(key, value, self.layer_idx)
         output = packed_attention(query, key, value, plan, self.scaling).flatten(2)
-        return output if plan.kept is None else output[:, plan.kept]
+        return output if plan.kept is None else output.index_select(1, plan.kept)
 
 
 class _Rotary(torch.autograd.Function):
@@ -474,14 +504,27 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 
 
 class LlavaLlama31RMSNorm(LlamaRMSNorm):
-    """Llama's norm; saves only its input for the backward pass, and returns the type that autocast would cast to."""
+    """Llama's norm; saves only its input for the backward pass, and returns the type that autocast would cast to.
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    With `arithmetic` it returns (normed, scale), with `added` as well (sum of both, its norm, scale).
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        added: torch.Tensor | None = None,
+        arithmetic: "Arithmetic | None" = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         device = hidden_states.device.type
         dtype = hidden_states.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-        return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
+        if arithmetic is None:
+            return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
+        others = self.weight, self.variance_epsilon, dtype, arithmetic
+        if added is None:
+            return _FusedNorm.apply(hidden_states, *others)
+        return _FusedSumNorm.apply(hidden_states, added, *others)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -507,6 +550,220 @@ class _RMSNorm(torch.autograd.Function):
         mean = torch.mv(along.flatten(0, -2), weight.to(scale.dtype)).view(scale.shape) / x.shape[-1]
         x_grad = (grad * weight).addcmul_(normed, mean, value=-1).mul_(scale)
         return x_grad.to(x.dtype), weight_grad, None, None
+
+
+# Arithmetic between the matrix products, in functions that torch.compile makes one kernel of, two where a gradient is
+# summed over the positions. Each is that of Llama's modules; compiled, intermediates are not rounded.
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMS norm of x (..., D) in `dtype`, and 1 / RMS (..., 1)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = wide.square().mean(-1, keepdim=True).add(eps).rsqrt()
+    return (wide * scale).to(x.dtype).mul(weight).to(dtype), scale
+
+
+def sum_norm(
+    x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sum, its RMS norm, and 1 / RMS."""
+    total = x + added
+    return total, *norm(total, weight, eps, dtype)
+
+
+def norm_again(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The norm of x whose 1 / RMS is known."""
+    return (x.to(scale.dtype) * scale).to(x.dtype).mul(weight).to(dtype)
+
+
+def norm_gradient(
+    grad: torch.Tensor,
+    passed: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    trains_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of a norm's input and weight; `passed` is another gradient of the input, to add."""
+    wide, normed = grad.to(scale.dtype), x.to(scale.dtype) * scale
+    weight_grad = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype) if trains_weight else None
+    weighted = wide * weight
+    x_grad = (weighted - normed * (weighted * normed).mean(-1, keepdim=True)) * scale
+    return (x_grad if passed is None else x_grad + passed).to(x.dtype), weight_grad
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (1, Q, H, head size) rotated by `cos` and `sin` (1, Q, head size), pairing halves."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def rotate_back(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The opposite rotation."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
+    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1).to(x.dtype)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) x up (Shazeer, 2020)."""
+    return F.silu(gate) * up
+
+
+def gated_gradient(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and up."""
+    wide, exact = gate.to(torch.promote_types(gate.dtype, torch.float32)), grad.dtype
+    share = torch.sigmoid(wide)
+    slope = share * (1 + wide * (1 - share))
+    return (grad * up * slope).to(exact), (grad * wide * share).to(exact)
+
+
+class Arithmetic(NamedTuple):
+    """The functions of these names; compiled or plain.
+
+    Tensors come to them detached: compiled code is then the same for parameters of every engine and for activations.
+    """
+
+    norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    sum_norm: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    norm_again: Callable[..., torch.Tensor]
+    norm_gradient: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    rotate: Callable[..., torch.Tensor]
+    rotate_back: Callable[..., torch.Tensor]
+    gated: Callable[..., torch.Tensor]
+    gated_gradient: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+PLAIN = Arithmetic(norm, sum_norm, norm_again, norm_gradient, rotate, rotate_back, gated, gated_gradient)
+
+
+class _FusedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype, arithmetic: Arithmetic
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, scale = arithmetic.norm(x.detach(), weight.detach(), eps, dtype)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.arithmetic = arithmetic
+        ctx.mark_non_differentiable(scale)
+        return normed, scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        trains_weight = ctx.needs_input_grad[1]
+        x_grad, weight_grad = ctx.arithmetic.norm_gradient(
+            grad, None, x.detach(), weight.detach(), scale, trains_weight
+        )
+        return x_grad, weight_grad, None, None, None
+
+
+class _FusedSumNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        added: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        arithmetic: Arithmetic,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        total, normed, scale = arithmetic.sum_norm(x.detach(), added.detach(), weight.detach(), eps, dtype)
+        ctx.save_for_backward(total, weight, scale)
+        ctx.dtypes, ctx.arithmetic = (x.dtype, added.dtype), arithmetic
+        ctx.mark_non_differentiable(scale)
+        return total, normed, scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, passed: torch.Tensor, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
+        total, weight, scale = ctx.saved_tensors
+        trains_weight = ctx.needs_input_grad[2]
+        x_grad, weight_grad = ctx.arithmetic.norm_gradient(
+            grad, passed, total.detach(), weight.detach(), scale, trains_weight
+        )
+        return *(x_grad.to(dtype) for dtype in ctx.dtypes), weight_grad, None, None, None
+
+
+class _FusedRotary(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, arithmetic: Arithmetic
+    ) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.arithmetic = arithmetic
+        return arithmetic.rotate(x.detach(), cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.arithmetic.rotate_back(grad, *ctx.saved_tensors), None, None, None
+
+
+class _FusedGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, arithmetic: Arithmetic) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.arithmetic = arithmetic
+        return arithmetic.gated(gate.detach(), up.detach())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        return *ctx.arithmetic.gated_gradient(grad, gate.detach(), up.detach()), None
+
+
+class _View(NamedTuple):
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Remade:
+    """Hooks by which autograd makes a tensor again in the backward pass, once for all that read it, and keeps none.
+
+    Args:
+        tensor: it is contiguous, or of the layout that `make` returns.
+        make: returns its numbers again.
+    """
+
+    def __init__(self, tensor: torch.Tensor, make: Callable[[], torch.Tensor]):
+        self._storage, self._make = tensor.untyped_storage()._cdata, make
+        self._num_saved = self._num_read = 0
+        self._made: torch.Tensor | None = None
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor | _View:
+        if x.untyped_storage()._cdata != self._storage:
+            return x
+        self._num_saved += 1
+        return _View(tuple(x.shape), x.stride(), int(x.storage_offset()))
+
+    def unpack(self, packed: torch.Tensor | _View) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        if self._made is None:
+            with torch.no_grad():
+                self._made = self._make()
+        x = self._made.as_strided(packed.size, packed.stride, packed.offset)
+        self._num_read = (self._num_read + 1) % self._num_saved
+        if not self._num_read:
+            self._made = None
+        return x
+
+
+def _without_keeping(tensor: torch.Tensor, make: Callable[[], torch.Tensor] | None, compute: Callable[[], T]) -> T:
+    """What is computed from a tensor that is not kept for the backward pass, if there is a way to make it again."""
+    if make is None:
+        return compute()
+    remade = _Remade(tensor, make)
+    with torch.autograd.graph.saved_tensors_hooks(remade.pack, remade.unpack):
+        return compute()
 
 
 class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
@@ -551,7 +808,7 @@ class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
         heads = before(self, hidden_states, position_embeddings, plan.queries)
         attended = self.self_attn.packed(heads, plan, past_key_values)
         if plan.queries is not None and plan.kept is not None:
-            hidden_states = hidden_states[:, plan.queries[plan.kept]]
+            hidden_states = hidden_states.index_select(1, plan.queries.index_select(0, plan.kept))
         return after(self, hidden_states, attended)
 
 
@@ -574,6 +831,54 @@ def _after_attention(layer: LlavaLlama31DecoderLayer, hidden: torch.Tensor, atte
 
 
 EAGER = TokenWise(_before_attention, _after_attention)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The same with an `Arithmetic`.
+
+    Args:
+        remakes: keep the attention's and the MLP's products, and compute the norms and the MLP's gated product, which
+            those are made from or make, again in the backward pass. No matrix product is repeated.
+    """
+
+    arithmetic: Arithmetic
+    remakes: bool = False
+
+    def before(
+        self, layer: LlavaLlama31DecoderLayer, hidden: torch.Tensor, positions: Positions, queries: torch.Tensor | None
+    ) -> Heads:
+        attention = layer.self_attn
+        normed, scale = layer.input_layernorm(hidden, arithmetic=self.arithmetic)
+        read = normed if queries is None else normed.index_select(1, queries)
+        projected = _without_keeping(
+            normed,
+            self._again(layer.input_layernorm, hidden, scale, normed.dtype),
+            lambda: (attention.q_proj(read), attention.k_proj(normed), attention.v_proj(normed)),
+        )
+        query, key, value = (x.unflatten(-1, (-1, attention.head_dim)) for x in projected)
+        angles = positions if queries is None else [x.index_select(1, queries) for x in positions]
+        query = _FusedRotary.apply(query, *angles, self.arithmetic)
+        key = _FusedRotary.apply(key, *positions, self.arithmetic)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def after(self, layer: LlavaLlama31DecoderLayer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        mlp, norm = layer.mlp, layer.post_attention_layernorm
+        added = layer.self_attn.o_proj(attended)
+        hidden, normed, scale = norm(hidden, added=added, arithmetic=self.arithmetic)
+        again = self._again(norm, hidden, scale, normed.dtype)
+        gate, up = _without_keeping(normed, again, lambda: (mlp.gate_proj(normed), mlp.up_proj(normed)))
+        product = _FusedGate.apply(gate, up, self.arithmetic)
+        make = partial(self.arithmetic.gated, gate.detach(), up.detach()) if self.remakes else None
+        return hidden + _without_keeping(product, make, lambda: mlp.down_proj(product))
+
+    def _again(
+        self, norm: LlamaRMSNorm, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+    ) -> Callable[[], torch.Tensor] | None:
+        if not self.remakes:
+            return None
+        # a copy: ZeRO-3 takes a weight away between its module's forward and backward pass
+        return partial(self.arithmetic.norm_again, x.detach(), norm.weight.detach().clone(), scale, dtype)
 
 
 class LlavaLlama31TextModel(LlamaModel):
@@ -614,9 +919,27 @@ class LlavaLlama31TextModel(LlamaModel):
             torch.compile(EAGER.before, dynamic=True),
             torch.compile(EAGER.after, dynamic=True),
         )
+        self._use(compiled)
+
+    def fuse(self, compiled: Callable[[Any], Any], *, remakes: bool = False) -> None:
+        """Train on packed rows with fused norms, rotary embeddings and gated products (`Arithmetic`).
+
+        Args:
+            compiled: makes a fused function of a plain one, as torch.compile does.
+            remakes: as `Fused` has it.
+
+        Raises:
+            ValueError: the MLPs have another activation than SiLU.
+        """
+        if self.config.hidden_act not in _SILU:
+            raise ValueError(f"only MLPs with SiLU are fused, not with {self.config.hidden_act}")
+        fused = Fused(Arithmetic(*map(compiled, PLAIN)), remakes)
+        self._use(TokenWise(fused.before, fused.after))
+
+    def _use(self, token_wise: TokenWise) -> None:
         for layer in self.layers:
             assert isinstance(layer, LlavaLlama31DecoderLayer)
-            layer.token_wise = compiled
+            layer.token_wise = token_wise
 
     def packed(
         self,
@@ -653,12 +976,17 @@ class LlavaLlama31TextModel(LlamaModel):
 class SupervisedHead(nn.Linear):
     """The language model's head; given targets, it returns their loss without storing the logits."""
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (..., V) of hidden states (..., D); with `targets` (N,), the sum of their cross-entropies."""
+    def forward(
+        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, scores: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (..., V) of hidden states (..., D); with `targets` (N,), the sum of their cross-entropies.
+
+        `scores` (2, N) receives each target's own, and whether no logit is above the target's.
+        """
         if targets is None:
             return super().forward(hidden)
         assert self.bias is None
-        return _LinearCrossEntropy.apply(hidden, self.weight, targets)
+        return _LinearCrossEntropy.apply(hidden, self.weight, targets, scores)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -668,7 +996,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor | None
+    ) -> torch.Tensor:
         ctx.hidden_dtype, device = hidden.dtype, hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         exact = torch.promote_types(dtype, torch.float32)
@@ -677,46 +1007,61 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             hidden, narrow_weight = hidden.to(dtype), weight.to(dtype)
             total = torch.zeros((), dtype=exact, device=hidden.device)
-            rows = min(len(targets), _HEAD_ROWS)
+            sizes = _HEAD_SIZES_CUDA if device == "cuda" else _HEAD_SIZES
+            rows = min(len(targets), sizes.rows)
+            summed = weight.dtype
+            if sizes.wide_sums and rows < len(targets):
+                summed = torch.promote_types(summed, torch.float32)
             # overwritten chunk by chunk: allocating memory of this size costs as much as the products
             logits = hidden.new_empty(rows, weight.shape[0])
-            room = hidden.new_empty(0 if dtype == exact else _SOFTMAX_ROWS, weight.shape[0], dtype=exact)
+            room = hidden.new_empty(0 if dtype == exact else sizes.softmax_rows, weight.shape[0], dtype=exact)
             for begin in range(0, len(targets), rows):
                 part = slice(begin, min(begin + rows, len(targets)))
                 chunk = slice(0, part.stop - begin)
                 torch.mm(hidden[part], narrow_weight.T, out=logits[chunk])
-                total += _cross_entropy(logits[chunk], room, targets[part])
+                own = None if scores is None else scores[:, part]
+                total += _cross_entropy(logits[chunk], room, targets[part], sizes.softmax_rows, own)
                 if hidden_grad is not None:
                     torch.mm(logits[chunk], narrow_weight, out=hidden_grad[part])
                 if ctx.needs_input_grad[1]:
                     gradient, inputs = logits[chunk].T, hidden[part]
                     if weight_grad is None:
-                        weight_grad = (gradient @ inputs).to(weight.dtype)
-                    elif weight.dtype == dtype:
+                        weight_grad = (gradient @ inputs).to(summed)
+                    elif summed == dtype:
                         weight_grad.addmm_(gradient, inputs)
                     else:
                         weight_grad.add_(gradient @ inputs)
-        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
             None if hidden_grad is None else hidden_grad.to(ctx.hidden_dtype).mul_(grad),
             None if weight_grad is None else weight_grad.mul_(grad.to(weight_grad.dtype)),
             None,
+            None,
         )
 
 
-def _cross_entropy(logits: torch.Tensor, room: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropies of logits (N, V); overwrites the logits with their gradient.
+def _cross_entropy(
+    logits: torch.Tensor,
+    room: torch.Tensor,
+    targets: torch.Tensor,
+    num_rows: int,
+    scores: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum of the cross-entropies of logits (N, V), so many rows at once; overwrites the logits with their gradient.
 
-    `room` (R, V), of the type to compute in, is scratch space; it may be empty if the logits have that type.
+    `room` (R, V), of the type to compute in, is scratch space; it may be empty if the logits have that type. `scores`
+    (2, N) receives each cross-entropy, and whether no logit is above the target's.
     """
     total = room.new_zeros(())
-    for part, index in zip(logits.split(_SOFTMAX_ROWS), targets[:, None].split(_SOFTMAX_ROWS), strict=True):
+    for begin in range(0, len(logits), num_rows):
+        rows = slice(begin, begin + num_rows)
+        part, index = logits[rows], targets[rows, None]
         wide = room[: len(part)] if len(room) else part
         wanted, largest = (x.to(wide.dtype) for x in (part.gather(1, index), part.amax(dim=1, keepdim=True)))
         wide.copy_(part)
@@ -725,7 +1070,10 @@ def _cross_entropy(logits: torch.Tensor, room: torch.Tensor, targets: torch.Tens
         normaliser = largest - wide.amax(dim=1, keepdim=True).log()
         # not scatter_add_, for which CUDA has no deterministic kernel
         part.copy_(wide.scatter_(1, index, wide.gather(1, index) - 1))
-        total += (normaliser - wanted).sum()
+        losses = normaliser - wanted
+        total += losses.sum()
+        if scores is not None:
+            scores[0, rows], scores[1, rows] = losses[:, 0], (wanted >= largest)[:, 0]
     return total
 
 

@@ -48,12 +48,19 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 {{- bos_token }}
 {%- for message in messages %}
-    {%- if message['role'] not in ['system', 'user', 'assistant'] %}
-        {{- raise_exception("unknown role '" + message['role'] + "': system, user or assistant") }}
+    {%- if message['role'] == 'developer' %}
+        {{- raise_exception("role 'developer' is not supported: name it system") }}
+    {%- elif message['role'] in ['tool', 'ipython', 'function'] %}
+        {{- raise_exception("role '" + message['role'] + "' is not supported: write the result into a user's turn") }}
+    {%- elif message['role'] not in ['system', 'user', 'assistant'] %}
+        {{- raise_exception("unknown role '" ~ message['role'] ~ "': system, user or assistant") }}
     {%- endif %}
     {%- if message['tool_calls'] or message['function_call'] %}
         {{- raise_exception("tool_calls are not supported: write the call into the content") }}
     {%- endif %}
+    {%- for key in message if key not in ['role', 'content', 'weight'] and message[key] %}
+        {{- raise_exception("unknown key '" ~ key ~ "' in a turn of role '" + message['role'] + "': leave it out") }}
+    {%- endfor %}
     {%- if message['content'] is not defined or message['content'] is none %}
         {{- raise_exception("a turn of role '" + message['role'] + "' has no content: leave the turn out") }}
     {%- endif %}
@@ -72,7 +79,7 @@ CHAT_TEMPLATE = """\
         {%- endfor %}
     {%- endif %}
     {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-    {%- if message['role'] == 'assistant' %}
+    {%- if message['role'] == 'assistant' and (message['weight'] is not defined or message['weight'] != 0) %}
         {%- generation %}{{- (turn.text | trim) + '<|eot_id|>' }}{%- endgeneration %}
     {%- else %}
         {{- (turn.text | trim) + '<|eot_id|>' }}
@@ -83,6 +90,8 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 """
 
+ROLES = ("system", "user", "assistant")
+_TURN_KEYS = frozenset(("role", "content", "weight"))
 _POST_PROCESSORS_THAT_ADD = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 
 # an assistant turn that is not trained on has "weight": 0
@@ -136,7 +145,7 @@ class LlavaLlama31Processor(LlavaNextProcessor):
 
     Raises:
         ValueError: from `encode`, if the numbers of images and of image parts in the messages differ, or a turn has
-            tool calls or no content.
+            tool calls, no content, or a role or key that the template does not know.
     """
 
     @classmethod
@@ -201,6 +210,7 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         texts: dict[str, list[int]] = {"\n\n": []}
         for messages in conversations:
             for message in messages:
+                _check_turn(message)
                 texts[message["role"]] = []
                 texts.update((segment, []) for segment in _segments(message) if segment)
         encoded = self.tokenizer(
@@ -395,11 +405,21 @@ def _without_added_tokens(post_processor: dict | None) -> dict | None:
     return {"type": "Sequence", "processors": kept} if kept else None
 
 
+def _check_turn(message: Message) -> None:
+    """Refuse what the template refuses."""
+    role = message["role"]
+    if role not in ROLES:
+        raise ValueError(f"role {role!r} is not supported: system, user or assistant")
+    if message.get("content") is None or message.get("tool_calls") or message.get("function_call"):
+        raise ValueError(f"a turn of role {role!r} has tool calls or no content: write them as text")
+    unknown = [key for key in message.keys() - _TURN_KEYS if message[key]]
+    if unknown:
+        raise ValueError(f"unknown key {min(unknown)!r} in a turn of role {role!r}: leave it out")
+
+
 def _segments(message: Message) -> list[str | None]:
     """A turn as the template renders it, split at its images (None) and trimmed like the template trims it."""
     content = message["content"]
-    if content is None or message.get("tool_calls") or message.get("function_call"):
-        raise ValueError(f"a turn of role {message['role']!r} has tool calls or no content: write them as text")
     if isinstance(content, str):
         return [content.strip()]
     segments: list[str | None] = [""]
@@ -424,8 +444,9 @@ def build_processor(
     image_std: Sequence[float],
     image_grid_pinpoints: Sequence[Sequence[int]],
     resample: int = Image.Resampling.BICUBIC,
+    has_class_token: bool = True,
 ) -> LlavaLlama31Processor:
-    """Build the processor for a vision tower with a CLS token and a Llama-3.1 tokenizer, adding `<image>` to it.
+    """Build the processor for a vision tower and a Llama-3.1 tokenizer, adding `<image>` to it.
 
     Args:
         tokenizer: a fast tokenizer with Llama 3.1's special tokens; changed in place.
@@ -434,6 +455,7 @@ def build_processor(
         image_mean, image_std: per channel, on pixel values in [0, 1].
         image_grid_pinpoints: (height, width) in pixels of the resolutions that an image may be tiled at.
         resample: PIL's code for the filter.
+        has_class_token: whether the tower's hidden states begin with one, which the model drops.
 
     Raises:
         ValueError: the tokenizer lacks chat tokens, and names them; or it adds tokens that can't be taken away.
@@ -459,8 +481,8 @@ def build_processor(
         image_processor,
         tokenizer,
         patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default" if has_class_token else "full",
+        num_additional_image_tokens=int(has_class_token),
         chat_template=CHAT_TEMPLATE,
         image_token=IMAGE_TOKEN,
     )

@@ -1,4 +1,4 @@
-"""Tiny models, processors and pictures, made offline."""
+"""Tiny models, processors and images, made offline."""
 
 import contextlib
 import copy
@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import os
+import re
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from chromium import started
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -240,7 +242,7 @@ def exported(tmp_path_factory, base_folder) -> Path:
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory, make_image):
-    """44 LLaVA records, every fourth without a picture, and 6 TextVQA-format questions."""
+    """44 LLaVA records, every fourth without an image, and 6 TextVQA-format questions."""
     folder = tmp_path_factory.mktemp("data")
     sizes = [(30, 50), (60, 20), (28, 28), (20, 90), (55, 57)]
     words = ["red", "blue", "a tall tree", "two dogs", "nothing at all"]
@@ -351,6 +353,24 @@ def run_recipe():
     return run
 
 
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    yield from started(tmp_path_factory.mktemp("profile"))
+
+
+@pytest.fixture
+def window(chromium):
+    """Chromium; whatever the test does, no page may err or ask for anything but its own file."""
+    chromium.resize(1280)
+    chromium.prefer("light")
+    chromium.console(), chromium.requests()
+    yield chromium
+    assert chromium.console() == []
+    assert {re.sub(r"#.*", "", url) for url in chromium.requests()} == {
+        re.sub(r"#.*", "", chromium.run("return location.href"))
+    }
+
+
 def user(*parts):
     return {
         "role": "user",
@@ -363,8 +383,8 @@ def answer(text):
 
 
 SYSTEM = {"role": "system", "content": [{"type": "text", "text": "be short"}]}
-# name of the pictures -> their (height, width); turns of each conversation about them
-PICTURES = {"wide": [(20, 90)], "tall": [(130, 25)], "both": [(40, 60), (90, 30)], "tiny": [(3, 2)], "": []}
+# name of the images -> their (height, width); turns of each conversation about them
+IMAGES = {"wide": [(20, 90)], "tall": [(130, 25)], "both": [(40, 60), (90, 30)], "tiny": [(3, 2)], "": []}
 ROWS = [
     ("wide", [user(None, "what is wide?"), answer("this"), user("and?"), answer("no more than this one")]),
     ("wide", [user(None, "how wide?"), answer("very")]),
@@ -375,8 +395,8 @@ ROWS = [
     ("both", [user(None, None, "which?"), answer("both"), user("why?"), answer("so")]),
     ("both", [user(None, None, "same?"), answer("no")]),
     ("tiny", [user(None, "tiny?"), answer("yes")]),
-    ("", [user("no picture"), answer("none")]),
-    ("", [user("no picture"), answer("none at all")]),
+    ("", [user("no image"), answer("none")]),
+    ("", [user("no image"), answer("none at all")]),
 ]
 
 
@@ -384,7 +404,7 @@ ROWS = [
 def samples(processor, make_image):
     def sample(number):
         name, messages = ROWS[number]
-        sizes = PICTURES[name]
+        sizes = IMAGES[name]
         encoding = processor.encode(messages, sizes)
         tiles = [torch.from_numpy(processor.tiles(make_image(*size, seed=sum(size)))).double() for size in sizes]
         return Sample(

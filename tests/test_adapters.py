@@ -1,16 +1,26 @@
 """LoRA and QLoRA: what the adapters start from, what is kept in which type, and what is published."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
+from transformers import LlavaNextForConditionalGeneration
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
+from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.engines.reference import read_reference
+from llava_llama31.trainer.export.adapter import TOLERANCE, export_adapter
 from llava_llama31.trainer.model.adapters import adapt, quantization
+from llava_llama31.trainer.model.opening import open_model
+from llava_llama31.trainer.publishing.door import open_door
+from llava_llama31.trainer.publishing.gate import check_folder
 from llava_llama31.trainer.recipes.schema import Lora
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
@@ -124,3 +134,80 @@ def test_quantized_weights_are_refused_where_nothing_shows_that_they_work(recipe
     stage = {**recipe_content["stages"]["instruct"], "lora": {"quantize": "nf4"}, key: value}
     with pytest.raises(ValidationError, match=f"quantized weights under {key}"):
         Stage.model_validate(stage)
+
+
+@pytest.fixture(scope="module")
+def adapted_run(pristine_recipe, tmp_path_factory):
+    """A run that trained adapters of the language model and nothing else."""
+    folder, recipe = tmp_path_factory.mktemp("adapted"), copy.deepcopy(pristine_recipe)
+    del recipe["evaluation"], recipe["stages"]["projector"]
+    recipe["model"]["license"] = "apache-2.0"
+    only = {"trainable": ["language_model"], "learning_rate": 1e-2, "lora": {"r": 4, "alpha": 8}, "save_steps": 6}
+    recipe["stages"]["instruct"] |= only
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["train", str(folder / "recipe.yaml"), "--output", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def test_adapters_exported_as_adapters_give_the_merged_exports_logits(
+    adapted_run, base_folder, samples, tmp_path, capsys
+):
+    from peft import PeftModel
+
+    assert main(["export", str(adapted_run), "--adapter"]) == 2
+    assert "names no base on the Hub" in capsys.readouterr().err
+    assert main(["export", str(adapted_run), "--adapter", "--base", str(base_folder)]) == 0
+    folder = adapted_run / "export-adapter"
+    assert capsys.readouterr().out.strip() == str(folder)
+    assert atomic_folders.verify(folder) is None and not (folder / "model.safetensors").exists()
+    # as anybody opens it, without this package's classes
+    base = LlavaNextForConditionalGeneration.from_pretrained(base_folder)
+    adapted = PeftModel.from_pretrained(base, folder).eval()
+    merged = LlavaNextForConditionalGeneration.from_pretrained(adapted_run / "export").eval()
+    input_ids = torch.tensor([samples[9].input_ids])
+    with torch.no_grad():
+        logits, wanted, plain = (
+            model(input_ids).logits
+            for model in (adapted, merged, LlavaNextForConditionalGeneration.from_pretrained(base_folder).eval())
+        )
+    assert (logits - wanted).abs().max() < TOLERANCE * wanted.std() < (plain - wanted).abs().max() / 10
+    # whatever opens a model opens it too
+    opened, _ = open_model(folder)
+    torch.testing.assert_close(opened(input_ids).logits, logits)
+    assert [item.answer for item in read_reference(folder).recorded] == [
+        item.answer for item in read_reference(adapted_run / "export").recorded
+    ]
+
+
+def test_a_base_that_the_adapters_do_not_belong_to_is_refused(adapted_run, lively_folder, capsys):
+    other = adapted_run / "export-other"
+    assert main(["export", str(adapted_run), "--adapter", "--base", str(lively_folder), "--output", str(other)]) == 2
+    assert "is not the trained model: the logits differ by" in capsys.readouterr().err
+    assert not other.exists()
+
+
+def test_what_adapters_can_not_hold_is_refused(run_adapters, base_folder, tmp_path, capsys):
+    """The projector was trained beside them."""
+    run_adapters({})
+    assert main(["export", str(tmp_path / "run"), "--adapter", "--base", str(base_folder)]) == 2
+    assert "also trained what adapters can't hold" in capsys.readouterr().err
+
+
+def test_adapters_are_published_for_a_base_at_a_revision(adapted_run, base_folder, monkeypatch, tmp_path):
+    """Of a base in the Hub's cache; the gate takes the folder, and both doors open it on that base."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub/models--me--base"
+    shutil.copytree(base_folder, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = export_adapter(RunFolder(adapted_run), "me/base@main", tmp_path / "export")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", revision)
+    assert check_folder(folder, "mine") == []
+    card = ModelCard((folder / "README.md").read_text())
+    assert (card.data.library_name, card.data.base_model) == ("peft", ["me/base"])
+    assert card.data.to_dict()["base_model_relation"] == "adapter" and f"me/base at {revision}" in card.text
+    doors = [open_door(door, str(folder), "", str(tmp_path / door)) for door in ("stock", "remote")]
+    assert doors[0]["logits_sha256"] == doors[1]["logits_sha256"] and doors[0]["finite"]
+    assert doors[0]["model"].startswith("Peft")

@@ -536,7 +536,7 @@ NORM = "model.norm.weight"
 SHAPE = r"linear_1.weight is \[48, 32\] and should be \[48, 64\].*vision tower is 64 wide, the language model 48"
 ROWS = r"embed_tokens.weight is \[\d+, 48\] and should be \[\d+, 48\]"
 PINPOINT = r"\[28, 50\] are not .*tile of 28 px"
-SIGLIP = "siglip_vision_model"
+OTHER_TOWER = "vit"  # a type that LLaVA has no use for
 narrow, third = torch.zeros(48, 32), torch.zeros(2)
 int8 = torch.zeros(48, dtype=torch.int8)
 # which part is spoiled, how, further arguments, what the message says
@@ -571,7 +571,7 @@ WRONG_PARTS = {
         {},
         r"layers.2.* and \d+ more not in the model",
     ),
-    "tower of another kind": ("tower", configure(model_type=SIGLIP), {}, f"vision tower of type '{SIGLIP}'"),
+    "tower of another kind": ("tower", configure(model_type=OTHER_TOWER), {}, f"vision tower of type '{OTHER_TOWER}'"),
     "tower without weights": ("tower", overwrite, {}, "contains no vision tower"),
     "language model lacks a tensor": ("language", drop(NORM), {}, "lacks model.language_model.norm.weight"),
     "language model of another family": ("language", configure(model_type="qwen2"), {}, "model of type 'qwen2'"),

@@ -8,14 +8,9 @@ import configparser
 import http.server
 import io
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
 import threading
 import time
-import urllib.request
 from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
@@ -32,6 +27,8 @@ from llava_llama31.trainer.evaluation.browser import write_browser
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.scoring import score_answers
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
+from llava_llama31.trainer.evaluation.task_browser import write_task_browser
+from llava_llama31.trainer.evaluation.task_files import load_task
 from llava_llama31.trainer.evaluation.textvqa import evaluate
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS, normalize, vqa_accuracy
 
@@ -380,128 +377,6 @@ def test_browse_command(evaluation, tmp_path, capsys):
 # --- Chromium
 
 
-CHROMIUM_ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--window-size=1280,900",
-]
-KEYS = {"Escape": "\ue00c", "ArrowLeft": "\ue012", "ArrowUp": "\ue013", "ArrowRight": "\ue014", "ArrowDown": "\ue015"}
-KEYS |= {"Tab": "\ue004", "Enter": "\ue007"}
-
-
-class Chromium:
-    """One browser window, driven over the W3C WebDriver protocol."""
-
-    def __init__(self, port, binary, profile):
-        self._http = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        self._address = f"http://127.0.0.1:{port}/session"
-        options = {"binary": binary, "args": [*CHROMIUM_ARGUMENTS, f"--user-data-dir={profile}"]}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
-        session = self.call("POST", "", {"capabilities": {"alwaysMatch": wanted}})
-        self._address += f"/{session['sessionId']}"
-
-    def call(self, method, path, body=None):
-        data = None if method != "POST" else json.dumps(body or {}).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self._address + path, data, headers, method=method)
-        with self._http.open(request, timeout=60) as response:
-            return json.load(response)["value"]
-
-    def open(self, path):
-        self.call("POST", "/url", {"url": path.as_uri()})
-
-    def run(self, script, *arguments):
-        return self.call("POST", "/execute/sync", {"script": script, "args": arguments})
-
-    def find(self, selector):
-        """A reference to the element, as WebDriver passes it."""
-        found = self.call("POST", "/element", {"using": "css selector", "value": selector})
-        return next(iter(found.values()))
-
-    def click(self, selector):
-        self.call("POST", f"/element/{self.find(selector)}/click")
-
-    def press(self, *keys):
-        codes = [KEYS.get(key, key) for key in keys]
-        presses = [{"type": kind, "value": code} for code in codes for kind in ("keyDown", "keyUp")]
-        self.call("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": presses}]})
-
-    def role_and_name(self, selector):
-        element = self.find(selector)
-        return tuple(self.call("GET", f"/element/{element}/computed{what}") for what in ("role", "label"))
-
-    def console(self):
-        """What the page has said or failed at since the last call."""
-        return [entry["message"] for entry in self.call("POST", "/se/log", {"type": "browser"})]
-
-    def requests(self):
-        """URLs that were asked for since the last call, `data:` ones left out."""
-        entries = self.call("POST", "/se/log", {"type": "performance"})
-        events = [json.loads(entry["message"])["message"] for entry in entries]
-        urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-        return [url for url in urls if not url.startswith("data:")]
-
-    # what the page shows
-
-    def ids(self):
-        return self.run("return [...document.querySelectorAll('#questions .id bdi')].map((id) => id.textContent)")
-
-    def text(self, selector):
-        return self.run("return document.querySelector(arguments[0]).textContent", selector)
-
-    def focused(self):
-        """Id of the question that has the focus, or of another element."""
-        return self.run("const e = document.activeElement; return e.querySelector('.id bdi')?.textContent ?? e.id")
-
-    def choose(self, name, value):
-        self.click(f"#{name} option[value='{value}']")
-
-    def show(self, name):
-        self.click(f"#filters label:has([value={name}])")
-
-    def search(self, text):
-        self.click("#search")
-        self.run("document.getElementById('search').select()")
-        self.press(*text)
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if binary is None or driver is None:
-        missing = "no chromium" if binary is None else "no chromedriver"
-        assert "REQUIRE_BROWSER" not in os.environ, missing
-        pytest.skip(f"{missing}: install Debian's packages chromium and chromium-driver")
-    process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        ports = (re.search(r"started successfully on port (\d+)", line) for line in process.stdout)
-        port = next(match for match in ports if match)[1]
-        window = Chromium(port, binary, tmp_path_factory.mktemp("profile"))
-        window.call("POST", "/url", {"url": "about:blank"})  # the page for a new tab asks for its own parts
-        yield window
-        window.call("DELETE", "")
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=20)
-        process.stdout.close()
-
-
-@pytest.fixture
-def window(chromium):
-    """Chromium; whatever the test does, no page may err or ask for anything but its own file."""
-    chromium.console(), chromium.requests()
-    yield chromium
-    assert chromium.console() == []
-    assert {re.sub(r"#.*", "", url) for url in chromium.requests()} == {chromium.run("return location.href")}
-
-
 @pytest.fixture
 def page(window, evaluation, tmp_path):
     window.open(write_browser(*evaluation, tmp_path / "b.html", title="mine").path)
@@ -515,7 +390,7 @@ def test_filters_show_the_right_questions(page):
     assert page.run("return location.protocol") == "file:" and page.text("h1") == "mine"
     assert page.ids() == ["1", "2", "3", "4", "5", "6", "7", BIG]
     expected = {
-        "vlmevalkit-2024": {"wrong": ["2", "3", "5", BIG], "zero": ["2", "5", BIG]},
+        "vlmevalkit-2024": {"right": ["1", "4"], "wrong": ["2", "3", "5", BIG], "zero": ["2", "5", BIG]},
         "vlmevalkit-2025": {"wrong": ["2", "3", "4", "5", BIG], "zero": ["2", "4", "5", BIG]},
         "m4c": {"wrong": ["2", "3", BIG], "zero": ["2", BIG]},
     }
@@ -583,20 +458,21 @@ def test_a_card_shows_all_there_is_to_an_answer(page):
     assert "No answer: no row answers this question" in texts["7"]
     assert "shown image a instead" in texts[BIG] and "empty" in texts[BIG]
     alts = page.run("return [...document.images].map((image) => image.alt)")
-    assert alts == ["Image a"] * 2 + ["Image b"] * 2 + ["Image a"] * 2 + [
-        "Image b",
-        "Image a, shown instead",
-    ]
+    assert alts == ["Image a", "Image b", "Image a", "Image b", "Image a, shown instead"]
+    assert "the image above: a" in texts["2"]
     script = (
         "return Promise.all([...document.images].map((i) => i.decode())).then(() => document.images[0].naturalWidth)"
     )
     assert page.run(script) == 40
-    width = "return document.images[0].clientWidth"
-    before = page.run(width)
     page.click("article .image")
-    assert page.run(width) > 10 * before
+    assert page.run("return document.querySelector('#zoom img').clientWidth") > 400
+    assert page.role_and_name("#zoom") == ("dialog", "Image and answer") and page.violations() == []
+    assert "right?" in page.text("#zoom") and "Stop." in page.text("#zoom")
+    page.press("Escape")
+    assert not page.run("return document.getElementById('zoom').open")
     page.click("article .image")
-    assert page.run(width) == before
+    page.click("#close")
+    assert not page.run("return document.getElementById('zoom').open")
 
 
 def test_the_keyboard_is_enough(page):
@@ -613,10 +489,13 @@ def test_the_keyboard_is_enough(page):
     page.press(*"halt", "ArrowDown")
     assert page.focused() == "3"
     page.run("document.querySelector('#filters [value=all]').focus()")
-    page.press("ArrowRight")
+    page.press("ArrowRight", "ArrowRight")
     assert page.run("return document.querySelector('#filters :checked').value") == "wrong"
-    page.press("Tab", "ArrowDown", "Enter")
-    assert page.run("return document.activeElement.className") != "", "Tab reaches the cards' buttons"
+    page.press("ArrowDown")
+    assert page.focused() == "3" and page.run("return document.querySelector('#filters :checked').value") == "wrong"
+    page.run("document.querySelector('#filters [value=wrong]').focus()")
+    page.press("Tab", "Tab", "ArrowDown", "Enter")
+    assert page.run("return document.getElementById('zoom').open"), "Tab reaches the cards' buttons"
 
 
 def test_arrows_go_over_the_ends_of_pages(window, image, tmp_path):
@@ -634,6 +513,48 @@ def test_arrows_go_over_the_ends_of_pages(window, image, tmp_path):
     assert window.ids()[0] == "50"
     window.show("unanswered")
     assert window.ids()[0] == "0", "another filter starts on its first page"
+
+
+def test_the_address_names_what_is_shown(page, tmp_path):
+    page.show("wrong")
+    page.choose("sort", "lowest")
+    page.choose("protocol", 2)
+    page.search("stop")
+    page.press("ArrowDown", "ArrowDown")
+    address = page.run("return location.href")
+    assert address.endswith("#filter=wrong&protocol=m4c&sort=lowest&search=stop&question=3")
+    page.open("about:blank")
+    page.console(), page.requests()
+    page.open(address)
+    assert page.ids() == ["2", "3"] and page.focused() == "3"
+    assert page.run("return document.getElementById('search').value") == "stop"
+    page.run("location.hash = '#filter=right&page=7&sort=never&protocol='")
+    assert page.ids() == ["1", "4"]
+    page.show("all")
+    page.search("")
+    page.press("Escape")
+    assert page.run("return location.hash") == ""
+
+
+def test_what_is_shown_can_be_saved(page, evaluation):
+    catch = "window.saved = []; URL.createObjectURL = (f) => { saved.push(f); return '#'; }"
+    page.run(catch)
+    page.show("wrong")
+    page.click("#export")
+    script = "saved[0].text().then(arguments[0])"
+    lines = page.call("POST", "/execute/async", {"script": script, "args": []}).splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["question_id"] for row in rows] == ["2", "3", "5", BIG]
+    assert rows[1]["answers"] == ["stop"] * 8 + ["halt"] * 2 and rows[1]["scores"]["m4c"] == 0.6
+    page.search("nowhere")
+    assert page.run("return document.getElementById('export').disabled")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_nobody_is_left_out(page, width, scheme):
+    page.resize(width)
+    page.prefer(scheme)
+    assert page.run("return document.documentElement.scrollWidth") <= width and page.violations() == []
 
 
 def test_every_control_has_a_name(page):
@@ -748,3 +669,25 @@ def test_five_thousand_questions_load(window, make_image, tmp_path):
     assert len(window.ids()) == 50 and window.text("#status").startswith("111 questions")
     assert window.run("return document.querySelectorAll('article').length") == 50
     print(f"5,000 questions: loaded in {loaded - started:.2f} s, searched in {searched - loaded:.2f} s")  # noqa: T201
+
+
+def test_a_tasks_page_shows_options_and_what_was_read(window, image, tmp_path):
+    task = load_task("mmstar")
+    common = {"image": image, "answers": ("B",), "options": (("A", "red"), ("B", "blue")), "groups": ("colours",)}
+    questions = [Question(i, "p", question=f"what is {i}?", **common) for i in range(4)]
+    rows = [{"question_id": i, "answer": text} for i, text in enumerate(["B.", "it is blue", "A"])]
+    written = write_task_browser(task, questions, rows, tmp_path / "b.html")
+    assert written.num_unanswered == 1
+    window.open(written.path)
+    assert window.text("h1") == "MMStar" and "mean score 66.667 %" in window.text("#status")
+    assert (
+        window.text("article .facts") == "PredictionB.AnswersB. blue (as predicted)OptionsA. redB. blueGroupscolours"
+    )
+    assert window.text("article .scores") == "vlmevalkit1 (read as B)letter1 (read as B)"
+    window.show("disagree")
+    assert window.ids() == ["1"] and window.text("article .scores") == "vlmevalkit1 (read as B)letter0"
+    window.show("unanswered")
+    assert window.ids() == ["3"]
+    window.show("all")
+    window.search("colours")
+    assert len(window.ids()) == 4

@@ -257,7 +257,7 @@ def test_what_sharing_saves_is_what_packing_one_group_saves(write, check, capsys
     assert found.sharing() == {"records": 2, "tokens": saved} and saved > 0
     show_report(check(source), json_output=False)
     assert f"saves up to {saved:,} tokens" in " ".join(capsys.readouterr().out.split())
-    # pictures after an answer: the records begin alike, but there is no prefix to share
+    # images after an answer: the records begin alike, but there is no prefix to share
     counts = {"num_prefix_tokens": np.array([10, 10, 0, 0])}
     late = replace(found, prefixes=np.array([5, 5, 7, 7], np.uint64), counts=counts)
     assert late.sharing() == {"records": 1, "tokens": 10}
@@ -354,7 +354,7 @@ def test_unknown_policies_are_named(text):
 # what is not read, and not learnt
 
 
-def test_fields_that_are_not_read_are_told(write, check, capsys):
+def test_fields_that_are_not_read_are_reported(write, check, capsys):
     talk = weighted("c", 1)["conversations"]
     talk[0]["name"] = talk[2]["name"] = "Ann"
     rows = [
@@ -588,7 +588,7 @@ def test_tiles_vanish_exactly_where_the_model_unpads_them_away():
         size = tuple(int(side) for side in np.exp(random.uniform(0, 9, 2)).astype(int))
         rows, columns = (side // 14 for side in select_best_resolution(size, pinpoints))
         left = unpad_image(torch.zeros(1, rows, columns), torch.tensor(size)).numel()
-        assert check_rows.tiles_vanish(size, pinpoints, 14) == (left == 0), size
+        assert check_rows.tiles_vanish(size, pinpoints, 14, 336) == (left == 0), size
         vanished += left == 0
     assert vanished > 50
 

@@ -28,6 +28,17 @@ def one_json(capsys) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("former", [None, "max_split_size_mb:512"])
+def test_a_gpu_s_memory_grows_in_segments_unless_the_user_says_otherwise(monkeypatch, capsys, former):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    if former is not None:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", former)
+    assert main(["recipes"]) == 0
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == (None if former else "expandable_segments:True")
+
+
 def test_plan_counts_rows_and_steps(recipe_file, capsys):
     assert main(["plan", str(recipe_file), "--devices", "2", "--json"]) == 0
     plan = one_json(capsys)
@@ -158,7 +169,7 @@ def test_a_reader_that_leaves_is_no_fault(arguments):
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_a_pipe_that_breaks_elsewhere_is_told(monkeypatch, capsys):
+def test_a_pipe_that_breaks_elsewhere_is_reported(monkeypatch, capsys):
     def breaks(options: object) -> int:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
@@ -191,6 +202,6 @@ def test_rejects_in_a_folder_are_refused(data_folder, capsys):
 
 def test_libraries_that_are_imported_and_not_used_say_nothing(capsys):
     assert main(["recipes"]) == 0
-    for name in ("torchao.quantization", "torch.utils._pytree"):
+    for name in ("torchao.quantization", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).warning("of no use to the reader")
     assert "of no use" not in capsys.readouterr().err

@@ -1,9 +1,10 @@
-"""The demo's pictures, questions and stand-in parts: honest splits, true labels, whole or absent, repeatable."""
+"""The demo's images, questions and stand-in parts: honest splits, true labels, whole or absent, repeatable."""
 
 import hashlib
 import json
 import queue
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_layout_is_kind_shape_and_words_per_cell():
     assert moved.words == scene.words and moved.layout != scene.layout
 
 
-def test_words_of_validation_are_known_from_training_in_other_pictures(scenes):
+def test_words_of_validation_are_known_from_training_in_other_images(scenes):
     words = {split: {w for s in made if s.kind == "sign" for w in s.words} for split, made in scenes.items()}
     assert words["validation"] <= words["train"]
 
@@ -71,20 +72,20 @@ def test_every_anyres_grid_is_needed(scenes):
     rng = random.Random(1)
     grids = set()
     for scene in scenes["train"][:200]:
-        picture, _ = images.paint(scene, rng)
-        grids.add(select_best_resolution((picture.height, picture.width), images.GRID_PINPOINTS))
+        painted, _ = images.paint(scene, rng)
+        grids.add(select_best_resolution((painted.height, painted.width), images.GRID_PINPOINTS))
     assert grids == {tuple(grid) for grid in images.GRID_PINPOINTS}
 
 
 def test_glyphs_stand_where_the_ink_is(scenes):
     rng = random.Random(2)
     for scene in scenes["train"][:100]:
-        picture, glyphs = images.paint(scene, rng)
+        painted, glyphs = images.paint(scene, rng)
         assert "".join(glyph.character for glyph in glyphs) == "".join(scene.words)
         columns, rows = images.SHAPES[scene.shape]
-        cell = picture.width // columns
-        assert picture.size == (columns * cell, rows * cell)
-        grey = np.asarray(picture.convert("L"), dtype=np.int64)
+        cell = painted.width // columns
+        assert painted.size == (columns * cell, rows * cell)
+        grey = np.asarray(painted.convert("L"), dtype=np.int64)
         ground = np.bincount(grey.ravel()).argmax()
         for glyph in glyphs:
             here = grey[glyph.row * cell : (glyph.row + 1) * cell, glyph.column * cell : (glyph.column + 1) * cell]
@@ -100,7 +101,7 @@ def test_every_character_has_a_patch_of_its_own(scenes):
         assert all(0 <= glyph.column < columns and 0 <= glyph.row < rows for glyph in glyphs)
 
 
-def test_answers_are_in_the_picture(scenes):
+def test_answers_are_in_the_image(scenes):
     for scene in scenes["train"]:
         for question in scene.questions:
             assert set(question.answer.split()) <= set(scene.words)
@@ -145,7 +146,7 @@ def test_tiles_are_labelled_with_the_character_in_each_patch():
     assert (targets > 0).float().mean() > 0.1
 
 
-def test_tokenizer_keeps_the_text_of_pictures_in_single_characters(scenes):
+def test_tokenizer_keeps_the_text_of_images_in_single_characters(scenes):
     tokenizer = parts.train_tokenizer(scenes["train"][:600], 383)
     assert len(tokenizer) == 383
     assert len(tokenizer.encode("MILK 12.50", add_special_tokens=False)) == len("MILK 12.50")
@@ -189,6 +190,31 @@ def test_data_is_in_llava_and_textvqa_form(prepared):
     rows = [json.loads(line) for line in (data / "validation.jsonl").read_text().splitlines()]
     assert len({row["question_id"] for row in rows}) == len(rows) >= SMALL.validation_pictures
     assert all(len(row["answers"]) == 10 and (data / row["image"]).is_file() for row in rows)
+
+
+def test_tasks_ask_about_the_validation_images(tmp_path, scenes):
+    from llava_llama31.trainer.demo.tasks import write_tasks
+    from llava_llama31.trainer.evaluation.task_files import load_task
+    from llava_llama31.trainer.evaluation.task_questions import load_task_questions
+
+    shown = {f"v{number}": scene for number, scene in enumerate(scenes["validation"][:120])}
+    write_tasks(tmp_path, shown, 3)
+    yes_no = load_task(tmp_path / "yes_no.yaml")
+    asked = load_task_questions(yes_no, yes_no.data, with_images=False)
+    assert [sum(q.answers == (said,) for q in asked) for said in ("yes", "no")] == [120, 120]
+    for question in asked:
+        scene = shown[Path(question.image_id).stem]
+        text, _, said = question.question.removesuffix("?").partition("? is it ")
+        is_true = any(q.text == f"{text}?" and q.answer == said for q in scene.questions)
+        assert is_true == (question.answers == ("yes",)), question
+    task = load_task(tmp_path / "choices.yaml")
+    choices = load_task_questions(task, task.data, with_images=False)
+    assert len(choices) == 120 and {q.answers[0] for q in choices} == set("ABCD")
+    for question in choices:
+        scene, options = shown[Path(question.image_id).stem], dict(question.options)
+        right = options[question.answers[0]]
+        assert right in [q.answer for q in scene.questions if q.text == question.question] and len(options) == 4
+        assert not [text for text in options.values() if text != right and (text in right or right in text)]
 
 
 def test_finished_folder_is_left_alone_and_another_seed_replaces_it(prepared, monkeypatch):

@@ -497,3 +497,16 @@ def test_half_a_launch_is_a_mistake(monkeypatch, capsys, variables):
         monkeypatch.setenv(name, value)
     assert main(["doctor"]) == 2
     assert "RANK is set, but other variables of a launch are missing or wrong" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("busy", ["", "a load of 12 on 2 cores"])
+def test_no_answer_on_a_busy_machine_is_a_warning(busy):
+    late = Outcome("no answer in 20 s", 20, busy=busy)
+    found = [
+        *checks.check_torchvision(late),
+        *checks.check_torchao(late, 0),
+        *checks.check_communication("gloo", [late, late]),
+        *checks.check_communication("gloo", [late, Outcome("no such interface")]),
+    ]
+    assert [finding.level for finding in found] == ["warning" if busy else "error"] * 3 + ["error"]
+    assert all((f"at {busy}" in finding.what) == bool(busy) for finding in found[:3])

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
@@ -276,7 +277,9 @@ def test_copies_without_ids_are_refused_where_images_cannot_be_placed(doors, bat
 def test_prefill_may_be_chunked(doors, make_inputs):
     inputs = make_inputs(ROWS[2])
     expected, got = (model.generate(**inputs, max_new_tokens=3, prefill_chunk_size=16) for model in doors)
-    assert torch.equal(got, expected) and torch.equal(doors[1].generate(**inputs, max_new_tokens=3), expected)
+    assert torch.equal(got, expected)
+    if Version(transformers.__version__) >= Version("5.21"):  # before it, stock's chunks changed the answer
+        assert torch.equal(doors[1].generate(**inputs, max_new_tokens=3), expected)
 
 
 # what is asked for

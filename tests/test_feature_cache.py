@@ -26,7 +26,7 @@ from llava_llama31.trainer.recipes.schema import DataSource
 
 CPU = torch.device("cpu")
 ROOMY = 10**9
-SIZES = [(30, 50), (60, 20), (28, 28)]  # of the pictures
+SIZES = [(30, 50), (60, 20), (28, 28)]  # of the images
 SHAPE = (4, 32)  # of a tile's features in the tiny model
 
 
@@ -41,7 +41,7 @@ def cache(folder):
 
 
 @pytest.fixture
-def pictures(tmp_path, make_image):
+def images(tmp_path, make_image):
     """Three files, as records name them."""
     for number, size in enumerate(SIZES):
         make_image(*size, seed=number).save(tmp_path / f"{number}.png")
@@ -49,8 +49,8 @@ def pictures(tmp_path, make_image):
 
 
 @pytest.fixture
-def dataset(tmp_path, pictures, processor):
-    """Rows with one picture, two, none; a picture comes in several rows."""
+def dataset(tmp_path, images, processor):
+    """Rows with one image, two, none; an image comes in several rows."""
     shown = [["0.png"], ["1.png", "2.png"], [], ["2.png", "0.png"], ["0.png"]]
     turns = [
         {"images": names, "messages": [
@@ -123,7 +123,7 @@ def test_loss_and_gradients_have_the_same_bits(dataset, folder, tiny_model, coll
         torch.set_num_threads(threads)
 
 
-def test_tiles_and_features_that_do_not_fit_the_pictures_are_refused(dataset, cache, tiny_model, collate):
+def test_tiles_and_features_that_do_not_fit_the_images_are_refused(dataset, cache, tiny_model, collate):
     fill(cache, encoder(tiny_model), dataset())
     samples = dataset(cache).__getitems__([0, 1])
     row = collate(samples, packed=True)
@@ -134,29 +134,29 @@ def test_tiles_and_features_that_do_not_fit_the_pictures_are_refused(dataset, ca
         tiny_model(input_ids=row["input_ids"], image_features=row["image_features"])
 
 
-def test_a_stored_picture_is_not_opened(dataset, cache, tiny_model, pictures, monkeypatch):
+def test_a_stored_image_is_not_opened(dataset, cache, tiny_model, images, monkeypatch):
     fill(cache, encoder(tiny_model), dataset())
-    monkeypatch.setattr(type(pictures[0]), "open", lambda self: pytest.fail("opened"))
+    monkeypatch.setattr(type(images[0]), "open", lambda self: pytest.fail("opened"))
     samples = dataset(cache).__getitems__(range(5))
     assert [sample.image_sizes for sample in samples][1] == [(60, 20), (28, 28)]
     fill(cache, lambda tiles: pytest.fail("encoded"), dataset())
 
 
-def test_workers_fill_it_and_the_random_numbers_of_the_training_stay(dataset, cache, tiny_model, pictures):
+def test_workers_fill_it_and_the_random_numbers_of_the_training_stay(dataset, cache, tiny_model, images):
     state = torch.get_rng_state()
     fill(cache, encoder(tiny_model), dataset(), num_workers=1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(cache.load(image) is not None for image in pictures)
+    assert all(cache.load(image) is not None for image in images)
 
 
-def test_a_changed_picture_misses(dataset, cache, tiny_model, pictures, make_image, tmp_path):
+def test_a_changed_image_misses(dataset, cache, tiny_model, images, make_image, tmp_path):
     fill(cache, encoder(tiny_model), dataset())
-    before = image_key(pictures[0])
+    before = image_key(images[0])
     status = os.stat(tmp_path / "0.png")
     make_image(30, 50, seed=9).save(tmp_path / "0.png")
     os.utime(tmp_path / "0.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert image_key(pictures[0]) != before and cache.load(pictures[0]) is None
-    assert cache.load(pictures[1]) is not None
+    assert image_key(images[0]) != before and cache.load(images[0]) is None
+    assert cache.load(images[1]) is not None
     assert [sample.has_features for sample in dataset(cache).__getitems__([0, 1])] == [[False], [True, True]]
 
 
@@ -211,7 +211,7 @@ def assert_whole(cache: FeatureCache, numbers) -> None:
         assert data == entry(number)[2].numpy().tobytes() and (found.height, found.width) == (number + 1, 7)
 
 
-# stores pictures of these numbers; with a suffix and a size, dies when so much of that file's entry is written
+# stores images of these numbers; with a suffix and a size, dies when so much of that file's entry is written
 STORING = """
 import os, signal, sys, time, torch
 from pathlib import Path
@@ -262,11 +262,12 @@ def test_two_processes_store_at_once(folder):
 def test_shares_of_the_work_are_disjoint_and_complete(dataset, cache):
     shares = [_missing(cache, dataset(), (rank, 16)) for rank in range(16)]
     assert sorted(index for share in shares for index, _ in share) == [0, 1]
-    assert {picture for share in shares for _, pictures in share for picture in pictures} == {
+    assert {image for share in shares for _, images in share for image in images} == {
         image_key(image) for index in range(5) for image in dataset().record(index).images
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("after", "part"), [(".features", 0), (".features", 700), (".features", 5000), (".index", 0), (".index", 39)]
 )
@@ -284,7 +285,7 @@ def test_a_writer_that_is_killed_leaves_nothing_visible(folder, after, part, cap
 
 
 @pytest.mark.parametrize("damage", ["a bit", "a size", "cut", "gone"])
-def test_damaged_entries_are_ignored_and_named(dataset, cache, tiny_model, pictures, damage, caplog):
+def test_damaged_entries_are_ignored_and_named(dataset, cache, tiny_model, images, damage, caplog):
     fill(cache, encoder(tiny_model), dataset())
     content = bytearray(cache.features.read_bytes())
     if damage == "a bit":
@@ -292,7 +293,7 @@ def test_damaged_entries_are_ignored_and_named(dataset, cache, tiny_model, pictu
         cache.features.write_bytes(content)
     elif damage == "a size":
         index = bytearray(cache.index.read_bytes())
-        index[28] ^= 1  # the first picture's height
+        index[28] ^= 1  # the first image's height
         cache.index.write_bytes(index)
     elif damage == "cut":
         cache.features.write_bytes(content[:-4])
@@ -300,7 +301,7 @@ def test_damaged_entries_are_ignored_and_named(dataset, cache, tiny_model, pictu
         cache.features.unlink()
     again = FeatureCache(cache.folder, "k", SHAPE, torch.float32, ROOMY)
     with caplog.at_level(logging.WARNING):
-        found = [again.load(image) is not None for image in pictures]
+        found = [again.load(image) is not None for image in images]
     assert found == {"cut": [True, True, False], "gone": [False] * 3}.get(damage, [False, True, True])
     assert damage == "gone" or str(cache.folder) in caplog.text
     assert ("0.png" in caplog.text) == (damage in ("a bit", "a size"))
@@ -309,18 +310,18 @@ def test_damaged_entries_are_ignored_and_named(dataset, cache, tiny_model, pictu
     for sample, plain in zip(samples, expected, strict=True):
         assert sample.image_sizes == plain.image_sizes and sample.input_ids == plain.input_ids
     # a mapping that was made before the damage
-    assert not found[2] or cache.load(pictures[2]) is not None
+    assert not found[2] or cache.load(images[2]) is not None
     # what is missing is stored anew; what is damaged stays computed
     fill(again, encoder(tiny_model), dataset())
-    assert again.load(pictures[2]) is not None
+    assert again.load(images[2]) is not None
 
 
-def test_a_file_that_was_cut_is_filled_again(dataset, cache, tiny_model, pictures):
+def test_a_file_that_was_cut_is_filled_again(dataset, cache, tiny_model, images):
     fill(cache, encoder(tiny_model), dataset())
     os.truncate(cache.features, cache.features.stat().st_size - 4)
     again = FeatureCache(cache.folder, "k", SHAPE, torch.float32, ROOMY)
     fill(again, encoder(tiny_model), dataset())
-    assert all(again.load(image) is not None for image in pictures)
+    assert all(again.load(image) is not None for image in images)
 
 
 def test_a_full_disk_stops_the_storing(cache, monkeypatch, caplog):
@@ -342,6 +343,7 @@ def test_a_worker_reads_the_index_by_itself(cache):
     assert bytes([1]) * 16 not in state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "lora"])
 def test_a_run_with_a_cache_ends_with_the_bits_of_one_without(
     recipe_content, run_recipe, tmp_path, monkeypatch, capsys, kind

@@ -26,14 +26,14 @@ from llava_llama31.trainer.model.device_options import checkpoint_activations
 from llava_llama31.trainer.model.module_groups import GROUPS, freeze, lora_target_pattern
 
 
-PICTURES = [[(20, 90)], [(40, 60), (90, 30)], []]
+IMAGES = [[(20, 90)], [(40, 60), (90, 30)], []]
 # what no formula here counts: the rotary embedding's angles are made by a batched product, two a number
 UNCOUNTED = 5e-4
 
 
 @pytest.fixture
 def make_batch(processor, make_image):
-    """A padded batch with pictures or without, and the work that the unpacked path has with it."""
+    """A padded batch with images or without, and the work that the unpacked path has with it."""
 
     def make(rows):
         encodings = [
@@ -118,7 +118,7 @@ TRAINABLE = {
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("trainable", TRAINABLE.values(), ids=TRAINABLE)
 def test_counts_what_pytorch_computes(tiny_config, make_batch, trainable, checkpointing):
-    batch, work = make_batch(PICTURES)
+    batch, work = make_batch(IMAGES)
     flops = needed_flops(ModelShape.of(tiny_config), work, trainable, checkpointing=checkpointing)
     assert_equal_to_pytorch(build(tiny_config, trainable, checkpointing), batch, flops)
     assert (flops.total.recompute > 0) == checkpointing
@@ -129,7 +129,7 @@ def test_counts_what_pytorch_computes(tiny_config, make_batch, trainable, checkp
 @pytest.mark.parametrize("trainable", [GROUPS, ("multi_modal_projector", "language_model")], ids=str)
 def test_every_nth_layer_is_recomputed(tiny_config, make_batch, trainable, every):
     tiny_config.text_config.num_hidden_layers, tiny_config.vision_config.num_hidden_layers = 5, 5
-    batch, work = make_batch(PICTURES)
+    batch, work = make_batch(IMAGES)
     shape = ModelShape.of(tiny_config)
     flops = needed_flops(shape, work, trainable, checkpointing=every)
     assert_equal_to_pytorch(build(tiny_config, trainable, every), batch, flops)
@@ -146,7 +146,7 @@ def test_key_heads_are_counted_once_and_heads_may_be_wider_than_the_model(
     tiny_config.text_config.num_key_value_heads = num_key_value_heads
     tiny_config.text_config.head_dim = head_dim
     tiny_config.text_config.num_hidden_layers = 3
-    batch, work = make_batch(PICTURES)
+    batch, work = make_batch(IMAGES)
     flops = needed_flops(ModelShape.of(tiny_config), work, GROUPS)
     assert_equal_to_pytorch(build(tiny_config, GROUPS), batch, flops)
 
@@ -161,7 +161,7 @@ def test_tower_is_counted_up_to_the_layer_that_is_read(tiny_config, make_batch, 
             hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14, mlp_ratio=3
         )
         tiny_config.vision_config.use_swiglu_ffn = swiglu
-    batch, work = make_batch(PICTURES)
+    batch, work = make_batch(IMAGES)
     for trainable in (GROUPS, ("multi_modal_projector",)):
         flops = needed_flops(ModelShape.of(tiny_config), work, trainable, checkpointing=checkpointing)
         assert_equal_to_pytorch(build(tiny_config, trainable, checkpointing), batch, flops)
@@ -194,7 +194,7 @@ def test_text_only_rows(tiny_config, make_batch, checkpointing):
 )
 def test_adapters(tiny_config, make_batch, targets, trainable, checkpointing):
     peft = pytest.importorskip("peft")
-    batch, work = make_batch(PICTURES)
+    batch, work = make_batch(IMAGES)
     config = peft.LoraConfig(r=8, target_modules=lora_target_pattern(targets), task_type="CAUSAL_LM")
     model = peft.get_peft_model(build(tiny_config, ()), config)
     base = model.get_base_model()
@@ -311,8 +311,8 @@ def test_what_is_not_known_is_refused(tiny_config):
     fields = tiny_config.to_dict()
     with pytest.raises(ValueError, match="mixtral"):
         ModelShape.of({**fields, "text_config": {**fields["text_config"], "model_type": "mixtral"}})
-    with pytest.raises(ValueError, match="siglip"):
-        ModelShape.of({**fields, "vision_config": {**fields["vision_config"], "model_type": "siglip_vision_model"}})
+    with pytest.raises(ValueError, match="pixtral"):
+        ModelShape.of({**fields, "vision_config": {**fields["vision_config"], "model_type": "pixtral"}})
     del fields["text_config"]["vocab_size"]
     with pytest.raises(ValueError, match="vocab_size"):
         ModelShape.of(fields)

@@ -103,6 +103,10 @@ def other_losses(module, patch):
     patch.setattr(torch.Tensor, "item", lambda self: next(losses) if self.requires_grad else right(self))
 
 
+def wrong_gate(module, patch):
+    patch.setattr(module.packed, "PLAIN", module.packed.PLAIN._replace(gated=lambda gate, up: 100 * up))
+
+
 def lost_loss(module, patch):
     right = module.gpu.train_step
     patch.setattr(module.gpu, "train_step", lambda *a: right(*a) * float("nan"))
@@ -117,7 +121,7 @@ PLANTED = {
     "head": [wrong_loss],
     "optimizers": [lost_state],
     "sharded": [wrong_gather],
-    "profile": [other_losses],
+    "profile": [other_losses, wrong_gate],
     "speed": [lost_loss],
 }
 

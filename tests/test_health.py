@@ -90,6 +90,7 @@ def test_a_loss_that_is_not_finite_stops_within_the_step_and_names_the_micro_bat
     assert len(names) == 4 and all(name.startswith("r") for name in names)
 
 
+@pytest.mark.slow
 def test_a_skipped_step_changes_nothing_and_the_run_that_stopped_there_may_skip_it(train, spoil, capsys):
     code, whole = train("whole")
     assert code == 0 and record(whole)["health"] == {"skipped_steps": 0, "spikes": 0, "events": []}
@@ -134,7 +135,7 @@ def test_weights_that_are_broken_are_not_skipped_over_for_ever(train, spoil, cap
 
 
 @pytest.mark.parametrize("policy", ["warn", "skip", "stop"])
-def test_a_spike_is_told_skipped_or_stopped_at(train, spoil, caplog, capsys, policy, monkeypatch):
+def test_a_spike_is_reported_skipped_or_stopped_at(train, spoil, caplog, capsys, policy, monkeypatch):
     monkeypatch.setattr("llava_llama31.trainer.fault_tolerance.step_health.ENOUGH", 4)
     spoil({6: 50.0}, micro_batch=0)
     code, run = train(on_spike=policy, max_steps=7, learning_rate=1e-4)

@@ -127,6 +127,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["llava", "sharegpt", "messages", "cauldron"])
 @settings(max_examples=250 * SCALE, deadline=None, suppress_health_check=QUIET)
 @given(st.lists(hostile_row, min_size=1, max_size=10), st.booleans())
@@ -380,7 +381,7 @@ LARGEST = ["JPEG", "PNG", "RGBA WEBP", *(["WEBP", "GIF", "BMP", "RGBA", "CMYK"] 
 
 @pytest.mark.parametrize("format", LARGEST)
 @pytest.mark.slow
-def test_the_largest_picture_that_is_allowed_takes_less_than_a_gigabyte(tmp_path, format):
+def test_the_largest_image_that_is_allowed_takes_less_than_a_gigabyte(tmp_path, format):
     exif = Image.Exif()
     exif[0x0112] = 6
     options = {"exif": exif} if format not in ("GIF", "BMP") else {}
@@ -434,6 +435,7 @@ class Fatal(ImageRef):
         return (os.abort, ()) if self.name == "abort" else (time.sleep, (1000,))
 
 
+@pytest.mark.slow
 def test_a_decoder_that_dies_or_stalls_is_one_rejects_fault(make_image):
     good = ImageRef("good", data=encoded(make_image(5, 7)))
     with Decoder(10**6, seconds=3) as decoder:
@@ -565,10 +567,10 @@ def test_a_saved_data_set_cannot_name_files_elsewhere(tmp_path):
     (data / "state.json").write_text(
         json.dumps(state | {"_data_files": [{"filename": f"../other/{file['filename']}"}]})
     )
-    with pytest.raises(UserError, match="no name of a file in the folder"):
+    with pytest.raises(UserError, match="does not name a file in the folder"):
         open_records(DataSource(name="x", path=str(data)))
     (data / "dataset_dict.json").write_text('{"splits": ["../other"]}')
-    with pytest.raises(UserError, match="no name of a file in the folder"):
+    with pytest.raises(UserError, match="does not name a file in the folder"):
         open_records(DataSource(name="x", path=str(data), split="../other"))
 
 
@@ -594,7 +596,7 @@ def test_any_question_row_is_a_question_or_one_line(tmp_path, changes):
 
 
 @pytest.mark.parametrize("image", [{"bytes": "text"}, {"bytes": [1]}, {"path": 5}, "n" * 5000, "a\0b"])
-def test_a_question_with_an_impossible_picture(tmp_path, image):
+def test_a_question_with_an_impossible_image(tmp_path, image):
     (tmp_path / "q.jsonl").write_text(json.dumps(QUESTION | {"image": image}))
     test_any_question_row_is_a_question_or_one_line.hypothesis.inner_test(tmp_path, {"image": image})
 

@@ -139,7 +139,7 @@ def test_a_bomb_in_the_metadata_is_refused(make_image):
 
 
 @pytest.mark.parametrize("kind", ["text", "profile"])
-def test_large_metadata_is_told_as_such(make_image, kind):
+def test_large_metadata_is_reported_as_such(make_image, kind):
     info = PngInfo()
     if kind == "text":
         info.add_text("comment", "0" * 2_000_000, zip=True)

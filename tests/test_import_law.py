@@ -158,7 +158,7 @@ FLOORS = (
     ("checkpoint", "costs", "distributed", "data.sources"),
     ("data.check", "fault_tolerance", "model"),
     ("data.batches", "data.contamination", "data.fetch", "data.shards", "evaluation", "export", "engines", "doctor"),
-    ("training", "publishing", "planning", "chat"),
+    ("training", "publishing", "planning", "chat", "report"),
     ("runs",),
     ("commands",),
     ("cli",),

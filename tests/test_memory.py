@@ -143,6 +143,21 @@ def test_frozen_groups_have_neither_gradients_nor_optimizer(tmp_path):
     assert saved == 2 * (parameters.vision_tower + parameters.language_model)
 
 
+def test_a_save_is_a_phase_of_its_own(tmp_path):
+    """FSDP joins the parts of one tensor at a time; the process that writes holds all weights, then all moments."""
+    setup = card(tmp_path)
+    parameters = setup.parameters
+    projector = dataclasses.replace(setup, trained=parameters.trainable(["multi_modal_projector"]))
+    row = MicroBatch(8, 8, 1, 1, 1, 4)
+    memory = estimate(projector, row, ENGINES["fsdp2"], 64)
+    states = memory.weights + memory.optimizer
+    assert memory.save == memory.peak == states + 8 * parameters.largest > memory.of_a_step
+    assert memory.host_save == 4 * sum(parameters.groups().values())
+    assert estimate(setup, row, ENGINES["fsdp2"], 64).host_save == 8 * setup.num_trained
+    single = estimate(setup, row, ENGINES["ddp"], 1)
+    assert single.save == single.weights + single.optimizer
+
+
 def traced(engine: str, *arguments: str) -> dict:
     """The benchmark in a process of its own: DeepSpeed keeps what a process group was."""
     command = [sys.executable, str(BENCHMARKS / "trace_8b.py"), "--engines", engine, "--json", *arguments]
@@ -167,6 +182,7 @@ def driven(trace_8b: ModuleType, engine: str, *arguments: str) -> dict:
         (),
         ("--set", "activation_checkpointing=false", "--accumulation", "2"),
         ("--set", "micro_batch=4", "--set", "activation_checkpointing=2"),
+        ("--set", "activation_checkpointing=selective"),
         ("--stage", "projector"),
         ("--set", "precision=float32"),
         ("--set", "precision=bfloat16-weights", "--set", "optimizer=adamw_bf16"),
@@ -177,6 +193,15 @@ def driven(trace_8b: ModuleType, engine: str, *arguments: str) -> dict:
 @pytest.mark.parametrize("engine", ["single", "ddp"])
 def test_peak_is_within_3_percent_of_a_traced_small_step(trace_8b, engine, arguments):
     assert_planned(driven(trace_8b, engine, *arguments), 0.03)
+
+
+EVERYTHING = ("--set", "trainable=[vision_tower,multi_modal_projector,language_model]")
+
+
+@pytest.mark.parametrize("arguments", [(), EVERYTHING], ids=["tower frozen", "tower trained"])
+@pytest.mark.parametrize("shape", ["small-siglip", "small-tied"])
+def test_peak_with_siglip_and_with_a_tied_head_is_within_3_percent_of_a_traced_small_step(trace_8b, shape, arguments):
+    assert_planned(driven(trace_8b, "single", *arguments, "--shape", shape), 0.03)
 
 
 @pytest.mark.parametrize("stage", ["projector", "pretrain"])
@@ -239,4 +264,4 @@ def test_a_parameter_without_gradient_fails_the_trace(trace_8b):
 
 
 def test_the_plan_and_the_model_agree_on_the_rows_whose_logits_exist_at_once():
-    assert costs._HEAD_ROWS == packed._HEAD_ROWS
+    assert packed._HEAD_SIZES_CUDA == (costs._HEAD_ROWS, costs._SOFTMAX_ROWS, True)

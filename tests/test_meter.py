@@ -46,11 +46,11 @@ def test_needed_flops_are_those_of_a_packed_step(tiny_model, samples, collate, m
     row["pixel_values"] = row["pixel_values"].float()
     with FlopCounterMode(display=False) as counter:
         tiny_model(**row).loss.backward()
-    pictures = {
+    images = {
         "num_tiles": len(row["pixel_values"]),
         "num_image_features": int((tiny_model.model.feature_layout(row["image_sizes"])[0] >= 0).sum()),
     }
-    work = Work.pruned(row["packing"], row["supervised_positions"], to_segment_end=True, **pictures)
+    work = Work.pruned(row["packing"], row["supervised_positions"], to_segment_end=True, **images)
     flops = needed_flops(ModelShape.of(tiny_model.config), work, trainable)
     attention = sum(
         count for operation, count in counter.get_flop_counts()["Global"].items() if "bmm" in str(operation)

@@ -82,6 +82,7 @@ def run_apart(code, *arguments, home, cwd=None):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_evaluate_loads_the_folder_offline_and_scores_as_we_do(folder, tmp_path):
     renamed, home = tmp_path / "my-metric", tmp_path / "home"
     assert main(["export-metric", "--output", str(renamed)]) == 0

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -193,7 +194,7 @@ def test_every_fact_stands_in_its_place():
         "- commit of the code: 0123abcd",
         f"- lock file: constraints.txt, SHA-256 {'5e' * 32}",
         f"- every answer: [predictions.jsonl](predictions.jsonl), SHA-256 {'9a' * 32}",
-        '<img src="curves/1-projector.png" width="640">',
+        '<img src="curves/1-projector.png" width="640" alt="Loss curve of stage 1">',
         "| hours of the whole run | 0.2 |",
         # 2 stages of 3.5 minutes on one device of 400 W
         "| hours of training x processes | 0.1167 |",
@@ -201,7 +202,8 @@ def test_every_fact_stands_in_its_place():
     ):
         assert line in card
     assert "```text\n{question}\nAnswer the question using a single word or phrase.\n```" in card
-    assert '<img src="samples/0.png" width="200"> | what brand? | dakota | dakota, no | 100.00 % |' in card
+    assert '<img src="samples/0.png" width="200" alt="Image of the question"> | what brand? | dakota |' in card
+    assert "| dakota | dakota x 9, no | 100.00 % |" in card
     assert "Not recorded" not in card
     assert NOTICE in card and "https://llama.meta.com/llama3_1/use-policy" in card
 
@@ -237,6 +239,50 @@ def test_metadata_is_what_the_hub_reads():
     published = ModelCard(render_card(RECORD | {"model_id": "me/Llama-x"})).data.eval_results[0]
     assert published.source_url == "https://huggingface.co/me/Llama-x/blob/main/predictions.jsonl"
     assert data.model_name == RECORD["name"]
+
+
+TASK = {
+    "name": "pope",
+    "title": "POPE, COCO",
+    "dataset": "lmms-lab/POPE",
+    "unit": "%",
+    "protocol": "llava",
+    "headline": "f1",
+    "value": 85.947,
+    "before": 12.5,
+    "blind": 49.0,
+    "protocols": {
+        "vlmevalkit": {"headline": "f1", "metrics": {"f1": 85.93, "accuracy": 86.0}, "low": 85.2, "high": 86.6},
+        "llava": {"headline": "f1", "metrics": {"f1": 85.947, "accuracy": 86.1}, "low": 85.25, "high": 86.63},
+    },
+    "num_questions": 8910,
+    "failed": 1,
+    "missing": 0,
+    "cut": 2,
+    "prompt": "<image>\n{question}",
+    "decoding": "greedy, at most 16 new tokens",
+    "predictions": {"file": "predictions-pope.jsonl", "sha256": "7b" * 32},
+}
+
+
+def test_tasks_are_listed_with_what_made_their_figures():
+    card = render_card(
+        RECORD | {"tasks": [TASK, TASK | {"name": "m|e", "title": None, "dataset": None, "unit": "sum"}]}
+    )
+    rows = [line for line in card.splitlines() if line.startswith("| POPE, COCO")]
+    assert rows[0].startswith("| POPE, COCO | llava | f1 | 85.947 | 85.25 to 86.63 | accuracy: 86.1 |")
+    assert rows[2] == "| POPE, COCO | llava | 12.500 | 85.947 | 49.000 |" and "f1 (sum)" in card
+    assert "questions 8,910, failed 1, unanswered 0, cut 2; greedy" in card and "m&#124;e" in card
+    assert f"[predictions-pope.jsonl](predictions-pope.jsonl), SHA-256 {TASK['predictions']['sha256']}" in card
+    results = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
+    (pope,) = [result for result in results if result["dataset"]["type"] == "lmms-lab/POPE"]
+    assert [metric["value"] for metric in pope["metrics"]] == [85.93, 85.947]
+    assert pope["metrics"][1]["type"] == "f1" and pope["metrics"][1]["args"]["interval_95"] == [85.25, 86.63]
+    assert pope["metrics"][1]["args"] | {"num_questions": 8910, "failed": 1, "cut": 2} == pope["metrics"][1]["args"]
+    alone = {key: value for key, value in RECORD.items() if key not in ("evaluation", "samples")}
+    without = render_card(alone | {"tasks": [TASK]})
+    assert "## Other evaluations" in without and "\n- evaluation\n" not in without
+    assert "## Other evaluations" not in render_card(RECORD)
 
 
 def test_missing_facts_are_named_and_never_made_up():
@@ -352,7 +398,7 @@ def replaced(value, hostile):
 
 
 def without_files(record: dict) -> dict:
-    """The same record without the names of pictures and predictions, which are shown only if they are plain."""
+    """The same record without the names of images and predictions, which are shown only if they are plain."""
     record = copy.deepcopy(record)
     for place in (*record["stages"], *record["samples"], record["evaluation"]):
         for key in ("curve_image", "image", "predictions"):
@@ -389,7 +435,7 @@ def test_any_cell_reads_back_as_it_was(value):
 @pytest.mark.parametrize(
     "image", ["/etc/passwd", "../x.png", "https://e.org/x.png", 'x" onerror="alert(1)', "", 5, None]
 )
-def test_only_pictures_of_the_folder_are_shown(image):
+def test_only_images_of_the_folder_are_shown(image):
     sample, stage = RECORD["samples"][0] | {"image": image}, STAGE | {"curve_image": image}
     evaluation = RECORD["evaluation"] | {"predictions": {"file": image, "sha256": ""}}
     card = render_card(RECORD | {"samples": [sample], "stages": [stage], "evaluation": evaluation})
@@ -451,7 +497,7 @@ def test_edited_sections_and_added_text_stay_and_the_rest_is_new():
     assert render_card(now, again) == again
     # an edited section outlives the facts that it was about, and one that is deleted with its markers comes back
     without = {key: value for key, value in RECORD.items() if key != "samples"}
-    kept = render_card(without, card.replace("dakota | dakota, no", "dakota | Dakota"))
+    kept = render_card(without, card.replace("dakota | dakota x 9, no", "dakota | Dakota"))
     assert "dakota | Dakota" in kept and "- sample answers" in kept
     start, end = (re.search(f"<!-- {word} cost .*-->\n", card) for word in ("begin", "end"))
     assert "## Hardware" in render_card(RECORD, card[: start.start()] + card[end.end() :])
@@ -473,16 +519,17 @@ def test_broken_front_matter_of_the_former_card_is_named():
 # --- loss curves
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e6, 1e6)), min_size=1, max_size=6),
     st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e-9, 1e9)), max_size=3),
 )
 def test_any_curve_is_drawn(training, validation):
-    picture = draw_curve("stage one", training, validation)
-    colours = {colour for _, colour in picture.getcolors(1 << 20)}
-    assert picture.size == (640, 320) and (0x1F, 0x6F, 0xB4) in colours
-    assert bool(validation) == ((0xD1, 0x59, 0x0A) in colours)
+    image = draw_curve("stage one", training, validation)
+    colours = {colour for _, colour in image.getcolors(1 << 20)}
+    assert image.size == (1280, 640) and (0x2F, 0x7F, 0xD0, 0xFF) in colours
+    assert bool(validation) == ((0xD1, 0x69, 0x0A, 0xFF) in colours)
+    assert image.getpixel((0, 0))[3] == 0  # the page's own background
 
 
 @pytest.mark.parametrize("points", [[], [(1, float("nan"))]])

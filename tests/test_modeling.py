@@ -1,4 +1,4 @@
-"""The model equals stock LlavaNext: logits, loss and gradients, for every mix of pictures and text."""
+"""The model equals stock LlavaNext: logits, loss and gradients, for every mix of images and text."""
 
 import json
 import subprocess
@@ -23,21 +23,21 @@ def answer(text):
     return {"role": "assistant", "content": text}
 
 
-# sizes (height, width) of the pictures, and the turns
+# sizes (height, width) of the images, and the turns
 ROWS = {
     "wide": ([(20, 90)], [user(None, "what is wide?"), answer("this")]),
     "tall": ([(130, 25)], [user(None, "what is tall?"), answer("that one")]),
     "tiny": ([(3, 2)], [user(None, "tiny?"), answer("yes")]),
     "square": ([(50, 50)], [user("look: ", None), answer("a square")]),
-    "two pictures": ([(40, 60), (90, 30)], [user(None, None, "which?"), answer("both"), user("why?"), answer("so")]),
-    "text only": ([], [user("no picture"), answer("none")]),
+    "two images": ([(40, 60), (90, 30)], [user(None, None, "which?"), answer("both"), user("why?"), answer("so")]),
+    "text only": ([], [user("no image"), answer("none")]),
 }
-MIXES = [["wide"], ["tall"], ["tiny"], ["square"], ["two pictures"], ["text only"], list(ROWS)]
+MIXES = [["wide"], ["tall"], ["tiny"], ["square"], ["two images"], ["text only"], list(ROWS)]
 
 
 @pytest.fixture
 def make_batch(processor, make_image):
-    """Right-padded batch of rows, with the tiles of all pictures as one 4-D tensor."""
+    """Right-padded batch of rows, with the tiles of all images as one 4-D tensor."""
 
     def make(rows):
         encodings = [processor.encode(messages, sizes) for sizes, messages in rows]
@@ -90,12 +90,12 @@ def test_loss_gradients_and_logits_equal_stock(pair, make_batch, names):
         torch.testing.assert_close(grad, expected, rtol=0, atol=1e-10, msg=name)
 
 
-def test_the_stock_processors_padded_pictures_give_the_same_logits(pair, make_batch, processor, make_image):
+def test_the_stock_processors_padded_images_give_the_same_logits(pair, make_batch, processor, make_image):
     ours, _ = pair
-    batch = make_batch([ROWS["two pictures"]])
+    batch = make_batch([ROWS["two images"]])
     labels = batch.pop("labels")
     assert labels.shape == batch["input_ids"].shape
-    images = [make_image(*size, seed=sum(size)) for size in ROWS["two pictures"][0]]
+    images = [make_image(*size, seed=sum(size)) for size in ROWS["two images"][0]]
     padded = torch.tensor(processor.image_processor(images, return_tensors="np")["pixel_values"]).double()
     assert padded.dim() == 5
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_loss_is_the_sum_over_the_global_number_of_supervised_tokens(pair, make_
 
 def test_packed_equals_unpacked_and_no_sample_sees_its_neighbour(pair, make_batch):
     ours, _ = pair
-    names = ["wide", "two pictures", "text only", "tall"]
+    names = ["wide", "two images", "text only", "tall"]
     batches = [make_batch([ROWS[name]]) for name in names]
 
     def pack(batches):
@@ -234,7 +234,7 @@ folder, auto, remote = sys.argv[1], sys.argv[2], sys.argv[3] == "remote"
 model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=remote)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=remote)
 
-def picture(seed, *size):
+def seeded_image(seed, *size):
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     return {"type": "image", "image": Image.fromarray(pixels)}
 
@@ -242,9 +242,9 @@ def chat(*parts):
     return [{"role": "user", "content": list(parts)}]
 
 rows = [
-    chat(picture(0, 40, 80), {"type": "text", "text": "what?"}),
-    chat(picture(1, 90, 30), {"type": "text", "text": "what does the sign say?"}),
-    chat({"type": "text", "text": "no picture"}),
+    chat(seeded_image(0, 40, 80), {"type": "text", "text": "what?"}),
+    chat(seeded_image(1, 90, 30), {"type": "text", "text": "what does the sign say?"}),
+    chat({"type": "text", "text": "no image"}),
 ]
 batch = processor.apply_chat_template(
     rows, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True,

@@ -11,16 +11,16 @@ from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, 
 
 
 def samples_of(num_tokens):
-    """Lengths of samples without pictures."""
+    """Lengths of samples without images."""
     none = np.zeros(len(num_tokens), np.int64)
     return Lengths(num_tokens, num_tokens, none, none.astype(np.uint64))
 
 
-def with_pictures(number, pictures, seed=0):
-    """Samples of which about three in four show one of a few pictures; a picture has one length."""
+def with_images(number, images, seed=0):
+    """Samples of which about three in four show one of a few images; an image has one length."""
     rng = np.random.default_rng(seed)
-    prefixes = rng.integers(0, pictures + pictures // 3 + 1, number)
-    prefixes[prefixes > pictures] = 0
+    prefixes = rng.integers(0, images + images // 3 + 1, number)
+    prefixes[prefixes > images] = 0
     num_prefix_tokens = np.where(prefixes > 0, 30 + prefixes % 50, 0)
     num_tokens = num_prefix_tokens + rng.integers(5, 400, number)
     return Lengths(num_tokens, num_tokens, num_prefix_tokens, prefixes.astype(np.uint64))
@@ -42,7 +42,7 @@ orders = st.builds(
 )
 sharing = st.builds(
     lambda number, batch, seed, keep, most, equal: BatchOrder(
-        with_pictures(number, max(1, number // 3), seed),
+        with_images(number, max(1, number // 3), seed),
         global_batch=batch,
         seed=seed,
         keep_last=keep,
@@ -138,7 +138,7 @@ def test_a_rank_without_a_sample_repeats_one_that_does_not_count(num_processes):
 
 @settings(max_examples=200, deadline=None)
 @given(order=sharing, num_rows=st.integers(1, 6))
-def test_rows_of_a_batch_are_nearly_equal_and_keep_pictures_together(order, num_rows):
+def test_rows_of_a_batch_are_nearly_equal_and_keep_images_together(order, num_rows):
     for batch in order.batches(0):
         if len(batch) < num_rows:
             continue
@@ -150,16 +150,16 @@ def test_rows_of_a_batch_are_nearly_equal_and_keep_pictures_together(order, num_
         if num_rows == 1:
             assert lengths[0] == sum(order.row_length(group) for group in groups)
         # no sample could move from the longest row to the shortest and leave both shorter than the longest is, but for
-        # prefixes that are saved where groups of one picture meet in a row by chance
+        # prefixes that are saved where groups of one image meet in a row by chance
         saved = sum(order.row_length(unit) for unit in order.units(batch)) - sum(lengths)
         longest = [unit for unit in order.units(batch) if set(unit) <= set(rows[0])]  # as they were placed
         if len(longest) > 1:
             assert lengths[-1] + min(order.row_length(unit) for unit in longest) + saved >= lengths[0]
 
 
-def test_samples_about_a_picture_come_together_at_no_special_time():
+def test_samples_about_an_image_come_together_at_no_special_time():
     rng = np.random.default_rng(0)
-    # pictures asked about once, twice, and ten times
+    # images asked about once, twice, and ten times
     sizes = [1] * 2000 + [2] * 1000 + [10] * 200
     prefixes = rng.permutation(np.repeat(np.arange(1, len(sizes) + 1), sizes)).astype(np.uint64)
     number = len(prefixes)
@@ -183,7 +183,7 @@ def test_samples_about_a_picture_come_together_at_no_special_time():
     assert 0.85 * most < shared / 4 <= most
 
 
-def test_a_picture_is_never_shared_by_more_than_asked_for():
+def test_an_image_is_never_shared_by_more_than_asked_for():
     lengths = Lengths(np.full(64, 9), np.full(64, 2), np.full(64, 5), np.ones(64, np.uint64))
     order = BatchOrder(lengths, global_batch=16, seed=0, keep_last=True, share_prefix=4)
     for batch in order.batches(0):
@@ -203,8 +203,8 @@ def test_batches_of_equal_supervised_tokens():
     assert all(map(len, order.batches(0)))
 
 
-def test_the_order_does_not_depend_on_where_the_pictures_lie():
-    lengths = with_pictures(200, 60)
+def test_the_order_does_not_depend_on_where_the_images_are():
+    lengths = with_images(200, 60)
     batches = []
     for seed in (0, 1):
         hashes = np.random.default_rng(seed).integers(1, 2**63, 100, dtype=np.uint64)

@@ -61,6 +61,7 @@ def assert_same_weights(run: Path, reference: Path) -> None:
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_branch_that_moves_between_two_stages_is_not_followed(train, repo, base_folder, monkeypatch):
     first = repo.refs[MAIN]
     code, reference = train("reference", init_from="me/base")
@@ -84,6 +85,7 @@ def test_a_branch_that_moves_between_two_stages_is_not_followed(train, repo, bas
     assert_same_weights(run, reference)
 
 
+@pytest.mark.slow
 def test_a_resume_under_lora_keeps_its_base_and_says_that_the_branch_moved(
     train, repo, base_folder, monkeypatch, capsys
 ):

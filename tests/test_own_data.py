@@ -29,6 +29,7 @@ def walked(base_folder, tmp_path, monkeypatch):
             exec(compile(content, "own-data.md", "exec"), {})
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page(walked, capsys):
     (commands,) = (content for language, _, content in BLOCKS if language == "bash")
     printed = {}

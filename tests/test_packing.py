@@ -11,7 +11,7 @@ from llava_llama31 import packed_llama_llava_llama31 as packed_llama
 from llava_llama31.trainer.data.batches.collator import Collator
 
 
-# the rows of the fixture `samples` by their picture
+# the rows of the fixture `samples` by their image
 GROUPS = [[0, 1, 2], [3, 4, 5], [6, 7], [8], [9, 10]]
 NUM_ROWS = sum(map(len, GROUPS))
 
@@ -82,10 +82,10 @@ def test_in_float32(tiny_config, samples, collate, make_stock, options):
     assert_equal((got[0].double(), {n: g.double() for n, g in got[1].items()}), exact, 0.0, relative=1e-6)
 
 
-def test_conversations_about_a_picture_share_its_trunk(samples, collate):
+def test_conversations_about_an_image_share_its_trunk(samples, collate):
     row = collate(samples, packed=True, share_prefix=True)
     branches = [len(tree) - 1 for tree in row["packing"]]
-    #                  wide x 3, tall after words, tall under a system turn x 2, both x 2, tiny, two without pictures
+    #                  wide x 3, tall after words, tall under a system turn x 2, both x 2, tiny, two without images
     assert branches == [3, 0, 2, 2, 0, 0, 0]
     plain = collate(samples, packed=True)
     assert [len(tree) for tree in plain["packing"]] == [1] * len(samples)
@@ -160,7 +160,7 @@ def test_the_head_s_loss_is_the_same_in_chunks_and_under_autocast(monkeypatch):
 
     expected = run(torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum"))
     for rows in (256, 4, 1):
-        monkeypatch.setattr(packed, "_HEAD_ROWS", rows)
+        monkeypatch.setattr(packed, "_HEAD_SIZES", packed.HeadSizes(rows, 64, True))
         for got, wanted in zip(run(head(hidden, targets)), expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     loss = head(hidden, targets)

@@ -107,7 +107,7 @@ def test_a_recipe_that_insists_is_refused_with_a_fix(recipe_of, settle, tmp_path
 
 
 @pytest.mark.parametrize(("first", "later"), [(SLOW, FAST), (FAST, SLOW)])
-def test_a_run_goes_on_as_it_began(recipe_of, settle, tmp_path, first, later):
+def test_a_run_resumes_as_it_began(recipe_of, settle, tmp_path, first, later):
     began, _ = settle(recipe_of(None, None), lambda: first)
     begin(tmp_path)
     again, said = settle(recipe_of(None, None), lambda: later)
@@ -116,7 +116,7 @@ def test_a_run_goes_on_as_it_began(recipe_of, settle, tmp_path, first, later):
     assert settle(recipe_of(None, None), never, on_cpu=False)[0] == began
 
 
-def test_a_run_of_before_goes_on_in_its_recipes_precision(recipe_of, settle, tmp_path):
+def test_a_run_of_before_resumes_in_its_recipes_precision(recipe_of, settle, tmp_path):
     begin(tmp_path)
     settled, said = settle(recipe_of(None, "float32"), lambda: SLOW)
     assert settled == {"projector": "bfloat16", "instruct": "float32"}
@@ -177,7 +177,7 @@ def test_a_model_answers_in_float32_where_bfloat16_is_emulated(base_folder):
 
 
 @pytest.mark.parametrize(("options", "dtype"), [([], "float32"), (["--dtype", "bfloat16"], "bfloat16")])
-def test_evaluate_answers_in_float32_unless_it_is_told(narrow_folder, data_folder, tmp_path, capsys, options, dtype):
+def test_evaluate_answers_in_float32_unless_asked(narrow_folder, data_folder, tmp_path, capsys, options, dtype):
     slow = partial(answers_in_float32, measure=lambda: SLOW)
     out = tmp_path / "out"
     command = ["evaluate", str(narrow_folder), "--data", str(data_folder / "questions.jsonl"), "--output", str(out)]

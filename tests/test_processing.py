@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
+from packaging.version import Version
 from PIL import Image
 from tokenizers import Tokenizer, models, processors
 from transformers import AddedToken, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
@@ -24,7 +27,9 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from llava_llama31.processing import CHAT_TOKENS, IGNORE_INDEX, LlavaLlama31Processor, build_processor
+from llava_llama31.processing.pixels_llava_llama31 import upright_rgb
 from llava_llama31.trainer.export.dialects import to_portable
+from llava_llama31.trainer.export.templates import is_own_template
 
 
 LLAVA_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -136,7 +141,7 @@ def test_the_chat_template_gives_the_same_ids_and_mask(llama):
             assert given["assistant_masks"] == [int(label != IGNORE_INDEX) for label in ours.labels]
 
 
-def test_pictures_in_a_conversation_give_the_stock_processors_ids(processor, make_image):
+def test_images_in_a_conversation_give_the_stock_processors_ids(processor, make_image):
     image_sizes = [(30, 50), (90, 20), (28, 28)]
     images = [make_image(*size) for size in image_sizes]
     messages = [
@@ -173,6 +178,8 @@ def test_tiles_are_bit_equal_to_the_stock_image_processors(processor, height, wi
     image = Image.fromarray(pixels).convert(mode)
     if mode == "P":
         image.info["transparency"] = bytes(range(256))
+    if Version(transformers.__version__) < Version("5.21"):  # stock's drops transparency
+        image = upright_rgb(image)
     stock = processor.image_processor(image, return_tensors="np")
     ours = processor.tiles(image)
     assert ours.dtype == stock["pixel_values"].dtype == np.float32
@@ -216,12 +223,62 @@ def test_images_and_image_parts_that_differ_in_number_are_refused(processor):
         processor.encode(messages)
 
 
-@pytest.mark.parametrize(
-    "messages", [[{"role": "tool", "content": "x"}], [{"role": "user", "content": [{"type": "video"}]}]]
-)
-def test_the_template_refuses_what_it_does_not_know(processor, messages):
-    with pytest.raises(TemplateError, match="unknown"):
-        processor.apply_chat_template(messages)
+@pytest.mark.parametrize("role", ["developer", "tool", "ipython", "function", "human"])
+def test_a_role_that_training_never_saw_is_refused_by_name(processor, role):
+    messages = [{"role": role, "content": "x"}]
+    for opener in (processor, processor.tokenizer):
+        with pytest.raises(TemplateError, match=f"role '{role}'"):
+            opener.apply_chat_template(messages, chat_template=processor.chat_template, tokenize=False)
+    with pytest.raises(ValueError, match=f"role '{role}'"):
+        processor.encode(messages)
+
+
+def test_the_template_refuses_parts_that_it_does_not_know(processor):
+    with pytest.raises(TemplateError, match="unknown content type 'video'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+
+
+@pytest.mark.parametrize("key", ["name", "audio"])
+def test_a_key_that_nothing_reads_is_refused_by_name_where_it_says_anything(processor, key):
+    said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", key: "z"}]
+    for opener in (processor, processor.tokenizer):
+        with pytest.raises(TemplateError, match=f"unknown key '{key}' in a turn of role 'assistant'"):
+            opener.apply_chat_template(said, chat_template=processor.chat_template, tokenize=False)
+    with pytest.raises(ValueError, match=f"unknown key '{key}' in a turn of role 'assistant'"):
+        processor.encode(said)
+    # clients send an answer back with its empty fields
+    for empty in (None, [], ""):
+        echoed = [said[0], said[1] | {key: empty}]
+        plain = [said[0], {"role": "assistant", "content": "y"}]
+        assert processor.apply_chat_template(echoed) == processor.apply_chat_template(plain)
+        assert processor.encode(echoed) == processor.encode(plain)
+
+
+def test_the_templates_mask_leaves_out_turns_without_weight_as_the_labels_do(processor):
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "y", "weight": 0},
+        {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": "z", "weight": 1},
+    ]
+    given = processor.tokenizer.apply_chat_template(
+        messages, chat_template=processor.chat_template, return_assistant_tokens_mask=True, return_dict=True
+    )
+    ours = processor.encode(messages)
+    assert given["input_ids"] == ours.input_ids
+    assert given["assistant_masks"] == [int(label != IGNORE_INDEX) for label in ours.labels]
+    assert 0 < ours.num_supervised_tokens < 5
+
+
+def test_every_image_is_followed_by_a_newline_however_many_there_are(processor):
+    content = [{"type": "image"}, {"type": "image"}, {"type": "image"}, {"type": "text", "text": "which?"}]
+    rendered = processor.apply_chat_template([{"role": "user", "content": content}])
+    assert "\n\n<image>\n<image>\n<image>\nwhich?<|eot_id|>" in rendered
+    # what separates two images in the ids that training sees
+    ids = processor.encode([{"role": "user", "content": content}], [(28, 28)] * 3).input_ids
+    image, newline = processor.image_token_id, processor.tokenizer.encode("\n", add_special_tokens=False)
+    behind = [i + 1 for i in range(len(ids)) if ids[i] == image != ids[i + 1]]
+    assert len(behind) == 3 and all(ids[i : i + len(newline)] == newline for i in behind[:2])
 
 
 CALL = {"type": "function", "function": {"name": "look", "arguments": {}}}
@@ -419,3 +476,27 @@ def test_a_post_processor_that_only_adds_is_taken_away(own_tokenizer, tmp_path):
     plain = processor.tokenizer("a", add_special_tokens=False)["input_ids"]
     for opener in (processor.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         assert opener("a")["input_ids"] == plain
+
+
+def test_a_former_versions_template_is_known_and_renders_the_same(processor):
+    """Made from this version's by taking out what was added, so that its text is the one that was published."""
+    template = processor.chat_template
+    for added, former in (
+        (
+            re.search(
+                r"    \{%- if message\['role'\] == 'developer' %\}\n.*?(?=    \{%- elif [^\n]* not in)", template, re.S
+            )[0],
+            "",
+        ),
+        ("{%- elif message['role'] not in", "{%- if message['role'] not in"),
+        ("\"unknown role '\" ~ message['role'] ~ \"'", "\"unknown role '\" + message['role'] + \"'"),
+        (re.search(r"    \{%- for key in message if .*?endfor %\}\n", template, re.S)[0], ""),
+        (" and (message['weight'] is not defined or message['weight'] != 0)", ""),
+    ):
+        assert template.count(added) == 1
+        template = template.replace(added, former)
+    assert is_own_template(template) and is_own_template(processor.chat_template)
+    assert not is_own_template(template + " ") and not is_own_template(None)
+    for messages in random_dialogues(50):
+        given = [processor.apply_chat_template(messages, chat_template=text) for text in (template, None)]
+        assert given[0] == given[1]

@@ -275,7 +275,12 @@ def test_without_a_token_or_online(hub, exported, capsys, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
-    assert cli.main(command) == 2 and "set HF_TOKEN to a valid token" in capsys.readouterr().err
+    hub.calls.clear()
+    assert cli.main(command) == 0
+    shown = capsys.readouterr().out
+    assert "there is no token: not checked are your rights" in shown and "model.safetensors" in shown
+    assert not hub.calls  # what needs no token needs no Hub either
+    assert cli.main(command[:-1]) == 2 and "set HF_TOKEN to a valid token" in capsys.readouterr().err
 
 
 def test_the_commands_plan(hub, exported, capsys):

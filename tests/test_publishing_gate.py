@@ -266,14 +266,56 @@ def test_card_and_licences_may_be_edited(folder):
     assert check_folder(folder, "Llama-mine") == []
 
 
-@pytest.mark.parametrize(("revision", "pinned"), [(None, False), ("0" * 40, True)])
-def test_adapters_are_to_be_merged(tmp_path, revision, pinned):
-    """One finding, not one for each file of a whole model that such a folder lacks."""
-    config = {"base_model_name_or_path": "meta/base", "revision": revision}
+@pytest.fixture
+def adapters(tmp_path) -> Path:
+    """What `export --adapter` writes, in short."""
+    config = {"base_model_name_or_path": "meta/base", "revision": "0" * 40, "auto_mapping": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    (found,) = check_folder(tmp_path, "Llama-mine")
-    assert found.rule == "adapters" and "folder of adapters" in found.what and "merge" in found.fix
-    assert ("revision" in found.what) is not pinned
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "README.md").write_text(
+        "---\nlibrary_name: peft\npipeline_tag: image-text-to-text\nlicense: mit\nbase_model: [meta/base]\n---\n"
+    )
+    (tmp_path / "LICENSE").write_text("MIT")
+    atomic_folders.write_manifest(
+        tmp_path,
+        {
+            "files": [
+                {"name": file.name, "size": file.stat().st_size, "sha256": atomic_folders.sha256(file)}
+                for file in sorted(tmp_path.iterdir())
+            ]
+        },
+    )
+    return tmp_path
+
+
+def test_adapters_for_a_base_at_a_revision_pass(adapters):
+    assert check_folder(adapters, "mine") == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("revision", None),
+        ("revision", "main"),
+        ("base_model_name_or_path", "base"),
+        ("auto_mapping", {"base_model_class": "X"}),
+        ("modules_to_save", ["lm_head"]),
+    ],
+)
+def test_adapters_that_name_no_fixed_base_or_hold_more_are_refused(adapters, key, value):
+    edit_json(adapters, "adapter_config.json", **{key: value})
+    found = [finding for finding in check_folder(adapters, "mine") if finding.rule == "adapters"]
+    assert len(found) == 1 and found[0].file == "adapter_config.json" and "--adapter --base" in found[0].fix
+
+
+def test_whole_weights_among_adapters_are_refused(adapters):
+    save_file({"lm_head.weight": torch.ones(2)}, adapters / "adapter_model.safetensors")
+    save_file({"lm_head.weight": torch.ones(2)}, adapters / "model.safetensors")
+    found = {finding.file: finding.what for finding in check_folder(adapters, "mine") if finding.rule == "adapters"}
+    assert found == {
+        "adapter_model.safetensors": "holds lm_head.weight, which is no adapter",
+        "model.safetensors": "is not the adapters' file",
+    }
 
 
 @pytest.mark.parametrize("file", ["config.json", "processor_config.json", "generation_config.json", "manifest.json"])
@@ -369,6 +411,7 @@ def test_code_against_the_law(source):
     )
 
 
+@pytest.mark.slow
 def test_doors_give_the_same_logits_and_answers(exported):
     with empty_cache() as cache:
         doors = open_doors(exported / "llama", cache)

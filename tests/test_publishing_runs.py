@@ -53,7 +53,7 @@ def check(recipe: Recipe, *, begun: bool = False) -> list[str]:
 # --- before the first step
 
 
-def test_what_can_be_published_is_told_what_the_card_leaves_out(hub, recipe_content, tmp_path):
+def test_before_publishing_a_run_reports_what_the_card_leaves_out(hub, recipe_content, tmp_path):
     (said,) = check(recipe_of(recipe_content, tmp_path))
     assert "base" in said and "rows" in said
     assert set(hub.counts()) == {"whoami", "validate_yaml", "model_info"} and not hub.repos
@@ -92,7 +92,7 @@ def test_a_token_that_can_only_read(hub, recipe_content, tmp_path):
         check(recipe_of(recipe_content, tmp_path))
 
 
-def test_a_run_that_has_begun_goes_on_without_the_hub(hub, recipe_content, tmp_path, monkeypatch, caplog):
+def test_a_run_that_has_begun_continues_without_the_hub(hub, recipe_content, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.faults = [("whoami", 503)] * 50
     recipe = recipe_of(recipe_content, tmp_path)
@@ -176,6 +176,7 @@ def native(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {native_name(name, "clip_vision_model"): tensor for name, tensor in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("stage_name", ["whole", "adapted"])
 def test_each_revision_has_the_weights_of_its_step(hub, saves, tmp_path, stage_name, with_state):

@@ -171,10 +171,10 @@ def test_yaml_numbers_in_scientific_notation_are_numbers(tmp_path):
 def test_a_key_given_twice_and_broken_yaml_are_named_with_their_line(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("name: a\nname: b\n")
-    with pytest.raises(UserError, match=r"r\.yaml:2: .*'name' is given twice"):
+    with pytest.raises(UserError, match=r"r\.yaml:2:1: .*'name' is given twice"):
         load_recipe(str(path))
     path.write_text("name: [a\n")
-    with pytest.raises(UserError, match=r"r\.yaml:\d+: not valid YAML"):
+    with pytest.raises(UserError, match=r"r\.yaml:\d+:\d+: not valid YAML"):
         load_recipe(str(path))
 
 
@@ -219,7 +219,7 @@ def test_the_last_batch_is_kept_or_dropped_by_name(tmp_path):
         derive(drop, 7, 1)
 
 
-def test_no_sample_to_train_on_is_told_as_such(tmp_path):
+def test_no_sample_to_train_on_is_reported_as_such(tmp_path):
     stage = load_recipe(write(tmp_path)).stages["one"]
     with pytest.raises(UserError) as refused:
         derive(stage, 0, 1)
@@ -270,7 +270,7 @@ def test_former_keys_still_read(recipe_content, tmp_path, key, former):
         load_recipe(str(file))
 
 
-def test_a_run_that_began_with_former_keys_goes_on(recipe_content, tmp_path):
+def test_a_run_that_began_with_former_keys_resumes(recipe_content, tmp_path):
     recipe_content["model"]["license"] = "mit"
     recipe, folder = Recipe.model_validate(recipe_content), RunFolder(tmp_path)
     with folder.claimed(recipe, is_main=True):

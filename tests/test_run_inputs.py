@@ -143,6 +143,7 @@ def test_a_run_resumes_where_it_lies_now(project, stopped, train, recipe_content
     assert final.keys() == expected.keys() and any((final[name] != expected[name]).any() for name in final)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_was_moved_ends_with_the_same_bits(project, stopped, train, recipe_content):
     assert train(project / "whole") == 0
     moved = project.with_name("elsewhere")

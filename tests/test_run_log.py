@@ -9,8 +9,9 @@ import torch
 import yaml
 
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.runs.run_log import entries
+from llava_llama31.trainer.report.run_facts import entries
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
+from llava_llama31.trainer.training.source_losses import nested
 
 
 TIMED = {"time", "seconds", "mfu", "hfu", "data_wait", "memory_gib", "epoch"}
@@ -61,7 +62,7 @@ def test_it_has_what_the_trainer_recorded(train):
         recorded = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         # the checkpoint of the last step is saved before the Trainer's closing words
         logged = [entry for entry in log if entry["stage"] == stage and "event" not in entry][: len(recorded)]
-        assert recorded and logged == [logged[i] | former for i, former in enumerate(recorded)]
+        assert recorded and logged == [logged[i] | nested(former) for i, former in enumerate(recorded)]
         saves = [entry["step"] for entry in log if entry.get("event") == "save" and entry["stage"] == stage]
         assert saves == [2, 4, int(folder.name[11:])]
     rates = [entry["learning_rates"] for entry in log if entry["stage"] == "instruct" and "loss" in entry]
@@ -69,6 +70,7 @@ def test_it_has_what_the_trainer_recorded(train):
     assert rates[0]["language_model"] != rates[-1]["language_model"]
 
 
+@pytest.mark.slow
 def test_a_run_that_crashed_twice_has_every_step_once(train, monkeypatch):
     _, whole = train("whole")
     for stage, step in (("1-projector", 4), ("2-instruct", 4)):
@@ -86,6 +88,11 @@ def test_a_run_that_crashed_twice_has_every_step_once(train, monkeypatch):
     assert steps(log) == steps(expected)
     assert steps(log) == [("projector", n) for n in range(1, 7)] + [("instruct", n) for n in range(1, 6)]
     assert without_times(log) == without_times(expected)
+    start = next(entry for entry in log if entry.get("event") == "start")
+    assert [group["num_trainable"] > 0 for group in start["groups"]] == [False, True, False]
+    assert start["data"][0]["usable"] == 44 and start["command"].startswith("llava-llama31 train ")
+    report = (run / "report.html").read_text()
+    assert ">finished<" in report and "resumed 2 times" in report and start["environment"]["torch"] in report
 
 
 def test_findings_are_logged_once_each(train, recipe_content, tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def write_tsv(path, rows, quoting=csv.QUOTE_MINIMAL):
 
 
 @pytest.fixture(scope="module")
-def pictures(make_image):
+def image_bytes(make_image):
     """PNG bytes by image_id; those of p2 are larger than a cell that the csv module takes by itself."""
     encoded = {}
     for i in range(5):
@@ -78,28 +78,28 @@ def pictures(make_image):
     return encoded
 
 
-def vlmevalkit_table(pictures, start=None):
-    """Rows as VLMEvalKit's TextVQA_VAL has them: one row of a picture holds it, the other names that row."""
+def vlmevalkit_table(image_bytes, start=None):
+    """Rows as VLMEvalKit's TextVQA_VAL has them: one row of an image holds it, the other names that row."""
     table = []
     for i, row in enumerate(ROWS):
         index = row["question_id"] if start is None else start + i
         # p1 stands in its second row, so that the first one points forward
         holder = i % 2 == (1 if row["image_id"] == "p1" else 0)
-        image = b64encode(pictures[row["image_id"]]).decode() if holder else str(index + (1 if i % 2 == 0 else -1))
+        image = b64encode(image_bytes[row["image_id"]]).decode() if holder else str(index + (1 if i % 2 == 0 else -1))
         table.append({"index": index, "image": image, "question": row["question"], "answer": str(row["answers"])})
     return table
 
 
 @pytest.fixture(scope="module")
-def annotations(pictures, tmp_path_factory):
+def annotations(image_bytes, tmp_path_factory):
     """The same questions in every layout; layout -> arguments of `score`."""
     folder = tmp_path_factory.mktemp("annotations")
-    for name, data in pictures.items():
+    for name, data in image_bytes.items():
         (folder / f"{name}.png").write_bytes(data)
     (folder / "official.json").write_text(json.dumps({"dataset_type": "val", "data": ROWS}), encoding="utf-8")
     (folder / "list.json").write_text(json.dumps(ROWS), encoding="utf-8")
     columns = {name: [row[name] for row in ROWS] for name in ROWS[0]}
-    columns["image"] = [{"bytes": pictures[row["image_id"]], "path": None} for row in ROWS]
+    columns["image"] = [{"bytes": image_bytes[row["image_id"]], "path": None} for row in ROWS]
     columns["ocr_tokens"] = [["x", "y"]] * len(ROWS)
     pyarrow.parquet.write_table(pyarrow.table(columns), folder / "validation-00000-of-00001.parquet")
     answers = [
@@ -124,7 +124,7 @@ def annotations(pictures, tmp_path_factory):
         "list": [str(folder / "list.json")],
         "lmms-lab": [str(folder / "validation-00000-of-00001.parquet")],
         "vqa pair": pair,
-        "vlmevalkit": [write_tsv(folder / "TextVQA_VAL.tsv", vlmevalkit_table(pictures))],
+        "vlmevalkit": [write_tsv(folder / "TextVQA_VAL.tsv", vlmevalkit_table(image_bytes))],
     }
 
 
@@ -159,7 +159,7 @@ def test_every_layout_of_annotations_gives_the_same_score(annotations, tmp_path,
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "official", "list", "lmms-lab", "vqa pair", "vlmevalkit"])
-def test_every_layout_of_annotations_brings_its_pictures(annotations, pictures, layout):
+def test_every_layout_of_annotations_brings_its_images(annotations, image_bytes, layout):
     data, *rest = annotations[layout]
     loaded = load_questions(data, questions=rest[1] if rest else None)
     assert csv.field_size_limit() == 1 << 17  # the module's own, for whoever else reads a table
@@ -168,7 +168,7 @@ def test_every_layout_of_annotations_brings_its_pictures(annotations, pictures, 
         assert list(question.answers) == row["answers"]
         assert question.ocr_tokens == (("x", "y") if layout == "lmms-lab" else None)
         content = question.image.data or Path(question.image.path).read_bytes()
-        assert content == pictures[row["image_id"]]
+        assert content == image_bytes[row["image_id"]]
     assert [question.image_id for question in loaded] == (
         [str(34602 + (3 if i // 2 == 1 else i - i % 2)) for i in range(10)]
         if layout == "vlmevalkit"
@@ -178,13 +178,13 @@ def test_every_layout_of_annotations_brings_its_pictures(annotations, pictures, 
     assert load_questions(data, questions=rest[1] if rest else None, limit=3) == loaded[:3]
 
 
-def test_a_vlmevalkit_table_may_name_pictures_and_ids(pictures, tmp_path):
+def test_a_vlmevalkit_table_may_name_images_and_ids(image_bytes, tmp_path):
     """As VLMEvalKit's `_local.tsv` and tables of one's own have them."""
     (tmp_path / "train_images").mkdir()
     table = []
     for i, row in enumerate(ROWS):
         path = tmp_path / "train_images" / f"{row['image_id']}.png"
-        path.write_bytes(pictures[row["image_id"]])
+        path.write_bytes(image_bytes[row["image_id"]])
         named = {"index": i, "image_path": str(path), "question": row["question"], "answer": str(row["answers"])}
         table.append(named | {"question_id": row["question_id"]})
     loaded = load_questions(write_tsv(tmp_path / "t.tsv", table, csv.QUOTE_ALL))
@@ -254,7 +254,7 @@ def test_a_broken_table_is_named(tmp_path):
 
 
 def predictions_of(table, start=None):
-    """Rows as VLMEvalKit writes them: the table's columns without the picture, then `prediction`."""
+    """Rows as VLMEvalKit writes them: the table's columns without the image, then `prediction`."""
     return [
         {"index": row["question_id"] if start is None else start + i}
         | {"question": row["question"], "answer": str(row["answers"]), "prediction": text}
@@ -341,7 +341,7 @@ def test_what_a_protocol_makes_is_recognised_as_its_normal_form(answer):
         assert not is_normalized(answer, "m4c")
 
 
-def test_vlmevalkit_rows_are_told_apart_by_what_they_ask(annotations, questions, tmp_path):
+def test_vlmevalkit_rows_are_separated_by_what_they_ask(annotations, questions, tmp_path):
     """Ids count where they ask what is annotated; in another order or as part of the questions too."""
     rows = predictions_of(PREDICTIONS)
     shuffled = random.Random(0).sample(rows, len(rows))

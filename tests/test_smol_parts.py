@@ -44,10 +44,10 @@ def smol():
 @pytest.fixture
 def llava_file(tmp_path):
     """Ten images with two questions each, as other people's LLaVA files have them."""
-    (tmp_path / "data" / "pictures").mkdir(parents=True)
+    (tmp_path / "data" / "images").mkdir(parents=True)
     rows = []
     for i in range(10):
-        Image.new("RGB", (20 + i, 30), (i, 0, 0)).save(tmp_path / "data" / "pictures" / f"{i}.png")
+        Image.new("RGB", (20 + i, 30), (i, 0, 0)).save(tmp_path / "data" / "images" / f"{i}.png")
         turns = [
             "<image>\nWhich?\nAnswer the question using a single word or phrase.",
             f"number {i}",
@@ -56,7 +56,7 @@ def llava_file(tmp_path):
         ]
         speakers = ["human", "gpt"] * 2
         conversations = [{"from": who, "value": value} for who, value in zip(speakers, turns, strict=True)]
-        rows.append({"id": f"row{i}", "image": f"pictures/{i}.png", "conversations": conversations})
+        rows.append({"id": f"row{i}", "image": f"images/{i}.png", "conversations": conversations})
     rows.append(
         {"id": "text-only", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hi"}]}
     )
@@ -116,7 +116,7 @@ def test_easy_vqa_keeps_its_authors_split(smol, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("../secret.png", "is outside the image root"), ("pictures/none.png", "no such image")]
+    ("name", "message"), [("../secret.png", "is outside the image root"), ("images/none.png", "no such image")]
 )
 def test_bad_image_leaves_no_folder(smol, llava_file, tmp_path, monkeypatch, name, message):
     rows = json.loads(llava_file.read_text())

@@ -30,7 +30,7 @@ def turns(*values: str) -> list[dict]:
     return [{"from": ("human", "gpt")[n % 2], "value": value} for n, value in enumerate(values)]
 
 
-def picture(height: int = 4, width: int = 6, colour: str = "red") -> bytes:
+def png_bytes(height: int = 4, width: int = 6, colour: str = "red") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (width, height), colour).save(file, "PNG")
     return file.getvalue()
@@ -60,9 +60,9 @@ def test_a_sample_is_a_record_with_the_images_beside_it(tmp_path):
         tmp_path / "a.tar",
         {
             "train/000.json": ONE,
-            "train/000.png": picture(4, 6),
-            "train/001.1.jpg": picture(1, 2),
-            "train/001.0.JPG": picture(3, 4),
+            "train/000.png": png_bytes(4, 6),
+            "train/001.1.jpg": png_bytes(1, 2),
+            "train/001.0.JPG": png_bytes(3, 4),
             "train/001.json": {"id": "own", **TWO},
             "train/001.txt": b"what else a shard may hold",
             "002.json": {"conversations": turns("Hi", "Hello")},
@@ -83,20 +83,20 @@ def test_a_sample_is_a_record_with_the_images_beside_it(tmp_path):
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names_of_any_length_and_script_are_read(tmp_path, tar_format):
     key = f"{'d' * 90}/{'n' * 60}" if tar_format == tarfile.USTAR_FORMAT else f"{'d' * 300}/Bäume/絵"
-    shard = pack(tmp_path / "a.tar", {f"{key}.json": ONE, f"{key}.png": picture()}, format=tar_format)
+    shard = pack(tmp_path / "a.tar", {f"{key}.json": ONE, f"{key}.png": png_bytes()}, format=tar_format)
     assert records_of(shard)[0].id.removesuffix("...") == key[:200]
     assert records_of(shard)[0].images[0].name == f"{key}.png"
 
 
 def test_a_record_may_name_the_order_of_its_images(tmp_path):
-    files = {"0.a.png": picture(1, 1), "0.b.png": picture(2, 2)}
+    files = {"0.a.png": png_bytes(1, 1), "0.b.png": png_bytes(2, 2)}
     named = {"conversations": turns("<image><image><image>", "ok"), "images": ["x/0.b.png", "0.a.png", "0.b.png"]}
     single = {"image": "coco/elsewhere.jpg", **ONE}
     gone = {"conversations": turns("<image><image>", "ok"), "image": ["1.a.png", "2.c.png"]}
     shard = pack(
         tmp_path / "a.tar",
-        {**files, "0.json": named, "1.json": single, "1.png": picture(3, 3)}
-        | {"2.json": gone, "2.a.png": picture(), "2.b.png": picture()},
+        {**files, "0.json": named, "1.json": single, "1.png": png_bytes(3, 3)}
+        | {"2.json": gone, "2.a.png": png_bytes(), "2.b.png": png_bytes()},
     )
     store = records_of(shard)
     assert [image.size() for image in store[0].images] == [(2, 2), (1, 1), (2, 2)]
@@ -150,7 +150,7 @@ def test_video_and_sound_are_refused_by_name(tmp_path, name, content):
 
 
 def test_what_macos_packs_beside_a_sample_is_passed_over(tmp_path):
-    files = {"._0.json": b"\0\x05\x16\x07", "0.json": ONE, "._0.png": b"\0\x05\x16\x07", "0.png": picture()}
+    files = {"._0.json": b"\0\x05\x16\x07", "0.json": ONE, "._0.png": b"\0\x05\x16\x07", "0.png": png_bytes()}
     inner = {f"d/{name}": content for name, content in files.items()}
     store = records_of(pack(tmp_path / "a.tar", {"._d": b"x", **files, **inner}))
     assert [record.id for record in store] == ["0", "d/0"]
@@ -160,7 +160,7 @@ def test_what_macos_packs_beside_a_sample_is_passed_over(tmp_path):
 def test_numbered_images_in_the_order_of_names_are_in_that_of_their_numbers(tmp_path):
     def sample(key: str, numbers: list[object]) -> dict[str, object]:
         record = {"conversations": turns("<image>" * len(numbers) + "q", "A")}
-        images = {f"{key}.{number}.png": picture(1 + place, 3) for place, number in enumerate(numbers)}
+        images = {f"{key}.{number}.png": png_bytes(1 + place, 3) for place, number in enumerate(numbers)}
         return {f"{key}.json": record, **images}
 
     by_name = sorted(range(11), key=str)
@@ -180,7 +180,7 @@ def test_shards_of_a_folder_are_one_source(tmp_path):
         for key in range(draw.randint(0, 5)):
             expected.append((f"{number}-{key}", draw.randint(1, 50)))
             files[f"{number}-{key}.json"] = ONE
-            files[f"{number}-{key}.png"] = picture(expected[-1][1], 3)
+            files[f"{number}-{key}.png"] = png_bytes(expected[-1][1], 3)
         pack(tmp_path / f"{number:03}.tar", files)
     store = records_of(tmp_path)
     assert [(record.id, record.images[0].size()[0]) for record in store] == expected
@@ -227,18 +227,18 @@ def test_check_data_names_what_is_wrong_with_samples(tmp_path, capsys, base_fold
     shard = pack(
         tmp_path / "a.tar",
         {
-            "good.json": ONE, "good.png": picture(),
-            "caption.png": picture(1, 2), "caption.txt": b"a picture without a record",
+            "good.json": ONE, "good.png": png_bytes(),
+            "caption.png": png_bytes(1, 2), "caption.txt": b"an image without a record",
             "twice.json": ONE, "twice.JSON": ONE,
-            "broken.json": b'{"conversations": [', "broken.png": picture(2, 2),
-            "list.json": b"[1]", "list.png": picture(2, 3),
-            "long.json": big, "long.png": picture(2, 4),
-            "corrupt.json": ONE, "corrupt.png": picture(2, 5)[:45],
+            "broken.json": b'{"conversations": [', "broken.png": png_bytes(2, 2),
+            "list.json": b"[1]", "list.png": png_bytes(2, 3),
+            "long.json": big, "long.png": png_bytes(2, 4),
+            "corrupt.json": ONE, "corrupt.png": png_bytes(2, 5)[:45],
             "none.json": ONE,
-            "more.json": ONE, "more.0.png": picture(2, 6), "more.1.png": picture(2, 7),
-            "a/same.json": TWO, "a/same.png": picture(9, 8), "a/same.PNG": picture(9, 9),
-            "both.json": {**ONE, "image": "both.png", "images": ["both.png"]}, "both.png": picture(3, 9),
-            "again.json": ONE, "again.png": picture(),
+            "more.json": ONE, "more.0.png": png_bytes(2, 6), "more.1.png": png_bytes(2, 7),
+            "a/same.json": TWO, "a/same.png": png_bytes(9, 8), "a/same.PNG": png_bytes(9, 9),
+            "both.json": {**ONE, "image": "both.png", "images": ["both.png"]}, "both.png": png_bytes(3, 9),
+            "again.json": ONE, "again.png": png_bytes(),
         },
     )  # fmt: skip
     rejects = tmp_path / "rejects.jsonl"
@@ -281,9 +281,9 @@ END = bytes(1024)
         (gzip.compress(raw_member() + END, mtime=0), "can't be read as a tar"),
         (raw_member(), "breaks off at byte 512, without an end mark"),
         (raw_member(size=b"00000001000\0") + bytes(100), "unexpected end of data"),
-        (raw_member(kind=b"2") + END, "'0.json' at byte 0 is no plain file"),
-        (raw_member(kind=b"3") + END, "is no plain file"),
-        (raw_member(kind=b"S") + END, "is no plain file"),
+        (raw_member(kind=b"2") + END, "'0.json' at byte 0 is not a regular file"),
+        (raw_member(kind=b"3") + END, "is not a regular file"),
+        (raw_member(kind=b"S") + END, "is not a regular file"),
         (raw_member() + b"\1" * 512 + END, "a damaged header, or data behind the end mark, at byte 512"),
         (raw_member() + END + raw_member() + END, "a damaged header, or data behind the end mark, at byte 512"),
         # a size below zero: Python before 3.11.14 goes round for ever
@@ -318,7 +318,7 @@ def test_compressed_shards_are_not_guessed_at(tmp_path):
 
 
 def test_a_shard_that_changes_afterwards_spoils_a_record_and_no_more(tmp_path):
-    shard = pack(tmp_path / "a.tar", {"0.json": ONE, "0.png": picture(), "1.json": ONE, "1.png": picture(9, 9)})
+    shard = pack(tmp_path / "a.tar", {"0.json": ONE, "0.png": png_bytes(), "1.json": ONE, "1.png": png_bytes(9, 9)})
     store = records_of(shard)
     content = shard.read_bytes()
     shard.write_bytes(content[: content.rindex(b"1.png")])
@@ -336,7 +336,7 @@ def test_images_of_a_sample_are_bounded_before_they_are_read(tmp_path):
     record = json.dumps(ONE).encode()
     size = 2**40
     image = raw_member("0.png", size=b"\x80" + size.to_bytes(11, "big"))
-    pack(shard, {"good.json": ONE, "good.png": picture()})
+    pack(shard, {"good.json": ONE, "good.png": png_bytes()})
     with shard.open("r+b") as file:
         file.seek(shard.stat().st_size - 10240 + 2048)
         file.write(raw_member("0.json", size=f"{len(record):011o}\0".encode()) + record.ljust(512, b"\0") + image)
@@ -350,7 +350,7 @@ def test_images_of_a_sample_are_bounded_before_they_are_read(tmp_path):
     assert peak < 2**22
 
 
-WHOLE = {"0.json": ONE, "0.png": picture(), "1.json": TWO, "1.0.png": picture(1, 1), "1.1.png": picture(2, 2)}
+WHOLE = {"0.json": ONE, "0.png": png_bytes(), "1.json": TWO, "1.0.png": png_bytes(1, 1), "1.1.png": png_bytes(2, 2)}
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -12,10 +12,18 @@ import pytest
 import torch
 
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.evaluation.generation import GreedyAnswerer
+from llava_llama31.trainer.evaluation.answering import ToAsk
+from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, Prefixes
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
-from llava_llama31.trainer.evaluation.task_evaluation import evaluate_task, preset_of, questions_to_ask
+from llava_llama31.trainer.evaluation.task_evaluation import (
+    TaskToAsk,
+    evaluate_task,
+    evaluate_tasks,
+    preset_of,
+    questions_to_ask,
+)
 from llava_llama31.trainer.evaluation.task_files import load_task
 
 
@@ -108,6 +116,160 @@ def test_each_image_is_encoded_once(lively_model, processor, data, tmp_path, mon
     assert len(questions) == 16 and len(encoded) == 16 and len(set(encoded)) <= 4
 
 
+def test_tasks_asked_together_share_what_they_show(lively_model, processor, data, tmp_path, monkeypatch):
+    """Under other names too: here one task has the bytes of the files that the other names."""
+    asked, alone = [], []
+    for task, questions in tasks(data):
+        if task.name == "pope":
+            held = {q.image_id: ImageRef("bytes", data=Path(q.image.path).read_bytes()) for q in questions}
+            questions = [replace(q, image=held[q.image_id], image_id=f"other {q.image_id}") for q in questions]
+        size = 3 if task.name == "pope" else 5
+        settings = EvaluationSettings(revision="r", preset=preset_of(task, "card"), max_new_tokens=4, batch_size=size)
+        alone.append(evaluate_task(task, lively_model, processor, questions, tmp_path / "alone" / task.name, settings))
+        asked.append(TaskToAsk(task, ToAsk(questions, tmp_path / "together" / task.name, settings)))
+    opened, read, kept = [], [], []
+    open_image, put = ImageRef.open, Prefixes.put
+    monkeypatch.setattr(ImageRef, "open", lambda image: opened.append(image) or open_image(image))
+
+    def counted(prefixes, key, prompt, cache):
+        put(prefixes, key, prompt, cache)
+        read.append(key)
+        kept.append(len(prefixes._kept))
+
+    monkeypatch.setattr(Prefixes, "put", counted)
+    together = evaluate_tasks(lively_model, processor, asked)
+    assert len(opened) == len(read) == len(set(read)) == 4 and max(kept) <= 3  # one image after the other
+    for one, other in zip(alone, together, strict=True):
+        assert one.report == other.report and one.settings == other.settings
+        assert answers_of(one.predictions.parent) == answers_of(other.predictions.parent)
+    lines = asked[0].to_ask.output / "predictions.jsonl"
+    lines.write_bytes(b"".join(lines.read_bytes().splitlines(keepends=True)[:7]))
+    again = evaluate_tasks(lively_model, processor, asked)
+    assert [evaluation.report for evaluation in again] == [evaluation.report for evaluation in together]
+
+
+def test_in_half_precision_the_settings_say_what_was_asked_with_it(lively_model, processor, data, tmp_path):
+    lively_model.bfloat16()
+    for invariant in (False, True):
+        asked = []
+        for task, questions in tasks(data):
+            settings = EvaluationSettings(
+                revision="r",
+                preset=preset_of(task, "card"),
+                max_new_tokens=1,
+                batch_size=8,
+                batch_invariant=invariant,
+                data=task.name,
+            )
+            asked.append(TaskToAsk(task, ToAsk(questions[:4], tmp_path / f"{invariant}" / task.name, settings)))
+        written = [done.settings.get("asked_with") for done in evaluate_tasks(lively_model, processor, asked)]
+        assert written == ([None, None] if invariant else [["mmstar"], ["pope"]])
+
+
+SUBMITTED = {
+    "vqav2": (
+        [{"question_id": 5, "image": "0.png", "text": "What?\nAnswer briefly."}],
+        [{"question_id": 5, "answer": "2"}],
+    ),
+    "vizwiz": (
+        [{"question_id": "v", "image": "0.png", "text": "What?\nAnswer briefly."}],
+        [{"image": "0.png", "answer": "2"}],
+    ),
+    "docvqa": (
+        [{"questionId": "7", "question": "What?", "image": "0.png"}],
+        [{"questionId": 7, "answer": "The Two."}],
+    ),
+    "infovqa": (
+        [{"questionId": 7, "question": "What?", "image": "0.png", "answers": None}],
+        [{"questionId": 7, "answer": "The Two."}],
+    ),
+    "mmmu": (
+        [
+            {
+                "id": "test_Art_1",
+                "question": "What?",
+                "image_1": "0.png",
+                "answer": "?",
+                "options": "['one', 'the two']",
+            }
+        ],
+        {"test_Art_1": "B"},
+    ),
+    "mmbench": (
+        [{"index": 3, "question": "What?", "image": "0.png", "A": "one", "B": "two"}],
+        [{"index": 3, "question": "What?", "A": "one", "B": "two", "C": "", "D": "", "prediction": "The Two."}],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUBMITTED)
+def test_answers_that_are_not_public_go_to_the_server_in_its_format(
+    lively_model, processor, data, tmp_path, capsys, name
+):
+    from llava_llama31.trainer.evaluation.row_files import any_rows
+
+    rows, wanted = SUBMITTED[name]
+    path = write_lines(tmp_path / "test.jsonl", rows)
+    task = load_task(name)
+    questions = questions_to_ask(task, path, image_root=str(data))
+    settings = EvaluationSettings(revision="r", preset=preset_of(task, "card"), max_new_tokens=2)
+    done = evaluate_task(task, lively_model, processor, questions, tmp_path / "out", settings)
+    assert done.submission.is_file() and done.to_json()["metrics"] == {} and done.report.complete
+    (question,) = questions
+    said = [{"id": question.question_id, "question": question.question, "response": "The Two."}]
+    answers, output = write_lines(tmp_path / "said.jsonl", said), tmp_path / done.submission.name
+    arguments = ["score", answers, "--task", name, "--annotations", path]
+    assert main([*arguments, "--submission", str(output), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["submission"] == str(output)
+    if output.suffix == ".json":
+        assert json.loads(output.read_text()) == wanted
+    else:
+        assert [{k: v or "" for k, v in row.items()} for _, row in any_rows(output)] == wanted
+    assert main(arguments) == 2
+    assert "these questions have no annotated answers" in capsys.readouterr().err
+    assert main([*arguments, "--submission", "out.txt"]) == 2
+    assert f"takes a {output.suffix} file" in capsys.readouterr().err
+
+
+def test_answers_for_a_grader_are_written_by_the_documented_task(lively_model, processor, data, tmp_path, capsys):
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    block = "name: mm-vet" + text.split("```yaml\nname: mm-vet")[1].split("```")[0]
+    (tmp_path / "mm-vet.yaml").write_text(block)
+    path = write_lines(tmp_path / "q.jsonl", [{"question_id": 3, "image": "0.png", "text": "What?\nSay why."}])
+    task = load_task(tmp_path / "mm-vet.yaml")
+    questions = questions_to_ask(task, path, image_root=str(data))
+    settings = EvaluationSettings(revision="r", preset=preset_of(task, "card"), max_new_tokens=2)
+    done = evaluate_task(task, lively_model, processor, questions, tmp_path / "out", settings)
+    (row,) = map(json.loads, (tmp_path / "out" / "predictions.jsonl").read_text().splitlines())
+    assert row["prompt"] == "What?\nSay why." and json.loads(done.submission.read_text()) == {"v1_3": row["answer"]}
+    assert main(["score", str(done.predictions), "--task", str(tmp_path / "mm-vet.yaml"), "--annotations", path]) == 2
+    assert "a language model grades these answers" in capsys.readouterr().err
+    lines = (
+        (tmp_path / "mm-vet.yaml").read_text().replace("file: object", "file: lines").replace("key:", "question_id:")
+    )
+    (tmp_path / "mm-vet.yaml").write_text(lines)
+    options = ["--annotations", path, "--submission", str(tmp_path / "for_grader.jsonl")]
+    assert main(["score", str(done.predictions), "--task", str(tmp_path / "mm-vet.yaml"), *options]) == 0
+    assert json.loads((tmp_path / "for_grader.jsonl").read_text()) == {"question_id": "v1_3", "value": row["answer"]}
+
+
+def test_vqas_own_test_questions_name_coco_images(tmp_path):
+    content = {"questions": [{"image_id": 262144, "question": "Is it?", "question_id": 262144000}]}
+    (tmp_path / "q.json").write_text(json.dumps(content))
+    (question,) = questions_to_ask(load_task("vqav2"), str(tmp_path / "q.json"))
+    assert question.image_id == "COCO_test2015_000000262144.jpg" and question.answers == ()
+
+
+def test_a_submission_needs_a_server_and_partly_annotated_questions_are_refused(data, tmp_path, capsys):
+    answers = write_lines(tmp_path / "a.jsonl", [{"id": 0, "response": "A"}])
+    options = ["--annotations", str(data / "mmstar.jsonl"), "--submission", "x.json"]
+    assert main(["score", answers, "--task", "mmstar", *options]) == 2
+    assert "no server takes answers of mmstar" in capsys.readouterr().err
+    rows = [{"questionId": i, "question": f"{i}?", "image": "0.png", "answers": ["a"] * i} for i in range(2)]
+    with pytest.raises(UserError, match="1 of 2 questions have no annotated answer, the first 0"):
+        questions_to_ask(load_task("docvqa"), write_lines(tmp_path / "q.jsonl", rows))
+
+
 @pytest.fixture(scope="module")
 def model_folder(processor, pristine_config, tmp_path_factory):
     from llava_llama31 import LlavaLlama31ForConditionalGeneration
@@ -140,6 +302,16 @@ def test_two_tasks_at_once_agree_with_score(model_folder, data, tmp_path, monkey
     assert main(["evaluate", model_folder, *arguments, "--max-new-tokens", "3"]) == 0
     out = capsys.readouterr().out
     assert "POPE, COCO" in out and "MMStar" in out and "12 of 12 questions answered" in out
+    predictions = tmp_path / evaluated["mmstar"]["predictions"]
+    page = predictions.with_suffix(".html").read_text(encoding="utf-8")
+    shown = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert shown["protocols"] == ["vlmevalkit", "letter"] and len(shown["questions"]) == 12
+    first = shown["questions"][0]
+    assert first["options"][0] == ["A", "red 0"] and first["groups"] == ["kind 0"] and len(first["scores"]) == 2
+    browse = ["browse", str(predictions), "--task", "mmstar", "--data", str(data / "mmstar.jsonl")]
+    assert main([*browse, "--image-root", str(data), "--output", "b.html"]) == 0
+    again = json.loads((tmp_path / "b.html").read_text("utf-8").split('id="data">')[1].split("</script>")[0])
+    assert again["questions"] == shown["questions"]
 
 
 OWN = [

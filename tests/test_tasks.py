@@ -61,7 +61,8 @@ def test_the_shipped_tasks_are_those_that_are_named():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_task_says_what_it_is(name):
     task = load_task(name)
-    assert task.name == name and task.sources and task.dataset and set(task.prompts) >= {"card", "llava", "lmms-eval"}
+    assert task.name == name and task.sources and task.dataset and task.labels
+    assert set(task.prompts) >= {"card", "llava", "lmms-eval"}
     assert bool(task.reproduced) != bool(task.not_reproduced)
     for protocol in task.protocols.values():
         assert protocol.source
@@ -358,7 +359,7 @@ def test_letters_and_option_texts(tmp_path, capsys):
     assert "answer is 'blue', and 5 of 5 are no letter" in capsys.readouterr().err
 
 
-def test_earlier_and_judged_files_are_told_apart(tmp_path, capsys):
+def test_earlier_and_judged_files_are_distinguished(tmp_path, capsys):
     rows = CHOICES[:3]
     result = score(capsys, write_xlsx(tmp_path / "m_MMStar_PREV.xlsx", rows), "--task", "mmstar")
     assert "earlier, perhaps unfinished run (_PREV)" in result["note"]

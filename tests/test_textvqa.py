@@ -27,11 +27,12 @@ from llava_llama31.trainer.cli import command_parser
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation import generation, textvqa
+from llava_llama31.trainer.evaluation.answering import derangement
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, undisturbed
 from llava_llama31.trainer.evaluation.presets import PRESETS, Preset
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
-from llava_llama31.trainer.evaluation.textvqa import derangement, evaluate
+from llava_llama31.trainer.evaluation.textvqa import evaluate
 from llava_llama31.trainer.model.opening import open_model
 
 
@@ -48,17 +49,17 @@ def encoded(image: Image.Image, form: str = "PNG") -> bytes:
 
 @pytest.fixture(scope="module")
 def questions(make_image):
-    """40 questions on 25 pictures of many shapes."""
+    """40 questions on 25 images of many shapes."""
     draw = random.Random(0)
-    pictures = [ImageRef(f"p{i}", data=encoded(make_image(*SIZES[i % len(SIZES)], seed=i))) for i in range(25)]
+    images = [ImageRef(f"p{i}", data=encoded(make_image(*SIZES[i % len(SIZES)], seed=i))) for i in range(25)]
     words = ["what", "is", "the", "brand", "number", "word", "on", "this", "sign", "bottle", "clock", "left", "right"]
     texts = [" ".join(draw.choices(words, k=draw.randint(1, 9))) + "?" for _ in range(40)]
-    return [Question(100 + i, f"p{i % 25}", pictures[i % 25], text, ANSWERS) for i, text in enumerate(texts)]
+    return [Question(100 + i, f"p{i % 25}", images[i % 25], text, ANSWERS) for i, text in enumerate(texts)]
 
 
 @pytest.fixture(scope="module")
 def many_questions(questions):
-    """500 questions on those pictures, the last ones on few of them."""
+    """500 questions on those images, the last ones on few of them."""
     draw = random.Random(1)
     texts = [
         " ".join(draw.choices(["what", "brand", "is", "7", "left", "to", "Stop"], k=draw.randint(1, 12)))
@@ -84,6 +85,7 @@ def token_ids(folder):
 # --- generation
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_batch_size_or_order(lively_model, processor, many_questions, tmp_path):
     evaluate(
         lively_model,
@@ -178,7 +180,7 @@ def test_the_host_waits_for_a_gpu_once_in_four_tokens(lively_model, processor, q
     assert reads == {1: num_steps, 4: -(-num_steps // 4)}
 
 
-def test_each_picture_is_encoded_once(lively_model, processor, questions, tmp_path):
+def test_each_image_is_encoded_once(lively_model, processor, questions, tmp_path):
     calls = []
     handle = lively_model.model.vision_tower.embeddings.register_forward_hook(lambda *_: calls.append(1))
     for batch_size in (1, 4, 16):
@@ -203,7 +205,7 @@ def test_branches_equal_rows_of_their_own(lively_model, processor, questions, at
     model.set_attn_implementation(attention)
     answerer = GreedyAnswerer(model, processor, max_new_tokens=5)
     prompts = [prompt_for(answerer, question) for question in (*questions[:5], questions[25])]
-    prompts.append(answerer.prompt([{"role": "user", "content": "no picture"}]))
+    prompts.append(answerer.prompt([{"role": "user", "content": "no image"}]))
     seen = []
     handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[:, -1]))
     answers = answerer.answer(prompts)
@@ -373,7 +375,7 @@ def test_rows_hold_what_made_them(lively_model, processor, questions, tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.55, 0.81, 0.999, 1.0])
-def test_a_killed_evaluation_goes_on_and_ends_the_same(lively_model, processor, questions, tmp_path, share):
+def test_a_killed_evaluation_resumes_and_ends_the_same(lively_model, processor, questions, tmp_path, share):
     """The file cut at any byte is what a kill leaves behind."""
     asked = questions[:14]
     evaluate(lively_model, processor, asked, tmp_path / "whole", EvaluationSettings(revision="r", batch_size=4))
@@ -525,19 +527,19 @@ def test_two_evaluations_do_not_write_into_one_folder(lively_model, processor, q
 
 
 @given(st.sets(st.text(max_size=5), min_size=2, max_size=40), st.integers(0, 5))
-def test_no_picture_keeps_its_place_in_a_derangement(image_ids, seed):
+def test_no_image_keeps_its_place_in_a_derangement(image_ids, seed):
     shown = derangement(image_ids, seed)
     assert shown.keys() == set(shown.values()) == image_ids
     assert all(shown[image_id] != image_id for image_id in image_ids)
     assert shown == derangement(sorted(image_ids, reverse=True), seed)
 
 
-def test_blind_shows_each_question_another_picture(lively_model, processor, questions, tmp_path):
+def test_blind_shows_each_question_another_image(lively_model, processor, questions, tmp_path):
     evaluate(lively_model, processor, questions, tmp_path / "blind", EvaluationSettings(revision="r", blind_seed=2))
-    pictures = {question.image_id: question.image for question in questions}
+    images = {question.image_id: question.image for question in questions}
     blind = {row["question_id"]: row for row in rows(tmp_path / "blind")}
     assert all(row["shown_image_id"] != row["image_id"] for row in blind.values())
-    swapped = [replace(q, image=pictures[blind[q.question_id]["shown_image_id"]]) for q in questions]
+    swapped = [replace(q, image=images[blind[q.question_id]["shown_image_id"]]) for q in questions]
     evaluate(lively_model, processor, swapped, tmp_path / "swapped", EvaluationSettings(revision="r"))
     assert token_ids(tmp_path / "swapped") == token_ids(tmp_path / "blind")
     with pytest.raises(UserError, match="at least two images"):
@@ -596,7 +598,7 @@ def test_jpeg_rounds_are_what_the_model_sees(lively_model, processor, questions,
 
 @pytest.fixture(scope="module")
 def files(questions, tmp_path_factory):
-    """The same questions as JSON Lines, as TextVQA's JSON and in lmms-lab's parquet layout, pictures beside them."""
+    """The same questions as JSON Lines, as TextVQA's JSON and in lmms-lab's parquet layout, images beside them."""
     folder = tmp_path_factory.mktemp("textvqa")
     for question in questions[:25]:
         suffix = ".png" if question.question_id % 3 else ".jpg"
@@ -900,10 +902,10 @@ def test_ocr_tokens_are_read_once(questions, tmp_path, monkeypatch):
     from llava_llama31.trainer.evaluation import ocr
 
     pytest.importorskip("rapidocr")
-    picture = Image.new("RGB", (400, 160), "white")
-    ImageDraw.Draw(picture).text((30, 40), "STOP 42", fill="black", font=ImageFont.load_default(72))
-    sign = replace(questions[0], image_id="sign", image=ImageRef("sign", data=encoded(picture)))
-    broken = replace(questions[1], image_id="broken", image=ImageRef("broken", data=b"no picture"))
+    image = Image.new("RGB", (400, 160), "white")
+    ImageDraw.Draw(image).text((30, 40), "STOP 42", fill="black", font=ImageFont.load_default(72))
+    sign = replace(questions[0], image_id="sign", image=ImageRef("sign", data=encoded(image)))
+    broken = replace(questions[1], image_id="broken", image=ImageRef("broken", data=b"no image"))
     cache = tmp_path / "ocr_tokens.jsonl"
     read = ocr.with_ocr_tokens([sign, replace(sign, question_id=7), broken], cache)
     assert [question.ocr_tokens for question in read] == [("STOP", "42"), ("STOP", "42"), ()]

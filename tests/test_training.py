@@ -81,14 +81,14 @@ def test_a_recipe_trains_hands_over_scores_and_exports(train, base_folder, recip
 
 
 def assert_card_of_the_run(run: Path) -> None:
-    """Pictures and answers that the card names are there, and what a person writes into it stays."""
+    """Images and answers that the card names are there, and what a person writes into it stays."""
     record, export = json.loads((run / "record.json").read_text()), run / "export"
     card = (export / "README.md").read_text()
     for number, stage in enumerate(record["stages"], start=1):
         assert [step for step, _ in stage["loss_curve"]] == [1, 2, 3, 4, 5, 6]
         assert stage["curve_image"] == f"curves/{number}-{stage['name']}.png" and stage["curve_image"] in card
         with Image.open(export / stage["curve_image"]) as curve:
-            assert curve.format == "PNG" and curve.size == (640, 320)
+            assert curve.format == "PNG" and curve.size == (1280, 640)
     answers = (export / "predictions.jsonl").read_bytes()
     assert record["evaluation"]["predictions"]["sha256"] == hashlib.sha256(answers).hexdigest()
     assert answers == (run / "predictions.jsonl").read_bytes() and len(record["samples"]) == 6
@@ -134,6 +134,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(train, recipe_content, base_folder, lora):
     from llava_llama31.trainer.fault_tolerance.stage_guard import StopRequests
@@ -170,6 +171,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(train, recipe_content, b
         assert_same(state(run.parent / "whole", stage), state(run, stage))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [1, 8])
 def test_accumulation_does_not_change_the_weights(train, recipe_content, base_folder, micro_batch):
     del recipe_content["evaluation"]
@@ -197,6 +199,7 @@ def test_padded_rows_ask_for_supervised_positions_only(train, recipe_content, mo
     assert supervised == [True] * 11  # the 44 rows in micro-batches of 4
 
 
+@pytest.mark.slow
 def test_packing_does_not_change_the_weights_and_keeps_within_its_limit(train, recipe_content, base_folder, capsys):
     del recipe_content["evaluation"]
     stages = recipe_content["stages"].values()
@@ -310,6 +313,7 @@ def test_the_last_loss_is_the_last_log_entry(train, recipe_content, capsys):
     assert (run / "export" / "README.md").read_text() == card
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fast_bfloat16")
 def test_a_stage_killed_between_its_last_checkpoint_and_its_end_is_finished(train, recipe_content):
     del recipe_content["evaluation"]
@@ -341,6 +345,7 @@ def test_a_finished_run_leaves_alone_what_other_commands_stage_in_its_folder(tra
     assert (run / ".staging-export").is_dir() and not (run / ".staging-elapsed.json").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_set_aside(train, recipe_content, capsys):
     del recipe_content["evaluation"]
     assert train(output="whole")[0] == 0

@@ -72,7 +72,7 @@ def test_questions_are_answered_in_bfloat16(recipe_path, recipe_content, base_fo
     assert len(rows) == 5 and all(row["answer"] is not None for row in rows)
 
 
-def test_a_run_that_began_before_a_key_was_there_goes_on(recipe_path, tmp_path):
+def test_a_run_that_began_before_a_key_was_there_resumes(recipe_path, tmp_path):
     stage = train(recipe_path(), tmp_path / "run")
     begun = json.loads((tmp_path / "run" / "recipe.json").read_text())
     del begun["stages"]["instruct"]["keep"], begun["evaluation"]["preset"]

@@ -122,6 +122,7 @@ def test_planted_differences_and_stale_exceptions_are_found(checkout, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_tests_that_cannot_run_are_no_success(checkout, tmp_path):
     (checkout / "tests/models/llava_next/test_modeling_llava_next.py").write_text("import nothing_of_that_name\n")
     done = subprocess.run([sys.executable, str(RUN), str(checkout)], capture_output=True, text=True, timeout=200)

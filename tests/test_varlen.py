@@ -137,6 +137,15 @@ def test_a_deterministic_stage_runs_under_torchs_own_rule(is_deterministic, tiny
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_float32_stage_uses_no_tf32(precision):
+    """PyTorch's own choice is to use it in convolutions, as the patch embedding is one, and in no other product."""
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    with deterministic(Stage.model_validate(STAGE | {"precision": precision})):
+        assert torch.backends.cudnn.allow_tf32 == (precision != "float32")
+    assert torch.backends.cudnn.allow_tf32
+
+
 # evaluation
 
 

@@ -144,6 +144,7 @@ PIECES = st.sampled_from(
 ANSWERS = st.one_of(st.text(max_size=20), st.lists(PIECES, max_size=8).map("".join))
 
 
+@pytest.mark.slow
 @settings(max_examples=3000, deadline=None)
 @given(prediction=ANSWERS, wrong=st.lists(ANSWERS, min_size=10, max_size=10), matches=st.integers(0, 10))
 def test_any_string_scores_one_of_five_values_in_any_order(prediction, wrong, matches):
@@ -194,6 +195,7 @@ def normalized_by_definition(answer: str, protocol: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
+@pytest.mark.slow
 @settings(max_examples=5000, deadline=None)
 @given(answer=ANSWERS)
 def test_protocols_are_what_the_table_says_and_differ_nowhere_else(answer):

@@ -5,14 +5,17 @@ llava-llama31 train tiny
 """
 
 import argparse
+import difflib
 import io
 import logging
 import os
+import re
 import select
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from llava_llama31 import __version__
 from llava_llama31.trainer.commands import (
@@ -21,18 +24,22 @@ from llava_llama31.trainer.commands import (
     chat,
     check_data,
     check_engine,
+    completion,
     doctor,
     evaluate,
     export,
     export_metric,
     fetch,
+    new,
     plan,
     publish,
     recipes,
+    report,
     score,
     shards,
     train,
 )
+from llava_llama31.trainer.commands.examples import EXAMPLES
 from llava_llama31.trainer.errors import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -44,17 +51,18 @@ from llava_llama31.trainer.errors import (
     Interrupted,
     UserError,
 )
-from llava_llama31.trainer.redaction import SafeFormatter, quiet_libraries, say, shown
+from llava_llama31.trainer.redaction import SafeFormatter, plain, quiet_libraries, redacted, say, shown
 
 
 _STDOUT = 1  # its file descriptor
-# what of a stopped command the next start goes on from; the others keep nothing
+# what the next start of a stopped command resumes from; the others keep nothing
 _KEPT: dict[str, Callable[[argparse.Namespace], str]] = {
     "train": train.what_is_kept,
     "evaluate": evaluate.what_is_kept,
     "publish": publish.what_is_kept,
 }
 _COMMANDS = {
+    "new": new,
     "train": train,
     "plan": plan,
     "recipes": recipes,
@@ -63,6 +71,7 @@ _COMMANDS = {
     "check-data": check_data,
     "doctor": doctor,
     "assemble": assemble,
+    "report": report,
     "evaluate": evaluate,
     "chat": chat,
     "score": score,
@@ -71,6 +80,7 @@ _COMMANDS = {
     "export": export,
     "check-engine": check_engine,
     "publish": publish,
+    "completion": completion,
 }
 
 
@@ -89,7 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
-    options = command_parser().parse_args(given)
+    options = _parsed(given)
+    if isinstance(options, int):
+        return options
     log = logging.StreamHandler()
     log.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[log])
@@ -100,6 +112,9 @@ def _run(given: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after the tokenizer was used
     # read at torch's first allocation: huge pages, without which a CPU spends a tenth of a step on page faults
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # packed rows differ in length, which tears a GPU's memory to pieces
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what matters of its warnings is checked here
     try:
         return options.run(options)
@@ -145,22 +160,84 @@ def _say(error: str, exit_code: int, *, debug: bool) -> int:
     """Print what the user can fix, and return the exit code."""
     if debug:
         sys.stderr.write(shown(traceback.format_exc()))
-    say(f"error: {error}")
+    if not sys.stderr.isatty():
+        say(f"error: {error}")
+        return exit_code
+    from llava_llama31.trainer.terminal import Terminal, styled
+
+    what, _, fix = plain(redacted(error)).partition(" (fix: ")
+    terminal = Terminal(stderr=True)
+    terminal.print(styled(("error: ", "bold red"), (what, "")))
+    if fix:
+        terminal.print(styled(("fix: ", "bold"), (fix.removesuffix(")"), "")))
     return exit_code
+
+
+def _parsed(given: list[str]) -> argparse.Namespace | int:
+    """The options, or an exit code where there is nothing to run."""
+    parser = command_parser()
+    if not given:
+        parser.print_help()
+        return 0
+    if given[0] == "--debug":  # of any command
+        given = [*given[1:], "--debug"]
+    if given and not given[0].startswith("-") and given[0] not in _COMMANDS:
+        near = difflib.get_close_matches(given[0], _COMMANDS, 1)
+        fix = f"did you mean {near[0]}?" if near else f"one of {', '.join(_COMMANDS)}"
+        return _say(f"there is no command {given[0]} (fix: {fix})", EXIT_USER, debug=False)
+    options, unknown = parser.parse_known_args(given)
+    options.root = parser  # for `completion`
+    for argument in unknown:
+        name = argument.partition("=")[0]
+        if name.startswith("-"):
+            near = difflib.get_close_matches(name, options.known, 1)
+            fix = f"did you mean {near[0]}?" if near else f"llava-llama31 {given[0]} --help"
+            return _say(f"{given[0]} has no option {name} (fix: {fix})", EXIT_USER, debug=False)
+    if unknown:
+        fix = f"llava-llama31 {given[0]} --help"
+        return _say(f"{given[0]}: one argument too many: {unknown[0]} (fix: {fix})", EXIT_USER, debug=False)
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line with its fix."""
+
+    def error(self, message: str) -> NoReturn:
+        fix = f"{self.prog} --help"
+        if chosen := re.fullmatch(r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
+            where, value, listed = chosen.groups()
+            choices = [choice.strip("' ") for choice in listed.split(",")]
+            near = difflib.get_close_matches(value, choices, 1)
+            fix = f"did you mean {near[0]}?" if near else f"one of {', '.join(choices)}"
+            message = f"{where}: there is no {value!r}"
+        message = re.sub(r"^the following arguments are required:", "missing:", message)
+        say(f"error: {message.removeprefix('argument ')} (fix: {fix})")
+        raise SystemExit(EXIT_USER)
+
+
+def _examples(command: str) -> str | None:
+    """The end of a command's help."""
+    lines = [f"  llava-llama31 {command} {line}" for line in EXAMPLES.get(command, ())]
+    return "\n".join(["examples:", *lines]) if lines else None
 
 
 def command_parser() -> argparse.ArgumentParser:
     """The parser of all commands; what it parses has the command as `run`."""
-    parser = argparse.ArgumentParser(
-        prog="llava-llama31", description="Train, evaluate and publish LLaVA-NeXT on Llama 3.1."
-    )
+    parser = _Parser(prog="llava-llama31", description="Train, evaluate and publish LLaVA-NeXT on Llama 3.1.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in _COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.HELP,
+            epilog=_examples(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(run=module.run, kept=_KEPT.get(name))
         module.add_arguments(command)
+        command.set_defaults(known=[name for action in command._actions for name in action.option_strings])
     return parser
 
 

@@ -77,10 +77,10 @@ class Terminal:
         self._console.rule(plain(title))
 
     def progress(self, *, visible: bool = True, counted: bool = False) -> Progress:
-        """Bars that vanish when they are done; with `counted` they show numbers and elapsed time too."""
+        """Bars on a terminal that vanish when done; with `counted` they show numbers and elapsed time too."""
         counts = (MofNCompleteColumn(), TimeElapsedColumn()) if counted else ()
         columns = (_Description(), BarColumn(), TaskProgressColumn(), *counts, TimeRemainingColumn())
-        return Progress(*columns, console=self._console, transient=True, disable=not visible)
+        return Progress(*columns, console=self._console, transient=True, disable=not (visible and self.is_terminal))
 
 
 class _Description(ProgressColumn):

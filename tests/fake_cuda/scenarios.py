@@ -9,14 +9,46 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from steps import Step, answer, gpu, train  # first: it loads the device before torch
+from steps import Step, answer, gpu, torch, train  # first: it loads the device before torch
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import PINPOINTS, TILE, make_tokenizer
+from fused import Like, least, scheduled
 
+from llava_llama31.packed_llama_llava_llama31 import PLAIN
 from llava_llama31.processing import build_processor
+from llava_llama31.trainer.training.optimizers import update_in_place
+
+
+def schedules() -> dict[str, list[Any]]:
+    """Bytes of each kernel of the functions that are compiled, at the 8B width, and the least that they can be."""
+
+    def like(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Like:
+        return Like(shape, torch.empty(shape, device="meta").stride(), dtype)
+
+    rows, hidden, inner = 9800, 4096, 14_336
+    x, wide, weight = like(1, rows, hidden), like(1, rows, inner), like(hidden)
+    scale, heads, angles = like(1, rows, 1, dtype=torch.float32), like(1, rows, 32, 128), like(1, rows, 128)
+    flat, numbers, seeds = (
+        like(n, dtype=t) for n, t in ((inner * 8, torch.bfloat16), (7, torch.float32), (2, torch.int64))
+    )
+    given: dict[Any, tuple[Any, ...]] = {
+        PLAIN.norm: (x, weight, 1e-5, torch.bfloat16),
+        PLAIN.sum_norm: (x, x, weight, 1e-5, torch.bfloat16),
+        PLAIN.norm_again: (x, weight, scale, torch.bfloat16),
+        PLAIN.norm_gradient: (x, x, x, weight, scale, True),
+        PLAIN.rotate: (heads, angles, angles),
+        PLAIN.rotate_back: (heads, angles, angles),
+        PLAIN.gated: (wide, wide),
+        PLAIN.gated_gradient: (wide, wide, wide),
+        update_in_place: (flat, flat, flat, flat, numbers, seeds),
+    }
+    return {
+        function.__name__: [scheduled(function, arguments), least(function, arguments)]
+        for function, arguments in given.items()
+    }
 
 
 def main(output: Path) -> None:
@@ -45,11 +77,13 @@ def main(output: Path) -> None:
         "features": train(replace(base, images="features")),
         "pixels": train(replace(base, images="pixels"), processor),
         "before ampere": train(replace(base, varlen=False)),
+        "selective": train(replace(base, checkpointing="selective")),
+        "unfused": train(replace(base, fused=False)),
         "planted": train(base, plant=plant),
         "answers": answer(shape, processor, [(60, 90), (28, 28)]),
     }
     content = {name: {phase: vars(trace) for phase, trace in phases.items()} for name, phases in traces.items()}
-    output.write_text(json.dumps(content))
+    output.write_text(json.dumps({**content, "schedules": schedules()}))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ library.load()
 import gpu
 import numpy as np
 import torch
+from fused import Fused, add_fused
 from PIL import Image
 from transformers.initialization import no_init_weights
 from watch import CUDA, Trace, Watch, fake_cuda
@@ -32,7 +33,7 @@ from llava_llama31.trainer.fault_tolerance.step_health import summed
 from llava_llama31.trainer.model.adapters import adapt
 from llava_llama31.trainer.model.device_options import checkpoint_activations
 from llava_llama31.trainer.model.module_groups import freeze
-from llava_llama31.trainer.recipes.schema import Lora
+from llava_llama31.trainer.recipes.schema import Lora, Recomputed
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
 
@@ -51,6 +52,7 @@ class Step:
         checkpointing: of every nth layer; 0: none.
         images: how they come: `tiles`, `pixels` (device_tiles) or `features` (cached).
         varlen: the device's attention kernel is used.
+        fused: norms, rotary embeddings and gated products are compiled.
     """
 
     shape: gpu.Shape
@@ -58,12 +60,13 @@ class Step:
     micro_batch: int = 8
     autocast: bool = False
     rank: int = 0
-    checkpointing: int = 1
+    checkpointing: Recomputed = 1
     images: str = "tiles"
     varlen: bool = True
+    fused: bool = True
 
 
-def make_model(step: Step) -> LlavaLlama31ForConditionalGeneration:
+def make_model(step: Step, watch: Watch) -> LlavaLlama31ForConditionalGeneration:
     """A model with fake weights on the device, frozen as the stage wants it."""
     dtype = torch.float32 if step.autocast else torch.bfloat16
     stage = gpu.card_stage(step.stage)
@@ -80,6 +83,9 @@ def make_model(step: Step) -> LlavaLlama31ForConditionalGeneration:
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.empty_like(buffer, device=CUDA), persistent=False)
     model.model.language_model.uses_varlen = {torch.bfloat16: step.varlen}
+    language_model = model.model.language_model
+    if step.fused:
+        language_model.fuse(lambda function: Fused(function, watch), remakes=step.checkpointing == "selective")
     if step.checkpointing:
         checkpoint_activations(model, stage.trainable, step.checkpointing)
     return model.train()
@@ -132,10 +138,10 @@ def train(
     batches = make_batches(step, watch, 2)
     tiles = DeviceTiles(processor, torch.bfloat16) if step.images == "pixels" and processor is not None else None
     trainer: Any = LlavaTrainer.__new__(LlavaTrainer)
-    trainer.args, trainer.is_deepspeed_enabled = SimpleNamespace(device=CUDA), False
+    trainer.args, trainer.is_deepspeed_enabled = SimpleNamespace(device=CUDA, world_size=1), False
     trainer.batches = SimpleNamespace(device_tiles=tiles)
     with fake_cuda(watch):
-        model = make_model(step)
+        model = make_model(step, watch)
         plant(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -143,10 +149,11 @@ def train(
         for number, batch in enumerate(batches):
             is_last = number == len(batches) - 1
             watch.phase = "inputs" if is_last else "first"
+            number = trainer._get_num_items_in_batch([batch], CUDA)
             given = trainer._prepare_inputs(batch)
             watch.phase = "forward" if is_last else "first"
             with autocast:
-                loss = model(**given, num_items_in_batch=100).loss
+                loss = model(**given, num_items_in_batch=number).loss
             watch.phase = "backward" if is_last else "first"
             loss.backward()
             assert all(parameter.grad is not None for parameter in trained)
@@ -157,6 +164,7 @@ def train(
             watch.phase = "optimizer" if is_last else "first"
             optimizer.step()
             optimizer.zero_grad()
+    add_fused(watch)
     return {phase: trace for phase, trace in watch.traces.items() if phase not in ("make", "first")}
 
 
@@ -165,7 +173,7 @@ def answer(shape: gpu.Shape, processor: LlavaLlama31Processor, sizes: Sequence[t
     watch = Watch(ROOT)
     watch.phase = "make"
     with fake_cuda(watch):
-        model = make_model(Step(shape, checkpointing=0)).eval()
+        model = make_model(Step(shape, checkpointing=0), watch).eval()
         answerer = GreedyAnswerer(model, processor, max_new_tokens=6)
         asked: list[tuple[dict[str, Any], list[Image.Image]]] = []
         for size in sizes:

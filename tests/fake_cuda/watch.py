@@ -40,6 +40,7 @@ class Trace:
         kernels, bytes: by operation.
         lines: bytes by source line.
         work: (operation, FLOP, bytes) of each kernel; attention's FLOP, which depend on lengths, are not known here.
+        fused: calls of fused functions, by function and arguments, until `add_fused` counts their kernels.
     """
 
     waits: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -48,6 +49,7 @@ class Trace:
     bytes: collections.Counter[str] = field(default_factory=collections.Counter)
     lines: collections.Counter[str] = field(default_factory=collections.Counter)
     work: list[tuple[str, float, int]] = field(default_factory=list)
+    fused: collections.Counter[Any] = field(default_factory=collections.Counter)
 
 
 class Watch(TorchDispatchMode):
@@ -62,7 +64,17 @@ class Watch(TorchDispatchMode):
         self.root = str(root)
         self.traces: dict[str, Trace] = collections.defaultdict(Trace)
         self.phase = ""
+        self._is_within = False
         self._pinned: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+
+    @contextlib.contextmanager
+    def within_a_kernel(self) -> Iterator[None]:
+        """Context whose operations start no kernel of their own."""
+        self._is_within = True
+        try:
+            yield
+        finally:
+            self._is_within = False
 
     @property
     def trace(self) -> Trace:
@@ -105,7 +117,7 @@ class Watch(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         out = func(*args, **kwargs)
-        if name not in _VIEWS:
+        if name not in _VIEWS and not self._is_within:
             self._note_kernel(name, on_device, [x for x in tree_iter(out) if isinstance(x, torch.Tensor)])
         return out
 

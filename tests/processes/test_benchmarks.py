@@ -50,7 +50,7 @@ def test_gpu_benchmark_trains_all_variants_alike(gpu, capsys, monkeypatch):
 
 
 def test_gpu_benchmark_has_the_lengths_of_the_card(gpu):
-    """At 8B size: about 2,340 tokens, 2,150 of them of the picture, 135 supervised; captions 15 to 24."""
+    """At 8B size: about 2,340 tokens, 2,150 of them of the image, 135 supervised; captions 15 to 24."""
     rows = gpu.Workload(gpu.SHAPES["8b"], gpu.card_stage("instruct"), num_samples=200, samples_per_step=32)
     assert gpu.SHAPES["8b"].config.text_config.vocab_size == 128_320
     assert rows.lengths.num_tokens.mean() == pytest.approx(2340, rel=0.02)
@@ -82,6 +82,7 @@ def test_head_memory_compares_the_same_loss(capsys, frozen):
     assert "% of stock" in capsys.readouterr().out
 
 
+@pytest.mark.torture
 def test_head_memory_in_processes_of_their_own():
     command = [sys.executable, str(FOLDER / "head_memory.py"), "--device", "cpu", "--json"]
     command += ["--vocabulary", "16384", "--positions", "1024", "--hidden-size", "64"]

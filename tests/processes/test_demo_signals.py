@@ -26,7 +26,7 @@ def test_a_signal_while_the_demo_prepares(tmp_path, number, code, line):
             os.killpg(job.pid, number)  # as a terminal sends Ctrl-C: the workers, which import torch, get it too
         else:
             job.send_signal(number)
-        output, _ = job.communicate(timeout=20)
+        output, _ = job.communicate(timeout=100)
     finally:
         job.kill()
     assert job.returncode == code, output

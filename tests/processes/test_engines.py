@@ -1,7 +1,9 @@
 """The same recipe under every engine: losses, answers, weights and checkpoints, on two CPU processes."""
 
 import copy
+import functools
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -22,6 +24,7 @@ from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.distributed.engine import as_launched
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.planning import row_lengths
 from llava_llama31.trainer.publishing.doors import empty_cache, fetch, open_doors
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.training.meter import matrix_peak
@@ -32,12 +35,16 @@ DDP = "--multi_gpu --mixed_precision no"
 FSDP2 = f"--config_file {ROOT / 'examples/accelerate/fsdp2.yaml'}"
 # of every stage where it is set; the least that a stage has otherwise keeps the tests within minutes
 STEPS = int(os.environ.get("ENGINE_STEPS", "0"))
-TORTURE = os.environ.get("TORTURE") == "1" or STEPS > 0
-ENGINES = ["ddp", "zero2", "zero3", "fsdp2"]
-MORE_ENGINES = ["zero1", "zero3-offload-params", "zero3-offload", "fsdp2-offload"] if TORTURE else []
+ENGINES = ["zero3", "fsdp2"]
+MORE_ENGINES = ["ddp", "zero1", "zero2", "zero3-offload-params", "zero3-offload", "fsdp2-offload"]
 NEEDS_DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )
+
+
+def at_length(*cases: object) -> list[object]:
+    """Cases that `make torture` runs alone; shorter ones hold the same."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.torture) for case in cases]
 
 
 def engine_options(engine: str, folder: Path) -> tuple[str, str | None]:
@@ -130,7 +137,7 @@ def assert_same_run(run: Path, reference: Path, tolerance: float = 1e-5) -> None
 def all_stages(forks, base_folder, data_folder, tmp_path_factory):
     """Frozen and trained tower, with and without activation checkpointing, adapters; and its run by one process.
 
-    Two samples a step for each of two processes, one in four of them without a picture.
+    Two samples a step for each of two processes, one in four of them without an image.
     """
     stage = {
         "data": [{"name": "rows", "path": str(data_folder / "rows.json")}],
@@ -162,6 +169,7 @@ def all_stages(forks, base_folder, data_folder, tmp_path_factory):
                 "trainable": ["vision_tower", *both],
                 "learning_rate": 1e-4,
                 "micro_batch": 2,
+                "activation_checkpointing": "selective",
                 **evaluated,
                 "keep": "best_loss",
             },
@@ -189,7 +197,7 @@ def all_stages(forks, base_folder, data_folder, tmp_path_factory):
     return content, folder / "single"
 
 
-@pytest.mark.parametrize("engine", ENGINES + MORE_ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, *at_length(*MORE_ENGINES)])
 def test_every_engine_trains_as_one_process_does(start, all_stages, tmp_path, engine):
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
@@ -208,6 +216,33 @@ def test_every_engine_trains_as_one_process_does(start, all_stages, tmp_path, en
     records = [json.loads((run / "summary.json").read_text())["stages"] for run in (tmp_path / "run", single)]
     for ours, expected in zip(records[0].values(), records[1].values(), strict=True):
         assert ours["groups"] == expected["groups"]
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize(
+    ("engine", "changes", "tolerance"),
+    [
+        ("ddp", {"compile": True}, 1e-5),
+        ("fsdp2", {"compile": True}, 1e-5),
+        ("fsdp2", {"optimizer": "adamw_bf16"}, 1e-2),
+    ],
+    ids=["ddp-compile", "fsdp2-compile", "fsdp2-adamw_bf16"],
+)
+def test_options_under_an_engine_train_as_one_process_without_them(
+    start, forks, recipe_content, tmp_path, engine, changes, tolerance
+):
+    del recipe_content["evaluation"], recipe_content["stages"]["projector"]
+    recipe_content["stages"]["instruct"] |= {"precision": "float32", "logging_steps": 1}
+    plain = write(recipe_content, tmp_path / "plain.yaml")
+    finish(forks.start("train", plain, "--output", tmp_path / "plain", engines=True))
+    recipe_content["stages"]["instruct"] |= changes
+    options, _ = engine_options(engine, tmp_path)
+    finish(start(options, write(recipe_content, tmp_path / "recipe.yaml"), "--output", tmp_path / "run"))
+    losses = []
+    for run in ("plain", "run"):
+        lines = (tmp_path / run / "log.jsonl").read_text().splitlines()
+        losses.append([entry["loss"] for entry in map(json.loads, lines) if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance) and len(losses[0]) >= 4
 
 
 LAUNCHES = {"ddp": "ddp.yaml", "zero3": "zero3.yaml", "fsdp2": "fsdp2.yaml"}
@@ -272,15 +307,18 @@ def has_fast_bfloat16() -> bool:
     return peaks[0] > peaks[1] / 4
 
 
+PEAKS = {"kept": (False, "bfloat16"), "checkpointed": (True, "float32"), "checkpointed-bfloat16": (True, "bfloat16")}
+SHORT_PEAKS = [("single", "kept"), ("zero3", "checkpointed"), ("fsdp2", "kept")]
+LONG_PEAKS = itertools.product(["single", "zero3", "fsdp2", "ddp", "zero1", "zero2"], PEAKS)
+
+
 @pytest.mark.parametrize(
-    "checkpointing, precision",
-    [(False, "bfloat16"), (True, "float32"), *([(True, "bfloat16")] if TORTURE else [])],
-    ids=["kept", "checkpointed", *(["checkpointed-bfloat16"] if TORTURE else [])],
+    ("engine", "kind"), [*SHORT_PEAKS, *at_length(*(peak for peak in LONG_PEAKS if peak not in SHORT_PEAKS))]
 )
-@pytest.mark.parametrize("engine", ["single", "zero3", "fsdp2", *(["ddp", "zero1", "zero2"] if TORTURE else [])])
 def test_the_planned_peak_is_that_of_a_run(
-    start, long_rows, tmp_path, capsys, monkeypatch, engine, checkpointing, precision, has_fast_bfloat16
+    start, long_rows, tmp_path, capsys, monkeypatch, engine, kind, has_fast_bfloat16
 ):
+    checkpointing, precision = PEAKS[kind]
     if precision == "bfloat16" and not has_fast_bfloat16:
         pytest.skip("this CPU has no instructions for bfloat16")
     monkeypatch.setenv("PEAK_MEMORY", str(tmp_path))
@@ -292,16 +330,19 @@ def test_the_planned_peak_is_that_of_a_run(
     measured = [json.loads(path.read_text()) for path in tmp_path.glob("[01].json")]
     devices = 1 if engine == "single" else 2
     assert [len(peaks) for peaks in measured] == [3] * devices
-    kind = "ddp" if engine == "single" else engine
-    command = [str(recipe), "--output", str(tmp_path / "run"), "--devices", str(devices), "--engine", kind, "--json"]
-    assert main(["plan", *command]) == 0
+    planned = "ddp" if engine == "single" else engine
+    # what was measured ran on a CPU
+    on_cpu = functools.partial(row_lengths.MicroBatch, fuses=False, head_rows=256, softmax_rows=64)
+    monkeypatch.setattr(row_lengths, "MicroBatch", on_cpu)
+    command = ["plan", str(recipe), "--output", str(tmp_path / "run"), "--devices", str(devices), "--json"]
+    assert main([*command, "--engine", planned]) == 0
     (stage,) = json.loads(capsys.readouterr().out)["stages"]
     peak = max(map(max, measured))
     assert stage["assumed"] == [] and stage["memory"]["peak"] * 1e9 == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
-def test_a_process_without_pictures_breaks_the_run_if_it_skips_the_tower(
+def test_a_process_without_images_breaks_the_run_if_it_skips_the_tower(
     start, all_stages, tmp_path, engine, monkeypatch
 ):
     """Proves that the test above would see a missing pass over a blank tile."""
@@ -317,8 +358,8 @@ def test_a_process_without_pictures_breaks_the_run_if_it_skips_the_tower(
     assert all(job.codes) and not (tmp_path / "run/stages/1-checkpointed/final").exists(), output
 
 
-@pytest.mark.parametrize("engine", ["zero3", *(["zero2", "fsdp2"] if TORTURE else [])])
-def test_a_killed_run_goes_on_under_its_engine(start, recipe_content, tmp_path, engine):
+@pytest.mark.parametrize("engine", ["zero3", *at_length("zero2", "fsdp2")])
+def test_a_killed_run_resumes_under_its_engine(start, recipe_content, tmp_path, engine):
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     del recipe_content["evaluation"]
@@ -338,7 +379,7 @@ def test_a_killed_run_goes_on_under_its_engine(start, recipe_content, tmp_path, 
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", *at_length("fsdp2")])
 def test_saves_of_a_sharded_run_are_pushed_whole(start, recipe_content, tmp_path, monkeypatch, engine):
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")

@@ -14,19 +14,19 @@ from llava_llama31.trainer.model.opening import open_model
 
 
 SIZES = [(28, 28), (20, 90), (90, 20), (60, 50), (5, 200), (120, 121), (33, 64)]
-NUM_QUESTIONS, NUM_PICTURES = 500, 320
+NUM_QUESTIONS, NUM_IMAGES = 500, 320
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, make_image) -> Path:
-    """500 questions on 320 pictures of many shapes, TextVQA's ratio."""
+    """500 questions on 320 images of many shapes, TextVQA's ratio."""
     folder, draw = tmp_path_factory.mktemp("questions"), random.Random(0)
-    for i in range(NUM_PICTURES):
+    for i in range(NUM_IMAGES):
         make_image(*SIZES[i % len(SIZES)], seed=i).save(folder / f"p{i}.png")
     rows = []
     for i in range(NUM_QUESTIONS):
         text = " ".join(draw.choices(["what", "is", "the", "brand", "number", "clock", "left"], k=draw.randint(1, 9)))
-        image_id = f"p{i % NUM_PICTURES}"
+        image_id = f"p{i % NUM_IMAGES}"
         rows.append({"question_id": i, "image_id": image_id, "question": text, "answers": ["stop"] * 10})
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "questions.jsonl"
@@ -67,7 +67,7 @@ def test_two_processes_write_the_file_of_one(forks, lively_folder, data, whole, 
     assert json.loads((output / "scores.json").read_text())["num_questions"] == NUM_QUESTIONS
 
 
-def test_two_processes_report_a_picture_that_is_missing(forks, lively_folder, data, tmp_path):
+def test_two_processes_report_an_image_that_is_missing(forks, lively_folder, data, tmp_path):
     lines = data.read_text().splitlines()[:40]
     broken = json.dumps(json.loads(lines[7]) | {"image_id": "gone"})
     (tmp_path / "q.jsonl").write_text("\n".join([*lines[:7], broken, *lines[8:]]))
@@ -83,9 +83,9 @@ def test_two_processes_ask_with_the_ocr_tokens_that_one_has_read(forks, lively_f
     signs, font = ["STOP 42", "OPEN 24h", "HALT 7", "STOP 42", "EXIT"], ImageFont.load_default(72)
     rows = []
     for number, sign in enumerate(signs):
-        picture = Image.new("RGB", (400, 160), "white")
-        ImageDraw.Draw(picture).text((30, 40), sign, fill="black", font=font)
-        picture.save(tmp_path / f"p{number}.png")
+        image = Image.new("RGB", (400, 160), "white")
+        ImageDraw.Draw(image).text((30, 40), sign, fill="black", font=font)
+        image.save(tmp_path / f"p{number}.png")
         row = {"image_id": f"p{number}", "question": "what is written?", "answers": [sign] * 10}
         rows += [{"question_id": 2 * number + again, **row} for again in range(2)]
     questions = tmp_path / "questions.jsonl"
@@ -112,7 +112,7 @@ def test_kill_9_at_any_moment_changes_nothing(launch, forks, lively_folder, data
     output, draw = tmp_path / "killed", random.Random(processes)
     command, kills = [*arguments(lively_folder, data, output), "--batch-size", "8"], 0
     while kills < 5:
-        started = sum(1 for file in output.glob("predictions*.jsonl") for _ in file.open())
+        started = num_written(output)
         if processes == 1 and kills == 0:
             job = launch("evaluate.py", *command)
         else:
@@ -134,9 +134,65 @@ def wait_for_more(job, output: Path, before: int) -> None:
     """Until a batch more is written than there was, or the process has ended."""
     deadline = time.monotonic() + 120
     while job.poll() is None and time.monotonic() < deadline:
-        if sum(1 for file in output.glob("predictions*.jsonl") for _ in file.open()) > before:
+        if num_written(output) > before:
             return
         time.sleep(0.02)
+
+
+def num_written(output: Path) -> int:
+    return sum(1 for file in output.rglob("predictions*.jsonl") for _ in file.open())
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory, make_image) -> list[str]:
+    """Yes/no and multiple-choice questions, five an image of each kind: what `evaluate` is asked for both together."""
+    folder, draw = tmp_path_factory.mktemp("tasks"), random.Random(1)
+    rows: dict[str, list[dict]] = {"pope": [], "mmstar": []}
+    for i in range(40):
+        make_image(*SIZES[i % len(SIZES)], seed=i).save(folder / f"{i}.png")
+        for k in range(5):
+            row = {"index": 5 * i + k, "image_path": f"{i}.png", "question": f"Is it {'very ' * k}{i}?"}
+            rows["pope"].append(row | {"image": None, "answer": draw.choice(["yes", "no"]), "category": f"kind {k}"})
+            rows["mmstar"].append(row | {"A": "red", "B": f"{i}", "answer": draw.choice("AB"), "category": "one"})
+    named = []
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        named += ["--task", f"{name}={folder / f'{name}.jsonl'}"]
+    return [*named, "--image-root", str(folder), "--max-new-tokens", "6", "--batch-size", "7", "--no-browser"]
+
+
+def test_tasks_are_shared_by_processes_and_survive_kills(forks, lively_folder, tasks, tmp_path):
+    """Answers of one process, of two, and of killed ones in turn, also in another order of the tasks."""
+    command = ("evaluate", lively_folder, *tasks, "--output")
+    assert main([str(part) for part in (*command, tmp_path / "one")]) == 0
+    turned = ("evaluate", lively_folder, *tasks[2:4], *tasks[:2], *tasks[4:], "--output")
+    jobs = [forks.start(*command, tmp_path / "two", processes=2), forks.start(*turned, tmp_path / "turned")]
+    for job in jobs:
+        printed, _ = job.communicate(timeout=240)
+        assert set(job.codes) == {0}, printed
+    draw, kills = random.Random(0), 0
+    while kills < 3:
+        started = num_written(tmp_path / "killed")
+        job = forks.start(*command, tmp_path / "killed", processes=1 + kills % 2)
+        wait_for_more(job, tmp_path / "killed", started)
+        time.sleep(draw.random() * 0.1)
+        if job.poll() is not None:
+            break
+        job.kill()
+        job.communicate()
+        kills += 1
+    job = forks.start(*command, tmp_path / "killed")
+    printed, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, printed
+    for task in ("pope", "mmstar"):
+        whole = answers(tmp_path / "one" / task)
+        assert len(whole) == 200 and len({json.loads(line)["answer"] for line in whole}) > 15
+        assert all(answers(tmp_path / name / task) == whole for name in ("two", "turned", "killed"))
+        scores = [
+            json.loads((tmp_path / name / task / "scores.json").read_text()) for name in ("one", "two", "killed")
+        ]
+        assert scores[0]["protocols"] == scores[1]["protocols"] == scores[2]["protocols"]
+    assert kills
 
 
 def test_adapters_answer_like_the_model_they_are_merged_into(lively_folder, data, tmp_path):

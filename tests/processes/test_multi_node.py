@@ -32,7 +32,7 @@ def recipe_file(tmp_path, recipe_content):
     del recipe_content["evaluation"]
     for stage in recipe_content["stages"].values():
         stage |= {"epochs": None, "max_steps": 3}
-    # the pictures' features are kept in a cache too, which the machines don't share
+    # the images' features are kept in a cache too, which the machines don't share
     recipe_content["stages"]["projector"]["feature_cache_gb"] = 0.01
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_content, sort_keys=False))
@@ -120,8 +120,8 @@ def test_two_machines_end_with_the_weights_of_one(forks, recipe_file, tmp_path):
         assert_each_filled_its_own_cache(tmp_path)
 
 
-def test_machines_that_see_different_things_are_told_so(forks, recipe_content, data_folder, tmp_path):
-    """Another folder for the run, and a picture that one machine lacks, under a policy that skips it."""
+def test_machines_that_see_different_things_are_refused(forks, recipe_content, data_folder, tmp_path):
+    """Another folder for the run, and an image that one machine lacks, under a policy that skips it."""
     del recipe_content["evaluation"]
     for node in (0, 1):
         shutil.copytree(data_folder, tmp_path / f"data-{node}")
@@ -188,7 +188,7 @@ def sbatch(tmp_path):
     return run
 
 
-def test_slurm_saves_requeues_and_goes_on_with_other_machines(sbatch, recipe_file, tmp_path):
+def test_slurm_saves_requeues_and_resumes_on_other_machines(sbatch, recipe_file, tmp_path):
     run = tmp_path / "run"
     arguments = [str(recipe_file), "--output", str(run)]
     for override in ("max_steps=120", "save_steps=10", "logging_steps=20"):

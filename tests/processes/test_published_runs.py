@@ -62,6 +62,7 @@ def test_a_run_of_two_processes_with_the_hub_down_and_up(hub, recipe_content, tm
     assert told["published"] and told["revision"] == hub.repos[REPO].find("main").oid and "stage " not in output
 
 
+@pytest.mark.torture
 @pytest.mark.timeout(900)
 def test_a_run_with_the_hub_up(hub, recipe_content, tmp_path, forks):
     """Whatever the pace, each save is pushed or named as skipped, the first and the last one are pushed.

@@ -50,8 +50,8 @@ assert here < 0.6 * whole, (here, whole)
 model.train()
 asked = TrainingQuestions(load_questions(data), PRESETS["card"], 6, 2, Path(output))
 state = torch.get_rng_state()
-accuracy, num_unanswered = asked.ask(model, processor, step=7, sharded=sharded)
-assert torch.equal(state, torch.get_rng_state()) and model.training and num_unanswered == 0
+metrics = asked.ask(model, processor, step=7, sharded=sharded)
+assert torch.equal(state, torch.get_rng_state()) and model.training and metrics["unanswered"] == 0
 dist.barrier()
 dist.destroy_process_group()
 """

@@ -101,7 +101,7 @@ def standing(run: Path) -> tuple[str, int]:
     return "", 0
 
 
-def assert_goes_on(run: Path, log: str, before: tuple[str, int]) -> None:
+def assert_resumes(run: Path, log: str, before: tuple[str, int]) -> None:
     stage, step = before
     if step:
         assert f"{stage}/checkpoint-{step}, step {step} of" in log, (before, log[-3000:])
@@ -119,7 +119,7 @@ def report(title: str, text: str) -> None:
 # --- kill -9
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.torture)], ids=["full", "lora"])
 def test_a_killed_run_loses_nothing_but_the_steps_since_its_last_checkpoint(start, recipe, tmp_path, lora):
     options = {"lora": {"r": 4, "alpha": 8.0, "dropout": 0.1}} if lora else {}
     path = recipe(**options)
@@ -139,7 +139,7 @@ def test_a_killed_run_loses_nothing_but_the_steps_since_its_last_checkpoint(star
         before = standing(run)
         again = start(path, run)
         assert again["codes"] == [0], (point, again["log"])
-        assert_goes_on(run, again["log"], before)
+        assert_resumes(run, again["log"], before)
         assert outcome(run) == expected, point
         leftovers = [path for path in run.rglob("*") if path.name.startswith((".tmp", ".staging"))]
         assert not leftovers, (point, leftovers)
@@ -200,7 +200,7 @@ def test_resume_from_every_step_ends_with_the_same_bits(start, recipe, tmp_path,
                     shutil.rmtree(folder)
         again = start(path, run)
         assert again["codes"] == [0], again["log"]
-        assert_goes_on(run, again["log"], (stage.name, step))
+        assert_resumes(run, again["log"], (stage.name, step))
         assert outcome(run) == expected, (stage.name, step)
         shutil.rmtree(run)
     report("resume", f"{name}: from {len(points)} checkpoints, the same bits each time")
@@ -264,8 +264,8 @@ def test_every_damage_to_every_file_is_found_and_the_checkpoint_before_is_taken(
 # --- signals
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_at_any_moment_ends_with_75_and_the_run_goes_on(start, recipe, tmp_path, processes):
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.torture), 2])
+def test_sigterm_at_any_moment_ends_with_75_and_the_run_resumes(start, recipe, tmp_path, processes):
     path = recipe()
     whole = start(path, tmp_path / "whole", processes=processes)
     assert set(whole["codes"]) == {0}, whole["log"]
@@ -286,7 +286,7 @@ def test_sigterm_at_any_moment_ends_with_75_and_the_run_goes_on(start, recipe, t
         before = standing(run)
         again = start(path, run, processes=processes)
         assert set(again["codes"]) == {0}, again["log"]
-        assert_goes_on(run, again["log"], before)
+        assert_resumes(run, again["log"], before)
         assert outcome(run) == expected, moment
         shutil.rmtree(run)
         if number % 10 == 9:
@@ -327,7 +327,7 @@ FAULTS = {  # kind -> exit codes of the process that has it and of the other, an
 }
 
 
-def test_a_fault_on_one_of_two_ranks_ends_both_and_is_told_once(start, recipe, tmp_path):
+def test_a_fault_on_one_of_two_ranks_ends_both_and_is_reported_once(start, recipe, tmp_path):
     """In a step, a save, an evaluation, and in loading a checkpoint."""
     path = recipe(validation_fraction=0.1, eval_steps=2)
     whole = tmp_path / "whole"
@@ -395,7 +395,9 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_and_is_told_with_path_and_bytes(start, recipe, small_disk, tmp_path):
+def test_a_full_disk_leaves_the_checkpoint_before_and_is_reported_with_path_and_bytes(
+    start, recipe, small_disk, tmp_path
+):
     path = recipe(save_total_limit=100)
     assert start(path, tmp_path / "whole")["codes"] == [0]
     stage = tmp_path / "whole/stages/2-instruct"

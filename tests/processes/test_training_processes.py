@@ -102,6 +102,7 @@ def test_two_processes_share_the_work_of_a_feature_cache_and_end_alike(forks, re
         assert torch.equal(ends[0][name], ends[1][name]), name
 
 
+@pytest.mark.torture
 def test_two_compiled_processes_end_as_one_that_is_not(launch, forks, tmp_path, recipe_content):
     del recipe_content["evaluation"], recipe_content["stages"]["projector"]
     recipe_content["stages"]["instruct"] |= {"max_steps": 2, "epochs": None, "micro_batch": 2}

@@ -12,7 +12,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
-from llava_llama31.trainer.data.sources.images import image_at
+from llava_llama31.trainer.data.sources.images import ImageRef, image_at
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.generation import Choice, GreedyAnswerer, most_likely
@@ -104,6 +104,26 @@ class Conversation:
         size = image.height, image.width
         self._pending.append(_Shown(str(file), self._answerer.processor.tiles(image), size))
         return size
+
+    def add_images(self, images: Sequence[tuple[str, bytes]]) -> None:
+        """Show encoded images with the next question, under these names: all of them, or none.
+
+        Raises:
+            UserError: one cannot be read, under the rules of training data.
+        """
+        opened = []
+        for name, data in images:
+            try:
+                image = ImageRef(name, data=data).open()
+            except RecordError as error:
+                raise UserError(error.detail, where=name, fix="choose an image file") from error
+            size = image.height, image.width
+            opened.append(_Shown(name, self._answerer.processor.tiles(image), size))
+        self._pending += opened
+
+    def drop_pending(self) -> None:
+        """Show no image with the next question."""
+        self._pending = []
 
     def ask(self, text: str) -> Generator[str, None, None]:
         """Put a question and yield the answer in pieces of text.

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,7 @@ MANIFEST = "manifest.json"
 PACKAGES = ("llava-llama31", "torch", "transformers", "accelerate", "safetensors")
 STAGING = ".staging-"
 SEAL = "sha256"  # of the manifest itself; manifests of earlier versions do not have it
+_HASHED_AT_ONCE = 8  # files
 PICKLES = frozenset((".bin", ".pkl", ".pickle", ".pt", ".pth"))
 
 
@@ -99,13 +101,9 @@ def commit(staging: Path, final: Path, facts: dict[str, Any]) -> None:
     Args:
         facts: copied into the manifest, e.g. step and number of processes.
     """
-    entries = []
-    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
-        path.chmod(path.stat().st_mode | 0o444)  # safetensors makes files readable by the owner only
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        name = path.relative_to(staging).as_posix()
-        entries.append({"name": name, "size": path.stat().st_size, "sha256": sha256(path)})
+    paths = sorted(path for path in staging.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as threads:  # the other processes wait for one core's hashes else
+        entries = list(threads.map(lambda path: _synced(staging, path), paths))
     versions = {name: version(name) for name in PACKAGES}
     write_manifest(staging, {**facts, "versions": versions, "files": entries})
     for folder in {path.parent for path in staging.rglob("*")} | {staging}:
@@ -113,6 +111,14 @@ def commit(staging: Path, final: Path, facts: dict[str, Any]) -> None:
     remove(final)  # a damaged folder of the same name, which verify() has rejected
     os.replace(staging, final)
     _fsync_folder(final.parent)
+
+
+def _synced(staging: Path, path: Path) -> dict[str, Any]:
+    """The manifest's entry of a staged file, whose contents are on the disk then."""
+    path.chmod(path.stat().st_mode | 0o444)  # safetensors makes files readable by the owner only
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"name": path.relative_to(staging).as_posix(), "size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def verify(folder: Path) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import ValidationError
 
@@ -21,10 +21,11 @@ logger = logging.getLogger(__name__)
 
 STAGE_RECORD = "stage.json"
 _FINAL = "final"
+_LOCK = ".lock"
 # recipe keys that may change between two starts of a run, beside `CHANGEABLE`
-_UNTRAINED = ("description", "device_watts", "hub_id")
+_UNTRAINED = ("description", "device_watts", "hub_id", "report_to")
 _PLACES = re.compile(
-    r"stages\.[^.]+\.(init_from|data\.\d+\.(path|image_root))|evaluation\.(data|image_root)"
+    r"stages\.[^.]+\.(init_from|data\.\d+\.(path|image_root))|evaluation\.(\d+\.)?(data|image_root)|text_questions\.data"
     rf"|model\.({'|'.join(MODEL_PARTS)})"
 )
 _NOTHING = re.compile(r"(?!)")
@@ -99,6 +100,11 @@ class RunFolder:
         return self.path / "log.jsonl"
 
     @property
+    def text_ability(self) -> Path:
+        """Answers and scores of the text-only questions, before the first and after each stage."""
+        return self.path / "text_ability"
+
+    @property
     def prepared(self) -> Path:
         """Parts and data that a recipe makes itself."""
         return self.path / "prepared"
@@ -132,6 +138,14 @@ class RunFolder:
         """The page to look through the answers."""
         return self.path / "predictions.html"
 
+    def task_evaluation(self, slug: str) -> Path:
+        """One folder of answers per evaluation of a task at the end of the run."""
+        return self.evaluation / "tasks" / slug
+
+    def task_predictions(self, slug: str) -> Path:
+        """The finished model's answers to a task; the page to look through them has its name."""
+        return self.path / f"predictions-{slug}.jsonl"
+
     @property
     def export(self) -> Path:
         """The folder that opens through both doors."""
@@ -147,6 +161,11 @@ class RunFolder:
         """Written last: a run that has it is finished."""
         return self.path / "summary.json"
 
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
+
     def stage(self, name: str, stages: Iterable[str]) -> StageFolder:
         """The folder of a stage, by its place among the recipe's stages."""
         return StageFolder(self.path / "stages" / f"{list(stages).index(name) + 1}-{name}")
@@ -155,6 +174,17 @@ class RunFolder:
         """Whether any stage has saved."""
         stages = self.path / "stages"
         return any(stages.glob("*/checkpoint-*")) or any(stages.glob(f"*/{_FINAL}"))
+
+    def is_claimed(self) -> bool:
+        """Whether a run works in the folder."""
+        try:
+            with (self.path / _LOCK).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
 
     @contextmanager
     def claimed(self, recipe: Recipe, *, is_main: bool) -> Iterator[None]:
@@ -168,14 +198,14 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
+            lock = (self.path / _LOCK).open("w")
         except OSError as error:
             raise UserError(
                 f"cannot be written: {error.strerror}", where=str(self.path), fix="choose another --output"
             ) from None
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(lock)
             except BlockingIOError:
                 raise UserError(
                     "another run works in this folder",
@@ -204,6 +234,15 @@ class RunFolder:
                     atomic_folders.write_json(file, {"minutes": minutes()})
                 except OSError as error:  # must not mask the original error
                     logger.warning("%s is not written: %s", file, error)
+
+    def refuse_other(self, recipe: Recipe) -> None:
+        """Refuse another recipe than the one that a run in this folder began with; nothing is written.
+
+        Raises:
+            UserError: naming the keys that differ.
+        """
+        if self.recipe.is_file() and self.has_begun():
+            self._refuse_changes(self._recipe_before(), recipe.model_dump(mode="json"))
 
     def _settle_recipe(self, recipe: Recipe) -> None:
         """Write down what the folder is for; before the first checkpoint of a run it may still change."""
@@ -241,6 +280,17 @@ class RunFolder:
                 where=str(self.path),
                 fix="choose another --output, or undo the change",
             )
+
+
+def _lock(file: IO[str]) -> None:
+    """Lock a file for this process alone; one that looks whether it is locked lets go at once."""
+    for pause in (0.02, 0.2, None):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if pause is None:
+                raise
+            time.sleep(pause)
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

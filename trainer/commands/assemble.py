@@ -8,12 +8,13 @@ HELP = "vision tower + projector + Llama -> one checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--vision-tower", required=True, metavar="DIR", help="a LLaVA checkpoint, a CLIP or a DINOv2")
+    parser.add_argument("--vision-tower", required=True, metavar="DIR", help="LLaVA, CLIP, SigLIP or DINOv2")
     parser.add_argument("--language-model", required=True, metavar="DIR", help="a Llama-family model with tokenizer")
     parser.add_argument("--projector", metavar="DIR", help="a LLaVA checkpoint or safetensors file; default: fresh")
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder; it appears when it is complete")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--image-size", type=int, metavar="PX", help="side of a tile; default: the tower's own")
+    parser.add_argument("--max-tiles", type=int, metavar="N", help="grid of every shape of up to N tiles")
     parser.add_argument("--vision-feature-layer", type=int, metavar="N", help="hidden state to project; default: -2")
     parser.add_argument("--add-chat-tokens", action="store_true", help="make Llama 3.1's turn tokens if missing")
     parser.add_argument("--seed", type=int, default=0, help="of a fresh projector")
@@ -30,7 +31,11 @@ def run(options: argparse.Namespace) -> int:
         local_checkpoint(options.language_model, where="--language-model"),
         options.output,
         projector=local_checkpoint(options.projector, where="--projector", file=True) if options.projector else None,
-        vision=VisionChoices(image_size=options.image_size, vision_feature_layer=options.vision_feature_layer),
+        vision=VisionChoices(
+            image_size=options.image_size,
+            max_tiles=options.max_tiles,
+            vision_feature_layer=options.vision_feature_layer,
+        ),
         add_chat_tokens=options.add_chat_tokens,
         dtype=options.dtype,
         seed=options.seed,

@@ -1,4 +1,4 @@
-"""`llava-llama31 chat`: talk to a model about images, in the terminal."""
+"""`llava-llama31 chat`: talk to a model about images, in the terminal or in a browser."""
 
 import argparse
 import difflib
@@ -18,6 +18,7 @@ from llava_llama31.trainer.redaction import say, shown
 
 if TYPE_CHECKING:
     from llava_llama31.trainer.chat.conversation import Conversation
+    from llava_llama31.trainer.chat.web import Example
 
 
 HELP = "talk to a model about images"
@@ -48,13 +49,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws; default: 0")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--device", metavar="NAME", help="torch's name; default: the GPU where there is one")
+    web = parser.add_argument_group("in a browser")
+    web.add_argument("--web", action="store_true", help="serve a page to this machine instead of using the terminal")
+    web.add_argument("--compare", metavar="MODEL", help="a second model that answers beside the first")
+    web.add_argument("--open", action="store_true", help="open the page in a browser")
+    web.add_argument("--port", type=int, default=0, metavar="N", help="default: a free one")
+    web.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen at; default: 127.0.0.1")
 
 
 def run(options: argparse.Namespace) -> int:
     """Exit code 0; a question that fails ends `--ask` and is only reported in a conversation."""
     if options.top_p is not None and options.top_p > 1:
         raise UserError(f"{options.top_p} is above 1", where="--top-p", fix="name a probability")
-    conversation = _open(options)
+    _check_web(options)
+    begin = _open(options, options.model)
+    if options.web:
+        return _serve(options, begin)
+    conversation = begin()
     if options.ask is not None:
         from llava_llama31.trainer.chat.conversation import answer_to
 
@@ -72,23 +83,74 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open(options: argparse.Namespace) -> "Conversation":
+def _check_web(options: argparse.Namespace) -> None:
+    """Refuse options that have no effect where they stand."""
+    given = {"--compare": options.compare, "--open": options.open, "--port": options.port}
+    for name, value in given.items():
+        if value and not options.web:
+            raise UserError("has no effect in the terminal", where=name, fix="add --web")
+    if options.web and (options.ask is not None or options.image):
+        where = "--ask" if options.ask is not None else "--image"
+        raise UserError("has no effect in the browser", where=where, fix="leave it out, or leave out --web")
+
+
+def _open(options: argparse.Namespace, model: str) -> "Callable[[], Conversation]":
+    """Loads a model; what comes back begins a conversation with it."""
     from llava_llama31.trainer.model.locating import model_folder
 
-    folder = model_folder(options.model, where="MODEL")  # before torch is imported: it fails faster
+    folder = model_folder(model, where="MODEL")  # before torch is imported: it fails faster
     import transformers
 
     from llava_llama31.trainer.chat.conversation import Conversation, Sampling
     from llava_llama31.trainer.model.opening import open_model
 
     transformers.utils.logging.disable_progress_bar()
-    model, processor = open_model(folder, dtype=options.dtype, device=options.device)
+    weights, processor = open_model(folder, dtype=options.dtype, device=options.device)
     sampling = None
     if options.temperature is not None or options.top_p is not None:
         sampling = Sampling(options.temperature or 1.0, options.top_p or 1.0, options.seed)
-    return Conversation(
-        model, processor, max_new_tokens=options.max_new_tokens, sampling=sampling, system=options.system
+    return lambda: Conversation(
+        weights, processor, max_new_tokens=options.max_new_tokens, sampling=sampling, system=options.system
     )
+
+
+def _serve(options: argparse.Namespace, begin: "Callable[[], Conversation]") -> int:
+    """Serve the page until Ctrl-C."""
+    from llava_llama31.trainer.chat.web import LOOPBACK, ChatServer
+
+    models, begins = [options.model], [begin]
+    if options.compare:
+        models.append(options.compare)
+        begins.append(_open(options, options.compare))
+    examples = _examples(Path(options.model))
+    server = ChatServer(models, lambda: [one() for one in begins], examples, host=options.host, port=options.port)
+    with server:
+        sys.stdout.write(f"{server.address}\n")
+        sys.stdout.flush()
+        if options.host != LOOPBACK:
+            say(f"whoever reaches {options.host} can use the model: there is no password")
+        say("Ctrl-C ends it")
+        if options.open:
+            import webbrowser
+
+            webbrowser.open(server.address)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return 0
+    return 0
+
+
+def _examples(model: Path) -> "list[Example]":
+    """Sample questions of a run."""
+    from llava_llama31.trainer.chat.web import Example
+    from llava_llama31.trainer.checkpoint import atomic_folders
+    from llava_llama31.trainer.checkpoint.run_folder import RunFolder
+
+    record = RunFolder(model).record
+    samples = atomic_folders.read_json(record).get("samples", []) if record.is_file() else []
+    found = [Example(model / sample["image"], sample["question"]) for sample in samples]
+    return [example for example in found if example.image.is_file()]
 
 
 def _read_line() -> str | None:
@@ -118,7 +180,7 @@ def _obey(conversation: "Conversation", line: str, options: argparse.Namespace) 
     if command not in SLASH_COMMANDS:
         near = difflib.get_close_matches(command, SLASH_COMMANDS, 1)
         fix = f"did you mean {near[0]}?" if near else f"one of {', '.join(SLASH_COMMANDS)}"
-        raise UserError(f"there is no {command}", fix=fix)
+        raise UserError(f"unknown command {command}", fix=fix)
     actions: dict[str, Callable[[], object]] = {
         "/image": lambda: _show(conversation, _only_word(argument, command)),
         "/reset": conversation.reset,

@@ -8,27 +8,30 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_llama31.trainer.commands.evaluate_questions import (
+    task_questions,
+    tasks_to_ask,
+    textvqa_questions,
+    with_settings,
+)
 from llava_llama31.trainer.commands.options import add_json, positive
 from llava_llama31.trainer.commands.score_tables import print_json, print_report, print_task_report
-from llava_llama31.trainer.evaluation.presets import PRESETS, check_ocr
+from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
     from llava_llama31 import LlavaLlama31ForConditionalGeneration
     from llava_llama31.processing import LlavaLlama31Processor
-    from llava_llama31.trainer.evaluation.presets import Preset
     from llava_llama31.trainer.evaluation.questions import Question
     from llava_llama31.trainer.evaluation.scoring import Report
-    from llava_llama31.trainer.evaluation.task_files import Task
-    from llava_llama31.trainer.evaluation.task_scoring import TaskReport
+    from llava_llama31.trainer.evaluation.task_evaluation import TaskEvaluation, TaskToAsk
     from llava_llama31.trainer.evaluation.textvqa import Evaluation
 
 
@@ -76,14 +79,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--device", metavar="NAME", help="torch's name; default: the GPU where there is one")
+    _add_server(parser)
     parser.add_argument("--blind", action="store_true", help="shuffle the images between questions")
     parser.add_argument("--output", metavar="DIR", help="default: a folder under runs/evaluate")
     parser.add_argument("--no-browser", action="store_true", help="write no HTML file to browse")
     add_json(parser)
 
 
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine", choices=("vllm",), help="serve MODEL with it and ask the server")
+    parser.add_argument(
+        "--engine-options", default="", metavar="TEXT", help='further options of it: "--tensor-parallel-size 2"'
+    )
+    parser.add_argument("--url", metavar="URL", help="ask an OpenAI-compatible server that serves MODEL already")
+    parser.add_argument("--served-model", metavar="NAME", help="its name there; default: the only one that is served")
+    parser.add_argument(
+        "--concurrency", type=positive, default=16, metavar="N", help="questions at a time; default 16"
+    )
+    parser.add_argument(
+        "--compare",
+        type=_number_or_none,
+        default=16,
+        metavar="N",
+        help="of a server's answers, how many to compare with this package's own; default 16 a task, 0: none",
+    )
+
+
 def _number_or_auto(text: str) -> int | None:
     return None if text == "auto" else positive(text)
+
+
+def _number_or_none(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
 
 
 def run(options: argparse.Namespace) -> int:
@@ -94,7 +124,11 @@ def run(options: argparse.Namespace) -> int:
     from llava_llama31.trainer.errors import UserError
     from llava_llama31.trainer.evaluation.scoring import EXIT_INCOMPLETE
 
-    if options.task:
+    if options.engine is not None or options.url is not None:
+        from llava_llama31.trainer.commands.evaluate_served import run_served
+
+        complete = run_served(options)
+    elif options.task:
         complete = _run_tasks(options)
     elif options.data is None:
         raise UserError("no questions", where="--data", fix="name their file, or a benchmark with --task")
@@ -105,20 +139,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _run_textvqa(options: argparse.Namespace) -> bool:
     """Whether every question is answered; true in other processes than the first."""
-    from llava_llama31.trainer.errors import UserError
-    from llava_llama31.trainer.evaluation.questions import load_questions
-
-    if options.preset not in PRESETS:
-        raise UserError("TextVQA's prompt there is that of card", where="--preset", fix="pass --preset card")
     # before the weights: it fails faster
-    questions = load_questions(
-        options.data, questions=options.questions, image_root=options.image_root, limit=options.limit
-    )
-    if options.ocr is None:
-        check_ocr(PRESETS[options.preset], questions)
+    questions = textvqa_questions(options)
     processes = _processes(options.device)
     opened = _open(options, processes)
-    settings = _settings(options, opened.revision, PRESETS[options.preset], options.data)
+    settings = with_settings(options, opened.revision, PRESETS[options.preset], options.data)
     output = Path(options.output) if options.output else settings.folder(options.model, str(opened.model.dtype))
     is_main = processes is None or processes.is_main_process
     evaluation, page = _evaluate(opened, questions, output, settings, processes, not options.no_browser)
@@ -130,72 +155,31 @@ def _run_textvqa(options: argparse.Namespace) -> bool:
 
 
 def _run_tasks(options: argparse.Namespace) -> bool:
-    """Ask one task after the other; whether every question is answered, true in other processes than the first."""
-    from llava_llama31.trainer.evaluation.task_evaluation import evaluate_task, preset_of, questions_to_ask
+    """Ask all tasks together; whether every question is answered, true in other processes than the first."""
+    from llava_llama31.trainer.evaluation.task_evaluation import evaluate_tasks
 
-    asked = []
-    for task, data in _tasks(options):
-        preset = preset_of(task, options.preset)
-        questions = questions_to_ask(task, data, image_root=options.image_root, limit=options.limit)
-        check_ocr(preset, questions)
-        asked.append((task, data or task.data, preset, questions))
+    read = task_questions(options)
     processes = _processes(options.device)
     opened = _open(options, processes)
     is_main = processes is None or processes.is_main_process
-    evaluations = []
-    for task, data, preset, questions in asked:
-        settings = _settings(options, opened.revision, preset, f"{data}#{task.name}", task.max_new_tokens)
-        output = settings.folder(options.model, str(opened.model.dtype))
-        if options.output:
-            output = Path(options.output, task.name) if len(asked) > 1 else Path(options.output)
-        with _progress(is_main) as progress:
-            bar = progress.add_task(f"answering {task.name}", total=len(questions))
-            evaluations.append(
-                evaluate_task(
-                    task,
-                    opened.model,
-                    opened.processor,
-                    questions,
-                    output,
-                    settings,
-                    processes=processes,
-                    on_progress=partial(_advance, progress, bar),
-                )
-            )
+    asked = tasks_to_ask(options, read, opened.revision, str(opened.model.dtype))
+    with _progress(is_main) as progress:
+        bar = progress.add_task(f"answering {', '.join(part.task.name for part in asked)}", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        evaluations = evaluate_tasks(opened.model, opened.processor, asked, processes=processes, on_progress=advance)
+        pages = _write_pages(asked, evaluations, progress) if is_main and not options.no_browser else []
     if is_main:
-        _print_tasks(options, [task.title for task, *_ in asked], evaluations)
+        _print_tasks(options, asked, evaluations, pages)
     if processes is not None:
         processes.wait_for_everyone()
     return all(evaluation.report.complete for evaluation in evaluations) or not is_main
 
 
-def _advance(progress: "Progress", bar: "TaskID", done: int, _: int) -> None:
-    progress.update(bar, completed=done)
-
-
-def _tasks(options: argparse.Namespace) -> "list[tuple[Task, str | None]]":
-    """The tasks, each with the file that holds its questions."""
-    from llava_llama31.trainer.errors import UserError
-    from llava_llama31.trainer.evaluation.task_files import load_task
-
-    for name in ("questions", "ocr"):
-        if vars(options)[name] is not None:
-            raise UserError(f"--{name} does not go with --task", where=f"--{name}", fix="leave it out")
-    if options.data is not None and len(options.task) > 1:
-        raise UserError("one file for several tasks", where="--data", fix="give each its own: --task NAME=FILE")
-    tasks = []
-    for text in options.task:
-        name, _, data = text.partition("=")
-        tasks.append((load_task(name), data or options.data))
-    names = [task.name for task, _ in tasks]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"{twice} is there twice", where="--task", fix="give the tasks names of their own")
-    return tasks
-
-
 def what_is_kept(options: argparse.Namespace) -> str:
-    """From where the same command goes on after a signal."""
+    """Where the same command resumes after a signal."""
     return "the batches that are answered are kept: run the same command to ask the others"
 
 
@@ -224,27 +208,6 @@ def _open(options: argparse.Namespace, processes: "PartialState | None") -> _Ope
     if _of_first(lambda: answers_in_float32(model, _say, insists=options.dtype != "auto"), processes):
         model = model.float()
     return _Opened(model, processor, weights_revision(folder) or "unknown")
-
-
-def _settings(
-    options: argparse.Namespace,
-    revision: str,
-    preset: "Preset",
-    data: str,
-    max_new_tokens: int = EvaluationSettings.max_new_tokens,
-) -> EvaluationSettings:
-    return EvaluationSettings(
-        revision=revision,
-        preset=preset,
-        jpeg_rounds=options.jpeg_rounds,
-        blind_seed=0 if options.blind else None,
-        max_new_tokens=options.max_new_tokens or max_new_tokens,
-        batch_size=options.batch_size,
-        batch_invariant=options.batch_invariant,
-        data=data,
-        limit=options.limit,
-        ocr=options.ocr,
-    )
 
 
 def _say(line: str) -> None:
@@ -305,7 +268,10 @@ def _print(options: argparse.Namespace, evaluation: "Evaluation[Report]", page: 
 
 
 def _print_tasks(
-    options: argparse.Namespace, titles: Sequence[str], evaluations: "Sequence[Evaluation[TaskReport]]"
+    options: argparse.Namespace,
+    asked: "Sequence[TaskToAsk]",
+    evaluations: "Sequence[TaskEvaluation]",
+    pages: Sequence[Path],
 ) -> None:
     from llava_llama31.trainer.terminal import Terminal
 
@@ -313,10 +279,30 @@ def _print_tasks(
         values = [evaluation.to_json() for evaluation in evaluations]
         print_json(values[0] if len(values) == 1 else {"tasks": values})
         return
-    for title, evaluation in zip(titles, evaluations, strict=True):
+    for number, (part, evaluation) in enumerate(zip(asked, evaluations, strict=True)):
         shuffled = ", images shuffled" if options.blind else ""
-        print_task_report(evaluation.report, f"{Path(options.model).name}, {title}, prompt {options.preset}{shuffled}")
+        title = f"{Path(options.model).name}, {part.task.title}, prompt {options.preset}{shuffled}"
+        print_task_report(evaluation.report, title)
         Terminal().print(f"answers: {evaluation.predictions} ({evaluation.seconds:.1f} s)")
+        if evaluation.submission is not None and part.task.submission is not None:
+            Terminal().print(f"for {part.task.submission.server}: {evaluation.submission}")
+        for page in pages[number : number + 1]:
+            Terminal().print(f"to browse: {page}")
+
+
+def _write_pages(
+    asked: "Sequence[TaskToAsk]", evaluations: "Sequence[TaskEvaluation]", progress: "Progress"
+) -> list[Path]:
+    from llava_llama31.trainer.evaluation.task_browser import write_task_browser
+
+    pages = []
+    for part, evaluation in zip(asked, evaluations, strict=True):
+        pages.append(evaluation.predictions.with_suffix(".html"))
+        progress.add_task(f"writing the browser of {part.task.name}")
+        with evaluation.predictions.open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        write_task_browser(part.task, part.to_ask.questions, rows, pages[-1])
+    return pages
 
 
 def _write_browser(evaluation: "Evaluation[Report]", questions: Sequence["Question"], progress: "Progress") -> Path:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_llama31.trainer.commands.options import above_zero, add_json, add_recipe, positive, run_folder
@@ -33,8 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mfu", type=above_zero, metavar="X", help="share of the peak that training reaches: hours")
     parser.add_argument("--peak-tflops", type=above_zero, metavar="X", help="of a device, in the stage's precision")
     parser.add_argument("--price", type=above_zero, metavar="P", help="of a device for an hour: cost")
-    parser.add_argument("--rows", action="append", default=[], metavar="NAME=N", help="of data that is not here")
+    parser.add_argument(
+        "--rows",
+        action="append",
+        default=[],
+        metavar="NAME=N",
+        help="rows of data that this machine does not have",
+    )
     parser.add_argument("--tokens-per-row", type=positive, metavar="N", help="of data that is not counted")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="a new recipe with the fastest settings; with --device"
+    )
+    parser.add_argument("--image", metavar="HxW", help="size in pixels of its images; default: COCO's sizes")
     add_json(parser)
 
 
@@ -50,13 +61,20 @@ def run(options: argparse.Namespace) -> int:
     from llava_llama31.trainer.recipes.loading import load_recipe
     from llava_llama31.trainer.runs.named_paths import missing_paths
 
+    if options.write is not None:
+        _check_new_file(options)
     output = run_folder(options, options.recipe)
     recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
-    machine, assumed = _machine(options), Assumptions(_rows(options.rows), options.tokens_per_row)
-    plan = plan_recipe(recipe, output, machine, assumed)
+    machine = _machine(options)
+    assumed = Assumptions(_rows(options.rows), options.tokens_per_row, _image(options.image))
+    cases = cases_of(recipe, output, machine, assumed)
+    plan = plan_recipe(recipe, output, machine, assumed, cases)
     if options.device is not None:
-        plan |= timed_plan(cases_of(recipe, output, machine, assumed), ACCELERATORS[options.device])
+        plan |= timed_plan(cases, ACCELERATORS[options.device])
         plan["device"] = options.device
+    if options.write is not None:
+        _write(options, plan)
+        plan["written"] = str(options.write)
     plan["missing"] = missing_paths(recipe, output)
     if options.json_output:
         sys.stdout.write(json.dumps(plan) + "\n")
@@ -65,12 +83,44 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_new_file(options: argparse.Namespace) -> None:
+    if options.device is None:
+        raise UserError("the fastest settings are those on a named GPU", where="--write", fix="give --device too")
+    if options.write.exists():
+        raise UserError("exists already", where=f"--write {options.write}", fix="name a new file")
+
+
+def _write(options: argparse.Namespace, plan: dict[str, Any]) -> None:
+    """Write the recipe with the settings that were found, and how to launch it on its first lines."""
+    from llava_llama31.trainer.recipes.json_schema import SCHEMA_FILE
+    from llava_llama31.trainer.recipes.loading import changed_recipe, load_recipe
+
+    stages = (plan["fastest"] or {}).values()
+    if not stages or None in stages:
+        raise UserError(plan["verdict"], where=f"--write {options.write}", fix="see the plan without --write")
+    given = [*options.overrides, *(text.removeprefix("--set ") for found in stages for text in found["set"])]
+    launch = next((f"--config_file {found['accelerate']} " for found in stages if found["accelerate"]), "")
+    number = f"--num_processes {options.devices} "
+    lines = [
+        f"# yaml-language-server: $schema={SCHEMA_FILE}",
+        f"# {plan['recipe']} with the fastest settings on {options.devices} x {options.device}, by a model of data",
+        "# sheets and not by measurement (llava-llama31 plan --write). To launch it:",
+        f"#   accelerate launch {launch}{number}examples/train.py {options.write}",
+        "",
+    ]
+    try:
+        options.write.write_text("\n".join(lines) + changed_recipe(options.recipe, given), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"can't be written: {error}", where=f"--write {options.write}", fix="name another") from None
+    load_recipe(str(options.write))  # what is written is a recipe
+
+
 def _machine(options: argparse.Namespace) -> "Machine":
     from llava_llama31.trainer.costs.memory import ENGINES
     from llava_llama31.trainer.planning.plan import GB, Machine
 
     if options.engine is not None and options.engine not in ENGINES:
-        raise UserError(f"there is no engine {options.engine!r}", where="--engine", fix=f"one of {', '.join(ENGINES)}")
+        raise UserError(f"unknown engine {options.engine!r}", where="--engine", fix=f"one of {', '.join(ENGINES)}")
     if options.device is not None and options.device not in ACCELERATORS:
         fix = f"one of {', '.join(ACCELERATORS)}"
         raise UserError(f"no figures of a GPU {options.device!r}", where="--device", fix=fix)
@@ -104,6 +154,15 @@ def _rows(given: list[str]) -> dict[str, int]:
     return rows
 
 
+def _image(given: str | None) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    height, _, width = given.partition("x")
+    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise UserError(f"{given!r} is not HEIGHTxWIDTH", where="--image", fix="--image 1754x1240, A4 at 150 dpi")
+    return int(height), int(width)
+
+
 def print_plan(plan: dict[str, Any]) -> None:
     """Print the plan on standard output, one table per stage."""
     from llava_llama31.trainer.terminal import Terminal
@@ -127,6 +186,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         console.print()
         console.print(_fastest_table(plan))
         console.print(plan["verdict"])
+    if "written" in plan:
+        console.print(f"written: {plan['written']}; its first lines say how to launch it")
     console.print()
     for note in _notes(plan):
         console.print(note)

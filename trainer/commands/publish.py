@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def what_is_kept(options: argparse.Namespace) -> str:
-    """From where the same command goes on after a signal."""
+    """Where the same command resumes after a signal."""
     return "run the same command to continue: it does only what is missing on the Hub"
 
 
@@ -69,5 +69,12 @@ def _shown(result: Mapping[str, Any]) -> str:
     files = [f"  {shown_size(size):>12}  {plain(name)}" for name, size in result["files"].items()]
     removed = [f"  {'removed':>12}  {plain(name)}" for name in result["removed"]]
     return "\n".join(
-        [f"{result['repo']}: dry run, nothing was written; the steps would be", *steps, "files:", *files, *removed]
+        [
+            f"{result['repo']}: dry run, nothing was written; the steps would be",
+            *steps,
+            "files:",
+            *files,
+            *removed,
+            *([result["not_checked"]] if "not_checked" in result else []),
+        ]
     )

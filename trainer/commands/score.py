@@ -1,6 +1,7 @@
 """`llava-llama31 score`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ from llava_llama31.trainer.commands.score_tables import (
 if TYPE_CHECKING:
     from llava_llama31.trainer.evaluation.answer_files import AnswerFile, Reading
     from llava_llama31.trainer.evaluation.questions import Question
+    from llava_llama31.trainer.evaluation.task_answers import TaskAnswers
+    from llava_llama31.trainer.evaluation.task_files import Task
+    from llava_llama31.trainer.evaluation.task_scoring import Answered
 
 
 HELP = "score a predictions file, or compare two; no model needed"
@@ -44,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--where", metavar="FIELD=VALUE,...", type=_pairs, default={}, help="read only the rows that say so"
     )
+    parser.add_argument("--submission", metavar="FILE", help="write the answers for the task's server, in its format")
     add_json(parser)
 
 
@@ -62,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
     reading = Reading(options.columns, options.where)
     if options.task is not None:
         return _score_task(options, reading)
+    if options.submission is not None:
+        raise UserError("whose server?", where="--submission", fix="name the benchmark with --task")
     if options.annotations is None:
         raise UserError("no annotations", where="--annotations", fix="name the file, or a benchmark with --task")
     if options.protocol is not None:
@@ -102,7 +109,7 @@ def _compare(options: argparse.Namespace, questions: list["Question"], reading: 
         value["second"] |= _origin(paths[1], files[1])
         print_json(value)
     else:
-        names = [f"{Path(path).name} ({file.layout})" for path, file in zip(paths, files, strict=True)]
+        names = [f"{name} ({file.layout})" for name, file in zip(told_apart(paths), files, strict=True)]
         annotations = Path(options.annotations).name
         print_comparison(comparison, f"B = {names[1]} against A = {names[0]}, annotations {annotations}")
         print_notes(file.note for file in files)
@@ -123,11 +130,9 @@ def _score_task(options: argparse.Namespace, reading: "Reading") -> int:
     ]
     protocol = protocol_for(task, files[0].layout, options.protocol)
     sets = [answered(task, file.questions, file.rows) for file in files]
-    names = [f"{Path(path).name} ({file.layout})" for path, file in zip(paths, files, strict=True)]
-    origins = [
-        {"predictions": path, "layout": file.layout} | ({"note": file.note} if file.note else {})
-        for path, file in zip(paths, files, strict=True)
-    ]
+    submitted = _submit(options, task, sets)
+    names = [f"{name} ({file.layout})" for name, file in zip(told_apart(paths), files, strict=True)]
+    origins = [_origin(path, file) for path, file in zip(paths, files, strict=True)]
     if len(sets) == 2:
         comparison = compare_task(task, sets[0], sets[1], protocol)
         value = comparison.to_json()
@@ -138,15 +143,44 @@ def _score_task(options: argparse.Namespace, reading: "Reading") -> int:
             print_task_comparison(comparison, f"{task.title}: B = {names[1]} against A = {names[0]}")
     else:
         reports = [score_task(task, sets[0], protocol)]
-        value = reports[0].to_json() | origins[0]
+        value = reports[0].to_json() | origins[0] | submitted
         if not options.json_output:
             print_task_report(reports[0], f"{task.title}: {names[0]}")
     if options.json_output:
         print_json(value)
     else:
-        print_notes(file.note for file in files)
+        print_notes([*(file.note for file in files), *submitted.values()])
     return 0 if all(report.complete for report in reports) else EXIT_INCOMPLETE
 
 
-def _origin(path: str, file: "AnswerFile") -> dict[str, Any]:
+def told_apart(paths: Sequence[str]) -> list[str]:
+    """The ends of paths by which they differ: names of files, where these do."""
+    parts = [Path(path).absolute().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        ends = [str(Path(*path[-length:])) for path in parts]
+        if len(set(ends)) == len(set(parts)):
+            return ends
+    return list(paths)
+
+
+def _submit(options: argparse.Namespace, task: "Task", sets: "list[Answered]") -> dict[str, str]:
+    """Write the submission, if one is asked for; refuse answers that can neither be scored nor be submitted."""
+    from llava_llama31.trainer.errors import UserError
+    from llava_llama31.trainer.evaluation.submissions import write_submission
+    from llava_llama31.trainer.evaluation.task_questions import is_scored
+
+    if options.submission is None and is_scored(task, sets[0].questions):
+        return {}
+    if options.submission is None:
+        what = (
+            "these questions have no annotated answers" if task.protocols else "a language model grades these answers"
+        )
+        raise UserError(what, where=task.name, fix="pass annotations, or --submission FILE for the task's server")
+    if len(sets) == 2:
+        raise UserError("one file for two sets of answers", where="--submission", fix="pass one set of answers")
+    write_submission(task, sets[0].questions, sets[0].answers, Path(options.submission))
+    return {"submission": options.submission}
+
+
+def _origin(path: str, file: "AnswerFile | TaskAnswers") -> dict[str, Any]:
     return {"predictions": path, "layout": file.layout} | ({"note": file.note} if file.note else {})

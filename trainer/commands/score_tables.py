@@ -11,6 +11,7 @@ from llava_llama31.trainer.redaction import plain, printable
 if TYPE_CHECKING:
     from llava_llama31.trainer.evaluation.scoring import Comparison, Report
     from llava_llama31.trainer.evaluation.task_scoring import TaskComparison, TaskReport
+    from llava_llama31.trainer.terminal import Terminal
 
 
 _IDS_NAMED = 5
@@ -104,15 +105,24 @@ def print_notes(notes: Iterable[str]) -> None:
 
 def print_task_report(report: "TaskReport", title: str) -> None:
     """The headline under every protocol, the chosen one's metrics and groups, then questions without an answer."""
-    from rich.table import Table
-
     from llava_llama31.trainer.terminal import Terminal
 
-    terminal, chosen = Terminal(wrap_tables=True), report.protocols[report.protocol]
+    terminal = Terminal(wrap_tables=True)
     num_answered = report.num_questions - len(report.failed) - len(report.missing)
     left_out = f", {report.num_left_out} answers to questions without an image left out" if report.num_left_out else ""
     terminal.print(plain(f"{title}: {num_answered} of {report.num_questions} questions answered{left_out}"))
-    partly = num_answered < report.num_questions
+    if report.protocols:
+        _print_scores(terminal, report, partly=num_answered < report.num_questions)
+    else:
+        terminal.print("not scored here: the right answers are not public, or a language model grades them")
+    _print_ids(_unaccounted_of_task(report))
+
+
+def _print_scores(terminal: "Terminal", report: "TaskReport", *, partly: bool) -> None:
+    """The headline under every protocol, then metrics and groups of the report's one."""
+    from rich.table import Table
+
+    chosen = report.protocols[report.protocol]
     table = Table()
     table.add_column("protocol")
     for column in (chosen.headline, "95 % interval", *(["unanswered as wrong"] if partly else [])):
@@ -131,7 +141,6 @@ def print_task_report(report: "TaskReport", title: str) -> None:
     for group, metrics in rows.items():
         details.add_row(printable(group), *(f"{metrics[name]:.3f}" if name in metrics else "" for name in names))
     terminal.print(details)
-    _print_ids(_unaccounted_of_task(report))
 
 
 def print_task_comparison(comparison: "TaskComparison", title: str) -> None:

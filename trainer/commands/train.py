@@ -3,10 +3,12 @@
 import argparse
 import os
 import shlex
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from llava_llama31.trainer.commands.options import add_recipe, run_folder
+from llava_llama31.trainer.commands.options import add_recipe, positive, run_folder
+from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.redaction import say
 
@@ -21,6 +23,8 @@ HELP = "run a recipe's stages, evaluate and export"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument("--cpu", action="store_true", help="train on the CPU whatever else the machine has")
+    parser.add_argument("--devices", type=positive, metavar="N", help="start N processes on this machine, one a GPU")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,8 +34,12 @@ def run(options: argparse.Namespace) -> int:
 
         output = run_folder(options, options.recipe)
         recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
+        if options.dry_run:
+            return _dry_run(options, recipe, output)
         if _says_finished(recipe, output):
             return 0
+        if options.devices and options.devices > 1 and "RANK" not in os.environ:
+            _launch(options)
         sets = [argument for override in options.overrides for argument in ("--set", override)]
         command = shlex.join(["llava-llama31", "train", options.recipe, *sets, *["--cpu"] * options.cpu])
         from llava_llama31.trainer.distributed.devices import ask_for_cpu
@@ -44,8 +52,51 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def launcher(options: argparse.Namespace) -> list[str]:
+    """Command that starts the same run in several processes on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.devices)]
+    command += ["--module", "llava_llama31.trainer.cli", "train", options.recipe]
+    command += [f"--output={options.output}"] * bool(options.output)
+    command += [f"--set={override}" for override in options.overrides]
+    return command + ["--cpu"] * options.cpu + ["--debug"] * options.debug
+
+
+def _launch(options: argparse.Namespace) -> NoReturn:
+    """Become the launcher.
+
+    Raises:
+        UserError: the machine has fewer GPUs.
+    """
+    import torch
+
+    found = 0 if options.cpu else torch.accelerator.device_count()
+    if not options.cpu and found < options.devices:
+        fix = "name fewer, or add --cpu" if found else "add --cpu"
+        raise UserError(f"{options.devices}, but this machine has {found} GPUs", where="--devices", fix=fix)
+    command = launcher(options)
+    os.execv(command[0], command)
+
+
+def _dry_run(options: argparse.Namespace, recipe: "Recipe", output: Path) -> int:
+    from llava_llama31.trainer.commands.plan import print_plan
+    from llava_llama31.trainer.distributed.devices import ask_for_cpu
+    from llava_llama31.trainer.planning.plan import Machine, plan_recipe
+    from llava_llama31.trainer.planning.row_lengths import Assumptions
+    from llava_llama31.trainer.runs.dry_run import dry_run
+    from llava_llama31.trainer.runs.named_paths import missing_paths
+
+    if options.cpu:
+        ask_for_cpu()
+    devices = options.devices or 1
+    dry_run(recipe, output, num_processes=devices, say=say)
+    plan = plan_recipe(recipe, output, Machine(num_devices=devices), Assumptions({}, None))
+    print_plan(plan | {"missing": missing_paths(recipe, output)})
+    say("all that can be checked beforehand is right; nothing was written but caches")
+    return 0
+
+
 def what_is_kept(options: argparse.Namespace) -> str:
-    """From where the same command goes on after a signal."""
+    """Where the same command resumes after a signal."""
     from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 
     if RunFolder(run_folder(options, options.recipe)).has_begun():

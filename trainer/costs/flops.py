@@ -17,7 +17,7 @@ from functools import reduce
 from operator import add
 from typing import Any, Protocol, get_args
 
-from llava_llama31.trainer.recipes.schema import LORA_TARGETS, ModuleGroup
+from llava_llama31.trainer.recipes.schema import LORA_TARGETS, ModuleGroup, Recomputed
 
 
 Packing = Sequence[Sequence[int]]  # a row's trees: [trunk, branch, ...] in positions; a plain sample is [length]
@@ -194,23 +194,27 @@ class FlopsByPart:
 
 @dataclass(frozen=True)
 class TowerShape:
-    """Sizes of a CLIP or DINOv2 tower.
+    """Sizes of a CLIP, SigLIP or DINOv2 tower.
 
     Args:
         patch_numbers: channels times pixels of a patch.
-        num_patches: of a tile; a layer has one more position, the CLS token's.
+        num_patches: of a tile.
+        num_positions: of a layer: the patches, and the class token where the tower has one.
         num_layers: layers that run: up to the last one whose output is read.
         num_feature_layers: layers whose output is read.
         mlp: (i, o) of the linear layers in an MLP, in order.
+        saved_by_mlp: tensors as wide as the MLP that a layer saves for the backward pass.
         saves_output: a layer saves the output of its last linear layer for the backward pass.
     """
 
     hidden_size: int
     patch_numbers: int
     num_patches: int
+    num_positions: int
     num_layers: int
     num_feature_layers: int
     mlp: tuple[tuple[int, int], ...]
+    saved_by_mlp: int
     saves_output: bool
 
 
@@ -266,7 +270,7 @@ class ModelShape:
 def _tower_shape(vision: Mapping[str, Any], feature_layer: int | Sequence[int]) -> TowerShape:
     hidden, num_layers = vision["hidden_size"], vision["num_hidden_layers"]
     chosen = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-    if vision["model_type"] == "clip_vision_model":
+    if vision["model_type"] in ("clip_vision_model", "siglip_vision_model"):
         inner = vision["intermediate_size"]
         mlp: tuple[tuple[int, int], ...] = ((hidden, inner), (inner, hidden))
     elif vision["model_type"] == "dinov2":
@@ -277,13 +281,17 @@ def _tower_shape(vision: Mapping[str, Any], feature_layer: int | Sequence[int]) 
             mlp = ((hidden, inner), (hidden, inner), (inner, hidden))
     else:
         raise ValueError(f"FLOPs of a {vision['model_type']!r} vision tower are not known")
+    num_patches = (vision["image_size"] // vision["patch_size"]) ** 2
     return TowerShape(
         hidden_size=hidden,
         patch_numbers=vision["num_channels"] * vision["patch_size"] ** 2,
-        num_patches=(vision["image_size"] // vision["patch_size"]) ** 2,
+        num_patches=num_patches,
+        num_positions=num_patches + (vision["model_type"] != "siglip_vision_model"),
         num_layers=max(layer if layer >= 0 else num_layers + 1 + layer for layer in chosen),
         num_feature_layers=len(chosen),
         mlp=mlp,
+        # the activation's input and output; quick_gelu, a product, and SwiGLU also save a factor
+        saved_by_mlp=2 if str(vision["hidden_act"]).startswith("gelu") and len(mlp) == 2 else 3,
         saves_output=vision["model_type"] == "dinov2",  # its learned scale multiplies that output
     )
 
@@ -293,7 +301,7 @@ def needed_flops(
     work: Work,
     trainable: Collection[str],
     *,
-    checkpointing: int = 0,
+    checkpointing: Recomputed = 0,
     lora_rank: int = 0,
     lora_targets: Collection[str] = LORA_TARGETS,
 ) -> FlopsByPart:
@@ -305,7 +313,7 @@ def needed_flops(
     Args:
         trainable: module groups that are trained.
         checkpointing: every n-th transformer layer of tower and decoder, from the first, runs its forward pass twice
-            if it has a backward pass; 1 (or True): all, 0: none.
+            if it has a backward pass; 1 (or True): all, 0: none; `selective`: none of the decoder, all of the tower.
         lora_rank: of adapters trained in place of the language model's weights; 0: no adapters. Their dropout and
             DoRA's weight norms do not count.
         lora_targets: linear layers of the decoder with an adapter.
@@ -325,14 +333,15 @@ def needed_flops(
         trains_weights=trains_weights,
         lora_rank=lora_rank if trains_text else 0,
         lora_targets=frozenset(lora_targets),
-        checkpointing=checkpointing,
+        checkpointing=0 if checkpointing == "selective" else checkpointing,
     )
     # the embeddings belong to the language model: if trained, the first layer passes gradients on
     linears, attention, has_grad = decoder.count(
         work, has_grad=trains_weights or (has_images and (trains_tower or trains_projector))
     )
+    of_tower = 1 if checkpointing == "selective" else checkpointing
     return FlopsByPart(
-        vision_tower=_tower(model.tower, work.num_tiles, trains=trains_tower, checkpointing=checkpointing),
+        vision_tower=_tower(model.tower, work.num_tiles, trains=trains_tower, checkpointing=of_tower),
         multi_modal_projector=_projector(model, work.num_image_features, trains_projector, trains_tower),
         language_model=linears,
         attention=attention,
@@ -374,7 +383,7 @@ def _projector(model: ModelShape, n: int, trains: bool, trains_tower: bool) -> F
 
 
 def _tower(tower: TowerShape, num_tiles: int, *, trains: bool, checkpointing: int) -> Flops:
-    hidden, num_positions = tower.hidden_size, tower.num_patches + 1
+    hidden, num_positions = tower.hidden_size, tower.num_positions
     # pixels need no gradient
     embedding = _linear(
         num_tiles * tower.num_patches, (tower.patch_numbers, hidden), input_grad=False, weight_grad=trains

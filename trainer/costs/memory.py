@@ -16,10 +16,11 @@ from functools import cached_property
 
 from llava_llama31.trainer.costs.flops import ModelShape
 from llava_llama31.trainer.costs.parameters import Parameters, decoder_linears
-from llava_llama31.trainer.recipes.schema import LORA_TARGETS
+from llava_llama31.trainer.recipes.schema import LORA_TARGETS, Recomputed
 
 
-_HEAD_ROWS = 256  # positions whose logits exist at once, as in packed_llama_llava_llama31.py
+# of a GPU, as in packed_llama_llava_llama31.py: positions whose logits exist at once, and in float32 at once
+_HEAD_ROWS, _SOFTMAX_ROWS = 2048, 512
 # bytes per parameter of both moments: 8 bits each and a float32 scale for every 256 (torchao)
 _MOMENTS_8BIT = 2 * (1 + 4 / 256)
 # bytes per parameter in NF4: 4 bits, 8 of a scale for every 64, and 32 for every 256 scales (Dettmers et al., 2023)
@@ -88,6 +89,8 @@ class MicroBatch:
         num_features: patch features that pass the projector.
         keeps_logits: the loss is the stock one (rows are not packed), which stores all logits.
         copies_attention: attention runs segment by segment, as on a CPU, and a copy joins its outputs.
+        fuses: MLPs compute their activation and product in one kernel, as on a GPU, and keep no result of the former.
+        head_rows, softmax_rows: positions whose logits exist at once, and in float32 at once.
     """
 
     num_tokens: int
@@ -98,6 +101,9 @@ class MicroBatch:
     num_features: int
     keeps_logits: bool = False
     copies_attention: bool = False
+    fuses: bool = True
+    head_rows: int = _HEAD_ROWS
+    softmax_rows: int = _SOFTMAX_ROWS
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class Setup:
         lora_targets: linear layers of the decoder with an adapter of `lora_rank`.
         narrow_groups: groups whose frozen weights are exact in bfloat16, including those under adapters.
         quantized: the decoder's linear layers are stored in 4 bits.
-        checkpointing: every n-th layer is recomputed; 0: none.
+        checkpointing: every n-th layer is recomputed; 0: none; `selective`: norms and gated products of the decoder.
         accumulates: more than one micro-batch per step.
     """
 
@@ -118,7 +124,7 @@ class Setup:
     trained: Mapping[str, int]
     precision: str = "bfloat16"
     optimizer: str = "adamw"
-    checkpointing: int = 0
+    checkpointing: Recomputed = 0
     accumulates: bool = False
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
@@ -153,7 +159,9 @@ class Memory:
         gradients: at their peak, with DDP's buckets.
         optimizer: moments, and DeepSpeed's float32 master weights.
         activations: of a micro-batch, plus what layers, head and gathered weights need while they run.
+        save: while a checkpoint is written, whose tensors are gathered one by one.
         host: of one machine, for offloaded state, or for weights while loading.
+        host_save: of the machine whose process writes: weights, and then moments, are in its memory as a whole.
     """
 
     weights: float
@@ -163,11 +171,17 @@ class Memory:
     forward: float
     backward: float
     step: float
+    save: float
     host: float
+    host_save: float
+
+    @property
+    def of_a_step(self) -> float:
+        return max(self.forward, self.backward, self.step)
 
     @property
     def peak(self) -> float:
-        return max(self.forward, self.backward, self.step)
+        return max(self.of_a_step, self.save)
 
 
 def estimate(
@@ -187,7 +201,9 @@ def estimate(
         forward=resident + before + forward,
         backward=resident + backward,
         step=base + step.gradients + step.step_extra,
+        save=resident + step.gathered_for_a_save,
         host=_host(setup, engine, num_devices, min(devices_per_node or num_devices, num_devices)),
+        host_save=_host_while_saving(step),
     )
 
 
@@ -321,9 +337,10 @@ class _Step:
         """Tensors that a layer's backward pass reads.
 
         Attention: rotated queries, keys and values in the kernel's layout, its output, and a logarithm per query and
-        head. MLP: gate, its activation, and the other factor. Linear layers that are trained or have an adapter: their
-        input, i.e. the output of both norms and of attention, and the MLP's product; an adapter also its inner
-        product. Norms: their input, which is the residual stream, and a scale.
+        head. MLP: gate, its activation where that is not fused, and the other factor. Linear layers that are trained
+        or have an adapter: their input, i.e. the output of both norms and of attention, and the MLP's product; an
+        adapter also its inner product. Norms: their input, which is the residual stream, and a scale. Selective
+        checkpointing makes the output of norms and the MLP's product again; adapters keep them in another type.
         """
         model, batch, a = self.setup.model, self.batch, self.a
         num_tokens, hidden, wide = batch.num_tokens, model.hidden_size, model.num_heads * model.head_dim
@@ -331,9 +348,14 @@ class _Step:
         attention = a * (num_queries * wide * 2 + batch.num_keys * narrow * 2) + 4 * num_queries * model.num_heads
         if self._reads_input("o_proj") and (batch.copies_attention or num_outputs < num_queries):
             attention += a * num_outputs * wide
-        mlp = a * num_outputs * model.intermediate_size * (3 + self._reads_input("down_proj"))
+        remakes = self.remakes and not self.setup.lora_rank
+        num_wide = 2 if self.remakes or (batch.fuses and not batch.keeps_logits) else 3
+        num_wide += self._reads_input("down_proj") and not remakes
+        mlp = a * num_outputs * model.intermediate_size * num_wide
         norms = a * hidden * num_tokens * self._reads_input("q_proj", "k_proj", "v_proj")
         norms += a * hidden * num_outputs * self._reads_input("gate_proj", "up_proj")
+        if remakes:  # of the last layer, queries read some rows, which are another tensor
+            norms = a * hidden * num_queries * (num_queries < num_tokens) * self._reads_input("q_proj")
         stream = self.r * num_outputs * hidden + 4 * (num_tokens + num_outputs)
         rows = dict(zip(LORA_TARGETS, (num_queries, *[num_tokens] * 2, *[num_outputs] * 4), strict=True))
         adapters = a * self.setup.lora_rank * sum(rows[name] for name in self.setup.lora_targets)
@@ -347,8 +369,13 @@ class _Step:
     def layer_input(self) -> float:
         return float(self.r * self.batch.num_tokens * self.setup.model.hidden_size)
 
+    @property
+    def remakes(self) -> bool:
+        return self.setup.checkpointing == "selective"
+
     def _recomputes(self, layer: int) -> bool:
-        return self.setup.checkpointing > 0 and layer % self.setup.checkpointing == 0
+        every = self.setup.checkpointing
+        return isinstance(every, int) and every > 0 and layer % every == 0
 
     def kept_by(self, layer: int) -> float:
         """Bytes of a decoder layer that outlive its forward pass."""
@@ -381,11 +408,12 @@ class _Step:
         """What autograd saves for a trained tower; nothing for a frozen one."""
         if not self.setup.trained["vision_tower"]:
             return 0.0
-        tower, num = self.setup.model.tower, self.batch.num_tiles * (self.setup.model.tower.num_patches + 1)
+        tower, num = self.setup.model.tower, self.batch.num_tiles * self.setup.model.tower.num_positions
         width = 4 if self.autocasts or not self.half else 2
         stream = width * num * tower.hidden_size
-        kept = stream if self.setup.checkpointing == 1 else stream + self._tower_layer(num, width)
-        extra = self._tower_layer(num, width) if self.setup.checkpointing == 1 else 0.0
+        is_recomputed = self.setup.checkpointing in (1, "selective")
+        kept = stream if is_recomputed else stream + self._tower_layer(num, width)
+        extra = self._tower_layer(num, width) if is_recomputed else 0.0
         return tower.num_layers * kept + extra
 
     def _tower_layer(self, num: int, width: int) -> float:
@@ -393,13 +421,15 @@ class _Step:
         tower, a = self.setup.model.tower, self.a
         inner = tower.mlp[0][1]
         copies = 4 if self.autocasts else 2
-        return num * (tower.hidden_size * (width + a * (copies + 5 + 2 * tower.saves_output)) + 3 * a * inner)
+        return num * (
+            tower.hidden_size * (width + a * (copies + 5 + 2 * tower.saves_output)) + tower.saved_by_mlp * a * inner
+        )
 
     @cached_property
     def tower_transient(self) -> float:
         """Peak of a frozen tower: a layer's MLP."""
         tower = self.setup.model.tower
-        num = self.batch.num_tiles * (tower.num_patches + 1)
+        num = self.batch.num_tiles * tower.num_positions
         return float(self.a * num * (3 * tower.mlp[0][1] + 4 * tower.hidden_size))
 
     @cached_property
@@ -431,10 +461,12 @@ class _Step:
         model, batch, a = self.setup.model, self.batch, self.a
         if batch.keeps_logits:
             return float(batch.num_supervised * model.vocab_size * (a + 3 * 4))
-        rows = min(batch.num_supervised, _HEAD_ROWS)
-        logits = rows * model.vocab_size * (a + (4 if a < 4 else 0))
+        rows = min(batch.num_supervised, batch.head_rows)
+        logits = model.vocab_size * (rows * a + (min(rows, batch.softmax_rows) * 4 if a < 4 else 0))
         hidden = batch.num_supervised * model.hidden_size * (2 * a)
         weights = self.head_gradient
+        if self.setup.trains_decoder and self.w < 4 and batch.num_supervised > rows and batch.head_rows == _HEAD_ROWS:
+            weights += 4 * self.head_weights  # chunks add up in float32
         if self.autocasts and self.r == 4:
             weights += a * self.head_weights
         if self.setup.trains_decoder and self.w != a:
@@ -474,6 +506,14 @@ class _Step:
         zero = self.setup.zero
         numbers = self.setup.model.hidden_size**2 if zero.reduce_bucket is None else zero.reduce_bucket
         return float(numbers * self.a * (1 + (zero.overlap and not self.engine.shards_weights)))
+
+    @cached_property
+    def gathered_for_a_save(self) -> float:
+        """The largest tensor whole: FSDP joins its parts into another one, ZeRO-3 gathers the float32 original too."""
+        if not self.engine.shards_weights:
+            return 0.0
+        width = self.a + 4 if self.engine.deepspeed else 2 * 4
+        return float(width * self.setup.parameters.largest)
 
     # phases
 
@@ -520,6 +560,8 @@ class _Step:
         Three of those exist at once, and adapters double each.
         """
         recomputed = self.inside(layer) + self.cast_layer if self._recomputes(layer) else 0.0
+        if self.remakes:
+            recomputed = float(self.a * self.batch.num_tokens * self.setup.model.hidden_size)
         outputs = self.batch.num_supervised if layer == self.setup.model.num_layers - 1 else self.batch.num_tokens
         within = self.a * outputs * self.setup.model.intermediate_size * (6 if self.setup.lora_rank else 3)
         return recomputed + within + self.layer_input + self.gathered_layers + self.buckets
@@ -529,6 +571,16 @@ class _Step:
         last = self.setup.model.num_layers - 1
         kept = self.tower_kept + self.projector_kept + self.decoder_kept
         return kept + max(self.beside(last), self.beside(last - 1) - self.kept_by(last) if last else 0.0)
+
+
+def _host_while_saving(step: _Step) -> float:
+    """DeepSpeed's processes write their own moments from where they are; adapters are saved without their base."""
+    setup = step.setup
+    if step.engine.deepspeed:
+        return 4.0 * (setup.num_trained if setup.lora_rank else setup.num_weights)
+    weights = step.kept_w * (setup.num_trained if setup.lora_rank else setup.num_weights)
+    per_number = {"adamw": 2 * step.kept_w, "adamw_bf16": 4, "adamw_8bit": _MOMENTS_8BIT}[setup.optimizer]
+    return float(max(weights, setup.num_trained * per_number))
 
 
 def _host(setup: Setup, engine: Engine, num_devices: int, devices_per_node: int) -> float:

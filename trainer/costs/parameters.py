@@ -126,7 +126,7 @@ def _decoder_layer(shape: ModelShape, text: Mapping[str, Any]) -> int:
 
 
 def _tower(vision: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Parameters of one layer, of everything around the layers, and of the norm after the last layer."""
+    """Parameters of one layer, of everything around the layers, and of what follows the last layer and is not read."""
     hidden, patches = vision["hidden_size"], (vision["image_size"] // vision["patch_size"]) ** 2
     patch_numbers = vision["num_channels"] * vision["patch_size"] ** 2
     attention, norm = 4 * (hidden * hidden + hidden), 2 * hidden
@@ -134,6 +134,14 @@ def _tower(vision: Mapping[str, Any]) -> tuple[int, int, int]:
     if vision["model_type"] == "clip_vision_model":
         inner = vision["intermediate_size"]
         return attention + 2 * norm + 2 * hidden * inner + inner + hidden, positions + norm, norm
+    if vision["model_type"] == "siglip_vision_model":
+        inner = vision["intermediate_size"]
+        mlp = 2 * hidden * inner + inner + hidden
+        # a probe that attends to all patches, a norm and an MLP
+        head = hidden + attention + norm + mlp if vision["vision_use_head"] else 0
+        # no class token, but a patch bias
+        around = patches * hidden + patch_numbers * hidden + hidden
+        return attention + 2 * norm + mlp, around, norm + head
     # dinov2: ModelShape.of refuses any other type
     inner = int(hidden * vision["mlp_ratio"])
     mlp = 2 * hidden * inner + inner + hidden

@@ -13,10 +13,11 @@ from llava_llama31.trainer.costs.memory import Engine, Setup
 
 
 # bytes that norms, activations, rotary embeddings and residual sums move for each position, layer and hidden number:
-# forward (and again where it is recomputed) and backward, from a trace of the 8B step (benchmarks/roofline.py)
-_FORWARD_BYTES, _BACKWARD_BYTES = 170, 210
+# forward (and again where it is recomputed), backward, and what selective checkpointing makes again; fused, as on
+# packed rows, and eager. From traces of the 8B step (benchmarks/roofline.py)
+_FUSED_BYTES, _EAGER_BYTES, _REMADE_BYTES = (47, 85), (170, 210), 28
 # of an optimizer's step with clipping, for each trained parameter
-_STEP_BYTES = {"adamw": 36, "adamw_8bit": 24, "adamw_bf16": 250}
+_STEP_BYTES = {"adamw": 36, "adamw_8bit": 24, "adamw_bf16": 28}
 # seconds that ZeRO-3's hooks take of Python for a layer and micro-batch; bytes/s between machines, for each device,
 # and to the host; bytes/s of the host's memory in its optimizer's step. Assumptions
 # the share of the shorter one that is not hidden is one too
@@ -32,11 +33,13 @@ class StepWork:
         flops: of all micro-batches of all devices.
         positions: of the language model, of all of them.
         micro_batches: of one device.
+        fused: rows are packed, whose arithmetic between the products is fused.
     """
 
     flops: FlopsByPart
     positions: float
     micro_batches: int
+    fused: bool = True
 
 
 def step_seconds(
@@ -61,9 +64,14 @@ def _computing(setup: Setup, work: StepWork, gpu: Accelerator) -> float:
     attention, total = work.flops.attention.hardware, work.flops.total.hardware
     every = setup.checkpointing
     layers = setup.model.num_layers
-    recomputed = -(-layers // every) / layers if every else 0.0
     wide = 2 if setup.precision == "float32" else 1
-    a_number = (_FORWARD_BYTES * (1 + recomputed) + _BACKWARD_BYTES) * wide
+    forward, backward = _FUSED_BYTES if work.fused else _EAGER_BYTES
+    a_number: float = forward + backward
+    if every == "selective":
+        a_number += _REMADE_BYTES
+    elif every:
+        a_number += forward * -(-layers // every) / layers
+    a_number *= wide
     moved = work.positions * layers * setup.model.hidden_size * a_number
     return (
         (total - attention) / (PRODUCTS * peak) + attention / (ATTENTION * peak) + moved / (BANDWIDTH * gpu.bandwidth)

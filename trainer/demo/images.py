@@ -32,7 +32,7 @@ SHAPES = {
     "tall": (6, 12),
     "pole": (6, 18),
 }
-# the text stands on the grid of patches, give or take this much of a patch: the difficulty of the set
+# the text is on the grid of patches, give or take this much of a patch: the difficulty of the set
 JITTER = 0.12
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono", "DejaVuSansMono-Bold")
 
@@ -104,7 +104,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Glyph:
-    """One character and the patch in which it stands."""
+    """One character and the patch that contains it."""
 
     character: str
     column: int

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -35,7 +36,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
+
+from llava_llama31.trainer.demo.tasks import write_tasks
 
 from .images import (
     ALPHABET,
@@ -77,8 +82,9 @@ SHEET = 240
 
 @dataclass(frozen=True)
 class TowerSettings:
-    """Size and training of the tower."""
+    """Size and training of the tower; CLIP's architecture, or SigLIP's, which has no class token."""
 
+    family: Literal["clip", "siglip"] = "clip"
     hidden_size: int = 128
     intermediate_size: int = 256
     layers: int = 4
@@ -117,7 +123,13 @@ class Settings:
 
     def fingerprint(self, seed: int) -> str:
         """A hash of the settings and the seed."""
-        return hashlib.sha256(json.dumps([asdict(self), seed, 1]).encode()).hexdigest()
+        content = asdict(self)
+        if self.tower.family == "clip":  # as before there was another
+            del content["tower"]["family"]
+        return hashlib.sha256(json.dumps([content, seed, 2]).encode()).hexdigest()
+
+
+SIGLIP = Settings(tower=TowerSettings(family="siglip"))
 
 
 def prepare(folder: Path, *, seed: int, progress: Callable[[str], None], settings: Settings = Settings()) -> None:
@@ -126,7 +138,7 @@ def prepare(folder: Path, *, seed: int, progress: Callable[[str], None], setting
     Args:
         folder: receives `vision_tower/`, `language_model/` and `data/`.
         seed: the same seed and settings give the same files.
-        progress: is told, in one line each, what was done.
+        progress: called with one line for each step done.
         settings: sizes and lengths of training.
     """
     fingerprint = settings.fingerprint(seed)
@@ -198,15 +210,17 @@ def _ending_at_once(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
 
 
 def write_data(folder: Path, settings: Settings, seed: int) -> None:
-    """Draws the images and writes `captions.json`, `instruct.json` and `validation.jsonl` beside them."""
+    """Draws the images and writes `captions.json`, `instruct.json`, `validation.jsonl` and two tasks beside them."""
     (folder / "images").mkdir(parents=True)
     captions = [_caption_row(folder, f"caption-{n:05d}", seed) for n in range(settings.captions)]
     (folder / "captions.json").write_text(json.dumps(captions, indent=1))
     dialogues = [_dialogue_row(folder, f"dialogue-{n:05d}", seed) for n in range(settings.dialogues)]
     (folder / "instruct.json").write_text(json.dumps(dialogues, indent=1))
     names = [f"validation-{n:05d}" for n in range(settings.validation_pictures)]
-    rows = [row for name in names for row in _validation_rows(folder, name, seed)]
+    drawn = {name: _draw(folder, name, "validation", seed) for name in names}
+    rows = [row for name, (scene, rng) in drawn.items() for row in _validation_rows(name, scene, rng)]
     (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_tasks(folder, {name: scene for name, (scene, _) in drawn.items()}, seed)
 
 
 def _draw(folder: Path, name: str, split: str, seed: int) -> tuple[Scene, random.Random]:
@@ -239,8 +253,7 @@ def _question_turns(scene: Scene, rng: random.Random, suffix: str) -> list[tuple
     return [(question.text + suffix, question.answer) for question in shuffled]
 
 
-def _validation_rows(folder: Path, name: str, seed: int) -> list[dict]:
-    scene, rng = _draw(folder, name, "validation", seed)
+def _validation_rows(name: str, scene: Scene, rng: random.Random) -> list[dict]:
     return [
         {
             "question_id": f"{name}-{number}",
@@ -269,21 +282,13 @@ def human_answers(question: Question, rng: random.Random) -> list[str]:
 
 
 def train_tower(folder: Path, settings: TowerSettings, seed: int, messages: queue.Queue) -> None:
-    """Trains a CLIP vision tower to tell, for every patch, which character has its centre there, and saves it."""
+    """Trains a vision tower to tell, for every patch, which character has its centre there, and saves it."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng = random.Random(f"{seed}/tower")
-    config = CLIPVisionConfig(
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        image_size=TILE,
-        patch_size=PATCH,
-        hidden_act="gelu",
-    )
-    tower = CLIPVisionModel(config)
-    _start_tower(tower)
+    tower = _new_tower(settings)
+    first_patch = int(settings.family == "clip")  # after the class token
+    _start_tower(tower, first_patch)
     head = nn.Linear(settings.hidden_size, 1 + len(ALPHABET))
     # a bare patch is an easy and frequent answer
     weight = torch.ones(1 + len(ALPHABET)).index_fill(0, torch.tensor(0), 0.3)
@@ -291,18 +296,32 @@ def train_tower(folder: Path, settings: TowerSettings, seed: int, messages: queu
 
     def loss() -> Tensor:
         tiles, characters = cut_tiles(sheets, rng, settings.batch)
-        seen = head(tower(tiles).last_hidden_state[:, 1:])
+        seen = head(tower(tiles).last_hidden_state[:, first_patch:])
         return cross_entropy(seen.flatten(0, 1), characters.flatten(), weight=weight)
 
     _train([*tower.parameters(), *head.parameters()], loss, settings.steps, settings.learning_rate, "tower", messages)
     with torch.no_grad():
         tiles, characters = cut_tiles([draw_sheet(rng) for _ in range(10)], rng, 400)
-        right = head(tower(tiles).last_hidden_state[:, 1:]).argmax(-1) == characters
+        right = head(tower(tiles).last_hidden_state[:, first_patch:]).argmax(-1) == characters
     messages.put(f"tower: reads {right[characters > 0].float().mean():.1%} of the characters on fresh sheets")
     _save_tower(tower, folder)
 
 
-def _start_tower(tower: CLIPVisionModel) -> None:
+def _new_tower(settings: TowerSettings) -> CLIPVisionModel | SiglipVisionModel:
+    sizes: dict[str, Any] = {
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": settings.intermediate_size,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "image_size": TILE,
+        "patch_size": PATCH,
+    }
+    if settings.family == "clip":
+        return CLIPVisionModel(CLIPVisionConfig(**sizes, hidden_act="gelu"))
+    return SiglipVisionModel(SiglipVisionConfig(**sizes, vision_use_head=False))
+
+
+def _start_tower(tower: CLIPVisionModel | SiglipVisionModel, first_patch: int) -> None:
     """Starts from weights fit for so narrow a tower, and from position embeddings that know the grid."""
     embeddings = tower.embeddings
     for parameter in tower.parameters():
@@ -316,13 +335,13 @@ def _start_tower(tower: CLIPVisionModel) -> None:
     waves = [wave(axis * frequencies) for axis in (across, down) for wave in (torch.sin, torch.cos)]
     with torch.no_grad():
         embeddings.position_embedding.weight.zero_()
-        embeddings.position_embedding.weight[1:] = torch.cat(waves, dim=1)
+        embeddings.position_embedding.weight[first_patch:] = torch.cat(waves, dim=1)
 
 
-def _save_tower(tower: CLIPVisionModel, folder: Path) -> None:
+def _save_tower(tower: CLIPVisionModel | SiglipVisionModel, folder: Path) -> None:
     """Adds the last layer that LLaVA never uses, and saves the tower with what its images must go through."""
     tower.config.num_hidden_layers += 1
-    whole = CLIPVisionModel(tower.config)
+    whole = type(tower)(cast(Any, tower.config))
     whole.load_state_dict({**whole.state_dict(), **tower.state_dict()})
     whole.save_pretrained(folder)
     side = {"height": TILE, "width": TILE}
@@ -377,7 +396,7 @@ def draw_sheet(rng: random.Random) -> Sheet:
 
 
 def cut_tiles(sheets: list[Sheet], rng: random.Random, number: int) -> tuple[Tensor, Tensor]:
-    """Random tiles (number, 3, TILE, TILE), and what stands in each of their patches (number, patches)."""
+    """Random tiles (number, 3, TILE, TILE), and what is in each of their patches (number, patches)."""
     tiles = np.empty((number, TILE, TILE, 3), dtype=np.float32)
     targets = np.empty((number, PATCHES, PATCHES), dtype=np.int64)
     for tile, target in zip(tiles, targets, strict=True):
@@ -487,7 +506,7 @@ class _Reader:
         return self._row("\n".join(" ".join(line) for line in scene.lines), self._turns(scene, rng, ""))
 
     def page_row(self, scene: Scene, glyphs: list[Glyph], rng: random.Random) -> tuple[list[int], list[int]]:
-        """The text where it stands, patch by patch, after a thumbnail; a caption or questions in full form."""
+        """The text at its place, patch by patch, after a thumbnail; a caption or questions in full form."""
         columns, rows = SHAPES[scene.shape]
         page = thumbnail(glyphs, columns, rows) + lay_out(glyphs, columns, rows)
         return self._row(page, self._turns(scene, rng, PROMPT_SUFFIX))

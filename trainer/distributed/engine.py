@@ -7,6 +7,7 @@ number of processes. DeepSpeed has a format of its own, with one file per proces
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +96,24 @@ def _check_fsdp(stage: Stage, where: str) -> None:
         )
 
 
-def fsdp_plugin(*, bfloat16: bool) -> FullyShardedDataParallelPlugin:
+def fsdp_plugin(*, bfloat16: bool, layers: Sequence[str] = ()) -> FullyShardedDataParallelPlugin:
     """The launcher's plugin, with weights gathered in bfloat16 but gradients added up in float32.
 
     Accelerate's own choice would add gradients up, and round the loss, in bfloat16.
+
+    Args:
+        layers: classes that are sharded one by one, unless the launcher's file names others.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bfloat16 else None,
         reduce_dtype=torch.float32 if bfloat16 else None,
         cast_forward_inputs=False,  # it would round rotary angles too
     )
-    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    return FullyShardedDataParallelPlugin(
+        mixed_precision_policy=policy,
+        transformer_cls_names_to_wrap=named.split(",") if named else list(layers) or None,
+    )
 
 
 def join_deepspeed(stage: Stage) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
@@ -74,6 +74,19 @@ def unsharded(value: Any) -> Any:
 def held_part(value: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor."""
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def num_before(value: torch.Tensor) -> int:
+    """Numbers of a tensor that lie before this process's part of it; it is whole, or its rows are sharded."""
+    if not isinstance(value, DTensor):
+        return 0
+    rows, row = value.shape[0], value.numel() // max(1, value.shape[0])
+    for dimension, placement in enumerate(value.placements):
+        if isinstance(placement, Shard):
+            assert placement.dim == 0, "FSDP2 shards rows"
+            each = -(-rows // value.device_mesh.size(dimension))
+            return min(rows, each * value.device_mesh.get_local_rank(dimension)) * row
+    return 0
 
 
 def sharded_like(value: Any, parameter: torch.Tensor) -> Any:

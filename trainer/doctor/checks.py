@@ -278,6 +278,8 @@ def check_communication(backend: str, outcomes: Sequence[Outcome]) -> list[Docto
                 backend, "ok", f"all-reduce across {len(outcomes)} processes of this machine works, in {seconds:.1f} s"
             )
         ]
+    if all(outcome.busy for outcome in outcomes if outcome.error):
+        return [_not_tried(backend, next(outcome for outcome in outcomes if outcome.error))]
     what = "; ".join(f"process {rank}: {error}" for rank, error in failed.items())
     why = "training on several processes would fail or hang the same way"
     fix = {
@@ -285,6 +287,14 @@ def check_communication(backend: str, outcomes: Sequence[Outcome]) -> list[Docto
         "nccl": "set NCCL_DEBUG=INFO and run it again; try NCCL_P2P_DISABLE=1, and see /dev/shm above",
     }[backend]
     return [DoctorFinding(backend, "error", what, why, fix)]
+
+
+def _not_tried(name: str, outcome: Outcome) -> DoctorFinding:
+    """A process that had no time to answer says nothing of what it tried."""
+    what = f"not checked: {outcome.error} at {outcome.busy}"
+    return DoctorFinding(
+        name, "warning", what, "a busy machine and a fault look alike", "run doctor on an idle machine"
+    )
 
 
 def check_folder(folder: Folder) -> list[DoctorFinding]:
@@ -378,6 +388,8 @@ def check_torchvision(outcome: Outcome | None) -> list[DoctorFinding]:
         return [DoctorFinding("torchvision", "ok", "not installed; images are tiled without it")]
     if outcome.error is None:
         return [DoctorFinding("torchvision", "ok", "fits torch")]
+    if outcome.busy:
+        return [_not_tried("torchvision", outcome)]
     return [
         DoctorFinding(
             "torchvision",
@@ -393,6 +405,8 @@ def check_torchao(outcome: Outcome | None, num_gpus: int) -> list[DoctorFinding]
     if outcome is None:
         return [DoctorFinding("torchao", "ok", "not installed; only optimizer: adamw_8bit and fp8 need it")]
     fix = "pip install -U torchao, in the version built for this torch"
+    if outcome.busy:
+        return [_not_tried("torchao", outcome)]
     if outcome.error is not None:
         why = "optimizer: adamw_8bit and fp8 need it"
         return [DoctorFinding("torchao", "error", f"can't be imported: {outcome.error}", why, fix)]

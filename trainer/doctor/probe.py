@@ -23,11 +23,16 @@ NUM_ELEMENTS = 1 << 16  # size of the summed tensor: more than one packet
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a process; `error` is None if it succeeded."""
+    """Result of a process; `error` is None if it succeeded.
+
+    Args:
+        busy: it did not answer in time, on a machine with more work than cores; what that says of the machine.
+    """
 
     error: str | None
     seconds: float = 0.0
     messages: tuple[str, ...] = ()
+    busy: str = ""
 
 
 class Probes:
@@ -63,12 +68,18 @@ class Probes:
             left = max(0.1, self.started + limit - time.monotonic())
             out, err = process.communicate(timeout=left)
         except subprocess.TimeoutExpired:
-            return Outcome(f"no answer in {limit:.0f} s", limit)
+            return Outcome(f"no answer in {limit:.0f} s", limit, busy=_busy())
         if process.returncode:
             lines = [line for line in err.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
             return Outcome(lines[-1].strip())
         answer = json.loads(out.splitlines()[-1])
         return Outcome(None, answer["seconds"], tuple(answer["messages"]))
+
+
+def _busy() -> str:
+    """What is said of a machine with more work than cores; else nothing."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    return f"a load of {load:.0f} on {cores} cores" if load > cores else ""
 
 
 def all_reduce_commands(backend: str, num_processes: int, folder: Path, limit: float) -> list[list[str]]:

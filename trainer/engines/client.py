@@ -23,11 +23,13 @@ class Served:
         text: the answer; None if the server refused the request.
         num_prompt_tokens: that it counted in the prompt; None if it does not say.
         error: why it refused, else empty.
+        finish_reason: what it says of the answer's end: `stop`, `length`; empty if nothing.
     """
 
     text: str | None
     num_prompt_tokens: int | None = None
     error: str = ""
+    finish_reason: str = ""
 
 
 class EngineClient:
@@ -71,10 +73,11 @@ class EngineClient:
             content = answer.json()
             text = content["choices"][0]["message"]["content"]
             counted = (content.get("usage") or {}).get("prompt_tokens")
+            reason = content["choices"][0].get("finish_reason")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             what = f"answers with something else than a chat completion: {_shown(answer)}"
             raise UserError(what, where=self.url, fix="name the address of an OpenAI-compatible server") from error
-        return Served(text or "", counted if isinstance(counted, int) else None)
+        return Served(text or "", counted if isinstance(counted, int) else None, finish_reason=str(reason or ""))
 
     def _only_model(self) -> str:
         answer = self._send("GET", "/models")

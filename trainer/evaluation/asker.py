@@ -1,12 +1,14 @@
-"""From questions to prediction rows: images decoded ahead, whole images to a batch, every failure named."""
+"""From questions to prediction rows: images decoded ahead, whole images to a batch, every failure named.
+
+Several askers of one model take turns: an image that they share is decoded and read once.
+"""
 
 import io
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from PIL import Image
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, Prompt
+from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, Prefixes, Prompt
 from llava_llama31.trainer.evaluation.predictions import PREDICTIONS
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings, digest
@@ -35,6 +37,7 @@ class Asker:
     Args:
         images: image id -> image.
         shown: image id -> image id of the image that is shown for it.
+        contents: image id -> what names its content, the same for all askers that take turns. Default: the image id.
     """
 
     def __init__(
@@ -43,10 +46,12 @@ class Asker:
         images: Mapping[str, ImageRef],
         shown: Mapping[str, str],
         settings: EvaluationSettings,
+        contents: Mapping[str, str] | None = None,
     ):
         self.answerer, self.processor = answerer, answerer.processor
         self.images, self.shown = images, shown
         self.settings = settings
+        self.contents = contents or {image_id: image_id for image_id in images}
         self._any_answered = False
         self._failures: Counter[str] = Counter()  # prompts by what their generation failed with
         self.num_image_tokens: dict[str, int] = {}
@@ -66,7 +71,7 @@ class Asker:
         for question in questions:
             by_image.setdefault(self.shown.get(question.image_id, ""), []).append(question)
         batches: list[list[Question]] = []
-        for image_id in sorted(by_image, key=lambda image_id: (-self.num_image_tokens.get(image_id, 0), image_id)):
+        for image_id in sorted(by_image, key=self._place):
             asked = by_image[image_id]
             if batches and len(batches[-1]) + len(asked) <= batch_size:
                 batches[-1] += asked
@@ -74,25 +79,28 @@ class Asker:
                 batches += [asked[start : start + batch_size] for start in range(0, len(asked), batch_size)]
         return batches
 
+    def _place(self, image_id: str) -> tuple[int, str, str]:
+        return -self.num_image_tokens.get(image_id, 0), self.contents.get(image_id, ""), image_id
+
+    def place(self, batch: Sequence[Question]) -> tuple[int, str]:
+        """Where a batch comes among those of all askers: by its first image."""
+        return self._place(self.shown.get(batch[0].image_id, ""))[:2]
+
+    def shows(self, batch: Sequence[Question]) -> dict[str, Hashable]:
+        """Image id of each image of a batch -> its key among all askers."""
+        shown = (self.shown[question.image_id] for question in batch if question.image_id in self.shown)
+        return {image_id: (self.contents[image_id], self.settings.jpeg_rounds) for image_id in shown}
+
     def ask_all(self, batches: Sequence[Sequence[Question]]) -> Iterator[list[dict[str, Any]]]:
         """Prediction rows batch by batch, while threads decode the images of the batches ahead."""
-        with ThreadPoolExecutor(NUM_BATCHES_AHEAD) as pool:
-            opened: dict[str, Future[_Tiled | str]] = {}
-            for number, batch in enumerate(batches):
-                ahead = chain.from_iterable(batches[number : number + 1 + NUM_BATCHES_AHEAD])
-                image_ids = dict.fromkeys(self.shown[q.image_id] for q in ahead if q.image_id in self.shown)
-                # one object for all batches of an image; those of earlier batches are freed
-                opened = {
-                    image_id: opened.get(image_id) or pool.submit(self._open, image_id) for image_id in image_ids
-                }
-                yield self._ask(batch, opened)
+        return take_turns([(self, batch) for batch in batches])
 
-    def _open(self, image_id: str) -> "_Tiled | str":
+    def open(self, image_id: str) -> "_Tiled | str":
         """Tiles of an image, or why there are none."""
         try:
             image = self.images[image_id].open()
             for _ in range(self.settings.jpeg_rounds):
-                image = _through_jpeg(image)
+                image = through_jpeg(image)
             sha256 = self.images[image_id].sha256()
             return _Tiled(self.processor.tiles(image), (image.height, image.width), sha256)
         except RecordError as error:
@@ -106,16 +114,10 @@ class Asker:
         Raises:
             UserError: it is another one now, or gone.
         """
-        shown = row.get("shown_image_id", row["image_id"])
-        try:
-            same = self.images[shown].sha256() == row["image_sha256"]
-        except (KeyError, RecordError):
-            same = False
-        if not same:
-            what = f"question {row['question_id']} was answered from another image {shown}"
-            raise UserError(what, where=PREDICTIONS, fix="pass another --output, or bring the image back")
+        check_image(row, self.images)
 
-    def _ask(self, batch: Sequence[Question], opened: "Mapping[str, Future[_Tiled | str]]") -> list[dict[str, Any]]:
+    def ask(self, batch: Sequence[Question], opened: "Mapping[str, _Tiled | str]") -> list[dict[str, Any]]:
+        """Prediction rows of a batch whose images are open, or why they are not."""
         started = time.perf_counter()
         results: list[list[int] | str] = [""] * len(batch)
         prompts: dict[int, Prompt] = {}
@@ -124,7 +126,7 @@ class Asker:
             if question.image_id not in self.shown:
                 results[i] = "missing_image: the question has no image"
                 continue
-            image = opened[self.shown[question.image_id]].result()
+            image = opened[self.shown[question.image_id]]
             if isinstance(image, str):
                 results[i] = image
                 continue
@@ -190,6 +192,47 @@ class Asker:
         return row | {"prompt": self.settings.preset.text(question), "model": self.settings.revision}
 
 
+Turn = tuple[Asker, Sequence[Question]]
+
+
+def check_image(row: Mapping[str, Any], images: Mapping[str, ImageRef]) -> None:
+    """Whether the image of an answered row is still the same.
+
+    Raises:
+        UserError: it is another one now, or gone.
+    """
+    shown = row.get("shown_image_id", row["image_id"])
+    try:
+        same = images[shown].sha256() == row["image_sha256"]
+    except (KeyError, RecordError):
+        same = False
+    if not same:
+        what = f"question {row['question_id']} was answered from another image {shown}"
+        raise UserError(what, where=PREDICTIONS, fix="pass another --output, or bring the image back")
+
+
+def take_turns(turns: Sequence[Turn], prefixes: Prefixes | None = None) -> Iterator[list[dict[str, Any]]]:
+    """Prediction rows of each turn's batch, in order, while threads decode the images of the turns ahead.
+
+    Args:
+        prefixes: those that the askers' answerers share; an image that no later turn shows is freed there.
+    """
+    last = {key: number for number, (asker, batch) in enumerate(turns) for key in asker.shows(batch).values()}
+    with ThreadPoolExecutor(NUM_BATCHES_AHEAD) as pool:
+        opened: dict[Hashable, Future[_Tiled | str]] = {}
+        for number, (asker, batch) in enumerate(turns):
+            for other, later in turns[number : number + 1 + NUM_BATCHES_AHEAD]:
+                for image_id, key in other.shows(later).items():
+                    if key not in opened:
+                        opened[key] = pool.submit(other.open, image_id)
+            images = {image_id: opened[key].result() for image_id, key in asker.shows(batch).items()}
+            yield asker.ask(batch, images)
+            for key in [key for key in opened if last[key] <= number]:
+                image = opened.pop(key).result()
+                if prefixes is not None and not isinstance(image, str):
+                    prefixes.release(image.tiles)
+
+
 @dataclass(frozen=True, eq=False)
 class _Tiled:
     """Tiles (T, 3, H, W) of a decoded image, its (height, width) in pixels, and the hash of its file."""
@@ -199,7 +242,7 @@ class _Tiled:
     sha256: str
 
 
-def _through_jpeg(image: Image.Image) -> Image.Image:
+def through_jpeg(image: Image.Image) -> Image.Image:
     """The image written as JPEG by Pillow's defaults (quality 75, 4:2:0) and read again."""
     with io.BytesIO() as file:
         image.save(file, "JPEG", quality=JPEG_QUALITY)

@@ -4,7 +4,7 @@
 
 const PAGE_SIZE = 50;
 const byId = (id) => document.getElementById(id);
-const { title, note, protocols, images, questions, unknown } = JSON.parse(byId("data").textContent);
+const { title, note, protocols, measure, images, questions, unknown } = JSON.parse(byId("data").textContent);
 const state = { filter: "all", protocol: 0, sort: "file", search: "", page: 0 };
 let shown = questions;
 
@@ -15,10 +15,11 @@ const collator = new Intl.Collator("en", { numeric: true });
 
 const FILTERS = {
   all: () => true,
+  right: (entry) => score(entry) === 1,
   wrong: (entry) => score(entry) < 1,
   zero: (entry) => score(entry) === 0,
-  disagree: (entry) => entry.compared !== undefined,
-  unanswered: (entry) => entry.scores === undefined,
+  disagree: (entry) => new Set(entry.scores).size > 1,
+  unanswered: (entry) => entry.error !== undefined,
 };
 // sorting is stable, so equals stay in the order of the file; questions without an answer come last
 const SORTS = {
@@ -32,7 +33,8 @@ const SORTS = {
 
 for (const entry of questions) {
   const texts = [entry.id, images[entry.image].id, entry.question, entry.prediction ?? ""];
-  entry.haystack = [...texts, ...entry.answers.map((answer) => answer.text)].join("\n").toLowerCase();
+  const options = (entry.options ?? []).map((option) => option[1]);
+  entry.haystack = [...texts, ...options, ...(entry.groups ?? []), ...entry.answers.map((answer) => answer.text)].join("\n").toLowerCase();
 }
 
 function make(tag, attributes, ...children) {
@@ -67,8 +69,11 @@ const rounded = (value) => String(Math.round(value * 1000) / 1000);
 const chosen = (i) => (i === state.protocol ? { class: "chosen" } : {});
 
 function scoreList(entry) {
-  const row = (value, i) =>
-    make("div", chosen(i), make("dt", {}, protocols[i]), make("dd", { class: scoreClass(value) }, rounded(value)));
+  const row = (value, i) => {
+    const cell = make("dd", { class: scoreClass(value) }, rounded(value));
+    if (entry.said?.[i]) cell.append(" (read as ", quoted(entry.said[i]), ")");
+    return make("div", chosen(i), make("dt", {}, protocols[i]), cell);
+  };
   return make("dl", { class: "scores" }, ...entry.scores.map(row));
 }
 
@@ -93,15 +98,24 @@ function imageOf(index, alt) {
   if (image.error !== undefined) return make("p", { class: "unreadable" }, "Image not shown: ", quoted(image.error));
   const src = `data:image/jpeg;base64,${byId(`image-${index}`).textContent}`;
   const element = make("img", { src, alt, width: image.width, height: image.height, decoding: "async" });
-  const button = make("button", { type: "button", class: "image", "aria-pressed": "false", title: "Enlarge" }, element);
-  button.addEventListener("click", () => {
-    button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") === "false"));
-  });
+  const button = make("button", { type: "button", class: "image", title: "Enlarge" }, element);
+  button.addEventListener("click", () => enlarge(button));
   return button;
 }
 
-function imagesOf(entry) {
+/** An image over the page, with its question and answer beside it; Escape closes it. */
+function enlarge(button) {
+  const text = button.closest("article").querySelector(".text").cloneNode(true);
+  for (const element of text.querySelectorAll("[id]")) element.removeAttribute("id");
+  byId("enlarged").replaceChildren(button.firstElementChild.cloneNode(), text);
+  byId("zoom").showModal();
+}
+
+function imagesOf(entry, previous) {
   const own = images[entry.image];
+  if (previous?.image === entry.image && previous.shown === undefined && entry.shown === undefined) {
+    return make("p", { class: "unreadable" }, "the image above: ", quoted(own.id));
+  }
   const caption = make("figcaption", {}, "image ", quoted(own.id));
   const figure = make("figure", {}, imageOf(entry.image, `Image ${own.id}`), caption);
   if (entry.shown === undefined) return figure;
@@ -112,20 +126,26 @@ function imagesOf(entry) {
 }
 
 function prediction(entry) {
-  if (entry.scores === undefined) return make("dd", { class: "error" }, "No answer: ", quoted(entry.error));
+  if (entry.error !== undefined) return make("dd", { class: "error" }, "No answer: ", quoted(entry.error));
+  if (entry.scores === undefined) return make("dd", { class: "prediction" }, quoted(entry.prediction));
   const text = make("dd", { class: `prediction ${scoreClass(score(entry))}` }, quoted(entry.prediction));
   if (entry.cut) text.append(make("span", { class: "note" }, "cut at the token limit"));
   if (entry.times) text.append(make("span", { class: "note" }, `first of ${entry.times} answers`));
   return text;
 }
 
-function card(entry, place) {
+function card(entry, place, previous) {
   const heading = make("h2", { id: `question-${place}` }, quoted(entry.question));
   const facts = make("dl", { class: "facts" }, make("dt", {}, "Prediction"), prediction(entry), make("dt", {}, "Answers"));
   facts.append(make("dd", {}, grouped(entry.answers, (answer) => answer.matches?.[state.protocol])));
+  if (entry.options !== undefined) {
+    const listed = entry.options.map(([letter, text]) => ({ text: `${letter}. ${text}`, count: 1 }));
+    facts.append(make("dt", {}, "Options"), make("dd", {}, grouped(listed, () => false)));
+  }
+  if (entry.groups !== undefined) facts.append(make("dt", {}, "Groups"), make("dd", {}, quoted(entry.groups.join(", "))));
   const text = make("div", { class: "text" }, make("p", { class: "id" }, "question ", quoted(entry.id)), heading, facts);
   if (entry.scores !== undefined) text.append(entry.compared === undefined ? scoreList(entry) : scoreTable(entry));
-  const article = make("article", { tabindex: "-1", "aria-labelledby": heading.id }, imagesOf(entry), text);
+  const article = make("article", { tabindex: "-1", "aria-labelledby": heading.id }, imagesOf(entry, previous), text);
   return make("li", {}, article);
 }
 
@@ -134,14 +154,14 @@ function meanOf(entries) {
   if (answered.length === 0) return "no answer to score";
   const sum = answered.reduce((total, entry) => total + score(entry), 0);
   const percent = (number) => `${((100 * sum) / number).toFixed(3)} %`;
-  const mean = `accuracy ${percent(answered.length)}`;
+  const mean = `${measure} ${percent(answered.length)}`;
   if (answered.length === entries.length) return mean;
   return `${mean} (${percent(entries.length)} with ${whole(entries.length - answered.length)} unanswered as 0)`;
 }
 
 function showPage(page) {
   const start = page * PAGE_SIZE;
-  const cards = shown.slice(start, start + PAGE_SIZE).map((entry, i) => card(entry, start + i));
+  const cards = shown.slice(start, start + PAGE_SIZE).map((entry, i, page) => card(entry, start + i, page[i - 1]));
   state.page = page;
   byId("questions").replaceChildren(...cards);
   byId("questions").start = start + 1;
@@ -149,6 +169,55 @@ function showPage(page) {
   byId("range").textContent = `${whole(start + 1)} to ${whole(start + cards.length)} of ${whole(shown.length)}`;
   byId("previous").disabled = page === 0;
   byId("next").disabled = start + PAGE_SIZE >= shown.length;
+  writeAddress();
+}
+
+/** The address names what is shown, so that a reload or whoever gets the link sees it too. */
+function writeAddress(question = "") {
+  const named = { ...state, protocol: protocols[state.protocol], search: byId("search").value, question };
+  const usual = { filter: "all", protocol: protocols[0], sort: "file", search: "", page: 0, question: "" };
+  const changed = Object.entries(named).filter(([key, value]) => value !== usual[key]);
+  const hash = new URLSearchParams(changed).toString();
+  if (hash !== location.hash.slice(1)) history.replaceState(null, "", hash === "" ? "#" : `#${hash}`);
+}
+
+/** Show what the address names; what it names wrongly is as usual. */
+function readAddress() {
+  const named = new URLSearchParams(location.hash.slice(1));
+  const page = Number(named.get("page"));
+  const question = named.get("question");
+  state.filter = Object.hasOwn(FILTERS, named.get("filter")) ? named.get("filter") : "all";
+  state.sort = Object.hasOwn(SORTS, named.get("sort")) ? named.get("sort") : "file";
+  state.protocol = Math.max(protocols.indexOf(named.get("protocol")), 0);
+  document.querySelector(`#filters [value=${state.filter}]`).checked = true;
+  byId("sort").value = state.sort;
+  byId("protocol").value = state.protocol;
+  search(named.get("search") ?? "");
+  const place = question === null ? -1 : shown.findIndex((entry) => entry.id === question);
+  if (place >= 0) {
+    showPage(Math.floor(place / PAGE_SIZE));
+    focusCard(place % PAGE_SIZE);
+  } else if (Number.isInteger(page) && page > 0 && page * PAGE_SIZE < shown.length) {
+    showPage(page);
+  }
+}
+
+/** The shown questions with their answers, as lines of JSON. */
+function exportShown() {
+  const line = ({ id, image, question, prediction, error, scores, answers }) =>
+    JSON.stringify({
+      question_id: id,
+      image_id: images[image].id,
+      question,
+      answer: prediction ?? null,
+      ...(error === undefined ? {} : { error }),
+      ...(scores === undefined ? {} : { scores: Object.fromEntries(protocols.map((name, i) => [name, scores[i]])) }),
+      answers: answers.flatMap(({ text, count }) => Array(count).fill(text)),
+    });
+  const file = new Blob(shown.map((entry) => `${line(entry)}\n`), { type: "application/jsonl" });
+  const link = make("a", { href: URL.createObjectURL(file), download: `${title}.jsonl` });
+  link.click();
+  URL.revokeObjectURL(link.href);
 }
 
 function update() {
@@ -157,6 +226,7 @@ function update() {
     radio.parentElement.querySelector(".count").textContent = whole(found.filter(FILTERS[radio.value]).length);
   }
   shown = found.filter(FILTERS[state.filter]).sort(SORTS[state.sort]);
+  byId("export").disabled = shown.length === 0;
   byId("status").textContent = shown.length === 0 ? "No question fits." : `${counted(shown.length, "question")}, ${meanOf(shown)}`;
   showPage(0);
 }
@@ -172,6 +242,7 @@ function turn(step, last = false) {
 function focusCard(index) {
   const article = byId("questions").children[index].firstElementChild;
   article.focus({ preventScroll: true });
+  writeAddress(shown[state.page * PAGE_SIZE + index].id);
   article.scrollIntoView({ block: "nearest" });
 }
 
@@ -197,15 +268,17 @@ function focusSearch() {
 
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (byId("zoom").open) return;
   const searching = event.target === byId("search");
-  const choosing = event.target.matches("select, [type=radio]");
+  const choosing = event.target.matches("select");
+  const filtering = event.target.matches("[type=radio]"); // left and right change the filter, up and down the question
   const actions = {
     "/": () => !searching && focusSearch(),
     Escape: () => searching && search(""),
     ArrowDown: () => !choosing && move(1),
     ArrowUp: () => !choosing && move(-1),
-    ArrowRight: () => !choosing && !searching && turn(1),
-    ArrowLeft: () => !choosing && !searching && turn(-1),
+    ArrowRight: () => !choosing && !filtering && !searching && turn(1),
+    ArrowLeft: () => !choosing && !filtering && !searching && turn(-1),
   };
   // an action that says false did not apply: the key stays the browser's
   if (actions[event.key] !== undefined && actions[event.key]() !== false) event.preventDefault();
@@ -230,5 +303,8 @@ byId("sort").addEventListener("change", (event) => { state.sort = event.target.v
 byId("filters").addEventListener("change", (event) => { state.filter = event.target.value; update(); });
 byId("previous").addEventListener("click", () => turn(-1));
 byId("next").addEventListener("click", () => turn(1));
+byId("close").addEventListener("click", () => byId("zoom").close());
+byId("export").addEventListener("click", exportShown);
 document.addEventListener("keydown", onKey);
-update();
+window.addEventListener("hashchange", readAddress);
+readAddress();

@@ -52,6 +52,22 @@ class Browser:
     unknown: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Marking:
+    """How answers are marked.
+
+    Args:
+        protocols: names, in the order of all scores.
+        mark: question and its row, or None -> what the page says of it: `answers`, and `error` or `prediction` with
+            `scores`.
+        measure: what the mean of the scores is called.
+    """
+
+    protocols: tuple[str, ...]
+    mark: Callable[[Question, Mapping[str, Any] | None], dict[str, Any]]
+    measure: str
+
+
 def write_browser(
     questions: Sequence[Question],
     rows: Iterable[Mapping[str, Any]],
@@ -61,6 +77,7 @@ def write_browser(
     note: str = "",
     image_side: int = IMAGE_SIDE,
     on_progress: Callable[[int, int], None] | None = None,
+    marking: Marking | None = None,
 ) -> Browser:
     """Write the browser of one evaluation; the file appears when it is complete.
 
@@ -77,6 +94,7 @@ def write_browser(
         note: what has to be known about all of the scores.
         image_side: longest side of a stored image, in pixels.
         on_progress: called with (images done, all images) after each image.
+        marking: how answers are marked; by default as TextVQA's.
 
     Raises:
         UserError: there are no questions, `image_side` is not positive, or the file cannot be written.
@@ -86,13 +104,15 @@ def write_browser(
     if image_side < 1:
         raise UserError(f"an image cannot be {image_side} pixels long", where="image_side", fix="pass 1 or more")
     path, images = Path(path), _images(questions)
+    marking = marking or Marking(tuple(PROTOCOLS), _answered, "accuracy")
     if path.is_dir():
         raise UserError("is a folder", where=str(path), fix="name an .html file, in that folder or elsewhere")
-    entries, unknown = _entries(questions, rows, {image_id: i for i, image_id in enumerate(images)})
+    entries, unknown = _entries(questions, rows, {image_id: i for i, image_id in enumerate(images)}, marking)
     data = {
         "title": title or path.stem,
         "note": note,
-        "protocols": list(PROTOCOLS),
+        "protocols": list(marking.protocols),
+        "measure": marking.measure,
         "questions": entries,
         "unknown": unknown,
     }
@@ -101,7 +121,7 @@ def write_browser(
     return Browser(
         path,
         num_questions=len(entries),
-        num_unanswered=sum("scores" not in entry for entry in entries),
+        num_unanswered=sum("error" in entry for entry in entries),
         num_images=len(images) - len(unreadable),
         unreadable=unreadable,
         unknown=tuple(unknown),
@@ -179,7 +199,10 @@ def _thumbnail(image: ImageRef, side: int) -> tuple[bytes, tuple[int, int]]:
 
 
 def _entries(
-    questions: Sequence[Question], rows: Iterable[Mapping[str, Any]], image_index: Mapping[str, int]
+    questions: Sequence[Question],
+    rows: Iterable[Mapping[str, Any]],
+    image_index: Mapping[str, int],
+    marking: Marking,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """What the page says of each question, and the ids that are answered but not among the questions."""
     first: dict[str, Mapping[str, Any]] = {}
@@ -196,7 +219,7 @@ def _entries(
             "id": key,  # as text: a number above 2**53 would not survive JavaScript
             "image": image_index[question.image_id],
             "question": question.question,
-            **_answered(question, first.get(key)),
+            **marking.mark(question, first.get(key)),
         }
         if times[key] > 1:
             entry["times"] = times[key]

@@ -56,6 +56,41 @@ class Prompt:
     image_sizes: tuple[tuple[int, int], ...]
 
 
+class Prefixes:
+    """Keys and values of prefixes that have been read, for the questions that still ask for them.
+
+    Args:
+        most: how many are kept at once; the one that was used the longest time ago makes room.
+    """
+
+    def __init__(self, most: int = 1):
+        self.most = most
+        # with the prompts, lest the ids of their arrays be given to others
+        self._kept: dict[Hashable, tuple[Prompt, DynamicCache]] = {}
+
+    def get(self, key: Hashable) -> DynamicCache | None:
+        """What is kept under a key."""
+        if key not in self._kept:
+            return None
+        self._kept[key] = self._kept.pop(key)  # the youngest now
+        return self._kept[key][1]
+
+    def make_room(self) -> None:
+        """Free what a further prefix takes the place of, before it is read."""
+        while len(self._kept) >= self.most:
+            del self._kept[next(iter(self._kept))]
+
+    def put(self, key: Hashable, prompt: Prompt, cache: DynamicCache) -> None:
+        """Keep a prefix."""
+        self._kept[key] = prompt, cache
+
+    def release(self, tiles: np.ndarray) -> None:
+        """Free the prefixes that show these tiles."""
+        for key, (prompt, _) in list(self._kept.items()):
+            if any(shown is tiles for shown in prompt.tiles):
+                del self._kept[key]
+
+
 class GreedyAnswerer:
     """Answers prompts, greedy whatever the checkpoint's own sampling settings say.
 
@@ -65,6 +100,7 @@ class GreedyAnswerer:
         max_new_tokens: length at which an answer is cut.
         batch_invariant: answer the rows one by one, so that no sum depends on what stands beside a row.
         forward: what to call instead of `model`: its sharded form, whose ranks must all answer the same prompts.
+        prefixes: where several answerers of one model keep what they have read. Default: the last prefix alone.
 
     Source: the search is that of `transformers.generation.GenerationMixin.generate` with `do_sample=False`.
     """
@@ -77,6 +113,7 @@ class GreedyAnswerer:
         max_new_tokens: int = 64,
         batch_invariant: bool = False,
         forward: torch.nn.Module | None = None,
+        prefixes: Prefixes | None = None,
     ):
         vocabulary = processor.tokenizer.get_vocab()
         self.model = model
@@ -91,7 +128,7 @@ class GreedyAnswerer:
         self._stop = torch.tensor(self.stop_ids, device=model.device)
         # a GPU is asked now and then: each question makes the host wait
         self._steps_between_syncs = STEPS_BETWEEN_SYNCS if model.device.type != "cpu" else 1
-        self._last_prefix: tuple[Hashable, Prompt, DynamicCache] | None = None
+        self._prefixes = prefixes or Prefixes()
         text = model.config.get_text_config()
         self._reads_packed = (
             isinstance(model, LlavaLlama31ForConditionalGeneration)
@@ -165,9 +202,10 @@ class GreedyAnswerer:
 
     def _prefix(self, key: Hashable, prompt: Prompt) -> DynamicCache:
         """Keys and values of the prefix; the last one is kept, for the questions of an image that fills a batch."""
-        if self._last_prefix is not None and self._last_prefix[0] == key:
-            return self._last_prefix[2]
-        self._last_prefix = None
+        kept = self._prefixes.get(key)
+        if kept is not None:
+            return kept
+        self._prefixes.make_room()
         device = self.model.device
         images: dict[str, Any] = {}
         if prompt.tiles:
@@ -186,7 +224,7 @@ class GreedyAnswerer:
         else:
             images |= {"use_cache": True, "logits_to_keep": 1}
         self._forward(input_ids=to_device(ids, device), past_key_values=cache, **images)
-        self._last_prefix = key, prompt, cache  # with the prompt, lest its arrays' ids be given to others
+        self._prefixes.put(key, prompt, cache)
         return cache
 
     @torch.no_grad()

@@ -20,6 +20,8 @@ from llava_llama31.trainer.evaluation.presets import Preset
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.scoring import score_answers
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
+from llava_llama31.trainer.evaluation.task_files import Task
+from llava_llama31.trainer.evaluation.task_scoring import answered, mean_value, protocol_for, score_task
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOL
 
 
@@ -33,8 +35,11 @@ class TrainingQuestions:
     """What is asked, and how.
 
     Args:
-        questions: the first ones of the evaluation.
+        questions: the first ones of an evaluation.
         folder: gets one file of answers per evaluation, step-N.jsonl.
+        name: what metrics are called after, in characters of a key; empty for the first evaluation, whose metrics are
+            `accuracy` and `unanswered`.
+        task: how answers are scored; None for TextVQA's protocol.
     """
 
     questions: Sequence[Question]
@@ -42,6 +47,8 @@ class TrainingQuestions:
     max_new_tokens: int
     batch_size: int | None
     folder: Path
+    name: str = ""
+    task: Task | None = None
 
     def ask(
         self,
@@ -52,10 +59,10 @@ class TrainingQuestions:
         sharded: torch.nn.Module | None = None,
         autocast: AbstractContextManager[Any] | None = None,
         beat: Callable[[], None] = lambda: None,
-    ) -> tuple[float, int]:
-        """Accuracy and number of unanswered questions now; every process calls this and gets the same.
+    ) -> dict[str, float]:
+        """Metrics now: mean score in [0, 1], number of unanswered questions, a task's headline.
 
-        Training is left as it was: modes, random states, order of the data.
+        Every process calls this and gets the same. Training is left as it was: modes, random states, order of data.
 
         Args:
             model: the model without wrappers.
@@ -91,6 +98,22 @@ class TrainingQuestions:
         if failed:
             first = f"question {failed[0]['question_id']}: {failed[0]['error']}"
             logger.warning("step %d: %d of %d questions unanswered; %s", step, len(failed), len(rows), first)
-        if len(failed) == len(rows):  # no reason to end a training of days
-            return 0.0, len(failed)
-        return score_answers(self.questions, rows).protocols_failed_as_zero[PROTOCOL].accuracy, len(failed)
+        return self._metrics(rows, len(failed))
+
+    def _metrics(self, rows: Sequence[dict[str, Any]], num_failed: int) -> dict[str, float]:
+        prefix = f"{self.name}_" if self.name else ""
+        unanswered = {f"{prefix}unanswered": num_failed}
+        if num_failed == len(rows):  # no reason to end a training of days
+            return {f"{prefix}accuracy": 0.0, **unanswered}
+        if self.task is None:
+            accuracy = score_answers(self.questions, rows).protocols_failed_as_zero[PROTOCOL].accuracy
+            return {f"{prefix}accuracy": accuracy, **unanswered}
+        preset = self.preset.name
+        protocol = protocol_for(self.task, "", preset if preset in self.task.protocols else None)
+        found = answered(self.task, self.questions, rows)
+        scores = score_task(self.task, found, protocol, intervals=False).protocols[protocol]
+        metrics: dict[str, float] = {f"{prefix}accuracy": mean_value(self.task, found, protocol), **unanswered}
+        # by its own name only where it says something else
+        if self.task.protocols[protocol].summary != "mean":
+            metrics[f"{prefix}{scores.headline}"] = scores.unanswered_as_wrong[scores.headline]
+        return metrics

@@ -65,8 +65,8 @@ class PredictionsFile:
         self.num_answered = sum(len(batch) for batch in batches if batch[0] in rows)
         # every other process reads before the first one appends
         self._wait()
-        left = [batch for batch in batches if batch[0] not in rows]
-        self.left = left[self._rank :: processes.num_processes] if processes else left
+        self.left = [batch for batch in batches if batch[0] not in rows]
+        """Batches that no process has answered; the processes share them."""
         path = self.path.with_name(f"predictions.{self._rank}.jsonl") if self._rank else self.path
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 

@@ -2,7 +2,8 @@
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ Row = tuple[str, dict[str, Any]]
 # a cell may hold an image in base64; the module's own limit of 128 KiB is too small for that
 LARGEST_CELL = 1 << 28
 PICKLES = (".pkl", ".pickle")
-# keys under which a JSON file holds its rows: the official files; lmms-eval's logs before 0.2.4; LLaVA's ScienceQA
-_ROWS_UNDER = (("data",), ("logs",), ("correct", "incorrect"))
+# keys under which a JSON file holds its rows: the official files; lmms-eval's logs before 0.2.4; LLaVA's ScienceQA;
+# VQA's questions
+_ROWS_UNDER = (("data",), ("logs",), ("correct", "incorrect"), ("questions",))
+# what XML, and so a cell of an Excel table, cannot hold
+_NOT_IN_CELLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def json_lines(path: Path) -> Iterator[Row]:
@@ -124,11 +128,7 @@ def xlsx_rows(path: Path) -> Iterator[Row]:
     Raises:
         UserError: openpyxl is not installed, the file cannot be read, or it has several sheets.
     """
-    try:
-        import openpyxl
-    except ModuleNotFoundError as error:
-        fix = "pip install 'llava-llama31[xlsx]', or pip install openpyxl"
-        raise UserError("openpyxl is needed to read .xlsx files", where=str(path), fix=fix) from error
+    openpyxl = _openpyxl(path)
     from zipfile import BadZipFile
 
     try:
@@ -148,6 +148,35 @@ def xlsx_rows(path: Path) -> Iterator[Row]:
                 yield f"{path}, row {number}", _named(header, list(cells), f"{path}, row {number}")
     finally:
         book.close()
+
+
+def _openpyxl(path: Path) -> Any:
+    try:
+        import openpyxl
+    except ModuleNotFoundError as error:
+        fix = "pip install 'llava-llama31[xlsx]', or pip install openpyxl"
+        raise UserError("openpyxl is needed for .xlsx files", where=str(path), fix=fix) from error
+    return openpyxl
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as an Excel table of one sheet; its columns are all names that a row has, in order of appearance.
+
+    Raises:
+        UserError: openpyxl is not installed.
+    """
+    book = _openpyxl(path).Workbook(write_only=True)
+    sheet = book.create_sheet("Sheet1")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    sheet.append(names)
+    for row in rows:
+        sheet.append([_cell(row.get(name)) for name in names])
+    book.save(path)
+
+
+def _cell(value: Any) -> Any:
+    """A value without the control characters that a cell cannot hold."""
+    return _NOT_IN_CELLS.sub("", value) if isinstance(value, str) else value
 
 
 def parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:

@@ -58,6 +58,8 @@ def read_task_answers(
         raise UserError(what, where=str(path), fix="pass the .xlsx without _result in its name")
     if questions is not None and holds_questions(task, list(any_rows(Path(questions)))):
         annotations, questions = annotations or questions, None
+    elif questions is not None and annotations is None and task.submission is not None:
+        annotations, questions = questions, None  # those of a split whose answers are not public
     annotations = annotations or task.data
     annotated = load_task_questions(
         task, annotations if annotations is not None else _held(task, file), with_images=False
@@ -82,7 +84,7 @@ def _held(task: Task, file: AnswerRows) -> Sequence[Row]:
     rows = file.source
     if file.layout == SAMPLES:
         rows = [(where, doc) for where, row in rows if isinstance(doc := row.get("doc"), dict)]
-    if len(rows) < len(file.source) or not holds_questions(task, rows):
+    if len(rows) < len(file.source) or not holds_questions(task, rows, annotated=task.submission is None):
         what = f"the rows hold no annotated answers of {task.name}"
         raise UserError(what, where=str(file.path), fix="pass the task's annotations with --annotations")
     return rows

@@ -1,21 +1,25 @@
 """Ask a model the questions of a task, and score the answers by the task's protocols."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import LlavaNextForConditionalGeneration
 
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.answering import Answers, ToAsk, answer_together
 from llava_llama31.trainer.evaluation.judging import judge_of
 from llava_llama31.trainer.evaluation.presets import Preset
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
+from llava_llama31.trainer.evaluation.submissions import submission_file, write_submission
 from llava_llama31.trainer.evaluation.task_files import Task
-from llava_llama31.trainer.evaluation.task_questions import load_task_questions
+from llava_llama31.trainer.evaluation.task_questions import is_scored, load_task_questions
 from llava_llama31.trainer.evaluation.task_scoring import TaskReport, answered, protocol_for, score_task
-from llava_llama31.trainer.evaluation.textvqa import Evaluation, answer_questions
+from llava_llama31.trainer.evaluation.textvqa import Evaluation
 
 
 def questions_to_ask(
@@ -57,6 +61,78 @@ def preset_of(task: Task, name: str) -> Preset:
     return Preset(name, task.prompts[name], capitalize=name in task.capitalized)
 
 
+@dataclass(frozen=True)
+class TaskToAsk:
+    """A task, and its questions with where their answers go."""
+
+    task: Task
+    to_ask: ToAsk
+
+
+@dataclass(frozen=True)
+class TaskEvaluation(Evaluation[TaskReport]):
+    """A finished evaluation of a task, and the file for its server where the answers are not public."""
+
+    submission: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report's numbers, then files, seconds and settings."""
+        return super().to_json() | ({"submission": str(self.submission)} if self.submission else {})
+
+
+def evaluate_tasks(
+    model: LlavaNextForConditionalGeneration,
+    processor: LlavaLlama31Processor,
+    asked: Sequence[TaskToAsk],
+    *,
+    processes: PartialState | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[TaskEvaluation]:
+    """Answer the questions of tasks by greedy generation, with one reading of each image, and score the answers.
+
+    Args:
+        model: LlavaNext, unwrapped.
+        processor: the model's.
+        asked: with the questions of `questions_to_ask`, and settings with the task's preset.
+        processes: those that evaluate together, each with the whole model.
+        on_progress: called with (questions done, all questions).
+
+    Raises:
+        UserError: as `answer_together`, or not one question of a task could be answered.
+    """
+    found = answer_together(
+        model, processor, [part.to_ask for part in asked], processes=processes, on_progress=on_progress
+    )
+    writes = processes is None or processes.is_main_process
+    return [score_found(part, answers, writes=writes) for part, answers in zip(asked, found, strict=True)]
+
+
+def score_found(asked: TaskToAsk, found: Answers, *, writes: bool) -> TaskEvaluation:
+    """Score the answers of a task.
+
+    The headline's protocol is the preset's if the task has one of that name, else the task's.
+
+    Args:
+        writes: also write scores.json beside the answers, and the submission where the task's answers are not public.
+
+    Raises:
+        UserError: not one question could be answered.
+    """
+    task, questions = asked.task, asked.to_ask.questions
+    name = asked.to_ask.settings.preset.name
+    protocol = protocol_for(task, "", name if name in task.protocols else None)
+    answers = answered(task, questions, found.rows)
+    submission = None if is_scored(task, questions) else submission_file(task, found.path.parent)
+    evaluation = TaskEvaluation(
+        score_task(task, answers, protocol), found.path, found.seconds, found.settings, submission
+    )
+    if writes:
+        if submission is not None:
+            write_submission(task, questions, answers.answers, submission)
+        found.write_scores(evaluation.to_json())
+    return evaluation
+
+
 def evaluate_task(
     task: Task,
     model: LlavaNextForConditionalGeneration,
@@ -64,34 +140,6 @@ def evaluate_task(
     questions: Sequence[Question],
     output: str | Path,
     settings: EvaluationSettings,
-    *,
-    processes: PartialState | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Evaluation[TaskReport]:
-    """Answer a task's questions by greedy generation and score the answers.
-
-    The headline's protocol is the preset's if the task has one of that name, else the task's.
-
-    Args:
-        task: says how answers are scored.
-        model: LlavaNext, unwrapped.
-        processor: the model's.
-        questions: those of `questions_to_ask`.
-        output: folder for predictions.jsonl, settings.json and scores.json.
-        settings: with the task's preset.
-        processes: those that evaluate together, each with the whole model.
-        on_progress: called with (questions done, all questions).
-
-    Raises:
-        UserError: as `answer_questions`, or not one question could be answered.
-    """
-    found = answer_questions(
-        model, processor, questions, output, settings, processes=processes, on_progress=on_progress
-    )
-    name = settings.preset.name
-    protocol = protocol_for(task, "", name if name in task.protocols else None)
-    report = score_task(task, answered(task, questions, found.rows), protocol)
-    evaluation = Evaluation(report, found.path, found.seconds, found.settings)
-    if processes is None or processes.is_main_process:
-        found.write_scores(evaluation.to_json())
-    return evaluation
+) -> TaskEvaluation:
+    """`evaluate_tasks` for one task."""
+    return evaluate_tasks(model, processor, [TaskToAsk(task, ToAsk(questions, output, settings))])[0]

@@ -65,13 +65,16 @@ class Layout(_Frozen):
     id: str | None = None
     """Default: the image's key and a running number."""
     question: str = "question"
+    first_line: bool = False
+    """The field's first line alone is the question; LLaVA's files have a prompt below it."""
     image: str | None = None
     """A path, bytes or base64."""
     image_key: str | None = None
     """What answers call the image, where `image` is no path; a path itself where a row has no `image`."""
     all_with_image: bool = False
     """Every question has an image, also where the file leaves it out."""
-    answer: str = "answer"
+    answer: str | None = "answer"
+    """None: the file has none, and the answers go to a server."""
     answer_is: AnswerKind = "text"
     options: Literal["columns", "inline"] | str | list[str] | None = None
     """`columns` A, B, ...; `inline`, in the question's text; one field with a list; or one field an option."""
@@ -143,6 +146,25 @@ class Reproduced(_Frozen):
     published: str
 
 
+class Submission(_Frozen):
+    """The file that a benchmark's server or grader takes, for questions that are not scored here.
+
+    An entry's value is a text with names in braces, or one name alone, whose type it then has: {question_id}, {number}
+    (the same as a number), {image}, {question}, {A} and further options, {answer} and {letter} (the option that the
+    answer chooses).
+    """
+
+    source: str
+    server: str
+    file: Literal["list", "lines", "object", "table"]
+    """JSON list of objects; JSON lines; JSON object, of entries `key` and `value`; or Excel table."""
+    fields: dict[str, str] = Field(min_length=1)
+    normalize: str | None = None
+    """The VQA rule in whose normal form answers are sent."""
+    rule: str = "letter-or-text"
+    """How {letter} is found."""
+
+
 class Task(_Frozen):
     """A benchmark, or a set of one's own questions."""
 
@@ -153,11 +175,14 @@ class Task(_Frozen):
     sources: list[str] = []
     labels: str | None = None
     """The revision whose labels are meant."""
-    protocol: str
+    protocol: str = ""
     """The protocol of the headline where the answer file's layout does not choose one."""
-    protocols: dict[str, ProtocolOf] = Field(min_length=1)
+    protocols: dict[str, ProtocolOf] = {}
+    """None: a language model grades the answers; they are written for it as `submission` says."""
     layouts: list[Layout] = Field(min_length=1)
     units: Units | None = None
+    unit: str = "%"
+    """Of the headline, for reports."""
     only_with_image: bool = False
     """Questions without an image are left out."""
     prompts: dict[str, str] = {}
@@ -165,6 +190,7 @@ class Task(_Frozen):
     capitalized: list[str] = []
     """Presets that make the question's first letter upper case and all others lower."""
     max_new_tokens: int = 64
+    submission: Submission | None = None
     reproduced: list[Reproduced] = []
     not_reproduced: str | None = None
 
@@ -175,7 +201,9 @@ class Task(_Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Task":
-        named = {self.protocol, *(figure.protocol for figure in self.reproduced)}
+        if not self.protocols and (self.submission is None or self.protocol):
+            raise ValueError("no protocols (fix: give one, or a submission for those who grade the answers)")
+        named = {*([self.protocol] if self.protocols else []), *(figure.protocol for figure in self.reproduced)}
         unknown = sorted(named - self.protocols.keys())
         if unknown:
             raise ValueError(f"no protocol is named {unknown[0]!r}; there are {', '.join(self.protocols)}")
@@ -218,8 +246,10 @@ def load_task(name: str | Path) -> Task:
     return task.model_copy(update={"folder": str(folder), "data": data})
 
 
-def table_task(path: Path) -> Task:
+def table_task(path: Path, *, with_images: bool = True) -> Task:
     """The task that a file of one's own questions is: rows of image, question, answer and metric.
+
+    Without images the rows have none, and a column of that name is refused.
 
     Optional columns: id; options A, B, ...; group. An answer is a text, a list of texts, a letter, yes or no, or a
     JSON object, as the row's metric compares it.
@@ -228,16 +258,18 @@ def table_task(path: Path) -> Task:
         UserError: the file cannot be read, or has no rows with these columns.
     """
     _, first = next(any_rows(path), ("", {}))
-    lacking = [name for name in ("image", "question", "answer", "metric") if name not in first]
+    if "image" in first and not with_images:
+        fix = "remove the column, or ask these questions as the evaluation"
+        raise UserError("text-only questions have no image", where=str(path), fix=fix)
+    needed = ("image", "question", "answer", "metric")[not with_images :]
+    lacking = [name for name in needed if name not in first]
     if lacking:
         what = f"no {', '.join(lacking)}: the rows have {', '.join(map(str, first)) or 'nothing'}"
-        raise UserError(
-            what, where=str(path), fix=f"give each row image, question, answer, metric ({', '.join(PER_QUESTION)})"
-        )
+        raise UserError(what, where=str(path), fix=f"give each row {', '.join(needed)} ({', '.join(PER_QUESTION)})")
     layout = Layout(
         name="rows",
         id="id" if "id" in first else None,
-        image="image",
+        image="image" if with_images else None,
         answer_is="texts",
         options="columns" if "A" in first else None,
         groups=["metric", *(["group"] if "group" in first else [])],

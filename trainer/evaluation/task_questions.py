@@ -25,7 +25,7 @@ from llava_llama31.trainer.evaluation.row_files import Row, any_rows
 from llava_llama31.trainer.evaluation.task_files import PER_QUESTION, Layout, Task
 
 
-_PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+_PLACEHOLDER = re.compile(r"\{([^{}:]+)(?::0(\d+))?\}")
 # VLMEvalKit counts the turns of a circular question in millions
 _TURNS = 10**6
 
@@ -69,6 +69,7 @@ def load_task_questions(
         questions.append(question)
     if not questions:
         raise UserError("no questions", where=str(path), fix="name a file with at least one question")
+    _all_or_none_annotated(questions, str(path))
     wrong = without_right_option(questions)
     if 2 * len(wrong) > len(questions):
         what = f"{layout.answer} is {wrong[0].answers[0]!r:.80}, and {len(wrong)} of {len(questions)} are no letter"
@@ -78,12 +79,31 @@ def load_task_questions(
 
 def without_right_option(questions: Sequence[Question]) -> list[Question]:
     """Questions whose annotated answer is not the letter of one of their options, so that no answer is right."""
-    return [q for q in questions if q.options and q.answers[0] not in dict(q.options)]
+    return [q for q in questions if q.options and q.answers and q.answers[0] not in dict(q.options)]
 
 
-def holds_questions(task: Task, rows: Sequence[Row]) -> bool:
-    """Whether rows of an answer file hold the questions with their answers, as VLMEvalKit's do."""
-    return bool(rows) and any(_fits(layout, rows[0][1]) for layout in task.layouts if layout.files is None)
+def is_scored(task: Task, questions: Sequence[Question]) -> bool:
+    """Whether answers to these questions can be scored: the task has protocols, and the right answers are known."""
+    return bool(task.protocols) and any(question.answers for question in questions)
+
+
+def _all_or_none_annotated(questions: Sequence[Question], where: str) -> None:
+    without = [question.question_id for question in questions if not question.answers]
+    if without and len(without) < len(questions):
+        what = f"{len(without)} of {len(questions)} questions have no annotated answer, the first {without[0]}"
+        raise UserError(what, where=where, fix="give all of them one, or none")
+
+
+def holds_questions(task: Task, rows: Sequence[Row], *, annotated: bool = True) -> bool:
+    """Whether rows of an answer file hold the questions, as VLMEvalKit's do.
+
+    Args:
+        annotated: with their annotated answers.
+    """
+    layouts = [layout for layout in task.layouts if layout.files is None and (layout.answer or not annotated)]
+    if not annotated:
+        layouts = [layout.model_copy(update={"answer": None}) for layout in layouts]
+    return bool(rows) and any(_fits(layout, rows[0][1]) for layout in layouts)
 
 
 def _rows_of(task: Task, source: str | Path | Sequence[Row], with_images: bool) -> tuple[Layout, Iterable[Row]]:
@@ -106,6 +126,11 @@ def _layout_of(task: Task, rows: Sequence[Row], where: str) -> Layout:
     for layout in task.layouts:
         if layout.files is None and _fits(layout, first):
             return layout
+    for layout in task.layouts if task.submission is not None else ():
+        # of a split whose answers are not public
+        unannotated = layout.model_copy(update={"answer": None})
+        if layout.files is None and _fits(unannotated, first):
+            return unannotated
     needed = "; ".join(f"{layout.name} has {', '.join(sorted(_names(layout)))}" for layout in task.layouts)
     what = f"these are no questions of {task.name}: the rows have {', '.join(map(str, first)) or 'nothing'}; {needed}"
     raise UserError(what, where=where, fix="pass the task's annotations")
@@ -121,7 +146,7 @@ def _names(layout: Layout) -> set[str]:
     if layout.options in ("columns", "inline"):
         options = [LETTERS[0]] if layout.options == "columns" else []
     specs = [layout.id, layout.question, layout.answer, *options]
-    return {name for spec in specs if spec for name in (_PLACEHOLDER.findall(spec) or [spec])}
+    return {name for spec in specs if spec for name in ([found[0] for found in _PLACEHOLDER.findall(spec)] or [spec])}
 
 
 def _named_rows(source: Path, layout: Layout) -> list[Row]:
@@ -161,6 +186,8 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{layout.question} is {text!r:.80}", where=where, fix="give each question a text")
     text = text.replace("<image>", "").strip()
+    if layout.first_line:
+        text = text.partition("\n")[0].strip()
     image_id = _image_id(layout, row)
     if layout.id is None:
         numbers[image_id] += 1
@@ -170,7 +197,7 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
         if not image_id and (layout.all_with_image or not (layout.image or layout.image_key)):
             image_id = str(question_id)
     options = _options(layout, row, text)
-    answers = _answers(layout, row, where)
+    answers = _answers(task, layout, row, where)
     context = _field(row, layout.context) if layout.context else None
     metric = _field(row, layout.metric) if layout.metric else None
     if layout.metric and metric not in PER_QUESTION:
@@ -191,9 +218,9 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
 
 
 def _field(row: Mapping[str, Any], spec: str) -> Any:
-    """What a field, a way into the row, or a text with fields in braces says."""
+    """What a field, a way into the row, or a text with fields in braces says; `{name:012}` pads a number."""
     if _PLACEHOLDER.search(spec):
-        return _PLACEHOLDER.sub(lambda found: str(_field(row, found[1])), spec)
+        return _PLACEHOLDER.sub(lambda found: str(_field(row, found[1])).zfill(int(found[2] or 0)), spec)
     if spec in row:
         return row[spec]
     value: Any = row
@@ -243,8 +270,12 @@ def _options(layout: Layout, row: Mapping[str, Any], question: str) -> tuple[tup
     return tuple(zip(LETTERS, texts, strict=False))
 
 
-def _answers(layout: Layout, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+def _answers(task: Task, layout: Layout, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    if layout.answer is None:
+        return ()
     value = _field(row, layout.answer)
+    if task.submission is not None and value in (None, "", [], "?"):  # MMMU's sign for an answer that is not public
+        return ()
     if layout.answer_is == "json" or (layout.metric and isinstance(value, dict)):
         return (value if isinstance(value, str) else json.dumps(value),)
     answers = [] if value is None else _listed(value) if layout.answer_is == "texts" else [value]

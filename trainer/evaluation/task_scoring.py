@@ -58,7 +58,7 @@ class TaskReport:
         task: its name.
         protocol: the one of the headline.
         num_questions: annotated questions of the task, answered or not.
-        protocols: every protocol's scores.
+        protocols: every protocol's scores; none where the annotated answers are not public.
         failed: question_id -> why there is no answer.
         missing: ids of questions that the answers leave out.
         unknown: ids that are answered but not annotated.
@@ -92,7 +92,7 @@ class TaskReport:
             "unknown": len(self.unknown),
             "left_out": self.num_left_out,
             "cut": len(self.cut),
-            **self.protocols[self.protocol].to_json(),
+            **(self.protocols[self.protocol].to_json() if self.protocols else {"metrics": {}, "headline": None}),
             "protocols": {name: scores.to_json() for name, scores in self.protocols.items()},
             "missing_ids": list(self.missing),
             "failed_ids": {str(question_id): reason for question_id, reason in self.failed.items()},
@@ -209,19 +209,24 @@ def answered(task: Task, questions: Sequence[Question], rows: Iterable[Mapping[s
     return Answered(counted, answers, normalized, failed, missing, tuple(unknown), num_left_out, tuple(cut))
 
 
-def score_task(task: Task, found: Answered, protocol: str) -> TaskReport:
-    """Score the answers of a task under each of its protocols.
+def score_task(task: Task, found: Answered, protocol: str, *, intervals: bool = True) -> TaskReport:
+    """Score the answers of a task under each of its protocols; under none where its answers are not public.
 
     Args:
         task: names the protocols.
         found: the answers.
         protocol: the one of the headline.
+        intervals: False saves the time of resampling; the ends are then the value.
     """
     return TaskReport(
         task=task.name,
         protocol=protocol,
         num_questions=len(found.questions),
-        protocols={name: _scores(task, rules, found) for name, rules in task.protocols.items()},
+        protocols={
+            name: _scores(task, rules, found, intervals)
+            for name, rules in task.protocols.items()
+            if any(question.answers for question in found.questions)
+        },
         failed=found.failed,
         missing=found.missing,
         unknown=found.unknown,
@@ -279,7 +284,13 @@ def protocol_for(task: Task, layout: str, wanted: str | None) -> str:
     return wanted or (theirs[0] if theirs else task.protocol)
 
 
-def _scores(task: Task, protocol: ProtocolOf, found: Answered) -> ProtocolScores:
+def mean_value(task: Task, found: Answered, protocol: str) -> float:
+    """Mean over all questions of what an answer is worth, in [0, 1]; one without an answer is wrong."""
+    judgements = _judgements(task, task.protocols[protocol], found.questions, found)
+    return math.fsum(judgement.value for judgement in judgements) / len(judgements)
+
+
+def _scores(task: Task, protocol: ProtocolOf, found: Answered, intervals: bool) -> ProtocolScores:
     questions = [question for question in found.questions if str(question.question_id) in found.answers]
     groups = _groups(found.questions)
     sums = sums_of(questions, _judgements(task, protocol, questions, found), protocol)
@@ -289,7 +300,8 @@ def _scores(task: Task, protocol: ProtocolOf, found: Answered) -> ProtocolScores
     if len(questions) < len(found.questions):
         judgements = _judgements(task, protocol, found.questions, found)
         as_wrong = metrics_of(_total(sums_of(found.questions, judgements, protocol).values()), protocol, groups)
-    low, high = _middle(_resampled(sums, protocol, groups))
+    value = metrics[protocol.headline]
+    low, high = _middle(_resampled(sums, protocol, groups)) if intervals else (value, value)
     by_group = {group: scores for group in groups if (scores := group_metrics(total, protocol, group))}
     return ProtocolScores(metrics, protocol.headline, low, high, as_wrong, by_group)
 

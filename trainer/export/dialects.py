@@ -7,7 +7,7 @@ too; its weights have the names of llava-hf's own repositories, which every engi
 |---|---|---|---|
 | language model | `model.language_model.`, `lm_head.` | `language_model.model.`, `language_model.lm_head.` | SGLang |
 | rest | `model.NAME` | `NAME` | SGLang |
-| CLIP tower | no level `vision_model` | with it | Transformers before 5.6, vLLM's own class |
+| CLIP or SigLIP tower | no level `vision_model` | with it | Transformers before 5.6, vLLM's own class |
 | DINOv2's attention | `q_proj`, `o_proj` | `attention.query`, `output.dense` | Transformers before 5.17 |
 | rotary embedding | `rope_parameters` | `rope_theta`, `rope_scaling` | Transformers 4 |
 | type | `dtype` | `torch_dtype` | Transformers 4 |
@@ -25,7 +25,7 @@ from llava_llama31.trainer.checkpoint.atomic_folders import read_json, write_jso
 
 PORTABLE, NATIVE = "portable", "native"
 DIALECTS = (PORTABLE, NATIVE)
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 # beginnings of names
 _PARTS = {
     "model.language_model.": "language_model.model.",
@@ -35,7 +35,8 @@ _PARTS = {
     "model.image_newline": "image_newline",
 }
 _TOWER = "model.vision_tower."
-_CLIP_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
+_LEVEL_TOWERS = ("clip_vision_model", "siglip_vision_model")
+_LEVEL_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.", "head.")
 _DINOV2_NAME = re.compile(r"(?<=\.attention\.)([qkvo])_proj(?=\.)")
 _DINOV2_OLDER = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "output.dense"}
 _DINOV2_NEWER = {old: f"{new}_proj" for new, old in _DINOV2_OLDER.items()}
@@ -62,7 +63,7 @@ def portable_name(name: str, tower: str) -> str:
         tower: `model_type` of the vision tower.
     """
     part = name.removeprefix(_TOWER)
-    if part != name and tower == "clip_vision_model" and part.startswith(_CLIP_PARTS):
+    if part != name and tower in _LEVEL_TOWERS and part.startswith(_LEVEL_PARTS):
         name = f"{_TOWER}vision_model.{part}"
     elif part != name and tower == "dinov2":
         name = _TOWER + _DINOV2_NAME.sub(lambda match: _DINOV2_OLDER[match[1]], part)
@@ -79,7 +80,7 @@ def native_name(name: str, tower: str) -> str:
             name = native + name.removeprefix(portable)
             break
     part = name.removeprefix(_TOWER)
-    if part != name and tower == "clip_vision_model":
+    if part != name and tower in _LEVEL_TOWERS:
         return _TOWER + part.removeprefix("vision_model.")
     if part != name and tower == "dinov2":
         return _TOWER + _DINOV2_OLDER_NAME.sub(lambda match: _DINOV2_NEWER[match[1]], part)
@@ -96,10 +97,10 @@ def _rename_weights(folder: Path, renamed: Callable[[str], str]) -> None:
         staging = file.with_suffix(".renamed")
         save_file({renamed(name): tensor for name, tensor in tensors.items()}, staging, metadata={"format": "pt"})
         staging.replace(file)
-    if (folder / _INDEX).is_file():
-        index = read_json(folder / _INDEX)
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
         index["weight_map"] = {renamed(name): file for name, file in index["weight_map"].items()}
-        write_json(folder / _INDEX, index)
+        write_json(folder / INDEX, index)
 
 
 def _older_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from llava_llama31.model_card.card import CardError, licence_files, public, render_card
 from llava_llama31.model_card.curves import draw_curve
 from llava_llama31.model_card.sections import edited_sections
-from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.processing import CHAT_TEMPLATE, LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.engines.reference import REFERENCE, record_reference
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.export.dialects import PORTABLE, to_portable
+from llava_llama31.trainer.export.templates import is_own_template
 from llava_llama31.trainer.model.opening import open_model
 
 
@@ -52,6 +53,8 @@ def write_export(
     with atomic_folders.room(folder.parent, weights + min(weights, MAX_SHARD)):  # one shard is there twice for a while
         staging = atomic_folders.staging_folder(folder)
         model.save_pretrained(staging, max_shard_size=MAX_SHARD)
+        if is_own_template(processor.chat_template):  # a former version's refuses less
+            processor.chat_template = CHAT_TEMPLATE
         processor.save_pretrained(staging)
         if dialect == PORTABLE:
             to_portable(staging)
@@ -74,7 +77,7 @@ def export_again(run: RunFolder, output: Path | None = None, dialect: str = PORT
     Raises:
         UserError: the run is not finished.
     """
-    record = _record_of(run)
+    record = record_of_run(run)
     names = [stage["name"] for stage in record["stages"]]
     default = run.export if dialect == PORTABLE else run.export.with_name(f"{run.export.name}-{dialect}")
     folder = (output or default).resolve()
@@ -94,7 +97,7 @@ def write_openings(run: RunFolder, folder: Path, opened: Sequence[Mapping[str, A
         opened: of each, what `Opened` has.
     """
     card = folder / "README.md"
-    text = card_text({**_record_of(run), "opened": list(opened)}, card.read_text(encoding="utf-8"))
+    text = card_text({**record_of_run(run), "opened": list(opened)}, card.read_text(encoding="utf-8"))
     card.write_text(text, encoding="utf-8")
     manifest = atomic_folders.read_manifest(folder)
     facts = {"name": card.name, "size": card.stat().st_size, "sha256": atomic_folders.sha256(card)}
@@ -103,7 +106,12 @@ def write_openings(run: RunFolder, folder: Path, opened: Sequence[Mapping[str, A
     atomic_folders.write_manifest(folder, manifest)
 
 
-def _record_of(run: RunFolder) -> dict[str, Any]:
+def record_of_run(run: RunFolder) -> dict[str, Any]:
+    """What the card of a finished run is made from.
+
+    Raises:
+        UserError: the run is not finished.
+    """
     if not run.record.is_file():
         what = "this is not a finished run"
         raise UserError(what, where=str(run.path), fix=f"train it to its end: {run.record.name} is missing")
@@ -150,6 +158,8 @@ def attachments(run: RunFolder, record: Mapping[str, Any]) -> tuple[dict[str, Im
             images[stage["curve_image"]] = draw_curve(f"stage {stage['name']}", *(stage[key] for key in CURVES))
     if "predictions" in record.get("evaluation", {}):
         texts[run.predictions.name] = public_rows(run.predictions)
+    for task in record.get("tasks", []):
+        texts[task["predictions"]["file"]] = public_rows(run.path / task["predictions"]["file"])
     return images, texts
 
 

@@ -25,11 +25,11 @@ def record_of(recipe: Recipe, command: str) -> dict[str, Any]:
         "name": recipe.name,
         "recipe": recipe.model_dump(mode="json"),
         "command": command,
-        "commit": _commit(),
+        "commit": commit(),
         "lock": _lock(),
         "licence": recipe.model.license,
         "base_models": base_models_of(recipe),
-        "environment": _environment(),
+        "environment": environment(),
     }
 
 
@@ -58,7 +58,7 @@ def _base_model(role: str, name: str, licence: str | None) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of the project if it runs from a checkout, with `-dirty` if that has changes."""
     if _checkout() is None:
         return None
@@ -94,7 +94,8 @@ def _git(*arguments: str) -> str | None:
     return run.stdout.strip()
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Hardware, Python, and versions of what computes."""
     if not uses_cpu():
         hardware = f"{torch.accelerator.device_count()} x {device_name(default_device())}"
     else:

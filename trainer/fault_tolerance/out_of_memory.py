@@ -65,7 +65,9 @@ def _advice(stage: Stage, on_device: bool) -> str:
         lower.append(f"lower micro_batch (now {stage.micro_batch})")
     if stage.packing:
         lower.append(f"lower max_row_tokens (now {stage.max_row_tokens or 'none'})")
-    if not stage.activation_checkpointing:
+    if not stage.recomputed and stage.packing and not stage.compile:
+        lower.append("set activation_checkpointing: selective, or true")
+    elif stage.recomputed != 1:
         lower.append("set activation_checkpointing: true")
     if on_device:
         if stage.optimizer == "adamw" and stage.deepspeed is None:

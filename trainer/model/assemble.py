@@ -1,6 +1,7 @@
 """Vision tower + projector + Llama -> one checkpoint with its processor: `llava-llama31 assemble`."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ def assemble(
     """Join the parts into one checkpoint folder with processor; returns the number of parameters of each part.
 
     Args:
-        vision_tower: folder of a LLaVA checkpoint (any layout), a CLIP or a DINOv2.
+        vision_tower: folder of a LLaVA checkpoint (any layout), a CLIP, a SigLIP or a DINOv2.
         language_model: folder of a Llama-family model with its tokenizer.
         output: new folder; it appears once complete.
         projector: folder of a LLaVA checkpoint, or a projector's safetensors file; default: a fresh one.
@@ -45,30 +46,14 @@ def assemble(
     Raises:
         UserError: the parts do not fit; names every wrong part, before anything is written.
     """
-    import torch
-
-    from llava_llama31.assembly import VisionChoices, collecting, plan_assembly, staged_folder, write_model_files
+    from llava_llama31.assembly import staged_folder, write_model_files
     from llava_llama31.checkpoint_parts import AssemblyError
 
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r}", fix=f"one of {', '.join(DTYPES)}")
+    choices = Choices(projector, vision, add_chat_tokens, dtype, seed)
     try:
-        tokenizer, vocabulary, problems = prepare_tokenizer(language_model, add_chat_tokens)
-        with collecting(problems):
-            plan = plan_assembly(
-                vision_tower,
-                language_model,
-                vocabulary=vocabulary,
-                projector=projector,
-                vision=vision or VisionChoices(),
-                dtype={"bfloat16": torch.bfloat16, "float32": torch.float32}.get(dtype),
-                seed=seed,
-            )
-        if problems:
-            raise AssemblyError(*problems)
+        plan, processor = _planned(vision_tower, language_model, choices)
         for note in plan.notes:
             logger.info("%s", note)
-        processor = _processor_of(plan, tokenizer)
         with staged_folder(output) as folder:
             write_model_files(plan, folder)
             processor.save_pretrained(folder)
@@ -76,6 +61,59 @@ def assemble(
         raise UserError(str(error)) from error
     logger.info("wrote %s: %.2f GB, %s", output, plan.num_bytes / 1e9, plan.dtype)
     return plan.parameter_counts()
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What `assemble` may be asked for, beside the parts."""
+
+    projector: str | Path | None = None
+    vision: "VisionChoices | None" = None
+    add_chat_tokens: bool = False
+    dtype: str = "auto"
+    seed: int = 0
+
+
+def planned_processor(
+    vision_tower: str | Path, language_model: str | Path, choices: Choices
+) -> "LlavaLlama31Processor":
+    """The processor of the checkpoint that `assemble` would write; nothing is written.
+
+    Raises:
+        UserError: the parts do not fit.
+    """
+    from llava_llama31.checkpoint_parts import AssemblyError
+
+    try:
+        return _planned(vision_tower, language_model, choices)[1]
+    except AssemblyError as error:
+        raise UserError(str(error)) from error
+
+
+def _planned(
+    vision_tower: str | Path, language_model: str | Path, choices: Choices
+) -> "tuple[AssemblyPlan, LlavaLlama31Processor]":
+    import torch
+
+    from llava_llama31.assembly import VisionChoices, collecting, plan_assembly
+    from llava_llama31.checkpoint_parts import AssemblyError
+
+    if choices.dtype not in DTYPES:
+        raise UserError(f"dtype {choices.dtype!r}", fix=f"one of {', '.join(DTYPES)}")
+    tokenizer, vocabulary, problems = prepare_tokenizer(language_model, choices.add_chat_tokens)
+    with collecting(problems):
+        plan = plan_assembly(
+            vision_tower,
+            language_model,
+            vocabulary=vocabulary,
+            projector=choices.projector,
+            vision=choices.vision or VisionChoices(),
+            dtype={"bfloat16": torch.bfloat16, "float32": torch.float32}.get(choices.dtype),
+            seed=choices.seed,
+        )
+    if problems:
+        raise AssemblyError(*problems)
+    return plan, _processor_of(plan, tokenizer)
 
 
 def _processor_of(plan: "AssemblyPlan", tokenizer: "PreTrainedTokenizerBase") -> "LlavaLlama31Processor":
@@ -89,6 +127,7 @@ def _processor_of(plan: "AssemblyPlan", tokenizer: "PreTrainedTokenizerBase") ->
         image_mean=plan.image_mean,
         image_std=plan.image_std,
         image_grid_pinpoints=config.image_grid_pinpoints,
+        has_class_token=config.vision_feature_select_strategy == "default",
     )
 
 

@@ -15,7 +15,7 @@ from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.trainer.distributed.devices import default_device, uses_cpu
 from llava_llama31.trainer.distributed.engine import uses_fsdp
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.recipes.schema import Recomputed, Stage
 
 
 LOW_BIT = "pip install 'llava-llama31[low-bit]'"
@@ -33,9 +33,8 @@ def check_device_options(stage: Stage, where: str) -> None:
     Raises:
         UserError: an option cannot run; names the stage's key and the fix.
     """
-    asked = {"optimizer": stage.optimizer != "adamw", "compile": stage.compile, "fp8": stage.fp8}
-    for key in (key for key, is_asked in asked.items() if is_asked):
-        if uses_fsdp():
+    for key, is_asked in (("optimizer", stage.optimizer == "adamw_8bit"), ("fp8", stage.fp8)):
+        if is_asked and uses_fsdp():
             raise UserError(
                 "is not supported under FSDP, where it is untested", where=f"{where}.{key}", fix=f"remove {key}"
             )
@@ -68,16 +67,24 @@ def optim_name(stage: Stage, where: str) -> str:
 
 
 def _check_compiler(where: str, otherwise: str) -> None:
-    """Compile a one-line function to find out whether anything is missing."""
     device = default_device()
     needed = "a C++ compiler" if device.type == "cpu" else "a C++ compiler and Triton"
+    if (fault := compiler_fault(device)) is not None:
+        raise UserError(fault, where=where, fix=f"install {needed}, or {otherwise}")
+
+
+def compiler_fault(device: torch.device) -> str | None:
+    """Why torch.compile can't be used for this device; compiles a one-line function to find out what is missing."""
     try:
         torch.compile(_increased)(torch.zeros(8, device=device))
-    except (RuntimeError, OSError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"torch.compile does not work here: {reason}", where=where, fix=f"install {needed}, or {otherwise}"
-        ) from error
+    except Exception as error:  # compilers and drivers raise what they like
+        return f"torch.compile does not work here: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether arithmetic on this device is compiled by itself: on CUDA devices where that works."""
+    return device.type == "cuda" and compiler_fault(device) is None
 
 
 def _increased(x: torch.Tensor) -> torch.Tensor:
@@ -106,8 +113,13 @@ def _check_fp8(where: str) -> None:
 
 @contextmanager
 def deterministic(stage: Stage) -> Iterator[None]:
-    """Context in which a stage that asks for it computes the same bits each time; an operation that can't fails."""
-    before = torch.are_deterministic_algorithms_enabled()
+    """Context in which a stage that asks for it computes the same bits each time; an operation that can't fails.
+
+    A stage in float32 computes in float32: cuDNN's convolutions, the patch embedding, use no TF32 in it.
+    """
+    before, narrows = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
+    if stage.precision == "float32":  # torch narrows no product of matrices by itself, but a GPU's convolutions
+        torch.backends.cudnn.allow_tf32 = False
     if stage.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
@@ -115,6 +127,7 @@ def deterministic(stage: Stage) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.allow_tf32 = narrows
 
 
 def use_float8(model: LlavaLlama31ForConditionalGeneration, *, emulate: bool = False) -> list[str]:
@@ -142,17 +155,18 @@ def use_float8(model: LlavaLlama31ForConditionalGeneration, *, emulate: bool = F
 
 
 def checkpoint_activations(
-    model: LlavaLlama31ForConditionalGeneration, trainable: Collection[str], every: int = 1
+    model: LlavaLlama31ForConditionalGeneration, trainable: Collection[str], every: Recomputed = 1
 ) -> None:
     """Recompute every n-th layer of the decoder, and of a trained tower, in the backward pass.
 
+    `selective` concerns the tower only, whose layers are all recomputed; the decoder's are `fuse_layers`' business.
     Layers are counted separately in each of the two. Transformers' own call on the whole model would count the
     tower's and the decoder's layers in one sequence, and checkpoint a frozen tower.
     """
-    parts = [model.model.language_model]
+    parts = [] if every == "selective" else [model.model.language_model]
     if "vision_tower" in trainable:
         parts.append(model.model.vision_tower)
     for part in parts:
-        part.activation_checkpointing_enable(every_n_layers=every)
+        part.activation_checkpointing_enable(every_n_layers=1 if every == "selective" else every)
     # undo the gradients of frozen embeddings, which only re-entrant checkpointing needs
     model.model.language_model.disable_input_require_grads()

@@ -80,21 +80,36 @@ def freeze(
     return report
 
 
+def layer_classes(model: LlavaNextForConditionalGeneration) -> list[str]:
+    """Names of the classes of a decoder layer and of a tower's layer, which FSDP shards one by one."""
+    modules = [model.model.language_model.layers, *_tower_layers(model)[:1]]
+    return list(dict.fromkeys(type(layers[0]).__name__ for layers in modules))
+
+
 def _is_adapter(name: str) -> bool:
     return any(part.startswith("lora_") for part in name.split("."))
 
 
-def _unused_tower_parameters(model: LlavaNextForConditionalGeneration) -> Iterator[nn.Parameter]:
-    tower, feature_layer = model.model.vision_tower, model.config.vision_feature_layer
+def _tower_layers(model: LlavaNextForConditionalGeneration) -> list[Any]:
+    """A known tower's list of layers, then the modules after it, which LLaVA does not read; else nothing."""
+    tower: Any = model.model.vision_tower
     vision: Any = model.config.vision_config
-    if vision.model_type == "clip_vision_model":
-        layers, last_norm = tower.encoder.layers, tower.post_layernorm
-    elif vision.model_type == "dinov2":
-        layers, last_norm = tower.encoder.layer, tower.layernorm
-    else:
+    if vision.model_type == "dinov2":
+        return [tower.encoder.layer, tower.layernorm]
+    if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        return []
+    has_head = vision.model_type == "siglip_vision_model" and tower.use_head
+    return [tower.encoder.layers, tower.post_layernorm, *([tower.head] if has_head else [])]
+
+
+def _unused_tower_parameters(model: LlavaNextForConditionalGeneration) -> Iterator[nn.Parameter]:
+    found, feature_layer = _tower_layers(model), model.config.vision_feature_layer
+    if not found:
         return
+    layers, *after = found
     chosen = [feature_layer] if isinstance(feature_layer, int) else feature_layer
     used = max(layer if layer >= 0 else len(layers) + 1 + layer for layer in chosen)
     for layer in layers[used:]:
         yield from layer.parameters()
-    yield from last_norm.parameters()
+    for module in after:
+        yield from module.parameters()

@@ -12,7 +12,7 @@ from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.distributed.devices import default_device
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.model.locating import local_checkpoint
+from llava_llama31.trainer.model.locating import hub_id, local_checkpoint
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -67,13 +67,32 @@ def _load_whole(folder: str | Path, dtype: str) -> LlavaLlama31ForConditionalGen
         loaded: Any = LlavaLlama31ForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, packable=True
         )
+    except ImportError as error:  # of compressed-tensors, for a quantised folder
+        fix = "pip install 'llava-llama31[quantize]'"
+        raise UserError(f"is quantised: {error}", where=where, fix=fix) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot be opened as LlavaNext: {error}", where=where, fix="check the path") from error
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"lacks {len(missing)} weights, the first {missing[0]}", where=where, fix="export it again")
+    if "quantization_config" in PreTrainedConfig.get_config_dict(folder)[0]:
+        _decompress(model)
     return model
+
+
+def _decompress(model: Any) -> None:
+    """Give a quantised model's layers plain weights; they round activations as its scheme says.
+
+    compressed-tensors would do so in the first forward pass, and wrap modules so that `generate` fails with images.
+    """
+    from compressed_tensors.compressors.base import decompress_module
+    from compressed_tensors.quantization.utils import is_module_quantized
+
+    for module in model.modules():
+        if is_module_quantized(module):
+            decompress_module(module)
+    model.hf_quantizer.compressor.remove_decompression_hook(model)
 
 
 def adapted_base(folder: str | Path) -> str:
@@ -84,12 +103,14 @@ def adapted_base(folder: str | Path) -> str:
     """
     where = str(Path(folder, ADAPTER_CONFIG))
     try:
-        base = json.loads(Path(where).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        config = json.loads(Path(where).read_text(encoding="utf-8"))
+        base, revision = config.get("base_model_name_or_path"), config.get("revision")
     except ValueError as error:
         raise UserError(f"not JSON: {error}", where=where, fix="save the adapters again") from error
     if not isinstance(base, str):
         raise UserError("names no base_model_name_or_path", where=where, fix="add the base model's folder or Hub id")
-    return str(local_checkpoint(base, where=f"{where}: base_model_name_or_path"))
+    named = f"{base}@{revision}" if revision and hub_id(base) == (base, None) else base
+    return str(local_checkpoint(named, where=f"{where}: base_model_name_or_path"))
 
 
 def _load_adapters(

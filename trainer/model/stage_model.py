@@ -14,6 +14,7 @@ from llava_llama31.trainer.distributed.engine import uses_fsdp
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.adapters import adapt, quantization
 from llava_llama31.trainer.model.device_options import checkpoint_activations, use_float8
+from llava_llama31.trainer.model.fused_layers import fuse_layers
 from llava_llama31.trainer.model.module_groups import GroupReport, freeze, group_parameters
 from llava_llama31.trainer.recipes.schema import Stage
 
@@ -94,13 +95,22 @@ def check_attention(model: LlavaLlama31ForConditionalGeneration, stage: Stage, d
         language_model.check_attention(device, product_dtype(stage))
 
 
-def use_device_options(model: LlavaLlama31ForConditionalGeneration, stage: Stage) -> None:
+def use_device_options(
+    model: LlavaLlama31ForConditionalGeneration, stage: Stage, device: torch.device | None = None
+) -> None:
+    """What the stage asks of its device (default: the CPU), and fused arithmetic where the device has it.
+
+    Raises:
+        UserError: the model has no layers of the kind that the stage asks for.
+    """
     if stage.fp8:
         logger.info("float8 products in %d linear layers", len(use_float8(model)))
     if stage.compile:
         model.model.language_model.compile_token_wise()
-    if stage.activation_checkpointing:
-        checkpoint_activations(model, stage.trainable, int(stage.activation_checkpointing))
+    elif stage.packing:
+        fuse_layers(model, device or torch.device("cpu"), remakes=stage.recomputed == "selective")
+    if stage.recomputed:
+        checkpoint_activations(model, stage.trainable, stage.recomputed)
 
 
 def _fits_bfloat16(parameter: torch.nn.Parameter) -> bool:

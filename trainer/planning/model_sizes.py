@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from llava_llama31.tile_grids import GRID_SHAPES, shapes_up_to
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.schema import Model, Recipe
@@ -30,9 +31,31 @@ def model_config(recipe: Recipe, output: Path) -> tuple[Mapping[str, Any], str] 
     base = RunFolder(output).base
     folder = base if base.exists() else Path(recipe.model.checkpoint or "").expanduser()
     if recipe.model.checkpoint is not None or base.exists():
-        found = _folder_config(folder)
-        return (found, str(folder)) if found else None
+        found = _folder_config(folder) or _published_llava(recipe.model.checkpoint)
+        return (_regridded(found, recipe.model), str(folder)) if found else None
     return _assembled(recipe.model)
+
+
+def _published_llava(name: str | None) -> Mapping[str, Any] | None:
+    """Configuration of a whole LLaVA that is published, where both parts are known."""
+    known = published()["models"].get((name or "").partition("@")[0], {})
+    if not {"vision_config", "text_config"} <= set(known):
+        return None
+    side = known["vision_config"]["image_size"]
+    grid = [[side * rows, side * columns] for rows, columns in GRID_SHAPES]
+    return _LLAVA_DEFAULTS | {"vision_feature_layer": -2, "image_grid_pinpoints": grid} | known
+
+
+def _regridded(config: Mapping[str, Any], model: Model) -> Mapping[str, Any]:
+    """A checkpoint's configuration with the grid that the recipe asks for."""
+    if model.max_tiles is None and model.image_grid_pinpoints is None:
+        return config
+    return {**config, "image_grid_pinpoints": _pinpoints(model, config["vision_config"]["image_size"])}
+
+
+def _pinpoints(model: Model, side: int) -> list[list[int]]:
+    shapes = GRID_SHAPES if model.max_tiles is None else shapes_up_to(model.max_tiles)
+    return model.image_grid_pinpoints or [[side * rows, side * columns] for rows, columns in shapes]
 
 
 def _assembled(model: Model) -> tuple[Mapping[str, Any], str] | None:
@@ -41,8 +64,11 @@ def _assembled(model: Model) -> tuple[Mapping[str, Any], str] | None:
     if vision is None or text is None:
         return None
     text = text | {"vocab_size": -(-(text["vocab_size"] + 1) // _EMBEDDING_MULTIPLE) * _EMBEDDING_MULTIPLE}
-    layer = {"vision_feature_layer": model.vision_feature_layer}
-    config = _LLAVA_DEFAULTS | layer | {"vision_config": vision, "text_config": text}
+    chosen = {
+        "vision_feature_layer": model.vision_feature_layer,
+        "image_grid_pinpoints": _pinpoints(model, vision["image_size"]),
+    }
+    config = _LLAVA_DEFAULTS | chosen | {"vision_config": vision, "text_config": text}
     return config, f"{model.vision_tower} and {model.language_model}"
 
 
@@ -56,8 +82,8 @@ def _part(name: str, key: str) -> dict[str, Any] | None:
         return None
     fields = _read(file)
     fields = fields.get(key, fields)
-    if fields.get("model_type") == "clip":
-        fields = fields.get("vision_config", {}) | {"model_type": "clip_vision_model"}
+    if fields.get("model_type") in ("clip", "siglip"):
+        fields = fields.get("vision_config", {}) | {"model_type": f"{fields['model_type']}_vision_model"}
     return _with_defaults(fields | {"model_type": fields.get("model_type", "clip_vision_model")}, file)
 
 

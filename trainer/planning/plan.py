@@ -5,8 +5,9 @@ Without a GPU, without the model's weights, and without the data where that is n
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.costs.flops import ModelShape, Work, needed_flops
+from llava_llama31.trainer.costs.image_tokens import TileGrid
 from llava_llama31.trainer.costs.memory import ENGINES, Engine, Memory, MicroBatch, Setup, ZeroSettings, estimate
 from llava_llama31.trainer.costs.parameters import Parameters, adapter_parameters
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, batch_order, within_row_limit
@@ -21,6 +23,7 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.planning.model_sizes import model_config
 from llava_llama31.trainer.planning.row_lengths import (
     Assumptions,
+    Passes,
     StageRows,
     counted_rows,
     histogram,
@@ -29,7 +32,7 @@ from llava_llama31.trainer.planning.row_lengths import (
 )
 from llava_llama31.trainer.recipes.deepspeed_files import deepspeed_content, deepspeed_file, shipped_deepspeed_files
 from llava_llama31.trainer.recipes.derived import Derived, check_evaluations, derive, remarks
-from llava_llama31.trainer.recipes.schema import Recipe, Stage
+from llava_llama31.trainer.recipes.schema import Lora, Recipe, Stage
 
 
 GB = 1e9
@@ -76,7 +79,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Case:
-    """A stage with all that its plan is made from; `setup` is None where the model is not known yet."""
+    """A stage with all that its plan is made from; `config` is None where the model is not known yet.
+
+    Args:
+        narrow_groups: whose frozen weights bfloat16 holds exactly.
+        narrow_with_adapters: the same if the stage trained adapters instead of the language model.
+        passed: what `passes_of` has found, by micro-batch and number of steps: no other setting changes it.
+    """
 
     name: str
     stage: Stage
@@ -86,18 +95,27 @@ class Case:
     machine: Machine
     config: Mapping[str, Any] | None
     narrow_groups: frozenset[str]
+    narrow_with_adapters: frozenset[str] = frozenset()
+    passed: dict[tuple[int, int], Passes] = field(default_factory=dict, compare=False, repr=False)
 
 
 def plan_recipe(
-    recipe: Recipe, output: Path, machine: Machine, assumptions: Assumptions | None = None
+    recipe: Recipe,
+    output: Path,
+    machine: Machine,
+    assumptions: Assumptions | None = None,
+    cases: Sequence[Case] | None = None,
 ) -> dict[str, Any]:
     """The plan as a mapping that JSON can hold; memory in 10^9 bytes, a figure that is not known is None.
+
+    Args:
+        cases: what `cases_of` returns for the same arguments.
 
     Raises:
         UserError: when a stage's batch does not divide among the devices, or the engine is none.
     """
     found = model_config(recipe, output)
-    stages = [_plan_stage(case) for case in cases_of(recipe, output, machine, assumptions)]
+    stages = [_plan_stage(case) for case in cases or cases_of(recipe, output, machine, assumptions)]
     return {
         "recipe": recipe.name,
         "devices": machine.num_devices,
@@ -116,13 +134,16 @@ def cases_of(recipe: Recipe, output: Path, machine: Machine, assumptions: Assump
     """
     found = model_config(recipe, output)
     config, origin = found if found else (None, None)
+    grid = None if config is None else TileGrid.of(config)
     cases, trained_before = [], set[str]()
     for number, (name, stage) in enumerate(recipe.stages.items()):
         engine = engine_for(stage, machine.engine, where=f"stages.{name}")
         counted = _counted(stage, recipe, output, origin)
-        rows = stage_rows(stage, counted, assumptions or Assumptions({}), recipe.seed + number)
+        rows = stage_rows(stage, counted, assumptions or Assumptions({}), recipe.seed + number, grid)
         narrow = _narrow_groups(stage, recipe, trained_before)
-        cases.append(Case(name, stage, engine, rows, recipe.seed, machine, config, narrow))
+        adapted = stage.model_copy(update={"lora": stage.lora or Lora.model_validate({})})
+        with_adapters = _narrow_groups(adapted, recipe, trained_before)
+        cases.append(Case(name, stage, engine, rows, recipe.seed, machine, config, narrow, with_adapters))
         trained_before |= set(stage.trainable)
     return cases
 
@@ -180,6 +201,7 @@ def _engine_name(zero: Mapping[str, Any]) -> str:
     return "zero3-offload-params" if parameters not in (None, "none") else "zero3"
 
 
+@cache
 def shipped_file(engine: str) -> str | None:
     """The `deepspeed` value that gives an engine: of the shipped files the first without an optimizer or a disk."""
     for name, content in shipped_deepspeed_files().items():
@@ -231,7 +253,7 @@ def _plan_stage(case: Case) -> dict[str, Any]:
         "assumed": list(rows.assumed),
         "notes": [] if rows.num_train is None else remarks(stage, derived),
     }
-    seen = passes(stage, rows, order_of(case), steps or 1, machine.num_devices)
+    seen = passes_of(case, steps or 1)
     known = steps is not None
     planned |= {"tokens": seen.tokens if known else None, "tiles": seen.tiles if known else None}
     planned |= {"sampled": seen.sampled, "longest_micro_batch": seen.worst.num_tokens}
@@ -253,7 +275,7 @@ def _work(case: Case, works: tuple[Work, Work] | None) -> dict[str, Any]:
         return unknown
     stage, machine = case.stage, case.machine
     shape = ModelShape.of(case.config)
-    options: dict[str, Any] = {"checkpointing": int(stage.activation_checkpointing)}
+    options: dict[str, Any] = {"checkpointing": stage.recomputed}
     if stage.lora is not None:
         options |= {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
     # a micro-batch without images needs other gradients: the two kinds are counted apart
@@ -298,7 +320,7 @@ def setup_of(
         parameters.trainable(stage.trainable, num_adapters=adapters, frozen_newline=frozen_newline),
         precision=stage.precision,
         optimizer=stage.optimizer,
-        checkpointing=int(stage.activation_checkpointing),
+        checkpointing=stage.recomputed,
         accumulates=accumulates,
         lora_rank=lora.r if lora else 0,
         lora_targets=tuple(lora.targets) if lora else (),
@@ -315,6 +337,7 @@ def nearest_that_fits(case: Case) -> dict[str, Any] | None:
     """The cheapest change, by rank, with which the stage fits: overrides, and what else the launch needs."""
     assert case.machine.device_memory is not None and case.config is not None
     worst: dict[int, MicroBatch] = {}
+    whole: dict[int, MicroBatch] = {}  # of as many steps as the stage's plan goes through, which takes longer
     for changes, engine in _changes(case):
         try:
             stage = Stage.model_validate(case.stage.model_dump() | changes)
@@ -324,12 +347,31 @@ def nearest_that_fits(case: Case) -> dict[str, Any] | None:
         except (ValidationError, UserError):
             continue  # the stage can't be run so
         if stage.micro_batch not in worst:
-            worst[stage.micro_batch] = passes(stage, case.rows, order_of(changed), 16, case.machine.num_devices).worst
+            worst[stage.micro_batch] = passes_of(changed, 16).worst
         setup = setup_of(stage, case.config, engine, case.narrow_groups, derived.gradient_accumulation > 1)
-        memory = estimate(setup, worst[stage.micro_batch], engine, case.machine.num_devices, case.machine.per_node)
-        if memory.peak <= USABLE * case.machine.device_memory:
+        limit, devices = USABLE * case.machine.device_memory, (case.machine.num_devices, case.machine.per_node)
+        if estimate(setup, worst[stage.micro_batch], engine, *devices).peak > limit:
+            continue
+        if stage.micro_batch not in whole:
+            whole[stage.micro_batch] = worst_micro_batch(changed, derived)
+        memory = estimate(setup, whole[stage.micro_batch], engine, *devices)
+        if memory.peak <= limit:
             return _fix(case, changes, engine, memory)
     return None
+
+
+def worst_micro_batch(case: Case, derived: Derived) -> MicroBatch:
+    """The longest micro-batch of the steps that the stage's plan goes through."""
+    steps = case.stage.max_steps if case.rows.num_train is None else derived.steps
+    return passes_of(case, steps or 1).worst
+
+
+def passes_of(case: Case, steps: int) -> Passes:
+    """`passes` through the stage's steps, or through so many of them."""
+    key = (case.stage.micro_batch, steps)
+    if key not in case.passed:
+        case.passed[key] = passes(case.stage, case.rows, order_of(case), steps, case.machine.num_devices)
+    return case.passed[key]
 
 
 def _changes(case: Case) -> Iterator[tuple[dict[str, Any], Engine]]:
@@ -367,9 +409,11 @@ def runs_under(stage: Stage, engine: Engine, optimizer: str, file: str | None) -
     """What stages refuse of DeepSpeed, whose file must be there, and of FSDP."""
     if engine.name == "ddp":
         return True
-    options = stage.compile or stage.fp8 or stage.feature_cache_gb is not None
-    has_file = file is not None or not engine.deepspeed
-    return has_file and optimizer == "adamw" and stage.precision != "bfloat16-weights" and not options
+    if stage.fp8 or stage.feature_cache_gb is not None or stage.precision == "bfloat16-weights":
+        return False
+    if engine.deepspeed:
+        return file is not None and optimizer == "adamw" and not stage.compile
+    return optimizer != "adamw_8bit" and not (stage.lora is not None and stage.lora.quantize)
 
 
 def _fix(case: Case, changes: Mapping[str, Any], engine: Engine, memory: Memory) -> dict[str, Any]:

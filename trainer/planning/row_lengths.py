@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_llama31.trainer.costs.flops import Work
+from llava_llama31.trainer.costs.image_tokens import CLIP_336, TileGrid
 from llava_llama31.trainer.costs.memory import MicroBatch
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, RankBatches
 from llava_llama31.trainer.data.sources.records import open_records
@@ -30,10 +31,12 @@ class Assumptions:
     Args:
         rows: number of rows by source.
         tokens_per_row: of every row, image tokens among them.
+        image: (height, width) in pixels of every row's image; None: COCO's sizes.
     """
 
     rows: Mapping[str, int]
     tokens_per_row: int | None = None
+    image: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,18 @@ class StageRows:
     assumed: tuple[str, ...]
 
 
-def stage_rows(stage: Stage, counted: StageRows | None, assumptions: Assumptions, seed: int) -> StageRows:
-    """The counted rows where there are any, else rows that are drawn."""
-    return counted if counted is not None else _assumed_rows(stage, assumptions, seed)
+def stage_rows(
+    stage: Stage, counted: StageRows | None, assumptions: Assumptions, seed: int, grid: TileGrid | None = None
+) -> StageRows:
+    """The counted rows where there are any, else rows that are drawn.
+
+    Args:
+        grid: of the model; default: that of CLIP at 336 px.
+    """
+    return counted if counted is not None else _assumed_rows(stage, assumptions, seed, grid or CLIP_336)
 
 
-def _assumed_rows(stage: Stage, assumptions: Assumptions, seed: int) -> StageRows:
+def _assumed_rows(stage: Stage, assumptions: Assumptions, seed: int, grid: TileGrid) -> StageRows:
     notes: list[str] = []
     numbers = [_num_rows(source, assumptions, notes) for source in stage.data]
     known = [number for number in numbers if number is not None]
@@ -70,7 +79,7 @@ def _assumed_rows(stage: Stage, assumptions: Assumptions, seed: int) -> StageRow
     shares = [(number or 1) * source.weight for number, source in zip(numbers, stage.data, strict=True)]
     drawn = min(num_train or stage.global_batch, _MAX_DRAWN)
     parts = [
-        _draw(source, max(1, round(drawn * share / sum(shares))), stage, assumptions, seed + i, notes)
+        _draw(source, max(1, round(drawn * share / sum(shares))), stage, assumptions, _Chance(seed + i, grid, notes))
         for i, (source, share) in enumerate(zip(stage.data, shares, strict=True))
     ]
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
@@ -117,15 +126,25 @@ def _num_rows_here(source: DataSource) -> tuple[int | None, str]:
         return None, f"can't be read ({error})"
 
 
+@dataclass(frozen=True)
+class _Chance:
+    """What rows are drawn with; `notes` collects what is assumed."""
+
+    seed: int
+    grid: TileGrid
+    notes: list[str]
+
+
 def _draw(
-    source: DataSource, number: int, stage: Stage, assumptions: Assumptions, seed: int, notes: list[str]
+    source: DataSource, number: int, stage: Stage, assumptions: Assumptions, chance: _Chance
 ) -> tuple[np.ndarray, ...]:
     """Tokens, supervised ones, prefix, prefix key, tiles and patch features of rows with one image each."""
     entry = published()["data"].get(source.name) or published()["unknown"]
-    draw = np.random.default_rng(seed)
-    pictures = np.array(published()["pictures"])
-    chosen = draw.choice(len(pictures), number, p=pictures[:, 3] / pictures[:, 3].sum())
-    image_tokens, features, tiles = pictures[chosen, :3].T
+    draw, notes = np.random.default_rng(chance.seed), chance.notes
+    images = published()["images"] if assumptions.image is None else [[*assumptions.image, 1]]
+    shares = np.array([share for *_, share in images])
+    chosen = draw.choice(len(images), number, p=shares / shares.sum())
+    image_tokens, features, tiles = np.array([chance.grid.measure(size[:2]) for size in images])[chosen].T
     if assumptions.tokens_per_row is not None:
         total = assumptions.tokens_per_row
         notes.append(f"{source.name}: rows of {total:,} tokens, as --tokens-per-row says, with an image each")
@@ -140,14 +159,21 @@ def _draw(
         tokens = image_tokens + text
         supervised = np.minimum(_lognormal(draw, entry["supervised_tokens"], number), text - 1)
         notes.append(
-            f"{source.name} is not counted: an image of COCO's sizes at 336 px a row, and {entry['text_tokens'][1]} "
-            "tokens of text in the median (check-data counts them where data and model are here)"
+            f"{source.name} is not counted: {_image_words(assumptions)} in tiles of {chance.grid.tile} px a row, and "
+            f"{entry['text_tokens'][1]} tokens of text in the median (check-data counts them where data and model are "
+            "here)"
         )
-    group = np.arange(number) // entry["rows_per_picture"]
+    group = np.arange(number) // entry["rows_per_image"]
     # rows about one image have one image
-    first = group * entry["rows_per_picture"]
+    first = group * entry["rows_per_image"]
     tokens = tokens - image_tokens + image_tokens[first]
     return tokens, supervised, image_tokens[first] + 5, group + 1, tiles[first], features[first]
+
+
+def _image_words(assumptions: Assumptions) -> str:
+    if assumptions.image is None:
+        return "an image of COCO's sizes"
+    return f"an image of {assumptions.image[0]} x {assumptions.image[1]} px"
 
 
 def _lognormal(draw: np.random.Generator, quantiles: list[int], number: int) -> np.ndarray:
@@ -221,12 +247,12 @@ def passes(stage: Stage, rows: StageRows, order: BatchOrder, steps: int, num_dev
                 totals[int(found[_TILES] == 0)] += found
                 worst = max(worst, found, key=lambda measured: measured[_TOKENS])
     scale = steps / len(batches)
-    with_pictures, without = (np.round(total * scale).astype(np.int64) for total in totals)
+    with_images, without = (np.round(total * scale).astype(np.int64) for total in totals)
     return Passes(
         tokens=_tokens(order, steps) if counted else round(tokens * scale),
-        positions=int(with_pictures[_TOKENS] + without[_TOKENS]),
-        tiles=int(with_pictures[_TILES]),
-        works=(_work(with_pictures), _work(without)),
+        positions=int(with_images[_TOKENS] + without[_TOKENS]),
+        tiles=int(with_images[_TILES]),
+        works=(_work(with_images), _work(without)),
         worst=MicroBatch(
             num_tokens=int(worst[_TOKENS]),
             num_keys=int(worst[_KEYS]),

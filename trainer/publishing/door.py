@@ -56,8 +56,23 @@ def open_door(door: str, model_id: str, revision: str, logits_file: str) -> dict
     options: dict[str, Any] = {"revision": revision or "main"}
     if remote:
         options["trust_remote_code"] = True
-    model = model_class.from_pretrained(model_id, dtype="auto", use_safetensors=True, **options).eval()
-    processor = processor_class.from_pretrained(model_id, **options)
+    weights_only: dict[str, Any] = {}
+    whole, adapter = model_id, Path(model_id, "adapter_config.json")
+    if adapter.is_file():  # the base that they belong to, in the cache
+        config = json.loads(adapter.read_text(encoding="utf-8"))
+        whole, options["revision"] = config["base_model_name_or_path"], config["revision"]
+    if _is_quantized(model_id, revision):
+        from transformers import CompressedTensorsConfig
+
+        # as the card's code does: with rounded activations, Transformers can't generate from images
+        weights_only["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    model: Any = model_class.from_pretrained(whole, dtype="auto", use_safetensors=True, **options, **weights_only)
+    processor = processor_class.from_pretrained(whole, **options)
+    if adapter.is_file():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, model_id)
+    model = model.eval()
     torch.manual_seed(0)
     samples = []
     for number, question in enumerate(QUESTIONS):
@@ -76,6 +91,14 @@ def open_door(door: str, model_id: str, revision: str, logits_file: str) -> dict
         "finite": bool(torch.isfinite(logits).all()),
         "samples": samples,
     }
+
+
+def _is_quantized(model_id: str, revision: str) -> bool:
+    from transformers import PreTrainedConfig
+
+    if Path(model_id, "adapter_config.json").is_file():
+        return False
+    return "quantization_config" in PreTrainedConfig.get_config_dict(model_id, revision=revision or "main")[0]
 
 
 def run_snippet(code_file: str) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_llama31.model_card.card import usage_snippet
+from llava_llama31.model_card.card import adapter_snippet, twin_snippet, usage_snippet
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.export.quantized import is_quantized
+from llava_llama31.trainer.model.opening import ADAPTER_CONFIG
 from llava_llama31.trainer.publishing.hub_calls import DownloadError
 
 
@@ -66,14 +68,19 @@ def open_doors(model: str | Path, cache: Path, *, revision: str = "", snippet_of
         snippet_of: the downloaded folder on which to run the card's code too.
 
     Raises:
+        DownloadError: the base of adapters can't be downloaded.
         DoorError: a door does not open, the logits are not finite or differ, or the answers differ; or the card's
             code fails, or prints different texts.
     """
     from safetensors.numpy import load_file
 
-    code = cache / "snippet.py"
+    code, adapter = cache / "snippet.py", Path(snippet_of or model, ADAPTER_CONFIG)
+    if adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8"))
+        fetch(base["base_model_name_or_path"], base["revision"], cache)
+        model = adapter.parent
     if snippet_of is not None:
-        code.write_text(usage_snippet(str(snippet_of)), encoding="utf-8")
+        code.write_text(_code_of(snippet_of), encoding="utf-8")
     asked = ["open", str(model), revision, str(cache), *([str(code)] if snippet_of is not None else [])]
     results = _run(asked, cache, online=False)
     for door, result in results.items():
@@ -102,6 +109,14 @@ def open_doors(model: str | Path, cache: Path, *, revision: str = "", snippet_of
     if len(set(texts)) != 1:
         raise DoorError(f"the code on the card prints different texts: {texts}", where=str(snippet_of))
     return Doors(stock["logits_sha256"], stock["samples"], texts[0])
+
+
+def _code_of(folder: Path) -> str:
+    """The code of a folder's card."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return adapter_snippet(str(folder))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return twin_snippet(str(folder)) if is_quantized(config) else usage_snippet(str(folder))
 
 
 def _run(arguments: list[str], cache: Path, *, online: bool) -> dict[str, Any]:

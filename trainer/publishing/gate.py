@@ -16,7 +16,10 @@ from safetensors import SafetensorError, safe_open
 
 from llava_llama31.model_card.card import LLAMA31, LLAMA31_NOTICE, LLAMA31_POLICY, LLAMA31_TITLE
 from llava_llama31.trainer.checkpoint.atomic_folders import MANIFEST
+from llava_llama31.trainer.export.adapter import ADAPTER_WEIGHTS
 from llava_llama31.trainer.export.dialects import native_name
+from llava_llama31.trainer.export.quantized import MAX_LOSS, TWIN, dense_shapes, is_quantized
+from llava_llama31.trainer.model.opening import ADAPTER_CONFIG
 from llava_llama31.trainer.publishing.contents import CARD, CARD_ERRORS, EXPORT_AGAIN, Contents, GateFinding, mapping
 from llava_llama31.trainer.publishing.gate_code import check_code
 from llava_llama31.trainer.publishing.gate_files import (
@@ -58,6 +61,7 @@ AUTO_MAPS = {
 }
 # other keys by which a JSON file brings code, or a second template next to chat_template.jinja
 FOREIGN_KEYS = ("custom_pipelines", "custom_generate", "chat_template")
+_REVISION = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _IMAGE = re.compile(r"<img[^>]*\bsrc=\"([^\"]+)\"|!\[[^\]]*\]\(([^)\s]+)")
 
@@ -150,12 +154,12 @@ def _names_own_classes(value: Any, allowed: tuple[str, ...]) -> bool:
 
 def check_template(contents: Contents) -> Iterator[GateFinding]:
     """The only chat template is ours, which the model was trained with."""
-    from llava_llama31.processing import CHAT_TEMPLATE
+    from llava_llama31.trainer.export.templates import is_own_template
 
     for file in (file for file in contents.files if file.endswith(".jinja")):
         if file != "chat_template.jinja":
             yield GateFinding("template", file, "is a second chat template", f"remove {file}")
-        elif contents.read(file) != CHAT_TEMPLATE and contents.files[file].stat().st_size > 0:
+        elif not is_own_template(contents.read(file)) and contents.files[file].stat().st_size > 0:
             yield GateFinding("template", file, "is not the template that the model was trained with", EXPORT_AGAIN)
 
 
@@ -223,6 +227,8 @@ def _shape_findings(
     written = {native_name(name, tower): name for name in shapes}
     doubled = sorted(shapes.keys() - set(written.values()))
     shapes = {native: shapes[name] for native, name in written.items()}
+    if is_quantized(contents.read_json("config.json")):
+        shapes = dense_shapes(shapes)
     kinds = {
         "is missing": sorted(wanted.keys() - shapes.keys() - tied),
         "is not a tensor of the model in config.json": sorted(shapes.keys() - wanted.keys()),
@@ -240,6 +246,19 @@ def _shape_findings(
             yield GateFinding("tensors", file, f"{names[0]} {what}{more}", EXPORT_AGAIN)
 
 
+def check_twin(contents: Contents) -> Iterator[GateFinding]:
+    """A quantised model says what quantising it cost, and that is not more than a limit."""
+    if not is_quantized(contents.read_json("config.json")):
+        return
+    lost = contents.read_json(TWIN).get("difference")
+    fix = "write it with: llava-llama31 export RUN --quantize SCHEME"
+    if not isinstance(lost, float | int):
+        yield GateFinding("twin", TWIN, "does not say what quantising cost", fix)
+    elif not lost >= -MAX_LOSS:
+        what = f"quantising cost {-100 * lost:.2f} points of the score; the limit is {100 * MAX_LOSS:g}"
+        yield GateFinding("twin", TWIN, what, "publish another scheme: fp8, int8 and w4a16, from least to most loss")
+
+
 def check_card(contents: Contents) -> Iterator[GateFinding]:
     """The card has metadata that the Hub accepts, Hub ids instead of local names, finite scores and all its images."""
     text = contents.read(CARD)
@@ -253,7 +272,8 @@ def check_card(contents: Contents) -> Iterator[GateFinding]:
             "card", CARD, f"has metadata that cannot be read: {reason}", "fix the YAML between the first two ---"
         )
         return
-    wanted = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    library = "peft" if contents.is_adapter else "transformers"
+    wanted = {"library_name": library, "pipeline_tag": "image-text-to-text"}
     for key, value in wanted.items():
         if data.get(key) != value:
             yield GateFinding("card", CARD, f"{key} is {data.get(key)!r}", f"set `{key}: {value}`")
@@ -306,15 +326,37 @@ def check_licence(contents: Contents) -> Iterator[GateFinding]:
 
 
 def check_adapters(contents: Contents) -> Iterator[GateFinding]:
-    """Only merged models are published: they open without PEFT and without a base model's weights."""
+    """Adapters are published for a base on the Hub at one revision, as safetensors with nothing but adapters."""
     if not contents.is_adapter:
         return
-    config = contents.read_json("adapter_config.json")
+    config = contents.read_json(ADAPTER_CONFIG)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    pinned = isinstance(base, str) and _HUB_ID.fullmatch(base) and revision
-    also = "" if pinned else ", which name no base model on the Hub with its revision"
-    fix = "publish the run, whose export has them merged; or merge with PEFT's merge_and_unload, then save_pretrained"
-    yield GateFinding("adapters", "adapter_config.json", f"this is a folder of adapters{also}", fix)
+    fix = (
+        "write them with: llava-llama31 export RUN --adapter --base OWNER/NAME@REVISION; or publish the merged export"
+    )
+    if not (isinstance(base, str) and _HUB_ID.fullmatch(base) and _REVISION.fullmatch(str(revision))):
+        what = "these adapters name no base model on the Hub with its revision, a commit"
+        yield GateFinding("adapters", ADAPTER_CONFIG, what, fix)
+    for key in ("auto_mapping", "modules_to_save"):
+        if config.get(key):
+            yield GateFinding("adapters", ADAPTER_CONFIG, f"{key} is {config[key]!r}: more than adapters", fix)
+    for file in (ADAPTER_WEIGHTS, CARD, "LICENSE", MANIFEST):
+        if file not in contents.files:
+            yield GateFinding("adapters", file, "is missing", fix)
+    for file in (file for file in contents.files if file.endswith(".safetensors")):
+        if file != ADAPTER_WEIGHTS:
+            yield GateFinding("adapters", file, "is not the adapters' file", f"remove {file}")
+            continue
+        try:
+            with safe_open(contents.files[file], framework="numpy") as tensors:
+                names = list(tensors.keys())
+        except (SafetensorError, OSError) as error:
+            yield GateFinding("adapters", file, f"cannot be read: {error}", fix)
+            continue
+        foreign = [name for name in names if ".lora_" not in name]
+        if foreign or not names:
+            what = f"holds {foreign[0]}, which is no adapter" if foreign else "holds no adapters"
+            yield GateFinding("adapters", file, what, fix)
 
 
 RULES: tuple[Callable[[Contents], Iterator[GateFinding]], ...] = (
@@ -329,10 +371,19 @@ RULES: tuple[Callable[[Contents], Iterator[GateFinding]], ...] = (
     check_paths,
     check_manifest,
     check_tensors,
+    check_twin,
     check_card,
     check_licence,
     check_adapters,
     check_code,
+)
+
+
+# of a folder that has neither a model's weights nor its files
+ADAPTER_RULES = tuple(
+    rule
+    for rule in RULES
+    if rule not in (check_complete, check_doors_named, check_template, check_tensors, check_twin)
 )
 
 
@@ -343,6 +394,5 @@ def check_folder(folder: Path, name: str, links_within: Path | None = None) -> l
         links_within: folder that symbolic links may point into, as the Hub cache's do; default: none.
     """
     contents = Contents(folder, name, links_within)
-    if contents.is_adapter:
-        return list(check_adapters(contents))
-    return [finding for rule in RULES for finding in rule(contents)]
+    rules = ADAPTER_RULES if contents.is_adapter else RULES
+    return [finding for rule in rules for finding in rule(contents)]

@@ -11,7 +11,18 @@ from llava_llama31.trainer.publishing.contents import EXPORT_AGAIN, Contents, Ga
 
 MAX_CODE_FILES = 5
 CODE_MAY_IMPORT = frozenset(
-    ("torch", "transformers", "numpy", "PIL", "__future__", "base64", "collections", "dataclasses", "enum")
+    (
+        "torch",
+        "transformers",
+        "numpy",
+        "PIL",
+        "__future__",
+        "base64",
+        "collections",
+        "contextlib",
+        "dataclasses",
+        "enum",
+    )
     + ("functools", "itertools", "json", "logging", "math", "os", "pathlib", "re", "shutil", "typing", "warnings")
 )
 # names in torch and transformers that fetch, build or run other code, however they are reached

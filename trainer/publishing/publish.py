@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 
@@ -77,6 +77,9 @@ def publish(
     api = HfApi()
     check_free_space(sum(file.size for file in release.files.values()))
     card = release.files[CARD].path.read_text(encoding="utf-8")
+    if dry_run and get_token() is None:
+        unchecked = "there is no token: not checked are your rights, the card by the Hub, and what is there already"
+        return {**_plan(release, None, {}), "not_checked": unchecked}
     info = check_target(api, release.repo_id, card, release.collection, resume=release.resume)
     tree = attempt("file list", lambda: tree_of(api, release, "main"), resume=release.resume) if info else {}
     if dry_run:

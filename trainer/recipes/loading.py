@@ -14,7 +14,22 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.schema import FORMER_KEYS, Recipe
 
 
-SHIPPED = ("tiny", "smol", "llama31-8b", "llama31-8b-card", "llama31-8b-card-commands")
+SHIPPED = (
+    "tiny",
+    "tiny-siglip",
+    "smol",
+    "llama31-8b",
+    "llama31-8b-beyond",
+    "llama31-8b-beyond-data",
+    "llama31-8b-beyond-siglip2",
+    "llama31-8b-beyond-no-textvqa",
+    "llama31-8b-qlora-24gb",
+    "llava16-lora-24gb",
+    "llama32-1b",
+    "llama32-3b",
+    "llama31-8b-card",
+    "llama31-8b-card-commands",
+)
 
 
 def load_recipe(name_or_path: str, *, output: Path | None = None, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -26,23 +41,35 @@ def load_recipe(name_or_path: str, *, output: Path | None = None, overrides: typ
     Raises:
         UserError: naming file, key and fix.
     """
-    text, where = read_recipe_text(name_or_path)
-    try:
-        content = yaml.load(text, Loader=_Yaml12Loader)
-    except yaml.YAMLError as error:
-        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"not valid YAML: {error}", where=f"{where}{line}", fix="correct the syntax there") from None
-    if not isinstance(content, dict):
-        raise UserError("a recipe is a mapping with name, model and stages", where=where, fix="see a shipped recipe")
-    for override in overrides:
-        _apply_override(content, override)
+    content, where = _content(name_or_path, overrides)
     if output is not None:
         content = _substitute(content, "{output}", str(output))
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise _explain(error, where) from None
+
+
+def changed_recipe(name_or_path: str, overrides: typing.Sequence[str]) -> str:
+    """YAML of a recipe with overrides, as `load_recipe` takes them; `{output}` stays, comments don't."""
+    return yaml.safe_dump(_content(name_or_path, overrides)[0], sort_keys=False, allow_unicode=True, width=100)
+
+
+def _content(name_or_path: str, overrides: typing.Sequence[str]) -> tuple[dict[str, Any], str]:
+    """A recipe as it is written, with overrides, and the name to call it by in messages."""
+    text, where = read_recipe_text(name_or_path)
+    try:
+        content = yaml.load(text, Loader=_Yaml12Loader)
+    except yaml.YAMLError as error:
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        what = (error.problem if isinstance(error, yaml.MarkedYAMLError) else None) or str(error)
+        raise UserError(f"not valid YAML: {what}", where=f"{where}{place}", fix="correct the syntax there") from None
+    if not isinstance(content, dict):
+        raise UserError("a recipe is a mapping with name, model and stages", where=where, fix="see a shipped recipe")
+    for override in overrides:
+        _apply_override(content, override)
+    return content, where
 
 
 def read_recipe_text(name_or_path: str) -> tuple[str, str]:
@@ -54,7 +81,8 @@ def read_recipe_text(name_or_path: str) -> tuple[str, str]:
     if not path.is_file():
         near = difflib.get_close_matches(name_or_path, SHIPPED, n=1)
         hint = f"did you mean {near[0]}?" if near else f"name a YAML file, or one of {', '.join(SHIPPED)}"
-        raise UserError("there is no such recipe", where=name_or_path, fix=hint)
+        what = "is a folder" if path.is_dir() else "there is no such recipe"
+        raise UserError(what, where=name_or_path, fix=hint)
     try:
         return path.read_text(encoding="utf-8"), str(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -178,9 +206,13 @@ def _fields_at(location: list) -> list[str]:
 
 
 def _object_type(annotation: Any) -> Any:
-    for candidate in (annotation, *typing.get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
+    """The first object among the types that an annotation is made of, or the annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in typing.get_args(annotation):
+        found = _object_type(part)
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return found
     return annotation
 
 

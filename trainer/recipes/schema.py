@@ -6,9 +6,20 @@ Every object is frozen and checked when it is made; an error names the key and i
 import math
 import re
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from llava_llama31.trainer.recipes.data_formats import DataFormat
 from llava_llama31.trainer.redaction import holds_credential
@@ -21,6 +32,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 # the linear layers of a decoder layer, by their names in the Llama model
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_TARGETS: tuple[str, ...] = get_args(LoraTarget)
+
+# every how many-th layer is computed twice, 0: none; or only what takes no matrix product
+Recomputed = int | Literal["selective"]
 
 # as TrainingArguments and huggingface_hub call it
 _TOKEN_FIELDS = ("hub_token", "token")
@@ -52,8 +66,11 @@ class Where(_Frozen):
     """What a column of a row, or each turn's number in a list column, has to be; the row or turn is left out else."""
 
     min: float | None = None
+    """Smallest number that is taken."""
     max: float | None = None
+    """Largest number that is taken."""
     one_of: list[str | int | float | bool] | None = Field(None, min_length=1)
+    """Values that are taken."""
 
     @model_validator(mode="after")
     def _says_something(self) -> "Where":
@@ -79,14 +96,19 @@ class DataSource(_Frozen):
     """One set of records: JSON or JSON lines, WebDataset shards, parquet, a saved Hugging Face dataset or a Hub id."""
 
     name: str
+    """What the source is called in reports; each name once in a stage."""
     path: str
+    """File, folder, pattern of shards, or a data set's Hub id."""
     image_root: str | None = None
     """Folder that image paths are relative to and may not leave; default: the folder of `path`."""
     format: Literal["auto", DataFormat] = "auto"
+    """How rows say who speaks; `auto` looks at them."""
     split: str = "train"
+    """Of a saved data set or one of the Hub."""
     sample: PositiveInt | None = None
     """Number of rows to draw, without replacement, seeded; default: all."""
     sample_when: Literal["before_filtering", "after_filtering"] = "after_filtering"
+    """Whether `sample` draws from all rows or from the usable ones."""
     weight: PositiveFloat = 1.0
     """How often an epoch sees each training row: 2.5 is twice, and half of them, drawn by the seed, a third time."""
     images_only: bool = False
@@ -94,6 +116,7 @@ class DataSource(_Frozen):
     where: dict[str, Where] = {}
     """Rows to take, by their columns; the others are left out and counted by the reason `filtered`."""
     license: str | None = None
+    """Licence of the data, for the model card."""
     hub_id: str | None = None
     """Dataset of the Hub that the rows are from, for the model card."""
 
@@ -104,19 +127,27 @@ class Model(_Frozen):
     """Where the first stage starts: an assembled checkpoint, or the parts to assemble."""
 
     checkpoint: str | None = None
+    """LLaVA-NeXT folder or Hub id (`OWNER/NAME`, `OWNER/NAME@REVISION`); or give the two parts below."""
     vision_tower: str | None = None
+    """CLIP, SigLIP or DINOv2, or a LLaVA checkpoint whose tower is taken."""
     language_model: str | None = None
+    """Llama with its tokenizer."""
     projector: str | None = None
     """Checkpoint to take the projector from; default: a fresh one, N(0, 0.02)."""
     vision_feature_layer: int = -2
+    """Layer of the tower that the projector gets; -2 is the last but one."""
     image_grid_pinpoints: list[list[PositiveInt]] | None = None
     """(height, width) in pixels; default: LLaVA-1.6's five shapes in units of the tile."""
+    max_tiles: Annotated[int, Field(ge=2, le=64)] | None = None
+    """Every shape of a grid of so many tiles at most, for documents; in place of image_grid_pinpoints."""
     add_chat_tokens: bool = False
     """Give a tokenizer that lacks them Llama 3.1's turn tokens, as new rows of the embedding."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """In which the base is assembled and the finished model is written."""
     license: str | None = None
     """Licence of the language model, which the finished model inherits, as the Hub names it."""
     vision_tower_license: str | None = None
+    """Licence of the vision tower, as the Hub names it."""
 
     _present_keys = model_validator(mode="before")(with_present_keys)
 
@@ -127,6 +158,8 @@ class Model(_Frozen):
             raise ValueError(
                 "no clear origin of the model (fix: give either checkpoint, or both vision_tower and language_model)"
             )
+        if self.max_tiles is not None and self.image_grid_pinpoints is not None:
+            raise ValueError("max_tiles and image_grid_pinpoints both name the grid (fix: remove one of the two)")
         return self
 
 
@@ -134,10 +167,15 @@ class Lora(_Frozen):
     """Low-rank adapters on the language model's linear layers (Hu et al., 2021), through PEFT."""
 
     r: PositiveInt = 64
+    """Rank of the adapters."""
     alpha: PositiveFloat = 128.0
+    """Scale; adapters are multiplied by alpha / r."""
     dropout: Fraction = 0.0
+    """Share of the adapters' inputs that is dropped in training."""
     targets: list[LoraTarget] = Field(list(get_args(LoraTarget)), min_length=1)
+    """Linear layers that are adapted."""
     dora: bool = False
+    """Also learn the magnitude of each output (Liu et al., 2024)."""
     quantize: Literal["nf4"] | None = None
     """Keep the adapted weights in 4 bits while the adapters are trained (QLoRA, through bitsandbytes)."""
 
@@ -146,8 +184,11 @@ class Stage(_Frozen):
     """What is trained, on what data, from what weights; lengths in tokens, batches in samples."""
 
     trainable: list[ModuleGroup] = Field(min_length=1)
+    """`multi_modal_projector` includes `image_newline`, `language_model` the head; the rest is frozen."""
     learning_rate: PositiveFloat | dict[ModuleGroup, PositiveFloat]
+    """One number, or one for each trainable group."""
     data: list[DataSource] = Field(min_length=1)
+    """Sources whose rows are trained on together."""
     global_batch: PositiveInt
     """Samples of one optimizer step, over all devices and accumulation."""
     batch_by: Literal["samples", "supervised_tokens"] = "samples"
@@ -155,7 +196,9 @@ class Stage(_Frozen):
     micro_batch: PositiveInt = 1
     """Samples that one device forwards at once."""
     epochs: PositiveFloat | None = None
+    """Length in passes over the data; or give `max_steps`."""
     max_steps: PositiveInt | None = None
+    """Length in optimizer steps."""
     last_batch: Literal["keep", "drop"] = "keep"
     """What becomes of an epoch's incomplete last batch."""
     group_by_length: bool = False
@@ -169,12 +212,19 @@ class Stage(_Frozen):
     init_from: str = "previous"
     """`previous` (the former stage, or the model for the first) or a checkpoint."""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Of the learning rates, from the end of the warm-up on."""
     warmup_ratio: Fraction = 0.03
+    """Share of the steps in which the learning rates rise from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW; norms and biases are not decayed."""
     adam_beta1: Fraction = 0.9
+    """Decay of AdamW's first moment."""
     adam_beta2: Fraction = 0.999
+    """Decay of AdamW's second moment."""
     adam_epsilon: PositiveFloat = 1e-8
+    """Added to AdamW's denominator."""
     max_grad_norm: PositiveFloat = 1.0
+    """Gradients with a larger norm are scaled down to it."""
     precision: Literal["float32", "bfloat16", "bfloat16-weights"] = "bfloat16"
     """float32; bfloat16 autocast over float32 weights; or weights, gradients and optimizer in bfloat16 as well."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16"] = "adamw"
@@ -183,11 +233,12 @@ class Stage(_Frozen):
     """torch.compile for norms, projections and MLPs of the language model on packed rows."""
     fp8: bool = False
     """float8 products in the language model's layers (torchao), on GPUs that have them."""
-    activation_checkpointing: bool | PositiveInt = False
-    """Recompute activations in the backward pass; N: those of every Nth layer, from the first."""
+    activation_checkpointing: bool | PositiveInt | Literal["selective"] = False
+    """Recompute activations in the backward pass; N: those of every Nth layer; selective: what takes no product."""
     deterministic: bool = False
     """Only algorithms that give the same bits each time: slower on a GPU, where sums by atomics else differ."""
     lora: Lora | None = None
+    """Train low-rank adapters on the language model; they are merged at the end of the stage."""
     deepspeed: str | None = None
     """A DeepSpeed JSON file, or the name of a shipped one."""
     max_text_tokens: PositiveInt | None = None
@@ -199,15 +250,23 @@ class Stage(_Frozen):
     contamination: Contamination | None = None
     """Look for an evaluation's images and questions in the data."""
     validation_fraction: Fraction = 0.0
+    """Share of the rows that is held out for the validation loss."""
     eval_steps: PositiveInt | None = None
-    eval_questions: PositiveInt | None = None
-    """How many of the recipe's evaluation questions to ask at every `eval_steps`; logged as eval_accuracy."""
+    """Steps between evaluations."""
+    eval_questions: PositiveInt | dict[str, PositiveInt] | None = None
+    """How many questions of the recipe's first evaluation to ask at every `eval_steps`, or of each one by its name."""
     keep: Literal["last", "best_loss", "best_accuracy"] = "last"
     """The weights that the stage ends with: its last, or those of the evaluation with the best metric."""
+    stop_on_plateau: PositiveInt | None = None
+    """End the stage after so many evaluations in a row without a better one (of `keep`, else validation loss)."""
     save_steps: PositiveInt = 200
+    """Steps between checkpoints."""
     save_total_limit: PositiveInt = 2
+    """Checkpoints that are kept; the best one is kept too."""
     logging_steps: PositiveInt = 10
+    """Steps between lines of the log."""
     dataloader_workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that read images and cut tiles, for each device."""
     device_tiles: bool = False
     """Resize images and cut their tiles on the training device, with the bits of the workers' Pillow."""
     feature_cache_gb: PositiveFloat | None = None
@@ -288,6 +347,10 @@ class Stage(_Frozen):
             raise ValueError("DeepSpeed keeps trained weights in float32 (fix: set precision: bfloat16)")
         if self.compile and not self.packing:
             raise ValueError("compile is for packed rows (fix: set compile: false, or packing: true)")
+        if self.activation_checkpointing == "selective" and (self.compile or not self.packing):
+            other = "compile: false" if self.compile else "packing: true"
+            what = "is for packed rows" if not self.packing else "under compile keeps what the compiler chooses"
+            raise ValueError(f"activation_checkpointing: selective {what} (fix: set {other}, or true)")
         if self.deepspeed is not None and (self.on_nonfinite == "skip" or self.on_spike == "skip"):
             key = "on_nonfinite" if self.on_nonfinite == "skip" else "on_spike"
             raise ValueError(
@@ -309,6 +372,8 @@ class Stage(_Frozen):
             raise ValueError(
                 "eval_steps has nothing to evaluate (fix: set validation_fraction above 0, or eval_questions)"
             )
+        if self.stop_on_plateau is not None and self.eval_steps is None:
+            raise ValueError("stop_on_plateau compares evaluations (fix: set eval_steps)")
         if self.keep == "last":
             return
         needed = {"best_loss": "validation_fraction", "best_accuracy": "eval_questions"}[self.keep]
@@ -322,6 +387,12 @@ class Stage(_Frozen):
                 f"evaluation may have no checkpoint (fix: set save_steps to {self.eval_steps} or a part of it)"
             )
 
+    @property
+    def recomputed(self) -> "Recomputed":
+        """`activation_checkpointing` as a number, 0 for none and 1 for all layers, or `selective`."""
+        asked = self.activation_checkpointing
+        return "selective" if isinstance(asked, str) else int(asked)
+
     def learning_rates(self) -> dict[str, float]:
         """Learning rate of each trainable group."""
         if isinstance(self.learning_rate, dict):
@@ -330,19 +401,70 @@ class Stage(_Frozen):
 
 
 class Evaluation(_Frozen):
-    """TextVQA-format questions on which the finished model is scored."""
+    """Questions on which the finished model is scored: TextVQA-format ones, or those of a task."""
 
-    data: str
+    task: str | None = None
+    """A shipped task, or a file of one's own: YAML, or a table of questions; default: TextVQA's protocols."""
+    data: str | None = None
+    """File or folder of the questions; a file of one's own may name it."""
     image_root: str | None = None
+    """Folder of the images; default: the folder of `data`."""
     name: str = "validation"
+    """What it is called in reports and in `eval_questions`; default for a task: the task's name."""
     limit: PositiveInt | None = None
-    preset: Literal["card", "llava", "lmms-eval"] = "card"
+    """Ask only the first N questions."""
+    preset: Literal["card", "llava", "lmms-eval", "vlmevalkit"] = "card"
     """Whose prompt: docs/evaluation.md."""
     batch_size: PositiveInt | None = None
     """Default: by the device's memory."""
-    max_new_tokens: PositiveInt = 64
+    max_new_tokens: PositiveInt | None = None
+    """Length at which an answer is cut; default: 64, or the task's."""
     baselines: bool = False
     """Also score the untrained model, and the trained one with images shuffled between questions."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_tasks(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        task = content.get("task")
+        if isinstance(task, str):
+            return {"name": PurePath(task).stem, **content}
+        return {"max_new_tokens": 64, **content}
+
+    @model_validator(mode="after")
+    def _has_questions(self) -> "Evaluation":
+        if self.task is None and self.data is None:
+            raise ValueError("there are no questions (fix: give data, a file of questions)")
+        if self.task is None and self.preset == "vlmevalkit":
+            raise ValueError("vlmevalkit's prompt for TextVQA is that of card (fix: set preset: card)")
+        return self
+
+
+def _number_of_evaluations(content: Any) -> str:
+    return "list[Evaluation]" if isinstance(content, list | tuple) else "mapping[Evaluation]"
+
+
+Evaluations = Annotated[
+    Annotated[Evaluation, Tag("mapping[Evaluation]")]
+    | Annotated[list[Evaluation], Tag("list[Evaluation]"), Field(min_length=1)],
+    Discriminator(_number_of_evaluations),
+]
+
+
+class TextQuestions(_Frozen):
+    """Text-only questions, asked before the first and after each stage: what training does to the language model."""
+
+    data: str
+    """A table (JSON lines, JSON, CSV, TSV, xlsx): question, answer, metric; optional id, group, options A, B, ..."""
+    limit: PositiveInt | None = None
+    """Ask only the first so many."""
+    max_new_tokens: PositiveInt = 64
+    """Longest answer, in tokens."""
+    batch_size: PositiveInt | None = None
+    """Questions that are answered at once; default: by the device's memory."""
+    max_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Accuracy that a run may lose; one that loses more stops after the stage. Default: it does not stop."""
 
 
 class Publish(_Frozen):
@@ -362,14 +484,25 @@ class Recipe(_Frozen):
     """All of a run; see `trainer/recipes/` for complete ones."""
 
     name: str
+    """Of the run, its model card and its trackers."""
     description: str = ""
+    """One line, for `llava-llama31 recipes`."""
     seed: Annotated[int, Field(ge=0)] = 42
-    prepare: Literal["tiny", "smol"] | None = None
-    """Parts and data that have to be made first: `tiny` by the run itself, `smol` by examples/prepare_smol.py."""
+    """Of every draw: rows, order, fresh weights, dropout."""
+    prepare: Literal["tiny", "tiny-siglip", "smol"] | None = None
+    """Parts and data that have to be made first: `tiny` and its SigLIP twin by the run, `smol` by its example."""
     model: Model
+    """Where the first stage starts."""
     stages: dict[str, Stage] = Field(min_length=1)
-    evaluation: Evaluation | None = None
+    """By name, in the order in which they are trained."""
+    evaluation: Evaluations | None = None
+    """What the finished model is scored on: one set of questions, or a list of them."""
+    text_questions: TextQuestions | None = None
+    """Text-only questions that show what training does to the language model."""
     publish: Publish | None = None
+    """Where the finished model goes on the Hub."""
+    report_to: list[str] = []
+    """Trackers of all stages, as TrainingArguments names them, e.g. tensorboard; each stage is a run there."""
     device_watts: PositiveFloat | None = None
     """Mean power of one device while it trains, as measured; the model card's energy follows from it."""
 
@@ -388,10 +521,38 @@ class Recipe(_Frozen):
         for name in self.stages:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ValueError(f"{name!r} is no name for a stage (fix: use letters, digits, - and _)")
+        names = [spec.name for spec in self.evaluations]
         for name, stage in self.stages.items():
-            if stage.eval_questions is not None and self.evaluation is None:
+            if stage.eval_questions is not None and not names:
                 raise ValueError(f"stage {name} has eval_questions, but there is no evaluation (fix: add one)")
+            asked = stage.eval_questions if isinstance(stage.eval_questions, dict) else {}
+            for unknown in [key for key in asked if key not in names]:
+                raise ValueError(
+                    f"stage {name} has eval_questions of {unknown!r} (fix: name evaluations: {', '.join(names)})"
+                )
+        slugs = [slug(each) for each in names]
+        for number, each in enumerate(slugs):
+            if each in slugs[:number]:
+                raise ValueError(f"two evaluations are called {names[number]!r} (fix: give one another name)")
+        if sum(spec.task is None for spec in self.evaluations) > 1:
+            raise ValueError("two evaluations have no task (fix: give one of them task: textvqa)")
         return self
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """What the finished model is scored on, in the order of the recipe."""
+        if self.evaluation is None:
+            return ()
+        return tuple(self.evaluation) if isinstance(self.evaluation, list) else (self.evaluation,)
+
+    def where_evaluation(self, number: int) -> str:
+        """The key of an evaluation, as `--set` names it."""
+        return f"evaluation.{number}" if isinstance(self.evaluation, list) else "evaluation"
+
+
+def slug(name: str) -> str:
+    """A name in characters that files and keys can have."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "evaluation"
 
 
 def _numbers(content: Any, key: str = "") -> Iterator[tuple[str, float]]:

@@ -78,7 +78,9 @@ class StageProgress(TrainerCallback):
         **kwargs: object,
     ) -> None:
         evaluated = [f"validation loss {logs['eval_loss']:.4f}"] if "eval_loss" in logs else []
-        evaluated += [f"validation accuracy {logs['eval_accuracy']:.1%}"] if "eval_accuracy" in logs else []
+        for key in [key for key in logs if key.endswith("accuracy") and key.startswith("eval_")]:
+            name = key.removeprefix("eval_").removesuffix("accuracy").rstrip("_")
+            evaluated.append(f"{name or 'validation'} accuracy {logs[key]:.1%}")
         if evaluated:
             self.console.print(f"{self.stage} {state.global_step:>6}/{state.max_steps}  {', '.join(evaluated)}")
         if "loss" not in logs:
@@ -109,6 +111,11 @@ def print_summary(console: Terminal, summary: dict[str, Any], record: dict[str, 
             f"{stage['minutes']:.1f}",
         )
     console.print(table)
+    for stage in record["stages"]:
+        found = stage.get("loss_by_source") or {}
+        if len(found) > 1:
+            parts = [f"{name} {values['loss']:.3f} ({values['accuracy']:.0%} right)" for name, values in found.items()]
+            console.print(f"{stage['name']}, last loss by source: {', '.join(parts)}")
     for key, label in (
         ("accuracy_before", "before training"),
         ("accuracy_after", "after training"),
@@ -116,12 +123,27 @@ def print_summary(console: Terminal, summary: dict[str, Any], record: dict[str, 
     ):
         if key in summary:
             console.print(f"accuracy {label}: {summary[key]:.1%} of {summary['num_questions']} questions ({PROTOCOL})")
+    _print_tasks(console, record)
+    if "text_ability" in summary:
+        found = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in summary["text_ability"].items())
+        console.print(f"text accuracy, no images: {found}")
     if "samples" in record:
         samples = Table("image", "question", "answer", "truth", box=None, pad_edge=False)
         for sample in record["samples"]:
             truth = max(set(sample["answers"]), key=sample["answers"].count)
             samples.add_row(*map(plain, (sample["image"], sample["question"], sample["prediction"] or "", truth)))
         console.print(samples)
-    if "browser" in summary:
-        console.print(f"all answers, to browse: {summary['browser']}")
+    for entry in summary.get("evaluations", []):
+        console.print(f"all answers of {plain(entry['name'])}, to browse: {entry['browser']}")
     console.print(f"model: {summary['export']}\ncard: {summary['card']}\n{summary['minutes']:.1f} minutes")
+
+
+def _print_tasks(console: Terminal, record: dict[str, Any]) -> None:
+    """The headline of each task, with its baselines, and what has no whole answer."""
+    for task in record.get("tasks", []):
+        unit = " %" if task["unit"] == "%" else f" {task['unit']}"
+        shown = [f"{name} {task[name]:.1f}" for name in ("before", "blind") if name in task]
+        counted = f"{task['num_questions']:,} questions, {task['failed']} failed, {task['cut']} cut"
+        scored = f"{task['headline']} {task['value']:.1f} ({task['low']:.1f} to {task['high']:.1f}){unit}"
+        parts = [f"{plain(task['name'])}: {scored}", *shown, counted, task["protocol"]]
+        console.print(", ".join(parts))

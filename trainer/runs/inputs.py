@@ -11,6 +11,7 @@ from llava_llama31.trainer.data.check.cache import file_signature
 from llava_llama31.trainer.data.check.report import DataReport
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.row_files import question_files
+from llava_llama31.trainer.evaluation.task_files import load_task
 from llava_llama31.trainer.recipes.schema import MODEL_PARTS
 from llava_llama31.trainer.runs.base_model import base_of
 from llava_llama31.trainer.runs.context import RunContext
@@ -50,9 +51,22 @@ def run_inputs(run: RunContext, reports: Mapping[str, DataReport]) -> Inputs:
             inputs[key] = {"name": value} | (checkpoint_digests(path) if path.exists() else {})
     for name, report in reports.items():
         inputs |= {f"stages.{name}.data.{found.name}": dict(found.content) for found in report.sources}
-    if recipe.evaluation is not None:
-        inputs["evaluation.data"] = {"files": _digest(question_files(Path(recipe.evaluation.data)))}
+    for number, spec in enumerate(recipe.evaluations):
+        own = spec.task if spec.task is not None and Path(spec.task).is_file() else None
+        data = spec.data or (load_task(own).data if own is not None else None)
+        for key, file in (("task", own), ("data", data)):
+            if file is not None:
+                inputs[f"{recipe.where_evaluation(number)}.{key}"] = {"files": _digest(_files_of(Path(file)))}
+    if recipe.text_questions is not None:
+        inputs["text_questions.data"] = {"files": _digest([Path(recipe.text_questions.data).expanduser()])}
     return inputs
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Files of questions: one, the shards of a split, or all of a folder that holds no shards."""
+    if path.is_dir() and not any(path.glob("**/*.parquet")):
+        return sorted(file for file in path.iterdir() if file.is_file())
+    return question_files(path)
 
 
 def settle_inputs(run: RunContext, inputs: Inputs) -> None:

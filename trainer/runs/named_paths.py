@@ -40,7 +40,7 @@ def missing_paths(recipe: Recipe, output: Path) -> dict[str, str]:
     for where, what, path in _missing(recipe):
         if where.startswith("model.") and folder.base.exists():
             continue
-        if recipe.prepare != "tiny" or prepared not in path.parents:
+        if recipe.prepare not in ("tiny", "tiny-siglip") or prepared not in path.parents:
             found[where] = what
     return found
 
@@ -57,8 +57,12 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str, Path]]:
             yield where, f"{path.absolute()} does not exist", path.absolute()
     for name, stage in recipe.stages.items():
         yield from _missing_of_stage(stage, f"stages.{name}")
-    if recipe.evaluation is not None:
-        yield from _missing_of_evaluation(recipe.evaluation)
+    for number, spec in enumerate(recipe.evaluations):
+        yield from _missing_of_evaluation(spec, recipe.where_evaluation(number))
+    if recipe.text_questions is not None:
+        path = Path(recipe.text_questions.data).expanduser().absolute()
+        if not path.is_file():
+            yield "text_questions.data", f"{path} does not exist", path
 
 
 def _missing_of_stage(stage: Stage, where: str) -> Iterator[tuple[str, str, Path]]:
@@ -83,15 +87,20 @@ def _missing_of_stage(stage: Stage, where: str) -> Iterator[tuple[str, str, Path
         yield from _missing_root(source.image_root, f"{where}.data.{number}.image_root")
 
 
-def _missing_of_evaluation(spec: Evaluation) -> Iterator[tuple[str, str, Path]]:
-    path = Path(spec.data).absolute()
-    if "*" in path.name and not path.exists():
-        names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        if not any(matches(name, path.name) for name in names):
-            yield "evaluation.data", f"no file matches {path}", path
-    elif not path.exists():
-        yield "evaluation.data", f"{path} does not exist", path
-    yield from _missing_root(spec.image_root, "evaluation.image_root")
+def _missing_of_evaluation(spec: Evaluation, where: str) -> Iterator[tuple[str, str, Path]]:
+    # a shipped task is a plain name
+    if spec.task is not None and Path(spec.task).suffix and not Path(spec.task).is_file():
+        path = Path(spec.task).absolute()
+        yield f"{where}.task", f"{path} does not exist", path
+    if spec.data is not None:
+        path = Path(spec.data).absolute()
+        if "*" in path.name and not path.exists():
+            names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+            if not any(matches(name, path.name) for name in names):
+                yield f"{where}.data", f"no file matches {path}", path
+        elif not path.exists():
+            yield f"{where}.data", f"{path} does not exist", path
+    yield from _missing_root(spec.image_root, f"{where}.image_root")
 
 
 def _missing_root(root: str | None, where: str) -> Iterator[tuple[str, str, Path]]:

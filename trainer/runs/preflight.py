@@ -14,18 +14,17 @@ from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles
 from llava_llama31.trainer.data.batches.stage_rows import check_stage
 from llava_llama31.trainer.data.check.report import check_policy
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.evaluation.presets import PRESETS, check_ocr
-from llava_llama31.trainer.evaluation.questions import load_questions
-from llava_llama31.trainer.evaluation.textvqa import derangement
 from llava_llama31.trainer.export.export import licence_texts
 from llava_llama31.trainer.export.provenance import base_models_of
 from llava_llama31.trainer.model.device_options import check_device_options
 from llava_llama31.trainer.model.locating import local_checkpoint
 from llava_llama31.trainer.publishing.beforehand import check_beforehand, check_strategy
-from llava_llama31.trainer.recipes.derived import check_evaluations, derive
+from llava_llama31.trainer.recipes.derived import check_evaluations as check_best
+from llava_llama31.trainer.recipes.derived import derive
 from llava_llama31.trainer.recipes.schema import Publish, Stage
 from llava_llama31.trainer.runs.base_model import base_of, is_ours
 from llava_llama31.trainer.runs.context import RunContext
+from llava_llama31.trainer.runs.final_evaluation import check_evaluations
 from llava_llama31.trainer.runs.inputs import run_inputs, settle_inputs
 from llava_llama31.trainer.training.training_args import check_deepspeed, check_training_arguments
 
@@ -65,7 +64,7 @@ def check_stages(stages: Mapping[str, Stage], publish: Publish | None, num_proce
         where = f"stages.{name}"
         derived = derive(stage, stage.global_batch, num_processes, where=where)
         if stage.max_steps:  # of epochs, the steps are known with the data
-            check_evaluations(stage, stage.max_steps, where=where)
+            check_best(stage, stage.max_steps, where=where)
         check_policy(stage.on_bad_record)
         check_device_options(stage, where)
         if stage.deepspeed:
@@ -108,9 +107,4 @@ def check_inputs(run: RunContext) -> None:
             if source.not_read:
                 run.console.print(f"stages.{name}: {source.name}: {source.not_read_line()}")
     settle_inputs(run, run_inputs(run, reports))
-    if recipe.evaluation is not None:
-        spec = recipe.evaluation
-        questions = load_questions(spec.data, image_root=spec.image_root, limit=spec.limit)
-        check_ocr(PRESETS[spec.preset], questions)
-        if spec.baselines:
-            derangement({question.image_id for question in questions}, recipe.seed)
+    check_evaluations(recipe)

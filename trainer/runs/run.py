@@ -23,6 +23,8 @@ from llava_llama31.trainer.model.locating import local_checkpoint
 from llava_llama31.trainer.publishing.publish_run import publish_run
 from llava_llama31.trainer.publishing.pusher import pushing
 from llava_llama31.trainer.recipes.schema import Recipe
+from llava_llama31.trainer.report.page import write_report
+from llava_llama31.trainer.report.run_facts import run_facts
 from llava_llama31.trainer.runs.base_model import base_of, prepare
 from llava_llama31.trainer.runs.console import make_console, print_summary
 from llava_llama31.trainer.runs.context import RunContext, StageRun
@@ -33,6 +35,8 @@ from llava_llama31.trainer.runs.origins import at_revisions, resolve_revisions
 from llava_llama31.trainer.runs.precision import at_precision, settle_precision
 from llava_llama31.trainer.runs.preflight import check_inputs, check_publishing, check_shared, check_stages
 from llava_llama31.trainer.runs.stage import run_stage
+from llava_llama31.trainer.runs.text_ability import BEFORE, check_text
+from llava_llama31.trainer.runs.trackers import with_trackers
 
 
 def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) -> dict[str, Any] | None:
@@ -50,7 +54,7 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) 
     if not uses_cpu() and torch.accelerator.device_count() > 1 and "RANK" not in os.environ:
         raise UserError(
             f"{torch.accelerator.device_count()} GPUs are visible to one process",
-            fix="start it with `accelerate launch examples/train.py RECIPE`, or set CUDA_VISIBLE_DEVICES",
+            fix="add --devices N, start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES",
         )
     # rank 0 may prepare and check data for hours, while the others wait
     try:
@@ -98,7 +102,10 @@ def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
             check_paths(recipe, folder.path)
         (settled,) = broadcast_object_list([_settle(run) if run.is_main else None])
         recipe = at_precision(at_revisions(recipe, settled[0]), settled[1])
-        stages = {name: as_launched(stage, f"stages.{name}") for name, stage in recipe.stages.items()}
+        stages = {
+            name: with_trackers(recipe, name, as_launched(stage, f"stages.{name}"))
+            for name, stage in recipe.stages.items()
+        }
         run = replace(run, recipe=recipe, launched=stages)
         forget_deepspeed()
         check_stages(stages, recipe.publish, run.num_processes)
@@ -117,6 +124,8 @@ def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
                 summary["saves"] = pusher.close(finish=True)
         atomic_folders.write_json(folder.summary, summary)
         print_summary(run.console, summary, atomic_folders.read_json(folder.record))
+        write_report([run_facts(folder.path)], folder.report)
+        run.console.print(f"report: {folder.report}")
         return publish_run(recipe.publish, folder.path, summary, run.console.print)
 
 
@@ -130,6 +139,7 @@ def _settle(run: RunContext) -> tuple[dict[str, str], dict[str, str]]:
 def _run_stages(run: RunContext) -> tuple[Path, list[dict[str, Any]]]:
     """Run every stage that has not finished, in turn; returns the weights of the last one, and all records."""
     origin, records = base_of(run.recipe, run.folder), []
+    check_text(run, BEFORE, origin, 0)
     for name, stage in run.launched.items():
         folder = run.stage_folder(name)
         if stage.init_from != "previous":
@@ -143,4 +153,5 @@ def _run_stages(run: RunContext) -> tuple[Path, list[dict[str, Any]]]:
             run.console.print(f"stage {name} has already finished: {folder.final}")
         records.append(record)
         origin = folder.final
+        check_text(run, name, origin, record["steps"])
     return origin, records

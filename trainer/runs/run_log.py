@@ -1,13 +1,15 @@
 """`log.jsonl` of a run: what its stages logged, line by line, for people and programs that watch it.
 
 Lines are only ever appended. Each has `time` (UTC) and `stage`. Where a stage starts, a line with `event: start` names
-the step that it starts after. After a resume that may be less than what an earlier start logged: `entries` drops the
-lines of steps that were trained again. A number that is not finite is text: "nan", "inf".
+the step that it starts after, the freeze report, the data, and what it runs on. After a resume that step may be less
+than what an earlier start logged: `report` drops the lines of steps that were trained again (`report/run_facts.py`). A
+number that is not finite is text: "nan", "inf".
 """
 
 import json
 import math
 import os
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llava_llama31.trainer.fault_tolerance.step_health import Health
 from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.training.source_losses import nested
 
 
 class RunLog(TrainerCallback):
@@ -26,10 +29,11 @@ class RunLog(TrainerCallback):
         name: of the stage.
         stage: for its learning rates.
         health: whose findings are logged once each.
+        facts: of the start, for its line.
     """
 
-    def __init__(self, path: Path, name: str, stage: Stage, health: Health):
-        self.path, self.name, self.health = path, name, health
+    def __init__(self, path: Path, name: str, stage: Stage, health: Health, facts: Mapping[str, Any]):
+        self.path, self.name, self.health, self.facts = path, name, health, facts
         self._rates = stage.learning_rates()
         self._num_events = 0
 
@@ -37,7 +41,7 @@ class RunLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self._num_events = len(self.health.events)  # those of an earlier start are in the file
-        self._append({"event": "start", "step": state.global_step, "steps": state.max_steps})
+        self._append({"event": "start", "step": state.global_step, "steps": state.max_steps, **self.facts})
 
     def on_log(  # type: ignore[override]  # Transformers passes `logs` by name
         self,
@@ -55,42 +59,29 @@ class RunLog(TrainerCallback):
         if "learning_rate" in logs:  # that of the first group; all follow one schedule
             part = logs["learning_rate"] / next(iter(self._rates.values()))
             rates["learning_rates"] = {group: rate * part for group, rate in self._rates.items()}
-        self._append({"step": state.global_step, **logs, **rates})
+        self._append({"step": state.global_step, **nested(logs), **rates})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self._append({"event": "save", "step": state.global_step})
 
     def _append(self, entry: dict[str, Any]) -> None:
-        time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        plain = {key: str(value) if _is_odd(value) else value for key, value in entry.items()}
-        line = json.dumps({"time": time, "stage": self.name, **plain}, allow_nan=False)
-        file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            end = os.fstat(file).st_size
-            cut = end > 0 and os.pread(file, 1, end - 1) != b"\n"  # a start that was killed as it wrote
-            os.write(file, f"{chr(10) * cut}{line}\n".encode())
-        finally:
-            os.close(file)
+        append_entry(self.path, self.name, entry)
+
+
+def append_entry(path: Path, stage: str, entry: dict[str, Any]) -> None:
+    """Append one line to a run's log."""
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    plain = {key: str(value) if _is_odd(value) else value for key, value in entry.items()}
+    line = json.dumps({"time": time, "stage": stage, **plain}, allow_nan=False)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        end = os.fstat(file).st_size
+        cut = end > 0 and os.pread(file, 1, end - 1) != b"\n"  # a start that was killed as it wrote
+        os.write(file, f"{chr(10) * cut}{line}\n".encode())
+    finally:
+        os.close(file)
 
 
 def _is_odd(value: object) -> bool:
     """Whether JSON has no number for it."""
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def entries(path: Path) -> list[dict[str, Any]]:
-    """What a run's log says, each step once: lines of steps that a resumed stage trained again are dropped.
-
-    A line that a kill cut is dropped too: the resumed stage wrote it again.
-    """
-    kept: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry.get("event") == "start":
-            stage, step = entry["stage"], entry["step"]
-            kept = [former for former in kept if former["stage"] != stage or former["step"] <= step]
-        kept.append(entry)
-    return kept

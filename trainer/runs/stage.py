@@ -1,6 +1,7 @@
 """One stage, from its origin to its final weights: check data, freeze, train, hand over."""
 
 import gc
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
@@ -35,7 +37,9 @@ from llava_llama31.trainer.runs.final_weights import write_final_weights
 from llava_llama31.trainer.runs.inputs import refuse_changes
 from llava_llama31.trainer.runs.stage_parts import stage_features, stage_trainer
 from llava_llama31.trainer.runs.stage_record import stage_record
+from llava_llama31.trainer.runs.trackers import continue_trackers, end_trackers
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
+from llava_llama31.trainer.training.plateau import is_flat, metric_of
 from llava_llama31.trainer.training.training_args import training_arguments
 
 
@@ -64,13 +68,14 @@ def _run_stage(run: StageRun) -> dict[str, Any]:
     transformers.set_seed(run.seed)
     model = load_stage_model(run.origin, stage, seed=run.seed, where=run.where, quantized=True)
     report = freeze_groups(model, stage)
-    use_device_options(base_model(model, stage), stage)
+    use_device_options(base_model(model, stage), stage, args.device)
     check_attention(base_model(model, stage), stage, args.device)
     print_stage_start(run.context.console, run.name, stage, derived, report, str(run.origin))
     features = stage_features(run, base_model(model, stage), processor, data, args.device)
-    trainer = stage_trainer(run, model, args, processor, data, features)
+    trainer = stage_trainer(run, model, args, processor, data, features, report)
     _train(run, trainer, derived)
     trainer.restore_best()
+    end_trackers(trainer)
     record = stage_record(run, data, derived, report, trainer)
     write_final_weights(run, trainer, record)
     _release(stage)
@@ -78,7 +83,7 @@ def _run_stage(run: StageRun) -> dict[str, Any]:
 
 
 def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived) -> None:
-    checkpoint = _newest_checkpoint(run)
+    checkpoint, step = _newest_checkpoint(run), 0
     if checkpoint is not None:
         manifest = atomic_folders.read_manifest(checkpoint)
         check_resumable(manifest, trainer.args, checkpoint)
@@ -88,9 +93,11 @@ def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived) -> None:
             )
         step = manifest["step"]
         run.context.console.print(f"resuming from {checkpoint}, step {step} of {derived.steps}")
-        if step >= derived.steps:  # Trainer would take one more step
+        ended = is_flat(atomic_folders.read_json(checkpoint / TRAINER_STATE_NAME)["log_history"], run.stage)
+        if step >= derived.steps or ended:  # Trainer would take one more step
             trainer.restore(checkpoint)
             return
+    continue_trackers(run, trainer, step)
     try:
         with run.context.signals.deferring():
             trainer.train(str(checkpoint) if checkpoint else None)
@@ -104,6 +111,11 @@ def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived) -> None:
             agreed=True,
         )
     run.context.signals.act()
+    if trainer.state.global_step < derived.steps:
+        run.context.console.print(
+            f"stage {run.name} ends at step {trainer.state.global_step} of {derived.steps}: no better "
+            f"{metric_of(run.stage)} in the last {run.stage.stop_on_plateau} evaluations"
+        )
 
 
 def _newest_checkpoint(run: StageRun) -> Path | None:
@@ -125,7 +137,7 @@ def _release(stage: Stage) -> None:
     """Clear what Accelerate and DeepSpeed hold of a stage; the model is freed with its last reference."""
     AcceleratorState._reset_state(reset_partial_state=False)
     forget_deepspeed()
-    if stage.compile:
+    if "torch._dynamo" in sys.modules:  # something was compiled
         torch.compiler.reset()
     gc.collect()
     release_cached_memory()

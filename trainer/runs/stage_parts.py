@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,22 +23,24 @@ from llava_llama31.trainer.data.batches.stage_rows import StageData
 from llava_llama31.trainer.distributed.engine import uses_fsdp
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
-from llava_llama31.trainer.evaluation.presets import PRESETS
-from llava_llama31.trainer.evaluation.questions import load_questions
+from llava_llama31.trainer.export.provenance import commit, environment
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard, StopRequests
 from llava_llama31.trainer.fault_tolerance.step_health import Health
 from llava_llama31.trainer.fault_tolerance.watchdog import Watchdog
 from llava_llama31.trainer.model.device_options import FLOAT8_MULTIPLE
+from llava_llama31.trainer.model.module_groups import GroupReport, layer_classes
 from llava_llama31.trainer.model.stage_model import base_model, product_dtype
 from llava_llama31.trainer.publishing.pusher import PushSaves
-from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.recipes.schema import Stage, slug
 from llava_llama31.trainer.runs.console import StageProgress
 from llava_llama31.trainer.runs.context import StageRun
+from llava_llama31.trainer.runs.final_evaluation import question_set
 from llava_llama31.trainer.runs.inputs import Inputs, checkpoint_digests
 from llava_llama31.trainer.runs.run_log import RunLog
 from llava_llama31.trainer.training.batch_loading import StageBatches
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer, TrainerOptions
 from llava_llama31.trainer.training.meter import Meter
+from llava_llama31.trainer.training.plateau import StopOnPlateau
 
 
 # of a tower's configuration: what makes its features random in training
@@ -97,6 +100,7 @@ def stage_trainer(
     processor: LlavaLlama31Processor,
     data: StageData,
     features: FeatureCache | None,
+    report: Sequence[GroupReport],
 ) -> LlavaTrainer:
     stage, guard = run.stage, _guard(run)
     pixel_dtype = product_dtype(stage)
@@ -116,6 +120,7 @@ def stage_trainer(
                 packed=stage.packing,
                 share_prefix=stage.packing and stage.share_prefix > 1,
                 multiple_of=_row_multiple(stage, args),
+                with_sources=True,
             ),
             order=batch_order(stage, data.train.lengths, run.seed),
             validation_lengths=data.validation.lengths,
@@ -131,9 +136,16 @@ def stage_trainer(
             decay_all_parameters="decay_all_parameters" in stage.quirks,
             only_trainable=stage.lora is not None,
             inputs=stage_inputs(run, data),
+            sources=[source.name for source in stage.data],
+            layers=layer_classes(base_model(model, stage)),
         ),
         questions=_questions(run),
-        callbacks=[StageProgress(run.context.console, run.name), *_logs(run, guard), *_pushes(run)],
+        callbacks=[
+            StageProgress(run.context.console, run.name),
+            StopOnPlateau(stage),
+            *_logs(run, guard, data, report),
+            *_pushes(run),
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -147,8 +159,17 @@ def stage_inputs(run: StageRun, data: StageData) -> Inputs:
     return contents | {f"{run.where}.origin": checkpoint_digests(run.origin)}
 
 
-def _logs(run: StageRun, guard: Guard) -> list[RunLog]:
-    return [RunLog(run.context.folder.log, run.name, run.stage, guard.health)] if run.context.is_main else []
+def _logs(run: StageRun, guard: Guard, data: StageData, report: Sequence[GroupReport]) -> list[RunLog]:
+    if not run.context.is_main:
+        return []
+    facts = {
+        "groups": [asdict(line) for line in report],
+        "data": data.summary,
+        "command": run.context.command,
+        "commit": commit(),
+        "environment": environment(),
+    }
+    return [RunLog(run.context.folder.log, run.name, run.stage, guard.health, facts)]
 
 
 def _pushes(run: StageRun) -> list[PushSaves]:
@@ -178,7 +199,7 @@ def _meter(
     def num_patch_features(sizes: Sequence[tuple[int, int]]) -> int:
         return int((model.model.feature_layout(sizes)[0] >= 0).sum())
 
-    options: dict[str, Any] = {"checkpointing": int(stage.activation_checkpointing)}
+    options: dict[str, Any] = {"checkpointing": stage.recomputed}
     if stage.lora is not None:
         options |= {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
     return Meter(
@@ -194,14 +215,27 @@ def _meter(
     )
 
 
-def _questions(run: StageRun) -> TrainingQuestions | None:
-    spec, limit = run.context.recipe.evaluation, run.stage.eval_questions
-    if spec is None or limit is None:
-        return None
-    return TrainingQuestions(
-        load_questions(spec.data, image_root=spec.image_root, limit=limit),
-        preset=PRESETS[spec.preset],
-        max_new_tokens=spec.max_new_tokens,
-        batch_size=spec.batch_size,
-        folder=run.folder.evaluation,
-    )
+def _questions(run: StageRun) -> list[TrainingQuestions]:
+    """The sets that `eval_questions` names, in the order of the recipe; a number is of the first evaluation."""
+    recipe, wanted = run.context.recipe, run.stage.eval_questions
+    if wanted is None:
+        return []
+    limits = wanted if isinstance(wanted, dict) else {recipe.evaluations[0].name: wanted}
+    sets: list[TrainingQuestions] = []
+    for number, spec in enumerate(recipe.evaluations):
+        if spec.name not in limits:
+            continue
+        found = question_set(spec, where=recipe.where_evaluation(number), limit=limits[spec.name])
+        name = slug(spec.name).replace("-", "_") if sets else ""
+        sets.append(
+            TrainingQuestions(
+                found.questions,
+                preset=found.preset,
+                max_new_tokens=found.max_new_tokens,
+                batch_size=spec.batch_size,
+                folder=run.folder.evaluation / name,
+                name=name,
+                task=found.task,
+            )
+        )
+    return sets

@@ -1,6 +1,6 @@
 """The micro-batches of a stage as a rank of it draws them, and the records that they are made of."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from llava_llama31.processing import IGNORE_INDEX
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, RankBatches
 from llava_llama31.trainer.data.batches.collator import Collator
 from llava_llama31.trainer.data.batches.dataset import StageDataset
@@ -21,6 +22,11 @@ from llava_llama31.trainer.fault_tolerance.watchdog import loader_failure, set_u
 def sent(value: Any, device: torch.device) -> Any:
     """A tensor on its way to the device, for which nobody waits: the loader's memory is pinned. Other values as is."""
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
+def num_supervised(batch: Mapping[str, Any]) -> int:
+    """Labels of a micro-batch on the host that the loss counts: a row's first is never predicted."""
+    return int(batch["labels"][..., 1:].ne(IGNORE_INDEX).sum())
 
 
 @dataclass(frozen=True, kw_only=True)

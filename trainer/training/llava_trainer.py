@@ -15,7 +15,7 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -35,15 +35,17 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from llava_llama31.packed_llama_llava_llama31 import to_device
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.data.batches.batch_order import RankBatches
 from llava_llama31.trainer.distributed.engine import fsdp_plugin, uses_fsdp
 from llava_llama31.trainer.distributed.parameters import unsharded, whole_parameters
 from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
-from llava_llama31.trainer.training.batch_loading import BatchLoader, StageBatches, sent
+from llava_llama31.trainer.training.batch_loading import BatchLoader, StageBatches, num_supervised, sent
 from llava_llama31.trainer.training.meter import Meter
-from llava_llama31.trainer.training.optimizers import AdamWBfloat16, parameter_groups
+from llava_llama31.trainer.training.optimizers import make_optimizer, parameter_groups
+from llava_llama31.trainer.training.source_losses import SourceLosses
 from llava_llama31.trainer.training.stage_checkpoints import (
     load_optimizer,
     load_rng_state,
@@ -70,6 +72,8 @@ class TrainerOptions:
         decay_all_parameters: apply weight decay to norms and biases too.
         only_trainable: save the trainable parameters alone (adapters); the rest comes from the stage's origin.
         inputs: digests of the stage's data and origin, kept in every checkpoint.
+        sources: names of the data sources, in order.
+        layers: classes that FSDP shards one by one.
     """
 
     learning_rates: Mapping[str, float]
@@ -77,6 +81,8 @@ class TrainerOptions:
     decay_all_parameters: bool = False
     only_trainable: bool = False
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    sources: Sequence[str] = ()
+    layers: Sequence[str] = ()
 
 
 class LlavaTrainer(Trainer):
@@ -84,7 +90,7 @@ class LlavaTrainer(Trainer):
 
     Args:
         model: the model, or a PEFT model around it, already frozen as the stage wants it.
-        questions: asked at every evaluation, beside the loss on the validation rows.
+        questions: sets asked at every evaluation, beside the loss on the validation rows.
     """
 
     def __init__(
@@ -97,16 +103,17 @@ class LlavaTrainer(Trainer):
         meter: Meter,
         guard: Guard,
         options: TrainerOptions,
-        questions: TrainingQuestions | None = None,
+        questions: Sequence[TrainingQuestions] = (),
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.batches, self.processor, self.options = batches, processor, options
         self.meter, self.guard, self.questions = meter, guard, questions
         self.loader = BatchLoader(batches, args, guard)
-        self.throughput = Throughput(batches.order, meter)
         self.saving_to: Path | None = None
         self._losses: list[torch.Tensor] = []  # of the step's micro-batches so far
         self.num_drawn = 0  # micro-batches from the epoch's loader
+        self.sources = SourceLosses(options.sources, args.device)
+        self.throughput = Throughput(batches.order, meter, self.sources)
         super().__init__(
             model,
             args,
@@ -120,10 +127,8 @@ class LlavaTrainer(Trainer):
             self._base(model).get_submodule("lm_head").register_forward_pre_hook(_assert_autocast)
 
     def _build_accelerator_args(self, **kwargs: object) -> dict[str, Any]:
-        options = super()._build_accelerator_args(**kwargs)
-        if uses_fsdp():
-            options["fsdp_plugin"] = fsdp_plugin(bfloat16=self.args.bf16)
-        return options
+        own = {"fsdp_plugin": fsdp_plugin(bfloat16=self.args.bf16, layers=self.options.layers)} if uses_fsdp() else {}
+        return super()._build_accelerator_args(**kwargs) | own
 
     def get_train_dataloader(self) -> DataLoader:
         return self.loader.loader(self.batches.training, self.loader.training_batches())
@@ -140,6 +145,15 @@ class LlavaTrainer(Trainer):
             self.meter.add(batch)
         return batches, num_items
 
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> torch.Tensor | int | None:
+        """Supervised tokens of a step on all processes; Transformers' own count waits for the device."""
+        if not batch_samples:
+            return None
+        number = to_device([sum(map(num_supervised, batch_samples))], device)
+        return self.accelerator.gather(number).sum() if self.args.world_size > 1 else number[0]
+
     def _prepare_input(self, data: Any) -> Any:
         return super()._prepare_input(sent(data, self.args.device))
 
@@ -151,26 +165,24 @@ class LlavaTrainer(Trainer):
         if "pixels" in inputs:
             assert self.batches.device_tiles is not None
             inputs["pixel_values"] = self.batches.device_tiles(inputs.pop("pixels"))
-        return inputs
+        return self.sources.ask(inputs, torch.promote_types(self._stage_model.dtype, torch.float32))
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             target = cast(PreTrainedModel, self.model if model is None else model)
             decayed = None if self.options.decay_all_parameters else self.get_decay_parameter_names(target)
-            rates, decay = self.options.learning_rates, self.args.weight_decay
-            groups = parameter_groups(target, self._base(target), rates, decay, decayed)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
-            if self.options.bfloat16_moments:
-                self.optimizer = AdamWBfloat16(groups, options["lr"], options["betas"], options["eps"])
-            else:
-                self.optimizer = optimizer_class(groups, **options)
+            rates = self.options.learning_rates
+            groups = parameter_groups(target, self._base(target), rates, self.args.weight_decay, decayed)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+            narrow, device = self.options.bfloat16_moments, self.args.device
+            self.optimizer = make_optimizer(kind, groups, options, bfloat16_moments=narrow, device=device)
         return self.optimizer
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Loss of a micro-batch, kept for the step's judgement."""
-        step, number = self.state.global_step + 1, len(self._losses) + 1
+        number, step = len(self._losses) + 1, self.state.global_step + 1
         self.guard.watchdog.beat(f"training on micro-batch {number} of step {step}")
         if not self._losses:
             self._loss_before = self._tr_loss.clone()
@@ -187,6 +199,7 @@ class LlavaTrainer(Trainer):
         losses, self._losses = self._losses, []
         step = self.state.global_step + 1
         skip, norm = self.guard.judge(step, losses, norm, lambda: self.loader.records(step), self.args.device)
+        self.sources.keep(taken=not skip)
         if not skip:
             return norm
         model.zero_grad()  # without gradients an optimizer changes neither weights nor moments
@@ -202,8 +215,8 @@ class LlavaTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            num_skipped = self.guard.health.skipped_after(self.throughput.logged_step)
-            self.throughput.complete(logs, self.state.global_step, num_skipped)
+            skipped = self.guard.health.skipped_after(self.throughput.logged_step)
+            self.throughput.complete(logs, self.state.global_step, skipped)
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -215,29 +228,25 @@ class LlavaTrainer(Trainer):
     ) -> dict[str, float]:
         """Mean loss over the supervised tokens of the validation rows and accuracy on the questions, where given."""
         assert eval_dataset is None
+        metrics: dict[str, float] = {}
         with self.meter.aside():
-            metrics = self._measure(metric_key_prefix)
+            if len(self.batches.validation):
+                loss = validation_loss(self.loader, self.batches.validation, self.model_wrapped, self._loss_of)
+                check_finite(f"{metric_key_prefix}_loss", loss, f"{self.guard.where}, step {self.state.global_step}")
+                metrics |= {f"{metric_key_prefix}_loss": loss, **self.sources.read_evaluation(metric_key_prefix)}
+            for asked in self.questions:
+                found = asked.ask(
+                    self._base(self._stage_model),
+                    self.processor,
+                    step=self.state.global_step,
+                    sharded=self.model_wrapped if self._is_sharded else None,
+                    # the wrapped model's forward enters autocast; the modules inside it don't
+                    autocast=self.accelerator.autocast(),
+                    beat=lambda: self.guard.watchdog.beat("answering questions"),
+                )
+                metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _measure(self, prefix: str) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        if len(self.batches.validation):
-            loss = validation_loss(self.loader, self.batches.validation, self.model_wrapped, self._loss_of)
-            check_finite(f"{prefix}_loss", loss, f"{self.guard.where}, step {self.state.global_step}")
-            metrics[f"{prefix}_loss"] = loss
-        if self.questions is not None:
-            accuracy, num_unanswered = self.questions.ask(
-                self._base(self._stage_model),
-                self.processor,
-                step=self.state.global_step,
-                sharded=self.model_wrapped if self._is_sharded else None,
-                # the wrapped model's forward enters autocast; the modules inside it don't
-                autocast=self.accelerator.autocast(),
-                beat=lambda: self.guard.watchdog.beat("answering questions"),
-            )
-            metrics |= {f"{prefix}_accuracy": accuracy, f"{prefix}_unanswered": num_unanswered}
         return metrics
 
     @property

@@ -4,9 +4,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import LlavaNextForConditionalGeneration
 
-from llava_llama31.trainer.distributed.parameters import sharded_like, unsharded
+from llava_llama31.packed_llama_llava_llama31 import to_device
+from llava_llama31.trainer.distributed.parameters import held_part, num_before, sharded_like, unsharded
+from llava_llama31.trainer.model.device_options import compiles
 from llava_llama31.trainer.model.module_groups import group_parameters
 
 
@@ -42,17 +45,34 @@ def parameter_groups(
     return groups
 
 
+def make_optimizer(
+    kind: Callable[..., torch.optim.Optimizer],
+    groups: Iterable[dict[str, Any]],
+    options: Mapping[str, Any],
+    *,
+    bfloat16_moments: bool,
+    device: torch.device,
+) -> torch.optim.Optimizer:
+    """What Transformers has chosen, `kind` with `options`, or AdamWBfloat16 with these."""
+    if not bfloat16_moments:
+        return kind(groups, **options)
+    compiled = torch.compile if compiles(device) else None
+    return AdamWBfloat16(groups, options["lr"], options["betas"], options["eps"], compiled=compiled)
+
+
 class AdamWBfloat16(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, 2019) whose two moments are bfloat16 with stochastic rounding.
 
     Rounded to nearest, the second moment would never change: at beta2 = 0.999 its updates are smaller than half of
     bfloat16's spacing. Rounded stochastically it is right on average (Zamirai et al., 2020, arXiv:2010.06192). Weights
     in bfloat16 are rounded in the same way; float32 weights are not rounded. The random numbers depend only on the
-    step and the parameter's position: all processes round alike, and so does a resumed run.
+    step and the parameter's position: all processes round alike, and so does a resumed run. Of sharded parameters, and
+    on a GPU, they depend on a number's place in its parameter too, and not on how it is sharded.
 
     Args:
         groups: of parameters, as torch.optim.AdamW takes them.
         lr, betas, eps, weight_decay: as torch.optim.AdamW's.
+        compiled: makes one kernel of a parameter's update, as torch.compile does; None: the device can't.
     """
 
     def __init__(
@@ -62,8 +82,10 @@ class AdamWBfloat16(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        compiled: Callable[[Any], Any] | None = None,
     ):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._fused = None if compiled is None else compiled(update_in_place)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -75,17 +97,47 @@ class AdamWBfloat16(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 place += 1
-                if parameter.grad is not None:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = 0
+                    state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+                state["step"] += 1
+                if self._fused is not None or isinstance(parameter, DTensor):
+                    self._update_by_place(parameter, parameter.grad, group, place)
+                else:
                     self._update(parameter, parameter.grad, group, place)
         return loss
 
+    def _update_by_place(
+        self, parameter: torch.nn.Parameter, grad: torch.Tensor, group: dict[str, Any], place: int
+    ) -> None:
+        state = self.state[parameter]
+        tensors = [held_part(x).view(-1) for x in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+        tensors.append(held_part(grad).reshape(-1))
+        (beta1, beta2), rate = group["betas"], group["lr"]
+        rest1, rest2 = (1 - beta ** state["step"] for beta in (beta1, beta2))
+        factors = (
+            1 - rate * group["weight_decay"],
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            1 / rest2,
+            group["eps"],
+            rate / rest1,
+        )
+        numbers = to_device(torch.tensor(factors, dtype=torch.float32), tensors[0].device)
+        first = num_before(parameter)
+        size = max(1, len(tensors[0])) if self._fused is not None else _CHUNK
+        for begin in range(0, len(tensors[0]), size):
+            seeds = to_device([(state["step"] << 24) + place, first + begin], tensors[0].device)
+            weight, mean, square, wide = (x[begin : begin + size] for x in tensors)
+            (self._fused or update_in_place)(weight, mean, square, wide, numbers, seeds)
+
     def _update(self, parameter: torch.nn.Parameter, grad: torch.Tensor, group: dict[str, Any], place: int) -> None:
         state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-        state["step"] += 1
         chance = torch.Generator(parameter.device).manual_seed((state["step"] << 24) + place)
         (beta1, beta2), rate = group["betas"], group["lr"]
         rest1, rest2 = (1 - beta ** state["step"] for beta in (beta1, beta2))
@@ -110,9 +162,46 @@ class AdamWBfloat16(torch.optim.Optimizer):
 
 def round_by_chance(x: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
     """float32 numbers rounded stochastically to bfloat16: to a neighbour, more likely to the nearer one."""
-    noise = torch.randint(0, 1 << 16, x.shape, generator=chance, device=x.device, dtype=torch.int32)
-    rounded = ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
-    # the noise would carry a NaN over into another number
+    return _rounded(x, torch.randint(0, 1 << 16, x.shape, generator=chance, device=x.device, dtype=torch.int32))
+
+
+def update_in_place(
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    grad: torch.Tensor,
+    numbers: torch.Tensor,
+    seeds: torch.Tensor,
+) -> None:
+    """AdamWBfloat16's step of a flat parameter, in operations that torch.compile makes one kernel of.
+
+    Args:
+        numbers: (7,) what remains of the weight, 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta2^step), epsilon,
+            rate / (1 - beta1^step).
+        seeds: (2,) of the step and parameter; the place of the first number.
+    """
+    remains, new, old_square, new_square, correction, eps, rate = numbers.unbind()
+    wide = grad.float()
+    means = mean.float() + (wide - mean.float()) * new
+    squares = square.float() * old_square + wide * wide * new_square
+    weights = weight.float() * remains - rate * means / ((squares * correction).sqrt() + eps)
+    bits = _hashed(torch.arange(weight.numel(), device=weight.device) + seeds[1], seeds[0])
+    mean.copy_(_rounded(means, bits & 0xFFFF))
+    square.copy_(_rounded(squares, (bits >> 16) & 0xFFFF))
+    weight.copy_(_rounded(weights, (bits >> 32) & 0xFFFF) if weight.dtype == torch.bfloat16 else weights)
+
+
+def _hashed(places: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    """64 random bits for each place: SplitMix64 (Steele, Lea and Flood, 2014), in integers that wrap around."""
+    bits = (places + (seed << 40 ^ seed)) * -7046029254386353131
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        bits = (bits ^ (bits >> shift) & ((1 << 64 - shift) - 1)) * factor
+    return bits ^ (bits >> 31) & ((1 << 33) - 1)
+
+
+def _rounded(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """float32 numbers rounded to bfloat16 by 16 random bits each, which would carry a NaN over into another number."""
+    rounded = ((x.view(torch.int32) + noise.to(torch.int32)) & -(1 << 16)).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 

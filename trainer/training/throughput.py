@@ -7,6 +7,7 @@ from transformers import TrainerState
 
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder
 from llava_llama31.trainer.training.meter import Meter
+from llava_llama31.trainer.training.source_losses import SourceLosses
 
 
 _COUNTED = ("tokens", "supervised_tokens", "samples")
@@ -15,8 +16,8 @@ _COUNTED = ("tokens", "supervised_tokens", "samples")
 class Throughput:
     """Counts what the steps trained on, from the batch order, and completes the logs with it."""
 
-    def __init__(self, order: BatchOrder, meter: Meter):
-        self.order, self.meter = order, meter
+    def __init__(self, order: BatchOrder, meter: Meter, sources: SourceLosses):
+        self.order, self.meter, self.sources = order, meter, sources
         self._counts: dict[int, np.ndarray] = {}
 
     def start(self, state: TrainerState) -> None:
@@ -49,7 +50,7 @@ class Throughput:
         logs["supervised_tokens"] = int(trained[1])
         for name, count in zip(_COUNTED, trained - self._last_log, strict=True):
             logs[f"{name}_per_second"] = round(float(count) / seconds, 2)
-        logs |= meters
+        logs |= meters | self.sources.read()
         logs["seconds"] = round(self._seconds_before + now - self._started, 3)
         self._last_log = trained
 

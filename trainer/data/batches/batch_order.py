@@ -121,7 +121,7 @@ class BatchOrder:
         rank = np.arange(len(order)) - np.repeat(begins, np.diff(np.r_[begins, len(order)]))
         opens = (rank % self.share_prefix == 0) | (sorted_keys == 0)
         group = np.cumsum(opens) - 1
-        # numbered by first appearance, not by key: keys hash paths, which are no part of the data
+        # numbered by first appearance, not by key: keys hash paths, which are not part of the data
         number = np.argsort(np.argsort(by_key[opens]))
         place = rng.permutation(len(number))[number]
         return order[by_key[np.argsort(place[group], kind="stable")]]

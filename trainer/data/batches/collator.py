@@ -28,6 +28,7 @@ class Sample(NamedTuple):
     image_features: torch.Tensor | None = None  # (T, P, D) of images that have no tiles in pixel_values
     has_features: Sequence[bool] = ()  # for each image; empty: no image has
     pixels: tuple[torch.Tensor, ...] = ()  # I times uint8 (height, width, 3), of images yet without tiles
+    source: int = 0  # number of the data source
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Collator:
         packed: one row of whole samples, for the model's `packing`; else rows padded on the right.
         share_prefix: samples that begin with the same tokens and images become branches of one trunk.
         multiple_of: a packed row ends with padding, as a sample of its own, up to a multiple of this.
+        with_sources: add `sources`, the number of the data source of each supervised token in row order.
 
     Raises:
         ValueError: naming the record whose placeholders and images do not agree.
@@ -49,6 +51,7 @@ class Collator:
     packed: bool = False
     share_prefix: bool = False
     multiple_of: int = 1
+    with_sources: bool = False
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         for sample in samples:
@@ -70,7 +73,10 @@ class Collator:
             input_ids[row, :size] = torch.tensor(sample.input_ids)
             labels[row, :size] = torch.tensor(sample.labels)
             attention_mask[row, :size] = 1
-        batch = {"input_ids": input_ids, "labels": labels}
+        batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
+        if self.with_sources:
+            counts = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1).numpy()
+            batch["sources"] = np.repeat([sample.source for sample in samples], counts)
         if not attention_mask.all():  # without a mask attention takes its causal path
             batch["attention_mask"] = attention_mask
         return batch | _image_tensors(samples)
@@ -78,6 +84,7 @@ class Collator:
     def _pack(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """One row, with all that the model would else have to ask a GPU for; see the model's `forward`."""
         trees = self._trees(samples)
+        owners: list[np.ndarray] = []  # of each position
         packing: list[list[int]] = []
         ids: list[int] = []
         labels: list[int] = []
@@ -88,26 +95,34 @@ class Collator:
                 ids += tree[0].input_ids[:trunk]
                 labels += tree[0].labels[:trunk]
                 positions.append(np.arange(trunk))
+                owners.append(np.full(trunk, tree[0].source))
             for sample in tree:
                 ids += sample.input_ids[trunk:]
                 labels += sample.labels[trunk:]
                 positions.append(np.arange(trunk, len(sample.input_ids)))
+                owners.append(np.full(len(sample.input_ids) - trunk, sample.source))
             branches = [len(sample.input_ids) - trunk for sample in tree]
             packing.append([trunk, *branches] if trunk else branches)
         if padding := -len(ids) % self.multiple_of:
             ids += [self.pad_token_id] * padding
             labels += [IGNORE_INDEX] * padding
             positions.append(np.arange(padding))
+            owners.append(np.zeros(padding, np.int64))
             packing.append([padding])
         row, targets = np.array(ids), np.array(labels)
-        return {
+        supervised = np.flatnonzero(targets[1:] != IGNORE_INDEX)
+        packed = {
             "input_ids": torch.from_numpy(row)[None],
             "labels": torch.from_numpy(targets)[None],
             "position_ids": torch.from_numpy(np.concatenate(positions))[None],
             "packing": packing,
             "image_positions": torch.from_numpy(np.flatnonzero(row == self.image_token_id)),
-            "supervised_positions": np.flatnonzero(targets[1:] != IGNORE_INDEX).tolist(),
+            "supervised_positions": supervised.tolist(),
         } | _image_tensors([tree[0] for tree in trees], as_list=True)
+        if self.with_sources:
+            # a label belongs to the sample that it stands in
+            packed["sources"] = np.concatenate(owners)[supervised + 1]
+        return packed
 
     def _trees(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """Samples by their trunk, in order of first appearance."""

@@ -108,6 +108,7 @@ class StageDataset(Dataset):
             image_features=features,
             has_features=has_features,
             pixels=pixels,
+            source=self.rows[index if index >= 0 else -1 - index][0],
         )
 
     def _images_of(self, record: Record) -> RecordImages:

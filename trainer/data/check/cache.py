@@ -129,7 +129,7 @@ def write_atomically(path: Path, pieces: Iterable[str]) -> None:
 
 
 def content_digests(signatures: Sequence[list], arrays: dict[str, np.ndarray]) -> dict[str, str]:
-    """Digests of a source's data files and of the image files beside them, wherever the folders that hold them lie.
+    """Digests of a source's data files and of the image files beside them, wherever their folders are.
 
     Args:
         signatures: of the data files, by `file_signature`.
@@ -192,7 +192,7 @@ def file_signature(path: Path | str) -> list:
 def processor_signature(processor: "LlavaLlama31Processor") -> str:
     """Hash of the processor's settings, chat template and tokenizer."""
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()
-    # what stands before is the padding and truncation of the last call
+    # what comes before is the padding and truncation of the last call
     tokenizer = tokenizer[tokenizer.index('"added_tokens"') :]
     parts = [processor.to_json_string(), processor.chat_template, tokenizer]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

@@ -38,7 +38,7 @@ class SourceReport:
             num_supervised_tokens, num_tiles, num_prefix_tokens (to the end of the last image, if that is in the
             first turn); empty where no processor was given.
         prefixes: uint64 (N,), equal where rows begin with the same turns and images; 0 without an image.
-        content: digests of the data files and of the image files, wherever they lie.
+        content: digests of the data files and of the image files, wherever they are.
         rejects: JSON lines with row, id, image, reason and detail of every unusable row.
         cached: whether an earlier check of the same data was found again.
         contamination: rows that hold something of an evaluation, by kind, one entry per evaluation.
@@ -203,7 +203,7 @@ def select_rows(
 ) -> np.ndarray:
     """Positions in the report's arrays of the rows to train on: int64, ascending.
 
-    The sample depends on the row numbers and the seed alone, and a smaller one lies within a larger one.
+    The sample depends on the row numbers and the seed alone, and a smaller one is part of a larger one.
 
     Args:
         report: of the source to sample from.

@@ -167,7 +167,9 @@ class RowChecker:
             return error
         if self.processor is not None:
             processor = self.processor
-            if tiles_vanish(size, processor.image_processor.image_grid_pinpoints, processor.patch_size):
+            if tiles_vanish(
+                size, processor.image_processor.image_grid_pinpoints, processor.patch_size, processor.tile_size
+            ):
                 return RecordError("too_thin_image", f"{size[0]} x {size[1]} pixels", image.name)
         return size
 
@@ -221,12 +223,14 @@ def _num_characters(messages: list[dict]) -> int:
     return sum(len(part.get("text", "")) for message in messages for part in message["content"])
 
 
-def tiles_vanish(size: Size, pinpoints: Sequence[Sequence[int]], patch_size: int) -> bool:
+def tiles_vanish(size: Size, pinpoints: Sequence[Sequence[int]], patch_size: int, tile_size: int) -> bool:
     """Whether unpadding leaves no row or no column of the tiles' features, as LLaVA-NeXT unpads (height, width)."""
     from transformers.image_processing_utils import select_best_resolution
 
     height, width = size
-    rows, columns = (side // patch_size for side in select_best_resolution(size, list(pinpoints)))
+    # a tile's own patches: 384 px are 27 of 14 px
+    best = select_best_resolution(size, list(pinpoints))
+    rows, columns = (side // tile_size * (tile_size // patch_size) for side in best)
     if width / height > columns / rows:
         whole, kept = rows, int(round(height * (columns / width), 7))
     else:

@@ -239,7 +239,7 @@ def _fingerprint(store: RecordStore, rows: np.ndarray) -> dict[str, np.ndarray]:
             questions += key
         for path, signature in found.files.items():
             watched.add(path, signature)
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "image_rows": np.array(image_rows, np.int64),
         "digests": np.frombuffer(digests, np.uint8).reshape(-1, 16),
         "bits": np.array(bits, np.uint8).reshape(-1, NUM_BITS // 8),

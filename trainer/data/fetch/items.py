@@ -132,8 +132,9 @@ def _named_data(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:
     for name, stage in recipe.stages.items():
         for number, source in enumerate(stage.data):
             yield source.path, f"stages.{name}.data.{number}.path", source.license
-    if recipe.evaluation is not None:
-        yield recipe.evaluation.data, "evaluation.data", None
+    for number, spec in enumerate(recipe.evaluations):
+        if spec.data is not None:
+            yield spec.data, f"{recipe.where_evaluation(number)}.data", None
 
 
 def _named_checkpoints(recipe: Recipe) -> list[str]:

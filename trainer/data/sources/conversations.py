@@ -277,7 +277,7 @@ def _not_read_of_image(given: object) -> Iterator[str]:
 
 
 def _in_place(sources: list[object], column: list[object]) -> list[object]:
-    """What each place for an image shows: an image of its own, the column's next one, or that of a number.
+    """What each place for an image shows: its own image, the column's next one, or that of a number.
 
     Raises:
         RecordError: image_count_mismatch, when the column's images and their places don't agree.

@@ -140,14 +140,14 @@ def one_split(files: Sequence[Path], folder: Path) -> None:
     pattern = f"{prefix}-*{members[0].suffix}"
     parents = {member.parent for member in members}
     matched = [file for file in files if file.parent in parents and matches(file.name, pattern)]
-    fix = f"move the files of each into a folder of its own and name one, or name one file, such as '{members[0]}'"
+    fix = f"move the files of each into a separate folder and name one, or name one file, such as '{members[0]}'"
     if len(members) > 1 and len(parents) == 1 and sorted(matched) == sorted(members):
         fix = f"name those of one split: '{members[0].parent / pattern}'"
     raise UserError(f"parquet files of several splits ({names})", where=str(folder), fix=fix)
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a file's name is like a pattern, in which `*` stands for anything and nothing else is special."""
+    """Whether a file's name is like a pattern, in which `*` matches anything and nothing else is special."""
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name, re.DOTALL) is not None
 
 
@@ -279,9 +279,10 @@ def _of_split(folder: Path, files: list[Path], asked: str) -> list[Path]:
     clear = next((file for file, splits in named.items() if len(splits) == 1), None)
     unclear = next((file for file, splits in named.items() if len(splits) != 1), None)
     if clear is not None and unclear is not None:
-        told = " and ".join(sorted(named[unclear])) or "no split"
-        what = f"{unclear.relative_to(folder)} names {told}, but {clear.relative_to(folder)} names {min(named[clear])}"
-        fix = "give the files of each split a folder of their own, or name each file by itself"
+        splits = " and ".join(sorted(named[unclear])) or "no split"
+        what = f"{unclear.relative_to(folder)} names {splits}"
+        what += f", but {clear.relative_to(folder)} names {min(named[clear])}"
+        fix = "give the files of each split a separate folder, or name each file by itself"
         raise UserError(what, where=str(folder), fix=fix)
     chosen = [file for file, splits in named.items() if splits == {wanted}]
     if not chosen:
@@ -313,6 +314,6 @@ def _words(relative: Path) -> frozenset[str]:
 
 
 def _before_number(relative: Path) -> str:
-    """What stands before the number of the shard in a file's name."""
+    """What comes before the number of the shard in a file's name."""
     match = _NUMBER.search(relative.stem)
     return relative.stem[: match.start()] if match else relative.stem

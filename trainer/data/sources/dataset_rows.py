@@ -246,7 +246,7 @@ def _saved_dataset(folder: Path) -> Any:
 def _inside(folder: Path, name: str) -> Path:
     """A file of a saved data set, which its own description may not take from elsewhere."""
     if Path(name).name != name:
-        raise ValueError(f"{name[:80]!r} is no name of a file in the folder")
+        raise ValueError(f"{name[:80]!r} does not name a file in the folder")
     return folder / name
 
 

@@ -132,7 +132,7 @@ def refuse_boxes(others: Mapping[str, object], texts: Iterator[str]) -> None:
     if boxes:
         markers = next((marker for text in texts for marker in _BOX_MARKERS if marker in text), None)
         if markers is not None:
-            raise RecordError("grounding", f"{markers} in the text stands for values of `{boxes[0]}`")
+            raise RecordError("grounding", f"{markers} in the text refers to values of `{boxes[0]}`")
 
 
 def not_read(fields: Mapping[str, object]) -> Iterator[str]:
@@ -192,7 +192,7 @@ def image_part_fields(fields: Mapping[str, object], *, has_image: bool) -> Itera
 
     Args:
         fields: of the part, beside those that gave its image.
-        has_image: the part gave an image of its own.
+        has_image: the part has its own image.
 
     Raises:
         RecordError: malformed_record, image_not_read, video_or_audio.
@@ -200,7 +200,7 @@ def image_part_fields(fields: Mapping[str, object], *, has_image: bool) -> Itera
     _refuse_video_and_audio(fields)
     text = fields.get("text")
     if isinstance(text, str) and text.strip():
-        raise RecordError("malformed_record", "an image part has text of its own: make it a text part")
+        raise RecordError("malformed_record", "an image part also has text: make it a text part")
     for key, value in fields.items():
         if not has_image and _gives_part_image(key, value):
             raise RecordError("image_not_read", f"an image part's `{key[:80]}` gives an image: name it `image`")

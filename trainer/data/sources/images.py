@@ -41,7 +41,7 @@ _IMAGE_HEAD = re.compile(
     re.DOTALL,
 )
 _VIDEO_HEAD = re.compile(rb"....ftyp|RIFF....AVI |\x1aE\xdf\xa3", re.DOTALL)
-# two letters or more before the colon: `C:/` is no scheme
+# two letters or more before the colon: `C:/` is not a scheme
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _DATA_URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -171,7 +171,7 @@ class ImageRef:
             raise RecordError("missing_image", f"no file {redacted(str(self.path))}", self.name) from None
 
     def _regular_file(self) -> BinaryIO:
-        """The file, opened, which lies under the root and is no device."""
+        """The opened file, which is under the root and not a device."""
         assert self.path is not None and self.root is not None
         try:
             real = os.path.realpath(self.path, strict=True)
@@ -222,7 +222,7 @@ def image_at(name: str, root: Path | str, max_pixels: int = MAX_PIXELS) -> Image
     if _URL.match(name):
         raise RecordError("image_url", "URLs are not fetched: download the image and name its path", name)
     if not name.strip() or "\0" in name or _SURROGATE.search(name):
-        raise RecordError("invalid_image_path", f"{ascii(name)} is no path", name)
+        raise RecordError("invalid_image_path", f"{ascii(name)} is not a path", name)
     if isinstance(root, str) and is_remote(root):
         url = join(root, name)
         if url is None:
@@ -272,7 +272,7 @@ def holds_base64_image(text: str) -> bool:
     if match is None:
         return False
     start = b64decode(match.group(), altchars=b"-_" if {"-", "_"} & set(match.group()) else None)
-    # two letters are no proof of a BMP; its header holds four zeros
+    # two letters do not prove a BMP; its header holds four zeros
     return is_encoded_image(start) and (start[:2] != b"BM" or start[6:10] == bytes(4))
 
 
@@ -324,7 +324,7 @@ def _kind(mode: int) -> str:
 
 
 def _late_png_metadata(file: BinaryIO) -> BytesIO | None:
-    """A PNG of the header alone, with what stands behind the pixels moved before them; None if nothing does."""
+    """A PNG of the header alone, with what follows the pixels moved before them; None if nothing does."""
     kept: list[tuple[int, int]] = []
     behind_pixels = late = False
     at = len(_PNG_SIGNATURE)

@@ -76,7 +76,7 @@ class JsonRows:
         return parse_row(self.text(row), f"in the row at byte {self._starts[row]}")
 
     def text(self, row: int) -> str:
-        """The row as it stands in the file; bytes that are not UTF-8 become lone surrogates.
+        """The row as it is in the file; bytes that are not UTF-8 become lone surrogates.
 
         Raises:
             RecordError: malformed_json, when the row is longer than MAX_ROW_BYTES.

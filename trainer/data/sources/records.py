@@ -110,7 +110,7 @@ def open_records(
     """The records of a source: JSON array or lines, WebDataset shards, parquet, `save_to_disk`, or a Hub data set.
 
     Args:
-        source: where the data lies and what shape it has; `image_root` defaults to the data's own folder. A Hub data
+        source: where the data is and what shape it has; `image_root` defaults to the data's own folder. A Hub data
             set is `OWNER/NAME` or `OWNER/NAME:CONFIG`.
         keep_data_newline: keep the newline that follows an image marker, so that the chat template's own makes two.
         max_pixels: passed on to every image.
@@ -205,7 +205,7 @@ def _open_remote_rows(url: str) -> _Rows:
 
 
 def _beginning(rows: _Rows, row: int) -> str:
-    """How a row begins, for the person who looks for its fault; empty where that can't be told."""
+    """How a row begins, for the person who looks for its fault; empty where that is unknown."""
     try:
         return f", which begins {ascii(rows.text(row)[:40])}"
     except RecordError:

@@ -1,8 +1,8 @@
-"""Samples of WebDataset shards, found once by byte offset and read one at a time, where the shards lie.
+"""Samples of WebDataset shards, found once by byte offset and read one at a time, in place.
 
 A sample is a run of files in a .tar whose names are the same up to the first dot of the last part: `000123.json`, a
-record, and `000123.jpg`, `000123.1.jpg`, ..., its images. Which of them are images is told by their content, and by a
-name that is an image's. Nothing is ever unpacked to disk.
+record, and `000123.jpg`, `000123.1.jpg`, ..., its images. A file is an image by its content, or, if damaged, by its
+suffix. Nothing is ever unpacked to disk.
 
 Source: the WebDataset convention (Aizman et al., 2019, github.com/webdataset/webdataset).
 """
@@ -25,7 +25,7 @@ from llava_llama31.trainer.errors import UserError
 MAX_HEADER_BYTES = 2**20
 
 _HEAD_BYTES = 16
-# the content tells of other names; a name tells where the content is damaged
+# content decides for other names; the name decides where the content is damaged
 _MEDIA = {
     "image": ".avif .bmp .gif .heic .heif .ico .jfif .jp2 .jpe .jpeg .jpg .jxl .pjpeg .png .psd .svg .tif .tiff .webp",
     "video": ".avi .m4v .mkv .mov .mp4 .mpeg .mpg .webm",
@@ -97,7 +97,7 @@ class TarRows:
         return {"id": _key(self._members(row)[0].name)} | rest
 
     def text(self, row: int) -> str:
-        """The sample's record as it stands in the shard; bytes that are not UTF-8 become lone surrogates.
+        """The sample's record as it is in the shard; bytes that are not UTF-8 become lone surrogates.
 
         Raises:
             RecordError: there is none, or it is longer than MAX_ROW_BYTES.
@@ -209,13 +209,13 @@ def _members(shard: Path) -> Iterator[Member]:
             position = -1
             while (found := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep every header
-                if found.offset <= position or found.size < 0:  # would go round for ever
+                if found.offset <= position or found.size < 0:  # would loop forever
                     raise tarfile.ReadError(f"a size of {found.size} bytes at byte {found.offset}")
                 position = found.offset
                 if found.isdir():
                     continue
                 if not found.isreg() or found.issparse():
-                    what = f"{ascii(found.name[:80])} at byte {found.offset} is no plain file"
+                    what = f"{ascii(found.name[:80])} at byte {found.offset} is not a regular file"
                     raise UserError(what, where=str(shard), fix="pack files, and no links, devices or sparse files")
                 yield Member(found.name, found.offset_data, found.size)
             _check_end(shard, tar.offset)

@@ -1,0 +1,78 @@
+"""Starts vLLM for a folder and ends it: `vllm serve` as a process of its own, reached under its own address."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from llava_llama31.trainer.errors import UserError
+
+
+PATIENCE = 1800.0  # seconds: large weights come from slow disks
+ENDING = 30.0
+
+
+@contextmanager
+def vllm_server(folder: Path, log: Path, options: Sequence[str] = (), patience: float = PATIENCE) -> Iterator[str]:
+    """vLLM with a folder; yields its address when it answers, and ends it afterwards.
+
+    Args:
+        folder: what is served.
+        log: gets what vLLM prints.
+        options: further ones of `vllm serve`, e.g. `--tensor-parallel-size 2`.
+        patience: seconds until it has to answer.
+
+    Raises:
+        UserError: there is no `vllm`, it ends, or it does not answer in time; names the log.
+    """
+    command = shutil.which("vllm")
+    if command is None:
+        fix = "install vLLM in an environment whose bin is on PATH, or start it elsewhere and name its --url"
+        raise UserError("there is no command vllm", where="--engine", fix=fix)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    line = [command, "serve", str(folder.resolve()), "--host", "127.0.0.1", "--port", str(port), *options]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # vLLM starts programs of its environment by name
+    environment = os.environ | {"PATH": f"{Path(command).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            line, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        _wait(server, port, log, patience)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        _end(server)
+
+
+def _wait(server: "subprocess.Popen[bytes]", port: int, log: Path, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        if server.poll() is not None:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            last = lines[-1].strip() if lines else "it printed nothing"
+            raise UserError(f"vllm ended with {server.returncode}: {last}", where=str(log), fix="read the log")
+        time.sleep(0.2)
+    raise UserError(f"vllm does not answer after {patience:.0f} s", where=str(log), fix="read the log")
+
+
+def _end(server: "subprocess.Popen[bytes]") -> None:
+    """End the server with the processes that it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if server.poll() is None:
+            os.killpg(server.pid, number)
+            try:
+                server.wait(ENDING)
+            except subprocess.TimeoutExpired:
+                continue
