@@ -81,8 +81,10 @@ def store_server(server, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(remote_files, "FIRST_WAIT_S", 0.0)
     remote_files._opened.cache_clear()
+    remote_files._system_at.cache_clear()
     yield server
     remote_files._opened.cache_clear()
+    remote_files._system_at.cache_clear()
 
 
 def source(path: object, **more) -> DataSource:
@@ -297,6 +299,7 @@ def test_a_store_without_its_package_names_it(monkeypatch):
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
     remote_files._opened.cache_clear()
+    remote_files._system_at.cache_clear()
     with pytest.raises(UserError, match="gs:// is read by gcsfs, which is not installed .fix: pip install gcsfs"):
         open_records(source("gs://bucket/rows"))
 
@@ -352,7 +355,7 @@ def test_training_from_a_store_gives_the_bits_of_the_disk_and_resumes_to_them(
     run = RunFolder(tmp_path / "store")
     stage = run.stage("projector", {"projector": None})
     kept, *_ = sorted(stage.path.glob("checkpoint-*"))
-    for path in [run.export, *stage.path.iterdir()]:
+    for path in [run.summary, run.export, *stage.path.iterdir()]:
         if path != kept:
             remove(path)
     assert main(command) == 0 and digests(tmp_path / "store") == hashes["disk"]

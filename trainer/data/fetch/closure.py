@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from llava_llama31.trainer.data.check.cache import write_atomically
 from llava_llama31.trainer.data.check.row_checker import Limits, RowChecker, check_rows
-from llava_llama31.trainer.data.registry.registry import Dataset, Hole
+from llava_llama31.trainer.data.registry.registry import NOT_VERIFIED, Dataset, Hole
 from llava_llama31.trainer.data.sources.records import open_records
 from llava_llama31.trainer.recipes.schema import DataSource
 
@@ -22,7 +22,7 @@ class Closure:
 
     Args:
         rows: of the data set.
-        expected: rows of the published file; None where the registry does not say.
+        expected: rows of the published file; None where the registry does not say, or nobody has counted them.
         missing: rows whose image can't be read, by reason.
         explained: of them, those in a folder of which the registry knows a hole.
         first: the first of the others, as `image: detail`.
@@ -82,7 +82,8 @@ def closure_of(name: str, dataset: Dataset, root: Path, listed: Path) -> Closure
                 first.append(f"{reject['image']}: {reject['detail']}")
             lines.append(json.dumps(reject | {"known": hole.reason if hole is not None else None}) + "\n")
     write_atomically(listed, lines)
-    return Closure(name, len(store), dataset.rows, dict(missing), explained, tuple(first), listed)
+    expected = None if NOT_VERIFIED in dataset.evidence["rows"] else dataset.rows
+    return Closure(name, len(store), expected, dict(missing), explained, tuple(first), listed)
 
 
 def _hole(dataset: Dataset, image: str) -> Hole | None:

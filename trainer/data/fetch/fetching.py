@@ -74,13 +74,13 @@ class Fetcher:
             self._fetch_all(item, target)
             return
         path = self._archive(item) if item.file.unpack else target
-        record: dict[str, str | int] = {"url": item.url, "license": item.license}
+        record: dict[str, object] = {"url": item.url, "license": item.license}
         if not (item.file.unpack and path.is_file()):
             record["bytes"] = self._download(item, path)
         if item.file.unpack:
             self.say(f"{item.name}: unpacking into {target}")
             try:
-                record["num_files"] = unpack(path, target)
+                record["entries"] = unpack(path, target)
             except UserError as error:
                 if error.what.startswith("the archive is damaged"):
                     path.unlink(missing_ok=True)
@@ -117,16 +117,16 @@ class Fetcher:
             name = file.path.rpartition("/")[2]
             sizes[name] = file.bytes
             path = staging / name
-            if path.is_file() and path.stat().st_size == file.bytes:
+            if any(there.is_file() and there.stat().st_size == file.bytes for there in (path, folder / name)):
                 self.advance(file.bytes)
                 continue
             hub_files.fetch(file, path, self.advance)
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            for name in sizes:
-                (staging / name).replace(folder / name)
-            shutil.rmtree(staging)
-        else:
+        if staging.is_dir() and any(folder.iterdir()):
+            for path in staging.iterdir():
+                path.replace(folder / path.name)
+            staging.rmdir()
+        elif staging.is_dir():
             staging.replace(folder)
         _write_record(item, {"url": item.url, "license": item.license, "revision": files[0].revision, "files": sizes})
 

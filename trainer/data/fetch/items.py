@@ -180,11 +180,13 @@ def is_here(item: Item) -> bool:
         return record is not None and _sizes_agree(place(item), record.get("files", {}))
     if not item.file.unpack:
         return _file_is_here(place(item), item.file, record)
-    num_files = record["num_files"] if record is not None else item.file.images
-    if num_files is None:
+    if record is not None:
+        entries: Mapping[str, int] = record.get("entries", {})
+        return bool(entries) and all(_num_files(place(item) / name) >= number for name, number in entries.items())
+    if item.file.images is None:
         return False
     folders = [place(item) / name for name in item.file.makes] or [place(item)]
-    return sum(map(_num_files, folders)) >= num_files
+    return sum(map(_num_files, folders)) >= item.file.images
 
 
 def _file_is_here(path: Path, file: RemoteFile, record: dict | None) -> bool:
@@ -212,9 +214,9 @@ def _record(item: Item) -> dict | None:
 
 
 def _num_files(folder: Path) -> int:
-    """Files of a folder and its subfolders, without what is still being unpacked or fetched."""
+    """Files of a folder and its subfolders, without what is still being unpacked or fetched; 1 of a file."""
     if not folder.is_dir():
-        return 0
+        return int(folder.is_file())
     total = 0
     for _, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]

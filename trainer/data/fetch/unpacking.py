@@ -10,6 +10,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -33,8 +34,8 @@ class _Member:
     entry: zipfile.ZipInfo | tarfile.TarInfo
 
 
-def unpack(archive: Path, into: Path) -> int:
-    """Unpack a zip or tar archive into a folder; returns the number of its files.
+def unpack(archive: Path, into: Path) -> dict[str, int]:
+    """Unpack a zip or tar archive into a folder; returns the number of files of each of its entries at the top.
 
     What is at a member's place already is replaced by it.
 
@@ -43,7 +44,7 @@ def unpack(archive: Path, into: Path) -> int:
     """
     into.mkdir(parents=True, exist_ok=True)
     staging = staging_folder(into / archive.name)
-    num_files = 0
+    num_files: Counter[str] = Counter()
     try:
         with _Archive(archive) as opened:
             _check_space(archive, into, sum(member.size for member in opened.members))
@@ -54,13 +55,13 @@ def unpack(archive: Path, into: Path) -> int:
                     shutil.copyfileobj(source, file, _CHUNK_BYTES)
                 if target.stat().st_size != member.size:
                     raise _damaged(archive, f"{member.name[:80]} is shorter than the archive says")
-                num_files += 1
+                num_files[PurePosixPath(member.name).parts[0]] += not target.name.startswith(".")
     except _DAMAGED as error:
         raise _damaged(archive, str(error)) from error
     os.sync()  # all of them are on disk before the first is seen
     _move(staging, into)
     remove(staging)
-    return num_files
+    return dict(num_files)
 
 
 class _Archive:

@@ -149,12 +149,22 @@ def signature(url: str, longest: int) -> list:
 
 
 def _system(url: str) -> tuple[Any, str]:
-    """The file system of a URL and the path in it; fsspec keeps one per process and thread."""
+    """The file system of a URL and the path in it."""
     import fsspec
 
-    scheme = url.partition("://")[0].lower()
+    scheme, _, rest = url.partition("://")
+    system = _system_at(f"{scheme.lower()}://{rest.partition('/')[0]}", os.getpid())
+    return system, fsspec.core.strip_protocol(url)
+
+
+@lru_cache(maxsize=64)
+def _system_at(url: str, process: int) -> Any:
+    """The file system of a store, one for all threads of a process, so that they share its connections."""
+    import fsspec
+
+    scheme = url.partition("://")[0]
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url)[0]
     except ImportError as error:
         package = _EXTRAS.get(scheme, "fsspec")
         what = f"{scheme}:// is read by {package}, which is not installed"
