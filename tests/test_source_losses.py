@@ -8,7 +8,7 @@ import torch
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.trainer.recipes.schema import Stage
-from llava_llama31.trainer.runs.run_log import entries
+from llava_llama31.trainer.report.run_facts import entries
 from llava_llama31.trainer.training.plateau import is_flat
 from llava_llama31.trainer.training.source_losses import SourceLosses, nested
 

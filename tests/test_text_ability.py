@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.runs.run_log import entries
+from llava_llama31.trainer.report.run_facts import entries
 
 
 KNOWN = {
