@@ -20,7 +20,7 @@ from llava_llama31.trainer.evaluation import precision as answering
 from llava_llama31.trainer.evaluation.precision import answers_in_float32
 from llava_llama31.trainer.model.opening import open_model
 from llava_llama31.trainer.recipes.schema import Recipe
-from llava_llama31.trainer.runs import finish
+from llava_llama31.trainer.runs import final_evaluation
 from llava_llama31.trainer.runs import run as runs
 from llava_llama31.trainer.runs.precision import at_precision, settle_precision
 
@@ -197,19 +197,19 @@ def test_a_runs_final_evaluation_answers_in_float32_from_the_exported_weights(
     model, processor = open_model(base_folder, dtype="bfloat16")
     expected = [tensor.clone() for tensor in model.state_dict().values()]
 
-    def evaluate(asked, *_):
+    def answer_together(asked, *_):
         assert asked is not model
         for tensor, stored in zip(asked.state_dict().values(), expected, strict=True):
             assert tensor.dtype == torch.float32 and torch.equal(tensor, stored.float())
         raise Asked
 
-    monkeypatch.setattr(finish, "evaluate", evaluate)
-    monkeypatch.setattr(finish, "answers_in_float32", partial(answers_in_float32, measure=lambda: SLOW))
+    monkeypatch.setattr(final_evaluation, "answer_together", answer_together)
+    monkeypatch.setattr(final_evaluation, "answers_in_float32", partial(answers_in_float32, measure=lambda: SLOW))
     recipe_content["model"]["dtype"] = "bfloat16"
     said = []
     console = SimpleNamespace(print=said.append)
     run = SimpleNamespace(recipe=Recipe.model_validate(recipe_content), folder=RunFolder(tmp_path), console=console)
     with pytest.raises(Asked):
-        finish._score(run, base_folder, model, processor)
+        final_evaluation.evaluate_run(run, base_folder, {}, model, processor)
     assert said == [f"answering in float32: {SAID}"]
     assert all(torch.equal(*pair) for pair in zip(model.state_dict().values(), expected, strict=True))

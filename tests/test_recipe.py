@@ -73,7 +73,7 @@ def test_the_cards_quirks_are_in_the_commands_alone():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_recipe_resolves(name):
     recipe = load_recipe(name, output=Path("somewhere"))
-    assert recipe.name == name and len(recipe.stages) >= 2
+    assert recipe.name == name and recipe.stages
     for stage in recipe.stages.values():
         derived = derive(stage, 100_000, 1)
         assert derived.gradient_accumulation * stage.micro_batch == stage.global_batch

@@ -120,7 +120,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(items: list["Item"], root: Path, found: list["Closure"], *, json_output: bool) -> None:
-    from rich.table import Column, Table
+    from rich.table import Table
 
     from llava_llama31.trainer.data.fetch.fetching import bytes_needed, free_bytes, size_text
     from llava_llama31.trainer.terminal import Terminal
@@ -140,7 +140,8 @@ def _show(items: list["Item"], root: Path, found: list["Closure"], *, json_outpu
     if not items:
         terminal.print("nothing to fetch: the run makes its own parts and data, or all of them are named by path")
         return
-    table = Table(Column("file", overflow="fold"), "size", "rows", "here", "licence")
+    table = Table("file", "size", "rows", "here", "licence")
+    table.columns[0].overflow = "fold"
     for item in items:
         size = ("" if item.exact or item.bytes is None else "~") + size_text(item.bytes)
         accept = " (to be accepted)" if item.accept else ""

@@ -48,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.flush()
         sys.stdout.buffer.write(text.encode())  # a copy, whatever the locale's encoding
     else:
+        width = max(map(len, SHIPPED)) + 2
         for name in SHIPPED:
-            sys.stdout.write(f"{name:28}{load_recipe(name).description}\n")
+            sys.stdout.write(f"{name:{width}}{load_recipe(name).description}\n")
     return 0
