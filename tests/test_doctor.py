@@ -162,6 +162,7 @@ CASES = [
     (checks.check_compilers, (replace(COMPILERS, locks=(BuildLock("/x/lock", 1),)),), "warning", "is 1 minutes old"),
     (checks.check_torchvision, (None,), "ok", "not installed"),
     (checks.check_torchvision, (Outcome(None),), "ok", "fits torch"),
+    (checks.check_torchvision, (Outcome("no answer in 20 s", busy="a load of 9"),), "warning", "not checked"),
     (checks.check_torchvision, (Outcome("operator nms does not exist"),), "error", "operator nms does not exist"),
     (checks.check_torchao, (None, 1), "ok", "not installed"),
     (checks.check_torchao, (Outcome("no module"), 0), "error", "no module"),

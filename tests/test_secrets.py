@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.data.sources import remote_files
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.loading import load_recipe
 from llava_llama31.trainer.redaction import SafeFormatter, redacted
@@ -120,7 +121,8 @@ def test_runs_that_fail_show_no_secret(planted, tmp_path, recipe, recipe_content
 
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]], ids=["", "debug"])
-def test_arguments_that_hold_a_secret_are_not_repeated(planted, recipe, recipe_content, capfd, debug):
+def test_arguments_that_hold_a_secret_are_not_repeated(planted, recipe, recipe_content, capfd, debug, monkeypatch):
+    monkeypatch.setattr(remote_files, "FIRST_WAIT_S", 0.0)
     for arguments in (
         ["check-data", URL],
         ["evaluate", URL, "--data", recipe_content["evaluation"]["data"]],

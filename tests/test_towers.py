@@ -383,6 +383,7 @@ def test_a_recipes_stages_run_at_a_small_shape(name, parts, assembled, data_fold
         stage["data"] = [{"name": "rows", "path": str(data_folder / "rows.json")}]
         stage.pop("epochs")
         stage |= {"max_steps": 1, "global_batch": 4, "micro_batch": min(stage["micro_batch"], 2), "eval_steps": 1}
+        stage["warmup_ratio"] = 0.0  # the only step would be one without a learning rate
         stage |= {"precision": "float32", "dataloader_workers": 0, "deepspeed": None, "validation_fraction": 0.05}
         stage |= {key: float(stage[key]) for key in ("learning_rate",) if isinstance(stage[key], str)}
         if isinstance(stage["learning_rate"], dict):

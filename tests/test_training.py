@@ -189,8 +189,8 @@ def test_padded_rows_ask_for_supervised_positions_only(train, recipe_content, mo
     recipe_content["stages"] = {"only": recipe_content["stages"]["instruct"] | {"packing": False, "save_steps": 99}}
     forward, supervised = LlavaLlama31ForConditionalGeneration._forward_supervised, []
 
-    def counted(model, arguments, labels, num_items):
-        output = forward(model, arguments, labels, num_items)
+    def counted(model, arguments, labels, *others):
+        output = forward(model, arguments, labels, *others)
         supervised.append(output.logits.shape[0] == int((labels[:, 1:] != -100).sum()))
         return output
 

@@ -35,6 +35,7 @@ from llava_llama31.trainer.model.device_options import checkpoint_activations
 from llava_llama31.trainer.model.module_groups import freeze
 from llava_llama31.trainer.recipes.schema import Lora, Recomputed
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
+from llava_llama31.trainer.training.source_losses import SourceLosses
 
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +142,8 @@ def train(
     trainer.args, trainer.is_deepspeed_enabled = SimpleNamespace(device=CUDA, world_size=1), False
     trainer.batches = SimpleNamespace(device_tiles=tiles)
     with fake_cuda(watch):
-        model = make_model(step, watch)
+        trainer.model = model = make_model(step, watch)
+        trainer.sources = SourceLosses(("rows",), CUDA)
         plant(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)

@@ -77,8 +77,9 @@ def ask_text(
     ]
     report = score_task(asked.task, answered(asked.task, asked.questions, rows), asked.task.protocol)
     scores = report.protocols[report.protocol]
-    groups = {name: metrics[scores.headline] for name, metrics in scores.groups.items() if scores.headline in metrics}
-    summary = {"accuracy": scores.metrics[scores.headline], "num_questions": report.num_questions, "groups": groups}
+    headline = scores.headline  # in percent
+    groups = {name: metrics[headline] / 100 for name, metrics in scores.groups.items() if headline in metrics}
+    summary = {"accuracy": scores.metrics[headline] / 100, "num_questions": report.num_questions, "groups": groups}
     return summary, rows
 
 

@@ -101,8 +101,11 @@ class _ShortRead(OSError):
     """Fewer bytes than asked for."""
 
 
-class Missing(Exception):
+class Missing(UserError):
     """There is no such file."""
+
+    def __init__(self, url: str):
+        super().__init__("there is no such file", where=redacted(url), fix="correct the URL")
 
 
 def open_remote(url: str) -> RemoteFile:
@@ -177,16 +180,15 @@ def _retried(url: str, step: Callable[[], Any]) -> Any:
     for attempt in range(ATTEMPTS):
         try:
             return step()
-        except FileNotFoundError as error:
-            raise Missing(redacted(url)) from error
         except PermissionError as error:
             fix = "give credentials in the environment, as the store's own tools read them"
             raise UserError(f"access is denied: {error}", where=redacted(url), fix=fix) from error
-        except (OSError, asyncio.TimeoutError, aiohttp.ClientError) as error:
+        except (OSError, asyncio.TimeoutError, aiohttp.ClientError) as raised:
+            error = _fault(raised)
             status = error.status if isinstance(error, aiohttp.ClientResponseError) else None
-            if status in (400, 401, 403, 404, 410):
-                if status in (404, 410):
-                    raise Missing(redacted(url)) from error
+            if isinstance(error, FileNotFoundError) or status in (404, 410):
+                raise Missing(url) from error
+            if status in (400, 401, 403):
                 fix = "give credentials in the environment, as the store's own tools read them"
                 raise UserError(f"the server answers {status}", where=redacted(url), fix=fix) from error
             if attempt == ATTEMPTS - 1:
@@ -195,6 +197,15 @@ def _retried(url: str, step: Callable[[], Any]) -> Any:
             logger.info("%s: %s, attempt %d", redacted(url), error, attempt + 1)
             time.sleep(min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S))
     raise AssertionError
+
+
+def _fault(error: Exception) -> Exception:
+    """What went wrong: fsspec's HTTP system calls every fault of asking for a length FileNotFoundError."""
+    import aiohttp
+
+    cause = error.__cause__
+    hidden = isinstance(error, FileNotFoundError) and isinstance(cause, aiohttp.ClientError | TimeoutError)
+    return cause if hidden and isinstance(cause, Exception) else error
 
 
 @dataclass
