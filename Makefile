@@ -36,7 +36,7 @@ test: $(VENV)/.dev $(LINKS) ## style, types and all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 3 --dist worksteal --durations 20
+	$(BIN)/pytest -n 4 --dist worksteal --durations 20
 
 check: $(VENV)/.dev $(LINKS) ## style, types and the tests that take seconds in one process
 	$(BIN)/ruff check .

@@ -180,9 +180,9 @@ def _retried(url: str, step: Callable[[], Any]) -> Any:
     for attempt in range(ATTEMPTS):
         try:
             return step()
-        except PermissionError as error:
+        except PermissionError as refusal:
             fix = "give credentials in the environment, as the store's own tools read them"
-            raise UserError(f"access is denied: {error}", where=redacted(url), fix=fix) from error
+            raise UserError(f"access is denied: {refusal}", where=redacted(url), fix=fix) from refusal
         except (OSError, asyncio.TimeoutError, aiohttp.ClientError) as raised:
             error = _fault(raised)
             status = error.status if isinstance(error, aiohttp.ClientResponseError) else None
