@@ -109,7 +109,7 @@ clean:
 # DeepSpeed is left out: its source build wants a compiler for CUDA
 $(LOWER)/.made: setup.cfg pyproject.toml constraints-lower.txt
 	test -x $(LOWER)/bin/python || $(PYTHON) -m venv $(LOWER)
-	$(LOWER)/bin/python -m pip install --quiet -c constraints-lower.txt -e '.[dev,demo,low-bit,ocr,peft,quantize,xlsx]'
+	$(LOWER)/bin/python -m pip install --quiet -c constraints-lower.txt -e '.[completion,dev,demo,low-bit,ocr,peft,quantize,xlsx]'
 	$(LOWER)/bin/python -m pip install --quiet --no-deps $(REFERENCES)
 	touch $@
 
@@ -135,7 +135,7 @@ $(VENV)/.smol: $(VENV)/.demo
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) $(CONSTRAINTS) -e '.[dev,demo,low-bit,ocr,peft,quantize,xlsx]'
+	$(PIP) $(CONSTRAINTS) -e '.[completion,dev,demo,low-bit,ocr,peft,quantize,xlsx]'
 	# build isolation would install a GPU build of torch
 	$(PIP) $(CONSTRAINTS) setuptools wheel
 	$(PIP) $(CONSTRAINTS) --no-build-isolation -e '.[deepspeed]'
