@@ -56,8 +56,8 @@ def test_hostile_names_of_files_stay_text(data_folder, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "there is no command trian (fix: did you mean train?)"),
-        (["zzz"], "there is no command zzz (fix: one of new, train, "),
+        (["trian"], "unknown command trian (fix: did you mean train?)"),
+        (["zzz"], "unknown command zzz (fix: one of new, train, "),
         (["train", "--ouput", "x", "tiny"], "train has no option --ouput (fix: did you mean --output?)"),
         (["plan", "tiny", "other"], "plan: one argument too many: other"),
         (["plan", "tiny", "--mfu", "0"], "--mfu: '0' is not a number above 0"),

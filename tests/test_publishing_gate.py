@@ -314,7 +314,7 @@ def test_whole_weights_among_adapters_are_refused(adapters):
     save_file({"lm_head.weight": torch.ones(2)}, adapters / "model.safetensors")
     found = {finding.file: finding.what for finding in check_folder(adapters, "mine") if finding.rule == "adapters"}
     assert found == {
-        "adapter_model.safetensors": "holds lm_head.weight, which is no adapter",
+        "adapter_model.safetensors": "holds lm_head.weight, which is not an adapter",
         "model.safetensors": "is not the adapters' file",
     }
 

@@ -90,7 +90,7 @@ def test_every_task_of_a_recipe_is_reported(recipe, run_recipe, tmp_path, capsys
         ({"task": "popo"}, "no task is named 'popo'"),
         ({"task": "nowhere.yaml"}, "evaluation.1.task: "),
         ({"data": "nowhere.jsonl"}, "evaluation.1.data: "),
-        ({"preset": "vlmevalkit", "task": "scienceqa-img"}, "these are no questions of scienceqa-img"),
+        ({"preset": "vlmevalkit", "task": "scienceqa-img"}, "these are not questions of scienceqa-img"),
         ({"limit": 1}, "the blind baseline needs at least two images"),
     ],
 )

@@ -7,6 +7,8 @@ import os
 import pickle
 import shutil
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -364,3 +366,31 @@ def test_training_from_a_store_gives_the_bits_of_the_disk_and_resumes_to_them(
 def digests(run: Path) -> list[str]:
     weights = sorted((run / "export").glob("*.safetensors"))
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in weights]
+
+
+@pytest.mark.parametrize("status", [0, 503, 404])
+def test_a_server_that_does_not_answer_is_not_a_missing_file(tmp_path, monkeypatch, status):
+    """An image that is taken for missing would be dropped under `on_bad_record: skip`."""
+    monkeypatch.setattr(remote_files, "FIRST_WAIT_S", 0.0)
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(status)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        url = f"http://127.0.0.1:{server.server_port}/gone.jpg"
+        if status:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        else:
+            server.server_close()  # refuses connections
+        with pytest.raises(UserError) as caught:
+            remote_files.open_remote(url)
+        if status:
+            server.shutdown()
+    assert isinstance(caught.value, remote_files.Missing) == (status == 404)
+    assert status == 404 or "after 6 attempts" in str(caught.value)

@@ -98,7 +98,7 @@ def two_sources(recipe_content, data_folder, tmp_path):
     stage = copy.deepcopy(recipe_content["stages"]["instruct"])
     stage["data"] = []
     for name, part in (
-        ("pictures", [r for r in rows if "image" in r]),
+        ("images", [r for r in rows if "image" in r]),
         ("texts", [r for r in rows if "image" not in r]),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
@@ -120,13 +120,13 @@ def test_a_run_tells_them_in_log_record_summary_and_card(two_sources, tmp_path, 
         assert entry["token_loss"] == pytest.approx(entry["loss"], rel=1e-5)  # one step; the logged one is float32
     evaluated = [entry for entry in entries(run / "log.jsonl") if "eval_loss" in entry]
     for entry in evaluated:
-        assert set(entry["eval_loss_by_source"]) == {"pictures", "texts"}
+        assert set(entry["eval_loss_by_source"]) == {"images", "texts"}
         assert entry["eval_token_loss"] == pytest.approx(entry["eval_loss"], rel=1e-5)
     stage = json.loads(next(run.glob("stages/*/final/stage.json")).read_text())
     assert stage["loss_by_source"]["texts"] == {
         "loss_first": log[0]["loss_by_source"]["texts"]["loss"], **log[-1]["loss_by_source"]["texts"]
     }  # fmt: skip
-    assert set(stage["validation_by_source"]) == {"pictures", "texts"}
+    assert set(stage["validation_by_source"]) == {"images", "texts"}
     summary = json.loads((run / "summary.json").read_text())
     assert summary["stages"]["instruct"]["loss_by_source"] == stage["loss_by_source"]
     card = (run / "export" / "README.md").read_text()

@@ -621,7 +621,7 @@ def test_scienceqa_of_the_hub(tmp_path):
     [
         (
             [{"id": "q1", "question": "?"}],
-            "these are no questions of own: the rows have id, question; rows has answer",
+            "these are not questions of own: the rows have id, question; rows has answer",
         ),
         ([{"id": "q1", "question": " ", "answer": "a"}], "question is ' '"),
         ([{"id": "q1", "question": "?", "answer": None}], "answer is None"),

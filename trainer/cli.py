@@ -184,7 +184,7 @@ def _parsed(given: list[str]) -> argparse.Namespace | int:
     if given and not given[0].startswith("-") and given[0] not in _COMMANDS:
         near = difflib.get_close_matches(given[0], _COMMANDS, 1)
         fix = f"did you mean {near[0]}?" if near else f"one of {', '.join(_COMMANDS)}"
-        return _say(f"there is no command {given[0]} (fix: {fix})", EXIT_USER, debug=False)
+        return _say(f"unknown command {given[0]} (fix: {fix})", EXIT_USER, debug=False)
     options, unknown = parser.parse_known_args(given)
     options.root = parser  # for `completion`
     for argument in unknown:

@@ -132,7 +132,7 @@ def _layout_of(task: Task, rows: Sequence[Row], where: str) -> Layout:
         if layout.files is None and _fits(unannotated, first):
             return unannotated
     needed = "; ".join(f"{layout.name} has {', '.join(sorted(_names(layout)))}" for layout in task.layouts)
-    what = f"these are no questions of {task.name}: the rows have {', '.join(map(str, first)) or 'nothing'}; {needed}"
+    what = f"these are not questions of {task.name}: the rows have {', '.join(map(str, first)) or 'nothing'}; {needed}"
     raise UserError(what, where=where, fix="pass the task's annotations")
 
 

@@ -355,7 +355,7 @@ def check_adapters(contents: Contents) -> Iterator[GateFinding]:
             continue
         foreign = [name for name in names if ".lora_" not in name]
         if foreign or not names:
-            what = f"holds {foreign[0]}, which is no adapter" if foreign else "holds no adapters"
+            what = f"holds {foreign[0]}, which is not an adapter" if foreign else "holds no adapters"
             yield GateFinding("adapters", file, what, fix)
 
 

@@ -139,7 +139,7 @@ class Model(_Frozen):
     image_grid_pinpoints: list[list[PositiveInt]] | None = None
     """(height, width) in pixels; default: LLaVA-1.6's five shapes in units of the tile."""
     max_tiles: Annotated[int, Field(ge=2, le=64)] | None = None
-    """Every shape of a grid of so many tiles at most, for documents; in place of image_grid_pinpoints."""
+    """Every grid shape with at most this many tiles, for documents; replaces image_grid_pinpoints."""
     add_chat_tokens: bool = False
     """Give a tokenizer that lacks them Llama 3.1's turn tokens, as new rows of the embedding."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -192,7 +192,7 @@ class Stage(_Frozen):
     global_batch: PositiveInt
     """Samples of one optimizer step, over all devices and accumulation."""
     batch_by: Literal["samples", "supervised_tokens"] = "samples"
-    """Steps of so many samples; or as many steps, of nearly the same number of supervised tokens each."""
+    """A fixed number of samples per step; or the same number of steps, balanced by supervised tokens."""
     micro_batch: PositiveInt = 1
     """Samples that one device forwards at once."""
     epochs: PositiveFloat | None = None
@@ -500,7 +500,7 @@ class Recipe(_Frozen):
     text_questions: TextQuestions | None = None
     """Text-only questions that show what training does to the language model."""
     publish: Publish | None = None
-    """Where the finished model goes on the Hub."""
+    """Where the finished model is published."""
     report_to: list[str] = []
     """Trackers of all stages, as TrainingArguments names them, e.g. tensorboard; each stage is a run there."""
     device_watts: PositiveFloat | None = None

@@ -244,7 +244,7 @@ def _samples(run: RunFacts) -> Iterator[dict[str, Any]]:
     for sample in run.record.get("samples", ()):
         file = run.folder.path / sample["image"]
         yield {
-            "image": _picture(Image.open(file)) if file.is_file() else None,
+            "image": _data_uri(Image.open(file)) if file.is_file() else None,
             "question": sample["question"],
             "prediction": sample["prediction"],
             "truth": _grouped(sample["answers"]),
@@ -256,7 +256,7 @@ def _grouped(answers: Sequence[str]) -> str:
     return ", ".join(f"{text} x {count}" if count > 1 else text for text, count in Counter(answers).most_common())
 
 
-def _picture(image: Image.Image) -> str:
+def _data_uri(image: Image.Image) -> str:
     image = image.convert("RGB")
     image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     file = BytesIO()
@@ -284,10 +284,10 @@ def _asked(run: RunFacts, stage: StageFacts, folder: Path) -> dict[str, Any] | N
     known = _questions(run) if is_first else {}
     rows = []
     for question_id in ids:
-        text, truth, picture = known.get(
+        text, truth, uri = known.get(
             question_id, (answers[chosen[0]][question_id].get("question", question_id), "", None)
         )
-        image = Markup('<img src="{}" alt="">').format(picture) if picture else Markup("")
+        image = Markup('<img src="{}" alt="">').format(uri) if uri else Markup("")
         said = [answers[step].get(question_id, {}).get("answer") for step in chosen]
         rows.append((text, image, truth, *("no answer" if answer is None else answer for answer in said)))
     return {
@@ -324,7 +324,7 @@ def _questions(run: RunFacts) -> dict[str, tuple[str, str, str | None]]:
 
 def _opened(image: Any) -> str | None:
     try:
-        return _picture(image.open()) if image is not None else None
+        return _data_uri(image.open()) if image is not None else None
     except RecordError:
         return None
 

@@ -24,7 +24,7 @@ REASONS: dict[str, str] = {
     "image_outside_root": "the image's path is absolute or holds `..`, and leaves the image root",
     "image_symlink_escape": "the image's path follows a symbolic link that leaves the image root",
     "image_not_a_file": "the image's path is a folder, a device, a pipe or a socket",
-    "missing_image": "there is no file at the image's path",
+    "missing_image": "the image's file does not exist",
     "unreadable_image": "the operating system refuses to read the image file",
     "unsupported_image_format": "the image is not JPEG, PNG, WebP, GIF or BMP",
     "corrupt_image": "the image is truncated, damaged or empty",
