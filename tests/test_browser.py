@@ -23,9 +23,9 @@ from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation import browser as browser_module
-from llava_llama31.trainer.evaluation.browser import write_browser
+from llava_llama31.trainer.evaluation.browser import Answers, write_browser, write_comparison
 from llava_llama31.trainer.evaluation.questions import Question
-from llava_llama31.trainer.evaluation.scoring import score_answers
+from llava_llama31.trainer.evaluation.scoring import compare_answers, score_answers
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 from llava_llama31.trainer.evaluation.task_browser import write_task_browser
 from llava_llama31.trainer.evaluation.task_files import load_task
@@ -550,6 +550,81 @@ def test_what_is_shown_can_be_saved(page, evaluation):
     assert page.run("return document.getElementById('export').disabled")
 
 
+def other_answers():
+    """To the evaluation's questions: 1 and 7 worse and better, 3 better in part, 5 the same, 6 failed in both."""
+    said = {1: "go", 2: "go", 3: "stop", 4: "8", 5: "New York,NY", 7: "stop", 2**60 + 1: "no"}
+    rows = [{"question_id": key, "answer": answer} for key, answer in said.items()]
+    return [*rows, {"question_id": 6, "answer": None, "error": "no"}, {"question_id": 78, "answer": "x"}]
+
+
+@pytest.fixture
+def compared(window, evaluation, tmp_path):
+    questions, rows = evaluation
+    files = (Answers(rows, "old/predictions.jsonl", "a note"), Answers(other_answers(), "new/predictions.jsonl"))
+    window.open(write_comparison(questions, *files, tmp_path / "b.html").path)
+    return window
+
+
+def test_two_files_are_shown_side_by_side(compared, evaluation):
+    questions, rows = evaluation
+    assert (
+        compared.text("#names") == "Aold/predictions.jsonlBnew/predictions.jsonl"
+        and compared.text("#note") == "a note"
+    )
+    assert "left out: 77, 78" in compared.text("#summary")
+    shown = {
+        "only-a": ["1"],
+        "only-b": ["3", "7", BIG],
+        "both": ["4"],
+        "neither": ["2", "5", "6"],
+        "differ": ["1", "3", "4", "7", BIG],
+        "unanswered": ["6", "7"],
+    }
+    for name, ids in shown.items():
+        compared.show(name)
+        assert (compared.ids(), compared.text(f"#filters label:has([value={name}]) .count")) == (ids, str(len(ids)))
+    compared.show("all")
+    pair = compare_answers(questions, rows, other_answers()).protocols["vlmevalkit-2024"]
+    means = [f"{100 * value:.3f}" for value in (pair.first, pair.second, pair.difference)]
+    expected = "8 questions, accuracy A {} %, B {} % of 6 that both answer, B − A +{}".format(*means)
+    assert compared.text("#status") == expected
+    compared.choose("sort", "lost")
+    assert compared.ids()[0] == "1" and set(compared.ids()[-2:]) == {"6", "7"}
+    first = "document.querySelector('article')"
+    assert compared.text("article .facts") == "AStop.BgoAnswersstop × 10 (A)"
+    assert (
+        compared.run(f"return [...{first}.querySelectorAll('td')].map((cell) => cell.textContent)") == ["1", "0"] * 3
+    )
+    assert compared.run("return location.hash") == "#sort=lost"
+    compared.run("window.saved = []; URL.createObjectURL = (f) => { saved.push(f); return '#'; }")
+    compared.show("only-a")
+    compared.click("#export")
+    line = compared.call("POST", "/execute/async", {"script": "saved[0].text().then(arguments[0])", "args": []})
+    assert [json.loads(line)[side]["answer"] for side in "AB"] == ["Stop.", "go"]
+    compared.show("all")
+    compared.resize(390)
+    compared.prefer("dark")
+    assert compared.run("return document.documentElement.scrollWidth") <= 390 and compared.violations() == []
+
+
+def test_browse_compares_two_files(evaluation, tmp_path, capsys):
+    questions, rows = evaluation
+    predictions, data = write_files(tmp_path, questions, rows)
+    other = tmp_path / "other" / "predictions.jsonl"
+    other.parent.mkdir()
+    other.write_text("\n".join(map(json.dumps, other_answers())))
+    assert main(["browse", predictions, str(other), "--data", data, "--limit", "1"]) == 0
+    assert "1 question, 1 image" in capsys.readouterr().out
+    page = read(tmp_path / "predictions.compared.html")[1]
+    assert page["names"] == [f"{tmp_path.name}/predictions.jsonl", "other/predictions.jsonl"]
+    assert page["title"] == "Two files of answers on questions.jsonl" and page["unknown"] == ["77", "78"]
+    [entry] = page["questions"]
+    assert (entry["prediction"], entry["second"]) == (
+        "Stop.",
+        {"prediction": "go", "scores": [0, 0, 0], "matches": {}},
+    )
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
 def test_nobody_is_left_out(page, width, scheme):
     page.resize(width)
@@ -683,7 +758,7 @@ def test_a_tasks_page_shows_options_and_what_was_read(window, image, tmp_path):
     assert (
         window.text("article .facts") == "PredictionB.AnswersB. blue (as predicted)OptionsA. redB. blueGroupscolours"
     )
-    assert window.text("article .scores") == "vlmevalkit1 (read as B)letter1 (read as B)"
+    assert window.text("article .scores") == "every protocol1 (read as B)"
     window.show("disagree")
     assert window.ids() == ["1"] and window.text("article .scores") == "vlmevalkit1 (read as B)letter0"
     window.show("unanswered")

@@ -308,7 +308,7 @@ def test_a_check_that_fails_is_a_finding():
 def test_the_report_ends_with_errors_and_says_how_to_mend_them(capsys):
     report([*checks.check_gpus(gpus(devices=())), *checks.check_gpus(GPUS)], json_output=False)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("ok") and lines[-1] == "1 error(s), 0 warning(s), 2 ok"
+    assert lines[0].startswith("ok") and lines[-1] == "1 error, 0 warnings, 2 ok"
     assert [line.strip().partition(" ")[0] for line in lines[-4:-1]] == ["error", "why:", "fix:"]
 
 

@@ -1,5 +1,8 @@
 """The terminal: what data, models, paths and recipes say is shown there as plain text, never as markup or control."""
 
+import io
+from collections.abc import Collection, Iterable, Sequence
+
 from rich.console import Console, HighlighterType, JustifyMethod, OverflowMethod
 from rich.progress import (
     BarColumn,
@@ -17,6 +20,9 @@ from rich.text import Text
 from rich.theme import Theme
 
 from llava_llama31.trainer.redaction import plain, shown
+
+
+_WIDEST = 100_000  # columns of a pipe or a file
 
 
 class _PlainConsole(Console):
@@ -43,16 +49,14 @@ class _PlainConsole(Console):
 class Terminal:
     """Prints lines and tables on stdout or stderr; the only one in the product that holds a console of rich.
 
-    Lines are never cut: the terminal wraps them, and in a pipe each stays one line.
+    Lines are never cut: the terminal wraps them, and in a pipe each stays one line, as does each row of a table.
 
     Args:
         stderr: print there instead of on stdout.
         quiet: print nothing.
-        wrap_tables: keep tables within the terminal's width by wrapping their cells.
     """
 
-    def __init__(self, *, stderr: bool = False, quiet: bool = False, wrap_tables: bool = False):
-        self._wrap_tables = wrap_tables
+    def __init__(self, *, stderr: bool = False, quiet: bool = False):
         self._console = _PlainConsole(
             stderr=stderr,
             quiet=quiet,
@@ -67,10 +71,40 @@ class Terminal:
         """Whether someone looks, rather than a pipe or a file."""
         return self._console.is_terminal
 
-    def print(self, content: str | Text | Table = "", *, style: str = "") -> None:
-        """Print lines, text of `styled`, or a table whose cells are strings."""
-        wrap = self._wrap_tables and isinstance(content, Table)
-        self._console.print(content, style=style or None, soft_wrap=not wrap)
+    def print(self, content: str | Text = "", *, style: str = "") -> None:
+        """Print lines, or text of `styled`."""
+        self._console.print(content, style=style or None, soft_wrap=True)
+
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[str]],
+        *,
+        numbers: Collection[str] = (),
+        header: bool = True,
+    ) -> None:
+        """Print a table without lines: on a terminal within its width, with cells wrapped at words.
+
+        Args:
+            columns: their names.
+            rows: a cell for each column.
+            numbers: names of the columns whose cells are numbers, which end below each other.
+            header: print the names.
+        """
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=header)
+        for name in columns:
+            # by itself rich cuts what does not fit
+            table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        if self.is_terminal:
+            self._console.print(table)
+            return
+        wide = _PlainConsole(file=io.StringIO(), width=_WIDEST, markup=False, emoji=False, highlight=False)
+        with wide.capture() as printed:
+            wide.print(table)
+        for line in printed.get().splitlines():
+            self.print(Text(line.rstrip()))
 
     def rule(self, title: str) -> None:
         """Print a line across the terminal with a title in it."""

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_llama31.trainer.commands.options import add_json
+from llava_llama31.trainer.commands.options import add_json, counted
 from llava_llama31.trainer.redaction import plain
 
 
@@ -72,4 +72,4 @@ def report(found: Sequence["DoctorFinding"], *, json_output: bool) -> None:
             console.print(styled((f"{level:8}", style), (f" {name}: {plain(finding.what)}", "")))
             if level != "ok":
                 console.print(f"{'':9}why: {plain(finding.why)}\n{'':9}fix: {plain(finding.fix)}")
-    console.print(f"{counts['error']} error(s), {counts['warning']} warning(s), {counts['ok']} ok")
+    console.print(f"{counted(counts['error'], 'error')}, {counted(counts['warning'], 'warning')}, {counts['ok']} ok")

@@ -14,7 +14,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "report": ("runs/tiny --open", "runs/one runs/two --output both.html", "runs/tiny --watch"),
     "chat": ("runs/tiny", "runs/tiny --web --open", "runs/tiny --image sign.png --ask 'What does the sign say?'"),
     "score": ("predictions.jsonl --annotations textvqa_val.jsonl",),
-    "browse": ("predictions.jsonl --data textvqa_val.jsonl",),
+    "browse": (
+        "predictions.jsonl --data textvqa_val.jsonl",
+        "before.jsonl after.jsonl --data textvqa_val.jsonl --open",
+    ),
     "export-metric": ("--output my-metric",),
     "export": ("runs/tiny",),
     "check-engine": ("runs/tiny/export --url http://localhost:8000",),

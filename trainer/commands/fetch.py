@@ -106,22 +106,23 @@ def _fetch(fetcher: "Fetcher", items: list["Item"]) -> None:
 
 def _list(options: argparse.Namespace) -> int:
     from llava_llama31.trainer.data.registry.registry import NOT_VERIFIED, with_own
+    from llava_llama31.trainer.terminal import Terminal
 
     known = with_own(Path(options.registry) if options.registry else None)
     if options.json_output:
         listed = {name: dataset.model_dump() for name, dataset in known.items()}
         sys.stdout.write(json.dumps(listed) + "\n")
         return 0
+    rows = []
     for name, dataset in known.items():
         open_facts = [fact for fact, source in dataset.evidence.items() if NOT_VERIFIED in source]
-        note = f" [{NOT_VERIFIED}: {', '.join(open_facts)}]" if open_facts else ""
-        sys.stdout.write(f"{name:28}{dataset.title}; {dataset.license}{note}\n")
+        note = f"{NOT_VERIFIED}: {', '.join(open_facts)}" if open_facts else ""
+        rows.append((name, dataset.title, dataset.license, note))
+    Terminal().table(("name", "data set", "licence", "note"), rows)
     return 0
 
 
 def _show(items: list["Item"], root: Path, found: list["Closure"], *, json_output: bool) -> None:
-    from rich.table import Table
-
     from llava_llama31.trainer.data.fetch.fetching import bytes_needed, free_bytes, size_text
     from llava_llama31.trainer.terminal import Terminal
 
@@ -136,18 +137,17 @@ def _show(items: list["Item"], root: Path, found: list["Closure"], *, json_outpu
         }
         sys.stdout.write(json.dumps(content) + "\n")
         return
-    terminal = Terminal(wrap_tables=True)
+    terminal = Terminal()
     if not items:
         terminal.print("nothing to fetch: the run makes its own parts and data, or all of them are named by path")
         return
-    table = Table("file", "size", "rows", "here", "licence")
-    table.columns[0].overflow = "fold"
+    listed = []
     for item in items:
         size = ("" if item.exact or item.bytes is None else "~") + size_text(item.bytes)
         accept = " (to be accepted)" if item.accept else ""
         rows = "" if item.rows is None else f"{item.rows:,}"
-        table.add_row(item.name, size, rows, "yes" if item.have else "no", item.license + accept)
-    terminal.print(table)
+        listed.append((item.name, size, rows, "yes" if item.have else "no", item.license + accept))
+    terminal.table(("file", "size", "rows", "here", "licence"), listed, numbers=("size", "rows"))
     missing = sum(item.bytes or 0 for item in items if not item.have)
     needed = size_text(bytes_needed(items))
     terminal.print(

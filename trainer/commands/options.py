@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -44,3 +45,18 @@ def above_zero(text: str) -> float:
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number
+
+
+def told_apart(paths: Sequence[str]) -> list[str]:
+    """The ends of paths by which they differ: names of files, where these do."""
+    parts = [Path(path).absolute().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        ends = [str(Path(*path[-length:])) for path in parts]
+        if len(set(ends)) == len(set(parts)):
+            return ends
+    return list(paths)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -6,15 +6,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_llama31.trainer.commands.options import above_zero, add_json, add_recipe, positive, run_folder
+from llava_llama31.trainer.commands.options import above_zero, add_json, add_recipe, counted, positive, run_folder
 from llava_llama31.trainer.costs.accelerators import ACCELERATORS
 from llava_llama31.trainer.errors import UserError
 
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from llava_llama31.trainer.planning.plan import Machine
+    from llava_llama31.trainer.terminal import Terminal
 
 
 HELP = "what a recipe will do, without doing it"
@@ -170,12 +169,12 @@ def print_plan(plan: dict[str, Any]) -> None:
     console = Terminal()
     memory = "" if plan["device_memory"] is None else f" of {plan['device_memory']:g} GB"
     model = f"sizes of {plan['model']}" if plan["model"] else "the model's parts are not here yet: no memory, no FLOPs"
-    console.print(f"{plan['recipe']} on {plan['devices']} device(s){memory}; {model}")
+    console.print(f"{plan['recipe']} on {counted(plan['devices'], 'device')}{memory}; {model}")
     for key, what in plan["missing"].items():
         console.print(f"not here: {key}: {what}; `train` stops at it")
     for stage in plan["stages"]:
         console.print()
-        console.print(_stage_table(stage, plan["devices"]))
+        _print_stage(console, stage, plan["devices"])
         if stage["fits"] is False:
             console.print(_fix_line(stage))
         for note in stage["assumed"]:
@@ -184,7 +183,7 @@ def print_plan(plan: dict[str, Any]) -> None:
             console.print(f"note: {note}")
     if "fastest" in plan:
         console.print()
-        console.print(_fastest_table(plan))
+        _print_fastest(console, plan)
         console.print(plan["verdict"])
     if "written" in plan:
         console.print(f"written: {plan['written']}; its first lines say how to launch it")
@@ -193,40 +192,35 @@ def print_plan(plan: dict[str, Any]) -> None:
         console.print(note)
 
 
-def _stage_table(stage: dict[str, Any], devices: int) -> "Table":
-    from rich.table import Table
-
+def _print_stage(console: "Terminal", stage: dict[str, Any], devices: int) -> None:
     rates = ", ".join(f"{group} at {rate:g}" for group, rate in stage["learning_rate"].items())
-    table = Table(stage["name"], rates, box=None, pad_edge=False)
     batch = f"{stage['global_batch']} = {stage['micro_batch']} x {stage['gradient_accumulation']} accumulated"
-    table.add_row("steps", f"{_number(stage['steps'])} of {batch} x {devices} devices; {_number(stage['rows'])} rows")
+    steps = f"{_number(stage['steps'])} of {batch} x {counted(devices, 'device')}; {_number(stage['rows'])} rows"
     lengths = ", ".join(f"{name} {value:,}" for name, value in stage["row_tokens"].items())
-    table.add_row("data", f"{_number(stage['tokens'])} tokens (a row: {lengths}), {_number(stage['tiles'])} tiles")
+    data = f"{_number(stage['tokens'])} tokens (a row: {lengths}), {_number(stage['tiles'])} tiles"
     work = "not known" if stage["flops"] is None else f"{stage['flops']:.3g} FLOPs"
     work += "" if stage["hours"] is None else f", {stage['hours']:,.1f} hours"
-    table.add_row("work", work + ("" if stage["cost"] is None else f", cost {stage['cost']:,.0f}"))
+    work += "" if stage["cost"] is None else f", cost {stage['cost']:,.0f}"
+    rows = [("steps", steps), ("data", data), ("work", work)]
     if stage["memory"]:
         trained = sum(group["trainable"] for group in stage["parameters"].values())
         total = sum(group["total"] for group in stage["parameters"].values())
-        table.add_row("parameters", f"{trained:,} of {total:,} trained")
-        table.add_row(*_memory_row(stage))
-    return table
+        rows += [("parameters", f"{trained:,} of {total:,} trained"), _memory_row(stage)]
+    console.table((stage["name"], rates), rows)
 
 
-def _fastest_table(plan: dict[str, Any]) -> "Table":
-    from rich.table import Table
-
-    table = Table(f"fastest on {plan['device']}", "hours", "GB", "settings", box=None, pad_edge=False)
+def _print_fastest(console: "Terminal", plan: dict[str, Any]) -> None:
+    rows = []
     for name, found in (plan["fastest"] or {}).items():
         if found is None:
-            table.add_row(name, "?", "?", "none fits")
+            rows.append((name, "?", "?", "none fits"))
             continue
         words = [found["engine"], *found["set"]]
         hours = "?" if found["hours"] is None else f"{found['hours']:,.1f}"
-        table.add_row(name, hours, f"{found['peak']:,.1f}", " ".join(words))
+        rows.append((name, hours, f"{found['peak']:,.1f}", " ".join(words)))
     cost = "" if plan["cost"] is None else f"cost {plan['cost']:,.0f}"
-    table.add_row("all stages", "?" if plan["hours"] is None else f"{plan['hours']:,.1f}", "", cost)
-    return table
+    rows.append(("all stages", "?" if plan["hours"] is None else f"{plan['hours']:,.1f}", "", cost))
+    console.table((f"fastest on {plan['device']}", "hours", "GB", "settings"), rows, numbers=("hours", "GB"))
 
 
 def _memory_row(stage: dict[str, Any]) -> tuple[str, str]:
@@ -248,7 +242,7 @@ def _notes(plan: dict[str, Any]) -> list[str]:
     elif plan["hours_from"]:
         notes.append(f"Hours: {plan['hours_from']}; evaluation and checkpoints not counted.")
     else:
-        notes.append("Hours: not without --mfu and --peak-tflops.")
+        notes.append("Add --device, or --mfu and --peak-tflops, to see hours.")
     if any(stage["memory"] for stage in plan["stages"]):
         notes.append(f"Memory: the most at once, not the sum; it fits below {USABLE:.0%} of a device's memory.")
     return notes

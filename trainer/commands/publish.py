@@ -46,7 +46,10 @@ def run(options: argparse.Namespace) -> int:
             dry_run=options.dry_run,
             say=say,
         )
-    sys.stdout.write(redact(json.dumps(result) if options.json_output else _shown(result)) + "\n")
+    if options.json_output:
+        sys.stdout.write(redact(json.dumps(result)) + "\n")
+    else:
+        _print(result)
     return 0
 
 
@@ -55,26 +58,22 @@ def what_is_kept(options: argparse.Namespace) -> str:
     return "run the same command to continue: it does only what is missing on the Hub"
 
 
-def _shown(result: Mapping[str, Any]) -> str:
+def _print(result: Mapping[str, Any]) -> None:
     from llava_llama31.trainer.publishing.publish import shown_size
+    from llava_llama31.trainer.terminal import Terminal
 
+    terminal = Terminal()
     if "steps" not in result:
-        samples = [
-            f"  {plain(sample['question'])} -> {plain(sample['answer'])}" for sample in result["checks"]["samples"]
-        ]
-        return "\n".join(
-            ["answers of the published model:", *samples, f"published: {result['url']} ({result['tag']})"]
-        )
-    steps = [f"{number}. {step}" for number, step in enumerate(result["steps"], start=1)]
-    files = [f"  {shown_size(size):>12}  {plain(name)}" for name, size in result["files"].items()]
-    removed = [f"  {'removed':>12}  {plain(name)}" for name in result["removed"]]
-    return "\n".join(
-        [
-            f"{result['repo']}: dry run, nothing was written; the steps would be",
-            *steps,
-            "files:",
-            *files,
-            *removed,
-            *([result["not_checked"]] if "not_checked" in result else []),
-        ]
-    )
+        terminal.print("answers of the published model:")
+        samples = [(plain(sample["question"]), plain(sample["answer"])) for sample in result["checks"]["samples"]]
+        terminal.table(("question", "answer"), samples)
+        terminal.print(f"published: {result['url']} ({result['tag']})")
+        return
+    terminal.print(f"{result['repo']}: dry run, nothing was written; the steps would be")
+    for number, step in enumerate(result["steps"], start=1):
+        terminal.print(f"{number}. {step}")
+    files = [(plain(name), shown_size(size)) for name, size in result["files"].items()]
+    files += [(plain(name), "removed") for name in result["removed"]]
+    terminal.table(("file", "size"), files, numbers=("size",))
+    if "not_checked" in result:
+        terminal.print(result["not_checked"])

@@ -48,7 +48,11 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.flush()
         sys.stdout.buffer.write(text.encode())  # a copy, whatever the locale's encoding
     else:
-        width = max(map(len, SHIPPED)) + 2
-        for name in SHIPPED:
-            sys.stdout.write(f"{name:{width}}{load_recipe(name).description}\n")
+        from llava_llama31.trainer.terminal import Terminal
+
+        terminal = Terminal()
+        rows = [(name, load_recipe(name).description) for name in SHIPPED]
+        terminal.table(("recipe", "what it is"), rows, header=terminal.is_terminal)
+        if terminal.is_terminal:
+            terminal.print("to copy one: llava-llama31 recipes NAME > mine.yaml", style="dim")
     return 0

@@ -1,11 +1,10 @@
 """`llava-llama31 score`."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_llama31.trainer.commands.options import add_json
+from llava_llama31.trainer.commands.options import add_json, told_apart
 from llava_llama31.trainer.commands.score_tables import (
     print_comparison,
     print_json,
@@ -151,16 +150,6 @@ def _score_task(options: argparse.Namespace, reading: "Reading") -> int:
     else:
         print_notes([*(file.note for file in files), *submitted.values()])
     return 0 if all(report.complete for report in reports) else EXIT_INCOMPLETE
-
-
-def told_apart(paths: Sequence[str]) -> list[str]:
-    """The ends of paths by which they differ: names of files, where these do."""
-    parts = [Path(path).absolute().parts for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        ends = [str(Path(*path[-length:])) for path in parts]
-        if len(set(ends)) == len(set(parts)):
-            return ends
-    return list(paths)
 
 
 def _submit(options: argparse.Namespace, task: "Task", sets: "list[Answered]") -> dict[str, str]:

@@ -24,45 +24,41 @@ def print_json(value: dict[str, Any]) -> None:
 
 def print_report(report: "Report", title: str) -> None:
     """The table of the protocols, then every question without exactly one answer."""
-    from rich.table import Table
-
     from llava_llama31.trainer.terminal import Terminal
 
-    terminal, as_zero = Terminal(wrap_tables=True), report.protocols_failed_as_zero
+    terminal, as_zero = Terminal(), report.protocols_failed_as_zero
     answered = report.num_questions - len(report.failed) - len(report.missing)
-    table = Table()
     counted = f"{title}: {answered} of {report.num_questions} questions answered"
     terminal.print(plain(counted))
-    table.add_column("protocol")
-    for column in ("accuracy %", "95 % interval", *(["unanswered as 0"] if answered < report.num_questions else [])):
-        table.add_column(column, justify="right")
-    for name, score in report.protocols.items():
-        cells = [name, f"{100 * score.accuracy:.3f}", f"{100 * score.low:.2f} to {100 * score.high:.2f}"]
-        table.add_row(*cells, *([f"{100 * as_zero[name].accuracy:.3f}"] if answered < report.num_questions else []))
-    terminal.print(table)
+    columns = ["protocol", "accuracy %", "95 % interval"]
+    rows = [
+        [name, f"{100 * score.accuracy:.3f}", f"{100 * score.low:.2f} to {100 * score.high:.2f}"]
+        for name, score in report.protocols.items()
+    ]
+    if answered < report.num_questions:
+        columns.append("unanswered as 0")
+        rows = [[*row, f"{100 * as_zero[row[0]].accuracy:.3f}"] for row in rows]
+    terminal.table(columns, rows, numbers=columns[1:])
     _print_ids(_unaccounted(report))
 
 
 def print_comparison(comparison: "Comparison", title: str) -> None:
     """The table of the differences, then the questions that changed, and those that were left out."""
-    from rich.table import Table
-
     from llava_llama31.trainer.terminal import Terminal
 
     compared = f"{comparison.num_compared} of {comparison.num_questions} questions answered by both"
-    terminal, table = Terminal(wrap_tables=True), Table(box=None, pad_edge=False)  # narrow enough for 80 columns
+    terminal = Terminal()
     terminal.print(plain(f"{title}: {compared}"))
-    table.add_column("protocol")
-    for column in ("A %", "B %", "B - A", "95 % interval", "gained", "lost", "tied"):
-        table.add_column(column, justify="right")
+    columns = ("protocol", "A %", "B %", "B - A", "95 % interval", "gained", "lost", "tied")
+    rows = []
     changed: dict[tuple[str, tuple[int | str, ...]], list[str]] = {}
     for name, pair in comparison.protocols.items():
         points = [f"{100 * pair.first:.3f}", f"{100 * pair.second:.3f}", f"{100 * pair.difference:+.3f}"]
         interval = f"{100 * pair.low:+.2f} to {100 * pair.high:+.2f}"
-        table.add_row(name, *points, interval, *map(str, (len(pair.gained), len(pair.lost), pair.num_tied)))
+        rows.append((name, *points, interval, *map(str, (len(pair.gained), len(pair.lost), pair.num_tied))))
         for what, ids in (("gained", pair.gained), ("lost", pair.lost)):
             changed.setdefault((what, ids), []).append(name)
-    terminal.print(table)
+    terminal.table(columns, rows, numbers=columns[1:])
     _print_ids({f"{what} under {', '.join(names)}": ids for (what, ids), names in changed.items()})
     left_out = {
         "only A answers, left out": comparison.only_first,
@@ -107,7 +103,7 @@ def print_task_report(report: "TaskReport", title: str) -> None:
     """The headline under every protocol, the chosen one's metrics and groups, then questions without an answer."""
     from llava_llama31.trainer.terminal import Terminal
 
-    terminal = Terminal(wrap_tables=True)
+    terminal = Terminal()
     num_answered = report.num_questions - len(report.failed) - len(report.missing)
     left_out = f", {report.num_left_out} answers to questions without an image left out" if report.num_left_out else ""
     terminal.print(plain(f"{title}: {num_answered} of {report.num_questions} questions answered{left_out}"))
@@ -120,45 +116,37 @@ def print_task_report(report: "TaskReport", title: str) -> None:
 
 def _print_scores(terminal: "Terminal", report: "TaskReport", *, partly: bool) -> None:
     """The headline under every protocol, then metrics and groups of the report's one."""
-    from rich.table import Table
-
     chosen = report.protocols[report.protocol]
-    table = Table()
-    table.add_column("protocol")
-    for column in (chosen.headline, "95 % interval", *(["unanswered as wrong"] if partly else [])):
-        table.add_column(column, justify="right")
+    columns = ["protocol", chosen.headline, "95 % interval", *(["unanswered as wrong"] if partly else [])]
+    headlines = []
     for name, scores in report.protocols.items():
         cells = [f"{name} *" if name == report.protocol else name, f"{scores.metrics[scores.headline]:.3f}"]
         cells.append(f"{scores.low:.2f} to {scores.high:.2f}")
-        table.add_row(*cells, *([f"{scores.unanswered_as_wrong[scores.headline]:.3f}"] if partly else []))
-    terminal.print(table)
+        headlines.append([*cells, *([f"{scores.unanswered_as_wrong[scores.headline]:.3f}"] if partly else [])])
+    terminal.table(columns, headlines, numbers=columns[1:])
     rows = {f"all ({report.protocol})": chosen.metrics, **chosen.groups}
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
-    details = Table(box=None, pad_edge=False)
-    details.add_column("questions")
-    for name in names:
-        details.add_column(name, justify="right")
-    for group, metrics in rows.items():
-        details.add_row(printable(group), *(f"{metrics[name]:.3f}" if name in metrics else "" for name in names))
-    terminal.print(details)
+    details = [
+        [printable(group), *(f"{metrics[name]:.3f}" if name in metrics else "" for name in names)]
+        for group, metrics in rows.items()
+    ]
+    terminal.table(["questions", *names], details, numbers=names)
 
 
 def print_task_comparison(comparison: "TaskComparison", title: str) -> None:
     """The differences of the headline, then the questions that changed, and those that were left out."""
-    from rich.table import Table
-
     from llava_llama31.trainer.terminal import Terminal
 
-    terminal, table = Terminal(wrap_tables=True), Table(box=None, pad_edge=False)
+    terminal = Terminal()
     num_questions = comparison.first.num_questions
     counted = f"{comparison.num_compared} of {num_questions} questions answered by both, {comparison.headline}"
     terminal.print(plain(f"{title}: {counted}"))
-    table.add_column("protocol")
-    for column in ("A", "B", "B - A", "95 % interval"):
-        table.add_column(column, justify="right")
-    for name, (first, second, difference, low, high) in comparison.differences.items():
-        table.add_row(name, f"{first:.3f}", f"{second:.3f}", f"{difference:+.3f}", f"{low:+.2f} to {high:+.2f}")
-    terminal.print(table)
+    columns = ("protocol", "A", "B", "B - A", "95 % interval")
+    rows = [
+        (name, f"{first:.3f}", f"{second:.3f}", f"{difference:+.3f}", f"{low:+.2f} to {high:+.2f}")
+        for name, (first, second, difference, low, high) in comparison.differences.items()
+    ]
+    terminal.table(columns, rows, numbers=columns[1:])
     _print_ids({"gained": comparison.gained, "lost": comparison.lost, "not answered by both": comparison.left_out})
     for side, report in (("A", comparison.first), ("B", comparison.second)):
         _print_ids({f"{side}, {what}": ids for what, ids in _unaccounted_of_task(report).items()})

@@ -4,35 +4,58 @@
 
 const PAGE_SIZE = 50;
 const byId = (id) => document.getElementById(id);
-const { title, note, protocols, measure, images, questions, unknown } = JSON.parse(byId("data").textContent);
+const { title, note, protocols, measure, images, questions, unknown, names } = JSON.parse(byId("data").textContent);
 const state = { filter: "all", protocol: 0, sort: "file", search: "", page: 0 };
 let shown = questions;
 
-const score = (entry) => entry.scores?.[state.protocol];
+// of a page that compares two files, an entry is A's answer and its `second` is B's
+const compares = names !== undefined;
+const score = (side) => side.scores?.[state.protocol];
+const right = (side) => score(side) === 1;
+const difference = ({ second, ...first }) => (first.scores && second.scores ? score(second) - score(first) : undefined);
 const whole = (number) => number.toLocaleString("en");
 const counted = (number, noun) => `${whole(number)} ${noun}${number === 1 ? "" : "s"}`;
 const collator = new Intl.Collator("en", { numeric: true });
 
-const FILTERS = {
-  all: () => true,
-  right: (entry) => score(entry) === 1,
-  wrong: (entry) => score(entry) < 1,
-  zero: (entry) => score(entry) === 0,
-  disagree: (entry) => new Set(entry.scores).size > 1,
-  unanswered: (entry) => entry.error !== undefined,
-};
+// value -> what it is called, and which questions it shows
+const FILTERS = compares
+  ? {
+      all: ["All", () => true],
+      "only-a": ["Only A right", (entry) => right(entry) && !right(entry.second)],
+      "only-b": ["Only B right", (entry) => !right(entry) && right(entry.second)],
+      both: ["Both right", (entry) => right(entry) && right(entry.second)],
+      neither: ["Neither right", (entry) => !right(entry) && !right(entry.second)],
+      differ: ["Answers differ", (entry) => entry.prediction !== entry.second.prediction],
+      unanswered: ["No answer", (entry) => entry.error !== undefined || entry.second.error !== undefined],
+    }
+  : {
+      all: ["All", () => true],
+      right: ["Right", right],
+      wrong: ["Wrong", (entry) => score(entry) < 1],
+      zero: ["Zero", (entry) => score(entry) === 0],
+      disagree: ["Protocols disagree", (entry) => new Set(entry.scores).size > 1],
+      unanswered: ["No answer", (entry) => entry.error !== undefined],
+    };
 // sorting is stable, so equals stay in the order of the file; questions without an answer come last
+const BY_SCORE = compares
+  ? {
+      gained: ["B better first", (a, b) => (difference(b) ?? -2) - (difference(a) ?? -2)],
+      lost: ["A better first", (a, b) => (difference(a) ?? 2) - (difference(b) ?? 2)],
+    }
+  : {
+      lowest: ["lowest score", (a, b) => (score(a) ?? 2) - (score(b) ?? 2)],
+      highest: ["highest score", (a, b) => (score(b) ?? -1) - (score(a) ?? -1)],
+    };
 const SORTS = {
-  file: () => 0,
-  lowest: (a, b) => (score(a) ?? 2) - (score(b) ?? 2),
-  highest: (a, b) => (score(b) ?? -1) - (score(a) ?? -1),
-  shortest: (a, b) => a.question.length - b.question.length,
-  longest: (a, b) => b.question.length - a.question.length,
-  image: (a, b) => collator.compare(images[a.image].id, images[b.image].id),
+  file: ["file order", () => 0],
+  ...BY_SCORE,
+  shortest: ["shortest question", (a, b) => a.question.length - b.question.length],
+  longest: ["longest question", (a, b) => b.question.length - a.question.length],
+  image: ["image id", (a, b) => collator.compare(images[a.image].id, images[b.image].id)],
 };
 
 for (const entry of questions) {
-  const texts = [entry.id, images[entry.image].id, entry.question, entry.prediction ?? ""];
+  const texts = [entry.id, images[entry.image].id, entry.question, entry.prediction ?? "", entry.second?.prediction ?? ""];
   const options = (entry.options ?? []).map((option) => option[1]);
   entry.haystack = [...texts, ...options, ...(entry.groups ?? []), ...entry.answers.map((answer) => answer.text)].join("\n").toLowerCase();
 }
@@ -52,10 +75,11 @@ function quoted(text) {
 function grouped(answers, matches) {
   const list = make("ul", { class: "answers" });
   for (const answer of answers) {
-    const match = matches(answer);
+    const match = matches(answer); // true, or whose prediction it is
     const item = make("li", match ? { class: "match" } : {}, quoted(answer.text));
     if (answer.count > 1) item.append(make("span", { class: "times" }, ` × ${answer.count}`));
-    if (match) item.append(make("span", { class: "hidden" }, " (as predicted)"));
+    if (match === true) item.append(make("span", { class: "hidden" }, " (as predicted)"));
+    else if (match) item.append(make("span", { class: "times" }, ` (${match})`));
     list.append(item);
   }
   return list;
@@ -69,12 +93,28 @@ const rounded = (value) => String(Math.round(value * 1000) / 1000);
 const chosen = (i) => (i === state.protocol ? { class: "chosen" } : {});
 
 function scoreList(entry) {
-  const row = (value, i) => {
+  const row = (value, i, name) => {
     const cell = make("dd", { class: scoreClass(value) }, rounded(value));
     if (entry.said?.[i]) cell.append(" (read as ", quoted(entry.said[i]), ")");
-    return make("div", chosen(i), make("dt", {}, protocols[i]), cell);
+    return make("div", chosen(i), make("dt", {}, name), cell);
   };
-  return make("dl", { class: "scores" }, ...entry.scores.map(row));
+  const alike = entry.scores.every((value, i) => value === entry.scores[0] && entry.said?.[i] === entry.said?.[0]);
+  const rows = alike && protocols.length > 1 ? [row(entry.scores[0], state.protocol, "every protocol")] : entry.scores.map((value, i) => row(value, i, protocols[i]));
+  return make("dl", { class: "scores" }, ...rows);
+}
+
+/** What each protocol says of A's answer and of B's. */
+function comparisonTable(entry) {
+  const sides = [entry, entry.second];
+  const head = make("tr", {}, ...["Protocol", "A", "B"].map((name) => make("th", { scope: "col" }, name)));
+  const cell = (side, i) => {
+    if (side.scores === undefined) return make("td", {}, "no score");
+    const shown = make("td", { class: `score ${scoreClass(side.scores[i])}` }, rounded(side.scores[i]));
+    if (side.said?.[i]) shown.append(" (read as ", quoted(side.said[i]), ")");
+    return shown;
+  };
+  const row = (name, i) => make("tr", chosen(i), make("th", { scope: "row" }, name), ...sides.map((side) => cell(side, i)));
+  return make("table", {}, make("thead", {}, head), make("tbody", {}, ...protocols.map(row)));
 }
 
 /** What each protocol compared, for a question that they score differently. */
@@ -125,28 +165,61 @@ function imagesOf(entry, previous) {
   return make("div", {}, figure, other);
 }
 
-function prediction(entry) {
-  if (entry.error !== undefined) return make("dd", { class: "error" }, "No answer: ", quoted(entry.error));
-  if (entry.scores === undefined) return make("dd", { class: "prediction" }, quoted(entry.prediction));
-  const text = make("dd", { class: `prediction ${scoreClass(score(entry))}` }, quoted(entry.prediction));
-  if (entry.cut) text.append(make("span", { class: "note" }, "cut at the token limit"));
-  if (entry.times) text.append(make("span", { class: "note" }, `first of ${entry.times} answers`));
+function prediction(side) {
+  if (side.error !== undefined) return make("dd", { class: "error" }, "No answer: ", quoted(side.error));
+  if (side.scores === undefined) return make("dd", { class: "prediction" }, quoted(side.prediction));
+  const text = make("dd", { class: `prediction ${scoreClass(score(side))}` }, quoted(side.prediction));
+  if (side.cut) text.append(make("span", { class: "note" }, "cut at the token limit"));
+  if (side.times) text.append(make("span", { class: "note" }, `first of ${side.times} answers`));
   return text;
+}
+
+/** A dt and a dd for each file's answer. */
+function predictions(entry) {
+  if (!compares) return [make("dt", {}, "Prediction"), prediction(entry)];
+  const second = prediction(entry.second);
+  const shown = entry.second.shown;
+  if (shown !== undefined) second.append(make("span", { class: "note" }, "shown image ", quoted(shown.id)));
+  return [make("dt", {}, "A"), prediction(entry), make("dt", {}, "B"), second];
+}
+
+/** Whether an answer is the prediction, or whose of two predictions it is. */
+function predictedBy(entry, answer) {
+  const first = answer.matches?.[state.protocol] ?? false;
+  if (!compares) return first;
+  const second = entry.second.matches[answer.text]?.[state.protocol] ?? false;
+  return [first ? "A" : "", second ? "B" : ""].filter(Boolean).join(" and ");
+}
+
+function scoresOf(entry) {
+  if (compares) return protocols.length === 0 ? [] : [comparisonTable(entry)];
+  if (entry.scores === undefined) return [];
+  return [entry.compared === undefined ? scoreList(entry) : scoreTable(entry)];
 }
 
 function card(entry, place, previous) {
   const heading = make("h2", { id: `question-${place}` }, quoted(entry.question));
-  const facts = make("dl", { class: "facts" }, make("dt", {}, "Prediction"), prediction(entry), make("dt", {}, "Answers"));
-  facts.append(make("dd", {}, grouped(entry.answers, (answer) => answer.matches?.[state.protocol])));
+  const facts = make("dl", { class: "facts" }, ...predictions(entry), make("dt", {}, "Answers"));
+  facts.append(make("dd", {}, grouped(entry.answers, (answer) => predictedBy(entry, answer))));
   if (entry.options !== undefined) {
     const listed = entry.options.map(([letter, text]) => ({ text: `${letter}. ${text}`, count: 1 }));
     facts.append(make("dt", {}, "Options"), make("dd", {}, grouped(listed, () => false)));
   }
   if (entry.groups !== undefined) facts.append(make("dt", {}, "Groups"), make("dd", {}, quoted(entry.groups.join(", "))));
-  const text = make("div", { class: "text" }, make("p", { class: "id" }, "question ", quoted(entry.id)), heading, facts);
-  if (entry.scores !== undefined) text.append(entry.compared === undefined ? scoreList(entry) : scoreTable(entry));
+  const text = make("div", { class: "text" }, make("p", { class: "id" }, "question ", quoted(entry.id)), heading, facts, ...scoresOf(entry));
   const article = make("article", { tabindex: "-1", "aria-labelledby": heading.id }, imagesOf(entry, previous), text);
   return make("li", {}, article);
+}
+
+/** The means of A and B over what both answer, as `score` compares them. */
+function meansOf(entries) {
+  const both = entries.filter((entry) => entry.scores !== undefined && entry.second.scores !== undefined);
+  if (both.length === 0) return "none that both answer";
+  const mean = (value) => (100 * both.reduce((total, entry) => total + value(entry), 0)) / both.length;
+  const [first, second] = [mean(score), mean((entry) => score(entry.second))];
+  const change = `${second < first ? "−" : "+"}${Math.abs(second - first).toFixed(3)}`;
+  const over = both.length === entries.length ? "" : ` of ${whole(both.length)} that both answer`;
+  return `${measure} A ${first.toFixed(3)} %, B ${second.toFixed(3)} %${over}, B − A ${change}`;
 }
 
 function meanOf(entries) {
@@ -204,14 +277,17 @@ function readAddress() {
 
 /** The shown questions with their answers, as lines of JSON. */
 function exportShown() {
-  const line = ({ id, image, question, prediction, error, scores, answers }) =>
+  const said = ({ prediction, error, scores }) => ({
+    answer: prediction ?? null,
+    ...(error === undefined ? {} : { error }),
+    ...(scores === undefined ? {} : { scores: Object.fromEntries(protocols.map((name, i) => [name, scores[i]])) }),
+  });
+  const line = ({ id, image, question, second, answers, ...first }) =>
     JSON.stringify({
       question_id: id,
       image_id: images[image].id,
       question,
-      answer: prediction ?? null,
-      ...(error === undefined ? {} : { error }),
-      ...(scores === undefined ? {} : { scores: Object.fromEntries(protocols.map((name, i) => [name, scores[i]])) }),
+      ...(compares ? { A: said(first), B: said(second) } : said(first)),
       answers: answers.flatMap(({ text, count }) => Array(count).fill(text)),
     });
   const file = new Blob(shown.map((entry) => `${line(entry)}\n`), { type: "application/jsonl" });
@@ -223,11 +299,11 @@ function exportShown() {
 function update() {
   const found = questions.filter((entry) => entry.haystack.includes(state.search));
   for (const radio of document.querySelectorAll("#filters input")) {
-    radio.parentElement.querySelector(".count").textContent = whole(found.filter(FILTERS[radio.value]).length);
+    radio.parentElement.querySelector(".count").textContent = whole(found.filter(FILTERS[radio.value][1]).length);
   }
-  shown = found.filter(FILTERS[state.filter]).sort(SORTS[state.sort]);
+  shown = found.filter(FILTERS[state.filter][1]).sort(SORTS[state.sort][1]);
   byId("export").disabled = shown.length === 0;
-  byId("status").textContent = shown.length === 0 ? "No question fits." : `${counted(shown.length, "question")}, ${meanOf(shown)}`;
+  byId("status").textContent = shown.length === 0 ? "No question fits." : `${counted(shown.length, "question")}, ${(compares ? meansOf : meanOf)(shown)}`;
   showPage(0);
 }
 
@@ -296,6 +372,12 @@ function summary() {
 document.title = byId("title").textContent = title;
 byId("summary").textContent = summary();
 byId("note").textContent = note;
+for (const [i, name] of (names ?? []).entries()) byId("names").append(make("div", {}, make("dt", {}, "AB"[i]), make("dd", {}, quoted(name))));
+for (const [value, [name]] of Object.entries(FILTERS)) {
+  const radio = make("input", { type: "radio", name: "filter", value });
+  byId("filters").append(make("label", {}, radio, ` ${name} `, make("span", { class: "count" })));
+}
+byId("sort").append(...Object.entries(SORTS).map(([value, [name]]) => make("option", { value }, name)));
 byId("protocol").append(...protocols.map((name, i) => make("option", { value: i }, name)));
 byId("search").addEventListener("input", (event) => search(event.target.value));
 byId("protocol").addEventListener("change", (event) => { state.protocol = Number(event.target.value); update(); });

@@ -1,4 +1,4 @@
-"""The wrong-answer browser: one HTML file that holds an evaluation's questions, images, answers and scores.
+"""The browser of answers: one HTML file with questions, images, answers and scores of one file of answers, or of two.
 
 The file needs nothing else and asks for nothing: its Content-Security-Policy allows only its own style, its own script
 and `data:` images. What the data says enters the page as escaped JSON and leaves it as text nodes, never as markup.
@@ -68,6 +68,21 @@ class Marking:
     measure: str
 
 
+@dataclass(frozen=True)
+class Answers:
+    """One file of answers.
+
+    Args:
+        rows: as `write_browser` takes them.
+        name: what the page calls the file; needed to compare two.
+        note: what has to be known about its scores.
+    """
+
+    rows: Iterable[Mapping[str, Any]]
+    name: str = ""
+    note: str = ""
+
+
 def write_browser(
     questions: Sequence[Question],
     rows: Iterable[Mapping[str, Any]],
@@ -99,29 +114,68 @@ def write_browser(
     Raises:
         UserError: there are no questions, `image_side` is not positive, or the file cannot be written.
     """
+    answers = Answers(rows, note=note)
+    return _write_browser(questions, [answers], Path(path), title, image_side, on_progress, marking)
+
+
+def write_comparison(
+    questions: Sequence[Question],
+    first: Answers,
+    second: Answers,
+    path: str | Path,
+    *,
+    title: str = "",
+    image_side: int = IMAGE_SIDE,
+    on_progress: Callable[[int, int], None] | None = None,
+    marking: Marking | None = None,
+) -> Browser:
+    """Write the browser of two files of answers to the same questions: A's and B's answer and scores side by side.
+
+    Args:
+        questions: as `write_browser` takes them, and so are the other arguments.
+        first: the answers that the page calls A.
+        second: those that it calls B.
+
+    Raises:
+        UserError: as `write_browser`.
+    """
+    return _write_browser(questions, [first, second], Path(path), title, image_side, on_progress, marking)
+
+
+def _write_browser(
+    questions: Sequence[Question],
+    files: Sequence[Answers],
+    path: Path,
+    title: str,
+    image_side: int,
+    on_progress: Callable[[int, int], None] | None,
+    marking: Marking | None,
+) -> Browser:
     if not questions:
         raise UserError("there are no questions to browse", fix="pass at least one")
     if image_side < 1:
         raise UserError(f"an image cannot be {image_side} pixels long", where="image_side", fix="pass 1 or more")
-    path, images = Path(path), _images(questions)
-    marking = marking or Marking(tuple(PROTOCOLS), _answered, "accuracy")
     if path.is_dir():
         raise UserError("is a folder", where=str(path), fix="name an .html file, in that folder or elsewhere")
-    entries, unknown = _entries(questions, rows, {image_id: i for i, image_id in enumerate(images)}, marking)
+    images = _images(questions)
+    marking = marking or Marking(tuple(PROTOCOLS), _answered, "accuracy")
+    entries, unknown = _entries(questions, files, {image_id: i for i, image_id in enumerate(images)}, marking)
     data = {
         "title": title or path.stem,
-        "note": note,
+        "note": "; ".join(dict.fromkeys(file.note for file in files if file.note)),
         "protocols": list(marking.protocols),
         "measure": marking.measure,
         "questions": entries,
         "unknown": unknown,
     }
+    if len(files) > 1:
+        data["names"] = [file.name for file in files]
     described = _write_page(path, data, lambda file: _write_images(file, images, image_side, on_progress))
     unreadable = {image["id"]: image["error"] for image in described if "error" in image}
     return Browser(
         path,
         num_questions=len(entries),
-        num_unanswered=sum("error" in entry for entry in entries),
+        num_unanswered=sum("error" in entry or "error" in entry.get("second", {}) for entry in entries),
         num_images=len(images) - len(unreadable),
         unreadable=unreadable,
         unknown=tuple(unknown),
@@ -200,34 +254,61 @@ def _thumbnail(image: ImageRef, side: int) -> tuple[bytes, tuple[int, int]]:
 
 def _entries(
     questions: Sequence[Question],
-    rows: Iterable[Mapping[str, Any]],
+    files: Sequence[Answers],
     image_index: Mapping[str, int],
     marking: Marking,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """What the page says of each question, and the ids that are answered but not among the questions."""
-    first: dict[str, Mapping[str, Any]] = {}
-    times: Counter[str] = Counter()
-    for row in rows:
-        key = str(row["question_id"])
-        times[key] += 1
-        first.setdefault(key, row)
-    entries, known = [], set()
+    answered = [_first_rows(file.rows) for file in files]
+    entries = []
     for question in questions:
-        key = str(question.question_id)
-        known.add(key)
+        sides = [_side(question, rows.get(str(question.question_id)), image_index, marking) for rows in answered]
         entry = {
-            "id": key,  # as text: a number above 2**53 would not survive JavaScript
+            "id": str(question.question_id),  # as text: a number above 2**53 would not survive JavaScript
             "image": image_index[question.image_id],
             "question": question.question,
-            **marking.mark(question, first.get(key)),
+            **sides[0],
         }
-        if times[key] > 1:
-            entry["times"] = times[key]
-        shown = first.get(key, {}).get("shown_image_id")
-        if shown is not None:
-            entry["shown"] = {"id": str(shown), "image": image_index.get(str(shown))}
+        if len(sides) > 1:
+            entry["second"] = _beside(sides[1])
         entries.append(entry)
-    return entries, [key for key in first if key not in known]
+    known = {entry["id"] for entry in entries}
+    return entries, [key for key in dict.fromkeys(key for rows in answered for key in rows) if key not in known]
+
+
+def _first_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[Mapping[str, Any], int]]:
+    """The first row to each question, and how many there are."""
+    first: dict[str, tuple[Mapping[str, Any], int]] = {}
+    for row in rows:
+        kept, times = first.get(str(row["question_id"]), (row, 0))
+        first[str(row["question_id"])] = (kept, times + 1)
+    return first
+
+
+def _side(
+    question: Question,
+    found: tuple[Mapping[str, Any], int] | None,
+    image_index: Mapping[str, int],
+    marking: Marking,
+) -> dict[str, Any]:
+    """What the page says of one file's answer to a question."""
+    row, times = found or (None, 0)
+    side = marking.mark(question, row)
+    if times > 1:
+        side["times"] = times
+    shown = None if row is None else row.get("shown_image_id")
+    if shown is not None:
+        side["shown"] = {"id": str(shown), "image": image_index.get(str(shown))}
+    return side
+
+
+def _beside(side: dict[str, Any]) -> dict[str, Any]:
+    """The second file's answer without what the question and the first file's answer say already."""
+    matches = {answer["text"]: answer["matches"] for answer in side["answers"] if any(answer.get("matches", ()))}
+    kept = {
+        name: side[name] for name in ("error", "prediction", "scores", "said", "cut", "times", "shown") if name in side
+    }
+    return kept | {"matches": matches}
 
 
 def _answered(question: Question, row: Mapping[str, Any] | None) -> dict[str, Any]:

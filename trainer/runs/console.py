@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 import torch
-from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava_llama31.trainer.distributed.engine import engine_of
@@ -28,13 +27,12 @@ def print_stage_start(
 ) -> None:
     """The freeze report, what was inherited from where, and the steps."""
     console.rule(f"stage {name}")
-    table = Table("module group", "parameters", "trainable", "learning rate", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    names = ("module group", "parameters", "trainable", "learning rate")
+    groups = []
     for line in report:
         rate = f"{line.learning_rate:g}" if line.learning_rate is not None else "frozen"
-        table.add_row(line.group, f"{line.num_parameters:,}", f"{line.num_trainable:,}", rate)
-    console.print(table)
+        groups.append((line.group, f"{line.num_parameters:,}", f"{line.num_trainable:,}", rate))
+    console.table(names, groups, numbers=names[1:])
     console.print(f"weights from {plain(origin)}; optimizer and schedule are fresh")
     console.print(
         f"{derived.num_samples:,} samples, {derived.steps:,} steps of {stage.global_batch} "
@@ -98,11 +96,8 @@ def print_summary(console: Terminal, summary: dict[str, Any], record: dict[str, 
     """Stages, scores, samples and where everything is."""
     console.rule(summary["recipe"])
     names = ("stage", "steps", "logged loss,\nfirst -> last", "supervised\ntokens", "supervised\ntokens/s", "minutes")
-    table = Table(*names, box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for stage in record["stages"]:
-        table.add_row(
+    rows = [
+        (
             stage["name"],
             f"{stage['steps']:,}",
             f"{stage['loss_first']:.3f} -> {stage['loss']:.3f}" if stage["loss"] is not None else "",
@@ -110,7 +105,9 @@ def print_summary(console: Terminal, summary: dict[str, Any], record: dict[str, 
             f"{stage['supervised_tokens_per_second'] or 0:,.0f}",
             f"{stage['minutes']:.1f}",
         )
-    console.print(table)
+        for stage in record["stages"]
+    ]
+    console.table(names, rows, numbers=names[1:])
     for stage in record["stages"]:
         found = stage.get("loss_by_source") or {}
         if len(found) > 1:
@@ -128,11 +125,12 @@ def print_summary(console: Terminal, summary: dict[str, Any], record: dict[str, 
         found = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in summary["text_ability"].items())
         console.print(f"text accuracy, no images: {found}")
     if "samples" in record:
-        samples = Table("image", "question", "answer", "truth", box=None, pad_edge=False)
+        samples = []
         for sample in record["samples"]:
             truth = max(set(sample["answers"]), key=sample["answers"].count)
-            samples.add_row(*map(plain, (sample["image"], sample["question"], sample["prediction"] or "", truth)))
-        console.print(samples)
+            said = (sample["image"], sample["question"], sample["prediction"] or "", truth)
+            samples.append([plain(text) for text in said])
+        console.table(("image", "question", "answer", "truth"), samples)
     for entry in summary.get("evaluations", []):
         console.print(f"all answers of {plain(entry['name'])}, to browse: {entry['browser']}")
     console.print(f"model: {summary['export']}\ncard: {summary['card']}\n{summary['minutes']:.1f} minutes")

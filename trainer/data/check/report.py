@@ -248,31 +248,30 @@ def _statistics(values: np.ndarray) -> dict[str, int]:
 
 def print_report(report: DataReport) -> None:
     """Tables of reasons and of lengths per source, on standard output."""
-    from rich.table import Table
-
     from llava_llama31.trainer.terminal import Terminal
 
-    terminal = Terminal(wrap_tables=True)
+    terminal = Terminal()
     for source in report.sources:
         origin = ", checked before" if source.cached else ""
         heading = f"{source.name}: {len(source.rows)} of {source.num_rows} records usable ({source.format}{origin})"
         terminal.print(plain(heading), style="bold")
         if source.dropped:
-            reasons = Table("reason", "records", "action", "first ids", "meaning")
+            reasons = []
             for reason, number in source.dropped.items():
                 ids = ", ".join(map(printable, source.first_ids[reason]))
-                action = action_for(report.policy, reason)
-                reasons.add_row(reason, str(number), action, ids, REASONS[reason])
-            terminal.print(reasons)
+                reasons.append((reason, f"{number:,}", action_for(report.policy, reason), ids, REASONS[reason]))
+            names = ("reason", "records", "action", "first ids", "meaning")
+            terminal.table(names, reasons, numbers=("records",))
         if source.not_read:
             terminal.print(source.not_read_line())
         statistics = source.statistics()
         if statistics:
-            lengths = Table("per record", "p5", "p50", "p95", "max", "total")
-            for name, values in statistics.items():
-                label = name.removeprefix("num_").replace("_", " ")
-                lengths.add_row(label, *(f"{value:,}" for value in values.values()))
-            terminal.print(lengths)
+            lengths = [
+                (name.removeprefix("num_").replace("_", " "), *(f"{value:,}" for value in values.values()))
+                for name, values in statistics.items()
+            ]
+            names = ("per record", "p5", "p50", "p95", "max", "total")
+            terminal.table(names, lengths, numbers=names[1:])
             sharing = source.sharing()
             if sharing["records"]:
                 saved = sharing["tokens"] / statistics["num_tokens"]["total"]
