@@ -35,11 +35,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31 import packed_llama_llava_llama31 as packed
 from llava_llama31.trainer.checkpoint.atomic_folders import load_tree, save_tree, write_json
-from llava_llama31.trainer.data.batches.device_tiles import resize_as_pillow
+from llava_llama31.trainer.data.batches.device_tiles import resized_by_products
 from llava_llama31.trainer.distributed.devices import default_device, device_name, wait_for
 from llava_llama31.trainer.model.fused_layers import fused_fault
 from llava_llama31.trainer.model.module_groups import freeze
-from llava_llama31.trainer.training.optimizers import AdamWBfloat16, load_portable_state, portable_state
+from llava_llama31.trainer.training.optimizers import AdamWBfloat16
+from llava_llama31.trainer.training.portable_state import load_portable_state, portable_state
 
 
 Detail = dict[str, Any]
@@ -222,11 +223,11 @@ def tiles(place: Place) -> Detail:
     found = {}
     for height, width in IMAGE_SIZES[: 1 if place.small else None]:
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        image = torch.from_numpy(noise).permute(2, 0, 1).to(place.device)
-        wanted = np.asarray(Image.fromarray(noise).resize((336, 336), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        made = resize_as_pillow(image, 336, 336).cpu().numpy()
+        image = torch.from_numpy(noise).to(place.device)
+        wanted = np.asarray(Image.fromarray(noise).resize((336, 336), Image.Resampling.BICUBIC))
+        made = resized_by_products(image, 336, 336).cpu().numpy()
         expect(np.array_equal(made, wanted), f"{height} x {width}: other bits than Pillow's")
-        found[f"{height}x{width}"] = _milliseconds(lambda image=image: resize_as_pillow(image, 336, 336), place)
+        found[f"{height}x{width}"] = _milliseconds(lambda image=image: resized_by_products(image, 336, 336), place)
     return {"milliseconds": found}
 
 

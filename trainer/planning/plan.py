@@ -409,11 +409,11 @@ def runs_under(stage: Stage, engine: Engine, optimizer: str, file: str | None) -
     """What stages refuse of DeepSpeed, whose file must be there, and of FSDP."""
     if engine.name == "ddp":
         return True
-    if stage.fp8 or stage.feature_cache_gb is not None or stage.precision == "bfloat16-weights":
+    if stage.feature_cache_gb is not None or stage.precision == "bfloat16-weights":
         return False
     if engine.deepspeed:
-        return file is not None and optimizer == "adamw" and not stage.compile
-    return optimizer != "adamw_8bit" and not (stage.lora is not None and stage.lora.quantize)
+        return file is not None and optimizer == "adamw" and not stage.compile and not stage.fp8
+    return stage.lora is None or not stage.lora.quantize
 
 
 def _fix(case: Case, changes: Mapping[str, Any], engine: Engine, memory: Memory) -> dict[str, Any]:
