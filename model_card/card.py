@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -127,6 +127,9 @@ ENERGY_FORMULA = (
     "the recipe's device_watts. Hosts, cooling and other runs are not included."
 )
 
+QUESTION = "what does the sign say?"  # about an image that is not known
+_PLAIN_QUESTION = re.compile(r"[A-Za-z0-9 ,.?'-]{1,80}")  # as text of Python code
+
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)^---$\n?", re.DOTALL | re.MULTILINE)
 _BLANK_LINES = re.compile(r"^(`{3,}).*?^\1$|\n{3,}", re.DOTALL | re.MULTILINE)  # keeps those in code
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -166,8 +169,24 @@ def render_card(record: Mapping[str, Any], previous: str = "") -> str:
     return f"---\n{front}---\n\n{body}\n"
 
 
+def quick_snippet(model_id: str, *, image: str = "", question: str = QUESTION) -> str:
+    """The twelve lines that card and README show: one answer, by stock classes.
+
+    Args:
+        model_id: OWNER/NAME of the Hub, or a folder.
+        image: a file of that repository or folder; without one the code opens `sign.png`.
+        question: plain text without quotes.
+    """
+    code = _usage_template("usage_quick.txt").replace("MODEL_ID", model_id).replace("QUESTION", question)
+    if image and _HUB_ID.fullmatch(model_id):
+        return code.replace("IMAGE", image)
+    code = code.replace("from huggingface_hub import hf_hub_download\n", "")
+    where = f'f"{{repo}}/{image}"' if image else '"sign.png"'
+    return code.replace('hf_hub_download(repo, "IMAGE")', where)
+
+
 def usage_snippet(model_id: str) -> str:
-    """The code that opens a model, as README and card show it."""
+    """The code by which `publish` opens a model in every way: five texts, which have to be the same."""
     return _usage_template("usage.txt").replace("MODEL_ID", model_id)
 
 
@@ -184,7 +203,12 @@ def twin_snippet(model_id: str) -> str:
 def _snippet_of(record: Mapping[str, Any]) -> Callable[[str], str]:
     if record.get("adapter"):
         return adapter_snippet
-    return twin_snippet if record.get("quantized") else usage_snippet
+    if record.get("quantized"):
+        return twin_snippet
+    sample = next((one for one in record.get("samples") or [] if _is_file(one.get("image"), *IMAGE_SUFFIXES)), {})
+    asked = str(sample.get("question") or "")
+    question = asked if _PLAIN_QUESTION.fullmatch(asked) else QUESTION
+    return partial(quick_snippet, image=sample.get("image", ""), question=question)
 
 
 def _adapter_of(record: Mapping[str, Any]) -> dict[str, Any] | None:
