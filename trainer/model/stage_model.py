@@ -14,6 +14,7 @@ from llava_llama31.trainer.distributed.engine import uses_fsdp
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.adapters import adapt, quantization
 from llava_llama31.trainer.model.device_options import checkpoint_activations, use_float8
+from llava_llama31.trainer.model.flash_attention import leave_if_faulty
 from llava_llama31.trainer.model.fused_layers import fuse_layers
 from llava_llama31.trainer.model.module_groups import GroupReport, freeze, group_parameters
 from llava_llama31.trainer.recipes.schema import Stage
@@ -89,9 +90,10 @@ def _narrow(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def check_attention(model: LlavaLlama31ForConditionalGeneration, stage: Stage, device: torch.device) -> None:
-    """Try a GPU's attention kernel before the first step, so that a warning about it comes at the stage's start."""
+    """Try a GPU's attention kernels before the first step, so that a warning about them comes at the stage's start."""
     language_model = model.model.language_model
     if stage.packing and isinstance(language_model, LlavaLlama31TextModel):
+        leave_if_faulty(model, device, product_dtype(stage))
         language_model.check_attention(device, product_dtype(stage))
 
 
