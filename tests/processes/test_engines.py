@@ -267,7 +267,7 @@ def test_float8_under_fsdp2_trains_as_in_one_process(start, forks, recipe_conten
 
 
 def test_sharded_8_bit_moments_in_a_checkpoint(forks, tmp_path):
-    """Two ranks save, load and train on with the same bits; one process goes on from two, and two from one."""
+    """Two ranks save, load and train on with the same bits; one process resumes from two, and two from one."""
     pytest.importorskip("torchao")
     script = Path(__file__).with_name("sharded_state.py")
     finish(forks.start(tmp_path, processes=2, script=str(script)))
