@@ -57,7 +57,7 @@ def load_stage_model(origin: Path, stage: Stage, *, seed: int, where: str, quant
     if lora is None:
         return model
     # PeftModel forwards what PreTrainedModel has
-    return cast(PreTrainedModel, adapt(model, lora, seed=seed, where=where))
+    return cast(PreTrainedModel, adapt(model, lora, seed=seed, where=where, groups=stage.adapted))
 
 
 def base_model(model: PreTrainedModel, stage: Stage) -> LlavaLlama31ForConditionalGeneration:
@@ -76,7 +76,7 @@ def freeze_groups(model: PreTrainedModel, stage: Stage) -> list[GroupReport]:
         return report
     for line in report:
         # whole groups only: a layer with weights of two types would not run; adapters have their own type
-        if line.num_trainable == 0 or (stage.lora is not None and line.group == "language_model"):
+        if line.num_trainable == 0 or line.group in stage.adapted:
             parameters = (parameter for _, parameter in group_parameters(base_model(model, stage), line.group))
             _narrow([p for p in parameters if p.is_floating_point() and not p.requires_grad])
     return report
