@@ -200,8 +200,16 @@ def test_rejects_in_a_folder_are_refused(data_folder, capsys):
     assert capsys.readouterr().err == "error: --rejects .: is a folder (fix: name a file of JSON lines in it)\n"
 
 
-def test_libraries_that_are_imported_and_not_used_say_nothing(capsys):
+def test_libraries_that_are_imported_and_not_used_say_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("TQDM_DISABLE", "")  # so that it is restored
+    monkeypatch.delenv("TQDM_DISABLE")
     assert main(["recipes"]) == 0
+    assert os.environ["TQDM_DISABLE"] == "1"
+    deepspeed = logging.getLogger("DeepSpeed")
+    handler = logging.StreamHandler()
+    deepspeed.addHandler(handler)  # as its import does
+    deepspeed.warning("of no use to the reader")
+    deepspeed.removeHandler(handler)
     for name in ("torchao.quantization", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).warning("of no use to the reader")
     assert "of no use" not in capsys.readouterr().err

@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from llava_llama31.model_card import CardError, licence_files, licence_problems, render_card
+from llava_llama31.model_card.card import LLAMA_LICENCES, QUESTION, quick_snippet, usage_snippet
 from llava_llama31.model_card.curves import draw_curve
 from llava_llama31.model_card.sections import FORMER_NOTE, NOTE, edited_sections
+from llava_llama31.trainer.publishing.contents import Contents
+from llava_llama31.trainer.publishing.gate import check_licence
 
 
 ROOT = Path(__file__).parents[1]
@@ -455,17 +458,32 @@ def test_a_hostile_name_does_not_reach_the_snippet():
         ast.parse(block)
 
 
-def test_the_snippet_is_readmes_and_runs_in_a_process_without_this_package(
-    processor, tiny_model, make_image, tmp_path
-):
-    (code,) = re.findall(r"```python\n(.*?)\n```", render_card(RECORD | {"model_id": "OWNER/Llama-3.1-8B-mine"}), re.S)
+def test_the_cards_code_is_readmes_and_twelve_lines(tmp_path):
+    sample = RECORD["samples"][0] | {"image": "samples/1.png", "question": QUESTION}
+    record = RECORD | {"model_id": "OWNER/Llama-3.1-8B-mine", "samples": [sample]}
+    (code,) = re.findall(r"```python\n(.*?)\n```", render_card(record), re.S)
     assert f"```python\n{code}\n```" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(code.splitlines()) == 13 and code.count("\n\n") == 1 and 'device_map="auto"' in code
+
+
+@pytest.mark.parametrize("question", ['x"; import os; "', "a\\", "two\nlines", "{repo}", "", None, "é" * 5, "x" * 81])
+def test_only_a_plain_question_reaches_the_code(question):
+    sample = RECORD["samples"][0] | {"image": "samples/1.png", "question": question}
+    (code,) = re.findall(r"```python\n(.*?)\n```", render_card(RECORD | {"samples": [sample]}), re.S)
+    assert ast.parse(code) and f'"text": "{QUESTION}"' in code
+
+
+def test_the_code_runs_in_a_process_without_this_package(processor, tiny_model, make_image, tmp_path):
     folder = tmp_path / "tiny-model"
     tiny_model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    make_image(50, 70).save(tmp_path / "sign.png")
-    (code,) = re.findall(r"```python\n(.*?)\n```", render_card({"name": "tiny-model"}), re.DOTALL)
-    code = code.replace("print(", "texts.append(")
+    (folder / "samples").mkdir()
+    for file in ("sign.png", "tiny-model/samples/1.png"):
+        make_image(50, 70).save(tmp_path / file)
+    sample = {"image": "samples/1.png", "question": QUESTION}
+    (code,) = re.findall(r"```python\n(.*?)\n```", render_card({"name": "tiny-model", "samples": [sample]}), re.DOTALL)
+    assert code == quick_snippet("tiny-model", image="samples/1.png").strip()
+    code = f"{usage_snippet('tiny-model')}\n{code}".replace("print(", "texts.append(")
     code = f"texts = []\n{code}\nimport json, sys\nprint(json.dumps([texts, 'llava_llama31' in sys.modules]))"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -473,7 +491,7 @@ def test_the_snippet_is_readmes_and_runs_in_a_process_without_this_package(
     )
     assert done.returncode == 0, done.stderr
     texts, has_ours = json.loads(done.stdout.splitlines()[-1])
-    assert len(texts) == 5 and len(set(texts)) == 1 and not has_ours
+    assert len(texts) == 6 and len(set(texts)) == 1 and not has_ours
 
 
 # --- what a person wrote stays
@@ -567,6 +585,38 @@ def test_the_agreement_is_never_written_from_memory(tmp_path):
     (tmp_path / "LICENSE").write_text("Apache License", encoding="utf-8")
     with pytest.raises(CardError, match="not the Llama 3.1 agreement"):
         licence_files([llama(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "key, name, words, refused",
+    [
+        ("llama3", "Llama-3-8B-mine", "**Built with Meta Llama 3**", "Llama-mine"),
+        ("llama3.2", "Llama-mine", "**Built with Llama**", "mine-Llama-3.2"),
+    ],
+)
+def test_other_llama_licences_have_duties_of_their_own(tmp_path, key, name, words, refused):
+    licence = LLAMA_LICENCES[key]
+    agreement = f"{licence.title}\n(text of the agreement, made up)\n"
+    (tmp_path / "LICENSE").write_text(agreement, encoding="utf-8")
+    base = llama(tmp_path) | {"licence": key}
+    files = licence_files([base])
+    version = key.removeprefix("llama")
+    assert files["LICENSE"] == agreement and f"Llama {version} Community License, Copyright" in files["NOTICE"]
+    record = RECORD | {"name": name, "licence": key, "base_models": [base]}
+    card = render_card(record)
+    data = ModelCard(card).data
+    assert words in card and licence.policy in card and f"llama-{version}" in data.tags and data.license == key
+    assert licence_problems(record) == []
+    (problem,) = licence_problems(record | {"name": refused})
+    assert f"must begin with {licence.name_begins!r}" in problem
+    for file, text in {**files, "README.md": card}.items():
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    assert list(check_licence(Contents(tmp_path, name))) == []
+    (tmp_path / "README.md").write_text(card.replace(words, "").replace(licence.policy, ""), encoding="utf-8")
+    assert len(list(check_licence(Contents(tmp_path, refused)))) == 3
+    (tmp_path / "LICENSE").write_text(AGREEMENT, encoding="utf-8")
+    with pytest.raises(CardError, match=f"not the {licence.family} agreement"):
+        licence_files([base])
 
 
 def test_other_licences_owe_what_is_due_and_no_more(tmp_path):

@@ -18,7 +18,7 @@ def test_a_new_recipe_is_one_that_trains_on_the_rows(data_folder, base_folder, t
     assert main(["new", "signs", *arguments, "--questions", str(data_folder / "questions.jsonl")]) == 0
     said = capsys.readouterr()
     assert said.out == "signs.yaml\n" and "44 rows in the format llava" in said.err
-    assert "read as 0 image(s) and 2 turns" in said.err and '"id": "r0"' in said.err
+    assert "read as 0 images and 2 turns" in said.err and '"id": "r0"' in said.err
     recipe = load_recipe("signs.yaml")
     stage = recipe.stages["instruct"]
     assert (recipe.name, recipe.model.checkpoint, stage.global_batch) == ("signs", str(base_folder), 2)

@@ -49,6 +49,13 @@ def quiet_libraries() -> None:
     """Before torch and Transformers are imported: no messages that are of no use to whoever started a command."""
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # its import sets level and handler of its own, on stdout
+    # read as tqdm is imported: the bars of loading and writing weights; those of the Hub's downloads stay
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def say(line: str, *, stdout: bool = False) -> None:

@@ -100,7 +100,7 @@ def main(folder: Path) -> None:
     ours, theirs = moments(module, optimizer), moments(again, other)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
-    # one process goes on from what two have written, and two from what one has
+    # one process resumes from what two have written, and two from what one has
     alone, single = made(sharded=False)
     load_portable_state(single, load_tree(folder / "two"))
     found = moments(alone, single)

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -218,6 +219,34 @@ def test_every_engine_trains_as_one_process_does(start, all_stages, tmp_path, en
         assert ours["groups"] == expected["groups"]
 
 
+def test_a_tied_head_trains_and_resumes_under_fsdp2_as_in_one_process(
+    start, forks, recipe_content, pristine_config, processor, tmp_path
+):
+    """Llama 3.2 1B and 3B have one: it is one parameter, sharded once, and saved once."""
+    config = copy.deepcopy(pristine_config)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    LlavaLlama31ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    del recipe_content["evaluation"], recipe_content["stages"]["projector"]
+    recipe_content["model"] = {"checkpoint": str(tmp_path / "base"), "dtype": "float32"}
+    changes = {"precision": "float32", "logging_steps": 1, "max_steps": 4, "epochs": None, "save_steps": 2}
+    recipe_content["stages"]["instruct"] |= changes | {"activation_checkpointing": True, "save_total_limit": 4}
+    options, _ = engine_options("fsdp2", tmp_path)
+    recipe = write(recipe_content, tmp_path / "recipe.yaml")
+    single, sharded = (forks.start("train", recipe, "--output", tmp_path / "one", engines=True), tmp_path / "run")
+    finish(single)
+    finish(start(options, recipe, "--output", sharded))
+    assert_same_run(sharded, tmp_path / "one")
+    assert "lm_head.weight" not in weights(sharded, "1-instruct")
+    stage = sharded / "stages/1-instruct"
+    for folder in (stage / "final", stage / "checkpoint-4", sharded / "export"):
+        shutil.rmtree(folder)
+    (sharded / "summary.json").unlink()
+    assert "checkpoint-2" in finish(start(options, recipe, "--output", sharded))
+    assert_same_run(sharded, tmp_path / "one")
+
+
 @pytest.mark.torture
 @pytest.mark.parametrize(
     ("engine", "changes", "tolerance"),
@@ -267,7 +296,7 @@ def test_float8_under_fsdp2_trains_as_in_one_process(start, forks, recipe_conten
 
 
 def test_sharded_8_bit_moments_in_a_checkpoint(forks, tmp_path):
-    """Two ranks save, load and train on with the same bits; one process goes on from two, and two from one."""
+    """Two ranks save, load and train on with the same bits; one process resumes from two, and two from one."""
     pytest.importorskip("torchao")
     script = Path(__file__).with_name("sharded_state.py")
     finish(forks.start(tmp_path, processes=2, script=str(script)))

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hub_server import Blob, running_hub
 
+from llava_llama31.model_card.card import usage_snippet
 from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.recipes.loading import load_recipe
 from llava_llama31.trainer.runs.run import run_recipe
@@ -53,9 +54,9 @@ def test_from_a_run_to_a_stranger(recipe_content, make_image, tmp_path):
         assert TOKEN not in first.stdout + first.stderr + second.stdout + second.stderr and not hub.leaks
 
         # README's snippet, which is the card's, by somebody with an empty cache
-        (code,) = re.findall(r"```python\n([^`]*pipeline\(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
-        assert code.replace("OWNER/Llama-3.1-8B-mine", REPO) in card
-        code = code.replace("OWNER/Llama-3.1-8B-mine", REPO).replace("print(", "texts.append(")
+        (code,) = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
+        assert 'hf_hub_download(repo, "samples/1.png")' in code
+        code = f"{usage_snippet(REPO)}\n{code}".replace("print(", "texts.append(")
         stranger = tmp_path / "stranger"
         stranger.mkdir()
         make_image(50, 70).save(stranger / "sign.png")
@@ -63,7 +64,7 @@ def test_from_a_run_to_a_stranger(recipe_content, make_image, tmp_path):
         opened = start(hub, stranger, "-I", "-c", code)
         assert opened.returncode == 0, opened.stderr
         texts, has_ours = json.loads(opened.stdout.splitlines()[-1])
-        assert len(texts) == 5 and len(set(texts)) == 1 and texts[0] and not has_ours
+        assert len(texts) == 6 and len(set(texts[:5])) == 1 and texts[0] and texts[5] and not has_ours
 
 
 STRANGER = """

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from llava_llama31.trainer.commands.options import counted
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.redaction import say
 
@@ -66,7 +67,7 @@ def _look_at(data: str, image_root: str | None) -> int:
     say(f"the first: {records.source_text(0)[:_SHOWN]}")
     try:
         found = records[0]
-        say(f"read as {len(found.images)} image(s) and {len(found.messages)} turns")
+        say(f"read as {counted(len(found.images), 'image')} and {counted(len(found.messages), 'turn')}")
     except RecordError as error:
         say(f"warning: the first row cannot be used: {error}")
     return len(records)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from llava_llama31.trainer.commands.options import add_json, positive, run_folder
+from llava_llama31.trainer.commands.options import add_json, counted, positive, run_folder
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.data_formats import DataFormat
 
@@ -54,8 +54,8 @@ def run(options: argparse.Namespace) -> int:
         if not options.json_output:
             one = found[source.name]
             left_out = f", {one.rejected:,} left out: {one.rejects}" if one.rejected else ""
-            shown = f"{one.rows:,} rows in {one.shards:,} shards, {one.bytes / 1e6:,.1f} MB: path: {to}{left_out}"
-            Terminal().print(f"{source.name}: {shown}")
+            shown = f"{counted(one.rows, 'row')} in {counted(one.shards, 'shard')}, {one.bytes / 1e6:,.1f} MB"
+            Terminal().print(f"{source.name}: {shown}: path: {to}{left_out}")
     if options.json_output:
         written = {name: asdict(one) | {"path": f"{options.to.rstrip('/')}/{name}"} for name, one in found.items()}
         sys.stdout.write(json.dumps({"sources": written}) + "\n")

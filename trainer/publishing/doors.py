@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_llama31.model_card.card import adapter_snippet, twin_snippet, usage_snippet
+from llava_llama31.model_card.card import adapter_snippet, quick_snippet, twin_snippet, usage_snippet
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.export.quantized import is_quantized
 from llava_llama31.trainer.model.opening import ADAPTER_CONFIG
@@ -112,11 +112,13 @@ def open_doors(model: str | Path, cache: Path, *, revision: str = "", snippet_of
 
 
 def _code_of(folder: Path) -> str:
-    """The code of a folder's card."""
+    """The code of a folder's card, and for a whole model that which opens it in every other way too."""
     if (folder / ADAPTER_CONFIG).is_file():
         return adapter_snippet(str(folder))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return twin_snippet(str(folder)) if is_quantized(config) else usage_snippet(str(folder))
+    if is_quantized(config):
+        return twin_snippet(str(folder))
+    return f"{usage_snippet(str(folder))}\n{quick_snippet(str(folder))}"
 
 
 def _run(arguments: list[str], cache: Path, *, online: bool) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The charts of a report: quantities of one run or several over training time, or over steps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,19 +110,28 @@ def _placed(run: RunFacts, unit: float) -> Iterator[_Stage]:
 
 def _columns(logged: Sequence[Entry]) -> dict[str, tuple[list[int], list[float]]]:
     """Steps and values of each key that has a line; of a learning rate by group."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    for entry in logged:
-        values = {key: entry[key] for key in _KEYS if key in entry}
-        values |= {f"{_RATE}{group}": rate for group, rate in entry.get("learning_rates", {}).items()}
-        values |= {f"{_SOURCE}{name}": figures["loss"] for name, figures in entry.get(_BY_SOURCE, {}).items()}
-        for key in entry.keys() - _KEYS - {_BY_SOURCE}:
-            if key.startswith("eval_") and not key.endswith("unanswered"):
-                values[f"{_TASK}{key.removeprefix('eval_')}"] = entry[key]
-        for key, value in values.items():
-            steps, figures = found.setdefault(key, ([], []))
-            steps.append(entry["step"])
-            figures.append(number(value))
+    found = {}
+    for key, name in _drawn(dict.fromkeys(key for entry in logged for key in entry)).items():
+        having = [entry for entry in logged if key in entry]
+        found[name] = ([entry["step"] for entry in having], [number(entry[key]) for entry in having])
+    for key, prefix in (("learning_rates", _RATE), (_BY_SOURCE, _SOURCE)):
+        having = [entry for entry in logged if key in entry]
+        for inner in dict.fromkeys(inner for entry in having for inner in entry[key]):
+            pairs = [(entry["step"], entry[key][inner]) for entry in having if inner in entry[key]]
+            values = [number(value["loss"] if key == _BY_SOURCE else value) for _, value in pairs]
+            found[f"{prefix}{inner}"] = ([step for step, _ in pairs], values)
     return found
+
+
+def _drawn(keys: Iterable[str]) -> dict[str, str]:
+    """Those keys of entries whose figures are drawn, with the names of their columns."""
+    names = {}
+    for key in keys:
+        if key in _KEYS:
+            names[key] = key
+        elif key.startswith("eval_") and not key.endswith("unanswered") and key != _BY_SOURCE:
+            names[key] = f"{_TASK}{key.removeprefix('eval_')}"
+    return names
 
 
 def _lines(

@@ -21,16 +21,27 @@ def entries(path: Path) -> list[Entry]:
     A line that a kill cut is dropped too: the resumed stage wrote it again.
     """
     kept: list[Entry] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
+    for entry in _parsed(path.read_text(encoding="utf-8").splitlines()):
         if entry.get("event") == "start":
             stage, step = entry["stage"], entry["step"]
             kept = [former for former in kept if former["stage"] != stage or former["step"] <= step]
         kept.append(entry)
     return kept
+
+
+def _parsed(lines: Sequence[str]) -> list[Entry]:
+    """The objects of lines of JSON without those that are none."""
+    try:
+        return json.loads(f"[{','.join(lines)}]")  # twice as fast as line by line
+    except ValueError:
+        pass
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
 
 
 @dataclass(frozen=True)
