@@ -52,7 +52,7 @@ def edited_sections(body: str) -> list[str]:
 
 
 def replace_in_sections(body: str, pattern: re.Pattern[str], replacement: str) -> str:
-    """A card with `replacement` for each match of `pattern` in the sections that nobody edited; their markers follow."""
+    """A card with `replacement` for matches of `pattern` in the sections that nobody edited; their markers follow."""
 
     def replaced(section: re.Match[str]) -> str:
         text = section["text"].strip()
