@@ -551,7 +551,14 @@ class _Step:
             kept -= self.kept_by(layer)
             there += of_layer
         # the embedding's gradient comes last
-        return max(peak, new + self.whole_gradient + self.buckets)
+        return max(peak, new + self.whole_gradient + self.tied_gradients + self.buckets)
+
+    @cached_property
+    def tied_gradients(self) -> float:
+        """Of a tied head: the embedding's own gradient, and its sum with the head's, which is another tensor."""
+        if not (self.setup.parameters.tied and self.setup.trains_decoder):
+            return 0.0
+        return float(2 * self.w * self.setup.parameters.embedding)
 
     @cached_property
     def whole_gradient(self) -> float:
