@@ -77,7 +77,7 @@ upstream: $(VENV)/.upstream ## other projects on ours: lmms-eval's metrics and c
 
 trace-8b: $(VENV)/.dev ## the 8B step on every engine, at full size but without data
 	$(BIN)/python benchmarks/trace_8b.py
-	TRACE_8B=1 $(BIN)/pytest tests/test_memory.py -k traced_8b_step
+	TRACE_8B=1 $(BIN)/pytest tests/test_memory.py -k "traced_8b_step or shipped_recipe"
 	TRACE_8B=1 $(BIN)/pytest tests/test_fake_cuda.py -k 8b_step
 
 gpu-check: $(GPU_VENV)/.gpu ## what a GPU has to show, in ten minutes, into gpu-check.json; small on a CPU

@@ -30,16 +30,19 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.compiler import set_stance
+from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31 import packed_llama_llava_llama31 as packed
 from llava_llama31.trainer.checkpoint.atomic_folders import load_tree, save_tree, write_json
-from llava_llama31.trainer.data.batches.device_tiles import resize_as_pillow
+from llava_llama31.trainer.data.batches.device_tiles import resized_by_products
 from llava_llama31.trainer.distributed.devices import default_device, device_name, wait_for
+from llava_llama31.trainer.model.flash_attention import installed_implementations
 from llava_llama31.trainer.model.fused_layers import fused_fault
 from llava_llama31.trainer.model.module_groups import freeze
-from llava_llama31.trainer.training.optimizers import AdamWBfloat16, load_portable_state, portable_state
+from llava_llama31.trainer.training.optimizers import AdamWBfloat16
+from llava_llama31.trainer.training.portable_state import load_portable_state, portable_state
 
 
 Detail = dict[str, Any]
@@ -105,7 +108,22 @@ def reference_attention(heads: Sequence[torch.Tensor], plan: packed.AttentionPla
 
 
 def attention(place: Place) -> Detail:
-    """Packed attention, forward and backward, beside float64 masks: GQA, branches, rows of one, two head sizes."""
+    """Packed attention, forward and backward, beside float64 masks: GQA, branches, rows of one, two head sizes.
+
+    By PyTorch's own kernel, then by FlashAttention 3 and 4 where they are installed.
+    """
+    found = {"own": _largest_errors(place)}
+    for name in installed_implementations(place.device):
+        activate_flash_attention_impl(name)
+        try:
+            found[name] = _largest_errors(place)
+        finally:
+            restore_flash_attention_impl()
+    return {"largest_error": found}
+
+
+def _largest_errors(place: Place) -> dict[str, float]:
+    """By type of the numbers."""
     worst: dict[str, float] = {}
     config = gpu.SHAPES["8b"].config.text_config
     for dtype in place.half_types:
@@ -117,7 +135,7 @@ def attention(place: Place) -> Detail:
                 error = _attention_error(packing, size, dtype, place.device)
                 expect(error <= TOLERANCES[dtype], f"{dtype}, head size {size}, {name}: off by {error:.2g}")
                 worst[str(dtype)] = max(error, worst.get(str(dtype), 0.0))
-    return {"largest_error": worst}
+    return worst
 
 
 def _attention_error(packing: packed.Packing, size: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -222,11 +240,11 @@ def tiles(place: Place) -> Detail:
     found = {}
     for height, width in IMAGE_SIZES[: 1 if place.small else None]:
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        image = torch.from_numpy(noise).permute(2, 0, 1).to(place.device)
-        wanted = np.asarray(Image.fromarray(noise).resize((336, 336), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        made = resize_as_pillow(image, 336, 336).cpu().numpy()
+        image = torch.from_numpy(noise).to(place.device)
+        wanted = np.asarray(Image.fromarray(noise).resize((336, 336), Image.Resampling.BICUBIC))
+        made = resized_by_products(image, 336, 336).cpu().numpy()
         expect(np.array_equal(made, wanted), f"{height} x {width}: other bits than Pillow's")
-        found[f"{height}x{width}"] = _milliseconds(lambda image=image: resize_as_pillow(image, 336, 336), place)
+        found[f"{height}x{width}"] = _milliseconds(lambda image=image: resized_by_products(image, 336, 336), place)
     return {"milliseconds": found}
 
 

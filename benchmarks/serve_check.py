@@ -3,8 +3,9 @@
     python benchmarks/serve_check.py EXPORT PREDICTIONS.jsonl --questions FILE --vllm .venv-vllm/bin/vllm
 
 `make serve-check` sets up what it needs. For each way of serving it prints how many of check-engine's questions and of
-the evaluation's questions get the recorded answer, one row of the table in docs/results/serving.md. Adapters are drawn
-at random for the export; a quantised twin, `export --quantize`, is compared with its own answers.
+the evaluation's questions get the recorded answer, and the accuracy of the served and of the recorded answers
+(`vlmevalkit-2024`): one row of the table in docs/results/serving.md. Adapters are drawn at random for the export; a
+quantised twin, `export --quantize`, is compared with its own answers.
 """
 
 import argparse
@@ -30,8 +31,11 @@ from llava_llama31.trainer.engines.client import EngineClient
 from llava_llama31.trainer.engines.questions import data_uri
 from llava_llama31.trainer.engines.reference import read_reference
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.questions import load_questions
+from llava_llama31.trainer.evaluation.scoring import score_answers
 
 
+PROTOCOL = "vlmevalkit-2024"
 PATIENCE = 900  # seconds until a server answers
 CONCURRENCY = 8
 VLLM = ("--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--limit-mm-per-prompt", '{"image": 4}')
@@ -76,7 +80,7 @@ def main() -> int:
     rows = {row["question_id"]: row for row in map(json.loads, options.questions.read_text("utf-8").splitlines())}
     twins = [Way(f"vLLM, own class, {twin.name}", options=BFLOAT16, what=str(twin.resolve())) for twin in options.twin]
     failed = False
-    print("| served by | check-engine | evaluation's questions |\n|---|---|---|")
+    print("| served by | check-engine | evaluation's questions | accuracy, served and recorded |\n|---|---|---|---|")
     for way in (*WAYS, *twins):
         if not any(part in way.name for part in options.only or [""]):
             continue
@@ -91,8 +95,19 @@ def main() -> int:
         except UserError as error:
             checked, equal = str(error), "not asked"
         failed |= not (checked.startswith("all ") and equal.startswith(("all ", "no ")))
-        print(f"| {way.name} | {checked} | {equal} |", flush=True)
+        print(f"| {way.name} | {checked} | {equal} | {accuracies(asked, options.questions)} |", flush=True)
     return int(failed)
+
+
+def accuracies(asked: list[tuple[dict[str, Any], Path]], questions: Path) -> str:
+    """Of the served answers and of the recorded ones, in percent; empty where nothing was served."""
+    rows = [row for row, _ in asked if row.get("served") is not None]
+    if not rows:
+        return ""
+    annotated = load_questions(questions, with_images=False)
+    served = score_answers(annotated, [{"question_id": row["question_id"], "answer": row["served"]} for row in rows])
+    recorded = score_answers(annotated, rows)
+    return ", ".join(f"{100 * report.protocols[PROTOCOL].accuracy:.2f} %" for report in (served, recorded))
 
 
 def made(way: Way, export: Path, scratch: Path) -> Path:

@@ -8,6 +8,7 @@ fragmentation.
 python benchmarks/trace_8b.py                        # the card's pretrain stage on all engines: make trace-8b
 python benchmarks/trace_8b.py --engines zero3 fsdp2 --set activation_checkpointing=false --set micro_batch=1
 python benchmarks/trace_8b.py --shape small --json
+python benchmarks/trace_8b.py --shape recipe --recipe llama31-8b-qlora-24gb --stage instruct --engines single
 """
 
 import argparse
@@ -18,7 +19,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -41,9 +45,10 @@ from llava_llama31.trainer.distributed.engine import fsdp_plugin
 from llava_llama31.trainer.model.adapters import adapt
 from llava_llama31.trainer.model.device_options import checkpoint_activations
 from llava_llama31.trainer.model.module_groups import freeze, group_parameters
+from llava_llama31.trainer.planning.model_sizes import model_config
 from llava_llama31.trainer.planning.plan import setup_of
 from llava_llama31.trainer.recipes.loading import load_recipe
-from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.recipes.schema import Recipe, Stage
 from llava_llama31.trainer.training.optimizers import AdamWBfloat16
 
 
@@ -255,19 +260,62 @@ def _make_model(config: LlavaLlama31Config, stage: Stage, dtype: torch.dtype) ->
     with no_init_weights() if is_fake else nullcontext():
         model = LlavaLlama31ForConditionalGeneration._from_config(config, dtype=dtype, packable=True)
     model.tie_weights()  # without initial values it has not been done
+    if stage.lora is not None and stage.lora.quantize:
+        pack_linears(model.model.language_model.layers)
     return model.train()
+
+
+class _PackedProduct(torch.autograd.Function):
+    """bitsandbytes' product with 4-bit weights: they are widened in each direction, and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, num_outputs: int) -> torch.Tensor:
+        ctx.shape = (num_outputs, x.shape[-1])
+        return nn.functional.linear(x, x.new_empty(ctx.shape))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] @ gradients[0].new_empty(ctx.shape), None
+
+
+class PackedLinear(nn.Linear):
+    """The tensors of a linear layer in NF4 with double quantization; bitsandbytes has no fake ones."""
+
+    def pack(self) -> None:
+        number = self.weight.numel()
+        for name, size, dtype in (
+            ("scales", number // 64, torch.uint8),
+            ("scales_of_scales", number // 64 // 256, torch.float32),
+        ):
+            self.register_buffer(name, torch.empty(size, dtype=dtype))
+        shape = self.weight.shape
+        self.weight = nn.Parameter(torch.empty(number // 2, 1, dtype=torch.uint8), requires_grad=False)
+        self.weight.quant_state = SimpleNamespace(shape=shape)  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+        return _PackedProduct.apply(x, self.out_features).clone()  # PEFT copies the result of a 4-bit layer
+
+
+def pack_linears(layers: nn.Module) -> None:
+    for module in list(layers.modules()):
+        if type(module) is nn.Linear:
+            module.__class__ = PackedLinear
+            module.pack()
 
 
 def _prepare(model: LlavaLlama31ForConditionalGeneration, stage: Stage, *, narrows: bool) -> None:
     """What `runs/stage.py` does before the Trainer; adapters are put into the model in place."""
     if stage.lora is not None:
-        adapt(model, stage.lora, seed=0, where="")
+        # PEFT moves its adapters to where they are; fake tensors refuse the swap that this is
+        with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+            adapt(model, stage.lora, seed=0, where="", groups=stage.adapted)
     report = freeze(model, stage.learning_rates(), freeze_image_newline="frozen_image_newline" in stage.quirks)
     if stage.precision == "bfloat16" and narrows:
         for line in report:
-            if line.num_trainable == 0 or (stage.lora is not None and line.group == "language_model"):
+            if line.num_trainable == 0 or line.group in stage.adapted:
                 for _, parameter in group_parameters(model, line.group):
-                    if not parameter.requires_grad:
+                    if not parameter.requires_grad and parameter.is_floating_point():
                         parameter.data = parameter.data.to(torch.bfloat16)
     if stage.recomputed:
         checkpoint_activations(model, stage.trainable, stage.recomputed)
@@ -405,7 +453,7 @@ def planned(
     """`llava-llama31 plan`'s prediction for the same step, with a CPU's attention, since the trace runs on a CPU."""
     kind = ENGINES_OF_PLAN["ddp" if engine == "single" else engine]
     groups = {"vision_tower", "multi_modal_projector", "language_model"} - set(stage.trainable)
-    groups |= {"language_model"} if stage.lora else set()
+    groups |= set(stage.adapted)
     setup = setup_of(stage, config.to_dict(), kind, frozenset(groups), accumulates)
     batch = MicroBatch(
         num_tokens=row.num_tokens,
@@ -431,8 +479,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     prefix = f"stages.{options.stage}."
     overrides = [f"{prefix}{override}" for override in options.overrides]
     overrides.append(f"{prefix}deepspeed={'zero3' if engine.startswith('zero') else 'null'}")
-    stage = load_recipe(options.recipe, overrides=overrides).stages[options.stage]
-    config = SHAPES[options.shape].config
+    recipe = load_recipe(options.recipe, overrides=overrides)
+    stage = recipe.stages[options.stage]
+    config = config_of(recipe) if options.shape == "recipe" else SHAPES[options.shape].config
     row = make_row(config, stage.micro_batch, NUM_TEXT, NUM_SUPERVISED)
     traced = trace(
         config, stage, row, engine, options.devices, accumulation=options.accumulation, fake=not options.real
@@ -449,6 +498,13 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "traced": {name: getattr(traced, name) / GB for name in PHASES},
         "planned": {name: getattr(plan, "of_a_step" if name == "peak" else name) / GB for name in PHASES},
     }
+
+
+def config_of(recipe: Recipe) -> LlavaLlama31Config:
+    """The recipe's own model, from what the package knows of published parts."""
+    found = model_config(recipe, Path("no-run"))
+    assert found is not None, f"the parts of {recipe.name} are not known"
+    return LlavaLlama31Config.from_dict({key: value for key, value in found[0].items() if key != "model_type"})
 
 
 def in_own_process(engine: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -475,7 +531,7 @@ def print_result(result: dict[str, Any]) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--shape", choices=tuple(SHAPES), default="8b")
+    parser.add_argument("--shape", choices=(*SHAPES, "recipe"), default="8b")
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--recipe", default="llama31-8b-card")
     parser.add_argument("--stage", default="pretrain")

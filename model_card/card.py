@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -22,21 +23,82 @@ from huggingface_hub import EvalResult, ModelCardData, constants
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
-from llava_llama31.model_card.sections import join_sections
+from llava_llama31.model_card.sections import join_sections, replace_in_sections
 
 
-LLAMA31 = "llama3.1"
-LLAMA31_TITLE = "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT"
-LLAMA31_NOTICE = (
-    "Llama 3.1 is licensed under the Llama 3.1 Community License, "
-    "Copyright © Meta Platforms, Inc. All Rights Reserved."
-)
-LLAMA31_POLICY = "https://llama.meta.com/llama3_1/use-policy"
+@dataclass(frozen=True)
+class LlamaLicence:
+    """What one of Meta's community licences asks of whoever publishes a model made from its weights (its section 1.b).
+
+    Args:
+        key: as the Hub names the licence.
+        family: what the agreement calls the models.
+        title: of the agreement, in capitals.
+        built_with: words that the card shows.
+        name_begins: what the published model's name has to begin with.
+        policy: address of the Acceptable Use Policy.
+    """
+
+    key: str
+    family: str
+    title: str
+    built_with: str
+    name_begins: str
+    policy: str
+
+    @property
+    def tag(self) -> str:
+        """Of the card: `llama-3.1`."""
+        return self.key.replace("llama", "llama-")
+
+    @property
+    def notice(self) -> str:
+        """The line that a file `NOTICE` beside the weights has to hold."""
+        return (
+            f"{self.family} is licensed under the {self.family} Community License, "
+            "Copyright © Meta Platforms, Inc. All Rights Reserved."
+        )
+
+    def takes_name(self, name: str) -> bool:
+        """Whether a model may be called so; repositories can't have spaces, so hyphens stand for them."""
+        return re.sub(r"[-_]", " ", name).startswith(self.name_begins)
+
+
+# the agreements of 2024-04-18, 2024-07-23 and 2024-09-25
+LLAMA_LICENCES = {
+    licence.key: licence
+    for licence in (
+        LlamaLicence(
+            "llama3",
+            "Meta Llama 3",
+            "META LLAMA 3 COMMUNITY LICENSE AGREEMENT",
+            "Built with Meta Llama 3",
+            "Llama 3",
+            "https://llama.meta.com/llama3/use-policy",
+        ),
+        LlamaLicence(
+            "llama3.1",
+            "Llama 3.1",
+            "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT",
+            "Built with Llama",
+            "Llama",
+            "https://llama.meta.com/llama3_1/use-policy",
+        ),
+        LlamaLicence(
+            "llama3.2",
+            "Llama 3.2",
+            "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT",
+            "Built with Llama",
+            "Llama",
+            "https://www.llama.com/llama3_2/use-policy",
+        ),
+    )
+}
 LICENCE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 # the Hub's licence ids in use here; any other licence is given as `other` with its name
 HUB_LICENCES = frozenset(
     ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
-    + ("openrail", "gemma", "llama2", "llama3", LLAMA31, "llama3.2", "llama3.3", "llama4", "unknown")
+    + ("openrail", "gemma", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "unknown")
 )
 QUANTIZATIONS = {
     "fp8": "fp8: weights in float8 (E4M3), a scale a row; activations in float8, a scale a token",
@@ -67,7 +129,7 @@ STAGE_FACTS = {
     "minutes": "minutes",
 }
 # shown if a stage has them; never listed as not recorded
-OPTIONAL_STAGE_FACTS = {"num_samples": "samples", "lora": "LoRA on the language model"}
+OPTIONAL_STAGE_FACTS = {"num_samples": "samples", "lora": "LoRA"}
 # from the recipe's stage, shown the same way
 RECIPE_FACTS = {
     "optimizer": "optimizer",
@@ -190,6 +252,14 @@ def usage_snippet(model_id: str) -> str:
     return _usage_template("usage.txt").replace("MODEL_ID", model_id)
 
 
+def card_for(card: str, model_id: str) -> str:
+    """A card whose code names the model by its id on the Hub; a section that somebody edited stays."""
+    for variable in ("repo", "adapter"):  # of the usage templates
+        line = re.compile(rf'^{variable} = "[\w./-]+"$', re.MULTILINE)
+        card = replace_in_sections(card, line, f'{variable} = "{model_id}"')
+    return card
+
+
 def adapter_snippet(model_id: str) -> str:
     """The code that opens adapters on their base, as their card shows it."""
     return _usage_template("usage_adapter.txt").replace("ADAPTER_ID", model_id)
@@ -275,7 +345,7 @@ def licence_files(base_models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
     Args:
         base_models: {"role", "id", "licence", "folder"?}; the licence is taken from the entry, never guessed from the
-            id. The Llama 3.1 agreement is copied from the base model's own folder (`folder`, or `id` if that is one),
+            id. A Llama agreement is copied from the base model's own folder (`folder`, or `id` if that is one),
             where Meta ships it.
 
     Raises:
@@ -285,9 +355,10 @@ def licence_files(base_models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     notices: list[str] = []
     licences = [model.get("licence") for model in base_models]
     for model in base_models:
-        if model.get("licence") == LLAMA31 and "LICENSE" not in files:
-            files["LICENSE"] = _llama31_agreement(model)
-            notices.append(LLAMA31_NOTICE)
+        licence = LLAMA_LICENCES.get(str(model.get("licence")))
+        if licence is not None and licence.notice not in notices:
+            files["LICENSE" if not files else f"LICENSE-{licence.key}"] = _llama_agreement(model, licence)
+            notices.append(licence.notice)
     if "apache-2.0" in licences:
         text = resources.files(__package__).joinpath("licences", "apache-2.0.txt").read_text(encoding="utf-8")
         files["LICENSE-Apache-2.0" if files else "LICENSE"] = text
@@ -302,25 +373,29 @@ def licence_files(base_models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def licence_problems(record: Mapping[str, Any]) -> list[str]:
     """Why the base models' licences do not allow publishing this record's model; empty if they do."""
-    if not _built_with_llama(record):
-        return []
     problems = []
-    if not str(record.get("name", "")).startswith("Llama"):
-        problems.append(f"the name {record.get('name')!r} must begin with 'Llama' (Llama 3.1 licence, 1.b.i)")
-    if record.get("licence") != LLAMA31:
-        problems.append(f"the licence is {record.get('licence')!r}, but a base model is under {LLAMA31}")
+    for licence in _llama_licences(record):
+        if not licence.takes_name(str(record.get("name", ""))):
+            problems.append(
+                f"the name {record.get('name')!r} must begin with {licence.name_begins!r} "
+                f"({licence.family} licence, 1.b.i)"
+            )
+        if record.get("licence") != licence.key:
+            problems.append(f"the licence is {record.get('licence')!r}, but a base model is under {licence.key}")
     return problems
 
 
-def _llama31_agreement(model: Mapping[str, Any]) -> str:
+def _llama_agreement(model: Mapping[str, Any], licence: LlamaLicence) -> str:
     folder = Path(str(model.get("folder") or model["id"]))
     found = next((folder / name for name in LICENCE_NAMES if (folder / name).is_file()), None)
-    fix = f"put Meta's LICENSE of Llama 3.1 at {folder / 'LICENSE'} (it comes with the weights)"
+    family = licence.family.removeprefix("Meta ")
+    fix = f"put Meta's LICENSE of {family} at {folder / 'LICENSE'} (it comes with the weights)"
     if found is None:
-        raise CardError(f"{model['id']}: the Llama 3.1 agreement must go with the model but is missing (fix: {fix})")
+        what = f"the {licence.family} agreement must go with the model but is missing"
+        raise CardError(f"{model['id']}: {what} (fix: {fix})")
     text = found.read_text(encoding="utf-8")
-    if LLAMA31_TITLE not in text.upper():
-        raise CardError(f"{found}: not the Llama 3.1 agreement, its title is missing (fix: {fix})")
+    if licence.title not in text.upper():
+        raise CardError(f"{found}: not the {licence.family} agreement, its title is missing (fix: {fix})")
     return text
 
 
@@ -336,9 +411,8 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         "usage": _snippet_of(record)(model_id),
         "adapter": _adapter_of(record),
         "quantized": _quantized_rows(record),
-        "built_with_llama": _built_with_llama(record),
-        "notice": LLAMA31_NOTICE,
-        "policy_link": Markup(LLAMA31_POLICY),
+        "built_with": next((licence.built_with for licence in _llama_licences(record)), None),
+        "llama_licences": [(licence.notice, Markup(licence.policy)) for licence in _llama_licences(record)],
         "licence": record.get("licence"),
         "base_models": [
             [m.get("role"), _at_revision(m), m.get("licence") or "not stated"] for m in record.get("base_models") or []
@@ -575,14 +649,14 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
     optional: dict[str, Any] = {
         "base_model_relation": relation if base_models else None,
         "license_name": None if known or licence is None else _line(licence),
-        "license_link": "LICENSE" if _built_with_llama(record) else None,
+        "license_link": "LICENSE" if _llama_licences(record) else None,
     }
     return ModelCardData(
         model_name=_line(record["name"]),
         license=licence if known else None if licence is None else "other",
         library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
-        tags=[*TAGS, *(["llama-3.1"] if _built_with_llama(record) else [])],
+        tags=[*TAGS, *(licence.tag for licence in _llama_licences(record))],
         base_model=base_models or None,
         datasets=list(datasets) or None,
         eval_results=_eval_results(record) or None,
@@ -661,9 +735,10 @@ def _textvqa_results(record: Mapping[str, Any], evaluation: Mapping[str, Any], d
     ]
 
 
-def _built_with_llama(record: Mapping[str, Any]) -> bool:
-    licences = [model.get("licence") for model in record.get("base_models") or []]
-    return LLAMA31 in (record.get("licence"), *licences)
+def _llama_licences(record: Mapping[str, Any]) -> list[LlamaLicence]:
+    """Meta's licences that the model or one of its base models is under."""
+    named = (record.get("licence"), *(model.get("licence") for model in record.get("base_models") or []))
+    return [licence for key, licence in LLAMA_LICENCES.items() if key in named]
 
 
 def _is_hub_id(name: object) -> bool:

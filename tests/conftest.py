@@ -17,6 +17,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIB
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: their threads would wait for each other's cores
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import brief_finish
 import numpy as np
 import psutil
 import pytest
@@ -293,8 +294,10 @@ def pristine_recipe(base_folder, data_folder):
 
 
 @pytest.fixture
-def recipe_content(pristine_recipe):
-    """A copy of its own for every test."""
+def recipe_content(pristine_recipe, request, monkeypatch):
+    """A copy of its own for every test, whose runs end soon: see brief_finish.py."""
+    if request.node.get_closest_marker("whole_finish") is None:
+        brief_finish.shorten(monkeypatch.setattr)
     return copy.deepcopy(pristine_recipe)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard, constants
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import LlavaNextForConditionalGeneration
 
@@ -15,13 +16,18 @@ from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.engines.reference import read_reference
+from llava_llama31.trainer.costs.memory import ENGINES
+from llava_llama31.trainer.engines.questions import fixed_questions
+from llava_llama31.trainer.engines.reference import inputs_of, read_reference
 from llava_llama31.trainer.export.adapter import TOLERANCE, export_adapter
 from llava_llama31.trainer.model.adapters import adapt, quantization
+from llava_llama31.trainer.model.module_groups import GROUPS
 from llava_llama31.trainer.model.opening import open_model
+from llava_llama31.trainer.planning.plan import setup_of
 from llava_llama31.trainer.publishing.door import open_door
 from llava_llama31.trainer.publishing.gate import check_folder
-from llava_llama31.trainer.recipes.schema import Lora
+from llava_llama31.trainer.recipes.loading import load_recipe
+from llava_llama31.trainer.recipes.schema import Lora, Stage
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
 
@@ -127,10 +133,6 @@ def test_what_qlora_publishes_computes_what_it_trained(run_adapters, base_folder
 
 @pytest.mark.parametrize("key, value", [("deepspeed", "zero3"), ("compile", True)])
 def test_quantized_weights_are_refused_where_nothing_shows_that_they_work(recipe_content, key, value):
-    from pydantic import ValidationError
-
-    from llava_llama31.trainer.recipes.schema import Stage
-
     stage = {**recipe_content["stages"]["instruct"], "lora": {"quantize": "nf4"}, key: value}
     with pytest.raises(ValidationError, match=f"quantized weights under {key}"):
         Stage.model_validate(stage)
@@ -138,19 +140,102 @@ def test_quantized_weights_are_refused_where_nothing_shows_that_they_work(recipe
 
 @pytest.fixture(scope="module")
 def adapted_run(pristine_recipe, tmp_path_factory):
-    """A run that trained adapters of the language model and nothing else."""
+    """A run that trained adapters on all three groups, each with its own rank and rate, and nothing else."""
     folder, recipe = tmp_path_factory.mktemp("adapted"), copy.deepcopy(pristine_recipe)
     del recipe["evaluation"], recipe["stages"]["projector"]
     recipe["model"]["license"] = "apache-2.0"
-    only = {"trainable": ["language_model"], "learning_rate": 1e-2, "lora": {"r": 4, "alpha": 8}, "save_steps": 6}
+    lora = {"r": 4, "alpha": 8, "vision_tower": {"r": 2, "alpha": 6}, "multi_modal_projector": {"r": 3, "alpha": 3}}
+    rates = {"vision_tower": 2e-2, "multi_modal_projector": 5e-3, "language_model": 1e-2}
+    only = {"trainable": list(rates), "learning_rate": rates, "lora": lora, "save_steps": 6}
     recipe["stages"]["instruct"] |= only
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["train", str(folder / "recipe.yaml"), "--output", str(folder / "run")]) == 0
     return folder / "run"
 
 
+def test_each_group_has_its_own_rank_scale_and_learning_rate(adapted_run, base_folder):
+    final = adapted_run / "stages/1-instruct/final"
+    adapters = load_file(final / "adapter/adapter_model.safetensors")
+    ranks = {}
+    for name, weight in adapters.items():
+        group = name.removeprefix("base_model.model.model.").partition(".")[0]
+        ranks.setdefault(group, set()).add(weight.shape["lora_B" in name])
+    assert ranks == {"vision_tower": {2}, "multi_modal_projector": {3}, "language_model": {4}}
+    # the layers behind the one that is read have none
+    assert {name.split(".")[6] for name in adapters if "vision_tower" in name} == {"0", "1"}
+    before, after = (load_file(folder / "model.safetensors") for folder in (base_folder, final))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"{name.removeprefix('base_model.model.').partition('.lora_')[0]}.weight" for name in adapters}
+    for name, scale in (
+        ("model.multi_modal_projector.linear_1", 1),
+        ("model.vision_tower.encoder.layers.1.mlp.fc2", 3),
+    ):
+        down, up = (adapters[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        expected = before[f"{name}.weight"] + scale * up @ down
+        torch.testing.assert_close(after[f"{name}.weight"], expected, atol=1e-6, rtol=0)
+    record = json.loads((final / "stage.json").read_text())
+    assert [(line["num_trainable"], line["learning_rate"]) for line in record["groups"]] == [
+        (sum(w.numel() for name, w in adapters.items() if group in name), rate)
+        for group, rate in (("vision_tower", 2e-2), ("multi_modal_projector", 5e-3), ("language_model", 1e-2))
+    ]
+    plan = setup_of(
+        load_recipe(str(adapted_run.parent / "recipe.yaml")).stages["instruct"],
+        _config(base_folder),
+        ENGINES["ddp"],
+        frozenset(),
+        False,
+    )
+    assert plan.trained == {line["group"]: line["num_trainable"] for line in record["groups"]}
+
+
+def _config(folder):
+    return LlavaLlama31ForConditionalGeneration.config_class.from_pretrained(folder).to_dict()
+
+
+def test_merged_adapters_compute_in_float64_what_they_computed_beside_the_weights(base_folder, processor, make_image):
+    model = LlavaLlama31ForConditionalGeneration.from_pretrained(base_folder, dtype=torch.float64).eval()
+    lora = Lora.model_validate(
+        {"r": 4, "dora": True, "vision_tower": {"r": 2, "alpha": 6}, "multi_modal_projector": {"r": 3, "alpha": 3}}
+    )
+    adapted = adapt(model, lora, seed=3, where="s", groups=GROUPS)
+    chance = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=chance) / 10)
+    encoding = processor.encode([{"role": "user", "content": [{"type": "image"}]}], [(30, 50)])
+    asked = {
+        "input_ids": torch.tensor([encoding.input_ids]),
+        "pixel_values": torch.from_numpy(processor.tiles(make_image(30, 50))).double(),
+        "image_sizes": torch.tensor([[30, 50]]),
+    }
+    with torch.no_grad():
+        beside = adapted(**asked).logits
+        merged = adapted.merge_and_unload()(**asked).logits
+    torch.testing.assert_close(merged, beside, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "lora, trainable, message",
+    [
+        (
+            {"vision_tower": {"r": 2, "alpha": 4.0}},
+            ["language_model"],
+            "lora.vision_tower adapts a group that is frozen",
+        ),
+        ({}, ["vision_tower"], "lora adapts the language_model, which is frozen"),
+        ({"vision_tower": {"r": 2, "alpha": 4.0}, "quantize": "nf4"}, ["vision_tower"], "lora.quantize is for"),
+        ({"vision_tower": {"r": 2}}, ["vision_tower"], "alpha"),
+    ],
+)
+def test_adapters_on_what_is_frozen_are_refused(recipe_content, lora, trainable, message):
+    stage = {**recipe_content["stages"]["instruct"], "lora": lora, "trainable": trainable, "learning_rate": 1e-3}
+    with pytest.raises(ValidationError, match=message):
+        Stage.model_validate(stage)
+
+
 def test_adapters_exported_as_adapters_give_the_merged_exports_logits(
-    adapted_run, base_folder, samples, tmp_path, capsys
+    adapted_run, base_folder, processor, samples, tmp_path, capsys
 ):
     from peft import PeftModel
 
@@ -164,16 +249,20 @@ def test_adapters_exported_as_adapters_give_the_merged_exports_logits(
     base = LlavaNextForConditionalGeneration.from_pretrained(base_folder)
     adapted = PeftModel.from_pretrained(base, folder).eval()
     merged = LlavaNextForConditionalGeneration.from_pretrained(adapted_run / "export").eval()
+    grids = processor.image_processor.image_grid_pinpoints
+    asked = inputs_of(processor, fixed_questions(grids, processor.tile_size)[0].messages())
+    assert asked["pixel_values"].abs().sum() > 0  # tower and projector count
     input_ids = torch.tensor([samples[9].input_ids])
     with torch.no_grad():
         logits, wanted, plain = (
-            model(input_ids).logits
+            model(**asked).logits
             for model in (adapted, merged, LlavaNextForConditionalGeneration.from_pretrained(base_folder).eval())
         )
     assert (logits - wanted).abs().max() < TOLERANCE * wanted.std() < (plain - wanted).abs().max() / 10
     # whatever opens a model opens it too
     opened, _ = open_model(folder)
-    torch.testing.assert_close(opened(input_ids).logits, logits)
+    torch.testing.assert_close(opened(**asked).logits, logits)
+    assert torch.isfinite(opened(input_ids).logits).all()
     assert [item.answer for item in read_reference(folder).recorded] == [
         item.answer for item in read_reference(adapted_run / "export").recorded
     ]

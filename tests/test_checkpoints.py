@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.model.adapters import TRAINABLE_WEIGHTS
-from llava_llama31.trainer.training.optimizers import portable_state
+from llava_llama31.trainer.training.portable_state import portable_state
 from llava_llama31.trainer.training.stage_checkpoints import load_weights
 
 

@@ -32,12 +32,8 @@ from llava_llama31.trainer.model.module_groups import freeze
 from llava_llama31.trainer.model.stage_model import use_device_options
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.training import optimizers
-from llava_llama31.trainer.training.optimizers import (
-    AdamWBfloat16,
-    load_portable_state,
-    portable_state,
-    round_by_chance,
-)
+from llava_llama31.trainer.training.optimizers import AdamWBfloat16, round_by_chance
+from llava_llama31.trainer.training.portable_state import load_portable_state, portable_state
 from llava_llama31.trainer.training.training_args import OWNED_BY_STAGE, PASSED_THROUGH, REFUSED
 
 
@@ -511,15 +507,16 @@ def test_amds_capability_says_nothing_of_float8(machine, monkeypatch, name, has_
         device_options.check_device_options(stage(fp8=True, compile=True), "here")
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "adamw_8bit"}, {"fp8": True, "compile": True}], ids=str)
-def test_fsdp_is_refused(machine, monkeypatch, changes):
-    machine(["torchao"], (9, 0))
-    device_options.check_device_options(stage(**changes), "here")
+def test_fsdp_takes_what_shards(machine, monkeypatch):
+    """Torchao's tensors; bitsandbytes' have no shards."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    for supported in ({}, {"compile": True}, {"optimizer": "adamw_bf16"}):
+    machine(["torchao", "bitsandbytes"], (9, 0))
+    eight = {"optimizer": "adamw_8bit"}
+    for supported in ({}, {"compile": True}, {"fp8": True, "compile": True}, {"optimizer": "adamw_bf16"}, eight):
         device_options.check_device_options(stage(**supported), "here")
-    with pytest.raises(UserError, match=rf"here\.{next(iter(changes))}: is not supported under FSDP"):
-        device_options.check_device_options(stage(**changes), "here")
+    machine(["bitsandbytes"], (9, 0))
+    with pytest.raises(UserError, match=r"here\.optimizer: adamw_8bit needs torchao under FSDP"):
+        device_options.check_device_options(stage(**eight), "here")
 
 
 def test_a_run_is_refused_before_it_starts(tmp_path, recipe_content, capsys):

@@ -1,7 +1,6 @@
 """Tiles from the training device against Pillow's: equal to the last bit, and so are the runs."""
 
 import json
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from llava_llama31.processing import build_processor
+from llava_llama31.processing.processing_llava_llama31 import Placement
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.data.batches import device_tiles
+from llava_llama31.trainer.data.batches import device_tiles, pillow_filters
 from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles, resize_as_pillow
 from llava_llama31.trainer.errors import UserError
 
@@ -32,10 +32,19 @@ def test_resizing_is_pillows(height, width, new_height, new_width, seed, is_hard
     if is_hard:  # edges that overshoot and are clipped
         pixels = np.where(pixels > 127, np.uint8(255), np.uint8(0))
     expected = np.asarray(Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BICUBIC))
-    for resize in (device_tiles._by_sums, device_tiles._by_product):  # a CPU's way and a GPU's
-        with mock.patch.object(device_tiles, "_resize_lines", resize):
-            ours = resize_as_pillow(torch.from_numpy(pixels).permute(2, 0, 1), new_height, new_width)
-        assert np.array_equal(ours.permute(1, 2, 0).numpy(), expected)
+    image = torch.from_numpy(pixels)
+    ours = resize_as_pillow(image.permute(2, 0, 1), new_height, new_width)  # a CPU's way
+    assert np.array_equal(ours.permute(1, 2, 0).numpy(), expected)
+    # a GPU's, with another resize of the same image beside it, and with a margin
+    tops = ((new_height + 3, new_width + 5, 2, 1, new_height, new_width), (8, 9, 0, 0, 8, 9))
+    places = [Placement(*place) for place in tops]
+    canvases = [torch.empty(3, *place[:2], dtype=torch.float64) for place in places]
+    numbers = torch.from_numpy(device_tiles._numbers(image, places))
+    device_tiles._resize_by_products(image, places, numbers, canvases)
+    made = (canvases[0] + 0.5).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    margin = np.zeros_like(made)
+    margin[2 : 2 + new_height, 1 : 1 + new_width] = expected
+    assert np.array_equal(made, margin)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,6 +55,9 @@ def test_tiles_are_the_processors(processor, make_image, dtype):
     pixels = [torch.from_numpy(np.array(image)) for image in images]
     tiles = DeviceTiles(processor, dtype)(pixels)
     assert tiles.dtype == dtype and torch.equal(tiles, expected)
+    by_products = DeviceTiles(processor, dtype).by_products(pixels)  # as on a GPU
+    table = torch.from_numpy(processor.pixel_levels).to(dtype)
+    assert torch.equal(torch.stack([table[i][by_products[:, i]] for i in range(3)], dim=1), expected)
 
 
 def test_another_filter_and_another_pillow_are_refused(processor, monkeypatch):
@@ -55,13 +67,13 @@ def test_another_filter_and_another_pillow_are_refused(processor, monkeypatch):
     )  # fmt: skip
     with pytest.raises(UserError, match="bicubic one alone"):
         DeviceTiles(other)
-    monkeypatch.setattr(device_tiles, "_bicubic", lambda x: np.maximum(1 - np.abs(x), 0))
-    device_tiles._filter.cache_clear()
+    monkeypatch.setattr(pillow_filters, "_bicubic", lambda x: np.maximum(1 - np.abs(x), 0))
+    pillow_filters.pillow_filter.cache_clear()
     try:
         with pytest.raises(UserError, match="resizes otherwise than device_tiles"):
             DeviceTiles(processor)
     finally:
-        device_tiles._filter.cache_clear()
+        pillow_filters.pillow_filter.cache_clear()
 
 
 @pytest.mark.slow

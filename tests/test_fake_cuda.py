@@ -83,12 +83,15 @@ def test_packed_rows_run_the_varlen_kernel(traces, name):
     assert "_varlen_attn" not in before
 
 
-def test_device_tiles_run_in_fifteen_kernels_a_pass(traces):
-    """Sums over a filter's weights were hundreds, with a copy for each filter."""
+def test_device_tiles_run_in_ten_kernels_an_image(traces):
+    """Besides what runs once a micro-batch, with one copy for the filters of all its images."""
     kernels = traces["pixels"]["inputs"]["kernels"]
-    passes = kernels["addmm"]
-    assert passes % 4 == 0 and kernels["copy to the device"] <= passes + 20
-    assert sum(kernels.values()) <= 15 * passes + 20
+    images, more = divmod(kernels["bmm"], 3)  # one before, for both resizes, and one after for each
+    assert images == 2 and not more
+    own = sum(kernels.values()) - kernels["copy to the device"]
+    assert own <= 10 * images + 6
+    others = traces["weights"]["inputs"]["kernels"]["copy to the device"]  # of tiles; here the images themselves
+    assert kernels["copy to the device"] <= others + images
 
 
 def totals(phases):

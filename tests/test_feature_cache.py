@@ -2,11 +2,12 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
+import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -211,49 +212,39 @@ def assert_whole(cache: FeatureCache, numbers) -> None:
         assert data == entry(number)[2].numpy().tobytes() and (found.height, found.width) == (number + 1, 7)
 
 
-# stores images of these numbers; with a suffix and a size, dies when so much of that file's entry is written
-STORING = """
-import os, signal, sys, time, torch
-from pathlib import Path
-from llava_llama31.trainer.data.batches import feature_cache
+def store(begin: Barrier, folder: Path, numbers: str, suffix: str, size: int) -> None:
+    """In a process of its own: store images of these numbers; with a suffix, die when `size` bytes of an entry of that
+    file are written."""
+    write = feature_cache._write_at
 
-folder, numbers, *death = sys.argv[1:]
-write = feature_cache._write_at
+    def dying(path, end, content):
+        time.sleep(0.001)  # for other processes to come between
+        if path.suffix == suffix:
+            write(path, end, (bytes(content) * 9)[:size])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, end, content)
 
-def dying(path, end, content):
-    time.sleep(0.001)  # for other processes to come between
-    if death and path.suffix == death[0]:
-        write(path, end, (bytes(content) * 9)[: int(death[1])])
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(path, end, content)
-
-feature_cache._write_at = dying
-cache = feature_cache.FeatureCache(Path(folder), "k", (4, 32), torch.float32, 10**9)
-print("ready", flush=True)
-sys.stdin.readline()
-for number in range(*map(int, numbers.split("-"))):
-    features = torch.full((2, 4, 32), float(number))
-    assert cache.store(bytes([number]) * 16, (number + 1, 7), features)
-"""
+    feature_cache._write_at = dying
+    cache = FeatureCache(folder, "k", SHAPE, torch.float32, ROOMY)
+    begin.wait(60)
+    for number in range(*map(int, numbers.split("-"))):
+        assert cache.store(*entry(number))
 
 
-def storing(folder: Path, numbers: str, *death: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", STORING, str(folder), numbers, *death]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def exit_codes(*jobs: subprocess.Popen) -> list[int]:
+def exit_codes(folder: Path, *numbers: str, suffix: str = "", size: int = 0) -> list[int | None]:
+    """Of processes that store these numbers at once."""
+    forking = multiprocessing.get_context("fork")
+    begin = forking.Barrier(len(numbers))
+    jobs = [forking.Process(target=store, args=(begin, folder, own, suffix, size)) for own in numbers]
     for job in jobs:
-        assert job.stdout.readline() == "ready\n"
-    for job in jobs:  # now, when all have started
-        job.stdin.write("go\n")
-        job.stdin.flush()
-    return [job.wait(60) for job in jobs]
+        job.start()
+    for job in jobs:
+        job.join(60)
+    return [job.exitcode for job in jobs]
 
 
 def test_two_processes_store_at_once(folder):
-    jobs = [storing(folder, numbers) for numbers in ("0-120", "80-200")]  # some by both
-    assert exit_codes(*jobs) == [0, 0]
+    assert exit_codes(folder, "0-120", "80-200") == [0, 0]  # some by both
     cache = FeatureCache(folder, "k", SHAPE, torch.float32, ROOMY)
     assert_whole(cache, range(200))
     assert cache.features.stat().st_size == 200 * 2 * 4 * 32 * 4
@@ -267,14 +258,13 @@ def test_shares_of_the_work_are_disjoint_and_complete(dataset, cache):
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("after", "part"), [(".features", 0), (".features", 700), (".features", 5000), (".index", 0), (".index", 39)]
 )
 def test_a_writer_that_is_killed_leaves_nothing_visible(folder, after, part, caplog):
     cache = FeatureCache(folder, "k", SHAPE, torch.float32, ROOMY)
     assert cache.store(*entry(1)) and cache.store(*entry(2))
-    assert exit_codes(storing(folder, "5-6", after, str(part))) == [-signal.SIGKILL]
+    assert exit_codes(folder, "5-6", suffix=after, size=part) == [-signal.SIGKILL]
     cache = FeatureCache(folder, "k", SHAPE, torch.float32, ROOMY)
     assert_whole(cache, [1, 2])
     assert cache.store(*entry(3)) and cache.store(*entry(5))  # the lock is free, the rest is written over

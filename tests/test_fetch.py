@@ -368,6 +368,11 @@ def test_the_registry_says_where_each_fact_is_from():
     assert any(NOT_VERIFIED in source for dataset in known.values() for source in dataset.evidence.values())
     for name, entry in published()["data"].items():  # what `plan` counts with
         assert known[name].rows == entry["rows"]
+    onevision = known["llava-onevision-data"]
+    assert NOT_VERIFIED in onevision.evidence["rows"] and sum(onevision.subset_rows.values()) < 3_900_000
+    charts = dataset_named("llava-onevision-data:chartqa(cauldron,llava_format)", known)
+    assert (charts.rows, charts.images) == (18265, None)
+    assert dataset_named("llava-onevision-data:tqa(cauldron,llava_format)", known).rows is None
 
 
 def test_what_the_registry_says_of_textvqa_adds_up():

@@ -15,6 +15,7 @@ from llava_llama31.trainer.costs.flops import (
     FlopsByPart,
     ModelShape,
     Work,
+    adapter_ranks,
     attention_pairs,
     hfu,
     last_layer_attention,
@@ -22,8 +23,11 @@ from llava_llama31.trainer.costs.flops import (
     needed_flops,
 )
 from llava_llama31.trainer.costs.matrix_peak import measure_matrix_peak
+from llava_llama31.trainer.costs.parameters import stage_adapters
+from llava_llama31.trainer.model.adapters import adapt
 from llava_llama31.trainer.model.device_options import checkpoint_activations
-from llava_llama31.trainer.model.module_groups import GROUPS, freeze, lora_target_pattern
+from llava_llama31.trainer.model.module_groups import GROUPS, freeze, group_parameters, lora_target_pattern
+from llava_llama31.trainer.recipes.schema import Lora, Stage
 
 
 IMAGES = [[(20, 90)], [(40, 60), (90, 30)], []]
@@ -204,6 +208,30 @@ def test_adapters(tiny_config, make_batch, targets, trainable, checkpointing):
     shape = ModelShape.of(tiny_config)
     flops = needed_flops(shape, work, trainable, checkpointing=checkpointing, lora_rank=8, lora_targets=targets)
     assert_equal_to_pytorch(model.train(), batch, flops)
+
+
+@pytest.mark.parametrize("checkpointing", [0, 2], ids=["", "every second layer checkpointed"])
+@pytest.mark.parametrize("groups", [("vision_tower",), ("multi_modal_projector",), GROUPS], ids=str)
+@pytest.mark.parametrize("vision", ["clip", "dinov2"])
+def test_adapters_on_tower_and_projector(tiny_config, make_batch, vision, groups, checkpointing):
+    """Groups beside the adapted ones are frozen, or trained whole."""
+    if vision == "dinov2":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+        tiny_config.vision_config = Dinov2Config(**sizes, image_size=28, patch_size=14)
+    batch, work = make_batch(IMAGES)
+    trainable = tuple({*groups, "multi_modal_projector"})
+    content = {group: {"r": 4, "alpha": 8.0} for group in groups if group != "language_model"}
+    stage = Stage.model_construct(trainable=list(trainable), lora=Lora.model_validate({"r": 4, **content}))
+    base = build(tiny_config, ())
+    adapted = adapt(base, stage.lora, seed=0, where="", groups=stage.adapted)
+    freeze(base, dict.fromkeys(trainable, 1e-3))
+    if checkpointing:
+        checkpoint_activations(base, trainable, checkpointing)
+    shape = ModelShape.of(tiny_config)
+    flops = needed_flops(shape, work, trainable, checkpointing=checkpointing, **adapter_ranks(stage))
+    assert_equal_to_pytorch(adapted.train(), batch, flops)
+    count = {group: sum(p.numel() for _, p in group_parameters(base, group) if p.requires_grad) for group in groups}
+    assert stage_adapters(shape, stage) == count
 
 
 def test_the_8b_needs_two_operations_a_parameter_and_token():

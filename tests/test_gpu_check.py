@@ -73,8 +73,8 @@ def an_item(module, patch):
 
 
 def other_bits(module, patch):
-    right = module.resize_as_pillow
-    patch.setattr(module, "resize_as_pillow", lambda image, h, w: right(image, h, w) ^ 1)
+    right = module.resized_by_products
+    patch.setattr(module, "resized_by_products", lambda image, h, w: right(image, h, w) ^ 1)
 
 
 def wrong_loss(module, patch):

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from llava_llama31.model_card import CardError, licence_files, licence_problems, render_card
-from llava_llama31.model_card.card import QUESTION, quick_snippet, usage_snippet
+from llava_llama31.model_card.card import LLAMA_LICENCES, QUESTION, quick_snippet, usage_snippet
 from llava_llama31.model_card.curves import draw_curve
 from llava_llama31.model_card.sections import FORMER_NOTE, NOTE, edited_sections
+from llava_llama31.trainer.publishing.contents import Contents
+from llava_llama31.trainer.publishing.gate import check_licence
 
 
 ROOT = Path(__file__).parents[1]
@@ -583,6 +585,38 @@ def test_the_agreement_is_never_written_from_memory(tmp_path):
     (tmp_path / "LICENSE").write_text("Apache License", encoding="utf-8")
     with pytest.raises(CardError, match="not the Llama 3.1 agreement"):
         licence_files([llama(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "key, name, words, refused",
+    [
+        ("llama3", "Llama-3-8B-mine", "**Built with Meta Llama 3**", "Llama-mine"),
+        ("llama3.2", "Llama-mine", "**Built with Llama**", "mine-Llama-3.2"),
+    ],
+)
+def test_other_llama_licences_have_duties_of_their_own(tmp_path, key, name, words, refused):
+    licence = LLAMA_LICENCES[key]
+    agreement = f"{licence.title}\n(text of the agreement, made up)\n"
+    (tmp_path / "LICENSE").write_text(agreement, encoding="utf-8")
+    base = llama(tmp_path) | {"licence": key}
+    files = licence_files([base])
+    version = key.removeprefix("llama")
+    assert files["LICENSE"] == agreement and f"Llama {version} Community License, Copyright" in files["NOTICE"]
+    record = RECORD | {"name": name, "licence": key, "base_models": [base]}
+    card = render_card(record)
+    data = ModelCard(card).data
+    assert words in card and licence.policy in card and f"llama-{version}" in data.tags and data.license == key
+    assert licence_problems(record) == []
+    (problem,) = licence_problems(record | {"name": refused})
+    assert f"must begin with {licence.name_begins!r}" in problem
+    for file, text in {**files, "README.md": card}.items():
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    assert list(check_licence(Contents(tmp_path, name))) == []
+    (tmp_path / "README.md").write_text(card.replace(words, "").replace(licence.policy, ""), encoding="utf-8")
+    assert len(list(check_licence(Contents(tmp_path, refused)))) == 3
+    (tmp_path / "LICENSE").write_text(AGREEMENT, encoding="utf-8")
+    with pytest.raises(CardError, match=f"not the {licence.family} agreement"):
+        licence_files([base])
 
 
 def test_other_licences_owe_what_is_due_and_no_more(tmp_path):

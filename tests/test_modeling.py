@@ -230,8 +230,7 @@ sys.meta_path.insert(0, NoPackage())
 import transformers
 from transformers import AutoProcessor
 
-folder, auto, remote = sys.argv[1], sys.argv[2], sys.argv[3] == "remote"
-model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=remote)
+folder, remote, autos = sys.argv[1], sys.argv[2] == "remote", sys.argv[3:]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=remote)
 
 def seeded_image(seed, *size):
@@ -250,12 +249,16 @@ batch = processor.apply_chat_template(
     rows, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True,
     processor_kwargs={"padding": True},
 )
-with torch.no_grad():
-    logits = model(**batch).logits
-torch.save({"logits": logits, "input_ids": batch["input_ids"]}, f"{folder}/../{auto}-{remote}.pt")
-text = processor.batch_decode(model.generate(**batch, max_new_tokens=8, do_sample=False))
-names = {"model": type(model).__name__, "module": type(model).__module__, "processor": type(processor).__name__}
-print(json.dumps({**names, "text": text}))
+results = {}
+for auto in autos:
+    model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=remote)
+    with torch.no_grad():
+        logits = model(**batch).logits
+    torch.save({"logits": logits, "input_ids": batch["input_ids"]}, f"{folder}/../{auto}-{remote}.pt")
+    text = processor.batch_decode(model.generate(**batch, max_new_tokens=8, do_sample=False))
+    results[auto] = {"model": type(model).__name__, "module": type(model).__module__, "text": text}
+    results[auto]["processor"] = type(processor).__name__
+print(json.dumps(results))
 """
 
 
@@ -267,11 +270,9 @@ def test_two_doors_open_in_clean_processes_with_equal_logits(tiny_model, process
     script = tmp_path / "door.py"
     script.write_text(textwrap.dedent(DOOR))
     results = {}
-    for auto, door in [
-        ("AutoModel", "remote"),
-        ("AutoModelForImageTextToText", "remote"),
-        ("AutoModelForMultimodalLM", "remote"),
-        ("AutoModelForImageTextToText", "stock"),
+    for door, autos in [
+        ("remote", ["AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"]),
+        ("stock", ["AutoModelForImageTextToText"]),
     ]:
         environment = {
             "HF_MODULES_CACHE": str(tmp_path / "modules"),
@@ -280,20 +281,19 @@ def test_two_doors_open_in_clean_processes_with_equal_logits(tiny_model, process
             "OMP_NUM_THREADS": "1",
         }
         run = subprocess.run(
-            [sys.executable, "-I", str(script), str(folder), auto, door],
+            [sys.executable, "-I", str(script), str(folder), door, *autos],
             capture_output=True,
             text=True,
             env=environment,
             cwd=tmp_path,
         )
         assert run.returncode == 0, run.stderr
-        results[auto, door] = json.loads(run.stdout.splitlines()[-1])
-    stock = results["AutoModelForImageTextToText", "stock"]
+        results[door] = json.loads(run.stdout.splitlines()[-1])
+    stock = results["stock"]["AutoModelForImageTextToText"]
     assert stock["module"].startswith("transformers.") and stock["model"] == "LlavaNextForConditionalGeneration"
     assert stock["processor"] == "LlavaNextProcessor"
     reference = torch.load(tmp_path / "AutoModelForImageTextToText-False.pt")
-    for auto in (auto for auto, door in results if door == "remote"):
-        ours = results[auto, "remote"]
+    for auto, ours in results["remote"].items():
         assert ours["model"] == "LlavaLlama31ForConditionalGeneration"
         assert ours["module"].startswith("transformers_modules.") and ours["processor"] == "LlavaLlama31Processor"
         assert ours["text"] == stock["text"]

@@ -197,7 +197,7 @@ def test_a_runs_final_evaluation_answers_in_float32_from_the_exported_weights(
     model, processor = open_model(base_folder, dtype="bfloat16")
     expected = [tensor.clone() for tensor in model.state_dict().values()]
 
-    def answer_together(asked, *_):
+    def answer_together(asked, *_, processes):
         assert asked is not model
         for tensor, stored in zip(asked.state_dict().values(), expected, strict=True):
             assert tensor.dtype == torch.float32 and torch.equal(tensor, stored.float())
@@ -208,8 +208,10 @@ def test_a_runs_final_evaluation_answers_in_float32_from_the_exported_weights(
     recipe_content["model"]["dtype"] = "bfloat16"
     said = []
     console = SimpleNamespace(print=said.append)
-    run = SimpleNamespace(recipe=Recipe.model_validate(recipe_content), folder=RunFolder(tmp_path), console=console)
+    recipe = Recipe.model_validate(recipe_content)
+    run = SimpleNamespace(recipe=recipe, folder=RunFolder(tmp_path), console=console, num_processes=1, is_main=True)
+    sets = final_evaluation.question_sets(recipe)
     with pytest.raises(Asked):
-        final_evaluation.evaluate_run(run, base_folder, {}, model, processor)
+        final_evaluation.ask_all(run, base_folder, sets, model, processor)
     assert said == [f"answering in float32: {SAID}"]
     assert all(torch.equal(*pair) for pair in zip(model.state_dict().values(), expected, strict=True))

@@ -26,6 +26,7 @@ DOORS = Doors("0" * 64, [{"question": "what?", "answer": "that"}])
 # every kind of call of a first publication
 KINDS = ["whoami", "validate_yaml", "model_info", "create_repo", "tree", "discussions", "preupload", "lfs_batch"]
 KINDS += ["lfs_upload", "lfs_verify", "commit", "merge", "tag", "settings", "collection", "collection_item"]
+DROPPED_OR_IN_TORTURE = [pytest.param(fault, marks=[pytest.mark.torture] * (fault != "drop")) for fault in FAULTS]
 PASSING = (429, 500, 503, 412, "drop", "slow", "lost")
 
 
@@ -91,8 +92,7 @@ def test_a_fault_at_each_call(hub, release, caplog, kind, fault):
     assert TOKEN not in caplog.text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", DROPPED_OR_IN_TORTURE)
 def test_a_fault_at_every_single_call(hub, release, fault):
     run(release)
     calls = [kind for kind, _, _ in hub.calls]
@@ -232,8 +232,7 @@ def test_what_the_gate_refuses_never_reaches_the_hub(hub, exported, tmp_path):
     assert not hub.calls
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", DROPPED_OR_IN_TORTURE)
 def test_faults_while_what_was_published_comes_down(hub, release, monkeypatch, fault):
     # what comes down whole opens: processes/test_publish_processes.py
     monkeypatch.setattr(publishing, "open_doors", lambda *_, **__: DOORS)

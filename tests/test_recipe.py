@@ -125,7 +125,7 @@ FAULTS = [
     ({"stage": {"learning_rate": {LANGUAGE: 1e-3}}}, r"learning_rate names .*language_model.* but trainable names"),
     ({"stage": {"data": [{"name": "a", "paht": "a.json"}]}}, r"stages\.one\.data\.0\.(path|paht): "),
     ({"stage": {"eval_steps": 5}}, r"eval_steps has nothing .*validation_fraction"),
-    ({"stage": {"lora": {}}}, r"lora adapts the language_model"),
+    ({"stage": {"lora": {}}}, r"lora adapts the language_model, which is frozen"),
     ({"modle": {}}, r"mine\.yaml: modle: unknown key.*did you mean model\?"),
     ({"model": {"vision_tower": "x"}}, r"model: .*give either checkpoint, or both"),
 ]

@@ -70,6 +70,7 @@ def test_it_has_what_the_trainer_recorded(train):
     assert rates[0]["language_model"] != rates[-1]["language_model"]
 
 
+@pytest.mark.whole_finish
 @pytest.mark.slow
 def test_a_run_that_crashed_twice_has_every_step_once(train, monkeypatch):
     _, whole = train("whole")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from llava_llama31.trainer.data.sources import remote_files
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.loading import load_recipe
 from llava_llama31.trainer.redaction import SafeFormatter, redacted
+from llava_llama31.trainer.runs import run
 
 
 HUB = "hf_PlantedHubTokenXyz123456789"
@@ -81,8 +83,8 @@ def test_a_whole_run_leaves_no_secret(planted, recipe, recipe_content, capfd):
     cli = ("-m", "llava_llama31.trainer.cli")
     questions = recipe_content["evaluation"]["data"]
     launched(*cli, "train", recipe, "--output", "run", "--debug", code=0)
-    launched(*cli, "evaluate", "run/export", "--data", questions, "--output", "evaluation", "--json", code=0)
     for arguments in (
+        ["evaluate", "run/export", "--data", questions, "--output", "evaluation", "--json"],
         ["export", "run", "--output", "again", "--debug"],
         ["check-data", recipe, "--output", "checked", "--json"],
         ["plan", recipe, "--debug"],
@@ -92,27 +94,27 @@ def test_a_whole_run_leaves_no_secret(planted, recipe, recipe_content, capfd):
     assert_no_file_holds_a_secret(planted)
 
 
-@pytest.mark.slow
-def test_runs_that_fail_show_no_secret(planted, tmp_path, recipe, recipe_content):
+def test_runs_that_fail_show_no_secret(planted, tmp_path, recipe, recipe_content, capfd, monkeypatch):
     rows = Path(recipe_content["stages"]["projector"]["data"][0]["path"])
     bad = json.loads(rows.read_text())
     bad[0] |= {"id": f"see {URL}", "conversations": bad[0]["conversations"][:1]}
     bad[1]["image"] = URL
     (tmp_path / "bad.json").write_text(json.dumps(bad))
     source = f"[{{name: rows, path: {tmp_path / 'bad.json'}, image_root: {rows.parent}}}]"
-    cli = ("-m", "llava_llama31.trainer.cli")
-    arguments = ("train", recipe, "--output", "failed", "--debug", "--set", f"stages.projector.data={source}")
-    output = launched(*cli, *arguments, code=2)
+    set_data = f"stages.projector.data={source}"
+    assert main(["train", recipe, "--output", "failed", "--debug", "--set", set_data]) == 2
+    output = "".join(capfd.readouterr())
     assert "Traceback" in output and "see https://***@data.example" in output
+    assert_none_planted(output.encode(), "a run on bad rows")
 
-    fault = tmp_path / "fault.py"
-    fault.write_text(
-        "import os, sys\nfrom llava_llama31.trainer.runs import run\nfrom llava_llama31.trainer.cli import main\n"
-        f"def fail(*_, **__): raise RuntimeError(os.environ['HF_TOKEN'] + ' at {URL}')\n"
-        "run.check_stages = fail\nsys.exit(main(sys.argv[1:]))\n"
-    )
-    output = launched(str(fault), "train", recipe, "--output", "fault", code=1)
+    def fail(*_, **__):
+        raise RuntimeError(f"{os.environ['HF_TOKEN']} at {URL}")
+
+    monkeypatch.setattr(run, "check_stages", fail)
+    assert main(["train", recipe, "--output", "fault"]) == 1
+    output = "".join(capfd.readouterr())
     assert "RuntimeError: *** at https://***@data.example" in output
+    assert_none_planted(output.encode(), "a run with a fault")
 
     (rejects,) = planted.glob("failed/stages/*/rejects.jsonl")
     assert "see https://***@data.example" in rejects.read_text()

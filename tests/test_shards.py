@@ -11,6 +11,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from file_server import serving
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from llava_llama31.trainer.checkpoint.atomic_folders import remove
@@ -205,8 +207,9 @@ def test_what_a_store_lacks_or_refuses_is_said(store_server, tmp_path):
         open_records(source(f"{url}/bucket/plain"))
     with pytest.raises(UserError, match="there is no such file"):
         open_records(source(f"{url}/bucket/none.json"))
-    with pytest.raises(UserError, match="llava-llama31 shards"):
-        open_records(source(f"{url}/bucket/some.parquet"))
+    for name, reason in (("some.parquet", "its whole row group"), ("some.tar", "reading all of it"), ("a.csv", "")):
+        with pytest.raises(UserError, match=rf"{reason}.*download it, and write it with `llava-llama31 shards"):
+            open_records(source(f"{url}/bucket/{name}"))
     store_server.faults = [403]
     with pytest.raises(UserError, match="the server answers 403 .*in the environment"):
         open_records(source(f"{url}/bucket/rows"))
@@ -291,6 +294,43 @@ def test_a_bucket_gives_the_rows_of_the_disk_under_faults(store_server, rows_fol
     assert any(path == "/bucket/rows/index.json" for _, path, _ in store_server.calls)
     store_server.faults = [503, "cut:100", 500]
     assert content(source("s3://bucket/plain/rows.json")) == expected
+
+
+@pytest.mark.parametrize("scheme, folder", [("gs", "bucket/rows"), ("hf", "datasets/me/set@main/rows")])
+def test_other_stores_give_the_rows_of_the_disk(monkeypatch, tmp_path, sharded, rows_folder, scheme, folder):
+    """Their URLs through fsspec's own door, to a file system in memory."""
+    from fsspec.registry import _registry
+
+    class Stub(MemoryFileSystem):
+        protocol = scheme
+        store: ClassVar[dict] = {}
+        pseudo_dirs: ClassVar[list] = [""]
+        reads: ClassVar[list] = []
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + path.removeprefix(f"{scheme}://").strip("/")
+
+        def cat_file(self, path, start=None, end=None, **kwargs):
+            self.reads.append((path, start, end))
+            return super().cat_file(path, start, end, **kwargs)
+
+    monkeypatch.setitem(_registry, scheme, Stub)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    remote_files._opened.cache_clear()
+    remote_files._system_at.cache_clear()
+    for path in (*sharded.iterdir(), rows_folder / "rows.json"):
+        Stub().pipe_file(f"/{folder}/{path.name}", path.read_bytes())
+    there = open_records(source(f"{scheme}://{folder}"))
+    there.prefetch([0, 7, 22])
+    shards = [(start, end) for path, start, end in Stub.reads if path.endswith(".tar")]
+    assert len(shards) == 3 and all(end - start < 10_000 for start, end in shards)
+    assert content(source(f"{scheme}://{folder}")) == content(source(sharded))
+    assert len(open_records(source(f"{scheme}://{folder}/rows.json"))) == NUM_ROWS
+    with pytest.raises(UserError, match="there is no such file"):
+        open_records(source(f"{scheme}://{folder}/none.json"))
+    remote_files._opened.cache_clear()
+    remote_files._system_at.cache_clear()
 
 
 def test_a_store_without_its_package_names_it(monkeypatch):

@@ -85,8 +85,9 @@ def token_ids(folder):
 # --- generation
 
 
-@pytest.mark.slow
-def test_answers_do_not_depend_on_batch_size_or_order(lively_model, processor, many_questions, tmp_path):
+@pytest.mark.parametrize("number", [150, pytest.param(500, marks=pytest.mark.torture)])
+def test_answers_do_not_depend_on_batch_size_or_order(lively_model, processor, many_questions, tmp_path, number):
+    many_questions = many_questions[:number]
     evaluate(
         lively_model,
         processor,
@@ -96,8 +97,9 @@ def test_answers_do_not_depend_on_batch_size_or_order(lively_model, processor, m
     )
     expected = token_ids(tmp_path / "1")
     lengths = {len(ids) for ids in expected.values()}
-    assert len(expected) == 500 and len({tuple(ids) for ids in expected.values()}) > 200 and len(lengths) > 8
-    shuffled = random.Random(3).sample(many_questions, 500)
+    assert len(expected) == number and len({tuple(ids) for ids in expected.values()}) > 0.4 * number
+    assert len(lengths) > 8
+    shuffled = random.Random(3).sample(many_questions, number)
     for batch_size, asked in ((3, many_questions), (16, many_questions), (7, shuffled)):
         folder = tmp_path / str(batch_size)
         evaluate(

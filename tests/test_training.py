@@ -38,6 +38,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.whole_finish
 def test_a_recipe_trains_hands_over_scores_and_exports(train, base_folder, recipe_content, capsys):
     recipe_content["stages"]["instruct"]["weight_decay"] = 0.1
     code, run = train()

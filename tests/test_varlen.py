@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from packaging.requirements import Requirement
 from packaging.version import Version
-from torch.nn.attention import varlen
+from torch.nn.attention import _registry, current_flash_attention_impl, varlen
 
 from llava_llama31 import packed_llama_llava_llama31 as packed
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.asker import FAILED_ALIKE, Asker
+from llava_llama31.trainer.model import flash_attention
 from llava_llama31.trainer.model.device_options import deterministic
 from llava_llama31.trainer.model.stage_model import check_attention
 from llava_llama31.trainer.recipes.schema import Stage
@@ -126,6 +127,102 @@ def test_a_stage_asks_before_its_first_step(tiny_model, monkeypatch):
     assert asked == [(cuda, torch.bfloat16)]
 
 
+# FlashAttention 3 and 4
+
+CUDA = torch.device("cuda", 0)
+FA3, FA4 = "flash_attn_interface", "flash_attn.cute.interface"
+
+
+@pytest.fixture
+def implementations(monkeypatch):
+    """A GPU of a compute capability with packages of FlashAttention; returns what PyTorch took and left, in order."""
+    events = []
+
+    class Handle:
+        def __init__(self, name):
+            self.name = name
+            events.append(name)
+
+        def remove(self):
+            events.append(f"not {self.name}")
+
+    def pretend(capability, packages, fault=None):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(flash_attention, "find_spec", lambda name: name if name in packages else None)
+        monkeypatch.setattr(flash_attention, "varlen_fault", lambda *arguments: fault)
+        for name in ("FA3", "FA4"):
+            monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, name, lambda name=name: Handle(name))
+        return events
+
+    yield pretend
+    assert current_flash_attention_impl() is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "expected"),
+    [
+        ((9, 0), [FA3, FA4], "FA3"),
+        ((9, 0), [FA4], "FA4"),
+        ((10, 0), [FA3, FA4], "FA4"),
+        ((10, 0), [FA3], None),
+        ((8, 0), [FA3, FA4], None),
+        ((12, 0), [FA3, FA4], None),
+        ((9, 0), [], None),
+    ],
+)
+def test_a_stage_takes_the_best_flash_attention_that_is_there(implementations, capability, packages, expected):
+    events = implementations(capability, packages)
+    with flash_attention.faster_attention(CUDA):
+        assert current_flash_attention_impl() == expected
+        with flash_attention.faster_attention(CUDA):  # as after the user's own choice
+            pass
+        assert current_flash_attention_impl() == expected
+    assert events == ([expected, f"not {expected}"] if expected else [])
+
+
+def test_no_flash_attention_is_looked_for_elsewhere(implementations, monkeypatch):
+    implementations((9, 0), [FA3])
+    assert flash_attention.installed_implementations(CUDA) == ["FA3"]
+    assert flash_attention.installed_implementations(CPU) == []
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert flash_attention.installed_implementations(CUDA) == []
+    monkeypatch.undo()
+    assert not flash_attention._has("llava_llama31_lacks.this")
+
+
+def test_a_package_that_does_not_load_is_named_and_the_next_one_taken(implementations, monkeypatch, caplog):
+    def broken():
+        raise RuntimeError("undefined symbol\nmore")
+
+    implementations((9, 0), [FA3, FA4])
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", broken)
+    with flash_attention.faster_attention(CUDA):
+        assert current_flash_attention_impl() == "FA4"
+    assert [r.getMessage() for r in caplog.records] == ["FA3 is installed but can't be used: undefined symbol"]
+
+
+@pytest.mark.parametrize("fault", [None, "its output is off by 1 of the largest number", "tower"])
+def test_a_faulty_implementation_is_left_before_the_first_step(
+    implementations, tiny_model, monkeypatch, caplog, fault
+):
+    """The decoder's attention is tried, and the tower's."""
+    events, asked = implementations((9, 0), [FA3], None if fault == "tower" else fault), []
+    monkeypatch.setattr(packed, "varlen_fault", lambda *arguments: asked.append(current_flash_attention_impl()))
+    right = F.scaled_dot_product_attention
+    wrong = 2.0 if fault == "tower" else 1.0
+    calls = iter([wrong, 1.0])
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *inputs: right(*inputs) * next(calls))
+    tried = flash_attention._tower_fault
+    monkeypatch.setattr(flash_attention, "_tower_fault", lambda n, size, device, dtype: tried(n, size, CPU, dtype))
+    with flash_attention.faster_attention(CUDA):
+        check_attention(tiny_model, Stage.model_validate(STAGE), CUDA)
+        assert current_flash_attention_impl() == (None if fault else "FA3")
+    assert events == ["FA3", "not FA3"] and asked == [None if fault else "FA3"]
+    warnings = [record.getMessage() for record in caplog.records]
+    expected = "the tower's attention is off by 1 of the largest number" if fault == "tower" else fault
+    assert warnings == ([f"FA3 isn't used: {expected}"] if fault else [])
+
+
 @pytest.mark.parametrize("is_deterministic", [True, False])
 def test_a_deterministic_stage_runs_under_torchs_own_rule(is_deterministic, tiny_model, samples, collate):
     stage = Stage.model_validate(STAGE | {"deterministic": is_deterministic})
@@ -189,6 +286,8 @@ def test_questions_that_all_fail_alike_end_the_evaluation():
 # what we call of optional or young APIs: name, and arguments that it must take
 APIS = {
     "torch.nn.attention.varlen.varlen_attn": ("scale", "window_size", "enable_gqa"),
+    "torch.nn.attention.activate_flash_attention_impl": ("impl",),
+    "torch.nn.attention.list_flash_attention_impls": (),
     "torch.accelerator.get_memory_info": (),
     "torch.accelerator.max_memory_allocated": (),
     "torch.accelerator.reset_peak_memory_stats": (),

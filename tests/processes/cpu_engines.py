@@ -41,6 +41,21 @@ def skip_the_blank_tile() -> None:
     LlavaLlama31Model._text_only_embeds = lambda self, input_ids: self.get_input_embeddings()(input_ids)
 
 
+def emulate_float8() -> None:
+    """Take fp8 on a CPU, with products in wider types."""
+    from torchao.float8 import Float8LinearConfig
+
+    from llava_llama31.trainer.model import device_options
+
+    device_options._check_fp8 = lambda where: None
+    original = Float8LinearConfig.__init__
+
+    def emulated(self: Float8LinearConfig, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{**kwargs, "emulate": True})
+
+    Float8LinearConfig.__init__ = emulated
+
+
 def measured_steps(folder: Path) -> Any:
     """Counts the tensors of this process; their most of each step goes into `folder`, by the process's rank."""
     from transformers import TrainerCallback
@@ -79,6 +94,8 @@ def as_asked() -> AbstractContextManager:
         stand_in_for_devices()
     if os.environ.get("WITHOUT_BLANK_TILE"):
         skip_the_blank_tile()
+    if os.environ.get("EMULATE_FLOAT8"):
+        emulate_float8()
     measured = os.environ.get("PEAK_MEMORY")
     return measured_steps(Path(measured)) if measured else nullcontext()
 

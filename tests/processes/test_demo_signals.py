@@ -10,7 +10,13 @@ import psutil
 import pytest
 
 
-@pytest.mark.parametrize(("number", "code", "line"), [(signal.SIGTERM, 75, "stopped by SIGTERM"), (2, 130, "stopped")])
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGINT, 130, "stopped"),
+        pytest.param(signal.SIGTERM, 75, "stopped by SIGTERM", marks=pytest.mark.torture),
+    ],
+)
 def test_a_signal_while_the_demo_prepares(tmp_path, number, code, line):
     command = [sys.executable, "-m", "llava_llama31.trainer.cli", "train", "tiny", "--output", str(tmp_path / "run")]
     job = subprocess.Popen(

@@ -54,26 +54,27 @@ from PIL import Image
 from safetensors.numpy import save_file
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration, LlavaNextProcessor
 from transformers import AutoModelForImageTextToText
-folder, image_file, logits, door = sys.argv[1:]
-models, processors = LlavaNextForConditionalGeneration, LlavaNextProcessor
-options = {{}}
-if door == "auto":
-    models, processors = AutoModelForImageTextToText, AutoProcessor
-if door == "remote":
-    models, processors = AutoModelForImageTextToText, AutoProcessor
-    options = {{"trust_remote_code": True}}
-model, info = models.from_pretrained(folder, output_loading_info=True, torch_dtype=torch.float32, **options)
-processor = processors.from_pretrained(folder, **options)
-content = [{{"type": "image", "image": Image.open(image_file)}}, {{"type": "text", "text": {QUESTION!r}}}]
-inputs = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True,
-                                       tokenize=True, return_dict=True, return_tensors="pt")
-with torch.no_grad():
-    save_file({{"logits": model.eval()(**inputs).logits.numpy()}}, logits)
-answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:].tolist()
-faults = [*info["missing_keys"], *info["unexpected_keys"]]
-special = sorted(processor.tokenizer.all_special_tokens)
-answered = [type(model).__name__, faults, inputs["input_ids"][0].tolist(), answer, special]
-print(json.dumps([transformers.__version__, *answered]))
+folder, image_file, *doors = sys.argv[1:]
+for door in doors:
+    models, processors = LlavaNextForConditionalGeneration, LlavaNextProcessor
+    options = {{}}
+    if door == "auto":
+        models, processors = AutoModelForImageTextToText, AutoProcessor
+    if door == "remote":
+        models, processors = AutoModelForImageTextToText, AutoProcessor
+        options = {{"trust_remote_code": True}}
+    model, info = models.from_pretrained(folder, output_loading_info=True, torch_dtype=torch.float32, **options)
+    processor = processors.from_pretrained(folder, **options)
+    content = [{{"type": "image", "image": Image.open(image_file)}}, {{"type": "text", "text": {QUESTION!r}}}]
+    inputs = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True,
+                                           tokenize=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        save_file({{"logits": model.eval()(**inputs).logits.numpy()}}, f"{{folder}}.{{door}}.logits")
+    answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:].tolist()
+    faults = [*info["missing_keys"], *info["unexpected_keys"]]
+    special = sorted(processor.tokenizer.all_special_tokens)
+    answered = [type(model).__name__, faults, inputs["input_ids"][0].tolist(), answer, special]
+    print(json.dumps([transformers.__version__, *answered]))
 """
 
 
@@ -102,14 +103,18 @@ def folders(lively_folder, tmp_path_factory):
     return root
 
 
-def ask(folder: Path, door: str, transformers: str | None = None) -> tuple[list, np.ndarray]:
+def ask(folder: Path, *doors: str, transformers: str | None = None) -> dict[str, tuple[list, np.ndarray]]:
+    """What a clean process gets through each door, one after the other."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder.parent / "home")}
     environment |= {"PYTHONPATH": transformers} if transformers else {}
-    logits = folder.parent / "logits.safetensors"
-    command = [sys.executable, "-c", ASK, str(folder), str(folder.parent / "sign.png"), str(logits), door]
+    command = [sys.executable, "-c", ASK, str(folder), str(folder.parent / "sign.png"), *doors]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1]), load_file(logits)["logits"].numpy()
+    said = map(json.loads, done.stdout.splitlines()[-len(doors) :])
+    return {
+        door: (answered, load_file(f"{folder}.{door}.logits")["logits"].numpy())
+        for door, answered in zip(doors, said, strict=True)
+    }
 
 
 def keys(folder: Path) -> set[str]:
@@ -205,7 +210,7 @@ def test_every_auto_class_of_stock_opens_ours(folders):
 
 @pytest.fixture(scope="module")
 def answers_here(folders):
-    return {tower: ask(folders / f"{tower}-native", "stock") for tower in TOWERS}
+    return {tower: ask(folders / f"{tower}-native", "stock")["stock"] for tower in TOWERS}
 
 
 def assert_the_same(here, there):
@@ -215,20 +220,20 @@ def assert_the_same(here, there):
     np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("door", ["stock", "auto", "remote"])
 @pytest.mark.parametrize("tower", TOWERS)
-def test_a_clean_process_gives_the_same_logits_and_answer(folders, answers_here, tower, door):
-    there = ask(folders / f"{tower}-portable", door)
-    assert_the_same(answers_here[tower], there)
-    assert there[0][1].startswith("LlavaLlama31" if door == "remote" else "LlavaNext")
+def test_a_clean_process_gives_the_same_logits_and_answer(folders, answers_here, tower):
+    for door, there in ask(folders / f"{tower}-portable", "stock", "auto", "remote").items():
+        assert_the_same(answers_here[tower], there)
+        assert there[0][1].startswith("LlavaLlama31" if door == "remote" else "LlavaNext")
 
 
 @pytest.mark.skipif(not OLD, reason="OLD_TRANSFORMERS names no folder with another Transformers")
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("transformers", OLD)
 def test_another_version_gives_the_same_logits_and_answer(folders, answers_here, transformers, tower):
-    there = ask(folders / f"{tower}-portable", "stock", transformers)
-    assert_the_same(answers_here[tower], there)
-    assert_the_same(answers_here[tower], ask(folders / f"{tower}-portable", "auto", transformers))
-    if Version(there[0][0]) >= FIRST_WITH_OUR_CODE:
-        assert_the_same(answers_here[tower], ask(folders / f"{tower}-portable", "remote", transformers))
+    folder = folders / f"{tower}-portable"
+    answers = ask(folder, "stock", "auto", transformers=transformers)
+    if Version(answers["stock"][0][0]) >= FIRST_WITH_OUR_CODE:
+        answers |= ask(folder, "remote", transformers=transformers)
+    for there in answers.values():
+        assert_the_same(answers_here[tower], there)

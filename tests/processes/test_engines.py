@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -218,6 +219,34 @@ def test_every_engine_trains_as_one_process_does(start, all_stages, tmp_path, en
         assert ours["groups"] == expected["groups"]
 
 
+def test_a_tied_head_trains_and_resumes_under_fsdp2_as_in_one_process(
+    start, forks, recipe_content, pristine_config, processor, tmp_path
+):
+    """Llama 3.2 1B and 3B have one: it is one parameter, sharded once, and saved once."""
+    config = copy.deepcopy(pristine_config)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    LlavaLlama31ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    del recipe_content["evaluation"], recipe_content["stages"]["projector"]
+    recipe_content["model"] = {"checkpoint": str(tmp_path / "base"), "dtype": "float32"}
+    changes = {"precision": "float32", "logging_steps": 1, "max_steps": 4, "epochs": None, "save_steps": 2}
+    recipe_content["stages"]["instruct"] |= changes | {"activation_checkpointing": True, "save_total_limit": 4}
+    options, _ = engine_options("fsdp2", tmp_path)
+    recipe = write(recipe_content, tmp_path / "recipe.yaml")
+    single, sharded = (forks.start("train", recipe, "--output", tmp_path / "one", engines=True), tmp_path / "run")
+    finish(single)
+    finish(start(options, recipe, "--output", sharded))
+    assert_same_run(sharded, tmp_path / "one")
+    assert "lm_head.weight" not in weights(sharded, "1-instruct")
+    stage = sharded / "stages/1-instruct"
+    for folder in (stage / "final", stage / "checkpoint-4", sharded / "export"):
+        shutil.rmtree(folder)
+    (sharded / "summary.json").unlink()
+    assert "checkpoint-2" in finish(start(options, recipe, "--output", sharded))
+    assert_same_run(sharded, tmp_path / "one")
+
+
 @pytest.mark.torture
 @pytest.mark.parametrize(
     ("engine", "changes", "tolerance"),
@@ -225,8 +254,9 @@ def test_every_engine_trains_as_one_process_does(start, all_stages, tmp_path, en
         ("ddp", {"compile": True}, 1e-5),
         ("fsdp2", {"compile": True}, 1e-5),
         ("fsdp2", {"optimizer": "adamw_bf16"}, 1e-2),
+        ("fsdp2", {"optimizer": "adamw_8bit"}, 1e-2),
     ],
-    ids=["ddp-compile", "fsdp2-compile", "fsdp2-adamw_bf16"],
+    ids=["ddp-compile", "fsdp2-compile", "fsdp2-adamw_bf16", "fsdp2-adamw_8bit"],
 )
 def test_options_under_an_engine_train_as_one_process_without_them(
     start, forks, recipe_content, tmp_path, engine, changes, tolerance
@@ -238,11 +268,38 @@ def test_options_under_an_engine_train_as_one_process_without_them(
     recipe_content["stages"]["instruct"] |= changes
     options, _ = engine_options(engine, tmp_path)
     finish(start(options, write(recipe_content, tmp_path / "recipe.yaml"), "--output", tmp_path / "run"))
-    losses = []
-    for run in ("plain", "run"):
-        lines = (tmp_path / run / "log.jsonl").read_text().splitlines()
-        losses.append([entry["loss"] for entry in map(json.loads, lines) if "loss" in entry])
+    losses = [losses_of(tmp_path / name) for name in ("plain", "run")]
     assert losses[1] == pytest.approx(losses[0], rel=tolerance) and len(losses[0]) >= 4
+
+
+def losses_of(run: Path) -> list[float]:
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+@pytest.mark.torture
+def test_float8_under_fsdp2_trains_as_in_one_process(start, forks, recipe_content, tmp_path, monkeypatch):
+    """Products in wider types, on float8's numbers: a CPU has none in float8. Not compiled, which takes minutes."""
+    pytest.importorskip("torchao")
+    monkeypatch.setenv("EMULATE_FLOAT8", "1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    del recipe_content["evaluation"], recipe_content["stages"]["projector"]
+    recipe_content["stages"]["instruct"] |= {"compile": True, "precision": "bfloat16", "logging_steps": 1}
+    options, _ = engine_options("fsdp2", tmp_path)
+    for name, fp8, how in (("wide", False, None), ("single", True, None), ("run", True, options)):
+        recipe_content["stages"]["instruct"]["fp8"] = fp8
+        recipe = write(recipe_content, tmp_path / f"{name}.yaml")
+        finish(start(how, recipe, "--output", tmp_path / name))
+    wide, single, run = (losses_of(tmp_path / name) for name in ("wide", "single", "run"))
+    assert len(single) >= 4 and single == pytest.approx(wide, rel=5e-2) and single != wide
+    assert run == pytest.approx(single, rel=1e-2)
+
+
+def test_sharded_8_bit_moments_in_a_checkpoint(forks, tmp_path):
+    """Two ranks save, load and train on with the same bits; one process resumes from two, and two from one."""
+    pytest.importorskip("torchao")
+    script = Path(__file__).with_name("sharded_state.py")
+    finish(forks.start(tmp_path, processes=2, script=str(script)))
 
 
 LAUNCHES = {"ddp": "ddp.yaml", "zero3": "zero3.yaml", "fsdp2": "fsdp2.yaml"}
@@ -358,11 +415,19 @@ def test_a_process_without_images_breaks_the_run_if_it_skips_the_tower(
     assert all(job.codes) and not (tmp_path / "run/stages/1-checkpointed/final").exists(), output
 
 
-@pytest.mark.parametrize("engine", ["zero3", *at_length("zero2", "fsdp2")])
-def test_a_killed_run_resumes_under_its_engine(start, recipe_content, tmp_path, engine):
+@pytest.mark.parametrize(
+    ("engine", "optimizer"),
+    [
+        ("zero3", "adamw"),
+        *at_length(("zero2", "adamw"), ("fsdp2", "adamw"), ("fsdp2", "adamw_8bit"), ("fsdp2", "adamw_bf16")),
+    ],
+)
+def test_a_killed_run_resumes_under_its_engine(start, recipe_content, tmp_path, engine, optimizer):
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     del recipe_content["evaluation"]
+    for stage in recipe_content["stages"].values():
+        stage["optimizer"] = optimizer
     options, deepspeed = engine_options(engine, tmp_path)
     recipe = write(recipe_content, tmp_path / "recipe.yaml", deepspeed)
     for name in ("whole", "killed"):

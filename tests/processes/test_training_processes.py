@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -46,6 +47,61 @@ def test_two_processes_end_with_the_weights_of_one(forks, recipe_file, tmp_path,
     assert record["num_processes"] == 2 and record["gradient_accumulation"] == 4
     one, two = (weights(run / "stages/2-instruct/final") for run in (runs[1], runs[2]))
     assert_same_training(one, two, weights(base_folder))
+
+
+COUNTED = """
+import os, sys
+from pathlib import Path
+from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.evaluation.predictions import PredictionsFile
+
+append = PredictionsFile.append
+
+def counted(self, rows):
+    append(self, rows)
+    with Path(os.environ["COUNTS"], os.environ["RANK"]).open("a") as file:
+        file.write("x" * len(rows))
+
+PredictionsFile.append = counted
+sys.exit(main())
+"""
+
+
+def test_all_processes_answer_a_finished_runs_questions(forks, recipe_content, tmp_path):
+    """The files of one process; each of two answers about half."""
+    del recipe_content["stages"]["projector"]
+    recipe_content["stages"]["instruct"] |= {"epochs": None, "max_steps": 2}
+    recipe_content["evaluation"]["batch_size"] = 2
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(yaml.safe_dump(recipe_content, sort_keys=False))
+    (tmp_path / "counted.py").write_text(COUNTED)
+    arguments = ("train", recipe, "--output", run)
+    job = forks.start(
+        *arguments, processes=2, script=str(tmp_path / "counted.py"), variables={"COUNTS": str(tmp_path)}
+    )
+    output, _ = job.communicate(timeout=240)
+    assert not any(job.codes), output
+
+    def rows() -> list[dict]:
+        """Of all files, in their order, without the seconds that each took."""
+        files = [run / f"evaluation/{name}/predictions.jsonl" for name in ("before", "after", "blind")]
+        found = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+
+    shared = rows()
+    summary = json.loads((run / "summary.json").read_text())
+    counts = [len((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
+    assert sum(counts) == len(shared) and min(counts) > 0.3 * sum(counts)
+
+    shutil.rmtree(run / "evaluation")
+    (run / "summary.json").unlink()
+    job = forks.start(*arguments)
+    output, _ = job.communicate(timeout=240)
+    assert not any(job.codes) and "has already finished" in output, output
+    assert rows() == shared
+    again = json.loads((run / "summary.json").read_text())
+    for key in ("accuracy_before", "accuracy_after", "accuracy_blind", "num_questions"):
+        assert again[key] == summary[key]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -11,6 +11,7 @@ A case has:
     engines: run under cpu_engines.py. fault: what faults.py plants. hub: endpoint of the tests' own Hub.
     after, signal: seconds until the ranks get a signal, SIGKILL unless named; kill_at, folder: see count_operations.
     steps: see count_steps. workers: the fork server of the data workers is up before the command starts.
+    whole_finish: with reference answers and a report at its end, see brief_finish.py.
 """
 
 import contextlib
@@ -109,6 +110,7 @@ def run_script(case: dict[str, Any]) -> int:
 
 def run(case: dict[str, Any], rank: int, port: int) -> None:
     """Become one process of a case; does not return."""
+    import brief_finish
     import cpu_engines
     import faults
 
@@ -117,6 +119,8 @@ def run(case: dict[str, Any], rank: int, port: int) -> None:
     code = 1
     try:
         become_a_rank(case, rank, port)
+        if not case.get("whole_finish"):
+            brief_finish.shorten()
         if "hub" in case:
             import hub_server
 

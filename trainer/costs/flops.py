@@ -11,13 +11,13 @@ This file does not import torch: `llava-llama31 plan` needs only a configuration
 Shapes in comments: n positions, i and o width of a linear layer's input and output.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import Any, Protocol, get_args
 
-from llava_llama31.trainer.recipes.schema import LORA_TARGETS, ModuleGroup, Recomputed
+from llava_llama31.trainer.recipes.schema import LORA_TARGETS, ModuleGroup, Recomputed, Stage
 
 
 Packing = Sequence[Sequence[int]]  # a row's trees: [trunk, branch, ...] in positions; a plain sample is [length]
@@ -217,6 +217,11 @@ class TowerShape:
     saved_by_mlp: int
     saves_output: bool
 
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(i, o) of a layer's linear layers, attention's four first."""
+        return [(self.hidden_size, self.hidden_size)] * 4 + list(self.mlp)
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -237,6 +242,12 @@ class ModelShape:
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
+
+    @property
+    def projector_linears(self) -> list[tuple[int, int]]:
+        """(i, o) of the projector's two linear layers."""
+        features = self.tower.hidden_size * self.tower.num_feature_layers
+        return [(features, self.hidden_size), (self.hidden_size, self.hidden_size)]
 
     @classmethod
     def of(cls, config: Config | Mapping[str, Any]) -> "ModelShape":
@@ -296,6 +307,20 @@ def _tower_shape(vision: Mapping[str, Any], feature_layer: int | Sequence[int]) 
     )
 
 
+def adapter_ranks(stage: Stage) -> dict[str, Any]:
+    """The arguments of `needed_flops` that say what adapters a stage trains."""
+    lora, ranks = stage.lora, dict[str, Any]()
+    if lora is None:
+        return ranks
+    if "language_model" in stage.adapted:
+        ranks |= {"lora_rank": lora.r, "lora_targets": tuple(lora.targets)}
+    if lora.vision_tower is not None:
+        ranks["tower_rank"] = lora.vision_tower.r
+    if lora.multi_modal_projector is not None:
+        ranks["projector_rank"] = lora.multi_modal_projector.r
+    return ranks
+
+
 def needed_flops(
     model: ModelShape,
     work: Work,
@@ -304,6 +329,8 @@ def needed_flops(
     checkpointing: Recomputed = 0,
     lora_rank: int = 0,
     lora_targets: Collection[str] = LORA_TARGETS,
+    tower_rank: int = 0,
+    projector_rank: int = 0,
 ) -> FlopsByPart:
     """FLOPs of one forward and backward pass over a row or micro-batch.
 
@@ -314,9 +341,9 @@ def needed_flops(
         trainable: module groups that are trained.
         checkpointing: every n-th transformer layer of tower and decoder, from the first, runs its forward pass twice
             if it has a backward pass; 1 (or True): all, 0: none; `selective`: none of the decoder, all of the tower.
-        lora_rank: of adapters trained in place of the language model's weights; 0: no adapters. Their dropout and
-            DoRA's weight norms do not count.
+        lora_rank: of adapters trained in place of the language model's weights, without dropout and DoRA's norms.
         lora_targets: linear layers of the decoder with an adapter.
+        tower_rank, projector_rank: likewise, of adapters on all linear layers of the tower or the projector.
 
     Raises:
         ValueError: an unknown module group or adapter target.
@@ -341,8 +368,10 @@ def needed_flops(
     )
     of_tower = 1 if checkpointing == "selective" else checkpointing
     return FlopsByPart(
-        vision_tower=_tower(model.tower, work.num_tiles, trains=trains_tower, checkpointing=of_tower),
-        multi_modal_projector=_projector(model, work.num_image_features, trains_projector, trains_tower),
+        vision_tower=_tower(model.tower, work.num_tiles, trains=trains_tower, rank=tower_rank, checkpointing=of_tower),
+        multi_modal_projector=_projector(
+            model, work.num_image_features, trains=trains_projector, trains_tower=trains_tower, rank=projector_rank
+        ),
         language_model=linears,
         attention=attention,
         lm_head=_linear(
@@ -374,29 +403,55 @@ def _linear(n: int, shape: tuple[int, int], *, input_grad: bool, weight_grad: bo
     return Flops(once, once * (input_grad + weight_grad))
 
 
-def _projector(model: ModelShape, n: int, trains: bool, trains_tower: bool) -> Flops:
-    first = (model.tower.hidden_size * model.tower.num_feature_layers, model.hidden_size)
-    second = (model.hidden_size, model.hidden_size)
-    return _linear(n, first, input_grad=trains_tower, weight_grad=trains) + _linear(
-        n, second, input_grad=trains or trains_tower, weight_grad=trains
-    )
+def _low_rank(n: int, shape: tuple[int, int], rank: int, *, input_grad: bool) -> Flops:
+    """An adapter's two products: (n, i) times (i, rank), and that times (rank, o)."""
+    down = _linear(n, (shape[0], rank), input_grad=input_grad, weight_grad=True)
+    return down + _linear(n, (rank, shape[1]), input_grad=True, weight_grad=True)
 
 
-def _tower(tower: TowerShape, num_tiles: int, *, trains: bool, checkpointing: int) -> Flops:
-    hidden, num_positions = tower.hidden_size, tower.num_positions
+def _projector(model: ModelShape, n: int, *, trains: bool, trains_tower: bool, rank: int) -> Flops:
+    total = Flops()
+    for shape, input_grad in zip(model.projector_linears, (trains_tower, trains or trains_tower), strict=True):
+        total += _linear(n, shape, input_grad=input_grad, weight_grad=trains and not rank)
+        if trains and rank:
+            total += _low_rank(n, shape, rank, input_grad=input_grad)
+    return total
+
+
+def _tower(tower: TowerShape, num_tiles: int, *, trains: bool, rank: int, checkpointing: int) -> Flops:
+    hidden, trains_weights = tower.hidden_size, trains and not rank
     # pixels need no gradient
     embedding = _linear(
-        num_tiles * tower.num_patches, (tower.patch_numbers, hidden), input_grad=False, weight_grad=trains
+        num_tiles * tower.num_patches, (tower.patch_numbers, hidden), input_grad=False, weight_grad=trains_weights
     )
+    total = embedding
+    for i in range(tower.num_layers):
+        has_grad = trains_weights or (trains and i > 0)
+        layer, last_product = _tower_layer(tower, num_tiles, trains=trains, rank=rank, has_grad=has_grad)
+        total += layer
+        if trains and _is_repeated(i, checkpointing):
+            total += Flops(recompute=layer.forward - (0 if tower.saves_output else last_product))
+    return total
+
+
+def _tower_layer(tower: TowerShape, num_tiles: int, *, trains: bool, rank: int, has_grad: bool) -> tuple[Flops, int]:
+    """A layer, and its last product's forward pass; `has_grad` is the input's."""
+    hidden, n = tower.hidden_size, num_tiles * tower.num_positions
+    trains_weights = trains and not rank
+    # queries, keys and values read the input; what comes after them depends on what is trained in them
+    grads = [has_grad] * 3 + [trains] * (1 + len(tower.mlp))
     linears = [
-        _linear(num_tiles * num_positions, shape, input_grad=trains, weight_grad=trains)
-        for shape in [(hidden, hidden)] * 4 + list(tower.mlp)
+        _linear(n, shape, input_grad=grad, weight_grad=trains_weights)
+        for shape, grad in zip(tower.linears, grads, strict=True)
     ]
-    scores = 2 * 2 * num_tiles * num_positions**2 * hidden
-    layer = _sum([*linears, Flops(scores, 2 * scores * trains)])
-    repeated = Flops(recompute=layer.forward - (0 if tower.saves_output else linears[-1].forward))
-    num_repeated = sum(_is_repeated(i, checkpointing) for i in range(tower.num_layers)) if trains else 0
-    return _sum([embedding, *[layer] * tower.num_layers, *[repeated] * num_repeated])
+    last_product = linears[-1].forward
+    if trains and rank:
+        linears += [
+            _low_rank(n, shape, rank, input_grad=grad) for shape, grad in zip(tower.linears, grads, strict=True)
+        ]
+        last_product = 2 * n * rank * tower.linears[-1][1]
+    scores = 2 * 2 * num_tiles * tower.num_positions**2 * hidden
+    return _sum([*linears, Flops(scores, 2 * scores * trains)]), last_product
 
 
 def _is_repeated(layer: int, checkpointing: int) -> bool:
@@ -467,9 +522,4 @@ class _Decoder:
 
     def _linear(self, name: str, n: int, shape: tuple[int, int], input_grad: bool) -> Flops:
         flops = _linear(n, shape, input_grad=input_grad, weight_grad=self.trains_weights)
-        return _sum([flops, *self._adapter(name, n, shape, input_grad)])
-
-    def _adapter(self, name: str, n: int, shape: tuple[int, int], input_grad: bool) -> Iterator[Flops]:
-        if self._adapts(name):
-            yield _linear(n, (shape[0], self.lora_rank), input_grad=input_grad, weight_grad=True)
-            yield _linear(n, (self.lora_rank, shape[1]), input_grad=True, weight_grad=True)
+        return flops + _low_rank(n, shape, self.lora_rank, input_grad=input_grad) if self._adapts(name) else flops

@@ -11,7 +11,7 @@ vocabulary, a bytes of a number in products, r bytes of a number between the lay
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from llava_llama31.trainer.costs.flops import ModelShape
@@ -113,6 +113,8 @@ class Setup:
     Args:
         trained: number of parameters that get a gradient, by module group.
         lora_targets: linear layers of the decoder with an adapter of `lora_rank`.
+        tower_rank, projector_rank: of adapters on all linear layers of the tower or the projector; 0: none.
+        adapters: number of parameters of the adapters, by module group.
         narrow_groups: groups whose frozen weights are exact in bfloat16, including those under adapters.
         quantized: the decoder's linear layers are stored in 4 bits.
         checkpointing: every n-th layer is recomputed; 0: none; `selective`: norms and gated products of the decoder.
@@ -128,6 +130,9 @@ class Setup:
     accumulates: bool = False
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
+    tower_rank: int = 0
+    projector_rank: int = 0
+    adapters: Mapping[str, int] = field(default_factory=dict)
     narrow_groups: frozenset[str] = frozenset()
     quantized: bool = False
     zero: ZeroSettings = ZeroSettings()
@@ -138,7 +143,7 @@ class Setup:
 
     @property
     def num_adapters(self) -> int:
-        return self.trained["language_model"] if self.lora_rank else 0
+        return sum(self.adapters.values())
 
     @property
     def num_weights(self) -> int:
@@ -536,7 +541,9 @@ class _Step:
         of_layer = 0.0
         if setup.trained["language_model"] and not setup.accumulates:
             of_layer = per_number * (
-                setup.parameters.decoder_layer if setup.trains_decoder else setup.num_adapters / num_layers
+                setup.parameters.decoder_layer
+                if setup.trains_decoder
+                else setup.trained["language_model"] / num_layers
             )
         peak = kept + there + self.whole_gradient
         for layer in reversed(range(num_layers)):
@@ -577,8 +584,8 @@ def _host_while_saving(step: _Step) -> float:
     """DeepSpeed's processes write their own moments from where they are; adapters are saved without their base."""
     setup = step.setup
     if step.engine.deepspeed:
-        return 4.0 * (setup.num_trained if setup.lora_rank else setup.num_weights)
-    weights = step.kept_w * (setup.num_trained if setup.lora_rank else setup.num_weights)
+        return 4.0 * (setup.num_trained if setup.adapters else setup.num_weights)
+    weights = step.kept_w * (setup.num_trained if setup.adapters else setup.num_weights)
     per_number = {"adamw": 2 * step.kept_w, "adamw_bf16": 4, "adamw_8bit": _MOMENTS_8BIT}[setup.optimizer]
     return float(max(weights, setup.num_trained * per_number))
 

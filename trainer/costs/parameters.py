@@ -4,12 +4,12 @@ This file does not import torch: `llava-llama31 plan` needs only a configuration
 Transformers' classes; tests/test_plan.py counts the real ones.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llava_llama31.trainer.costs.flops import ModelShape
-from llava_llama31.trainer.recipes.schema import LORA_TARGETS
+from llava_llama31.trainer.recipes.schema import LORA_TARGETS, Stage
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ class Parameters:
         }
 
     def trainable(
-        self, trainable: Collection[str], *, num_adapters: int | None = None, frozen_newline: int = 0
+        self, trainable: Collection[str], *, adapters: Mapping[str, int] | None = None, frozen_newline: int = 0
     ) -> dict[str, int]:
         """Number of parameters that get a gradient, by module group.
 
         Args:
-            num_adapters: parameters of adapters trained in place of the language model; None: no adapters.
+            adapters: parameters of the adapters that are trained in place of a group, by module group.
             frozen_newline: size of `image_newline` if it is not trained with the projector.
         """
         numbers = {group: number if group in trainable else 0 for group, number in self.groups().items()}
@@ -95,9 +95,7 @@ class Parameters:
             numbers["vision_tower"] -= self.unused_tower
         if numbers["multi_modal_projector"]:
             numbers["multi_modal_projector"] -= frozen_newline
-        if numbers["language_model"] and num_adapters is not None:
-            numbers["language_model"] = num_adapters
-        return numbers
+        return numbers | dict(adapters or {})
 
 
 def decoder_linears(shape: ModelShape) -> dict[str, tuple[int, int]]:
@@ -111,8 +109,26 @@ def decoder_linears(shape: ModelShape) -> dict[str, tuple[int, int]]:
 def adapter_parameters(shape: ModelShape, rank: int, targets: Collection[str], *, dora: bool = False) -> int:
     """Parameters of low-rank adapters on these linear layers of all decoder layers; DoRA adds one per output."""
     sizes = decoder_linears(shape)
-    per_layer = sum(rank * sum(sizes[name]) + dora * sizes[name][1] for name in targets)
-    return shape.num_layers * per_layer
+    return shape.num_layers * _low_rank([sizes[name] for name in targets], rank, dora)
+
+
+def stage_adapters(shape: ModelShape, stage: Stage) -> dict[str, int]:
+    """Parameters of a stage's adapters, by module group; groups without adapters are left out."""
+    lora, numbers = stage.lora, {}
+    if lora is None:
+        return {}
+    if "vision_tower" in stage.adapted and lora.vision_tower is not None:
+        of_layer = _low_rank(shape.tower.linears, lora.vision_tower.r, lora.dora)
+        numbers["vision_tower"] = shape.tower.num_layers * of_layer
+    if "multi_modal_projector" in stage.adapted and lora.multi_modal_projector is not None:
+        numbers["multi_modal_projector"] = _low_rank(shape.projector_linears, lora.multi_modal_projector.r, lora.dora)
+    if "language_model" in stage.adapted:
+        numbers["language_model"] = adapter_parameters(shape, lora.r, lora.targets, dora=lora.dora)
+    return numbers
+
+
+def _low_rank(linears: Iterable[tuple[int, int]], rank: int, dora: bool) -> int:
+    return sum(rank * (i + o) + dora * o for i, o in linears)
 
 
 def _decoder_layer(shape: ModelShape, text: Mapping[str, Any]) -> int:

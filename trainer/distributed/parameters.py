@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -69,6 +70,20 @@ def _partitioned(parameter: torch.nn.Parameter) -> Any:
 def unsharded(value: Any) -> Any:
     """A tensor joined from all processes' shards (collective); any other value unchanged."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def joined_parts(part: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """All processes' parts of a tensor, each flat and of a length of its own, in the order of ranks. Collective."""
+    size = torch.tensor([part.numel()], device=part.device)
+    sizes = [torch.empty_like(size) for _ in range(group.size())]
+    dist.all_gather(sizes, size, group=group)
+    lengths = torch.cat(sizes).tolist()
+    padded = part.new_zeros(max(lengths))
+    padded[: part.numel()] = part.reshape(-1)
+    whole = [torch.empty_like(padded) for _ in range(group.size())]
+    if padded.numel():
+        dist.all_gather(whole, padded, group=group)
+    return [row[:length] for row, length in zip(whole, lengths, strict=True)]
 
 
 def held_part(value: torch.Tensor) -> torch.Tensor:

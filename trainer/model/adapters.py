@@ -1,15 +1,20 @@
-"""Low-rank adapters on the language model (LoRA, DoRA) through PEFT, identical under every engine."""
+"""Low-rank adapters by module group (LoRA, DoRA) through PEFT, identical under every engine."""
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, cast
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, LlavaNextForConditionalGeneration, PreTrainedModel
 
 from llava_llama31.trainer.distributed.parameters import gathered
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.model.module_groups import lora_target_pattern
-from llava_llama31.trainer.recipes.schema import Lora
+from llava_llama31.trainer.model.module_groups import (
+    ADAPTED_PROJECTOR_PATTERN,
+    adapted_tower_pattern,
+    lora_target_pattern,
+)
+from llava_llama31.trainer.recipes.schema import Lora, LoraGroup
 
 
 if TYPE_CHECKING:
@@ -19,23 +24,41 @@ if TYPE_CHECKING:
 TRAINABLE_WEIGHTS = "trainable.safetensors"
 
 
-def adapt(model: PreTrainedModel, lora: Lora, *, seed: int, where: str) -> "PeftModel":
+def adapt(
+    model: PreTrainedModel,
+    lora: Lora,
+    *,
+    seed: int,
+    where: str,
+    groups: Collection[str] = ("language_model",),
+) -> "PeftModel":
     """Add fresh adapters, whose initial values depend only on the seed.
 
+    Args:
+        groups: those that get adapters, each with its own rank: `Stage.adapted`.
+
     Raises:
-        UserError: PEFT is not installed.
+        UserError: PEFT is not installed, or nothing is known of the tower's layers.
     """
     try:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora import LoraLayer
     except ImportError:
         raise UserError("lora needs peft", where=f"{where}.lora", fix="pip install 'llava-llama31[peft]'") from None
+    try:
+        patterns = _patterns(cast(LlavaNextForConditionalGeneration, model), lora, groups)
+    except ValueError as error:
+        where = f"{where}.lora.vision_tower"
+        raise UserError(str(error), where=where, fix="remove it, or take a CLIP, SigLIP or DINOv2 tower") from error
+    own = {patterns[group]: settings for group, settings in _group_settings(lora).items() if group in patterns}
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by r: a float is as good
         lora_dropout=lora.dropout,
         use_dora=lora.dora,
-        target_modules=lora_target_pattern(lora.targets),
+        target_modules="|".join(patterns.values()),
+        rank_pattern={pattern: settings.r for pattern, settings in own.items()},
+        alpha_pattern={pattern: settings.alpha for pattern, settings in own.items()},
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
@@ -48,6 +71,23 @@ def adapt(model: PreTrainedModel, lora: Lora, *, seed: int, where: str) -> "Peft
                 with gathered(cast(torch.nn.Parameter, linear.weight), changed=True):
                     _draw(linear, chance)
     return adapted
+
+
+def _group_settings(lora: Lora) -> dict[str, LoraGroup]:
+    named = {"vision_tower": lora.vision_tower, "multi_modal_projector": lora.multi_modal_projector}
+    return {group: settings for group, settings in named.items() if settings is not None}
+
+
+def _patterns(model: LlavaNextForConditionalGeneration, lora: Lora, groups: Collection[str]) -> dict[str, str]:
+    """Regular expression of each group's adapted layers."""
+    patterns = {}
+    if "language_model" in groups:
+        patterns["language_model"] = lora_target_pattern(lora.targets)
+    if "vision_tower" in groups:
+        patterns["vision_tower"] = adapted_tower_pattern(model)
+    if "multi_modal_projector" in groups:
+        patterns["multi_modal_projector"] = ADAPTED_PROJECTOR_PATTERN
+    return patterns
 
 
 def quantization(compute_dtype: torch.dtype) -> BitsAndBytesConfig:

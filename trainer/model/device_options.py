@@ -33,11 +33,6 @@ def check_device_options(stage: Stage, where: str) -> None:
     Raises:
         UserError: an option cannot run; names the stage's key and the fix.
     """
-    for key, is_asked in (("optimizer", stage.optimizer == "adamw_8bit"), ("fp8", stage.fp8)):
-        if is_asked and uses_fsdp():
-            raise UserError(
-                "is not supported under FSDP, where it is untested", where=f"{where}.{key}", fix=f"remove {key}"
-            )
     optim = optim_name(stage, where)
     if stage.lora is not None and stage.lora.quantize and find_spec("bitsandbytes") is None:
         raise UserError("needs bitsandbytes", where=f"{where}.lora.quantize", fix=f"run {LOW_BIT}")
@@ -59,11 +54,12 @@ def optim_name(stage: Stage, where: str) -> str:
         return "adamw_torch_fused"
     if find_spec("torchao") is not None:
         return "adamw_torch_8bit"
-    if find_spec("bitsandbytes") is not None and not uses_cpu():
+    if find_spec("bitsandbytes") is not None and not uses_cpu() and not uses_fsdp():
         return "adamw_bnb_8bit"
-    raise UserError(
-        "adamw_8bit needs torchao, or bitsandbytes and a GPU", where=f"{where}.optimizer", fix=f"run {LOW_BIT}"
-    )
+    needs = (
+        "torchao under FSDP" if uses_fsdp() else "torchao, or bitsandbytes and a GPU"
+    )  # whose tensors have no shards
+    raise UserError(f"adamw_8bit needs {needs}", where=f"{where}.optimizer", fix=f"run {LOW_BIT}")
 
 
 def _check_compiler(where: str, otherwise: str) -> None:

@@ -40,6 +40,24 @@ def lora_target_pattern(targets: Sequence[str]) -> str:
     return rf"model\.language_model\..*\.({'|'.join(re.escape(target) for target in targets)})"
 
 
+def adapted_tower_pattern(model: LlavaNextForConditionalGeneration) -> str:
+    """The same for all linear layers of the tower, up to the layer that is read: later ones get no gradient.
+
+    Raises:
+        ValueError: nothing is known of the layers of such a tower.
+    """
+    if not _tower_layers(model):
+        raise ValueError(f"the layers of a {model.config.vision_config.model_type} tower are not known")
+    layers = _tower_layers(model)[0]
+    names = {id(module): name for name, module in model.named_modules()}
+    linear = [name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)]
+    used = "|".join(str(number) for number in range(_num_used_layers(model, layers)))
+    return rf"{re.escape(names[id(layers)])}\.({used})\.({'|'.join(map(re.escape, linear))})"
+
+
+ADAPTED_PROJECTOR_PATTERN = r"model\.multi_modal_projector\.linear_[12]"
+
+
 @dataclass(frozen=True)
 class GroupReport:
     """One line of the freeze report; counts are numbers of parameters."""
@@ -58,17 +76,17 @@ def freeze(
 ) -> list[GroupReport]:
     """Make exactly the groups in `learning_rates` trainable; returns a report on each group.
 
-    The tower's layers after the used one never get a gradient and stay frozen, as DDP requires. Adapters of the
-    language model are trained in place of the weights they adapt.
+    The tower's layers after the used one never get a gradient and stay frozen, as DDP requires. A group's adapters are
+    trained in place of its weights, and of `image_newline`, which no adapter holds.
     """
     unused = {id(parameter) for parameter in _unused_tower_parameters(model)}
-    adapted = any(_is_adapter(name) for name, _ in group_parameters(model, "language_model"))
     report = []
     for group in GROUPS:
         total = trainable = 0
+        adapted = any(_is_adapter(name) for name, _ in group_parameters(model, group))
         for name, parameter in group_parameters(model, group):
             train = group in learning_rates and id(parameter) not in unused
-            if group == "language_model" and adapted:
+            if adapted:
                 train = train and _is_adapter(name)
             if name == "model.image_newline" and freeze_image_newline:
                 train = False
@@ -102,14 +120,19 @@ def _tower_layers(model: LlavaNextForConditionalGeneration) -> list[Any]:
     return [tower.encoder.layers, tower.post_layernorm, *([tower.head] if has_head else [])]
 
 
+def _num_used_layers(model: LlavaNextForConditionalGeneration, layers: Any) -> int:
+    """How many of the tower's layers run before the last output that is read."""
+    feature_layer = model.config.vision_feature_layer
+    chosen = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    return max(layer if layer >= 0 else len(layers) + 1 + layer for layer in chosen)
+
+
 def _unused_tower_parameters(model: LlavaNextForConditionalGeneration) -> Iterator[nn.Parameter]:
-    found, feature_layer = _tower_layers(model), model.config.vision_feature_layer
+    found = _tower_layers(model)
     if not found:
         return
     layers, *after = found
-    chosen = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-    used = max(layer if layer >= 0 else len(layers) + 1 + layer for layer in chosen)
-    for layer in layers[used:]:
+    for layer in layers[_num_used_layers(model, layers) :]:
         yield from layer.parameters()
     for module in after:
         yield from module.parameters()

@@ -14,6 +14,7 @@ from llava_llama31.trainer.distributed.engine import uses_fsdp
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.adapters import adapt, quantization
 from llava_llama31.trainer.model.device_options import checkpoint_activations, use_float8
+from llava_llama31.trainer.model.flash_attention import leave_if_faulty
 from llava_llama31.trainer.model.fused_layers import fuse_layers
 from llava_llama31.trainer.model.module_groups import GroupReport, freeze, group_parameters
 from llava_llama31.trainer.recipes.schema import Stage
@@ -56,7 +57,7 @@ def load_stage_model(origin: Path, stage: Stage, *, seed: int, where: str, quant
     if lora is None:
         return model
     # PeftModel forwards what PreTrainedModel has
-    return cast(PreTrainedModel, adapt(model, lora, seed=seed, where=where))
+    return cast(PreTrainedModel, adapt(model, lora, seed=seed, where=where, groups=stage.adapted))
 
 
 def base_model(model: PreTrainedModel, stage: Stage) -> LlavaLlama31ForConditionalGeneration:
@@ -75,7 +76,7 @@ def freeze_groups(model: PreTrainedModel, stage: Stage) -> list[GroupReport]:
         return report
     for line in report:
         # whole groups only: a layer with weights of two types would not run; adapters have their own type
-        if line.num_trainable == 0 or (stage.lora is not None and line.group == "language_model"):
+        if line.num_trainable == 0 or line.group in stage.adapted:
             parameters = (parameter for _, parameter in group_parameters(base_model(model, stage), line.group))
             _narrow([p for p in parameters if p.is_floating_point() and not p.requires_grad])
     return report
@@ -89,9 +90,10 @@ def _narrow(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def check_attention(model: LlavaLlama31ForConditionalGeneration, stage: Stage, device: torch.device) -> None:
-    """Try a GPU's attention kernel before the first step, so that a warning about it comes at the stage's start."""
+    """Try a GPU's attention kernels before the first step, so that a warning about them comes at the stage's start."""
     language_model = model.model.language_model
     if stage.packing and isinstance(language_model, LlavaLlama31TextModel):
+        leave_if_faulty(model, device, product_dtype(stage))
         language_model.check_attention(device, product_dtype(stage))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llava_llama31.trainer.costs.accelerators import Accelerator
-from llava_llama31.trainer.costs.flops import FlopsByPart, ModelShape, needed_flops
+from llava_llama31.trainer.costs.flops import FlopsByPart, ModelShape, adapter_ranks, needed_flops
 from llava_llama31.trainer.costs.memory import ENGINES, Engine, estimate
 from llava_llama31.trainer.costs.seconds import StepWork, step_seconds
 from llava_llama31.trainer.errors import UserError
@@ -57,9 +57,7 @@ def timed(case: Case, gpu: Accelerator) -> Timed | None:
     except UserError:
         return None
     found, shape = passes_of(case, _STEPS), ModelShape.of(case.config)
-    options: dict[str, Any] = {"checkpointing": stage.recomputed}
-    if stage.lora is not None:
-        options |= {"lora_rank": stage.lora.r, "lora_targets": tuple(stage.lora.targets)}
+    options = adapter_ranks(stage) | {"checkpointing": stage.recomputed}
     flops = FlopsByPart()
     for work in found.works:
         flops += _flops(shape, work, tuple(stage.trainable), **options)

@@ -67,6 +67,7 @@ def _assembled(model: Model) -> tuple[Mapping[str, Any], str] | None:
     chosen = {
         "vision_feature_layer": model.vision_feature_layer,
         "image_grid_pinpoints": _pinpoints(model, vision["image_size"]),
+        "tie_word_embeddings": text["tie_word_embeddings"],  # as assembly passes it on
     }
     config = _LLAVA_DEFAULTS | chosen | {"vision_config": vision, "text_config": text}
     return config, f"{model.vision_tower} and {model.language_model}"

@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
-from llava_llama31.trainer.costs.flops import ModelShape, Work, needed_flops
+from llava_llama31.trainer.costs.flops import ModelShape, Work, adapter_ranks, needed_flops
 from llava_llama31.trainer.costs.image_tokens import TileGrid
 from llava_llama31.trainer.costs.memory import ENGINES, Engine, Memory, MicroBatch, Setup, ZeroSettings, estimate
-from llava_llama31.trainer.costs.parameters import Parameters, adapter_parameters
+from llava_llama31.trainer.costs.parameters import Parameters, stage_adapters
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, batch_order, within_row_limit
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.planning.model_sizes import model_config
@@ -165,7 +165,7 @@ def _narrow_groups(stage: Stage, recipe: Recipe, trained_before: set[str]) -> fr
     """Groups whose frozen weights are as they were assembled, and so hold nothing that bfloat16 could not."""
     if recipe.model.dtype != "bfloat16" or stage.precision != "bfloat16":
         return frozenset()
-    changed = set(stage.trainable) - ({"language_model"} if stage.lora else set())
+    changed = set(stage.trainable) - set(stage.adapted)
     return frozenset({"vision_tower", "multi_modal_projector", "language_model"} - changed - trained_before)
 
 
@@ -275,9 +275,7 @@ def _work(case: Case, works: tuple[Work, Work] | None) -> dict[str, Any]:
         return unknown
     stage, machine = case.stage, case.machine
     shape = ModelShape.of(case.config)
-    options: dict[str, Any] = {"checkpointing": stage.recomputed}
-    if stage.lora is not None:
-        options |= {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
+    options = adapter_ranks(stage) | {"checkpointing": stage.recomputed}
     # a micro-batch without images needs other gradients: the two kinds are counted apart
     flops = sum(needed_flops(shape, work, stage.trainable, **options).total.needed for work in works)
     if machine.mfu is None or machine.peak is None:
@@ -295,7 +293,8 @@ def _memory(case: Case, worst: MicroBatch, derived: Derived) -> dict[str, Any]:
     memory = estimate(setup, worst, case.engine, machine.num_devices, machine.per_node)
     groups = setup.parameters.groups()
     parameters = {group: {"total": groups[group], "trainable": setup.trained[group]} for group in groups}
-    parameters["language_model"]["total"] += setup.num_adapters
+    for group, number in setup.adapters.items():
+        parameters[group]["total"] += number
     fits = None if machine.device_memory is None else memory.peak <= USABLE * machine.device_memory
     return {
         "parameters": parameters,
@@ -310,20 +309,18 @@ def setup_of(
 ) -> Setup:
     """A stage as its memory depends on it."""
     shape, parameters = ModelShape.of(config), Parameters.of(config)
-    lora, adapters = stage.lora, None
-    if lora is not None:
-        adapters = adapter_parameters(shape, lora.r, lora.targets, dora=lora.dora)
+    lora, adapters = stage.lora, stage_adapters(shape, stage)
     frozen_newline = shape.hidden_size if "frozen_image_newline" in stage.quirks else 0
     return Setup(
         shape,
         parameters,
-        parameters.trainable(stage.trainable, num_adapters=adapters, frozen_newline=frozen_newline),
+        parameters.trainable(stage.trainable, adapters=adapters, frozen_newline=frozen_newline),
         precision=stage.precision,
         optimizer=stage.optimizer,
         checkpointing=stage.recomputed,
         accumulates=accumulates,
-        lora_rank=lora.r if lora else 0,
-        lora_targets=tuple(lora.targets) if lora else (),
+        **adapter_ranks(stage),
+        adapters=adapters,
         narrow_groups=narrow_groups,
         quantized=lora is not None and lora.quantize is not None,
         zero=_zero_settings(stage, engine),
@@ -409,11 +406,11 @@ def runs_under(stage: Stage, engine: Engine, optimizer: str, file: str | None) -
     """What stages refuse of DeepSpeed, whose file must be there, and of FSDP."""
     if engine.name == "ddp":
         return True
-    if stage.fp8 or stage.feature_cache_gb is not None or stage.precision == "bfloat16-weights":
+    if stage.feature_cache_gb is not None or stage.precision == "bfloat16-weights":
         return False
     if engine.deepspeed:
-        return file is not None and optimizer == "adamw" and not stage.compile
-    return optimizer != "adamw_8bit" and not (stage.lora is not None and stage.lora.quantize)
+        return file is not None and optimizer == "adamw" and not stage.compile and not stage.fp8
+    return stage.lora is None or not stage.lora.quantize
 
 
 def _fix(case: Case, changes: Mapping[str, Any], engine: Engine, memory: Memory) -> dict[str, Any]:

@@ -102,8 +102,10 @@ def _check_card(record: dict[str, Any], name: str) -> str:
             Path(folder, file).write_text(text, encoding="utf-8")
         findings = [finding for rule in RULES for finding in rule(contents)]
     if "LICENSE" not in files:
-        fix = "name a licence whose text is included (llama3.1, apache-2.0); or train without `publish`, put the text "
-        fix += "into the run's export/LICENSE, and use the command `publish`"
+        fix = (
+            "name a licence whose text is included (llama3, llama3.1, llama3.2, apache-2.0); or train without "
+            "`publish`, put the text into the run's export/LICENSE, and use the command `publish`"
+        )
         findings.append(GateFinding("complete", "LICENSE", f"the text of {record['licence']!r} is not included", fix))
     refuse(findings, where="publish")
     return card

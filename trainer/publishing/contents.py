@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from llava_llama31.model_card.card import LLAMA31, LLAMA31_TITLE
+from llava_llama31.model_card.card import LLAMA_LICENCES, LlamaLicence
 
 
 CARD = "README.md"
@@ -112,10 +112,17 @@ class Contents:
         return "adapter_config.json" in self.files
 
     @property
-    def is_llama(self) -> bool:
-        """Whether anything in the folder says that Meta's licence governs the model."""
-        llama_card = self.card.get("license") == LLAMA31 or "llama-3.1" in (self.card.get("tags") or [])
-        return llama_card or any(LLAMA31_TITLE in (self.read(file) or "").upper() for file in ("LICENSE", "NOTICE"))
+    def llama_licences(self) -> list[LlamaLicence]:
+        """Those of Meta's licences that anything in the folder says to govern the model."""
+        tags, texts = self.card.get("tags") or [], [self._titles(file) for file in ("LICENSE", "NOTICE")]
+        return [
+            licence
+            for licence in LLAMA_LICENCES.values()
+            if self.card.get("license") == licence.key or licence.tag in tags or any(licence.title in t for t in texts)
+        ]
+
+    def _titles(self, file: str) -> str:
+        return (self.read(file) or "").upper()
 
 
 def mapping(value: Any) -> dict[str, Any]:

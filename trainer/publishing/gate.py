@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
-from llava_llama31.model_card.card import LLAMA31, LLAMA31_NOTICE, LLAMA31_POLICY, LLAMA31_TITLE
+from llava_llama31.model_card.card import LLAMA_LICENCES, LlamaLicence
 from llava_llama31.trainer.checkpoint.atomic_folders import MANIFEST
 from llava_llama31.trainer.export.adapter import ADAPTER_WEIGHTS
 from llava_llama31.trainer.export.dialects import native_name
@@ -47,7 +47,7 @@ REQUIRED = (
     MANIFEST,
 )
 # licences whose terms our export writes into a NOTICE
-NOTICE_LICENCES = (LLAMA31, "apache-2.0")
+NOTICE_LICENCES = (*LLAMA_LICENCES, "apache-2.0")
 # where files may name classes, and which: Transformers would fetch OWNER/NAME--module.Class from another repository
 AUTO_MAPS = {
     "config.json": (
@@ -71,7 +71,7 @@ def check_complete(contents: Contents) -> Iterator[GateFinding]:
     required = list(REQUIRED)
     if "image_processor" not in contents.read_json("processor_config.json"):
         required.append("preprocessor_config.json")
-    if contents.card.get("license") in NOTICE_LICENCES or contents.is_llama:
+    if contents.card.get("license") in NOTICE_LICENCES or contents.llama_licences:
         required.append("NOTICE")
     for (file, name), module in _mapped_modules(contents).items():
         if not module:
@@ -299,30 +299,33 @@ def check_card(contents: Contents) -> Iterator[GateFinding]:
 
 
 def check_licence(contents: Contents) -> Iterator[GateFinding]:
-    """What Meta's licence requires of a model made from Llama 3.1 (1.b and 1.b.iii of the agreement)."""
-    if not contents.is_llama:
-        return
-    if not contents.name.startswith("Llama"):
-        fix = f"publish it as --repo-id OWNER/Llama-{contents.name}"
-        yield GateFinding("licence", CARD, f"the name {contents.name!r} must begin with 'Llama' (licence, 1.b.i)", fix)
+    """What Meta's licences require of a model made from Llama (1.b and 1.b.iii of each agreement)."""
+    for licence in contents.llama_licences:
+        yield from _check_llama_licence(contents, licence)
+
+
+def _check_llama_licence(contents: Contents, licence: LlamaLicence) -> Iterator[GateFinding]:
+    begins = licence.name_begins
+    if not licence.takes_name(contents.name):
+        fix = f"publish it as --repo-id OWNER/{begins.replace(' ', '-')}-{contents.name}"
+        what = f"the name {contents.name!r} must begin with {begins!r} (licence, 1.b.i)"
+        yield GateFinding("licence", CARD, what, fix)
     if contents.card:  # check_complete and check_card report a missing or unreadable card
-        card = contents.read(CARD) or ""
-        if contents.card.get("license") != LLAMA31:
-            yield GateFinding(
-                "licence", CARD, f"license is {contents.card.get('license')!r}", f"set `license: {LLAMA31}`"
-            )
-        if "Built with Llama" not in card:
-            yield GateFinding(
-                "licence", CARD, "does not say 'Built with Llama'", "put it below the title (licence, 1.b.i)"
-            )
-        if LLAMA31_POLICY not in card:
-            yield GateFinding("licence", CARD, "has no link to the Acceptable Use Policy", f"link to {LLAMA31_POLICY}")
-    if "LICENSE" in contents.files and LLAMA31_TITLE not in (contents.read("LICENSE") or "").upper():
-        yield GateFinding("licence", "LICENSE", "is not the Llama 3.1 agreement", "copy LICENSE from the base model")
-    if "NOTICE" in contents.files and LLAMA31_NOTICE not in (contents.read("NOTICE") or ""):
-        yield GateFinding(
-            "licence", "NOTICE", "lacks the sentence that the licence requires (1.b.iii)", f"add: {LLAMA31_NOTICE}"
-        )
+        card, words = contents.read(CARD) or "", licence.built_with
+        if contents.card.get("license") != licence.key:
+            what = f"license is {contents.card.get('license')!r}"
+            yield GateFinding("licence", CARD, what, f"set `license: {licence.key}`")
+        if words not in card:
+            yield GateFinding("licence", CARD, f"does not say {words!r}", "put it below the title (licence, 1.b.i)")
+        if licence.policy not in card:
+            fix = f"link to {licence.policy}"
+            yield GateFinding("licence", CARD, "has no link to the Acceptable Use Policy", fix)
+    if "LICENSE" in contents.files and licence.title not in (contents.read("LICENSE") or "").upper():
+        what = f"is not the {licence.family} agreement"
+        yield GateFinding("licence", "LICENSE", what, "copy LICENSE from the base model")
+    if "NOTICE" in contents.files and licence.notice not in (contents.read("NOTICE") or ""):
+        what = "lacks the sentence that the licence requires (1.b.iii)"
+        yield GateFinding("licence", "NOTICE", what, f"add: {licence.notice}")
 
 
 def check_adapters(contents: Contents) -> Iterator[GateFinding]:

@@ -61,6 +61,7 @@ def key_tables() -> str:
         "DataSource": "`stages.NAME.data`, a list",
         "Where": "`stages.NAME.data.NUMBER.where.COLUMN`",
         "Lora": "`stages.NAME.lora`",
+        "LoraGroup": "`stages.NAME.lora.vision_tower` and `stages.NAME.lora.multi_modal_projector`",
         "Contamination": "`stages.NAME.contamination`",
         "Evaluation": "`evaluation`",
         "TextQuestions": "`text_questions`",

@@ -163,21 +163,34 @@ class Model(_Frozen):
         return self
 
 
+class LoraGroup(_Frozen):
+    """Low-rank adapters on all linear layers of the tower or the projector, in place of training their weights."""
+
+    r: PositiveInt
+    """Rank of the adapters."""
+    alpha: PositiveFloat
+    """Scale; adapters are multiplied by alpha / r."""
+
+
 class Lora(_Frozen):
-    """Low-rank adapters on the language model's linear layers (Hu et al., 2021), through PEFT."""
+    """Low-rank adapters (Hu et al., 2021) through PEFT: on the language model, and on the groups that it names."""
 
     r: PositiveInt = 64
-    """Rank of the adapters."""
+    """Rank of the language model's adapters."""
     alpha: PositiveFloat = 128.0
-    """Scale; adapters are multiplied by alpha / r."""
+    """Scale of the language model's adapters; they are multiplied by alpha / r."""
     dropout: Fraction = 0.0
     """Share of the adapters' inputs that is dropped in training."""
     targets: list[LoraTarget] = Field(list(get_args(LoraTarget)), min_length=1)
-    """Linear layers that are adapted."""
+    """Linear layers of the language model that are adapted."""
     dora: bool = False
     """Also learn the magnitude of each output (Liu et al., 2024)."""
     quantize: Literal["nf4"] | None = None
-    """Keep the adapted weights in 4 bits while the adapters are trained (QLoRA, through bitsandbytes)."""
+    """Keep the language model's weights in 4 bits while the adapters are trained (QLoRA, through bitsandbytes)."""
+    vision_tower: LoraGroup | None = None
+    """Adapters on the tower, up to the layer that is read; default: a trainable tower is trained whole."""
+    multi_modal_projector: LoraGroup | None = None
+    """Adapters on the projector, with `image_newline` frozen; default: a trainable projector is trained whole."""
 
 
 class Stage(_Frozen):
@@ -238,7 +251,7 @@ class Stage(_Frozen):
     deterministic: bool = False
     """Only algorithms that give the same bits each time: slower on a GPU, where sums by atomics else differ."""
     lora: Lora | None = None
-    """Train low-rank adapters on the language model; they are merged at the end of the stage."""
+    """Train low-rank adapters on the language model, and on groups named here; they are merged at the stage's end."""
     deepspeed: str | None = None
     """A DeepSpeed JSON file, or the name of a shipped one."""
     max_text_tokens: PositiveInt | None = None
@@ -317,16 +330,35 @@ class Stage(_Frozen):
         if self.feature_cache_gb is not None:
             self._check_feature_cache()
         self._check_device_options()
-        if self.lora is not None and self.lora.quantize and (self.deepspeed is not None or self.compile):
-            key = "compile" if self.compile else "deepspeed"
-            raise ValueError(f"quantized weights under {key} are not there yet (fix: remove {key} or lora.quantize)")
-        if self.lora is not None and "language_model" not in self.trainable:
-            raise ValueError("lora adapts the language_model (fix: add language_model to trainable, or remove lora)")
+        if self.lora is not None:
+            self._check_lora(self.lora)
         self._check_evaluations()
         names = [source.name for source in self.data]
         if len(set(names)) < len(names):
             raise ValueError(f"data names a source twice: {names} (fix: rename one)")
         return self
+
+    def _check_lora(self, lora: Lora) -> None:
+        if lora.quantize and (self.deepspeed is not None or self.compile):
+            key = "compile" if self.compile else "deepspeed"
+            raise ValueError(f"quantized weights under {key} are not there yet (fix: remove {key} or lora.quantize)")
+        for group, wanted in (
+            ("vision_tower", lora.vision_tower),
+            ("multi_modal_projector", lora.multi_modal_projector),
+        ):
+            if wanted is not None and group not in self.trainable:
+                fix = f"add {group} to trainable, or remove lora.{group}"
+                raise ValueError(f"lora.{group} adapts a group that is frozen (fix: {fix})")
+        if not self.adapted:
+            raise ValueError(
+                "lora adapts the language_model, which is frozen (fix: add language_model to trainable, name another "
+                "trainable group in lora, or remove lora)"
+            )
+        if lora.quantize and "language_model" not in self.adapted:
+            raise ValueError(
+                "lora.quantize is for a language_model under adapters, and it is frozen (fix: add language_model to "
+                "trainable, or remove lora.quantize)"
+            )
 
     def _check_feature_cache(self) -> None:
         if "vision_tower" in self.trainable:
@@ -386,6 +418,18 @@ class Stage(_Frozen):
                 f"eval_steps {self.eval_steps} is not a multiple of save_steps {self.save_steps}, so the best "
                 f"evaluation may have no checkpoint (fix: set save_steps to {self.eval_steps} or a part of it)"
             )
+
+    @property
+    def adapted(self) -> tuple[ModuleGroup, ...]:
+        """The trainable groups that are trained by adapters, in place of their own weights."""
+        if self.lora is None:
+            return ()
+        has = {
+            "vision_tower": self.lora.vision_tower is not None,
+            "multi_modal_projector": self.lora.multi_modal_projector is not None,
+            "language_model": True,
+        }
+        return tuple(group for group in get_args(ModuleGroup) if group in self.trainable and has[group])
 
     @property
     def recomputed(self) -> "Recomputed":

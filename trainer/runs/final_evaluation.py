@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from transformers import LlavaNextForConditionalGeneration
 
+from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
@@ -96,20 +99,18 @@ def check_evaluations(recipe: Recipe) -> None:
             derangement({question.image_id for question in found.questions}, recipe.seed)
 
 
+def question_sets(recipe: Recipe) -> list[QuestionSet]:
+    """The questions of all evaluations."""
+    return [question_set(spec, where=recipe.where_evaluation(i)) for i, spec in enumerate(recipe.evaluations)]
+
+
 def evaluate_run(
     run: RunContext,
-    final: Path,
+    sets: Sequence[QuestionSet],
+    answers: Mapping[str, Mapping[int, Answers]],
     record: dict[str, Any],
-    model: LlavaNextForConditionalGeneration,
-    processor: LlavaLlama31Processor,
 ) -> dict[str, Any]:
-    """Ask all questions, fill in the record, write answers, pages and samples; returns the summary's share.
-
-    An image that several evaluations show is read once.
-    """
-    recipe = run.recipe
-    sets = [question_set(spec, where=recipe.where_evaluation(i)) for i, spec in enumerate(recipe.evaluations)]
-    answers = _ask_all(run, final, sets, model, processor)
+    """Score all answers, fill in the record, write pages and samples; returns the summary's share."""
     summary: dict[str, Any] = {}
     entries = []
     for number, asked in enumerate(sets):
@@ -122,15 +123,36 @@ def evaluate_run(
     return summary | {"evaluations": entries}
 
 
-def _ask_all(
+def open_in_turn(run: RunContext, folder: Path) -> tuple[LlavaLlama31ForConditionalGeneration, LlavaLlama31Processor]:
+    """Open a checkpoint on every process. Collective.
+
+    The processes of a machine take turns, for its host may not hold the weights once for each of its devices.
+    """
+    dtype, state = run.recipe.model.dtype, PartialState()
+    if run.num_processes == 1:
+        return open_model(folder, dtype=dtype)
+    opened = None
+    for turn in range(1 + max(gather_object([state.local_process_index]))):
+        if turn == state.local_process_index:
+            opened = open_model(folder, dtype=dtype)
+        state.wait_for_everyone()
+    assert opened is not None
+    return opened
+
+
+def ask_all(
     run: RunContext,
     final: Path,
     sets: Sequence[QuestionSet],
     model: LlavaNextForConditionalGeneration,
     processor: LlavaLlama31Processor,
 ) -> dict[str, dict[int, Answers]]:
-    """Answers of the finished model, the one before training, and blind: name -> number of the set -> answers."""
-    in_float32 = answers_in_float32(model, run.console.print)
+    """Answers of the finished model, the one before training, and blind: name -> number of the set -> answers.
+
+    Collective: the processes share the questions. An image that several evaluations show is read once.
+    """
+    processes = PartialState() if run.num_processes > 1 else None
+    (in_float32,) = broadcast_object_list([answers_in_float32(model, run.console.print) if run.is_main else None])
     if in_float32:  # the copy holds the weights as they are exported
         model = copy.deepcopy(model).float()
     numbers = list(range(len(sets)))
@@ -141,13 +163,14 @@ def _ask_all(
     ) -> dict[int, Answers]:
         blind_seed = run.recipe.seed if name == "blind" else None
         asked = [_to_ask(run, sets[number], name, revision, blind_seed) for number in which]
-        return dict(zip(which, answer_together(weights, processor, asked), strict=True)) if asked else {}
+        found = answer_together(weights, processor, asked, processes=processes) if asked else []
+        return dict(zip(which, found, strict=True))
 
     revision = weights_revision(final) or "unknown"
     answers = {"after": ask("after", model, revision, numbers)}
     if baselines:
         base = base_of(run.recipe, run.folder)
-        before, _ = open_model(str(base), dtype=run.recipe.model.dtype)
+        before, _ = open_in_turn(run, base)
         before = before.float() if in_float32 else before
         answers["before"] = ask("before", before, weights_revision(base) or "unknown", baselines)
         answers["blind"] = ask("blind", model, revision, baselines)

@@ -117,9 +117,9 @@ def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
         state.wait_for_everyone()
         with pushing(recipe, folder.path, record, run.console.print) as pusher:
             final, records = _run_stages(replace(run, pusher=pusher))
-            if not run.is_main:
-                return None
             summary = finish(run, final, records, minutes)
+            if summary is None:
+                return None
             if pusher is not None:
                 summary["saves"] = pusher.close(finish=True)
         atomic_folders.write_json(folder.summary, summary)

@@ -16,12 +16,13 @@ from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.data.batches.batch_order import within_row_limit
 from llava_llama31.trainer.data.batches.stage_rows import load_stage_data
-from llava_llama31.trainer.distributed.devices import release_cached_memory
+from llava_llama31.trainer.distributed.devices import default_device, release_cached_memory
 from llava_llama31.trainer.distributed.engine import check_resumable, forget_deepspeed, join_deepspeed
 from llava_llama31.trainer.errors import Interrupted
 from llava_llama31.trainer.fault_tolerance.out_of_memory import advising
 from llava_llama31.trainer.fault_tolerance.watchdog import kill_workers
 from llava_llama31.trainer.model.device_options import deterministic
+from llava_llama31.trainer.model.flash_attention import faster_attention
 from llava_llama31.trainer.model.stage_model import (
     base_model,
     check_attention,
@@ -50,7 +51,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         Interrupted: when a signal came; while the stage trained, after a checkpoint.
         UserError: naming what to fix.
     """
-    with advising(run.stage, run.where), deterministic(run.stage):
+    with advising(run.stage, run.where), deterministic(run.stage), faster_attention(default_device()):
         return _run_stage(run)
 
 

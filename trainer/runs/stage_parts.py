@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 import transformers
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel, PrinterCallback
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
-from llava_llama31.trainer.costs.flops import ModelShape
+from llava_llama31.trainer.costs.flops import ModelShape, adapter_ranks
 from llava_llama31.trainer.data.batches.batch_order import batch_order
 from llava_llama31.trainer.data.batches.collator import Collator
 from llava_llama31.trainer.data.batches.dataset import StageDataset
@@ -199,9 +198,7 @@ def _meter(
     def num_patch_features(sizes: Sequence[tuple[int, int]]) -> int:
         return int((model.model.feature_layout(sizes)[0] >= 0).sum())
 
-    options: dict[str, Any] = {"checkpointing": stage.recomputed}
-    if stage.lora is not None:
-        options |= {"lora_rank": stage.lora.r, "lora_targets": stage.lora.targets}
+    options = adapter_ranks(stage) | {"checkpointing": stage.recomputed}
     return Meter(
         ModelShape.of(model.config),
         stage.trainable,

@@ -6,6 +6,7 @@ from typing import Any
 from llava_llama31.trainer.data.batches.stage_rows import StageData
 from llava_llama31.trainer.model.module_groups import GroupReport
 from llava_llama31.trainer.recipes.derived import Derived
+from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs.context import StageRun
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 from llava_llama31.trainer.training.source_losses import nested
@@ -40,7 +41,7 @@ def stage_record(
         "precision": stage.precision,
         "optimizer": stage.optimizer,
         "fp8": stage.fp8,
-        "lora": stage.lora.model_dump() if stage.lora else None,
+        "lora": _lora(stage),
         "init_from": str(run.origin),
         "loss_first": losses[0] if losses else None,
         "loss": losses[-1] if losses else None,
@@ -76,3 +77,12 @@ def _final_metrics(trainer: LlavaTrainer) -> dict[str, Any]:
             return entry
     measures = len(trainer.batches.validation) > 0 or len(trainer.questions) > 0
     return trainer.evaluate() if measures else {}
+
+
+def _lora(stage: Stage) -> dict[str, Any] | None:
+    """The adapters that the stage trained, with ranks by group."""
+    if stage.lora is None:
+        return None
+    content = stage.lora.model_dump(exclude_none=True)
+    left_out = () if "language_model" in stage.adapted else ("r", "alpha", "targets")
+    return {key: value for key, value in content.items() if key not in left_out}

@@ -1,6 +1,6 @@
 """Text ability before and after: the recipe's text-only questions, asked before the first and after each stage.
 
-Rank 0 asks, as it does at the end of a run. A result is written once: a resumed run reads it.
+Rank 0 asks. A result is written once: a resumed run reads it.
 """
 
 import gc

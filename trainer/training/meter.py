@@ -31,7 +31,7 @@ class Meter:
         num_patch_features: of images of these (height, width), without newlines.
         num_tiles: of an image of this (height, width).
         device, dtype: of the matrix products.
-        options: `checkpointing`, `lora_rank` and `lora_targets` of `needed_flops`.
+        options: `checkpointing` and the ranks of adapters, of `needed_flops`.
     """
 
     model: ModelShape

@@ -1,4 +1,4 @@
-"""A stage's parameter groups, optimizers with small state, and how that state goes into a checkpoint."""
+"""A stage's parameter groups, and optimizers with small state."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlavaNextForConditionalGeneration
 
 from llava_llama31.packed_llama_llava_llama31 import to_device
-from llava_llama31.trainer.distributed.parameters import held_part, num_before, sharded_like, unsharded
+from llava_llama31.trainer.distributed.parameters import held_part, num_before
 from llava_llama31.trainer.model.device_options import compiles
 from llava_llama31.trainer.model.module_groups import group_parameters
 
@@ -203,55 +203,3 @@ def _rounded(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """float32 numbers rounded to bfloat16 by 16 random bits each, which would carry a NaN over into another number."""
     rounded = ((x.view(torch.int32) + noise.to(torch.int32)) & -(1 << 16)).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
-
-
-def portable_state(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Any] | None:
-    """An optimizer's `state_dict` of plain tensors in host memory: torchao's 8-bit ones are taken apart.
-
-    Sharded tensors are gathered one at a time, so that no device holds more than one whole. Collective.
-
-    Args:
-        keep: this process writes the state; the others gather with it and return None.
-    """
-    content = optimizer.state_dict()
-    state = {number: _on_host(entry, keep) for number, entry in content["state"].items()}
-    return {**content, "state": state} if keep else None
-
-
-def load_portable_state(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
-    """Undo `portable_state`."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {
-        number: {name: sharded_like(_together(value), parameters[number]) for name, value in entry.items()}
-        for number, entry in content["state"].items()
-    }
-    optimizer.load_state_dict({**content, "state": state})
-
-
-# the fields of torchao's 8-bit tensor; bitsandbytes nests its own tensors in a mapping with other keys
-_TORCHAO_FIELDS = ("codes", "scale", "qmap", "signed")
-
-
-def _on_host(value: Any, keep: bool) -> Any:
-    """Plain copies in host memory of the tensors in an entry of a state, where they are kept. Collective."""
-    if isinstance(value, dict):
-        return {name: _on_host(item, keep) for name, item in value.items()}
-    value = unsharded(value)
-    if not isinstance(value, torch.Tensor):
-        return value
-    if type(value) is torch.Tensor:
-        return value.cpu() if keep else None
-    from torchao.optim.subclass_8bit import OptimState8bit
-
-    if not isinstance(value, OptimState8bit):
-        raise TypeError(f"the optimizer's state holds a {type(value).__name__}, which has no place in a checkpoint")
-    fields = (value.codes, value.scale, value.qmap, value.signed)
-    return _on_host(dict(zip(_TORCHAO_FIELDS, fields, strict=True)), keep)
-
-
-def _together(value: Any) -> Any:
-    if not isinstance(value, dict) or set(value) != set(_TORCHAO_FIELDS):
-        return value
-    from torchao.optim.subclass_8bit import OptimState8bit
-
-    return OptimState8bit(*(value[name] for name in _TORCHAO_FIELDS))

@@ -21,7 +21,7 @@ from llava_llama31.trainer.distributed.parameters import held_part, num_elements
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
 from llava_llama31.trainer.model.adapters import TRAINABLE_WEIGHTS
-from llava_llama31.trainer.training.optimizers import load_portable_state, portable_state
+from llava_llama31.trainer.training.portable_state import load_portable_state, portable_state
 
 
 logger = logging.getLogger(__name__)

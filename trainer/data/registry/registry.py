@@ -88,6 +88,7 @@ class Dataset(_Frozen):
         accept: why its licence has to be accepted by name before anything is fetched.
         readable: why its rows can't be trained on as they are.
         subsets: `{subset}` in paths is chosen by `NAME:SUBSET`.
+        subset_rows: rows of the subsets whose number is known.
         evaluation: it is the questions of this evaluation.
         columns: numbers that `where` of a recipe's source can filter by.
         evidence: where each fact is from; `not verified here` marks those that could not be looked up.
@@ -103,6 +104,7 @@ class Dataset(_Frozen):
     format: str = ""
     readable: str = ""
     subsets: bool = False
+    subset_rows: dict[Text, PositiveInt] = {}
     evaluation: str = ""
     rows: PositiveInt | None = None
     rows_of: dict[str, PositiveInt] = {}
@@ -226,7 +228,8 @@ def dataset_named(name: str, known: dict[str, Dataset]) -> Dataset:
     if subset:
         update: dict[str, Any] = {"path": dataset.path.replace("{subset}", subset)}
         update |= {"files": [file.in_subset(subset) for file in dataset.files]}
-        update |= dict.fromkeys(("rows", "images", "bytes"))  # those of all subsets together
+        update |= dict.fromkeys(("images", "bytes"))  # those of all subsets together
+        update["rows"] = dataset.subset_rows.get(subset)
         dataset = dataset.model_copy(update=update)
     return dataset
 

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _CONVERSATION_FIELDS = {"conversations", "messages", "prompt", "texts"}
 _SAVED_SUFFIXES = (".arrow", ".json")
+_PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 _PROBED_ROWS = 100
 
 
@@ -200,8 +201,14 @@ def _open_remote_rows(url: str) -> _Rows:
             return JsonRows(url)
         except Missing:
             raise UserError("there is no such file", where=redacted(url), fix="correct `path`") from None
+    suffix = PurePosixPath(url).suffix.lower()
     what = "a store is read as JSON, or as a folder of shards with an index"
-    raise UserError(what, where=redacted(url), fix="write it as such with `llava-llama31 shards`")
+    if suffix in _PARQUET_SUFFIXES:
+        what = "parquet is not read from a store, since reading one row means reading its whole row group"
+    elif suffix == ".tar":
+        what = "a shard without an index is not read from a store, since listing it means reading all of it"
+    fix = "download it, and write it with `llava-llama31 shards FILE --to URL`"
+    raise UserError(what, where=redacted(url), fix=fix)
 
 
 def _beginning(rows: _Rows, row: int) -> str:

@@ -80,13 +80,6 @@ class RemoteFile:
             cache.store(key, found)
         return found
 
-    def read_all(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Bring (start, size) ranges into the cache, several at once; what fails now is asked for again when read."""
-        with ThreadPoolExecutor(_READ_AHEAD) as pool:
-            for done in [pool.submit(self.read, start, size) for start, size in ranges]:
-                if isinstance(error := done.exception(), BaseException) and not isinstance(error, UserError):
-                    raise error
-
     def _range(self, start: int, end: int) -> bytes:
         system, path = _system(self.url)
         data = system.cat_file(path, start=start, end=end)
@@ -106,6 +99,14 @@ class Missing(UserError):
 
     def __init__(self, url: str):
         super().__init__("there is no such file", where=redacted(url), fix="correct the URL")
+
+
+def at_once(reads: Sequence[Callable[[], bytes]]) -> None:
+    """Bring ranges into the cache, several at once; what fails now is asked for again when it is read."""
+    with ThreadPoolExecutor(_READ_AHEAD) as pool:
+        for done in [pool.submit(read) for read in reads]:
+            if isinstance(error := done.exception(), BaseException) and not isinstance(error, UserError):
+                raise error
 
 
 def open_remote(url: str) -> RemoteFile:

@@ -8,6 +8,7 @@ into memory. Each sample is one byte range; its files are verified by their CRC-
 import hashlib
 import zlib
 from bisect import bisect_right
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.data.sources.remote_files import (
     Missing,
     RemoteFile,
+    at_once,
     cache_folder,
     is_remote,
     join,
@@ -80,13 +82,13 @@ class ShardedRows(TarRows):
         """Bring the samples of rows of a store into the cache, several at once."""
         if not is_remote(self.folder):
             return
-        wanted: dict[int, list[tuple[int, int]]] = {}
-        for row in rows:
-            members = self._members(row)
-            start = members[0].start
-            wanted.setdefault(self._number(row), []).append((start, members[-1].start + members[-1].size - start))
-        for number, ranges in wanted.items():
-            self._remote(number).read_all(ranges)
+        at_once([partial(self._sample_range, row) for row in rows])
+
+    def _sample_range(self, row: int) -> bytes:
+        """A row's bytes from the store."""
+        members = self._members(row)
+        start = members[0].start
+        return self._remote(self._number(row)).read(start, members[-1].start + members[-1].size - start)
 
     def _index(self) -> dict[str, Any]:
         try:
@@ -105,7 +107,8 @@ class ShardedRows(TarRows):
                 return whole(str(join(self.folder, name)), _LONGEST_INDEX)
             return (Path(self.folder) / name).read_bytes()
         except (Missing, FileNotFoundError):
-            raise UserError(f"there is no {name}", where=self.folder, fix=_FIX) from None
+            fix = f"{_FIX}; parquet and shards without an index are written as such by `llava-llama31 shards`"
+            raise UserError(f"there is no {name}", where=self.folder, fix=fix) from None
 
     def _open_arrays(self) -> None:
         arrays = []
