@@ -69,7 +69,14 @@ def run(options: argparse.Namespace) -> int:
             )
         else:
             browser = write_comparison(
-                shown, *files, output, title=title, image_side=side, on_progress=on_progress, marking=marking
+                shown,
+                files[0],
+                files[1],
+                output,
+                title=title,
+                image_side=side,
+                on_progress=on_progress,
+                marking=marking,
             )
     _print_browser(browser, files)
     if options.open:

@@ -226,9 +226,9 @@ def _print_fastest(console: "Terminal", plan: dict[str, Any]) -> None:
 def _memory_row(stage: dict[str, Any]) -> tuple[str, str]:
     memory = stage["memory"]
     fits = {True: ": fits", False: ": does not fit", None: ""}[stage["fits"]]
-    parts = ", ".join(f"{name} {memory[name]:,.1f}" for name in ("weights", "gradients", "optimizer", "activations"))
+    parts = ", ".join(f"{name} {_gb(memory[name])}" for name in ("weights", "gradients", "optimizer", "activations"))
     row = f"a micro-batch of {stage['longest_micro_batch']:,} positions"
-    return f"GB, {stage['engine']}", f"peak {memory['peak']:,.1f}{fits} ({parts}; {row}); host {memory['host']:,.1f}"
+    return f"GB, {stage['engine']}", f"peak {_gb(memory['peak'])}{fits} ({parts}; {row}); host {_gb(memory['host'])}"
 
 
 def _notes(plan: dict[str, Any]) -> list[str]:
@@ -254,6 +254,10 @@ def _fix_line(stage: dict[str, Any]) -> str:
         return "no setting that was tried makes it fit: add devices, or lora"
     launch = f" under accelerate launch --config_file {fix['accelerate']}" if fix["accelerate"] else ""
     return f"{fix['peak']:,.1f} GB with {fix['engine']}{launch}: {' '.join(fix['set'])}"
+
+
+def _gb(value: float) -> str:
+    return f"{value:,.1f}" if value >= 1 else f"{value:.3f}"
 
 
 def _number(value: int | None) -> str:

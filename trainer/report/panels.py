@@ -92,7 +92,7 @@ def _placed(run: RunFacts, unit: float) -> Iterator[_Stage]:
         steps, seconds = np.array([(0, 0.0), *timed]).T
 
         def x(
-            at: Sequence[int],
+            at: Sequence[int] | np.ndarray,
             steps: np.ndarray = steps,
             seconds: np.ndarray = seconds,
             before: tuple[float, int] = (seconds_before, steps_before),
@@ -102,24 +102,32 @@ def _placed(run: RunFacts, unit: float) -> Iterator[_Stage]:
 
         findings = [event["step"] for event in stage.events if event["event"] == "finding"]
         if stage.logged or stage.events:
-            columns = {key: _Column(x(at), np.array(values)) for key, (at, values) in _columns(stage.logged).items()}
+            found = _columns(stage.logged)
+            places = {id(at): x(at) for at in {id(at): at for at, _ in found.values()}.values()}
+            columns = {key: _Column(places[id(at)], np.array(values)) for key, (at, values) in found.items()}
             begins = {axis: float(place[0]) for axis, place in x([0]).items()}
             yield _Stage(stage.name, begins, columns, x(findings))
         seconds_before, steps_before = seconds_before + stage.seconds, steps_before + stage.step
 
 
-def _columns(logged: Sequence[Entry]) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of each key that has a line; of a learning rate by group."""
+def _columns(logged: Sequence[Entry]) -> dict[str, tuple[np.ndarray, list[float]]]:
+    """Steps and values of each key that has a line; of a learning rate by group. Keys in all entries share steps."""
     found = {}
+    every = np.array([entry["step"] for entry in logged], dtype=np.int64)
+
+    def steps(having: Sequence[Entry]) -> np.ndarray:
+        return every if len(having) == len(logged) else np.array([entry["step"] for entry in having], dtype=np.int64)
+
     for key, name in _drawn(dict.fromkeys(key for entry in logged for key in entry)).items():
         having = [entry for entry in logged if key in entry]
-        found[name] = ([entry["step"] for entry in having], [number(entry[key]) for entry in having])
+        found[name] = (steps(having), [number(entry[key]) for entry in having])
     for key, prefix in (("learning_rates", _RATE), (_BY_SOURCE, _SOURCE)):
         having = [entry for entry in logged if key in entry]
         for inner in dict.fromkeys(inner for entry in having for inner in entry[key]):
-            pairs = [(entry["step"], entry[key][inner]) for entry in having if inner in entry[key]]
-            values = [number(value["loss"] if key == _BY_SOURCE else value) for _, value in pairs]
-            found[f"{prefix}{inner}"] = ([step for step, _ in pairs], values)
+            inside = [entry for entry in having if inner in entry[key]]
+            values = [entry[key][inner] for entry in inside]
+            values = [number(value["loss"] if key == _BY_SOURCE else value) for value in values]
+            found[f"{prefix}{inner}"] = (steps(inside), values)
     return found
 
 
