@@ -283,7 +283,8 @@ def _snippet_of(record: Mapping[str, Any]) -> Callable[[str], str]:
         return adapter_snippet
     if record.get("quantized"):
         return twin_snippet
-    sample = next((one for one in record.get("samples") or [] if _is_file(one.get("image"), *IMAGE_SUFFIXES)), {})
+    samples: list[Mapping[str, Any]] = record.get("samples") or []
+    sample = next((one for one in samples if _is_file(one.get("image"), *IMAGE_SUFFIXES)), {})
     asked = str(sample.get("question") or "")
     question = asked if _PLAIN_QUESTION.fullmatch(asked) else QUESTION
     return partial(quick_snippet, image=sample.get("image", ""), question=question)

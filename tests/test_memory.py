@@ -235,6 +235,38 @@ def test_peak_is_within_10_percent_of_the_traced_8b_step(engine):
     assert result["shapes"] == {"positions": 4112, "tiles": 5, "supervised": 256}
 
 
+# of each shipped recipe for a machine of its own: what its model and settings are at true shape
+TRUE_SHAPES = {
+    "llama31-8b-qlora-24gb": ("projector", "instruct"),
+    "llava16-lora-24gb": ("instruct",),
+    "llama32-1b": ("projector", "instruct"),
+    "llama32-3b": ("projector", "instruct"),
+}
+
+
+@pytest.mark.skipif("TRACE_8B" not in os.environ, reason="takes minutes: make trace-8b")
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("recipe", "stage"), [(name, stage) for name, each in TRUE_SHAPES.items() for stage in each])
+def test_peak_is_within_5_percent_of_the_traced_step_of_a_shipped_recipe(recipe, stage):
+    assert_planned(traced("single", "--shape", "recipe", "--recipe", recipe, "--stage", stage), 0.05)
+
+
+ADAPTERS = "lora={r: 16, vision_tower: {r: 8, alpha: 16}, multi_modal_projector: {r: 8, alpha: 16}}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--set", "lora={r: 16}", "--set", "activation_checkpointing=true"),
+        ("--set", "lora={r: 16, quantize: nf4}", "--set", "activation_checkpointing=true"),
+        (*EVERYTHING, "--set", ADAPTERS, "--set", "activation_checkpointing=true"),
+    ],
+    ids=["language model", "nf4", "all groups"],
+)
+def test_peak_with_adapters_is_within_5_percent_of_a_traced_small_step(trace_8b, arguments):
+    assert_planned(driven(trace_8b, "single", *arguments), 0.05)
+
+
 @pytest.mark.slow
 def test_a_parameter_without_gradient_fails_the_trace(trace_8b):
     # the tower's last layer is read by nothing

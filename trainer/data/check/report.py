@@ -260,8 +260,8 @@ def print_report(report: DataReport) -> None:
             for reason, number in source.dropped.items():
                 ids = ", ".join(map(printable, source.first_ids[reason]))
                 reasons.append((reason, f"{number:,}", action_for(report.policy, reason), ids, REASONS[reason]))
-            names = ("reason", "records", "action", "first ids", "meaning")
-            terminal.table(names, reasons, numbers=("records",))
+            columns = ("reason", "records", "action", "first ids", "meaning")
+            terminal.table(columns, reasons, numbers=("records",))
         if source.not_read:
             terminal.print(source.not_read_line())
         statistics = source.statistics()
@@ -270,8 +270,8 @@ def print_report(report: DataReport) -> None:
                 (name.removeprefix("num_").replace("_", " "), *(f"{value:,}" for value in values.values()))
                 for name, values in statistics.items()
             ]
-            names = ("per record", "p5", "p50", "p95", "max", "total")
-            terminal.table(names, lengths, numbers=names[1:])
+            numbers = ("p5", "p50", "p95", "max", "total")
+            terminal.table(("per record", *numbers), lengths, numbers=numbers)
             sharing = source.sharing()
             if sharing["records"]:
                 saved = sharing["tokens"] / statistics["num_tokens"]["total"]
