@@ -23,7 +23,7 @@ from huggingface_hub import EvalResult, ModelCardData, constants
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
-from llava_llama31.model_card.sections import join_sections, replace_in_sections
+from llava_llama31.model_card.sections import change_sections, join_sections
 
 
 @dataclass(frozen=True)
@@ -253,11 +253,19 @@ def usage_snippet(model_id: str) -> str:
 
 
 def card_for(card: str, model_id: str) -> str:
-    """A card whose code names the model by its id on the Hub; a section that somebody edited stays."""
-    for variable in ("repo", "adapter"):  # of the usage templates
-        line = re.compile(rf'^{variable} = "[\w./-]+"$', re.MULTILINE)
-        card = replace_in_sections(card, line, f'{variable} = "{model_id}"')
-    return card
+    """A card of an exported folder whose code opens OWNER/NAME of the Hub; a section that somebody edited stays."""
+    name = re.compile(r'^(repo|adapter) = "[\w./-]+"$', re.MULTILINE)  # of the usage templates
+    image = re.compile(r'f"\{repo\}/([\w./-]+)"')
+    imports = "from transformers import AutoModelForImageTextToText, AutoProcessor\n\nrepo ="
+
+    def named(text: str) -> str:
+        text = name.sub(lambda match: f'{match[1]} = "{model_id}"', text)
+        if image.search(text):
+            text = image.sub(r'hf_hub_download(repo, "\1")', text)
+            text = text.replace(imports, f"from huggingface_hub import hf_hub_download\n{imports}")
+        return text
+
+    return change_sections(card, named)
 
 
 def adapter_snippet(model_id: str) -> str:
@@ -275,8 +283,8 @@ def _snippet_of(record: Mapping[str, Any]) -> Callable[[str], str]:
         return adapter_snippet
     if record.get("quantized"):
         return twin_snippet
-    shown = [sample for sample in record.get("samples") or [] if _is_file(sample.get("image"), *IMAGE_SUFFIXES)]
-    sample: Mapping[str, Any] = shown[0] if shown else {}
+    samples: list[Mapping[str, Any]] = record.get("samples") or []
+    sample = next((one for one in samples if _is_file(one.get("image"), *IMAGE_SUFFIXES)), {})
     asked = str(sample.get("question") or "")
     question = asked if _PLAIN_QUESTION.fullmatch(asked) else QUESTION
     return partial(quick_snippet, image=sample.get("image", ""), question=question)

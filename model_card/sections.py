@@ -7,7 +7,7 @@ cannot forge a marker.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
@@ -51,17 +51,17 @@ def edited_sections(body: str) -> list[str]:
     return [part.name for part in _parts(body)[1] if part.edited]
 
 
-def replace_in_sections(body: str, pattern: re.Pattern[str], replacement: str) -> str:
-    """A card with `replacement` for matches of `pattern` in the sections that nobody edited; their markers follow."""
+def change_sections(body: str, change: Callable[[str], str]) -> str:
+    """A card with the text of its sections changed, but for those that somebody edited; the markers follow."""
 
-    def replaced(section: re.Match[str]) -> str:
+    def changed(section: re.Match[str]) -> str:
         text = section["text"].strip()
         if _digest(text) != section["digest"]:
             return section[0]
-        text = pattern.sub(lambda _: replacement, text)
+        text = change(text)
         return _marked(section["name"], _digest(text), text)
 
-    return _SECTION.sub(replaced, body)
+    return _SECTION.sub(changed, body)
 
 
 def join_sections(sections: Mapping[str, str], previous: str = "") -> str:

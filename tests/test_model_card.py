@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from llava_llama31.model_card import CardError, licence_files, licence_problems, render_card
-from llava_llama31.model_card.card import LLAMA_LICENCES, QUESTION, quick_snippet, usage_snippet
+from llava_llama31.model_card.card import LLAMA_LICENCES, QUESTION, card_for, quick_snippet, usage_snippet
 from llava_llama31.model_card.curves import draw_curve
 from llava_llama31.model_card.sections import FORMER_NOTE, NOTE, edited_sections
 from llava_llama31.trainer.publishing.contents import Contents
@@ -464,6 +464,24 @@ def test_the_cards_code_is_readmes_and_twelve_lines(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)\n```", render_card(record), re.S)
     assert f"```python\n{code}\n```" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(code.splitlines()) == 13 and code.count("\n\n") == 1 and 'device_map="auto"' in code
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"samples": [{"question": QUESTION, "image": "samples/1.png"}]},
+        {"adapter": {"base_model_name_or_path": "me/base", "revision": "0" * 40, "difference": 1e-6}},
+    ],
+)
+def test_the_code_of_a_folders_card_can_name_another_repository(kind):
+    """As if the card had been made for it; in a section that somebody edited the code stays."""
+    record = {"name": "x", **kind}
+    card = render_card(record)
+    assert card_for(card, "me/y") == render_card(record | {"model_id": "me/y"}) != card
+    assert edited_sections(card_for(card, "me/y")) == []
+    edited = card.replace("AutoProcessor.from_pretrained(", "AutoProcessor.from_pretrained(  # mine\n")
+    assert edited != card and card_for(edited, "me/y") == edited
 
 
 @pytest.mark.parametrize("question", ['x"; import os; "', "a\\", "two\nlines", "{repo}", "", None, "é" * 5, "x" * 81])

@@ -13,9 +13,10 @@ from llava_llama31.trainer import cli
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.publishing import publish as publishing
 from llava_llama31.trainer.publishing.doors import Doors
+from llava_llama31.trainer.publishing.gate import check_folder
 from llava_llama31.trainer.publishing.publish import publish
 from llava_llama31.trainer.publishing.release import Release
-from llava_llama31.trainer.publishing.staging import public_copy
+from llava_llama31.trainer.publishing.staging import named_copy, public_copy
 
 
 TOKEN = "hf_" + "q" * 34
@@ -304,3 +305,15 @@ def test_what_a_person_wrote_into_the_card_is_published(exported, tmp_path):
     assert card.read_text() == text.replace("for research", "for my thesis")
     card.write_text("---\nlicense: llama3.1\n---\n\n# All mine\n")
     assert (public_copy(run, REPO) / "README.md").read_text() == card.read_text()
+
+
+def test_the_card_of_a_published_folder_names_the_repository(exported):
+    folder = exported / "other"
+    copy = named_copy(folder, REPO)
+    assert copy == exported / "other-publish" and check_folder(copy, "Llama-mine") == []
+    card = (copy / "README.md").read_text()
+    assert f'repo = "{REPO}"' in card and 'repo = "Llama-other"' not in card
+    assert f'repo = "{REPO}"' not in (folder / "README.md").read_text()  # the folder is as it was
+    assert (copy / "model.safetensors").samefile(folder / "model.safetensors")
+    assert named_copy(copy, REPO) == copy
+    shutil.rmtree(copy)

@@ -68,15 +68,9 @@ def run(options: argparse.Namespace) -> int:
                 marking=marking,
             )
         else:
+            first, second = files
             browser = write_comparison(
-                shown,
-                files[0],
-                files[1],
-                output,
-                title=title,
-                image_side=side,
-                on_progress=on_progress,
-                marking=marking,
+                shown, first, second, output, title=title, image_side=side, on_progress=on_progress, marking=marking
             )
     _print_browser(browser, files)
     if options.open:

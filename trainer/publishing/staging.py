@@ -34,7 +34,7 @@ def public_copy(run: Path, repo_id: str) -> Path:
 
 
 def named_copy(folder: Path, repo_id: str) -> Path:
-    """Write FOLDER-publish, whose card names the repository in its code; the folder itself if it needs no change."""
+    """Write FOLDER-publish, whose card's code names the repository; the folder itself if its card does already."""
     from llava_llama31.model_card.card import card_for
 
     try:

@@ -270,8 +270,8 @@ def print_report(report: DataReport) -> None:
                 (name.removeprefix("num_").replace("_", " "), *(f"{value:,}" for value in values.values()))
                 for name, values in statistics.items()
             ]
-            names = ("per record", "p5", "p50", "p95", "max", "total")
-            terminal.table(names, lengths, numbers=names[1:])
+            numbers = ("p5", "p50", "p95", "max", "total")
+            terminal.table(("per record", *numbers), lengths, numbers=numbers)
             sharing = source.sharing()
             if sharing["records"]:
                 saved = sharing["tokens"] / statistics["num_tokens"]["total"]
