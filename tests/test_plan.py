@@ -1,7 +1,9 @@
 """`llava-llama31 plan`: exact where the data was counted, named assumptions where not, and what fits."""
 
+import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.costs.accelerators import ACCELERATORS
 from llava_llama31.trainer.costs.memory import ENGINES
 from llava_llama31.trainer.planning import fastest as fastest_module
+from llava_llama31.trainer.planning import memory_page
 from llava_llama31.trainer.planning.fastest import fastest, timed
 from llava_llama31.trainer.planning.plan import USABLE, Machine, cases_of
-from llava_llama31.trainer.recipes.loading import load_recipe
+from llava_llama31.trainer.recipes.loading import SHIPPED, load_recipe
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.training import meter as meter_module
 from llava_llama31.trainer.training.meter import matrix_peak
@@ -242,3 +245,23 @@ def test_a_plan_of_counted_rows_is_what_the_run_does(recipe_content, tmp_path, c
         share = len(log) / stage["steps"]
         rounding = 1e-4 / mfu  # of the logged figure
         assert again["hours"] * 3600 * share == pytest.approx(seconds.sum(), rel=0.1 + rounding)
+
+
+@pytest.mark.parametrize(("name", "gpu", "devices"), [("llava16-lora-24gb", "rtx4090", 1), ("llama32-1b", "t4", 8)])
+def test_the_page_of_memory_and_hours_is_what_plan_says(name, gpu, devices, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/memory.md").read_text()
+    monkeypatch.chdir(tmp_path)  # none of the recipe's data is here
+    lines = page[page.index(f"## {devices} GPU") :].splitlines()
+    assert lines[2:4] == memory_page.head().splitlines()
+    listed = list(itertools.takewhile(lambda line: line.startswith("| `"), lines[4:]))
+    assert [line.split("`")[1] for line in listed] == [
+        one for one in SHIPPED if one not in ("tiny", "tiny-siglip", "smol")
+    ]
+    cells = next(line for line in listed if f"`{name}`" in line).split(" | ")[1:]
+    found = cells[list(ACCELERATORS).index(gpu)].removesuffix(" |")
+    assert found == memory_page.cell(name, ACCELERATORS[gpu], devices), "run `make memory-page`"
+
+
+def test_a_recipe_whose_parts_are_made_has_no_memory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert memory_page.cell("tiny", ACCELERATORS["h100"], 1) is None

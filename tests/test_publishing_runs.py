@@ -11,6 +11,7 @@ import torch
 import yaml
 from hub_server import User, hub_of_this_process
 from safetensors.torch import load_file
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.errors import UserError
@@ -194,6 +195,10 @@ def test_each_revision_has_the_weights_of_its_step(hub, saves, tmp_path, stage_n
         assert "still training: stage" in (folder / "README.md").read_text()
         if with_state:
             assert atomic_folders.verify(folder) is None and (folder / "optimizer.safetensors").is_file()
+            model, opened = LlavaNextForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+            assert not any(opened.values())  # no tensor is missing or unexpected, none has another shape
+            assert all(torch.equal(tensor, pushed[name]) for name, tensor in native(model.state_dict()).items())
+            assert isinstance(LlavaNextProcessor.from_pretrained(folder), LlavaNextProcessor)
         else:
             assert check_folder(folder, "mine", links_within=folder.parents[1]) == []
         if stage_name == "adapted" and not with_state:

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import sys
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -300,6 +299,7 @@ def test_a_bucket_gives_the_rows_of_the_disk_under_faults(store_server, rows_fol
 @pytest.mark.parametrize("scheme, folder", [("gs", "bucket/rows"), ("hf", "datasets/me/set@main/rows")])
 def test_other_stores_give_the_rows_of_the_disk(monkeypatch, tmp_path, sharded, rows_folder, scheme, folder):
     """Their URLs through fsspec's own door, to a file system in memory."""
+    from fsspec.registry import _registry
 
     class Stub(MemoryFileSystem):
         protocol = scheme
@@ -315,7 +315,7 @@ def test_other_stores_give_the_rows_of_the_disk(monkeypatch, tmp_path, sharded, 
             self.reads.append((path, start, end))
             return super().cat_file(path, start, end, **kwargs)
 
-    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, scheme, Stub)
+    monkeypatch.setitem(_registry, scheme, Stub)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     remote_files._opened.cache_clear()
     remote_files._system_at.cache_clear()

@@ -52,6 +52,11 @@ class StageFolder:
         """Answers given while the stage trained."""
         return self.path / "evaluation"
 
+    @property
+    def wandb_id(self) -> Path:
+        """The id of the stage's run at Weights & Biases."""
+        return self.path / "wandb-id"
+
     def finished_record(self) -> dict[str, Any] | None:
         """The record of a stage whose weights are complete, or None."""
         if not (self.final / STAGE_RECORD).is_file():

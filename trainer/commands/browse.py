@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="FILE", help="JSON lines, official JSON, or parquet; a task's may be a folder"
     )
-    parser.add_argument("--task", metavar="NAME|FILE", help="a benchmark, or a task of one's own; default: TextVQA")
+    parser.add_argument("--task", metavar="NAME|FILE", help="a benchmark, or a task of your own; default: TextVQA")
     parser.add_argument("--questions", metavar="FILE", help="LLaVA's questions of a task")
     parser.add_argument("--image-root", metavar="DIR", help="default: the folder of FILE")
     parser.add_argument("--output", metavar="FILE.html", help="default: beside PREDICTIONS, with its name")

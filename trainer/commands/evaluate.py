@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from llava_llama31.trainer.evaluation.textvqa import Evaluation
 
 
-HELP = "ask a model the questions of a TextVQA-format file, a benchmark or a file of one's own"
+HELP = "ask a model the questions of a TextVQA-format file, a benchmark or a file of your own"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME|FILE[=DATA]",
-        help="a benchmark, a task of one's own, or a file of questions; default: TextVQA",
+        help="a benchmark, a task of your own, or a file of questions; default: TextVQA",
     )
     parser.add_argument("--questions", metavar="FILE", help="the questions that go with VQA-style annotations")
     parser.add_argument("--image-root", metavar="DIR", help="default: the folder of FILE")

@@ -1,4 +1,4 @@
-"""`llava-llama31 new`: a commented recipe for rows of one's own."""
+"""`llava-llama31 new`: a commented recipe for rows of your own."""
 
 import argparse
 import sys

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ours, or answers of LLaVA's scripts, lmms-eval, VLMEvalKit or EvalScope",
     )
     parser.add_argument("other", nargs="?", metavar="OTHER", help="a second file, compared with the first")
-    parser.add_argument("--task", metavar="NAME|FILE", help="a benchmark, or a task of one's own; default: TextVQA")
+    parser.add_argument("--task", metavar="NAME|FILE", help="a benchmark, or a task of your own; default: TextVQA")
     parser.add_argument("--protocol", metavar="NAME", help="whose rules the task's headline follows")
     parser.add_argument(
         "--annotations", metavar="FILE", help="JSON lines, JSON, TSV or parquet; a task's may be a folder"

@@ -341,10 +341,9 @@ def needed_flops(
         trainable: module groups that are trained.
         checkpointing: every n-th transformer layer of tower and decoder, from the first, runs its forward pass twice
             if it has a backward pass; 1 (or True): all, 0: none; `selective`: none of the decoder, all of the tower.
-        lora_rank: of adapters trained in place of the language model's weights; 0: no adapters. Their dropout and
-            DoRA's weight norms do not count.
+        lora_rank: of adapters trained in place of the language model's weights, without dropout and DoRA's norms.
         lora_targets: linear layers of the decoder with an adapter.
-        tower_rank, projector_rank: of adapters on all linear layers of the tower or the projector, likewise.
+        tower_rank, projector_rank: likewise, of adapters on all linear layers of the tower or the projector.
 
     Raises:
         ValueError: an unknown module group or adapter target.

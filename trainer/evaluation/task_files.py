@@ -166,7 +166,7 @@ class Submission(_Frozen):
 
 
 class Task(_Frozen):
-    """A benchmark, or a set of one's own questions."""
+    """A benchmark, or a set of your own questions."""
 
     name: str
     title: str
@@ -220,7 +220,7 @@ def task_names() -> list[str]:
 
 
 def load_task(name: str | Path) -> Task:
-    """A shipped task by its name, or a task of one's own by its file.
+    """A shipped task by its name, or a task of your own by its file.
 
     Raises:
         UserError: there is no such task, or the file is not a task.
@@ -247,7 +247,7 @@ def load_task(name: str | Path) -> Task:
 
 
 def table_task(path: Path, *, with_images: bool = True) -> Task:
-    """The task that a file of one's own questions is: rows of image, question, answer and metric.
+    """The task that a file of your own questions is: rows of image, question, answer and metric.
 
     Without images the rows have none, and a column of that name is refused.
 

@@ -26,7 +26,7 @@ class TextQuestions:
 
 
 def load_text_questions(path: str, *, limit: int | None = None) -> TextQuestions:
-    """Read a table of questions: rows of question, answer and metric, as one's own questions about images.
+    """Read a table of questions: rows of question, answer and metric, as your own questions about images.
 
     Raises:
         UserError: the file can't be read, lacks a column, or has images.

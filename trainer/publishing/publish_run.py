@@ -14,7 +14,7 @@ from llava_llama31.trainer.publishing.hub_calls import redact
 from llava_llama31.trainer.publishing.publish import publish
 from llava_llama31.trainer.publishing.published import is_outstanding
 from llava_llama31.trainer.publishing.release import Release
-from llava_llama31.trainer.publishing.staging import public_copy
+from llava_llama31.trainer.publishing.staging import named_copy, public_copy
 from llava_llama31.trainer.recipes.schema import Publish
 
 
@@ -29,7 +29,7 @@ def publish_folder(
     hub_logging.set_verbosity_error()  # its warnings show signed addresses
     resume = publish_line(path, repo_id, private=private, collection=collection)
     try:
-        folder = public_copy(path, repo_id) if RunFolder(path).record.is_file() else path
+        folder = (public_copy if RunFolder(path).record.is_file() else named_copy)(path, repo_id)
         release = Release(folder, repo_id, private, resume, collection)
         return publish(release, dry_run=dry_run, say=lambda line: say(redact(line)))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""RUN/publish: a finished run's export under its public name."""
+"""What is published, under its public name: RUN/publish of a finished run, FOLDER-publish of an exported folder."""
 
 import os
 import shutil
@@ -25,21 +25,43 @@ def public_copy(run: Path, repo_id: str) -> Path:
     export = folder.export
     if not (export / atomic_folders.MANIFEST).is_file() or any(check_manifest(Contents(export, ""))):
         export = export_again(folder)
-    staged = atomic_folders.staging_folder(run / STAGED)
-    shutil.copytree(export, staged, copy_function=link, dirs_exist_ok=True)
-    manifest = atomic_folders.read_manifest(export)
-    (entry,) = (entry for entry in manifest["files"] if entry["name"] == CARD)
-    former = (export / CARD).read_text(encoding="utf-8")
+    (entry,) = (entry for entry in atomic_folders.read_manifest(export)["files"] if entry["name"] == CARD)
+    card = former = (export / CARD).read_text(encoding="utf-8")
     if atomic_folders.sha256(export / CARD) == entry["sha256"] or has_sections(former):
         record = atomic_folders.read_json(folder.record) | {"name": repo_id.rpartition("/")[2], "model_id": repo_id}
-        (staged / CARD).unlink()
-        (staged / CARD).write_text(card_text(record, former), encoding="utf-8")
-    entry |= {"size": (staged / CARD).stat().st_size, "sha256": atomic_folders.sha256(staged / CARD)}
+        card = card_text(record, former)
+    return _copy_with_card(export, run / STAGED, card)
+
+
+def named_copy(folder: Path, repo_id: str) -> Path:
+    """Write FOLDER-publish, whose card names the repository in its code; the folder itself if it needs no change."""
+    from llava_llama31.model_card.card import card_for
+
+    try:
+        former = (folder / CARD).read_text(encoding="utf-8")
+        atomic_folders.read_manifest(folder)
+    except (OSError, ValueError):  # the gate names what is wrong with them
+        return folder
+    card = card_for(former, repo_id)
+    folder = folder.resolve()
+    return folder if card == former else _copy_with_card(folder, folder.with_name(f"{folder.name}-{STAGED}"), card)
+
+
+def _copy_with_card(source: Path, target: Path, card: str) -> Path:
+    """A copy with another card; its other files are links."""
+    staged = atomic_folders.staging_folder(target)
+    shutil.copytree(source, staged, copy_function=link, dirs_exist_ok=True)
+    (staged / CARD).unlink()
+    (staged / CARD).write_text(card, encoding="utf-8")
+    manifest = atomic_folders.read_manifest(source)
+    for entry in manifest["files"]:
+        if entry["name"] == CARD:
+            entry |= {"size": (staged / CARD).stat().st_size, "sha256": atomic_folders.sha256(staged / CARD)}
     (staged / atomic_folders.MANIFEST).unlink()
     atomic_folders.write_manifest(staged, manifest)
-    atomic_folders.remove(run / STAGED)
-    os.replace(staged, run / STAGED)
-    return run / STAGED
+    atomic_folders.remove(target)
+    os.replace(staged, target)
+    return target
 
 
 def link(source: str, target: str) -> None:

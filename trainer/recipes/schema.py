@@ -448,9 +448,9 @@ class Evaluation(_Frozen):
     """Questions on which the finished model is scored: TextVQA-format ones, or those of a task."""
 
     task: str | None = None
-    """A shipped task, or a file of one's own: YAML, or a table of questions; default: TextVQA's protocols."""
+    """A shipped task, or a file of your own: YAML, or a table of questions; default: TextVQA's protocols."""
     data: str | None = None
-    """File or folder of the questions; a file of one's own may name it."""
+    """File or folder of the questions; a file of your own may name it."""
     image_root: str | None = None
     """Folder of the images; default: the folder of `data`."""
     name: str = "validation"

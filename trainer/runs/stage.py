@@ -108,7 +108,7 @@ def _train(run: StageRun, trainer: LlavaTrainer, derived: Derived) -> None:
     if trainer.guard.requests.stopped:
         raise Interrupted(
             f"stage {run.name} stopped at step {trainer.state.global_step} of {derived.steps} and is saved; "
-            "run the same command again to go on",
+            "run the same command to resume",
             agreed=True,
         )
     run.context.signals.act()

@@ -260,8 +260,8 @@ def print_report(report: DataReport) -> None:
             for reason, number in source.dropped.items():
                 ids = ", ".join(map(printable, source.first_ids[reason]))
                 reasons.append((reason, f"{number:,}", action_for(report.policy, reason), ids, REASONS[reason]))
-            names = ("reason", "records", "action", "first ids", "meaning")
-            terminal.table(names, reasons, numbers=("records",))
+            columns = ("reason", "records", "action", "first ids", "meaning")
+            terminal.table(columns, reasons, numbers=("records",))
         if source.not_read:
             terminal.print(source.not_read_line())
         statistics = source.statistics()
