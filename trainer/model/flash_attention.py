@@ -96,7 +96,7 @@ def _tower_fault(num_heads: int, size: int, device: torch.device, dtype: torch.d
             inputs = [x.to(device, dtype).requires_grad_() for x in drawn]
             backends = [SDPBackend.MATH] if exact else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
             with torch.autocast(device.type, enabled=False), sdpa_kernel(backends):
-                output = F.scaled_dot_product_attention(*inputs)
+                output = F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2])
             results.append((output, *torch.autograd.grad(output.float().square().sum(), inputs)))
     except RuntimeError as error:
         return f"the tower's attention: {str(error).partition(chr(10))[0]}"

@@ -47,7 +47,8 @@ def adapted_tower_pattern(model: LlavaNextForConditionalGeneration) -> str:
         ValueError: nothing is known of the layers of such a tower.
     """
     if not _tower_layers(model):
-        raise ValueError(f"the layers of a {model.config.vision_config.model_type} tower are not known")
+        tower: Any = model.config.vision_config
+        raise ValueError(f"the layers of a {tower.model_type} tower are not known")
     layers = _tower_layers(model)[0]
     names = {id(module): name for name, module in model.named_modules()}
     linear = [name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)]
