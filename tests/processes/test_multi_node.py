@@ -138,6 +138,19 @@ def test_machines_that_see_different_things_are_refused(forks, recipe_content, d
         assert sorted(text.count(message) for text in outputs) == [0, 1], outputs
 
 
+def test_a_machine_without_the_questions_is_refused_before_training(forks, recipe_content, tmp_path):
+    """All processes answer them at the end of the run."""
+    questions = Path(recipe_content["evaluation"]["data"])
+    for node in (0, 1):
+        recipe_content["evaluation"]["data"] = str(questions if node == 0 else tmp_path / "none.jsonl")
+        (tmp_path / f"recipe-{node}.yaml").write_text(yaml.safe_dump(recipe_content, sort_keys=False))
+    arguments = (str(tmp_path / "recipe-{node}.yaml"), "--output", str(tmp_path / "run"))
+    jobs = forked_machines(forks, tmp_path, *arguments)
+    outputs = [job.communicate(timeout=200)[0] for job in jobs]
+    assert jobs[1].returncode == 2 and "none.jsonl" in outputs[1], outputs
+    assert jobs[0].returncode and not list((tmp_path / "run").glob("stages/*/checkpoint-*"))
+
+
 # What the script calls of Slurm: tasks in sessions of their own, with its variables; the highest exit code.
 SRUN = """#!{python}
 import os, subprocess, sys

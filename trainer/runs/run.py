@@ -28,6 +28,7 @@ from llava_llama31.trainer.report.run_facts import run_facts
 from llava_llama31.trainer.runs.base_model import base_of, prepare
 from llava_llama31.trainer.runs.console import make_console, print_summary
 from llava_llama31.trainer.runs.context import RunContext, StageRun
+from llava_llama31.trainer.runs.final_evaluation import check_evaluations
 from llava_llama31.trainer.runs.finish import finish
 from llava_llama31.trainer.runs.finished import finished_line
 from llava_llama31.trainer.runs.named_paths import check_paths
@@ -115,6 +116,8 @@ def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
             record = check_publishing(run)
             check_inputs(run)
         state.wait_for_everyone()
+        if state.is_local_main_process and not run.is_main:
+            check_evaluations(recipe)  # this machine's processes will ask some of the questions
         with pushing(recipe, folder.path, record, run.console.print) as pusher:
             final, records = _run_stages(replace(run, pusher=pusher))
             summary = finish(run, final, records, minutes)
