@@ -19,7 +19,7 @@ from llava_llama31.trainer.fault_tolerance.step_health import summed
 ROOT = Path(__file__).parents[1]
 # what knows one make's GPUs and is meant to: facts about them, and kernels that only they have
 OF_CUDA = {"trainer/distributed/devices.py", "trainer/doctor/facts.py", "trainer/doctor/probe.py"}
-OF_CUDA |= {"trainer/doctor/ranks.py", "trainer/model/device_options.py"}
+OF_CUDA |= {"trainer/doctor/ranks.py", "trainer/model/device_options.py", "trainer/model/flash_attention.py"}
 
 
 @pytest.fixture
