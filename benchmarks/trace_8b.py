@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +47,7 @@ from llava_llama31.trainer.model.device_options import checkpoint_activations
 from llava_llama31.trainer.model.module_groups import freeze, group_parameters
 from llava_llama31.trainer.planning.model_sizes import model_config
 from llava_llama31.trainer.planning.plan import setup_of
+from llava_llama31.trainer.recipes.deepspeed_files import shipped_deepspeed_files
 from llava_llama31.trainer.recipes.loading import load_recipe
 from llava_llama31.trainer.recipes.schema import Recipe, Stage
 from llava_llama31.trainer.training.optimizers import AdamWBfloat16
@@ -170,12 +171,13 @@ def trace(
         memory.watch(list(model.parameters()))
         for _ in range(STEPS):
             memory.restart()
-            for _ in range(accumulation):
-                loss = run.forward(batch)
-                traced.forward = memory.restart()
-                run.backward(loss)
-                del loss
-                traced.backward = memory.restart()
+            for number in range(1, accumulation + 1):
+                with run.before_the_last() if number < accumulation else nullcontext():
+                    loss = run.forward(batch)
+                    traced.forward = memory.restart()
+                    run.backward(loss)
+                    del loss
+                    traced.backward = memory.restart()
             traced.missing = run.without_gradient()
             run.step()
             traced.step = memory.restart()
@@ -208,6 +210,12 @@ class _Run:
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
         with self.autocast:
             return self.wrapped(**batch, num_items_in_batch=100).loss
+
+    def before_the_last(self) -> AbstractContextManager[None]:
+        """Around a micro-batch whose gradients are not reduced yet, as the Trainer has it."""
+        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            return self.wrapped.no_sync()
+        return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -335,7 +343,10 @@ def _single(config: LlavaLlama31Config, stage: Stage, num_devices: int, accumula
 
 def _ddp(config: LlavaLlama31Config, stage: Stage, num_devices: int, accumulation: int) -> tuple[nn.Module, _Run]:
     model = _plain(config, stage)
-    wrapped = nn.parallel.DistributedDataParallel(model, init_sync=False, find_unused_parameters=True)
+    # unused parameters are looked for, as they aren't in training: else DDP reads its buckets, which are fake
+    wrapped = nn.parallel.DistributedDataParallel(
+        model, init_sync=False, find_unused_parameters=True, gradient_as_bucket_view=True
+    )
     wrapped.register_comm_hook(None, _reduced_alone)
     return model, _Run(model, wrapped, stage, stage.precision != "float32")
 
@@ -392,26 +403,16 @@ def deepspeed_settings(
 ) -> dict[str, Any]:
     """The shipped file's settings, with Transformers' values for "auto"."""
     hidden = config.text_config.hidden_size
-    zero: dict[str, Any] = {
-        "stage": number,
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": hidden**2,
-    }
-    if number == 3:
-        zero |= {
-            "sub_group_size": 1e9,
-            "stage3_prefetch_bucket_size": int(0.9 * hidden**2),
-            "stage3_param_persistence_threshold": 10 * hidden,
-            "stage3_max_live_parameters": 1e9,
-            "stage3_max_reuse_distance": 1e9,
-        }
+    shipped = shipped_deepspeed_files()[f"zero{number}"]
+    auto = {"stage3_param_persistence_threshold": 10 * hidden}
+    zero = {key: auto[key] if value == "auto" else value for key, value in shipped["zero_optimization"].items()}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": accumulation * num_devices,
         "gradient_clipping": stage.max_grad_norm,
         "bf16": {"enabled": stage.precision != "float32"},
+        "data_types": shipped.get("data_types", {}),
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
     }
@@ -478,7 +479,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     engine = options.engines[0]
     prefix = f"stages.{options.stage}."
     overrides = [f"{prefix}{override}" for override in options.overrides]
-    overrides.append(f"{prefix}deepspeed={'zero3' if engine.startswith('zero') else 'null'}")
+    overrides.append(f"{prefix}deepspeed={engine if engine.startswith('zero') else 'null'}")
     recipe = load_recipe(options.recipe, overrides=overrides)
     stage = recipe.stages[options.stage]
     config = config_of(recipe) if options.shape == "recipe" else SHAPES[options.shape].config

@@ -32,7 +32,7 @@ from llava_llama31.trainer.model.module_groups import freeze
 from llava_llama31.trainer.model.stage_model import use_device_options
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.training import optimizers
-from llava_llama31.trainer.training.optimizers import AdamWBfloat16, round_by_chance
+from llava_llama31.trainer.training.optimizers import AdamWBfloat16, round_stochastically
 from llava_llama31.trainer.training.portable_state import load_portable_state, portable_state
 from llava_llama31.trainer.training.training_args import OWNED_BY_STAGE, PASSED_THROUGH, REFUSED
 
@@ -69,13 +69,13 @@ def train(optimizer, parameters, steps, seed=1):
 
 def test_rounding_by_chance_is_right_on_average_and_keeps_what_is_not_finite():
     x = torch.tensor([1 + 2**-9, -3.0, 1e-30, 0.0, 7 + 2**-7]).repeat(20_000, 1)
-    rounded = round_by_chance(x, torch.Generator().manual_seed(0)).float()
+    rounded = round_stochastically(x, torch.Generator().manual_seed(0)).float()
     spacing = torch.tensor([2**-7, 0, 1e-32, 0, 2**-5])
     assert ((rounded - x).abs() <= spacing).all() and rounded[:, 0].unique().numel() == 2
     torch.testing.assert_close(rounded.mean(0), x[0], rtol=1e-4, atol=0)
     odd = torch.tensor([float("inf"), -float("inf"), float("nan")])
     odd = torch.cat([odd, torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)])  # a GPU's NaN
-    kept = round_by_chance(odd, torch.Generator().manual_seed(0))
+    kept = round_stochastically(odd, torch.Generator().manual_seed(0))
     assert kept[:2].tolist() == odd[:2].tolist() and kept[2:].isnan().all()
 
 

@@ -17,7 +17,7 @@ from llava_llama31 import packed_llama_llava_llama31 as packed
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.asker import FAILED_ALIKE, Asker
 from llava_llama31.trainer.model import flash_attention
-from llava_llama31.trainer.model.device_options import deterministic
+from llava_llama31.trainer.model.device_options import numerical_settings
 from llava_llama31.trainer.model.stage_model import check_attention
 from llava_llama31.trainer.recipes.schema import Stage
 
@@ -228,7 +228,7 @@ def test_a_deterministic_stage_runs_under_torchs_own_rule(is_deterministic, tiny
     stage = Stage.model_validate(STAGE | {"deterministic": is_deterministic})
     rows = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
     row = collate(rows, packed=True, share_prefix=True)
-    with deterministic(stage):
+    with numerical_settings(stage):
         assert torch.are_deterministic_algorithms_enabled() == is_deterministic
         tiny_model.train()(**row).loss.backward()
     assert not torch.are_deterministic_algorithms_enabled()
@@ -238,7 +238,7 @@ def test_a_deterministic_stage_runs_under_torchs_own_rule(is_deterministic, tiny
 def test_a_float32_stage_uses_no_tf32(precision):
     """PyTorch's own choice is to use it in convolutions, as the patch embedding is one, and in no other product."""
     assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
-    with deterministic(Stage.model_validate(STAGE | {"precision": precision})):
+    with numerical_settings(Stage.model_validate(STAGE | {"precision": precision})):
         assert torch.backends.cudnn.allow_tf32 == (precision != "float32")
     assert torch.backends.cudnn.allow_tf32
 

@@ -61,6 +61,7 @@ def engine_options(engine: str, folder: Path) -> tuple[str, str | None]:
     content = json.loads((ROOT / f"examples/deepspeed/{engine}.json").read_text())
     if content["zero_optimization"]["stage"] == 3:
         content["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # small weights would stay whole
+        content["zero_optimization"]["reduce_bucket_size"] = "auto"  # several buckets
     content["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own for the host takes minutes to compile
     file = folder / f"{engine}.json"
     file.write_text(json.dumps(content))
@@ -293,6 +294,64 @@ def test_float8_under_fsdp2_trains_as_in_one_process(start, forks, recipe_conten
     wide, single, run = (losses_of(tmp_path / name) for name in ("wide", "single", "run"))
     assert len(single) >= 4 and single == pytest.approx(wide, rel=5e-2) and single != wide
     assert run == pytest.approx(single, rel=1e-2)
+
+
+READ = """
+import json, os, sys
+from pathlib import Path
+from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
+
+restore_best = LlavaTrainer.restore_best  # what follows a stage's training
+
+def read(self):
+    engine = self.model_wrapped
+    if self.is_deepspeed_enabled:
+        found = {
+            "sums": str(engine.get_data_types()[1]),
+            "reduce": engine.zero_reduce_bucket_size(),
+            "allgather": engine.zero_allgather_bucket_size(),
+            "prefetch": engine.zero_prefetch_bucket_size(),
+            "overlap": engine.zero_overlap_comm(),
+        }
+    else:
+        found = {"views": engine.gradient_as_bucket_view, "static": engine.static_graph}
+    Path(os.environ["FOUND"] + os.environ["RANK"]).write_text(json.dumps(found))
+    restore_best(self)
+
+LlavaTrainer.restore_best = read
+sys.exit(main())
+"""
+ZERO = {"sums": "torch.float32", "reduce": 5e8, "allgather": 5e8, "overlap": True}
+SET = {
+    "ddp": {"views": True, "static": False},
+    "zero1": {**ZERO, "sums": "torch.bfloat16"},
+    "zero2": ZERO,
+    "zero3": {**ZERO, "reduce": 2e8, "prefetch": 1e8},
+}
+
+
+@pytest.mark.parametrize("engine", at_length(*SET))
+def test_an_engine_has_the_settings_of_its_file_and_trains_as_one_process(forks, recipe_content, tmp_path, engine):
+    """In bfloat16, whose gradients add up in float32 where the file says so."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    del recipe_content["evaluation"], recipe_content["stages"]["projector"]
+    keys = {"precision": "bfloat16", "logging_steps": 1, "micro_batch": 1, "max_steps": 4, "epochs": None}
+    recipe_content["stages"]["instruct"] |= keys
+    plain = write(recipe_content, tmp_path / "plain.yaml")
+    finish(forks.start("train", plain, "--output", tmp_path / "plain", engines=True))
+    recipe = write(recipe_content, tmp_path / "recipe.yaml", engine if engine.startswith("zero") else None)
+    (tmp_path / "read.py").write_text(READ)
+    arguments = ("train", recipe, "--output", tmp_path / "run")
+    variables = {"FOUND": str(tmp_path / "found")}
+    script = str(tmp_path / "read.py")
+    finish(forks.start(*arguments, processes=2, launcher=DDP, script=script, variables=variables))
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"found{rank}").read_text())
+        assert {key: found[key] for key in SET[engine]} == SET[engine]
+    losses = [losses_of(tmp_path / name) for name in ("plain", "run")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2) and len(losses[0]) == 4
 
 
 def test_sharded_8_bit_moments_in_a_checkpoint(forks, tmp_path):

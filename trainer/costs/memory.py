@@ -68,12 +68,14 @@ class ZeroSettings:
         max_live: parameters that ZeRO-3 keeps gathered at most.
         sub_group: parameters that ZeRO-3's optimizer steps at once.
         overlap: whether reducing overlaps the backward pass.
+        wide_sums: gradients add up in float32, whatever their type.
     """
 
     reduce_bucket: float | None = None
     max_live: float = 1e9
     sub_group: float = 1e9
     overlap: bool = True
+    wide_sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -291,8 +293,15 @@ class _Step:
         if self.engine.name == "ddp" and self.num_devices > 1:
             return float(self.setup.num_trained * self.kept_w)
         if self.engine.deepspeed and self.engine.shards_weights and not self.engine.offloads_optimizer:
-            return self.setup.num_trained * self.a / self.num_devices
+            return self.setup.num_trained * self.summed / self.num_devices
         return 0.0
+
+    @property
+    def summed(self) -> int:
+        """Bytes of a gradient where those of several micro-batches add up."""
+        if self.engine.deepspeed and self.engine.shards_gradients and self.setup.zero.wide_sums:
+            return 4
+        return self.a if self.engine.deepspeed and self.engine.shards_weights else self.kept_w
 
     @cached_property
     def gradients(self) -> float:
@@ -301,20 +310,22 @@ class _Step:
             return 0.0
         if self.engine.deepspeed and self.engine.shards_weights:
             return self.kept_gradients
+        if self.engine.name == "ddp" and self.num_devices > 1 and not self.setup.accumulates:
+            return self.kept_gradients  # of which they are views, once the micro-batch that is reduced has its own
         shares = self.num_devices if self.engine.shards_gradients else 1
-        return self.kept_gradients + self.setup.num_trained * self.kept_w / shares
+        return self.kept_gradients + self.setup.num_trained * self.summed / shares
 
     @cached_property
     def step_extra(self) -> float:
         """Temporary memory of the optimizer's step.
 
-        ZeRO-1/2 flatten their shard of the gradients and widen narrow types (a + 4 bytes); ZeRO-3 does so for one
-        sub-group at a time. Fused AdamW works in place.
+        ZeRO-1/2 flatten their shard of the gradients' sums and widen narrow ones (2 + 4 bytes); ZeRO-3 does so for
+        one sub-group at a time. Fused AdamW works in place.
         """
         if self.engine.deepspeed:
             if self.engine.offloads_optimizer:
                 return 0.0
-            per_number = 6 if self.half else 4
+            per_number = 6 if self.half and self.summed < 4 else 4
             share = self.setup.num_trained / self.num_devices
             if not self.engine.shards_weights:
                 # by then only the shard of ZeRO-1's gradients is left

@@ -53,6 +53,16 @@ def refuse_unused_gpus() -> None:
         )
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for all of a launch: the first one, or the only one."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The type for sums on a device; Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def device_name(device: torch.device) -> str:
     """A GPU's model, e.g. NVIDIA H100 80GB HBM3; the type of any other device."""
     if device.type == "cuda":

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
+from llava_llama31.trainer.distributed.devices import widest_float
 from llava_llama31.trainer.errors import Unhealthy
 
 
@@ -160,7 +161,7 @@ def culprits_of(losses: Sequence[torch.Tensor], records: Callable[[], Records]) 
 
 def summed(values: Sequence[torch.Tensor | float], device: torch.device) -> list[float]:
     """Sum each value over the processes: one collective if there are several, and one device sync."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs have not
+    dtype = widest_float(device)
     there = [
         # copied from the host, each number would make it wait
         value.to(device, dtype)

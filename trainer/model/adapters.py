@@ -63,13 +63,13 @@ def adapt(
     )
     adapted = get_peft_model(model, config)
     # PEFT's own draw differs under ZeRO-3, which shards weights as they are created
-    chance = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
             for linear in module.lora_A.values():
                 assert isinstance(linear, torch.nn.Linear)
                 with gathered(cast(torch.nn.Parameter, linear.weight), changed=True):
-                    _draw(linear, chance)
+                    _draw(linear, generator)
     return adapted
 
 
@@ -114,9 +114,9 @@ def take_dequantized(model: torch.nn.Module, quantized: torch.nn.Module) -> None
 
 
 @torch.no_grad()
-def _draw(linear: torch.nn.Linear, chance: torch.Generator) -> None:
+def _draw(linear: torch.nn.Linear, generator: torch.Generator) -> None:
     # like PEFT and nn.Linear (He et al., 2015), but on the CPU, so that every device gets the same values
     fresh = torch.empty(linear.out_features, linear.in_features)
-    torch.nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=chance)
+    torch.nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
     if linear.weight.numel():
         linear.weight.copy_(fresh)

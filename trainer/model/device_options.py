@@ -108,10 +108,11 @@ def _check_fp8(where: str) -> None:
 
 
 @contextmanager
-def deterministic(stage: Stage) -> Iterator[None]:
-    """Context in which a stage that asks for it computes the same bits each time; an operation that can't fails.
+def numerical_settings(stage: Stage) -> Iterator[None]:
+    """Context with PyTorch's settings for a stage.
 
-    A stage in float32 computes in float32: cuDNN's convolutions, the patch embedding, use no TF32 in it.
+    One with `deterministic` computes the same bits each time; an operation that can't fails. One in float32 computes
+    in float32: cuDNN's convolutions, the patch embedding, use no TF32 in it.
     """
     before, narrows = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
     if stage.precision == "float32":  # torch narrows no product of matrices by itself, but a GPU's convolutions

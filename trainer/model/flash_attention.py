@@ -22,6 +22,7 @@ from torch.nn.attention import (
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.packed_llama_llava_llama31 import varlen_fault
+from llava_llama31.trainer.distributed.devices import is_first_process
 
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def leave_if_faulty(model: LlavaLlama31ForConditionalGeneration, device: torch.d
         fault = _tower_fault(heads, vision.hidden_size // heads, device, dtype)
     if fault is not None:
         restore_flash_attention_impl()
-        logger.warning("%s isn't used: %s", active, fault)
+        if is_first_process():
+            logger.warning("%s isn't used: %s", active, fault)
 
 
 def _activated(device: torch.device) -> str | None:
@@ -72,7 +74,8 @@ def _activated(device: torch.device) -> str | None:
         try:
             activate_flash_attention_impl(name)
         except (ImportError, RuntimeError, AttributeError, OSError) as error:  # of packages built for another PyTorch
-            logger.warning("%s is installed but can't be used: %s", name, str(error).partition("\n")[0])
+            if is_first_process():
+                logger.warning("%s is installed but can't be used: %s", name, str(error).partition("\n")[0])
         else:
             logger.info("attention by %s", name)
             return name

@@ -12,6 +12,7 @@ import torch
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.packed_llama_llava_llama31 import PLAIN, Arithmetic, LlavaLlama31TextModel
+from llava_llama31.trainer.distributed.devices import is_first_process
 from llava_llama31.trainer.errors import UserError
 
 
@@ -45,7 +46,7 @@ def fuse_layers(model: LlavaLlama31ForConditionalGeneration, device: torch.devic
         if fault is None:
             language_model.fuse(torch.compile, remakes=remakes)
             return
-        if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        if is_first_process():
             logger.warning("norms, rotary embeddings and MLPs run unfused, which is slower: %s", fault)
     if remakes:
         language_model.fuse(_plain, remakes=True)

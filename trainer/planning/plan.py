@@ -216,13 +216,14 @@ def _zero_settings(stage: Stage, engine: Engine) -> ZeroSettings:
     """Sizes of DeepSpeed's buffers where the stage's file names them; its defaults else."""
     if not engine.deepspeed or stage.deepspeed is None:
         return ZeroSettings()
-    zero = _zero_content(stage.deepspeed, "")
+    zero, types = _zero_content(stage.deepspeed, ""), deepspeed_content(stage.deepspeed, "").get("data_types", {})
     bucket = zero.get("reduce_bucket_size", 5e8)
     return ZeroSettings(
         reduce_bucket=None if bucket == "auto" else float(bucket),
         max_live=float(zero.get("stage3_max_live_parameters", 1e9)),
         sub_group=float(zero.get("sub_group_size", 1e9)),
         overlap=bool(zero.get("overlap_comm", True)),
+        wide_sums=types.get("grad_accum_dtype") == "fp32",
     )
 
 

@@ -241,7 +241,7 @@ class Stage(_Frozen):
     precision: Literal["float32", "bfloat16", "bfloat16-weights"] = "bfloat16"
     """float32; bfloat16 autocast over float32 weights; or weights, gradients and optimizer in bfloat16 as well."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16"] = "adamw"
-    """Fused AdamW; its two moments in 8 bits (torchao or bitsandbytes); or in bfloat16, rounded by chance."""
+    """Fused AdamW; its two moments in 8 bits (torchao or bitsandbytes); or in bfloat16, rounded stochastically."""
     compile: bool = False
     """torch.compile for norms, projections and MLPs of the language model on packed rows."""
     fp8: bool = False

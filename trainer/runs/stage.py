@@ -21,7 +21,7 @@ from llava_llama31.trainer.distributed.engine import check_resumable, forget_dee
 from llava_llama31.trainer.errors import Interrupted
 from llava_llama31.trainer.fault_tolerance.out_of_memory import advising
 from llava_llama31.trainer.fault_tolerance.watchdog import kill_workers
-from llava_llama31.trainer.model.device_options import deterministic
+from llava_llama31.trainer.model.device_options import numerical_settings
 from llava_llama31.trainer.model.flash_attention import faster_attention
 from llava_llama31.trainer.model.stage_model import (
     base_model,
@@ -51,7 +51,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         Interrupted: when a signal came; while the stage trained, after a checkpoint.
         UserError: naming what to fix.
     """
-    with advising(run.stage, run.where), deterministic(run.stage), faster_attention(default_device()):
+    with advising(run.stage, run.where), numerical_settings(run.stage), faster_attention(default_device()):
         return _run_stage(run)
 
 

@@ -125,6 +125,7 @@ def stage_trainer(
             validation_lengths=data.validation.lengths,
             packed=stage.packing,
             device_tiles=DeviceTiles(processor, pixel_dtype) if stage.device_tiles else None,
+            questions=_questions(run),
         ),
         processor=processor,
         meter=_meter(base_model(model, stage), stage, processor, args.device),
@@ -138,7 +139,6 @@ def stage_trainer(
             sources=[source.name for source in stage.data],
             layers=layer_classes(base_model(model, stage)),
         ),
-        questions=_questions(run),
         callbacks=[
             StageProgress(run.context.console, run.name),
             StopOnPlateau(stage),

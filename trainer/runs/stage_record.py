@@ -75,7 +75,7 @@ def _final_metrics(trainer: LlavaTrainer) -> dict[str, Any]:
     for entry in reversed(trainer.state.log_history):
         if entry["step"] == step and ("eval_loss" in entry or "eval_accuracy" in entry):
             return entry
-    measures = len(trainer.batches.validation) > 0 or len(trainer.questions) > 0
+    measures = len(trainer.batches.validation) > 0 or len(trainer.batches.questions) > 0
     return trainer.evaluate() if measures else {}
 
 

@@ -1,6 +1,6 @@
 """The micro-batches of a stage as a rank of it draws them, and the records that they are made of."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from llava_llama31.trainer.data.batches.collator import Collator
 from llava_llama31.trainer.data.batches.dataset import StageDataset
 from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
 from llava_llama31.trainer.fault_tolerance.step_health import Records
 from llava_llama31.trainer.fault_tolerance.watchdog import loader_failure, set_up_worker
@@ -38,6 +39,7 @@ class StageBatches:
         validation_lengths: of the validation rows.
         packed: micro-batches are packed rows.
         device_tiles: makes the tiles of micro-batches that come with `pixels` instead.
+        questions: sets asked at every evaluation, beside the loss on the validation rows.
     """
 
     training: StageDataset
@@ -47,6 +49,7 @@ class StageBatches:
     validation_lengths: Lengths
     packed: bool
     device_tiles: DeviceTiles | None = None
+    questions: Sequence[TrainingQuestions] = ()
 
 
 class BatchLoader:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     LlavaNextForConditionalGeneration,
@@ -40,7 +41,6 @@ from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.data.batches.batch_order import RankBatches
 from llava_llama31.trainer.distributed.engine import fsdp_plugin, uses_fsdp
 from llava_llama31.trainer.distributed.parameters import unsharded, whole_parameters
-from llava_llama31.trainer.evaluation.in_training import TrainingQuestions
 from llava_llama31.trainer.fault_tolerance.stage_guard import Guard
 from llava_llama31.trainer.training.batch_loading import BatchLoader, StageBatches, num_supervised, sent
 from llava_llama31.trainer.training.meter import Meter
@@ -90,7 +90,6 @@ class LlavaTrainer(Trainer):
 
     Args:
         model: the model, or a PEFT model around it, already frozen as the stage wants it.
-        questions: sets asked at every evaluation, beside the loss on the validation rows.
     """
 
     def __init__(
@@ -103,11 +102,10 @@ class LlavaTrainer(Trainer):
         meter: Meter,
         guard: Guard,
         options: TrainerOptions,
-        questions: Sequence[TrainingQuestions] = (),
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.batches, self.processor, self.options = batches, processor, options
-        self.meter, self.guard, self.questions = meter, guard, questions
+        self.meter, self.guard = meter, guard
         self.loader = BatchLoader(batches, args, guard)
         self.saving_to: Path | None = None
         self._losses: list[torch.Tensor] = []  # of the step's micro-batches so far
@@ -128,7 +126,11 @@ class LlavaTrainer(Trainer):
 
     def _build_accelerator_args(self, **kwargs: object) -> dict[str, Any]:
         own = {"fsdp_plugin": fsdp_plugin(bfloat16=self.args.bf16, layers=self.options.layers)} if uses_fsdp() else {}
-        return super()._build_accelerator_args(**kwargs) | own
+        given = super()._build_accelerator_args(**kwargs) | own
+        for handler in given["kwargs_handlers"]:
+            if isinstance(handler, DistributedDataParallelKwargs):
+                handler.gradient_as_bucket_view = True  # gradients exist once, not in DDP's buckets besides
+        return given
 
     def get_train_dataloader(self) -> DataLoader:
         return self.loader.loader(self.batches.training, self.loader.training_batches())
@@ -234,7 +236,7 @@ class LlavaTrainer(Trainer):
                 loss = validation_loss(self.loader, self.batches.validation, self.model_wrapped, self._loss_of)
                 check_finite(f"{metric_key_prefix}_loss", loss, f"{self.guard.where}, step {self.state.global_step}")
                 metrics |= {f"{metric_key_prefix}_loss": loss, **self.sources.read_evaluation(metric_key_prefix)}
-            for asked in self.questions:
+            for asked in self.batches.questions:
                 found = asked.ask(
                     self._base(self._stage_model),
                     self.processor,

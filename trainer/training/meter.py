@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llava_llama31.processing import IGNORE_INDEX
 from llava_llama31.trainer.costs.flops import ModelShape, Work, needed_flops
 from llava_llama31.trainer.costs.matrix_peak import measure_matrix_peak
 from llava_llama31.trainer.distributed.devices import forget_peak, peak_allocated
@@ -97,7 +98,7 @@ class Meter:
             return work, padding
         mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
         lengths = mask.sum(dim=1).tolist()
-        supervised = ((labels != -100)[mask].nonzero()[:, 0] - 1).tolist()
+        supervised = ((labels != IGNORE_INDEX)[mask].nonzero()[:, 0] - 1).tolist()
         work = Work.pruned(
             [[length] for length in lengths], supervised, num_tiles=num_tiles, num_image_features=num_image_features
         )

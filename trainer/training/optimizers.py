@@ -138,7 +138,7 @@ class AdamWBfloat16(torch.optim.Optimizer):
 
     def _update(self, parameter: torch.nn.Parameter, grad: torch.Tensor, group: dict[str, Any], place: int) -> None:
         state = self.state[parameter]
-        chance = torch.Generator(parameter.device).manual_seed((state["step"] << 24) + place)
+        generator = torch.Generator(parameter.device).manual_seed((state["step"] << 24) + place)
         (beta1, beta2), rate = group["betas"], group["lr"]
         rest1, rest2 = (1 - beta ** state["step"] for beta in (beta1, beta2))
         flat = (x.view(-1).split(_CHUNK) for x in (parameter, state["exp_avg"], state["exp_avg_sq"]))
@@ -150,7 +150,7 @@ class AdamWBfloat16(torch.optim.Optimizer):
             deviation = (new_square / rest2).sqrt_().add_(group["eps"])
             new_weight.addcdiv_(new_mean, deviation, value=-rate / rest1)
             for target, source in ((weight, new_weight), (mean, new_mean), (square, new_square)):
-                target.copy_(round_by_chance(source, chance) if target.dtype == torch.bfloat16 else source)
+                target.copy_(round_stochastically(source, generator) if target.dtype == torch.bfloat16 else source)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As the parent's, but with the moments in bfloat16 and not in their parameter's dtype."""
@@ -160,9 +160,9 @@ class AdamWBfloat16(torch.optim.Optimizer):
                 state[name] = state[name].to(torch.bfloat16)
 
 
-def round_by_chance(x: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
+def round_stochastically(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """float32 numbers rounded stochastically to bfloat16: to a neighbour, more likely to the nearer one."""
-    return _rounded(x, torch.randint(0, 1 << 16, x.shape, generator=chance, device=x.device, dtype=torch.int32))
+    return _rounded(x, torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32))
 
 
 def update_in_place(

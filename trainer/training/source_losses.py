@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llava_llama31.trainer.distributed.devices import widest_float
+
 
 _FIELDS = ("loss", "accuracy", "tokens")
 _KEY = "_by_source/"
@@ -25,9 +27,8 @@ class SourceLosses:
 
     def __init__(self, names: Sequence[str], device: torch.device):
         self.names = list(names)
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         # rows: sources; columns: sum of losses, number of hits, number of tokens
-        self._step = torch.zeros(len(self.names), 3, dtype=dtype, device=device)
+        self._step = torch.zeros(len(self.names), 3, dtype=widest_float(device), device=device)
         self._since = torch.zeros_like(self._step)
         self._asked: tuple[torch.Tensor, torch.Tensor] | None = None
 

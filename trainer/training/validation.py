@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from llava_llama31.trainer.data.batches.dataset import StageDataset
 from llava_llama31.trainer.errors import Unhealthy
-from llava_llama31.trainer.training.batch_loading import BatchLoader
+from llava_llama31.trainer.training.batch_loading import BatchLoader, num_supervised
 
 
 def validation_loss(
@@ -29,7 +29,7 @@ def validation_loss(
         iter(loader.loader(dataset, batches)), lambda number: [dataset.record_id(index) for index in rows[number]]
     )
     for batch in drawn:
-        count = int((batch["labels"][:, 1:] != -100).sum())
+        count = num_supervised(batch)
         totals += torch.tensor([loss_of(batch), count], dtype=torch.float64)
     if loader.args.world_size > 1:
         totals = totals.to(loader.args.device)
