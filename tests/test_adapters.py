@@ -105,6 +105,7 @@ def test_frozen_weights_under_adapters_are_bfloat16_and_merged_ones_are_exact(
     assert up.abs().max() > 0 and torch.equal(after["lm_head.weight"], before["lm_head.weight"])
 
 
+@pytest.mark.slow
 def test_what_qlora_publishes_computes_what_it_trained(run_adapters, base_folder, samples):
     pytest.importorskip("bitsandbytes")
     stage = run_adapters({"quantize": "nf4"})
@@ -153,6 +154,7 @@ def adapted_run(pristine_recipe, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_each_group_has_its_own_rank_scale_and_learning_rate(adapted_run, base_folder):
     final = adapted_run / "stages/1-instruct/final"
     adapters = load_file(final / "adapter/adapter_model.safetensors")
@@ -234,6 +236,7 @@ def test_adapters_on_what_is_frozen_are_refused(recipe_content, lora, trainable,
         Stage.model_validate(stage)
 
 
+@pytest.mark.slow
 def test_adapters_exported_as_adapters_give_the_merged_exports_logits(
     adapted_run, base_folder, processor, samples, tmp_path, capsys
 ):
@@ -275,6 +278,7 @@ def test_a_base_that_the_adapters_do_not_belong_to_is_refused(adapted_run, livel
     assert not other.exists()
 
 
+@pytest.mark.slow
 def test_what_adapters_can_not_hold_is_refused(run_adapters, base_folder, tmp_path, capsys):
     """The projector was trained beside them."""
     run_adapters({})
@@ -282,6 +286,7 @@ def test_what_adapters_can_not_hold_is_refused(run_adapters, base_folder, tmp_pa
     assert "also trained what adapters can't hold" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_adapters_are_published_for_a_base_at_a_revision(adapted_run, base_folder, monkeypatch, tmp_path):
     """Of a base in the Hub's cache; the gate takes the folder, and both doors open it on that base."""
     revision = "0123456789abcdef0123456789abcdef01234567"

@@ -36,7 +36,7 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(recipe_file, tmp_
     assert dry_run(recipe_file, tmp_path / "run") == 0
     said = capsys.readouterr()
     assert "stages.projector: rows: 44 of 44 records usable" in said.err and "nothing was written" in said.err
-    assert "6 of 8 = 4 x 2 accumulated x 1 devices" in said.out
+    assert "6 of 8 = 4 x 2 accumulated x 1 device;" in said.out
     assert not (tmp_path / "run").exists()
     assert dry_run(recipe_file, tmp_path / "run", "--devices", "2") == 0
     assert "6 of 8 = 4 x 1 accumulated x 2 devices" in capsys.readouterr().out

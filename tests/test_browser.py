@@ -728,6 +728,7 @@ def test_the_policy_lets_nothing_out(chromium, evaluation, listener, tmp_path):
     assert {"/image", "/style", "/fetch", "/markup"} <= set(paths)
 
 
+@pytest.mark.slow
 def test_five_thousand_questions_load(window, make_image, tmp_path):
     images = [ImageRef(f"p{i}", data=encoded(make_image(60, 80, seed=i))) for i in range(300)]
     questions = [

@@ -270,6 +270,7 @@ def test_headers_alone_let_a_truncated_image_pass(folder, write, check):
         check(source)
 
 
+@pytest.mark.slow
 def test_limits(write, check):
     source = write(row("short", "good.png"), row("text", question="why? " * 60), row("image", "wide.png"))
     counts = check(source).sources[0].counts
@@ -470,6 +471,7 @@ def test_cache_sees_images_that_change(cached, folder, make_image, write, check,
     assert check(source, policy=SKIP).sources[0].cached
 
 
+@pytest.mark.slow
 def test_cache_sees_settings_and_processor(cached, processor, tmp_path):
     assert not cached(limits=Limits(max_tokens=4000)) and cached(limits=Limits(max_tokens=4000))
     assert not cached(keep_data_newline=True) and cached()
@@ -486,6 +488,7 @@ def test_cache_sees_settings_and_processor(cached, processor, tmp_path):
     assert cached()
 
 
+@pytest.mark.slow
 def test_cache_sees_the_code(cached, monkeypatch, tmp_path):
     copies = []
     for module in (redaction, sources, check_room):

@@ -48,6 +48,7 @@ def folder(served, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_float16_is_named(paired, tmp_path, capsys):
     (tmp_path / "reference.json").write_text(record_reference(*paired))
     model, processor = paired
@@ -64,6 +65,7 @@ def checked(folder, engine: Engine, capsys, *options: str) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_a_faithful_engine_gives_every_answer(folder, served, capsys):
     report = checked(folder, Engine(*served), capsys)
     assert report == {"asked": 14, "equal": 14, "first_difference": None, "likely": None}
@@ -196,6 +198,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found_and_named(folder, served, capsys, fault):
     cause, plant = FAULTS[fault]
@@ -206,6 +209,7 @@ def test_a_planted_fault_is_found_and_named(folder, served, capsys, fault):
     assert first["question"] and (first["answered"] != first["expected"] or first["prompt_tokens"])
 
 
+@pytest.mark.slow
 def test_other_weights_are_not_called_pixels(folder, served, capsys):
     model = copy.deepcopy(served[0])
     for parameter in model.model.language_model.parameters():
@@ -228,6 +232,7 @@ def recorded_of(name: str) -> check.Recorded:
     return check.Recorded(name, [[5, 10]], "yes", [7], [9.0], ["no"], "", [[7, -0.1]], {})
 
 
+@pytest.mark.slow
 def test_a_report_for_people(folder, served, capsys):
     with serving(Engine(*served, two_bos)) as url:
         assert main(["check-engine", str(folder), "--url", f"{url}/v1/"]) == 3

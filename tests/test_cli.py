@@ -49,6 +49,7 @@ def test_plan_counts_rows_and_steps(recipe_file, capsys):
     assert "not a multiple of micro_batch 4 x 3 devices" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_recipe_can_be_planned_and_copied_out(name, capsys, tmp_path):
     assert main(["plan", name, "--json", "--output", str(tmp_path)]) == 0
@@ -154,6 +155,7 @@ def test_a_publication_is_outstanding_until_the_summary_records_it(recorded, out
 COMMAND = [sys.executable, "-m", "llava_llama31.trainer.cli"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["recipes"], ["recipes", "llama31-8b-card"], ["plan", "llama31-8b-card"], ["train", "--help"]]
 )

@@ -309,6 +309,7 @@ PIECES += ["\u202e", "\x1b[2J", "\x7f", "\udcff"]
 SHAPES = ("{}b", "a{}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "tar", "parquet", "folder of parquet", "save_to_disk"])
 def test_a_path_of_any_name_is_read_or_refused_by_that_name(tmp_path, kind):
     suffix = kind.rpartition(" ")[2]

@@ -158,6 +158,7 @@ def test_tokenizer_keeps_the_text_of_images_in_single_characters(scenes):
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
+@pytest.mark.slow
 def test_parts_open_and_fit_together(prepared):
     folder, said = prepared
     assert any("tower: reads" in line for line in said)

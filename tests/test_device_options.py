@@ -89,6 +89,7 @@ def test_bfloat16_moments_follow_adamw():
     assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_the_second_moment_does_not_stand_still():
     (weight, _) = weights()
     optimizer = AdamWBfloat16([{"params": [weight]}], lr=0.0, betas=(0.9, 0.999))
@@ -519,7 +520,7 @@ def test_fsdp_takes_what_shards(machine, monkeypatch):
         device_options.check_device_options(stage(**eight), "here")
 
 
-def test_a_run_is_refused_before_it_starts(tmp_path, recipe_content, capsys):
+def test_a_run_is_refused_before_it_starts(fast_bfloat16, tmp_path, recipe_content, capsys):
     recipe_content["stages"]["instruct"] |= {"fp8": True, "compile": True, "precision": "bfloat16"}
     code, stages = run(tmp_path, recipe_content, "run")
     assert code == 2 and not stages.exists()

@@ -22,6 +22,7 @@ from llava_llama31.trainer.errors import UserError
 SIDES = st.integers(1, 90)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(SIDES, SIDES, SIDES, SIDES, st.integers(0, 2**32 - 1), st.booleans())
 @example(40, 40, 20, 30, 0, False)  # as many rows lost as twice the columns: the passes' order turns

@@ -46,6 +46,7 @@ def waits(phases, *, but=()):
     return {name: trace["waits"] for name, trace in phases.items() if trace["waits"] and name not in but}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_a_training_step_waits_for_nothing(traces, name):
     """But for the judgement of the step, which needs its loss and gradient norm."""

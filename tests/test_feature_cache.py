@@ -336,8 +336,10 @@ def test_a_worker_reads_the_index_by_itself(cache):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "lora"])
 def test_a_run_with_a_cache_ends_with_the_bits_of_one_without(
-    recipe_content, run_recipe, tmp_path, monkeypatch, capsys, kind
+    recipe_content, run_recipe, tmp_path, monkeypatch, capsys, kind, request
 ):
+    if kind == "bfloat16":
+        request.getfixturevalue("fast_bfloat16")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -295,6 +295,7 @@ def killed_at(step: int, work) -> bool:
     return status != 0
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_step_never_leaves_half_a_set(files, own_set, tmp_path):
     registry, entry, members = own_set
     known = {"own": Dataset.model_validate(entry)}

@@ -36,6 +36,7 @@ def run(gpu_check, monkeypatch):
 ON_CPU = ("facts", "attention", "step", "waits", "tiles", "head", "optimizers", "sharded", "profile", "speed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_CPU)
 def test_a_check_passes(run, name):
     entry = run(name)

@@ -114,6 +114,7 @@ def test_a_skipped_step_changes_nothing_and_the_run_that_stopped_there_may_skip_
     assert train("run")[0] == 0 and record(run)["health"] == health  # carried on by the checkpoint
 
 
+@pytest.mark.slow
 def test_a_logged_loss_is_the_mean_of_the_steps_that_were_taken(train, spoil):
     assert train("each", logging_steps=1, learning_rate=1e-12)[0] == 0
     losses = [entry["loss"] for entry in history(train("each")[1]) if "loss" in entry]
@@ -134,6 +135,7 @@ def test_weights_that_are_broken_are_not_skipped_over_for_ever(train, spoil, cap
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["warn", "skip", "stop"])
 def test_a_spike_is_reported_skipped_or_stopped_at(train, spoil, caplog, capsys, policy, monkeypatch):
     monkeypatch.setattr("llava_llama31.trainer.fault_tolerance.step_health.ENOUGH", 4)
@@ -157,6 +159,7 @@ def naive_spike(value: float, before: list[float]) -> bool:
     return value > mean + 6 * math.sqrt(math.fsum((x - mean) ** 2 for x in before) / len(before))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**32), st.integers(0, 400))
 def test_a_resumed_judgement_is_the_same_as_an_uninterrupted_one(seed, cut):
@@ -201,6 +204,7 @@ def test_deepspeed_can_not_skip_and_says_so(recipe_content, key):
         Stage.model_validate(stage | {key: "skip", "deepspeed": "zero3"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_outside_of_training_stops_at_once(train, monkeypatch, capsys, number):
     from llava_llama31.trainer.runs import stage as stages
@@ -245,6 +249,7 @@ def test_save_now_saves_at_the_next_step_once(train, monkeypatch, tmp_path):
     assert code == 0 and steps(run) == [3, 6] and not (run / "save-now").exists()
 
 
+@pytest.mark.slow
 def test_memory_that_is_full_names_what_to_lower(train, monkeypatch, capsys):
     for error, place in (
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore"), "the device"),
@@ -268,6 +273,7 @@ def test_memory_that_is_full_names_what_to_lower(train, monkeypatch, capsys):
         assert "lower micro_batch (now 4)" in error_line and "activation_checkpointing" in error_line
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_is_noticed_before_anything_is_written(train, monkeypatch, capsys):
     assert train("once")[0] == 0
     needed = atomic_folders.size(next((train("once")[1] / "stages/1-projector").glob("checkpoint-6")))
@@ -287,6 +293,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(train, monkey
     assert train()[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1000, 20_000, 60_000])
 def test_a_disk_that_gets_full_in_a_save_leaves_the_former_checkpoint(train, monkeypatch, capsys, limit):
     original = LlavaTrainer._save_checkpoint

@@ -206,6 +206,7 @@ def test_nesting_is_bounded_whatever_the_stack(tmp_path, depth):
             assert read(frames).id == "good"
 
 
+@pytest.mark.slow
 def test_malformed_elements_of_an_array_are_skipped_in_one_reading(tmp_path, monkeypatch):
     good = json.dumps(GOOD)
     (tmp_path / "x.json").write_text(f"[{good}" + ', {"a": nonsense}' * 20_000 + f", {good}" * 20_000 + "]")
@@ -449,6 +450,7 @@ def test_a_decoder_that_dies_or_stalls_is_one_rejects_fault(make_image):
             decoder.size(ImageRef("cut", data=good.data[:40]))
 
 
+@pytest.mark.slow
 def test_the_decoder_has_only_the_memory_of_its_pixels():
     data = encoded(Image.new("RGB", (13_000, 13_000)), compress_level=1)
     with Decoder(10**6) as decoder, pytest.raises(RecordError, match="oversized_image: there is not enough memory"):
@@ -580,6 +582,7 @@ def test_a_saved_data_set_cannot_name_files_elsewhere(tmp_path):
 QUESTION = {"question_id": 1, "image_id": "x", "question": "?", "answers": ["a"]}
 
 
+@pytest.mark.slow
 @settings(max_examples=300 * SCALE, deadline=None, suppress_health_check=QUIET)
 @given(st.dictionaries(st.sampled_from([*QUESTION, "image", "ocr_tokens"]), hostile_value, max_size=3))
 def test_any_question_row_is_a_question_or_one_line(tmp_path, changes):

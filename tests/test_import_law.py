@@ -141,6 +141,7 @@ def fresh_processes() -> tuple[dict[str, int], str]:
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*LIGHT, *OTHERS])
 def test_what_a_fresh_process_imports_and_sets(fresh_processes, case):
     codes, said = fresh_processes
@@ -258,6 +259,7 @@ def test_a_planted_fault_is_found(tmp_path, file, line, fault):
     assert (len(found) >= 1 and any(fault in line for line in found)) if fault else found == []
 
 
+@pytest.mark.slow
 def test_rooms_of_one_floor_import_each_other_one_way_only(tmp_path):
     root = tmp_path / "trainer"
     shutil.copytree(TRAINER, root, ignore=shutil.ignore_patterns("__pycache__", "*.yaml", "*.json"))

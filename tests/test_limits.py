@@ -44,6 +44,7 @@ def over_limits(source: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_function_is_within_the_limits():
     assert len(FILES) > 150
     assert {str(file): found for file in FILES if (found := over_limits(file.read_text()))} == {}

@@ -177,6 +177,7 @@ def driven(trace_8b: ModuleType, engine: str, *arguments: str) -> dict:
     return trace_8b.compare(trace_8b.parse(["--engines", engine, "--shape", "small", *arguments]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -199,12 +200,14 @@ def test_peak_is_within_3_percent_of_a_traced_small_step(trace_8b, engine, argum
 EVERYTHING = ("--set", "trainable=[vision_tower,multi_modal_projector,language_model]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [(), EVERYTHING], ids=["tower frozen", "tower trained"])
 @pytest.mark.parametrize("shape", ["small-siglip", "small-tied"])
 def test_peak_with_siglip_and_with_a_tied_head_is_within_3_percent_of_a_traced_small_step(trace_8b, shape, arguments):
     assert_planned(driven(trace_8b, "single", *arguments, "--shape", shape), 0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["projector", "pretrain"])
 def test_peak_is_within_10_percent_of_a_traced_small_step_under_fsdp2(trace_8b, stage):
     assert_planned(driven(trace_8b, "fsdp2", "--stage", stage, "--set", "micro_batch=2"), 0.1)
@@ -233,6 +236,7 @@ def test_peak_is_within_10_percent_of_a_traced_small_step_under_deepspeed():
     assert_planned(traced("zero2", "--shape", "small", "--set", "micro_batch=4"), 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("TRACE_8B" not in os.environ, reason="takes minutes: make trace-8b")
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
@@ -261,6 +265,7 @@ def test_peak_is_within_5_percent_of_the_traced_step_of_a_shipped_recipe(recipe,
 ADAPTERS = "lora={r: 16, vision_tower: {r: 8, alpha: 16}, multi_modal_projector: {r: 8, alpha: 16}}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "tolerance"),
     [

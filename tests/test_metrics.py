@@ -230,6 +230,7 @@ def test_fields(prediction, counts, readable):
     assert found.f1 == pytest.approx(counts[0] / (counts[0] + (counts[1] + counts[2]) / 2))
 
 
+@pytest.mark.slow
 def test_objects_are_found_among_words():
     assert first_object('Sure!\n```json\n{"a": {"b": 1}}\n```\n{"c": 2}') == {"a": {"b": 1}}
     assert first_object('{oops} {"a": 1}') == {"a": 1}
@@ -246,6 +247,7 @@ def test_numbers_that_are_not_finite(word):
     assert relaxed_accuracy(word.upper(), [word], "paper") == 1 and relaxed_accuracy("5", [word], "paper") == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(ANY_TEXT, st.lists(ANY_TEXT, min_size=1, max_size=4), st.randoms())
 def test_any_text_has_a_score_in_range_that_the_order_of_answers_does_not_change(prediction, answers, draw):

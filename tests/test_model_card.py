@@ -491,6 +491,7 @@ def test_only_a_plain_question_reaches_the_code(question):
     assert ast.parse(code) and f'"text": "{QUESTION}"' in code
 
 
+@pytest.mark.slow
 def test_the_code_runs_in_a_process_without_this_package(processor, tiny_model, make_image, tmp_path):
     folder = tmp_path / "tiny-model"
     tiny_model.save_pretrained(folder)
@@ -560,6 +561,7 @@ def test_broken_front_matter_of_the_former_card_is_named():
 # --- loss curves
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e6, 1e6)), min_size=1, max_size=6),

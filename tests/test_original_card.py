@@ -193,6 +193,7 @@ PIECES += [
 HOSTILE = st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join) | st.text(min_size=1, max_size=20)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(HOSTILE.filter(lambda value: value.strip()))
 @example("x\n```\n<b>out of the block</b>\n")

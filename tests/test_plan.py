@@ -57,6 +57,7 @@ def test_hours_and_cost_follow_from_a_given_mfu(capsys):
     assert plan["hours_from"] == "--mfu 0.5 of --peak-tflops 1000 a device, as given"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 @pytest.mark.parametrize("memory", ["48", "80", "141"])
 def test_the_named_setting_fits(engine, memory, capsys):
@@ -72,6 +73,7 @@ def test_the_named_setting_fits(engine, memory, capsys):
     assert again["fits"] and again["memory"]["peak"] == pytest.approx(fix["peak"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_stage_that_nothing_makes_fit_says_so(capsys):
     assert main(["plan", "llama31-8b", "--devices", "1", "--device-memory", "2"]) == 0
     assert "no setting that was tried makes it fit" in capsys.readouterr().out
@@ -81,6 +83,7 @@ TIMED = {"micro_batch", "activation_checkpointing", "optimizer", "engine", "lora
 TIMED |= {"set", "accelerate"}
 
 
+@pytest.mark.slow
 def test_a_named_gpu_gives_hours_cost_and_the_fastest_settings(capsys):
     plan = planned(capsys, "llama31-8b", "--devices", "8", "--device", "h100", "--price", "3")
     assert plan["hours"] == pytest.approx(sum(found["hours"] for found in plan["fastest"].values()))
@@ -124,6 +127,7 @@ def test_the_fastest_is_that_of_an_exhaustive_search(tmp_path):
     assert chosen.engine.name == best[1][3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "device"), [("8", "h100"), pytest.param("1", "rtx4090", marks=pytest.mark.slow)])
 def test_a_written_recipe_has_the_fastest_settings(capsys, tmp_path, devices, device):
     """It loads, and its own plan finds nothing to change."""
@@ -247,6 +251,7 @@ def test_a_plan_of_counted_rows_is_what_the_run_does(recipe_content, tmp_path, c
         assert again["hours"] * 3600 * share == pytest.approx(seconds.sum(), rel=0.1 + rounding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "gpu", "devices"), [("llava16-lora-24gb", "rtx4090", 1), ("llama32-1b", "t4", 8)])
 def test_the_page_of_memory_and_hours_is_what_plan_says(name, gpu, devices, tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs/memory.md").read_text()

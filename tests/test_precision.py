@@ -69,6 +69,7 @@ def begin(folder):
     (folder / "stages" / "1-projector" / "checkpoint-2").mkdir(parents=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the variables are those of x86")
 def test_emulated_bfloat16_is_found_in_a_moment():
     emulated = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -135,6 +136,7 @@ def test_until_the_first_checkpoint_it_is_settled_anew(recipe_of, settle):
     assert settle(recipe_of(None, None), lambda: FAST)[0]["projector"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_a_run_records_the_precision_and_resumes_in_it(recipe_of, recipe_content, run_recipe, tmp_path, monkeypatch):
     recipe_of(None, None)
     del recipe_content["stages"]["instruct"]

@@ -66,6 +66,7 @@ def llama():
     return ChatFormat(Tokenizer(Path(path))), processor
 
 
+@pytest.mark.slow
 def test_the_vocabulary_is_llama_3_1s(llama):
     _, processor = llama
     ids = dict(zip(CHAT_TOKENS, processor.tokenizer.convert_tokens_to_ids(list(CHAT_TOKENS)), strict=True))
@@ -108,6 +109,7 @@ def random_dialogues(number: int) -> list[list[dict]]:
     return dialogues
 
 
+@pytest.mark.slow
 def test_ids_equal_metas_chat_format_on_a_thousand_dialogues(llama):
     from llama_models.datatypes import RawMessage
 

@@ -93,6 +93,7 @@ def test_a_fault_at_each_call(hub, release, caplog, kind, fault):
     assert TOKEN not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", DROPPED_OR_IN_TORTURE)
 def test_a_fault_at_every_single_call(hub, release, fault):
     run(release)
@@ -233,6 +234,7 @@ def test_what_the_gate_refuses_never_reaches_the_hub(hub, exported, tmp_path):
     assert not hub.calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", DROPPED_OR_IN_TORTURE)
 def test_faults_while_what_was_published_comes_down(hub, release, monkeypatch, fault):
     # what comes down whole opens: processes/test_publish_processes.py

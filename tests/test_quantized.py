@@ -82,6 +82,7 @@ def reference_logits(plain: Path, twin: Path, input_ids: torch.Tensor) -> torch.
         return model(input_ids).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_dequantised_logits_are_the_librarys_own(run, twins, samples, scheme):
     input_ids = torch.tensor([samples[9].input_ids])
@@ -130,6 +131,7 @@ def test_what_is_quantised_already_or_too_narrow_is_refused(twins, run, tmp_path
         quantize(folder, "w4a16")
 
 
+@pytest.mark.slow
 def test_a_twin_is_scored_shown_and_limited(run, data_folder, tmp_path, capsys):
     assert main(["export", str(run), "--quantize", "int8"]) == 0
     folder = run / "export-int8"

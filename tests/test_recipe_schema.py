@@ -78,6 +78,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_it_refuses_is_refused_when_read(pristine_recipe, tmp_path, data):

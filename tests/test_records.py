@@ -784,6 +784,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(json_values, max_size=12), st.integers(2, 40), st.integers(0, 2), st.booleans(), st.booleans())
 def test_index_equals_json_load(tmp_path, monkeypatch, values, chunk_bytes, indent, ascii_only, bom):

@@ -157,6 +157,7 @@ def test_a_run_that_was_killed_twice_has_every_step_once(run):
     assert tuple(second.points[0]) == (8, 1.5) and second.dots
 
 
+@pytest.mark.slow
 def test_the_page_says_what_is_known(run, capsys):
     page = page_of(capsys, run)
     assert "stage instruct, step 3 of 20" in page.text and "resumed 2 times" in page.text
@@ -186,6 +187,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing(run, capsys):
     assert {one or other for one, other in used} <= set(ids)
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_its_score_and_a_link_to_the_wrong_answers(make_run, capsys, tmp_path):
     run = make_run("run", [start("projector", 0, 2), training("projector", 1), training("projector", 2)])
     score = {"accuracy": 0.5, "low": 0.25, "high": 0.75}
@@ -216,6 +218,7 @@ def test_a_finished_run_has_its_score_and_a_link_to_the_wrong_answers(make_run, 
     assert 'href="../run/predictions.html"' in elsewhere.text and ">finished<" in elsewhere.text
 
 
+@pytest.mark.slow
 def test_two_runs_are_laid_over_each_other(make_run, recipe_content, capsys):
     log = [start("projector", 0, 8), *(training("projector", step) for step in range(1, 9))]
     one = make_run("one", log, name="one")
@@ -313,6 +316,7 @@ def get(address, host=None) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
+@pytest.mark.slow
 def test_a_watched_run_is_served_to_this_machine_and_always_new(served, run):
     assert served.server_address[0] == "127.0.0.1"
     code, text = get(served.address)

@@ -99,6 +99,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "record"),
     [(change, "the run's folder") for change in CHANGES]
@@ -117,12 +118,14 @@ def test_a_resume_on_other_contents_is_refused_with_both(project, stopped, train
     assert " then, " in error and "choose another --output" in error
 
 
+@pytest.mark.slow
 def test_before_the_first_checkpoint_everything_may_change(project, stopped, train):
     shutil.rmtree(stopped / "stages")
     other_rows(project)
     assert train(stopped) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["moved", "relative", "through a parent"])
 def test_a_run_resumes_where_it_lies_now(project, stopped, train, recipe_content, monkeypatch, how):
     expected = load_file(stopped / "stages/1-instruct/checkpoint-2/model.safetensors")
@@ -154,6 +157,7 @@ def test_a_resumed_run_that_was_moved_ends_with_the_same_bits(project, stopped, 
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
+@pytest.mark.slow
 def test_inputs_are_in_the_folder_and_in_each_checkpoint(stopped):
     inputs = json.loads((stopped / "inputs.json").read_text())
     kept = read_manifest(stopped / "stages/1-instruct/checkpoint-2")["inputs"]
@@ -161,6 +165,7 @@ def test_inputs_are_in_the_folder_and_in_each_checkpoint(stopped):
     assert kept["stages.instruct.origin"] == inputs["model"] and set(inputs["model"]) == {"weights", "settings"}
 
 
+@pytest.mark.slow
 def test_a_source_is_not_added_unseen(stopped, train, recipe_content, capsys):
     data = recipe_content["stages"]["instruct"]["data"]
     data.append(data[0] | {"name": "more"})

@@ -52,6 +52,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
     monkeypatch.setattr(LlavaTrainer, "compute_loss", compute_loss)
 
 
+@pytest.mark.slow
 def test_it_has_what_the_trainer_recorded(train):
     code, run = train("run")
     assert code == 0
@@ -96,6 +97,7 @@ def test_a_run_that_crashed_twice_has_every_step_once(train, monkeypatch):
     assert ">finished<" in report and "resumed 2 times" in report and start["environment"]["torch"] in report
 
 
+@pytest.mark.slow
 def test_findings_are_logged_once_each(train, recipe_content, tmp_path, monkeypatch):
     recipe_content["stages"]["projector"]["on_nonfinite"] = "skip"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_content, sort_keys=False))

@@ -37,6 +37,7 @@ def recipe(recipe_content, data_folder, tmp_path):
     return recipe_content
 
 
+@pytest.mark.slow
 def test_every_task_of_a_recipe_is_reported(recipe, run_recipe, tmp_path, capsys):
     asked = {"validation": 2, "pope": 4}
     run = run_recipe(recipe, tmp_path / "run", eval_steps=6, eval_questions=asked, max_steps=6, epochs=None)

@@ -327,6 +327,7 @@ def test_a_submission_of_lmms_eval_scores_under_m4c_what_lmms_eval_says(annotati
     assert "note: these answers are in m4c's normal form already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(
     st.one_of(
@@ -554,6 +555,7 @@ def test_the_first_five_changed_questions_are_named(annotations, tmp_path, capsy
     assert gained in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_paired_interval_is_narrower_than_that_of_its_two_sides(questions):
     draw = random.Random(3)
     asked = [questions[i % 10] for i in range(600)]

@@ -108,6 +108,7 @@ def two_sources(recipe_content, data_folder, tmp_path):
     return recipe_content
 
 
+@pytest.mark.slow
 def test_a_run_tells_them_in_log_record_summary_and_card(two_sources, tmp_path, run_recipe):
     keys = {"micro_batch": 2, "validation_fraction": 0.2, "eval_steps": 2}
     run = run_recipe(two_sources, tmp_path / "run", **keys)
@@ -133,6 +134,7 @@ def test_a_run_tells_them_in_log_record_summary_and_card(two_sources, tmp_path, 
     assert "loss and accuracy on texts, last log entry" in card and "; validation " in card
 
 
+@pytest.mark.slow
 def test_a_stage_ends_on_a_plateau_of_its_validation_loss(two_sources, tmp_path, run_recipe):
     """At a learning rate that is far too high, the loss only rises after the first evaluations."""
     keys = {"validation_fraction": 0.2, "eval_steps": 1, "save_steps": 1, "stop_on_plateau": 2, "max_steps": 30}

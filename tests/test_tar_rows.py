@@ -380,6 +380,7 @@ def test_a_damaged_shard_is_refused_or_read_and_never_shorter_in_silence(tmp_pat
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.slow
 def test_shards_of_many_files_are_indexed_in_little_memory(tmp_path):
     shard = tmp_path / "a.tar"
     record = json.dumps({"conversations": turns("Hi", "Hello")}).encode()

@@ -119,6 +119,7 @@ def finished(tmp_path, recipe_content, run_recipe):
     return run_recipe(recipe_content, tmp_path / "run").with_suffix(".yaml"), tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_run_whose_model_answers_with_markup_ends_and_shows_it(finished, capsys):
     recipe, run = finished
     answers = run / "evaluation" / "after" / "predictions.jsonl"
@@ -134,6 +135,7 @@ def test_a_run_whose_model_answers_with_markup_ends_and_shows_it(finished, capsy
     assert all(shown in told for shown in HOSTILE.values())
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_print_its_end_is_finished(finished, capsys, monkeypatch):
     recipe, run = finished
     (run / "summary.json").unlink()

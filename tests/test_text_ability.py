@@ -53,6 +53,7 @@ def taught(base_folder, texts, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_what_is_learnt_is_in_log_summary_and_card(taught):
     summary = json.loads((taught / "summary.json").read_text())
     assert summary["text_ability"] == {"before": 0.0, "right": 1.0}
@@ -64,6 +65,7 @@ def test_what_is_learnt_is_in_log_summary_and_card(taught):
     assert "| after right | 100.0% | 4 |" in card and "Text-only questions" in card
 
 
+@pytest.mark.slow
 def test_a_run_that_forgets_is_stopped_after_its_stage(taught, texts, tmp_path, capsys, monkeypatch):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe(taught / "stages" / "1-right" / "final", texts, "wrong", max_drop=0.25)))

@@ -85,6 +85,7 @@ def token_ids(folder):
 # --- generation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [150, pytest.param(500, marks=pytest.mark.torture)])
 def test_answers_do_not_depend_on_batch_size_or_order(lively_model, processor, many_questions, tmp_path, number):
     many_questions = many_questions[:number]
@@ -123,6 +124,7 @@ def prompt_for(answerer, question):
     return answerer.prompt([{"role": "user", "content": content}], [question.image.open()])
 
 
+@pytest.mark.slow
 def test_batch_invariant_answers_are_the_same_bits_in_bfloat16(lively_model, processor, many_questions, tmp_path):
     model = lively_model.to(torch.bfloat16)
     asked = many_questions[:100]
@@ -376,6 +378,7 @@ def test_rows_hold_what_made_them(lively_model, processor, questions, tmp_path):
     assert scores["protocols_failed_as_zero"] == scores["protocols"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.55, 0.81, 0.999, 1.0])
 def test_a_killed_evaluation_resumes_and_ends_the_same(lively_model, processor, questions, tmp_path, share):
     """The file cut at any byte is what a kill leaves behind."""
@@ -397,6 +400,7 @@ def test_a_killed_evaluation_resumes_and_ends_the_same(lively_model, processor, 
     assert len(calls) <= 4 and (bool(calls) == (share < 1.0))
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_keeps_its_batches(lively_model, processor, questions, tmp_path):
     done = []
 
@@ -536,6 +540,7 @@ def test_no_image_keeps_its_place_in_a_derangement(image_ids, seed):
     assert shown == derangement(sorted(image_ids, reverse=True), seed)
 
 
+@pytest.mark.slow
 def test_blind_shows_each_question_another_image(lively_model, processor, questions, tmp_path):
     evaluate(lively_model, processor, questions, tmp_path / "blind", EvaluationSettings(revision="r", blind_seed=2))
     images = {question.image_id: question.image for question in questions}
@@ -793,6 +798,7 @@ def test_evaluate_and_score_commands_agree(folder, files, tmp_path, monkeypatch,
     assert "9 of 9 questions" in out and "vlmevalkit-2024" in out and "unanswered" not in out
 
 
+@pytest.mark.slow
 def test_the_bar_shows_how_far_it_is_and_how_long_it_takes(folder, files, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
@@ -900,6 +906,7 @@ def test_a_checkpoint_without_some_weights_is_refused(folder, tmp_path):
 # --- OCR
 
 
+@pytest.mark.slow
 def test_ocr_tokens_are_read_once(questions, tmp_path, monkeypatch):
     from llava_llama31.trainer.evaluation import ocr
 

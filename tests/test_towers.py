@@ -364,6 +364,7 @@ SMALL_TOWER = TowerSettings(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_recipes_stages_run_at_a_small_shape(name, parts, assembled, data_folder, tmp_path, run_recipe):
     """All that the recipe says but its sizes: parts and rows here, one step a stage."""

@@ -62,6 +62,7 @@ def test_an_unknown_tracker_is_refused_beforehand(recipe_content, tmp_path, caps
     assert "did you mean tensorboard?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_tensorboard_has_every_step_once(recipe_content, tmp_path, monkeypatch):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     del recipe_content["evaluation"]

@@ -38,6 +38,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.whole_finish
 def test_a_recipe_trains_hands_over_scores_and_exports(train, base_folder, recipe_content, capsys):
     recipe_content["stages"]["instruct"]["weight_decay"] = 0.1
@@ -104,6 +105,7 @@ def assert_card_of_the_run(run: Path) -> None:
     assert check_folder(run / "export-native", "test") == check_folder(export, "test")
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_a_changed_recipe_is_refused(train, recipe_content, capsys):
     assert train()[0] == 0
     capsys.readouterr()
@@ -185,6 +187,7 @@ def test_accumulation_does_not_change_the_weights(train, recipe_content, base_fo
     assert_same_training(ends[4], ends[micro_batch], weights(base_folder))
 
 
+@pytest.mark.slow
 def test_padded_rows_ask_for_supervised_positions_only(train, recipe_content, monkeypatch):
     del recipe_content["evaluation"]
     recipe_content["stages"] = {"only": recipe_content["stages"]["instruct"] | {"packing": False, "save_steps": 99}}
@@ -291,6 +294,7 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(recipe_file, tmp_path,
     assert error.startswith("error: ") and message in error and "(fix: " in error
 
 
+@pytest.mark.slow
 def test_the_last_loss_is_the_last_log_entry(train, recipe_content, capsys):
     """On the card, in the final table, and on the card of a run whose record is of an earlier version."""
     recipe_content["stages"] = {"one": recipe_content["stages"]["projector"]}
@@ -335,6 +339,7 @@ def test_a_stage_killed_between_its_last_checkpoint_and_its_end_is_finished(trai
         assert after[key] == before[key], key
 
 
+@pytest.mark.slow
 def test_a_finished_run_leaves_alone_what_other_commands_stage_in_its_folder(train, recipe_content, capsys):
     del recipe_content["evaluation"]
     code, run = train()
@@ -404,6 +409,7 @@ def test_an_unreadable_checkpoint_is_one_line(train, recipe_content, base_folder
     assert "lm_head.weight" in error or damage == "truncated"
 
 
+@pytest.mark.slow
 def test_a_faulty_first_try_does_not_bind_the_folder(train, recipe_content):
     good = recipe_content["stages"]["instruct"]["data"][0]["path"]
     assert train(overrides=["stages.instruct.data.0.path=gone.json"])[0] == 2

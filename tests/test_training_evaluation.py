@@ -43,6 +43,7 @@ def history(stage: Path, step: int = 6) -> list[dict]:
     return json.loads((stage / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
 
 
+@pytest.mark.slow
 def test_asking_leaves_training_as_it_was(recipe_path, tmp_path):
     silent = train(recipe_path(), tmp_path / "silent")
     asked = train(recipe_path(**ASKING), tmp_path / "asked")
@@ -72,6 +73,7 @@ def test_questions_are_answered_in_bfloat16(recipe_path, recipe_content, base_fo
     assert len(rows) == 5 and all(row["answer"] is not None for row in rows)
 
 
+@pytest.mark.slow
 def test_a_run_that_began_before_a_key_was_there_resumes(recipe_path, tmp_path):
     stage = train(recipe_path(), tmp_path / "run")
     begun = json.loads((tmp_path / "run" / "recipe.json").read_text())
@@ -97,6 +99,7 @@ def test_an_evaluation_that_cannot_be_stops_before_training(
     assert not list((tmp_path / "run").glob("stages/*/checkpoint-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [False, True], ids=["in one go", "resumed"])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_the_best_weights_are_kept(recipe_path, tmp_path, monkeypatch, lora, stops):

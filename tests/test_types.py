@@ -46,6 +46,7 @@ def checked(tmp_path_factory):
     return check
 
 
+@pytest.mark.slow
 def test_a_wrong_argument_across_two_rooms_is_found(checked):
     call = (
         "from pathlib import Path\n\nfrom llava_llama31.trainer.checkpoint import atomic_folders\n\n\n"
@@ -55,6 +56,7 @@ def test_a_wrong_argument_across_two_rooms_is_found(checked):
     assert '"size" has incompatible type "int"' in checked("data", call.format("3"))
 
 
+@pytest.mark.slow
 def test_the_installed_names_have_types(checked):
     lines = [*NAMES, *(f"reveal_type({name})" for name in NAMES.values())]
     printed = checked("data", "\n".join(lines) + "\n")

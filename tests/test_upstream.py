@@ -101,6 +101,7 @@ def checkout(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_planted_differences_and_stale_exceptions_are_found(checkout, tmp_path):
     (tmp_path / "exceptions.toml").write_text(EXCEPTIONS)
     command = [sys.executable, str(RUN), str(checkout), "--exceptions", str(tmp_path / "exceptions.toml")]

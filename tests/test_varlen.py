@@ -89,6 +89,10 @@ def test_a_wrong_gradient_is_found(tiny_config, monkeypatch):
     assert found is not None and found.startswith("its gradient of keys is off by 1 ")
 
 
+def warnings_of(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
 def test_gpus_before_ampere_are_asked_and_not_tried(tiny_model, monkeypatch, caplog, capability):
     """A T4 failed at its first packed step, and every question of `evaluate`."""
@@ -99,7 +103,7 @@ def test_gpus_before_ampere_are_asked_and_not_tried(tiny_model, monkeypatch, cap
     with caplog.at_level(logging.WARNING):
         answers = {text.check_attention(cuda, torch.float16) for _ in range(3)}
     assert answers == {capability >= (8, 0)}
-    warnings = [record.getMessage() for record in caplog.records]
+    warnings = warnings_of(caplog)
     assert len(warnings) == (capability < (8, 0))
     assert all("compute capability 8.0 (Ampere) or newer; this one has 7.5" in warning for warning in warnings)
     assert not text.check_attention(CPU, torch.float16) and not text.check_attention(cuda, torch.float32)
@@ -198,7 +202,7 @@ def test_a_package_that_does_not_load_is_named_and_the_next_one_taken(implementa
     monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", broken)
     with flash_attention.faster_attention(CUDA):
         assert current_flash_attention_impl() == "FA4"
-    assert [r.getMessage() for r in caplog.records] == ["FA3 is installed but can't be used: undefined symbol"]
+    assert warnings_of(caplog) == ["FA3 is installed but can't be used: undefined symbol"]
 
 
 @pytest.mark.parametrize("fault", [None, "its output is off by 1 of the largest number", "tower"])
@@ -218,7 +222,7 @@ def test_a_faulty_implementation_is_left_before_the_first_step(
         check_attention(tiny_model, Stage.model_validate(STAGE), CUDA)
         assert current_flash_attention_impl() == (None if fault else "FA3")
     assert events == ["FA3", "not FA3"] and asked == [None if fault else "FA3"]
-    warnings = [record.getMessage() for record in caplog.records]
+    warnings = warnings_of(caplog)
     expected = "the tower's attention is off by 1 of the largest number" if fault == "tower" else fault
     assert warnings == ([f"FA3 isn't used: {expected}"] if fault else [])
 

@@ -218,6 +218,7 @@ SPECIAL = {*CONTRACTIONS, *CONTRACTIONS.values(), *NUMBER_WORDS, "a", "an", "the
 WORDS = st.text("bcdfghijklmnopqrtuvwxyz", min_size=1, max_size=6).filter(lambda word: word not in SPECIAL)
 
 
+@pytest.mark.slow
 @settings(max_examples=2000, deadline=None)
 @given(first=WORDS, second=WORDS, number=st.integers(0, 99_999))
 def test_each_row_of_the_table_holds_for_any_words(first, second, number):

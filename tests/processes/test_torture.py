@@ -280,6 +280,7 @@ def test_sigterm_at_any_moment_ends_with_75_and_the_run_resumes(start, recipe, t
         done = [(run / "summary.json").is_file(), is_whole(run / "stages/2-instruct/final")]
         for rank, code in enumerate(stopped["codes"]):
             allowed = {75} if rank in stopped["signalled"] else set()
+            allowed |= {-15} if moment < 0.5 else set()  # a process that has no handlers yet
             # a process whose work is done may meet the signal as it ends, without handlers
             assert code in allowed | ({0, -15} if done[rank] else set()), (moment, done, stopped)
         codes.update(stopped["codes"])

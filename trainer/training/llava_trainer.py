@@ -85,6 +85,14 @@ class TrainerOptions:
     layers: Sequence[str] = ()
 
 
+def _with_bucket_views(given: dict[str, Any]) -> dict[str, Any]:
+    """Accelerator's arguments, with which gradients exist once, not in DDP's buckets besides."""
+    for handler in given["kwargs_handlers"]:
+        if isinstance(handler, DistributedDataParallelKwargs):
+            handler.gradient_as_bucket_view = True
+    return given
+
+
 class LlavaTrainer(Trainer):
     """Transformers' Trainer for one stage.
 
@@ -126,11 +134,7 @@ class LlavaTrainer(Trainer):
 
     def _build_accelerator_args(self, **kwargs: object) -> dict[str, Any]:
         own = {"fsdp_plugin": fsdp_plugin(bfloat16=self.args.bf16, layers=self.options.layers)} if uses_fsdp() else {}
-        given = super()._build_accelerator_args(**kwargs) | own
-        for handler in given["kwargs_handlers"]:
-            if isinstance(handler, DistributedDataParallelKwargs):
-                handler.gradient_as_bucket_view = True  # gradients exist once, not in DDP's buckets besides
-        return given
+        return _with_bucket_views(super()._build_accelerator_args(**kwargs) | own)
 
     def get_train_dataloader(self) -> DataLoader:
         return self.loader.loader(self.batches.training, self.loader.training_batches())
