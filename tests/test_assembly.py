@@ -46,7 +46,7 @@ ROPE = {
 
 
 def randomized(model, seed):
-    """`model` with every parameter drawn anew, so that no two tensors of it are equal."""
+    """`model` with every parameter drawn again, so that no two tensors of it are equal."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -301,7 +301,7 @@ def test_damaged_entries_are_ignored_and_named(dataset, cache, tiny_model, image
         assert sample.image_sizes == plain.image_sizes and sample.input_ids == plain.input_ids
     # a mapping that was made before the damage
     assert not found[2] or cache.load(images[2]) is not None
-    # what is missing is stored anew; what is damaged stays computed
+    # what is missing is stored again; what is damaged stays computed
     fill(again, encoder(tiny_model), dataset())
     assert again.load(images[2]) is not None
 

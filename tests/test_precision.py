@@ -131,7 +131,7 @@ def test_another_precision_than_the_run_began_with_is_refused(recipe_of, settle,
         settle(recipe_of("bfloat16", None), lambda: FAST)
 
 
-def test_until_the_first_checkpoint_it_is_settled_anew(recipe_of, settle):
+def test_until_the_first_checkpoint_it_is_settled_again(recipe_of, settle):
     assert settle(recipe_of(None, None), lambda: SLOW)[0]["projector"] == "float32"
     assert settle(recipe_of(None, None), lambda: FAST)[0]["projector"] == "bfloat16"
 

@@ -48,9 +48,9 @@ def test_wandb_has_one_run_a_stage_which_a_resume_continues(recipe_content, tmp_
     for name, step in (("projector", 0), ("projector", 3), ("instruct", 0), ("instruct", 0)):
         start(name, step)
     assert calls[1::2] == ["finish"] * 4 and WandbCallback in removed
-    first, again, other, anew = calls[::2]
+    first, again, other, restarted = calls[::2]
     assert first == again and first["resume"] == "allow" and (first["project"], first["name"]) == ("test", "test/a")
-    assert len({first["id"], other["id"], anew["id"]}) == 3 and first["dir"] == str(tmp_path)
+    assert len({first["id"], other["id"], restarted["id"]}) == 3 and first["dir"] == str(tmp_path)
     start("projector", 3, is_main=False)
     assert calls[8:] == ["finish"]
 

@@ -17,7 +17,7 @@ from llava_llama31.trainer.checkpoint.atomic_folders import load_tree
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.export.dialects import native_name
 from llava_llama31.trainer.publishing.gate import check_folder
-from llava_llama31.trainer.training.llava_trainer import _assert_autocast
+from llava_llama31.trainer.training.llava_trainer import LlavaTrainer, _assert_autocast
 
 
 @pytest.fixture
@@ -414,3 +414,17 @@ def test_a_faulty_first_try_does_not_bind_the_folder(train, recipe_content):
     good = recipe_content["stages"]["instruct"]["data"][0]["path"]
     assert train(overrides=["stages.instruct.data.0.path=gone.json"])[0] == 2
     assert train(overrides=[f"stages.instruct.data.0.path={good}"])[0] == 0
+
+
+def test_ddp_takes_gradients_for_its_buckets(recipe_content, run_recipe, tmp_path, monkeypatch):
+    """Running engines are asked in `make torture`."""
+    found, original = [], LlavaTrainer.get_train_dataloader
+
+    def noted(self):
+        found.append(self.accelerator.ddp_handler.gradient_as_bucket_view)
+        return original(self)
+
+    monkeypatch.setattr(LlavaTrainer, "get_train_dataloader", noted)
+    del recipe_content["evaluation"], recipe_content["stages"]["instruct"]
+    run_recipe(recipe_content, tmp_path / "run", epochs=None, max_steps=1)
+    assert found == [True]
