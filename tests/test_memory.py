@@ -207,6 +207,11 @@ def test_peak_with_siglip_and_with_a_tied_head_is_within_3_percent_of_a_traced_s
     assert_planned(driven(trace_8b, "single", *arguments, "--shape", shape), 0.03)
 
 
+def test_the_sum_of_a_tied_heads_gradients_is_planned(trace_8b):
+    """It makes the peak of a small micro-batch: 3 % of it."""
+    assert_planned(driven(trace_8b, "single", "--shape", "small-tied", "--set", "micro_batch=1"), 0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["projector", "pretrain"])
 def test_peak_is_within_10_percent_of_a_traced_small_step_under_fsdp2(trace_8b, stage):
