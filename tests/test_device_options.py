@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import types
 from contextlib import nullcontext
 
@@ -15,6 +13,8 @@ import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
+from torch._inductor import config
+from torch._inductor.utils import fresh_cache
 from torch.compiler import set_stance
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -529,13 +529,9 @@ def test_a_run_is_refused_before_it_starts(fast_bfloat16, tmp_path, recipe_conte
 
 @pytest.mark.slow
 def test_a_machine_without_a_compiler_is_refused(tmp_path):
-    code = (
-        "from llava_llama31.trainer.model.device_options import _check_compiler\n"
-        "from llava_llama31.trainer.errors import UserError\n"
-        "try:\n    _check_compiler('here', 'set compile: false')\n"
-        "except UserError as error:\n    print(error)"
-    )
-    environment = {**os.environ, "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    job = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
-    assert job.stdout.startswith("here: torch.compile does not work here: "), job.stdout + job.stderr
-    assert "(fix: install a C++ compiler, or set compile: false)" in job.stdout
+    torch.compiler.reset()
+    with fresh_cache(), config.patch({"cpp.cxx": (None, str(tmp_path / "none"))}), pytest.raises(UserError) as caught:
+        device_options._check_compiler("here", "set compile: false")
+    torch.compiler.reset()
+    assert str(caught.value).startswith("here: torch.compile does not work here: ")
+    assert "(fix: install a C++ compiler, or set compile: false)" in str(caught.value)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llava_llama31.trainer.checkpoint import atomic_folders
@@ -21,6 +23,7 @@ from llava_llama31.trainer.publishing.door import open_door
 from llava_llama31.trainer.publishing.doors import empty_cache, open_doors
 from llava_llama31.trainer.publishing.gate import REQUIRED, RULES, check_folder
 from llava_llama31.trainer.publishing.gate_code import code_problems
+from llava_llama31.trainer.publishing.gate_files import POSSIBLE_SECRET, SECRETS
 from llava_llama31.trainer.publishing.pickles import holds_pickle
 from llava_llama31.trainer.runs.base_model import is_ours
 
@@ -31,6 +34,13 @@ TOKEN = "hf_" + "S" * 34
 @pytest.fixture
 def folder(exported, tmp_path):
     return Path(shutil.copytree(exported / "llama", tmp_path / "model"))
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_every_secret_is_a_possible_one(kind, data):
+    assert POSSIBLE_SECRET.search(data.draw(st.from_regex(SECRETS[kind])))
 
 
 def sign(folder: Path) -> None:

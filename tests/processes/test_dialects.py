@@ -4,11 +4,13 @@ python -m pip install --no-deps --target old452 'transformers==4.52.*' 'huggingf
 OLD_TRANSFORMERS=old452 pytest tests/processes/test_dialects.py
 """
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +112,11 @@ def ask(folder: Path, *doors: str, transformers: str | None = None) -> dict[str,
     command = [sys.executable, "-c", ASK, str(folder), str(folder.parent / "sign.png"), *doors]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    said = map(json.loads, done.stdout.splitlines()[-len(doors) :])
+    return answers_in(done.stdout, folder, *doors)
+
+
+def answers_in(printed: str, folder: Path, *doors: str) -> dict[str, tuple[list, np.ndarray]]:
+    said = map(json.loads, printed.splitlines()[-len(doors) :])
     return {
         door: (answered, load_file(f"{folder}.{door}.logits")["logits"].numpy())
         for door, answered in zip(doors, said, strict=True)
@@ -210,7 +216,17 @@ def test_every_auto_class_of_stock_opens_ours(folders):
 
 @pytest.fixture(scope="module")
 def answers_here(folders):
-    return {tower: ask(folders / f"{tower}-native", "stock")["stock"] for tower in TOWERS}
+    """Of the native folders, by stock classes in this process."""
+    answers = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for tower in TOWERS:
+            folder = folders / f"{tower}-native"
+            patch.setattr(sys, "argv", ["", str(folder), str(folders / "sign.png"), "stock"])
+            printed = io.StringIO()
+            with redirect_stdout(printed):
+                exec(compile(ASK, "ask", "exec"), {})
+            answers[tower] = answers_in(printed.getvalue(), folder, "stock")["stock"]
+    return answers
 
 
 def assert_the_same(here, there):

@@ -15,6 +15,8 @@ from hub_server import Blob, hub_of_this_process, running_hub
 from llava_llama31.model_card.card import usage_snippet
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.fault_tolerance.signals import Signals
+from llava_llama31.trainer.publishing import publish as publishing
+from llava_llama31.trainer.publishing.doors import Doors
 from llava_llama31.trainer.recipes.loading import load_recipe
 from llava_llama31.trainer.runs.run import run_recipe
 
@@ -42,7 +44,9 @@ def test_from_a_run_to_a_stranger(recipe_content, make_image, tmp_path, monkeypa
     script = str(ROOT / "examples" / "publish.py")
     with hub_of_this_process(TOKEN, monkeypatch) as hub:
         hub.faults = [("merge", "lost"), ("tag", 403), ("resolve_get", 500)]
-        assert main(["publish", str(run), "--repo-id", REPO, "--json"]) == 2
+        with monkeypatch.context() as patch:  # the next one opens the folder's doors
+            patch.setattr(publishing, "open_doors", lambda *_, **__: Doors("", []))
+            assert main(["publish", str(run), "--repo-id", REPO, "--json"]) == 2
         first = "".join(capfd.readouterr())
         assert "the Hub answered 403" in first
         second = start(hub, home, script, str(run), "--repo-id", REPO, "--json")

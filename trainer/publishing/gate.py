@@ -8,6 +8,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -209,21 +211,12 @@ def _shape_findings(
     contents: Contents, shapes: dict[str, tuple[int, ...]], holders: dict[str, str]
 ) -> Iterator[GateFinding]:
     """Compare names and shapes with the stock model of config.json; one finding per kind, with the first name."""
-    import torch
-    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
-
     try:
-        config = LlavaNextConfig.from_dict(contents.read_json("config.json"))
-        with torch.device("meta"):
-            state = LlavaNextForConditionalGeneration(config).state_dict()
+        model = _stock_model(json.dumps(contents.read_json("config.json")))
     except Exception as error:  # a broken configuration may raise anything
         yield GateFinding("tensors", "config.json", f"does not configure a LlavaNext model: {error}", EXPORT_AGAIN)
         return
-    tie = config.tie_word_embeddings or config.get_text_config().tie_word_embeddings
-    tied = {"lm_head.weight"} if tie else set()
-    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    vision: Any = config.vision_config
-    tower = vision.model_type
+    wanted, tower, tied = model.shapes, model.tower, {"lm_head.weight"} if model.is_tied else set()
     written = {native_name(name, tower): name for name in shapes}
     doubled = sorted(shapes.keys() - set(written.values()))
     shapes = {native: shapes[name] for native, name in written.items()}
@@ -244,6 +237,28 @@ def _shape_findings(
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             file = holders.get(written.get(names[0], ""), next(iter(holders.values())))
             yield GateFinding("tensors", file, f"{names[0]} {what}{more}", EXPORT_AGAIN)
+
+
+@dataclass(frozen=True)
+class _StockModel:
+    """What stock's class makes of a configuration: shapes by tensor, the tower's type, whether the head is tied."""
+
+    shapes: dict[str, tuple[int, ...]]
+    tower: str
+    is_tied: bool
+
+
+@lru_cache(maxsize=2)  # a folder is checked before it goes up and after it came down
+def _stock_model(config_json: str) -> _StockModel:
+    import torch
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    config = LlavaNextConfig.from_dict(json.loads(config_json))
+    with torch.device("meta"):
+        state = LlavaNextForConditionalGeneration(config).state_dict()
+    vision: Any = config.vision_config
+    is_tied = bool(config.tie_word_embeddings or config.get_text_config().tie_word_embeddings)
+    return _StockModel({name: tuple(tensor.shape) for name, tensor in state.items()}, vision.model_type, is_tied)
 
 
 def check_twin(contents: Contents) -> Iterator[GateFinding]:
