@@ -277,11 +277,11 @@ def launched_processes(*, cpu: bool) -> Iterator[tuple[PartialState, Peers]]:
         UserError: the processes do not meet.
     """
     launched = get_cpu_distributed_information()
-    # accelerate heeds MPI's variables on CPUs alone
+    # accelerate reads MPI's variables on CPUs only
     num_processes = launched.world_size if cpu or "LOCAL_RANK" in os.environ else 1
     peers = Peers.connect(launched.rank, num_processes)
     try:
-        with peers.together():  # at once: a signal from here on is no loss of this process for the others
+        with peers.together():  # at once: a signal from here on does not make this process lost to the others
             peers.meet()
             yield PartialState(cpu=cpu, timeout=timedelta(hours=_COLLECTIVE_HOURS)), peers
     finally:
