@@ -614,6 +614,28 @@ def test_null_is_absent(read):
         assert read({"images": image} | ASKED)[0].images == ()
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\0\0\0\x18ftypisom" + b"0" * 9, "video_or_audio"),
+        (b"RIFF\1\0\0\0WAVEfmt ", "video_or_audio"),
+        (b"ID3\4", "video_or_audio"),
+        (b"\0\0\0\x1cftypavif", "image_not_read"),
+        (b"II*\0", "image_not_read"),
+        (b"some bytes", ""),
+    ],
+)
+@pytest.mark.parametrize("deep", [False, True])
+def test_bytes_under_an_unknown_name_are_what_they_begin_as(tmp_path, monkeypatch, content, reason, deep):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    value = [{"bytes": content, "path": None}] if deep else content
+    pyarrow.parquet.write_table(
+        pyarrow.table({"thing": [value], "messages": [chat("q", "a")]}), tmp_path / "x.parquet"
+    )
+    store = open_records(DataSource(name="x", path=str(tmp_path / "x.parquet")))
+    assert (reason_of(store) == reason) if reason else (store[0].not_read == ("thing",))
+
+
 def test_an_answer_without_text_is_an_assistant_turn(read):
     with pytest.raises(RecordError, match="the text of an assistant turn is missing"):
         read({"messages": chat("q", None)})[0]

@@ -157,6 +157,19 @@ def test_numbered_image_parts_show_the_same_images_from_shards(rows_folder, tmp_
     assert [row[3] for row in before] == [row[3] for row in after] and before[0][3] == before[1][3][::-1]
 
 
+def test_one_name_for_two_folders_of_images_is_refused(rows_folder, tmp_path, capsys):
+    rows = {"name": "rows", "path": str(rows_folder / "rows.json")}
+    stage = {"trainable": ["multi_modal_projector"], "learning_rate": 0.1, "global_batch": 8, "epochs": 1}
+    stages = {
+        name: {**stage, "data": [rows | {"image_root": str(root)}]}
+        for name, root in (("a", rows_folder), ("b", tmp_path))
+    }
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump({"name": "mine", "model": {"checkpoint": "base"}, "stages": stages}))
+    assert main(["shards", str(recipe), "--to", str(tmp_path / "out")]) == 2
+    assert "two sources are called rows, which would be one folder" in capsys.readouterr().err
+
+
 def test_files_of_a_sample_that_are_not_written_are_counted(tmp_path, caplog):
     talk = {"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}
     with tarfile.open(tmp_path / "a.tar", "w") as tar:

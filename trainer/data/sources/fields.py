@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from llava_llama31.trainer.data.sources.images import holds_base64_image, is_absent, is_encoded_image
+from llava_llama31.trainer.data.sources.images import holds_base64_image, is_absent, is_encoded_image, medium_of
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 
 
@@ -94,6 +94,8 @@ _JUDGED = _VIDEO_AND_AUDIO | _PREFERENCES | _BOXES | _TOOL_CALLS | _IMAGE_FIELDS
 _IMAGE_NAME = re.compile(r"\.(jpe?g?|jfif|png|webp|gif|bmp|tiff?|avif|heic)(\?\S*)?$", re.IGNORECASE)
 _VIDEO_NAME = re.compile(r"\.(mp4|m4v|mov|avi|mkv|webm|mpe?g|wav|mp3|flac|ogg|opus|m4a|aac)(\?\S*)?$", re.IGNORECASE)
 _VIDEO_DATA = re.compile("data:(video|audio)/", re.IGNORECASE)
+_SOUND_HEAD = re.compile(rb"ID3|fLaC|OggS|RIFF....WAVE", re.DOTALL)
+_HEAD_BYTES = 16
 _NEXT_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[- ]")
 
 
@@ -188,7 +190,7 @@ def image_fields(others: Mapping[str, object]) -> tuple[list[object], list[str]]
     Raises:
         RecordError: image_not_read, when it is not clear which field holds the record's images; video_or_audio.
     """
-    named = [key for key, value in others.items() if _names_images(key, value)]
+    named = [key for key, value in others.items() if names_images(key, value)]
     if len(named) > 1:
         raise RecordError("image_not_read", f"both `{named[0]}` and `{named[1]}` give images: name them in `images`")
     if not named:
@@ -250,7 +252,7 @@ def turn_weight(fields: Mapping[str, object], role: str) -> tuple[bool, list[str
             continue
         if plain(key) in _TOOL_CALLS:
             raise RecordError("tool_calls", f"the {role}'s turn has `{key}`")
-        if key in IMAGE_FIELDS or _names_images(key, value) or _holds(value, _is_image):
+        if key in IMAGE_FIELDS or names_images(key, value) or _holds(value, _is_image):
             raise RecordError("image_not_read", f"a turn's own `{key[:80]}` gives an image: name it in `images`")
     if role != "assistant":
         asked = [key for key, value in weights.items() if value != 0]
@@ -325,7 +327,8 @@ def _gives_part_image(key: str, value: object) -> bool:
     return not is_absent(value) and (plain(key) in _PART_IMAGE_FIELDS or _holds(value, _is_image))
 
 
-def _names_images(key: str, value: object) -> bool:
+def names_images(key: str, value: object) -> bool:
+    """Whether a field, by its name, gives images under another name than `image`."""
     if is_absent(value):
         return False
     name = plain(key)
@@ -346,11 +349,14 @@ def _holds(value: object, is_one: Callable[[object], bool]) -> bool:
 
 def _is_image(value: object) -> bool:
     if isinstance(value, bytes):
-        return is_encoded_image(value)
+        return is_encoded_image(value) or medium_of(value[:_HEAD_BYTES]) == "image"
     if not isinstance(value, str):
         return False
     return bool(_IMAGE_NAME.search(value[-4096:])) or value[:11].lower() == "data:image/" or holds_base64_image(value)
 
 
 def _is_video(value: object) -> bool:
+    if isinstance(value, bytes):
+        head = value[:_HEAD_BYTES]
+        return medium_of(head) == "video" or _SOUND_HEAD.match(head) is not None
     return isinstance(value, str) and bool(_VIDEO_NAME.search(value[-4096:]) or _VIDEO_DATA.match(value))
