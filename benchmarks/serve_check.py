@@ -99,6 +99,18 @@ def main() -> int:
     return int(failed)
 
 
+def found(command: str) -> str:
+    """The absolute path of a command.
+
+    Raises:
+        SystemExit: there is no such command.
+    """
+    path = shutil.which(command)
+    if path is None:
+        raise SystemExit(f"error: there is no command {command} (fix: make serve-check)")
+    return str(Path(path).absolute())
+
+
 def accuracies(asked: list[tuple[dict[str, Any], Path]], questions: Path) -> str:
     """Of the served answers and of the recorded ones, in percent; empty where nothing was served."""
     rows = [row for row, _ in asked if row.get("served") is not None]
@@ -148,6 +160,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, default=Path("runs/serve-check"))
     options = parser.parse_args()
     options.scratch.mkdir(parents=True, exist_ok=True)
+    # servers run in the scratch folder
+    options.export, options.scratch = options.export.absolute(), options.scratch.absolute()
+    options.vllm, options.transformers = (found(command) for command in (options.vllm, options.transformers))
     options.export, options.scratch = options.export.resolve(), options.scratch.resolve()
     return options
 

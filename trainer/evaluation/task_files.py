@@ -71,7 +71,7 @@ class Layout(_Frozen):
     image: str | None = None
     """A path, bytes or base64."""
     image_key: str | None = None
-    """What answers call the image, where `image` is no path; a path itself where a row has no `image`."""
+    """What answers call the image, where `image` is not a path; a path itself where a row has no `image`."""
     all_with_image: bool = False
     """Every question has an image, also where the file leaves it out."""
     answer: str | None = "answer"

@@ -139,7 +139,7 @@ def _apply_override(content: dict, override: str) -> None:
 def _list_item(target: list, key: str, path: str) -> Any:
     if not key.isdigit() or int(key) >= len(target):
         raise UserError(
-            f"{key!r} is no position in a list of {len(target)}", where=f"--set {path}", fix="count from 0"
+            f"{key!r} is not a position in a list of {len(target)}", where=f"--set {path}", fix="count from 0"
         )
     return target[int(key)]
 

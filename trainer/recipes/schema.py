@@ -590,7 +590,7 @@ class Recipe(_Frozen):
     def _names(self) -> "Recipe":
         for name in self.stages:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-                raise ValueError(f"{name!r} is no name for a stage (fix: use letters, digits, - and _)")
+                raise ValueError(f"{name!r} is not a name for a stage (fix: use letters, digits, - and _)")
         names = [spec.name for spec in self.evaluations]
         for name, stage in self.stages.items():
             if stage.eval_questions is not None and not names:

@@ -80,7 +80,7 @@ class RecordStore:
         """The row as the source has it.
 
         Raises:
-            RecordError: it is no object.
+            RecordError: it is not an object.
         """
         raw = self._rows[row]
         if not isinstance(raw, dict):
