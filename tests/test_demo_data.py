@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import multiprocessing
 import queue
 import random
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, Gen
 from transformers.image_processing_utils import select_best_resolution
 
 from llava_llama31.trainer.demo import images, parts
+from llava_llama31.trainer.errors import Interrupted
 
 
 SMALL = parts.Settings(
@@ -246,3 +250,33 @@ def test_same_seed_makes_the_same_files(prepared, tmp_path):
     first = digests(prepared[0])
     assert first.pop("fingerprint.txt")
     assert digests(tmp_path) == first
+
+
+def asleep(*_):
+    time.sleep(100)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted("stopped by SIGTERM")], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_while_it_prepares_ends_the_workers_at_once(tmp_path, monkeypatch, stop):
+    context = multiprocessing.get_context("fork")  # nothing is imported again
+    monkeypatch.setattr(parts.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(parts, "train_tower", asleep)
+    monkeypatch.setattr(parts, "train_language_model", asleep)
+    seen = []
+
+    def stopped(*_):
+        seen.extend(set(multiprocessing.active_children()) - before)
+        masks = [Path(f"/proc/{worker.pid}/status").read_text().partition("SigBlk:")[2].split()[0] for worker in seen]
+        # a terminal sends Ctrl-C to them too, and each would print a traceback
+        assert all(int(mask, 16) & 1 << (signal.SIGINT - 1) for mask in masks)
+        raise stop
+
+    monkeypatch.setattr(parts, "write_data", stopped)
+    before, started = set(multiprocessing.active_children()), time.monotonic()
+    with pytest.raises(type(stop)):
+        parts.prepare(tmp_path / "parts", seed=3, progress=print, settings=SMALL)
+    assert time.monotonic() - started < 50 and len(seen) >= 3  # two workers and the queue's
+    for worker in seen:
+        worker.join(20)
+    assert not any(worker.is_alive() for worker in seen) and not list(tmp_path.iterdir())
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())

@@ -11,6 +11,7 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.metrics import choices, numbers, text, yes_no
 from llava_llama31.trainer.evaluation.row_files import any_rows
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS as VQA_PROTOCOLS
+from llava_llama31.trainer.strict_yaml import parse_yaml
 
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xlsx")
@@ -285,9 +286,9 @@ def table_task(path: Path, *, with_images: bool = True) -> Task:
 
 def _task(content: str, where: str) -> Task:
     try:
-        value: Any = yaml.safe_load(content)
+        value: Any = parse_yaml(content)
     except yaml.YAMLError as error:
-        raise UserError(f"not YAML: {error}", where=where, fix="repair it") from error
+        raise UserError(f"not YAML: {' '.join(str(error).split())}", where=where, fix="repair it") from error
     if not isinstance(value, dict):
         raise UserError("not a mapping", where=where, fix="docs/evaluation.md says what a task has")
     try:
