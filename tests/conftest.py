@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: their threads 
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import brief_finish
+import early_settings  # noqa: F401  # before all that is large
 import numpy as np
 import psutil
 import pytest
@@ -50,10 +51,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if not item.get_closest_marker("torture")]
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """A stage's end collects garbage: among what the tests make, not among all that was imported."""
-    gc.collect()
-    gc.freeze()
+num_modules = 0  # at the last freeze
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A stage's end collects garbage: among what the tests make, not among all that was imported until now."""
+    global num_modules
+    if len(sys.modules) > num_modules + 50:
+        gc.collect()
+        gc.freeze()
+        num_modules = len(sys.modules)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -294,10 +301,15 @@ def pristine_recipe(base_folder, data_folder):
 
 
 @pytest.fixture
-def recipe_content(pristine_recipe, request, monkeypatch):
-    """A copy of its own for every test, whose runs end soon: see brief_finish.py."""
+def short_runs(request, monkeypatch) -> None:
+    """Runs end soon, see brief_finish.py, but those of a test that is marked `whole_finish`."""
     if request.node.get_closest_marker("whole_finish") is None:
         brief_finish.shorten(monkeypatch.setattr)
+
+
+@pytest.fixture
+def recipe_content(pristine_recipe, short_runs):
+    """A copy of its own for every test."""
     return copy.deepcopy(pristine_recipe)
 
 
@@ -330,8 +342,11 @@ def no_process_is_left(adopted_orphans) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's caches."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
+    base = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(base / "cache"))
+    # all workers' own: C++ headers are compiled once
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared / "inductor"))
 
 
 @pytest.fixture(scope="session")
@@ -342,7 +357,7 @@ def fast_bfloat16() -> None:
 
 
 @pytest.fixture
-def run_recipe():
+def run_recipe(short_runs):
     """Train in this process, with these keys in all stages; returns the run's folder."""
 
     def run(content: dict, folder: Path, **keys) -> Path:

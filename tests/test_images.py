@@ -18,7 +18,7 @@ from llava_llama31.trainer.data.sources.images import FORMATS, ImageRef, image_a
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 
 
-# FUZZ_SCALE=10 looks ten times as far
+# FUZZ_SCALE=20 looks twenty times as far
 SCALE = int(os.environ.get("FUZZ_SCALE", "1"))
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -186,17 +187,22 @@ def room_of(module: str) -> str:
 def imported(path: Path, modules: Iterable[str]) -> set[str]:
     """Modules of `trainer/` that a file imports anywhere, inside functions and for type checkers too."""
     known, found = set(modules), set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            if name.startswith(f"{PACKAGE}."):
-                inside = name.removeprefix(f"{PACKAGE}.")
-                found.add(inside if inside in known else inside.rpartition(".")[0])
+    for name in names_imported(path.read_text(encoding="utf-8")):
+        if name.startswith(f"{PACKAGE}."):
+            inside = name.removeprefix(f"{PACKAGE}.")
+            found.add(inside if inside in known else inside.rpartition(".")[0])
     return found
+
+
+@cache
+def names_imported(source: str) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return names
 
 
 def faults(root: Path) -> list[str]:

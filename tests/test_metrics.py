@@ -234,7 +234,7 @@ def test_fields(prediction, counts, readable):
 def test_objects_are_found_among_words():
     assert first_object('Sure!\n```json\n{"a": {"b": 1}}\n```\n{"c": 2}') == {"a": {"b": 1}}
     assert first_object('{oops} {"a": 1}') == {"a": 1}
-    assert first_object("[" * 100_000 + '{"a":' * 100_000) is None
+    assert first_object("[" * 5_000 + '{"a":' * 5_000) is None
     assert field_counts('{"a": "X"}', '{"a": "x"}', ignore_case=True).exact
     assert field_f1(0, 0) == 1 and field_f1(0, 3) == 0
     with pytest.raises(ValueError, match="not a JSON object"):

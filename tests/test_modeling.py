@@ -217,7 +217,7 @@ def test_opens_every_key_dialect(tiny_model, tmp_path, dialect):
 
 
 DOOR = """
-import importlib.abc, json, sys
+import importlib.abc, json, os, sys
 import numpy as np, torch
 from PIL import Image
 
@@ -228,9 +228,14 @@ class NoPackage(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, NoPackage())
 import transformers
-from transformers import AutoProcessor
+from transformers import AutoProcessor, LlavaNextForConditionalGeneration, LlavaNextProcessor
 
-folder, remote, autos = sys.argv[1], sys.argv[2] == "remote", sys.argv[3:]
+folder, remote = sys.argv[1], True
+autos = ["AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
+if child := os.fork():  # a process for each door, which have imported the same
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    remote, autos = False, autos[1:2]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=remote)
 
 def seeded_image(seed, *size):
@@ -269,31 +274,21 @@ def test_two_doors_open_in_clean_processes_with_equal_logits(tiny_model, process
     processor.save_pretrained(folder)
     script = tmp_path / "door.py"
     script.write_text(textwrap.dedent(DOOR))
-    results = {}
-    for door, autos in [
-        ("remote", ["AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"]),
-        ("stock", ["AutoModelForImageTextToText"]),
-    ]:
-        environment = {
-            "HF_MODULES_CACHE": str(tmp_path / "modules"),
-            "HF_HUB_OFFLINE": "1",
-            "PATH": "",
-            "OMP_NUM_THREADS": "1",
-        }
-        run = subprocess.run(
-            [sys.executable, "-I", str(script), str(folder), door, *autos],
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=tmp_path,
-        )
-        assert run.returncode == 0, run.stderr
-        results[door] = json.loads(run.stdout.splitlines()[-1])
-    stock = results["stock"]["AutoModelForImageTextToText"]
+    environment = {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-I", str(script), str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    stock, remote = map(json.loads, run.stdout.splitlines()[-2:])
+    stock = stock["AutoModelForImageTextToText"]
     assert stock["module"].startswith("transformers.") and stock["model"] == "LlavaNextForConditionalGeneration"
     assert stock["processor"] == "LlavaNextProcessor"
     reference = torch.load(tmp_path / "AutoModelForImageTextToText-False.pt")
-    for auto, ours in results["remote"].items():
+    for auto, ours in remote.items():
         assert ours["model"] == "LlavaLlama31ForConditionalGeneration"
         assert ours["module"].startswith("transformers_modules.") and ours["processor"] == "LlavaLlama31Processor"
         assert ours["text"] == stock["text"]

@@ -209,14 +209,16 @@ def test_each_revision_has_the_weights_of_its_step(hub, saves, tmp_path, stage_n
 
 
 @pytest.mark.slow
-def test_a_fault_at_each_call_of_an_interim_push(hub, saves, tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.torture)])
+def test_a_fault_at_each_call_of_an_interim_push(hub, saves, tmp_path, monkeypatch, every):
     monkeypatch.setattr(time, "sleep", lambda _: None)
     job = job_of(saves, tmp_path / "job", "whole")
     push(job)
     calls = [kind for kind, _, _ in hub.calls]
     assert {"refs", "branch", "commit", "tag"} <= set(calls)
     for number, kind in enumerate(calls):
-        for fault in (429, 500, 403, 412, "drop", "lost"):
+        is_first = number == calls.index(kind)
+        for fault in (429, 500, 403, 412, "drop", "lost") if is_first or every else ("drop", "lost"):
             hub.repos.clear()
             hub.objects.clear()
             hub.faults = [(kind, None)] * calls[:number].count(kind) + [(kind, fault)]

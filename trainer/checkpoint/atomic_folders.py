@@ -11,12 +11,12 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from llava_llama31.trainer.checkpoint.package_versions import package_version
 from llava_llama31.trainer.errors import UserError
 
 
@@ -104,7 +104,7 @@ def commit(staging: Path, final: Path, facts: dict[str, Any]) -> None:
     paths = sorted(path for path in staging.rglob("*") if path.is_file())
     with ThreadPoolExecutor(_HASHED_AT_ONCE) as threads:  # the other processes wait for one core's hashes else
         entries = list(threads.map(lambda path: _synced(staging, path), paths))
-    versions = {name: version(name) for name in PACKAGES}
+    versions = {name: package_version(name) for name in PACKAGES}
     write_manifest(staging, {**facts, "versions": versions, "files": entries})
     for folder in {path.parent for path in staging.rglob("*")} | {staging}:
         _fsync_folder(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from llava_llama31.trainer.commands.options import add_recipe, positive, run_folder
+from llava_llama31.trainer.commands.quick_imports import quick_imports
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.redaction import say
@@ -42,8 +43,9 @@ def run(options: argparse.Namespace) -> int:
             _launch(options)
         sets = [argument for override in options.overrides for argument in ("--set", override)]
         command = shlex.join(["llava-llama31", "train", options.recipe, *sets, *["--cpu"] * options.cpu])
-        from llava_llama31.trainer.distributed.devices import ask_for_cpu
-        from llava_llama31.trainer.runs.run import run_recipe
+        with quick_imports():
+            from llava_llama31.trainer.distributed.devices import ask_for_cpu
+            from llava_llama31.trainer.runs.run import run_recipe
 
         if options.cpu:
             ask_for_cpu()

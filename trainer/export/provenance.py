@@ -1,6 +1,5 @@
 """Where a model comes from: the card's facts known before the first step, and the environment."""
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.checkpoint.package_versions import package_version
 from llava_llama31.trainer.distributed.devices import default_device, device_name, uses_cpu
 from llava_llama31.trainer.model.locating import hub_id, local_checkpoint
 from llava_llama31.trainer.recipes.schema import Recipe
@@ -100,5 +100,5 @@ def environment() -> dict[str, Any]:
         hardware = f"{torch.accelerator.device_count()} x {device_name(default_device())}"
     else:
         hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name.replace("-", "_"): package_version(name) for name in PACKAGES}
     return {"hardware": hardware, "python": platform.python_version(), **versions}

@@ -238,7 +238,7 @@ def passes(stage: Stage, rows: StageRows, order: BatchOrder, steps: int, num_dev
     batches, whole = _chosen_batches(order, steps)
     counted = not rows.assumed
     totals = np.zeros((2, len(_FIELDS)), np.float64)
-    tokens, worst = 0, np.zeros(len(_FIELDS))
+    tokens, worst = 0, [0.0] * len(_FIELDS)
     for batch in batches:
         tokens += int(order.lengths.num_tokens[batch].sum())
         for micro in ranks.micro_batches(batch):
@@ -291,7 +291,7 @@ _FIELDS = (*Work.__dataclass_fields__, "num_keys")
 _TILES, _TOKENS, _KEYS = 0, 2, len(_FIELDS) - 1
 
 
-def _measure(micro: list[int], rows: StageRows, order: BatchOrder, packed: bool) -> np.ndarray:
+def _measure(micro: list[int], rows: StageRows, order: BatchOrder, packed: bool) -> list[float]:
     """A micro-batch's Work, and its keys; supervised tokens are taken to be the last ones of their sample."""
     lengths = rows.lengths
     if not packed:
@@ -302,18 +302,20 @@ def _measure(micro: list[int], rows: StageRows, order: BatchOrder, packed: bool)
         for unit in order.units(np.array(micro)):
             trunk = int(lengths.num_prefix_tokens[unit[0]]) if len(unit) > 1 else 0
             trees.append((trunk, [int(lengths.num_tokens[i]) - trunk for i in unit], unit))
-    found = np.zeros(len(_FIELDS))
+    # plain numbers: arrays of eight are ten times as slow, and a plan goes through a million micro-batches
+    tiles = features = tokens = pairs = keys = supervised = learnt_pairs = 0.0
     for trunk, branches, unit in trees:
-        found[0] += rows.num_tiles[unit[0]]
-        found[1] += rows.num_features[unit[0]]
-        found[2] += trunk + sum(branches)
-        found[3] += trunk * (trunk + 1) / 2
-        found[_KEYS] += trunk + sum(trunk + length for length in branches)
+        tiles += float(rows.num_tiles[unit[0]])
+        features += float(rows.num_features[unit[0]])
+        tokens += trunk + sum(branches)
+        pairs += trunk * (trunk + 1) / 2
+        keys += trunk * (len(branches) + 1) + sum(branches)
         for length, index in zip(branches, unit, strict=True):
             learnt = min(int(lengths.num_supervised_tokens[index]), length)
-            found[3] += trunk * length + length * (length + 1) / 2
-            found[4:8] += (learnt, learnt, learnt * (trunk + length) - learnt * (learnt - 1) / 2, learnt)
-    return found
+            pairs += trunk * length + length * (length + 1) / 2
+            supervised += learnt
+            learnt_pairs += learnt * (trunk + length) - learnt * (learnt - 1) / 2
+    return [tiles, features, tokens, pairs, supervised, supervised, learnt_pairs, supervised, keys]
 
 
 def _work(total: np.ndarray) -> Work:

@@ -10,6 +10,7 @@ into FOLDER/DOOR.safetensors. `snippet`, if there is CODE.py, runs the code of a
 what it prints.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -134,6 +135,7 @@ def _inputs(processor: Any, question: str, number: int) -> Any:
 
 def open_all(model_id: str, revision: str, folder: str, code_file: str = "") -> dict[str, Any]:
     """What each process found; of one that failed, the last line of its error, and nothing of those after it."""
+    gc.disable()  # a quarter of the imports' time; this process and its forks soon end
     import torch  # noqa: F401  # before the forks, which then share it
     from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextForConditionalGeneration  # noqa: F401
 

@@ -148,10 +148,12 @@ class BatchOrder:
 
     def units(self, batch: np.ndarray) -> list[list[int]]:
         """Samples of a batch that stand side by side with equal prefixes."""
+        if self.share_prefix == 1:
+            return [[index] for index in batch.tolist()]
         units: list[list[int]] = []
         before = 0
         for index, key in zip(batch.tolist(), self.lengths.prefixes[batch].tolist(), strict=True):
-            shared = self.share_prefix > 1 and key and key == before and len(units[-1]) < self.share_prefix
+            shared = key and key == before and len(units[-1]) < self.share_prefix
             if shared:
                 units[-1].append(index)
             else:
@@ -162,6 +164,8 @@ class BatchOrder:
     def row_length(self, row: list[int]) -> int:
         """Tokens of a packed row; a prefix counts once."""
         lengths = self.lengths
+        if len(row) == 1:
+            return int(lengths.num_tokens[row[0]])
         total = int(lengths.num_tokens[row].sum())
         if self.share_prefix > 1:
             for unit in self.units(np.array(row)):

@@ -8,7 +8,6 @@ import os
 import zipfile
 from array import array
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -17,6 +16,7 @@ import numpy as np
 
 from llava_llama31.processing import pixels_llava_llama31
 from llava_llama31.trainer import redaction
+from llava_llama31.trainer.checkpoint.package_versions import package_version
 from llava_llama31.trainer.data import check, sources
 from llava_llama31.trainer.data.sources.images import stat_signature
 from llava_llama31.trainer.data.sources.remote_files import signature
@@ -206,4 +206,4 @@ def code_signature(processor: "LlavaLlama31Processor | None") -> dict:
     if processor is not None:
         files.append(Path(inspect.getfile(type(processor))))
     digest = hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=16)
-    return {"code": digest.hexdigest()} | {package: version(package) for package in _PACKAGES}
+    return {"code": digest.hexdigest()} | {package: package_version(package) for package in _PACKAGES}
