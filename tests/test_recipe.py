@@ -254,7 +254,7 @@ def test_overrides_reach_every_level(tmp_path):
         ("stages.two.epochs=1", "there is no stage 'two'"),
         ("stages.one.epoch=1", "unknown key"),
         ("seed", "not KEY=VALUE"),
-        ("stages.one.data.4.sample=1", "no position in a list of 1"),
+        ("stages.one.data.4.sample=1", "not a position in a list of 1"),
     ],
 )
 def test_overrides_that_fit_nothing_are_refused(tmp_path, override, message):
