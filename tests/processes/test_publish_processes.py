@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from early_settings import QUICK_START
 from hub_server import Blob, hub_of_this_process, running_hub
 
 from llava_llama31.model_card.card import usage_snippet
@@ -26,7 +27,7 @@ REPO = "me/mine"
 def start(hub, home: Path, *command: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
-    environment |= {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment |= {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": str(QUICK_START)}
     return subprocess.run([sys.executable, *command], cwd=home, env=environment, capture_output=True, text=True)
 
 

@@ -1,6 +1,6 @@
 """Python runs this when it starts: garbage is collected less often.
 
-Imports make half a million objects, which stay, and Python would look for garbage at every 700 new ones: a third of
+Imports make half a million objects, which stay, and Python would look for garbage at every 700 new ones: a fifth of
 their time.
 """
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from llava_llama31.trainer.commands.options import above_zero, positive
+from llava_llama31.trainer.commands.quick_imports import quick_imports
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.redaction import say, shown
 
@@ -99,10 +100,11 @@ def _open(options: argparse.Namespace, model: str) -> "Callable[[], Conversation
     from llava_llama31.trainer.model.locating import model_folder
 
     folder = model_folder(model, where="MODEL")  # before torch is imported: it fails faster
-    import transformers
+    with quick_imports():
+        import transformers
 
-    from llava_llama31.trainer.chat.conversation import Conversation, Sampling
-    from llava_llama31.trainer.model.opening import open_model
+        from llava_llama31.trainer.chat.conversation import Conversation, Sampling
+        from llava_llama31.trainer.model.opening import open_model
 
     transformers.utils.logging.disable_progress_bar()
     weights, processor = open_model(folder, dtype=options.dtype, device=options.device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_llama31.trainer.commands.options import add_json
+from llava_llama31.trainer.commands.quick_imports import quick_imports
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.redaction import plain, say
 
@@ -29,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Publish: progress on stderr, the plan or the result on stdout."""
-    from llava_llama31.trainer.publishing.hub_calls import redact
-    from llava_llama31.trainer.publishing.publish_run import publish_folder
-    from llava_llama31.trainer.publishing.release import check_repo_id
+    with quick_imports():
+        from llava_llama31.trainer.publishing.hub_calls import redact
+        from llava_llama31.trainer.publishing.publish_run import publish_folder
+        from llava_llama31.trainer.publishing.release import check_repo_id
 
     check_repo_id(options.repo_id, "--repo-id")
     path = Path(options.source)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Context for the imports of torch and Transformers, a quarter of whose time is a search for garbage.
+    """Context for the imports of torch and Transformers, a fifth of whose time is a search for garbage.
 
     They make half a million objects that stay, and Python searches at every 700 new ones.
     """

@@ -35,7 +35,7 @@ def versions() -> dict[str, Any]:
 
 def by_transformers(door: str, folder: str, questions: dict[str, Any]) -> list[dict[str, Any]]:
     """Prompt ids and greedy answer of each conversation."""
-    gc.disable()  # a quarter of the imports' time; this process soon ends
+    gc.disable()  # a fifth of the imports' time; this process soon ends
     import torch
     from PIL import Image
     from transformers import (

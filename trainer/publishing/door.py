@@ -135,7 +135,7 @@ def _inputs(processor: Any, question: str, number: int) -> Any:
 
 def open_all(model_id: str, revision: str, folder: str, code_file: str = "") -> dict[str, Any]:
     """What each process found; of one that failed, the last line of its error, and nothing of those after it."""
-    gc.disable()  # a quarter of the imports' time; this process and its forks soon end
+    gc.disable()  # a fifth of the imports' time; this process and its forks soon end
     import torch  # noqa: F401  # before the forks, which then share it
     from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextForConditionalGeneration  # noqa: F401
 
