@@ -131,7 +131,7 @@ $(VENV)/.demo: $(VENV)/.base
 
 # not vLLM's environment: `transformers serve` would open images with its broken torchvision
 $(VENV)/.serving: $(VENV)/.demo
-	$(PIP) $(CONSTRAINTS) 'transformers[serving]'
+	$(PIP) $(CONSTRAINTS) -e '.[peft]' 'transformers[serving]'
 	touch $@
 
 $(VENV)/.smol: $(VENV)/.demo

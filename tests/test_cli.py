@@ -12,6 +12,7 @@ import yaml
 
 from llava_llama31.trainer import cli
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.errors import Interrupted
 from llava_llama31.trainer.publishing.published import is_outstanding
 from llava_llama31.trainer.recipes.loading import SHIPPED
 from llava_llama31.trainer.recipes.schema import Publish
@@ -120,6 +121,7 @@ TRAIN = f"""
 import sys
 from llava_llama31.trainer import cli
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.errors import Interrupted
 assert main(sys.argv[1:]) == 0
 assert not {HEAVY} & set(sys.modules)
 """
@@ -185,6 +187,39 @@ def test_help_is_plain_ascii(command, capsys):
     with pytest.raises(SystemExit):
         main([*command, "--help"])
     assert capsys.readouterr().out.isascii()
+
+
+KEPT = {
+    "train": "no checkpoint is written yet: the same command starts from the beginning",
+    "train, begun": "run the same command to resume from the last checkpoint",
+    "evaluate": "the batches that are answered are kept: run the same command to ask the others",
+    "publish": "run the same command to continue: it does only what is missing on the Hub",
+    "score": "",
+}
+
+
+@pytest.mark.parametrize("command", KEPT)
+@pytest.mark.parametrize(
+    ("signal", "code", "said"),
+    [(KeyboardInterrupt(), 130, "stopped"), (Interrupted("stopped by SIGTERM"), 75, "stopped by SIGTERM")],
+    ids=["SIGINT", "SIGTERM"],
+)
+def test_a_signal_says_what_the_command_keeps(recipe_file, tmp_path, monkeypatch, capsys, command, signal, code, said):
+    def stopped(options):
+        raise signal
+
+    name = command.partition(",")[0]
+    monkeypatch.setattr(cli._COMMANDS[name], "run", stopped)
+    if command == "train, begun":
+        (tmp_path / "run/stages/1-projector/checkpoint-2").mkdir(parents=True)
+    rest = {
+        "train": [str(recipe_file), "--output", str(tmp_path / "run")],
+        "evaluate": ["model", "--data", "questions.jsonl"],
+        "publish": ["run", "--repo", "owner/name"],
+        "score": ["answers.jsonl", "--annotations", "questions.jsonl"],
+    }[name]
+    assert main([name, *rest]) == code
+    assert capsys.readouterr().err.splitlines() == [f"{said}; {KEPT[command]}" if KEPT[command] else said]
 
 
 def test_what_the_locale_cannot_encode_is_escaped(data_folder, tmp_path):

@@ -76,6 +76,7 @@ SPLITS = {
         {"train": "train-00000-of-00002 train-00001-of-00002", "validation": "validation-00000-of-00001"},
     ),
     "two sets": (["chartqa-train", "chartqa_test", "docvqa-train"], {"train": "chartqa-train docvqa-train"}),
+    "words in one": (["trainData", "myTestSet"], {"train": "trainData", "test": "myTestSet"}),
     "other words": (["val2014", "training_0", "dev.1"], {"validation": "dev.1 val2014", "train": "training_0"}),
     "folders": (["train/0000", "train/0001", "test/0000"], {"train": "train/0000 train/0001", "test": "test/0000"}),
     "a split of any name": (
@@ -151,6 +152,26 @@ def test_what_looks_like_data_and_is_not_read_is_named(tmp_path, name, message):
     assert message in refusal(tmp_path)
 
 
+def test_a_folder_of_json_is_refused_by_its_files(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.json", "sub/B.JSONL"):
+        (tmp_path / name).write_text("[]")
+    with pytest.raises(
+        UserError, match=r"a folder of JSON is not read as a whole; it holds '.*a\.json', '.*B\.JSONL'"
+    ):
+        open_records(source(tmp_path))
+
+
+def test_a_file_that_a_saved_data_set_does_not_name_is_refused(tmp_path):
+    saved = datasets.Dataset.from_list([{"id": "a", "texts": TURNS}])
+    saved.save_to_disk(tmp_path)
+    (tmp_path / "cache-0123.arrow").write_bytes(b"")  # as `datasets` leaves beside it
+    assert ids(tmp_path) == ["a"]
+    (tmp_path / "data-00001-of-00002.arrow").write_bytes((tmp_path / "data-00000-of-00001.arrow").read_bytes())
+    with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow: the file is not one of those that state\.json"):
+        open_records(source(tmp_path))
+
+
 def test_a_link_to_nothing_is_named_and_a_link_to_a_folder_is_followed(tmp_path):
     shard(tmp_path / "set" / "0.tar", "a")
     shard(tmp_path / "disk" / "1.tar", "b")
@@ -198,12 +219,18 @@ MIXED = {
     "L.JSONL": "beside",
     "sub/m.ndjson.gz": "beside",
     "n.csv": "beside",
+    "u.feather": "beside",
+    "V.TFRECORD": "beside",
+    "w.parquet.bak": "beside",
+    "x.zip": "beside",
     "o.tsv.zip": "beside",
     "p.jsonl.part": "beside",
     "LICENSE": "",
     "README.md": "",
     "q.png": "",
     "r.txt.gz": "",
+    "y.parquet.sha256": "",
+    ".z.parquet.crc": "",
     "._s.parquet": "",
     "sub/._t.tar": "",
 }
@@ -243,6 +270,8 @@ GAPS = {
     "in the midst": (["train-00000-of-00003", "train-00002-of-00003"], "2 of 3 .* 00001-of-00003 is missing"),
     "the last": (["part_0_of_2"], "1 of 2 .* 1-of-2 is missing"),
     "from one on": (["train-1-of-3", "train-3-of-3"], "2 of 3 .* 2-of-3 is missing"),
+    "without separators": (["train_0of3", "train_2of3"], "2 of 3 .* 1-of-3 is missing"),
+    "in brackets": (["train (1 of 3)", "train (3 of 3)"], "2 of 3 .* 2-of-3 is missing"),
     "a huge number": (["train-00000-of-99999999999"], "1 of 99999999999"),
     "two sets": (["train-0-of-1", "train-0-of-2", "train-1-of-2"], "train-0-of-2.* are shards of two sets"),
     "a shard twice": (["train-0-of-1-aaaa1111", "train-0-of-1-bbbb2222"], "are shards of two sets"),

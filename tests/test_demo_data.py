@@ -2,18 +2,26 @@
 
 import hashlib
 import json
+import multiprocessing
 import queue
 import random
+import signal
+import time
+from multiprocessing import resource_tracker
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
+from sleeper import asleep
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, GenerationConfig, LlamaForCausalLM
 from transformers.image_processing_utils import select_best_resolution
 
 from llava_llama31.trainer.demo import images, parts
+from llava_llama31.trainer.errors import Interrupted
 
 
 SMALL = parts.Settings(
@@ -246,3 +254,39 @@ def test_same_seed_makes_the_same_files(prepared, tmp_path):
     first = digests(prepared[0])
     assert first.pop("fingerprint.txt")
     assert digests(tmp_path) == first
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted("stopped by SIGTERM")], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_while_it_prepares_ends_the_workers_at_once(tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(parts, "train_tower", asleep)
+    monkeypatch.setattr(parts, "train_language_model", asleep)
+    seen = []
+
+    def stopped(*_):
+        seen.extend(psutil.Process(worker.pid) for worker in set(multiprocessing.active_children()) - before)
+        masks = [Path(f"/proc/{worker.pid}/status").read_text().partition("SigBlk:")[2].split()[0] for worker in seen]
+        # a terminal sends Ctrl-C to them too, and each would print a traceback
+        assert all(int(mask, 16) & 1 << (signal.SIGINT - 1) for mask in masks)
+        raise stop
+
+    monkeypatch.setattr(parts, "write_data", stopped)
+    before, started = set(multiprocessing.active_children()), time.monotonic()
+    with pytest.raises(type(stop)):
+        # settings that no worker has to import torch for
+        settings = SimpleNamespace(tower=None, language_model=None, fingerprint=str)
+        parts.prepare(tmp_path / "parts", seed=3, progress=print, settings=settings)
+    assert time.monotonic() - started < 50 and len(seen) >= 3  # two workers and the queue's
+    alive = psutil.wait_procs(seen, timeout=20)[1]
+    assert [(worker.pid, worker.status(), worker.num_threads()) for worker in alive] == []
+    assert not list(tmp_path.iterdir())
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
+def test_the_first_process_does_not_let_interrupts_through(monkeypatch):
+    tracker = resource_tracker.ResourceTracker()  # as where no process was started before
+    for name in ("ensure_running", "getfd"):
+        monkeypatch.setattr(resource_tracker, name, getattr(tracker, name))
+    with parts._unseen_interrupts():
+        resource_tracker.getfd()  # the start of a process asks for it
+        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+    tracker._stop()

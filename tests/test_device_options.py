@@ -31,10 +31,15 @@ from llava_llama31.trainer.model import device_options
 from llava_llama31.trainer.model.module_groups import freeze
 from llava_llama31.trainer.model.stage_model import use_device_options
 from llava_llama31.trainer.recipes.schema import Stage
-from llava_llama31.trainer.training import optimizers
+from llava_llama31.trainer.training import optimizers, training_args
 from llava_llama31.trainer.training.optimizers import AdamWBfloat16, round_stochastically
 from llava_llama31.trainer.training.portable_state import load_portable_state, portable_state
-from llava_llama31.trainer.training.training_args import OWNED_BY_STAGE, PASSED_THROUGH, REFUSED
+from llava_llama31.trainer.training.training_args import (
+    OWNED_BY_STAGE,
+    PASSED_THROUGH,
+    REFUSED,
+    check_trainer_args,
+)
 
 
 def stage(**changes):
@@ -443,6 +448,17 @@ def test_every_field_of_training_arguments_is_in_one_table():
         ({"report_to": "tensorbord"}, "did you mean tensorboard?"),
         ({"report_to": 3}, "is not a list of trackers"),
         ({"lr_scheduler_kwargs": {"nosuch": 3}}, "trainer_args.lr_scheduler_kwargs: the schedule rejects it"),
+        ({"lr_scheduler_kwargs": {"last_epoch": 5}}, "last_epoch is not an option"),
+        ({"lr_scheduler_kwargs": {"num_cycles": "x"}}, "trainer_args.lr_scheduler_kwargs: the schedule rejects it"),
+        ({"lr_scheduler_kwargs": "x"}, "'x' is not a mapping of options"),
+        ({"log_level": "loud"}, "'loud' is not one of its values (fix: one of detail, debug"),
+        ({"log_level_replica": 3}, "3 is of another type: input should be a valid string (fix: give text)"),
+        # these were taken as true, or as numbers, by whatever they are
+        ({"full_determinism": "no"}, "'no' is of another type: input should be a valid boolean"),
+        ({"dataloader_pin_memory": [1]}, "(fix: give true or false)"),
+        ({"neftune_noise_alpha": "x"}, "'x' is of another type"),
+        ({"ddp_bucket_cap_mb": -1}, "-1 is negative"),
+        ({"include_num_input_tokens_seen": "some"}, "one of all, non_padding, no"),
         ({"use_cpu": True}, "set the variable CUDA_VISIBLE_DEVICES instead"),
         ({"prediction_loss_only": False}, "validation has its own loop"),
     ],
@@ -455,6 +471,13 @@ def test_trainer_args_of_the_last_stage_are_checked_before_the_first_runs(
     error = capsys.readouterr().err
     assert code == 2 and "stages.instruct.trainer_args." in error and message in error and "(fix: " in error
     assert not (folder / "base").exists() and not (folder / "stages").exists()
+
+
+def test_a_field_that_is_newer_than_the_tables_is_refused(monkeypatch):
+    check_trainer_args({"run_name": "x"}, "stages.one")
+    monkeypatch.setattr(training_args, "PASSED_THROUGH", set())
+    with pytest.raises(UserError, match="trainer_args.run_name: is newer than this package"):
+        check_trainer_args({"run_name": "x"}, "stages.one")
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from llava_llama31.trainer.cli import command_parser
 from llava_llama31.trainer.data.registry.registry import with_own
 from llava_llama31.trainer.evaluation.task_files import load_task
 from llava_llama31.trainer.recipes.json_schema import key_tables
-from llava_llama31.trainer.recipes.loading import _Yaml12Loader
 from llava_llama31.trainer.recipes.schema import DataSource, Lora, Model, Recipe, Stage
+from llava_llama31.trainer.strict_yaml import parse_yaml
 
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +125,7 @@ def check_yaml(pristine_recipe, tmp_path):
     """A whole recipe, parts of one at any depth, or a task."""
 
     def check(block: Block) -> None:
-        content = yaml.load(block.text, Loader=_Yaml12Loader)
+        content = parse_yaml(block.text)
         if block.page.name == "fetch.md":  # data sets of one's own
             (tmp_path / "datasets.yaml").write_text(block.text)
             assert content.keys() <= with_own(tmp_path / "datasets.yaml").keys()

@@ -155,7 +155,7 @@ TRAINER = ROOT / "trainer"
 PACKAGE = "llava_llama31.trainer"
 # lowest first: a file imports its own room, rooms of the floors below it, and rooms of its floor in one direction
 FLOORS = (
-    ("errors", "redaction", "terminal", "strict_json"),
+    ("errors", "redaction", "terminal", "strict_json", "strict_yaml"),
     ("recipes", "demo", "data.registry"),
     ("checkpoint", "costs", "distributed", "data.sources"),
     ("data.check", "fault_tolerance", "model"),

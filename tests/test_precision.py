@@ -14,7 +14,8 @@ import torch
 
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.costs.matrix_peak import CpuSpeed, measure_cpu_speed
+from llava_llama31.trainer.costs import matrix_peak
+from llava_llama31.trainer.costs.matrix_peak import CpuSpeed, measure_cpu_speed, measure_matrix_peak
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation import precision as answering
 from llava_llama31.trainer.evaluation.precision import answers_in_float32
@@ -77,6 +78,44 @@ def test_emulated_bfloat16_is_found_in_a_moment():
     seconds, is_slow, instructions = json.loads(done.stdout.splitlines()[-1])
     assert is_slow and instructions == "x86_64, AVX2" and seconds < 3  # CPU seconds of all cores
     assert platform.machine() in measure_cpu_speed().instructions
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Matrix products on a CPU of these FLOP/s, by a clock that they alone move; lists (type, m, k, n)."""
+    done, now = [], [0.0]
+    speeds = {torch.bfloat16: 1.3e9, torch.float32: 76e9}
+
+    def mm(left, right, *, out):
+        done.append((left.dtype, *left.shape, right.shape[1]))
+        now[0] += 2 * left.shape[0] * left.shape[1] * right.shape[1] / speeds[left.dtype]
+
+    monkeypatch.setattr(matrix_peak.torch, "mm", mm)
+    return done, lambda: now[0], speeds
+
+
+def test_the_matrix_peak_is_bounded_in_time_where_products_are_slow(products):
+    done, clock, speeds = products
+    assert measure_matrix_peak(torch.bfloat16, "cpu", clock=clock) == pytest.approx(1.3e9)
+    assert set(done) == {(torch.bfloat16, 256, 256, 256)}  # four of the next size would take 7 seconds
+    assert clock() < 0.4
+    for speed, sizes in ((76e9, {256, 1024}), (1e12, {256, 1024, 2048})):
+        speeds[torch.float32], spent = speed, clock()
+        done.clear()
+        assert measure_matrix_peak(torch.float32, "cpu", clock=clock) == pytest.approx(speed)
+        assert {m for _, m, _, _ in done} == sizes and clock() - spent < 0.8
+    # slower than any CPU is: still no more than the least number of repeats of the first size
+    speeds[torch.bfloat16], spent = 1e8, clock()
+    measure_matrix_peak(torch.bfloat16, "cpu", clock=clock)
+    assert clock() - spent < 2
+
+
+def test_whether_bfloat16_is_slow_is_measured_in_tenths_of_a_second(products, monkeypatch):
+    done, clock, _ = products
+    monkeypatch.setattr(matrix_peak.time, "thread_time", clock)
+    speed = measure_cpu_speed()
+    assert clock() < 0.4 and {shape[1:] for shape in done} == {(256, 256, 256)}
+    assert CpuSpeed(speed.bfloat16, speed.float32, "x86_64, AVX2").is_slow_in_bfloat16
 
 
 def test_a_stage_that_leaves_precision_out_gets_float32_and_one_line_says_so(recipe_of, settle, tmp_path):

@@ -1,6 +1,7 @@
 """Recipes: every shipped one resolves to the numbers it claims, and every fault is named in one line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,14 @@ FAULTS = [
     ({"stage": {"data": [{"name": "a", "paht": "a.json"}]}}, r"stages\.one\.data\.0\.(path|paht): "),
     ({"stage": {"eval_steps": 5}}, r"eval_steps has nothing .*validation_fraction"),
     ({"stage": {"lora": {}}}, r"lora adapts the language_model, which is frozen"),
+    (
+        {"stage": {"trainable": [LANGUAGE], "lora": {"targets": ["v_proj", "q_prj"]}}},
+        r"stages\.one\.lora\.targets\.1: .*not 'q_prj' \(fix: did you mean q_proj\?",
+    ),
+    (
+        {"stage": {"trainable": [LANGUAGE], "lora": {"targets": ["lm_head"]}}},
+        r"stages\.one\.lora\.targets\.0: .*not 'lm_head'",
+    ),
     ({"modle": {}}, r"mine\.yaml: modle: unknown key.*did you mean model\?"),
     ({"model": {"vision_tower": "x"}}, r"model: .*give either checkpoint, or both"),
 ]
@@ -155,6 +164,34 @@ def test_a_number_that_is_not_finite_is_refused_by_its_key(tmp_path, key, value)
     assert key in said or all(part in said for part in key.rsplit(".", 1))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((f"stages.one.{key}", "1e300") for key in ("learning_rate", "epochs", "step_timeout", "lora.alpha")),
+        *(
+            (f"stages.one.{key}", str(10**30))
+            for key in ("micro_batch", "max_tokens", "trainer_args.ddp_bucket_cap_mb")
+        ),
+        ("stages.one.data.0.weight", "1e300"),
+        ("stages.one.data.0.sample", str(10**30)),
+        ("stages.one.loader_timeout", "1e10"),  # more seconds than the system can wait
+        ("stages.one.dataloader_workers", "100000"),
+        ("seed", str(2**32)),  # NumPy takes no more
+    ],
+)
+def test_a_number_that_is_too_large_is_refused_by_its_key(tmp_path, key, value):
+    with pytest.raises(UserError, match=r"out of range \(fix: give \d+ at most\)") as caught:
+        load_recipe(write(tmp_path), overrides=[f"{key}={value}"])
+    said = str(caught.value)
+    assert all(part in said for part in key.rsplit(".", 1)) and "\n" not in said
+
+
+@pytest.mark.parametrize("key", ["stages.one.data.0.path", "stages.one.data.0.image_root", "model.checkpoint"])
+def test_an_empty_name_is_not_the_working_directory(tmp_path, key):
+    with pytest.raises(UserError, match=f"{re.escape(key)}: is empty .fix: name one, or remove the key"):
+        load_recipe(write(tmp_path), overrides=[f"{key}=''"])
+
+
 def test_rates_by_group_and_nested_arguments_are_finite_too(tmp_path):
     with pytest.raises(UserError, match=r"stages\.one\.learning_rate.*finite number"):
         load_recipe(write(tmp_path, stage={"learning_rate": {PROJECTOR: float("inf")}}))
@@ -178,6 +215,26 @@ def test_a_key_given_twice_and_broken_yaml_are_named_with_their_line(tmp_path):
         load_recipe(str(path))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("seed: " + "9" * 5000, r"mine\.yaml:\d+:7: not valid YAML: Exceeds the limit"),
+        ("seed: 2026-13-45", r"mine\.yaml:\d+:7: not valid YAML: month must be in 1\.\.12"),
+        ("name: &a [*a]", "nested too deeply, or an anchor holds itself"),
+        ("name: " + "[" * 3000, "not valid YAML: nested too deeply"),
+    ],
+)
+def test_values_that_python_cannot_hold_are_one_line(tmp_path, line, message):
+    path = Path(write(tmp_path))
+    path.write_text("".join(f"{kept}\n" for kept in path.read_text().splitlines() if kept[:4] != line[:4]) + line)
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(str(path))
+    assert "\n" not in str(caught.value)
+    if line.startswith("seed"):
+        with pytest.raises(UserError, match="--set seed: .* is not YAML: "):
+            load_recipe(write(tmp_path), overrides=[line.replace(": ", "=")])
+
+
 def test_an_unknown_recipe_names_the_nearest():
     with pytest.raises(UserError, match="did you mean tiny"):
         load_recipe("tinny")
@@ -197,7 +254,7 @@ def test_overrides_reach_every_level(tmp_path):
         ("stages.two.epochs=1", "there is no stage 'two'"),
         ("stages.one.epoch=1", "unknown key"),
         ("seed", "not KEY=VALUE"),
-        ("stages.one.data.4.sample=1", "no position in a list of 1"),
+        ("stages.one.data.4.sample=1", "not a position in a list of 1"),
     ],
 )
 def test_overrides_that_fit_nothing_are_refused(tmp_path, override, message):

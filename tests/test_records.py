@@ -381,6 +381,10 @@ def test_the_index_of_an_image_part_chooses_among_the_images(read):
         parts = [{"type": "image", "index": number, "text": None} for number in numbers]
         return {"images": ["x.png", "y.png"], "messages": chat([*parts, text("q") | {"index": None}], "a")}
 
+    for name in ("image_index", "imageIdx"):
+        part = {"type": "image", name: 1}
+        other = {"images": ["x.png", "y.png"], "messages": chat([part, part | {name: 0}, text("q")], "a")}
+        assert [image.name for image in read(other)[0].images] == ["y.png", "x.png"]
     store = read(asked(0, 1), asked(1, 0), asked(0, 1, 0), asked(None, None))
     shown = [[image.name[0] for image in record.images] for record in store]
     assert shown == [["x", "y"], ["y", "x"], ["x", "y", "x"], ["x", "y"]] and store[1].not_read == ()
@@ -414,6 +418,79 @@ def test_weights_that_disagree_or_belong_to_parts_are_refused(read):
     assert reason_of(read(part)) == "turn_weight"
     item = {"texts": [{"user": "q", "assistant": "a", "weight": 0}, {"user": "r", "assistant": "b"}]}
     assert read(item)[0].messages[1] == assistant("a") | {"weight": 0}
+
+
+@pytest.mark.parametrize("field", ["mask", "masked", "ignore", "no_loss", "skip"])
+def test_a_turn_that_is_left_out_by_a_flag_is_not_learnt_from(read, field):
+    silent = assistant("a") | {"weight": 0}
+    for value in (1, True):
+        record = read(talk_with({field: value}, {field: value}))[0]
+        assert record.messages[1] == silent and record.not_read == ()
+        assert reason_of(read(talk_with({}, {field: value, "weight": 1}))) == "turn_weight"
+        assert reason_of(read({"messages": chat("q", [text("a") | {field: value}])})) == "turn_weight"
+    for value in (0, False):
+        assert read(talk_with({}, {field: value}))[0].messages[1] == assistant("a")
+    # a mask of another kind is none of the loss
+    assert read(talk_with({}, {field: "User"}))[0].not_read == (f"messages[].{field}",)
+
+
+def test_a_record_that_is_to_be_left_out_whole_is_refused(read):
+    for field, value in [("weight", 0), ("loss", False), ("train", 0.0), ("trainable", False), ("masked", True)]:
+        assert reason_of(read({field: value} | ASKED)) == "turn_weight"
+    for field, value in [("weight", 1), ("weight", 0.5), ("train", True), ("masked", False), ("mask", "User")]:
+        assert read({field: value} | ASKED)[0].not_read == (field,)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("Video", "x.mp4", "video_or_audio"),
+        ("audioPath", "x.wav", "video_or_audio"),
+        ("toolCalls", [CALL], "tool_calls"),
+        ("Rejected-Response", "b", "preference"),
+        ("response_rejected", "b", "preference"),
+        ("rejected_conversations", turns("q", "b"), "preference"),
+        ("KTO_tag", "False", "preference"),
+        ("negative_messages", [chat("q", "b")], "preference"),
+        ("clip", "x.mp4", "video_or_audio"),
+        ("media", [{"type": "sound", "path": "x.flac"}], "video_or_audio"),
+        ("media", {"images": ["x.png"]}, "image_not_read"),
+        ("multi_modal_data", {"image": [{"bytes": None, "path": "x.png"}]}, "image_not_read"),
+        ("extra", {"deep": {"er": [["x.webp"]]}}, "image_not_read"),
+    ],
+)
+def test_other_spellings_and_deeper_places_are_known(read, field, value, reason):
+    if reason == "tool_calls":
+        assert reason_of(read(talk_with({}, {field: value}))) == reason
+        return
+    assert reason_of(read({field: value} | ASKED)) == reason
+    assert read({field: None} | ASKED)[0].not_read == ()
+
+
+@pytest.mark.parametrize("field", ["System", "systemPrompt", "SYSTEM_MESSAGE", "system-prompt", "system_instruction"])
+def test_a_system_field_in_another_spelling_is_the_system_turn(read, field):
+    for shape in SHAPES:
+        record = read(SHAPES[shape] | {field: "S"}, format="messages" if shape == "prompt" else shape)[0]
+        assert record.messages[0] == {"role": "system", "content": [text("S")]} and record.not_read == ()
+    assert reason_of(read(ASKED | {field: "S", "system": "T"})) == "conflicting_system"
+
+
+def test_image_fields_in_another_spelling_are_read(read):
+    for field in ("Image", "IMAGES", "imagePath", "Image-URL"):
+        record = read({field: ["x.png"]} | ASKED)[0]
+        assert [image.name for image in record.images] == ["x.png"] and record.not_read == ()
+        assert reason_of(read(talk_with({field: "x"}))) == "image_not_read"
+
+
+def test_fields_of_an_image_that_are_not_read_are_named(read):
+    shown = {"bytes": None, "path": "x.png", "url": "http://h/x.png"}
+    store = read(
+        {"image": shown | {"crop": [0, 0, 1, 1]}} | ASKED,
+        {"images": [shown, {"path": "y.png", "rotate": 90, "id": None}]} | ASKED,
+        {"img": shown | {"rotate": 90}} | ASKED,
+        {"image": shown} | ASKED,
+    )
+    assert [record.not_read for record in store] == [("image.crop",), ("images.rotate",), ("img.rotate",), ()]
 
 
 def test_calls_of_tools_are_refused(read):
@@ -535,6 +612,28 @@ def test_null_is_absent(read):
     assert shown.messages == [user(IMAGE, text("q")), assistant("a")] and shown.not_read == ()
     for image in ([None], {"bytes": None, "path": None}, [{"bytes": None, "path": None}]):
         assert read({"images": image} | ASKED)[0].images == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\0\0\0\x18ftypisom" + b"0" * 9, "video_or_audio"),
+        (b"RIFF\1\0\0\0WAVEfmt ", "video_or_audio"),
+        (b"ID3\4", "video_or_audio"),
+        (b"\0\0\0\x1cftypavif", "image_not_read"),
+        (b"II*\0", "image_not_read"),
+        (b"some bytes", ""),
+    ],
+)
+@pytest.mark.parametrize("deep", [False, True])
+def test_bytes_under_an_unknown_name_are_what_they_begin_as(tmp_path, monkeypatch, content, reason, deep):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    value = [{"bytes": content, "path": None}] if deep else content
+    pyarrow.parquet.write_table(
+        pyarrow.table({"thing": [value], "messages": [chat("q", "a")]}), tmp_path / "x.parquet"
+    )
+    store = open_records(DataSource(name="x", path=str(tmp_path / "x.parquet")))
+    assert (reason_of(store) == reason) if reason else (store[0].not_read == ("thing",))
 
 
 def test_an_answer_without_text_is_an_assistant_turn(read):

@@ -27,6 +27,7 @@ from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.data.batches.dataset import StageDataset
 from llava_llama31.trainer.data.check.check import DataCheck, check_sources
+from llava_llama31.trainer.data.shards.writing import write_shards
 from llava_llama31.trainer.data.sources import remote_files
 from llava_llama31.trainer.data.sources.records import open_records
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
@@ -36,6 +37,7 @@ from llava_llama31.trainer.recipes.schema import DataSource
 
 
 NUM_ROWS = 23
+TEXT = {"type": "text", "text": "what?"}
 
 
 def record(i: int, num_images: int) -> dict:
@@ -133,6 +135,50 @@ def test_parquet_and_parts_become_shards_too(rows_folder, tmp_path):
         assert [row[1:2] + row[3:] for row in before] == [row[1:2] + row[3:] for row in after]
     filtered = open_records(source(tmp_path / "out" / "fine", where={"score": {"min": 2}}))
     assert filtered[0].messages and pytest.raises(RecordError, filtered.__getitem__, 1)
+
+
+def test_numbered_image_parts_show_the_same_images_from_shards(rows_folder, tmp_path):
+    images = ["1-0.png", "2-0.png"]
+    rows = [
+        {
+            "images": images,
+            "messages": [
+                {"role": "user", "content": [*({"type": "image", "index": n} for n in numbers), TEXT]},
+                {"role": "assistant", "content": "it"},
+            ],
+        }
+        for numbers in ((0, 1), (1, 0), (1, 0, 1))
+    ]
+    (tmp_path / "numbered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = source(tmp_path / "numbered.jsonl", image_root=str(rows_folder))
+    write_shards(given, str(tmp_path / "out"))
+    before, after = content(given), content(source(tmp_path / "out"))
+    assert [row[1] for row in before] == [row[1] for row in after]
+    assert [row[3] for row in before] == [row[3] for row in after] and before[0][3] == before[1][3][::-1]
+
+
+def test_one_name_for_two_folders_of_images_is_refused(rows_folder, tmp_path, capsys):
+    rows = {"name": "rows", "path": str(rows_folder / "rows.json")}
+    stage = {"trainable": ["multi_modal_projector"], "learning_rate": 0.1, "global_batch": 8, "epochs": 1}
+    stages = {
+        name: {**stage, "data": [rows | {"image_root": str(root)}]}
+        for name, root in (("a", rows_folder), ("b", tmp_path))
+    }
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump({"name": "mine", "model": {"checkpoint": "base"}, "stages": stages}))
+    assert main(["shards", str(recipe), "--to", str(tmp_path / "out")]) == 2
+    assert "two sources are called rows, which would be one folder" in capsys.readouterr().err
+
+
+def test_files_of_a_sample_that_are_not_written_are_counted(tmp_path, caplog):
+    talk = {"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("0.json", json.dumps(talk)), ("0.txt", "x"), ("1.json", json.dumps(talk)), ("1.txt", "x")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data.encode()))
+    write_shards(source(tmp_path / "a.tar"), str(tmp_path / "out"))
+    assert f"{tmp_path / 'a.tar'}: not written: *.txt of 2 rows" in caplog.messages
 
 
 def test_bad_rows_stop_the_writing_or_are_listed_and_an_index_is_not_overwritten(rows_folder, tmp_path, capsys):

@@ -75,6 +75,7 @@ def test_a_sample_is_a_record_with_the_images_beside_it(tmp_path):
     assert first.images[0].name == "train/000.png" and first.images[0].size() == (4, 6)
     assert first.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
     assert [image.size() for image in second.images] == [(1, 2), (3, 4)]  # as they stand in the shard
+    assert [record.not_read for record in store] == [(), ("*.txt",), ()]
     assert not third.images
     assert json.loads(store.source_text(1)) == {"id": "own", **TWO}
     assert pickle.loads(pickle.dumps(store))[1].images == second.images
@@ -147,6 +148,19 @@ def test_video_and_sound_are_refused_by_name(tmp_path, name, content):
     store = open_records(DataSource(name="data", path=str(path), format="llava"))
     with pytest.raises(RecordError, match=f"malformed_record: '{name}' in sample '0' of .* is (video|audio)"):
         store[0]
+
+
+def test_files_of_a_sample_that_are_not_read_are_named(tmp_path):
+    files = {
+        "0.json": ONE,
+        "0.png": png_bytes(),
+        "0.cls": b"3",
+        "0.meta.json": b"{}",
+        "0.b.npy": b"\x93NUMPY",
+        "0": b"",
+    }
+    record = records_of(pack(tmp_path / "a.tar", files))[0]
+    assert record.not_read == ("*", "*.b.npy", "*.cls", "*.meta.json") and len(record.images) == 1
 
 
 def test_what_macos_packs_beside_a_sample_is_passed_over(tmp_path):

@@ -75,6 +75,7 @@ def test_a_shipped_task_says_what_it_is(name):
     [
         ("- a", "t.yaml: not a mapping"),
         ("a: [", "t.yaml: not YAML"),
+        ("a: 1\na: 2\n", "t.yaml: not YAML: key .a. is given twice"),
         ("name: x", "t.yaml: title: Field required"),
         ("protocol: other", "no protocol is named 'other'; there are own"),
         ("speed: 1", "speed: Extra inputs are not permitted"),
@@ -634,6 +635,27 @@ def test_bad_questions_are_named(own, rows, message):
     folder, arguments = own
     with pytest.raises(UserError, match=message.replace("{", r"\{").replace("?", r"\?")):
         load_task_questions(load_task(arguments[1]), write_lines(folder / "bad.jsonl", rows), with_images=False)
+
+
+def test_two_images_under_one_image_id_of_a_task_are_refused_with_both_rows(tmp_path):
+    columns = {
+        "question_id": [1, 2, 3],
+        "image_id": ["i", "j", "i"],
+        "question": ["What?"] * 3,
+        "answers": [["red"] * 10] * 3,
+    }
+    for image, is_refused in ((b"x", False), (b"y", True)):
+        images = [{"bytes": data, "path": None} for data in (b"x", b"z", image)]
+        path = tmp_path / f"{is_refused}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({**columns, "image": images}), path)
+        if is_refused:
+            with pytest.raises(
+                UserError, match=r"True\.parquet\[2\]: image_id i is another image .*True\.parquet\[0\]"
+            ):
+                load_task_questions(load_task("textvqa"), path)
+        else:
+            shown = [question.image.data for question in load_task_questions(load_task("textvqa"), path)]
+            assert shown == [b"x", b"z", b"x"]
 
 
 # --- a user's own function

@@ -710,6 +710,22 @@ def test_two_images_under_one_image_id_are_refused_with_both_rows(tmp_path):
         load_questions(path)
 
 
+@pytest.mark.parametrize("field", ["image_path", "img", "file_name", "images", "Image"])
+def test_an_image_under_another_name_is_the_rows_own(tmp_path, field):
+    for name, colour in (("p0", "red"), ("own", "blue")):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / f"{name}.png")
+    path = tmp_path / "q.jsonl"
+    for value, shown in (("own.png", "own.png"), (None, "p0.png"), (["own.png"], "own.png")):
+        path.write_text(json.dumps(GOOD | {field: value, "flickr_original_url": "https://h/x.jpg"}))
+        assert [question.image.name for question in load_questions(path)] == [shown]
+    path.write_text(json.dumps(GOOD | {field: "https://h/x.jpg"}))  # where it is from
+    assert load_questions(path)[0].image.name == "p0.png"
+    for row in ({field: ["own.png", "p0.png"]}, {field: "own.png", "picture": "p0.png"}):
+        path.write_text(json.dumps(GOOD | row))
+        with pytest.raises(UserError, match=r"q\.jsonl:1: .* give 2 images \(fix: name the one image"):
+            load_questions(path)
+
+
 @pytest.mark.parametrize("as_bytes", [False, True], ids=["object", "plain bytes"])
 def test_embedded_images_under_one_image_id_are_compared(tmp_path, as_bytes):
     colours = {colour: io.BytesIO() for colour in ("red", "blue")}

@@ -78,6 +78,17 @@ def test_two_processes_report_an_image_that_is_missing(forks, lively_folder, dat
     assert '"failed": 1' in printed and (tmp_path / "out/predictions.html").is_file()
 
 
+def test_what_fails_in_the_first_process_ends_the_second(forks, lively_folder, data, tmp_path):
+    """It waited for a day where no launcher ended it, as on another machine."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "predictions.jsonl").write_text("{}\n")
+    job = forks.start("evaluate", *arguments(lively_folder, data, output), processes=2)
+    printed, _ = job.communicate(timeout=100)
+    assert job.codes == [2, 2] and printed.count("error: ") == 1, printed
+    assert "holds answers, but no settings.json" in printed
+
+
 def test_two_processes_ask_with_the_ocr_tokens_that_one_has_read(forks, lively_folder, tmp_path):
     pytest.importorskip("rapidocr")
     signs, font = ["STOP 42", "OPEN 24h", "HALT 7", "STOP 42", "EXIT"], ImageFont.load_default(72)

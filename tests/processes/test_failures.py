@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from forks import Forks
 from safetensors.torch import load_file
 
 from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.errors import EndedElsewhere, UserError
 from llava_llama31.trainer.fault_tolerance.peers import Peers
 from llava_llama31.trainer.fault_tolerance.watchdog import loader_failure
 
@@ -148,6 +150,56 @@ def test_a_worker_that_is_gone_is_distinguished_from_one_that_is_stuck():
     assert failure.exit_code == 7 and "worker 0 was asked for records r5 and is gone: DataLoader" in str(failure)
 
 
+def alone(port: int) -> dict[str, str]:
+    """Variables of rank 0 of two, the other of which never comes."""
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return {**names, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def test_a_process_that_waits_for_one_that_died_at_its_start_heeds_sigterm(forks, recipe):
+    """It was deaf in the process group's rendezvous, which waited for a day."""
+    job = forks.start(*recipe, variables=alone(free_port()), after=3.0, signal=signal.SIGTERM, deadline=60.0)
+    output, _ = job.communicate(timeout=70)
+    assert job.codes == [75] and "Traceback" not in output, output
+
+
+def test_ranks_that_do_not_meet_are_named(monkeypatch, capsys):
+    for name, value in alone(free_port()).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("llava_llama31.trainer.fault_tolerance.peers._ANNOUNCE_SECONDS", 0.1)
+    place = f"127.0.0.1:{os.environ['MASTER_PORT']}"
+    with pytest.raises(UserError, match=rf"^{place}: rank 0 did not answer within 0 s: Connection refused .fix: look"):
+        Peers.connect(1, 2, seconds=0.3)
+    assert capsys.readouterr().err == f"waiting for rank 0 at {place}\n"
+    peers = Peers.connect(0, 3)
+    with pytest.raises(UserError, match=rf"^{place}: ranks 1, 2 did not come within 0 s"):
+        peers.meet(seconds=0.3)
+    assert capsys.readouterr().err == f"waiting for ranks 1, 2 at {place}\n"
+    peers.report(4, "no")  # as another rank would
+    with pytest.raises(EndedElsewhere) as ended:
+        peers.meet()
+    assert ended.value.exit_code == 4
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(UserError, match="MASTER_ADDR: not set"):
+        Peers.connect(0, 2)
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        for name, value in alone(other.getsockname()[1]).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=r"EADDRINUSE.*--main_process_port"):
+            Peers.connect(0, 2)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 MEETING = """
 import os
 import sys
@@ -162,8 +214,10 @@ if rank == 0:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=100))
     print(store.port, flush=True)
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2] if rank else str(store.port)}
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is there
 peers = Peers.connect(rank, 2)
 with peers.together():
+    peers.meet()
     assert peers._lost() is None
 print("neighbours", sorted(peers._neighbours), flush=True)
 """

@@ -54,11 +54,12 @@ def run(lively_folder, tmp_path_factory):
     return folder
 
 
-def test_an_export_is_opened_here_and_elsewhere_and_its_card_says_so(run, tmp_path, capsys):
+def test_an_export_is_opened_here_and_elsewhere_and_its_card_says_so(run, tmp_path, monkeypatch, capsys):
     other = tmp_path / "python"
     other.write_text(OTHER.format(mark=MARK, python=sys.executable, reference=str(run / "export" / "reference.json")))
     other.chmod(other.stat().st_mode | stat.S_IXUSR)
-    assert main(["export", str(run), "--check", "--check-with", str(other)]) == 3
+    monkeypatch.chdir(tmp_path)  # the path is relative, as users write it
+    assert main(["export", str(run), "--check", "--check-with", f"./{other.name}"]) == 3
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.partition(", ")[2] for line in lines] == [
         "stock classes: 13 of 13 answers are equal",

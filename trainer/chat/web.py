@@ -89,7 +89,7 @@ class ChatServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exception()
-        if not isinstance(error, OSError):  # a page that has gone is no fault
+        if not isinstance(error, OSError):  # a page that has gone is not a fault
             sys.stderr.write(shown(traceback.format_exc()))
 
     def forget(self, key: str) -> None:

@@ -1,13 +1,11 @@
 """`llava-llama31 evaluate`: a model folder and a question file to answers, scores and a page to browse them."""
 
 import argparse
-import atexit
 import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,16 +139,16 @@ def _run_textvqa(options: argparse.Namespace) -> bool:
     """Whether every question is answered; true in other processes than the first."""
     # before the weights: it fails faster
     questions = textvqa_questions(options)
-    processes = _processes(options.device)
-    opened = _open(options, processes)
-    settings = with_settings(options, opened.revision, PRESETS[options.preset], options.data)
-    output = Path(options.output) if options.output else settings.folder(options.model, str(opened.model.dtype))
-    is_main = processes is None or processes.is_main_process
-    evaluation, page = _evaluate(opened, questions, output, settings, processes, not options.no_browser)
-    if is_main:
-        _print(options, evaluation, page)
-    if processes is not None:
-        processes.wait_for_everyone()  # a launcher ends all processes as soon as one ends with another code than 0
+    with _launched(options.device) as processes:
+        opened = _open(options, processes)
+        settings = with_settings(options, opened.revision, PRESETS[options.preset], options.data)
+        output = Path(options.output) if options.output else settings.folder(options.model, str(opened.model.dtype))
+        is_main = processes is None or processes.is_main_process
+        evaluation, page = _evaluate(opened, questions, output, settings, processes, not options.no_browser)
+        if is_main:
+            _print(options, evaluation, page)
+        if processes is not None:
+            processes.wait_for_everyone()  # a launcher ends all processes as soon as one ends with another code than 0
     return evaluation.report.complete or not is_main
 
 
@@ -159,22 +157,24 @@ def _run_tasks(options: argparse.Namespace) -> bool:
     from llava_llama31.trainer.evaluation.task_evaluation import evaluate_tasks
 
     read = task_questions(options)
-    processes = _processes(options.device)
-    opened = _open(options, processes)
-    is_main = processes is None or processes.is_main_process
-    asked = tasks_to_ask(options, read, opened.revision, str(opened.model.dtype))
-    with _progress(is_main) as progress:
-        bar = progress.add_task(f"answering {', '.join(part.task.name for part in asked)}", total=None)
+    with _launched(options.device) as processes:
+        opened = _open(options, processes)
+        is_main = processes is None or processes.is_main_process
+        asked = tasks_to_ask(options, read, opened.revision, str(opened.model.dtype))
+        with _progress(is_main) as progress:
+            bar = progress.add_task(f"answering {', '.join(part.task.name for part in asked)}", total=None)
 
-        def advance(done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total)
+            def advance(done: int, total: int) -> None:
+                progress.update(bar, completed=done, total=total)
 
-        evaluations = evaluate_tasks(opened.model, opened.processor, asked, processes=processes, on_progress=advance)
-        pages = _write_pages(asked, evaluations, progress) if is_main and not options.no_browser else []
-    if is_main:
-        _print_tasks(options, asked, evaluations, pages)
-    if processes is not None:
-        processes.wait_for_everyone()
+            evaluations = evaluate_tasks(
+                opened.model, opened.processor, asked, processes=processes, on_progress=advance
+            )
+            pages = _write_pages(asked, evaluations, progress) if is_main and not options.no_browser else []
+        if is_main:
+            _print_tasks(options, asked, evaluations, pages)
+        if processes is not None:
+            processes.wait_for_everyone()
     return all(evaluation.report.complete for evaluation in evaluations) or not is_main
 
 
@@ -318,18 +318,17 @@ def _write_browser(evaluation: "Evaluation[Report]", questions: Sequence["Questi
     return page
 
 
-def _processes(device: str | None) -> "PartialState | None":
-    """The processes that `accelerate launch` or torchrun started, if more than one."""
+@contextmanager
+def _launched(device: str | None) -> "Iterator[PartialState | None]":
+    """Context of the processes that `accelerate launch` or torchrun started, if more than one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    from accelerate import PartialState
-
+        yield None
+        return
     from llava_llama31.trainer.distributed.devices import uses_cpu
+    from llava_llama31.trainer.fault_tolerance.peers import launched_processes
 
-    # the first process may read images by OCR for hours
-    processes = PartialState(cpu=device == "cpu" or uses_cpu(), timeout=timedelta(hours=24))
-    atexit.register(processes.destroy_process_group)  # its threads abort a process whose interpreter is gone
-    return processes
+    with launched_processes(cpu=device == "cpu" or uses_cpu()) as (processes, _):
+        yield processes
 
 
 def _progress(shown: bool) -> "Progress":

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 HELP = "write a recipe's data, or data files, as shards that open without being listed"
 
+# keys of a source that say which rows and images it has
+_OF_ROWS = ("path", "split", "where", "image_root", "format")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="+", metavar="RECIPE|FILE", help="one recipe, or data files")
@@ -78,7 +81,7 @@ def _sources(options: argparse.Namespace) -> list["DataSource"]:
     sources: dict[str, DataSource] = {}
     for source in listed:
         other = sources.setdefault(source.name, source)
-        if (other.path, other.split, other.where) != (source.path, source.split, source.where):
+        if any(getattr(other, key) != getattr(source, key) for key in _OF_ROWS):
             what = f"two sources are called {source.name}, which would be one folder"
             raise UserError(what, where=options.data[0], fix="rename one")
     return list(sources.values())

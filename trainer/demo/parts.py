@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -184,6 +185,7 @@ def _train_parts(folder: Path, seed: int, progress: Callable[[str], None], setti
 @contextlib.contextmanager
 def _unseen_interrupts() -> Iterator[None]:
     """Processes started in it never see a Ctrl-C, which a terminal sends to them too; this one sees it afterwards."""
+    resource_tracker.ensure_running()  # its start, with the first process, would let SIGINT through again
     former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

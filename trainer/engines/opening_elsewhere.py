@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,7 +64,7 @@ def open_everywhere(folder: Path, pythons: Sequence[str]) -> Iterator[Opened]:
     """
     reference = read_reference(folder)
     with tempfile.TemporaryDirectory(prefix="llava-llama31-check-") as scratch:
-        for python in [sys.executable, *pythons]:
+        for python in map(_interpreter, [sys.executable, *pythons]):
             installed = _run(python, ["versions"], Path(scratch))
             if isinstance(installed, str) or "transformers" not in installed["versions"]:
                 what = installed if isinstance(installed, str) else "has no Transformers"
@@ -71,6 +72,12 @@ def open_everywhere(folder: Path, pythons: Sequence[str]) -> Iterator[Opened]:
                 raise UserError(what, where=python, fix=fix)
             for door in _doors(installed["versions"]):
                 yield _opened(door, installed["versions"], folder, reference, python, Path(scratch))
+
+
+def _interpreter(python: str) -> str:
+    """Its absolute path, since it runs in another folder; a link of an environment stays a link."""
+    found = shutil.which(python)
+    return str(Path(found).absolute()) if found is not None else python
 
 
 def _doors(versions: dict[str, str]) -> list[str]:

@@ -147,7 +147,7 @@ class Asker:
         messages = [{"role": "user", "content": content}]
         try:
             return self.answerer.prompt_from_tiles(messages, [image.tiles], [image.size])
-        except (RuntimeError, TypeError, ValueError) as error:  # tokenizers refuse what is no text, each in its way
+        except (RuntimeError, TypeError, ValueError) as error:  # each tokenizer refuses non-text in its own way
             return f"{type(error).__name__}: {error}"
 
     def _answers(self, prompts: list[Prompt]) -> list[list[int] | str]:

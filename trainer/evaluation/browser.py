@@ -230,7 +230,7 @@ def _write_images(
         except RecordError as error:
             described.append({"id": image_id, "error": str(error)})
         else:
-            # base64 holds no `<`; a type that is no script's keeps it inert text, decoded when it is looked at
+            # base64 holds no `<`; a type other than a script's keeps it inert text, decoded when it is looked at
             file.write(f'<script type="text/plain" id="image-{index}">{b64encode(jpeg).decode()}</script>\n')
             described.append({"id": image_id, "width": width, "height": height})
         if on_progress is not None:

@@ -1,8 +1,8 @@
 """Greedy answers to questions about images: each image read once, its questions as branches of one prefix.
 
-A prompt is cut behind its last image placeholder. What is before, the prefix, is the same for all questions about a
+A prompt is cut behind its last image placeholder. What is before, the prefix, is the same for all questions about an
 image: it goes through the vision tower and the language model once, by itself, so its keys and values depend on the
-image alone. The questions then go on from copies of them in batches. Exact: every position sees what it would see in
+image alone. The questions then continue from copies of them in batches. Exact: every position sees what it would in
 a row of its own, and masked positions weigh zero.
 
 Shapes: B rows, P positions of the longest prefix, S of the longest question, N new tokens, T tiles, H W a tile in
@@ -65,7 +65,7 @@ class Prefixes:
 
     def __init__(self, most: int = 1):
         self.most = most
-        # with the prompts, lest the ids of their arrays be given to others
+        # with the prompts: an array that is freed may give its id to another
         self._kept: dict[Hashable, tuple[Prompt, DynamicCache]] = {}
 
     def get(self, key: Hashable) -> DynamicCache | None:

@@ -32,7 +32,7 @@ class Judgement:
 
 
 Judge = Callable[[Question, str | None, bool], Judgement]
-"""Judges a question's answer, which is in the rule's normal form already if so said; None is no answer, and wrong."""
+"""Judges a question's answer, which is in the rule's normal form already if so said; None, no answer, is wrong."""
 
 
 def judge_of(task: Task, protocol: ProtocolOf) -> Judge:

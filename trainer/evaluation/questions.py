@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llava_llama31.trainer.data.sources.fields import names_images
 from llava_llama31.trainer.data.sources.images import ImageRef, image_at
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
@@ -279,9 +280,10 @@ def shared_image(
     Raises:
         UserError: another row has another image under the same `image_id`.
     """
-    found = _image_of(row, image_id, root, where)
+    named = _named_image(row, where)
+    found = _image_of(named, image_id, root, where)
     first, first_where = images.setdefault(image_id, (found, where))
-    names_none = row.get("image") in (None, "") and not (found.path and os.path.isfile(found.path))
+    names_none = named in (None, "") and not (found.path and os.path.isfile(found.path))
     if not (names_none or _is_same(found, first)):
         what = f"image_id {image_id} is another image here than in {first_where}"
         raise UserError(what, where=where, fix="give each image an image_id of its own")
@@ -297,8 +299,29 @@ def _is_same(image: ImageRef, other: ImageRef) -> bool:
         return False
 
 
-def _image_of(row: dict[str, Any], image_id: str, root: Path, where: str) -> ImageRef:
-    image = row.get("image")
+def _named_image(row: dict[str, Any], where: str) -> Any:
+    """What the row gives as its image, also under a name of other tools, such as `image_path`; None: nothing.
+
+    Raises:
+        UserError: it gives several.
+    """
+    if row.get("image") not in (None, ""):
+        return row["image"]
+    keys = [key for key, value in row.items() if key != "image_id" and names_images(key, value) and not _is_url(value)]
+    images = row[keys[0]] if len(keys) == 1 else keys
+    if not isinstance(images, list):
+        return images
+    if len(keys) > 1 or len(images) > 1:
+        what = f"{' and '.join(keys)} give {max(len(keys), len(images))} images"
+        raise UserError(what, where=where, fix="name the one image of the question in `image`")
+    return images[0] if images else None
+
+
+def _is_url(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("http://", "https://"))
+
+
+def _image_of(image: Any, image_id: str, root: Path, where: str) -> ImageRef:
     if isinstance(image, bytes):
         return ImageRef(image_id, data=image)
     if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):

@@ -11,6 +11,7 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.metrics import choices, numbers, text, yes_no
 from llava_llama31.trainer.evaluation.row_files import any_rows
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS as VQA_PROTOCOLS
+from llava_llama31.trainer.strict_yaml import parse_yaml
 
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xlsx")
@@ -70,7 +71,7 @@ class Layout(_Frozen):
     image: str | None = None
     """A path, bytes or base64."""
     image_key: str | None = None
-    """What answers call the image, where `image` is no path; a path itself where a row has no `image`."""
+    """What answers call the image, where `image` is not a path; a path itself where a row has no `image`."""
     all_with_image: bool = False
     """Every question has an image, also where the file leaves it out."""
     answer: str | None = "answer"
@@ -285,9 +286,9 @@ def table_task(path: Path, *, with_images: bool = True) -> Task:
 
 def _task(content: str, where: str) -> Task:
     try:
-        value: Any = yaml.safe_load(content)
+        value: Any = parse_yaml(content)
     except yaml.YAMLError as error:
-        raise UserError(f"not YAML: {error}", where=where, fix="repair it") from error
+        raise UserError(f"not YAML: {' '.join(str(error).split())}", where=where, fix="repair it") from error
     if not isinstance(value, dict):
         raise UserError("not a mapping", where=where, fix="docs/evaluation.md says what a task has")
     try:

@@ -33,7 +33,7 @@ Returns:
     For one protocol {"protocol", "accuracy", "low", "high"}: the mean over the questions, in [0, 1], and its 95 %
     interval from 1,000 seeded bootstrap resamples of the questions. For "all" such a dictionary under each name.
 Raises:
-    ValueError: no predictions, a prediction that is no string, a question without answers, or an unknown protocol.
+    ValueError: no predictions, a prediction that is not a string, a question without answers, or an unknown protocol.
 Examples:
     >>> metric = evaluate.load("textvqa_accuracy")
     >>> answers = [["8"] * 2 + ["8."] * 8, ["stop"] * 3 + ["halt"] * 7]

@@ -3,6 +3,9 @@
 The processes meet in a key-value store that the launcher or rank 0 keeps. A failing process writes its reason there; a
 killed one can't, but the processes on its machine notice that it is gone. Without this, the others would wait in a
 collective until the launcher ends them, or on other machines until the collective times out.
+
+They meet there before the process group is made: its own rendezvous waits for as long as a collective may take, and no
+signal reaches a process that waits in it.
 """
 
 import contextlib
@@ -12,13 +15,15 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import psutil
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils.environment import get_cpu_distributed_information
 
 from llava_llama31.trainer.errors import (
     EXIT_FAULT,
@@ -39,6 +44,10 @@ _FAILED = "llava-llama31/failed"
 _POLL_SECONDS = 1.0
 # how long a failed process may take to end by itself; how long to wait for another rank's reason before reporting ours
 _GRACE_SECONDS, _REASON_SECONDS = 5.0, 3.0
+# how long processes wait for each other at the start, as torch's default; when to say for whom
+_MEETING_SECONDS, _ANNOUNCE_SECONDS = 1800.0, 60.0
+# of a collective: rank 0 may prepare and check data, or read images by OCR, for hours while the others wait
+_COLLECTIVE_HOURS = 24
 _NO_STORE = "the process that keeps the shared store is gone"
 _LOOK = "look for kill -9, a crash, or the system's out-of-memory killer (dmesg); then run again"
 
@@ -60,25 +69,63 @@ class Peers:
         self._known: dict[str, Any] | None = None  # the first failure
 
     @classmethod
-    def connect(cls, rank: int, num_processes: int) -> "Peers":
-        """Open a separate connection to the store that the processes met in. Collective."""
+    def connect(cls, rank: int, num_processes: int, *, seconds: float = _MEETING_SECONDS) -> "Peers":
+        """Open a connection to the store at MASTER_ADDR:MASTER_PORT, which rank 0 opens unless the launcher has.
+
+        Raises:
+            UserError: nothing answers there within `seconds`, or rank 0 cannot listen there.
+        """
         if num_processes == 1:
             return cls()
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            fix = (
+                "start it with `accelerate launch` or torchrun, or set the address and a free port of rank 0's machine"
+            )
+            raise UserError("not set, and the processes could not meet", where=" and ".join(missing), fix=fix)
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=5), wait_for_workers=False)
-        peers = cls(rank, num_processes, store)
-        here = _machine()
-        store.set(f"llava-llama31/process/{rank}", f"{os.getpid()} {here}")
+        keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if not keeps:
+            _await_store(address, port, seconds)
         try:
-            for other in range(num_processes):
-                pid, there = store.get(f"llava-llama31/process/{other}").decode().split(" ", 1)
-                if other != rank and there == here:
-                    peers._neighbours[other] = int(pid)
-        except BaseException:  # a signal, met while it waited for the others, who know its pid by now
-            with contextlib.suppress(dist.DistError):
-                store.set(cls._left(rank), "")
-            raise
-        return peers
+            # multi_tenant: the process group's own rendezvous shares it
+            store = dist.TCPStore(
+                address, port, None, keeps, timedelta(minutes=5), wait_for_workers=False, multi_tenant=True
+            )
+        except dist.DistNetworkError as error:
+            fix = (
+                "another program may use the port: choose a free one, as with `accelerate launch --main_process_port`"
+            )
+            raise UserError(str(error).splitlines()[0], where=f"{address}:{port}", fix=fix) from error
+        return cls(rank, num_processes, store)
+
+    def meet(self, *, seconds: float = _MEETING_SECONDS) -> None:
+        """Wait until all processes are here; call it in `together`.
+
+        Raises:
+            EndedElsewhere: a process has failed meanwhile.
+            UserError: some have not come within `seconds`.
+        """
+        if self.store is None:
+            return
+        here = _machine()
+        self.store.set(_process(self.rank), f"{os.getpid()} {here}")
+        others = [rank for rank in range(self.num_processes) if rank != self.rank]
+
+        def missing() -> list[int]:
+            assert self.store is not None
+            if self.store.check([_FAILED]):
+                failure = self._failure()
+                raise EndedElsewhere(failure["exit_code"], self._untold(failure))
+            if self.store.check([_process(rank) for rank in others]):
+                return []
+            return [rank for rank in others if not self.store.check([_process(rank)])]
+
+        absent = _wait(lambda: _ranks(missing()), f"at {_meeting_place()}", seconds, says=self.rank == 0)
+        if absent:
+            fix = "look at the output of their machines, then run again"
+            raise UserError(f"{absent} did not come within {seconds:,.0f} s", where=_meeting_place(), fix=fix)
+        places = {rank: self.store.get(_process(rank)).decode().split(" ", 1) for rank in others}
+        self._neighbours = {rank: int(pid) for rank, (pid, there) in places.items() if there == here}
 
     @contextmanager
     def together(self) -> Iterator["Peers"]:
@@ -216,6 +263,84 @@ class Peers:
     @staticmethod
     def _left(rank: int) -> str:
         return f"llava-llama31/left/{rank}"
+
+
+@contextmanager
+def launched_processes(*, cpu: bool) -> Iterator[tuple[PartialState, Peers]]:
+    """Context of the processes of this launch, once all are here: when one fails in it, all end.
+
+    Args:
+        cpu: train or evaluate on the CPU, whatever devices there are.
+
+    Raises:
+        EndedElsewhere, ProcessLost: see `Peers.together`.
+        UserError: the processes do not meet.
+    """
+    launched = get_cpu_distributed_information()
+    # accelerate reads MPI's variables on CPUs only
+    num_processes = launched.world_size if cpu or "LOCAL_RANK" in os.environ else 1
+    peers = Peers.connect(launched.rank, num_processes)
+    try:
+        with peers.together():  # at once: a signal from here on does not make this process lost to the others
+            peers.meet()
+            yield PartialState(cpu=cpu, timeout=timedelta(hours=_COLLECTIVE_HOURS)), peers
+    finally:
+        # threads of the process group that outlive the interpreter abort it: another exit code, and a core dump
+        if dist.is_initialized():
+            PartialState().destroy_process_group()
+        peers.close()
+
+
+def _await_store(address: str, port: int, seconds: float) -> None:
+    """Wait until something listens there: torch's own wait is deaf to signals and prints its stack at every try.
+
+    Raises:
+        UserError: nothing did.
+    """
+    why = ""
+
+    def silent() -> str:
+        nonlocal why
+        try:
+            socket.create_connection((address, port), timeout=5.0).close()
+        except OSError as error:
+            why = error.strerror or str(error)
+            return "rank 0"
+        return ""
+
+    if _wait(silent, f"at {address}:{port}", seconds, says=os.environ.get("LOCAL_RANK", "0") == "0"):
+        fix = (
+            "look at the output of rank 0's machine; check the address, the port and the firewall between the machines"
+        )
+        raise UserError(f"rank 0 did not answer within {seconds:,.0f} s: {why}", where=f"{address}:{port}", fix=fix)
+
+
+def _wait(absent: Callable[[], str], where: str, seconds: float, *, says: bool) -> str:
+    """Wait until nobody is absent, and return who is at the end. A signal is handled between two looks."""
+    began, who = time.monotonic(), absent()
+    while who and (waited := time.monotonic() - began) < seconds:
+        if says and waited > _ANNOUNCE_SECONDS:
+            say(f"waiting for {who} {where}")
+            says = False
+        time.sleep(0.02)
+        who = absent()
+    return who
+
+
+def _ranks(ranks: list[int]) -> str:
+    """rank 3, or: ranks 1, 2, ... (of 40)."""
+    if not ranks:
+        return ""
+    shown, many = ", ".join(map(str, ranks[:8])), len(ranks) > 8
+    return f"rank{'s' * (len(ranks) > 1)} {shown}{f', ... ({len(ranks)} in all)' * many}"
+
+
+def _process(rank: int) -> str:
+    return f"llava-llama31/process/{rank}"
+
+
+def _meeting_place() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 def _machine() -> str:

@@ -48,17 +48,17 @@ def publish_run(
     if spec is None or not is_outstanding(spec, summary):
         return summary
     resume = publish_line(output, spec.repo_id, private=spec.private, collection=spec.collection)
-    told = summary["publish"] = {"repo": spec.repo_id, "published": False, "resume": resume}
+    state = summary["publish"] = {"repo": spec.repo_id, "published": False, "resume": resume}
     atomic_folders.write_json(file, summary)
     try:
         result = publish_folder(
             output, spec.repo_id, private=spec.private, collection=spec.collection, dry_run=False, say=say
         )
     except (UserError, OSError) as error:
-        told["reason"] = redact(str(error))
+        state["reason"] = redact(str(error))
         atomic_folders.write_json(file, summary)
         fix = "" if resume in str(error) else resume
-        what = f"the run has finished but is not yet published: {told['reason']}"
+        what = f"the run has finished but is not yet published: {state['reason']}"
         raise Unpublished(what, where=str(output), fix=fix) from error
     summary["publish"] = {"repo": spec.repo_id, "published": True} | {k: result[k] for k in ("revision", "url", "tag")}
     atomic_folders.write_json(file, summary)

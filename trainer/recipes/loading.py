@@ -11,8 +11,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipes.schema import FORMER_KEYS, Recipe
+from llava_llama31.trainer.recipes.differences import flat
+from llava_llama31.trainer.recipes.schema import FORMER_KEYS, MODEL_PARTS, Recipe
+from llava_llama31.trainer.strict_yaml import parse_yaml
 
+
+# keys that name a file, a folder or a checkpoint
+_NAMES = ("path", "data", "image_root", "task", "init_from", "deepspeed", *MODEL_PARTS)
 
 SHIPPED = (
     "tiny",
@@ -41,13 +46,24 @@ def load_recipe(name_or_path: str, *, output: Path | None = None, overrides: typ
     Raises:
         UserError: naming file, key and fix.
     """
-    content, where = _content(name_or_path, overrides)
-    if output is not None:
-        content = _substitute(content, "{output}", str(output))
     try:
+        content, where = _content(name_or_path, overrides)
+        if output is not None:
+            content = _substitute(content, "{output}", str(output))
+        _refuse_empty_names(content, where)
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise _explain(error, where) from None
+    except RecursionError:
+        what = "a value is nested too deeply, or an anchor holds itself"
+        raise UserError(what, where=name_or_path, fix="write the value out") from None
+
+
+def _refuse_empty_names(content: dict[str, Any], where: str) -> None:
+    """Check that no key names the working directory, which an empty path is."""
+    for key, value in flat(content).items():
+        if value == "" and key.rpartition(".")[2] in _NAMES:
+            raise UserError("is empty", where=f"{where}: {key}", fix="name one, or remove the key")
 
 
 def changed_recipe(name_or_path: str, overrides: typing.Sequence[str]) -> str:
@@ -59,7 +75,7 @@ def _content(name_or_path: str, overrides: typing.Sequence[str]) -> tuple[dict[s
     """A recipe as it is written, with overrides, and the name to call it by in messages."""
     text, where = read_recipe_text(name_or_path)
     try:
-        content = yaml.load(text, Loader=_Yaml12Loader)
+        content = parse_yaml(text)
     except yaml.YAMLError as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -89,26 +105,6 @@ def read_recipe_text(name_or_path: str) -> tuple[str, str]:
         raise UserError(f"cannot be read: {error}", where=str(path), fix="give a readable UTF-8 file") from None
 
 
-class _Yaml12Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number (as YAML 1.2 does) and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", node.value[i][0].start_mark
-                )
-        return super().construct_mapping(node, deep=deep)
-
-
-_Yaml12Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
 def _apply_override(content: dict, override: str) -> None:
     path, separator, value = override.partition("=")
     *parents, last = path.split(".")
@@ -125,11 +121,11 @@ def _apply_override(content: dict, override: str) -> None:
         if not isinstance(target, dict | list):
             raise UserError(f"{key!r} holds a single value", where=f"--set {path}", fix="set it as a whole")
     try:
-        parsed = yaml.load(value, Loader=_Yaml12Loader)
-    except yaml.YAMLError:
-        raise UserError(
-            f"{value!r} is not YAML", where=f"--set {path}", fix="quote it, or close its brackets"
-        ) from None
+        parsed = parse_yaml(value)
+    except yaml.YAMLError as error:
+        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else None
+        what = f"{ascii(value)[:80]} is not YAML{f': {problem}' if problem else ''}"
+        raise UserError(what, where=f"--set {path}", fix="quote it, or close its brackets") from None
     for former, present in FORMER_KEYS.items():
         if present == keys[-1] and isinstance(target, dict):
             target.pop(former, None)  # the override counts, whatever the file calls it
@@ -143,7 +139,7 @@ def _apply_override(content: dict, override: str) -> None:
 def _list_item(target: list, key: str, path: str) -> Any:
     if not key.isdigit() or int(key) >= len(target):
         raise UserError(
-            f"{key!r} is no position in a list of {len(target)}", where=f"--set {path}", fix="count from 0"
+            f"{key!r} is not a position in a list of {len(target)}", where=f"--set {path}", fix="count from 0"
         )
     return target[int(key)]
 

@@ -17,6 +17,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     Tag,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -40,12 +41,37 @@ Recomputed = int | Literal["selective"]
 _TOKEN_FIELDS = ("hub_token", "token")
 
 
+# keys of `model` that name a checkpoint
+MODEL_PARTS = ("checkpoint", "vision_tower", "language_model", "projector")
+
+# beyond it floats do not count one by one
+_LARGEST = 2**53
+# what a key's number is used for takes less: NumPy's seed, a wait of the system, an array of rows, processes
+_LARGEST_OF = {
+    "seed": 2**32 - 1,
+    "step_timeout": 10**9,
+    "loader_timeout": 10**9,
+    "epochs": 10**6,
+    "weight": 10**6,
+    "dataloader_workers": 10**4,
+    "r": 2**16,
+}
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
+    @field_validator("*")
+    @classmethod
+    def _in_range(cls, value: Any, info: ValidationInfo) -> Any:
+        largest = _LARGEST_OF.get(info.field_name or "", _LARGEST)
+        for key, number in _numbers(value if isinstance(value, int | float | dict) else None):
+            if largest < abs(number) < math.inf:  # what is not finite has its own message
+                shown = f"{number:.3g}" if isinstance(number, float) else f"a number of {number.bit_length()} bits"
+                what = f"{key} is {shown}" if key else shown
+                raise ValueError(f"{what} is out of range (fix: give {largest} at most)")
+        return value
 
-# keys of `model` that name a checkpoint
-MODEL_PARTS = ("checkpoint", "vision_tower", "language_model", "projector")
 
 # former spellings of keys, in recipes and in the runs that began with them
 FORMER_KEYS = {"licence": "license", "vision_tower_licence": "vision_tower_license"}
@@ -301,7 +327,7 @@ class Stage(_Frozen):
     @classmethod
     def _finite(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         for key, value in _numbers(arguments):
-            if not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key} is {value} (fix: give a finite number)")
         return arguments
 
@@ -564,7 +590,7 @@ class Recipe(_Frozen):
     def _names(self) -> "Recipe":
         for name in self.stages:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-                raise ValueError(f"{name!r} is no name for a stage (fix: use letters, digits, - and _)")
+                raise ValueError(f"{name!r} is not a name for a stage (fix: use letters, digits, - and _)")
         names = [spec.name for spec in self.evaluations]
         for name, stage in self.stages.items():
             if stage.eval_questions is not None and not names:
@@ -599,9 +625,9 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "evaluation"
 
 
-def _numbers(content: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """(key, value) of every float in nested mappings and lists."""
-    if isinstance(content, float):
+def _numbers(content: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """(key, value) of every number in nested mappings and lists."""
+    if isinstance(content, int | float):
         yield key, content
     elif isinstance(content, dict | list):
         for name, value in content.items() if isinstance(content, dict) else enumerate(content):

@@ -82,7 +82,7 @@ def watch(folders: Sequence[Path], *, port: int, every: int, opens: bool) -> int
     """Serve the report until Ctrl-C; returns the exit code.
 
     Raises:
-        UserError: a folder is no run's, or the port is not free.
+        UserError: a folder is not a run's, or the port is not free.
     """
     for folder in folders:
         run_facts(folder)

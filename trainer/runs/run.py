@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.distributed.devices import refuse_unused_gpus, uses_cpu
 from llava_llama31.trainer.distributed.engine import as_launched, forget_deepspeed
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.fault_tolerance.peers import Peers
+from llava_llama31.trainer.fault_tolerance.peers import launched_processes
 from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.fault_tolerance.watchdog import start_fork_server
 from llava_llama31.trainer.model.locating import local_checkpoint
@@ -57,34 +56,22 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) 
             f"{torch.accelerator.device_count()} GPUs are visible to one process",
             fix="add --devices N, start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES",
         )
-    # rank 0 may prepare and check data for hours, while the others wait
-    try:
-        state = PartialState(cpu=uses_cpu(), timeout=timedelta(hours=24))
+    if any(stage.dataloader_workers for stage in recipe.stages.values()):
+        start_fork_server(["llava_llama31.trainer.runs.worker_imports"])
+    with launched_processes(cpu=uses_cpu()) as (state, peers):
         transformers.utils.logging.disable_progress_bar()
-        if any(stage.dataloader_workers for stage in recipe.stages.values()):
-            start_fork_server(["llava_llama31.trainer.runs.worker_imports"])
-        peers = Peers.connect(state.process_index, state.num_processes)
-    except RuntimeError:
-        signals.act()  # the same signal has ended another rank before this one met it
-        raise
-    try:
-        with peers.together():  # at once: a signal from here on is no loss of this rank for the others
-            run = RunContext(
-                recipe=recipe,
-                folder=RunFolder(output),
-                num_processes=state.num_processes,
-                is_main=state.is_main_process,
-                console=make_console(),
-                signals=signals,
-                peers=peers,
-                command=command,
-            )
-            with run.folder.claimed(recipe, is_main=run.is_main):
-                return _run(run, state)
-    finally:
-        # threads of the process group that outlive the interpreter abort it: another exit code, and a core dump
-        state.destroy_process_group()
-        peers.close()
+        run = RunContext(
+            recipe=recipe,
+            folder=RunFolder(output),
+            num_processes=state.num_processes,
+            is_main=state.is_main_process,
+            console=make_console(),
+            signals=signals,
+            peers=peers,
+            command=command,
+        )
+        with run.folder.claimed(recipe, is_main=run.is_main):
+            return _run(run, state)
 
 
 def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:

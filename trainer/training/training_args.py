@@ -2,10 +2,14 @@
 
 import dataclasses
 import difflib
+import math
+import typing
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
@@ -142,6 +146,12 @@ PASSED_THROUGH = {
 }
 
 
+# values that their fields take and do not list themselves
+_VALUES = {"include_num_input_tokens_seen": ("all", "non_padding", "no")}
+# of which `get_scheduler` drops the options
+_WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
+
+
 def training_arguments(
     stage: Stage, derived: Derived, *, output_dir: Path, seed: int, where: str
 ) -> TrainingArguments:
@@ -194,7 +204,7 @@ def training_arguments(
 
 
 def check_trainer_args(trainer_args: dict[str, Any], where: str, *, packing: bool = False) -> None:
-    """Check the names of the fields, and that the trackers they name are installed.
+    """Check the names of the fields, the types of their values, and that the trackers they name are installed.
 
     Raises:
         UserError: naming the key, and what to set instead.
@@ -212,6 +222,8 @@ def check_trainer_args(trainer_args: dict[str, Any], where: str, *, packing: boo
             raise UserError("TrainingArguments has no such field", where=place, fix=fix)
         if key not in PASSED_THROUGH:
             raise UserError("is newer than this package, which does not know its effect", where=place, fix="remove it")
+        if key != "report_to":  # below
+            _check_value(key, trainer_args[key], place)
     if packing and trainer_args.get("neftune_noise_alpha"):
         raise UserError(
             "its noise depends on a row's length, and a packed row holds several samples",
@@ -219,6 +231,29 @@ def check_trainer_args(trainer_args: dict[str, Any], where: str, *, packing: boo
             fix=f"set {where}.packing=false, or remove it",
         )
     _check_trackers(trainer_args.get("report_to"), f"{where}.trainer_args.report_to")
+
+
+def _check_value(key: str, value: Any, where: str) -> None:
+    """Check a value by its field's type and choices: TrainingArguments itself takes anything."""
+    (field,) = (field for field in dataclasses.fields(TrainingArguments) if field.name == key)
+    taken = typing.get_type_hints(TrainingArguments)[key]
+    try:
+        TypeAdapter(taken, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+    except ValidationError as error:
+        what = f"{ascii(value)[:80]} is of another type: {error.errors()[0]['msg'].lower()}"
+        raise UserError(what, where=where, fix=f"give {_type_name(taken)}") from None
+    choices = _VALUES.get(key, field.metadata.get("choices"))
+    if choices is not None and isinstance(value, str) and value not in choices:
+        raise UserError(
+            f"{ascii(value)[:80]} is not one of its values", where=where, fix=f"one of {', '.join(choices)}"
+        )
+    if isinstance(value, int | float) and value < 0:
+        raise UserError(f"{value} is negative", where=where, fix="give a positive number, or remove it")
+
+
+def _type_name(taken: Any) -> str:
+    names = [getattr(part, "__name__", str(part)) for part in typing.get_args(taken) or (taken,)]
+    return " or ".join({"NoneType": "null", "str": "text", "bool": "true or false"}.get(name, name) for name in names)
 
 
 def _check_trackers(report_to: Any, where: str) -> None:
@@ -244,20 +279,44 @@ def check_training_arguments(stage: Stage, derived: Derived, *, where: str) -> N
     """
     alone = stage.model_copy(update={"deepspeed": None})  # which would start its engine
     args = training_arguments(alone, derived, output_dir=Path("unused"), seed=0, where=where)
+    _check_schedule(stage, args, derived, f"{where}.trainer_args.lr_scheduler_kwargs")
+
+
+def _check_schedule(stage: Stage, args: TrainingArguments, derived: Derived, where: str) -> None:
+    """Make the schedule and ask it for learning rates along the stage.
+
+    Raises:
+        UserError: it rejects its options, drops them, or gives a rate that is none.
+    """
+    options, fix = args.lr_scheduler_kwargs, f"see Transformers' schedule {stage.schedule}"
+    if options and not isinstance(options, dict):
+        raise UserError(f"{ascii(options)[:80]} is not a mapping of options", where=where, fix=fix)
+    if options and stage.schedule in _WITHOUT_OPTIONS:
+        raise UserError(f"schedule {stage.schedule} takes no options", where=where, fix="remove it")
+    if options and "last_epoch" in options:
+        raise UserError(
+            "last_epoch is not an option: a resumed stage finds its step itself", where=where, fix="remove it"
+        )
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
-    options = args.lr_scheduler_kwargs
     try:
-        get_scheduler(
+        schedule = get_scheduler(
             args.lr_scheduler_type,
             optimizer,
             num_warmup_steps=derived.warmup_steps,
             num_training_steps=derived.steps,
-            scheduler_specific_kwargs=options if isinstance(options, dict) else None,
+            scheduler_specific_kwargs=options or None,
         )
-    except (TypeError, ValueError) as error:
-        place = f"{where}.trainer_args.lr_scheduler_kwargs"
-        fix = f"see Transformers' schedule {stage.schedule}"
-        raise UserError(f"the schedule rejects it: {error}", where=place, fix=fix) from None
+        rates = [
+            share(step)
+            for share in (schedule.lr_lambdas if isinstance(schedule, LambdaLR) else ())
+            for step in {0, derived.warmup_steps, (derived.warmup_steps + derived.steps) // 2, derived.steps}
+        ]
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"the schedule rejects it: {error}", where=where, fix=fix) from None
+    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+        raise UserError(
+            f"the schedule gives a learning rate of {min(rates):g} times the stage's", where=where, fix=fix
+        )
 
 
 def check_deepspeed(stage: Stage, where: str) -> None:

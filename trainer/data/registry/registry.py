@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.strict_yaml import parse_yaml
 
 
 NOT_VERIFIED = "not verified here"
@@ -160,7 +161,7 @@ def with_own(file: Path | None) -> dict[str, Dataset]:
     if file is None:
         return shipped_datasets()
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = parse_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         what = f"cannot be read: {' '.join(str(error).split())}"
         raise UserError(what, where=str(file), fix="give a UTF-8 YAML file") from None

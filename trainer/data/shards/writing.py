@@ -8,11 +8,13 @@ as `messages`. The index is written last, so a killed writing leaves no set.
 import hashlib
 import io
 import json
+import logging
 import shutil
 import tarfile
 import tempfile
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from llava_llama31.trainer.data.check.cache import write_atomically
+from llava_llama31.trainer.data.sources import fields
 from llava_llama31.trainer.data.sources.conversations import Record
 from llava_llama31.trainer.data.sources.images import image_column
 from llava_llama31.trainer.data.sources.records import RecordStore, open_records
@@ -36,12 +39,14 @@ from llava_llama31.trainer.data.sources.sharded_rows import (
     VERSION,
 )
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.redaction import redacted
+from llava_llama31.trainer.redaction import printable, redacted
 
 
 if TYPE_CHECKING:
     from llava_llama31.trainer.recipes.schema import DataSource
 
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 512 * 10**6
 _SAMPLED_ROWS = 200  # whose bytes tell the number of shards
@@ -71,6 +76,7 @@ class _Index:
     kinds: array = field(default_factory=lambda: array("H"))
     ends: array = field(default_factory=lambda: array("Q"))
     shards: list[dict[str, Any]] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
 
     def add(self, start: int, content: bytes, suffix: str) -> None:
         if suffix not in self.suffixes:
@@ -132,6 +138,9 @@ def write_shards(
         raise UserError("no row can be written", where=source.path, fix="read the reasons with check-data")
     listed = place.put_lines("rejects.jsonl", (json.dumps(reject) + "\n" for reject in rejects)) if rejects else ""
     place.put_index(index, source)
+    if index.left_out:
+        counts = ", ".join(f"{printable(name)} of {number:,} rows" for name, number in sorted(index.left_out.items()))
+        logger.warning("%s: not written: %s", source.path, counts)
     num_bytes = sum(shard["bytes"] for shard in index.shards)
     return Written(len(index.ends), number, num_bytes, len(rejects), listed)
 
@@ -156,6 +165,8 @@ def _refuse(reject: dict[str, Any], source: "DataSource", *, skip_bad: bool) -> 
 def _write_row(tar: tarfile.TarFile, index: _Index, store: RecordStore, row: int, *, first_key: int) -> None:
     """Add a sample; a row that can't be read leaves no trace."""
     record = store[row]
+    # files of a sample that are neither its record nor its images
+    index.left_out.update(name for name in record.not_read if name.startswith("*"))
     images = []
     for number, image in enumerate(record.images):
         data = image.encoded()
@@ -177,7 +188,7 @@ def _write_row(tar: tarfile.TarFile, index: _Index, store: RecordStore, row: int
 def _record(raw: dict, record: Record, names: list[str]) -> dict:
     """The record as it is to be stored: with the images' names in the shard."""
     kept = {key: value for key, value in raw.items() if key not in ("id", "image", "images")}
-    if len(image_column(raw)) == len(names):
+    if len(image_column(raw)) == len(names) and not fields.numbers_images(raw):
         return {"id": record.id} | kept | ({"images": names} if names else {})
     # its images are elsewhere than in the column
     return {"id": record.id, "messages": record.messages, "images": names}

@@ -128,9 +128,9 @@ class Converter:
         for turn in turns:
             others.pop(turn.field, None)
         reading = _Reading()
-        system = [self._message(Turn("system", raw[key], key), reading) for key in _given_system_fields(raw)]
+        system = [self._message(Turn("system", raw[key], key), reading) for key in fields.system_fields(raw)]
         messages = _with_system(system, [self._message(turn, reading) for turn in turns])
-        column = self._column(raw, others, reading.sources)
+        column = self._column(raw, others, reading)
         if column and not reading.sources and self.format in ("messages", "cauldron"):
             # a list of images without places belongs before the first question, as in TRL and Idefics
             first_user = next((message for message in messages if message["role"] == "user"), None)
@@ -147,13 +147,18 @@ class Converter:
             reading.not_read.update(fields.not_read(others))
         return Record(record_id, images, messages, tuple(sorted(reading.not_read)))
 
-    def _column(self, raw: dict, others: dict[str, object], sources: list[object]) -> list[object]:
+    def _column(self, raw: dict, others: dict[str, object], reading: _Reading) -> list[object]:
         """The record's images; those in fields of other tools leave `others`, where nothing else shows an image."""
         column = image_column(raw)
-        if others and not column and all(given is None for given in sources):
+        names: list[str] = []
+        if others and not column and all(given is None for given in reading.sources):
             column, names = fields.image_fields(others)
             for name in names:
                 del others[name]
+        for image in column:
+            if isinstance(image, dict):
+                name = names[0] if names else "image" if not is_absent(raw.get("image")) else "images"
+                reading.not_read.update(f"{name}.{key}" for key in _not_read_of_image(image))
         return column
 
     def _message(self, turn: Turn, reading: _Reading) -> dict:
@@ -261,11 +266,11 @@ def _image_of_part(part: Mapping[str, object]) -> tuple[object, tuple[str, ...]]
         return source["url"], ("source",)
     if not is_absent(source):
         raise RecordError("image_not_read", "an image part's `source` is neither text, nor of type base64 or url")
-    if "index" in part:
-        number = part["index"]
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise RecordError("malformed_record", f"an image part's `index` is {ascii(number)[:80]}")
-        return _Nth(number), ("index",)
+    for key, number in part.items():
+        if fields.plain(key) in fields.INDEX_FIELDS:
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise RecordError("malformed_record", f"an image part's `{key}` is {ascii(number)[:80]}")
+            return _Nth(number), (key,)
     return None, ()
 
 
@@ -298,10 +303,6 @@ def _in_place(sources: list[object], column: list[object]) -> list[object]:
         next(remaining) if given is None else column[given.number] if isinstance(given, _Nth) else given
         for given in sources
     ]
-
-
-def _given_system_fields(raw: dict) -> list[str]:
-    return [key for key in fields.SYSTEM_FIELDS if key in raw and not is_absent(raw[key])]
 
 
 def _with_system(system: list[dict], messages: list[dict]) -> list[dict]:

@@ -4,15 +4,19 @@ What `datasets` or a glob would pass over in silence is decided here: splits in 
 compressed and unfinished files, shards that are missing. Names are taken as they are and never as patterns.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 from llava_llama31.trainer.errors import UserError
 
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["json", "tar", "parquet", "arrow"]
 
@@ -30,8 +34,14 @@ _PACKED_TARS = (".tbz", ".tbz2", ".tgz", ".txz", ".tzst")
 _COMPRESSED = (".7z", ".br", ".bz2", ".gz", ".lz4", ".xz", ".zip", ".zst", ".zstd")
 # what programs append to a file that they have not written whole
 _UNFINISHED = (".aria2", ".crdownload", ".download", ".incomplete", ".part", ".partial", ".tmp")
-# also of a folder, where nobody reads them beside shards
-_TABLES = (".csv", ".tsv")
+# what nobody takes for data that was not read: images, documents, code, settings, checksums
+_NO_DATA = {
+    "image": ".avif .bmp .gif .heic .heif .ico .jfif .jp2 .jpe .jpeg .jpg .jxl .pjpeg .png .psd .svg .tif .tiff .webp",
+    "document": ".bib .cff .css .html .ipynb .js .log .md .pdf .py .rst .sh .tex .txt",
+    "setting": ".cfg .ini .lock .toml .yaml .yml",
+    "checksum": ".asc .crc .md5 .sha1 .sha256 .sha512 .sig",
+}
+_NO_DATA_SUFFIXES = frozenset(suffix for suffixes in _NO_DATA.values() for suffix in suffixes.split())
 
 # the words that `datasets` takes for splits in the names of files and folders
 _SPLIT_WORDS = {
@@ -46,9 +56,9 @@ _SPLIT_WORDS = {
     "eval": "test",
     "evaluation": "test",
 }
-_BETWEEN_WORDS = re.compile(r"[-._ 0-9]+")
+_BETWEEN_WORDS = re.compile(r"[-._ 0-9]+|(?<=[a-z])(?=[A-Z])")
 _NUMBER = re.compile(r"(?:^|[-_.])\d+(?=[-_.]|$)")
-_SHARD_OF = re.compile(r"(?:^|[-_.])(\d+)[-_]of[-_](\d+)(?!\d)")
+_SHARD_OF = re.compile(r"(?:^|[-_. (])(\d+)[-_ ]?of[-_ ]?(\d+)(?!\d)")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # what Python puts for a byte that is not UTF-8
 _SPLIT = re.compile(r"\w+(\.\w+)*")
 
@@ -58,7 +68,7 @@ class DataFiles:
     """The files of one kind that a path is read from, in the order of their names.
 
     Args:
-        beside: JSON files and tables in the folder, which are not read.
+        beside: the folder's files that are neither read nor images, documents and the like.
     """
 
     kind: Kind
@@ -84,14 +94,17 @@ def data_files_at(path: Path) -> DataFiles | None:
     beside: list[str] = []
     for parent, name in _walk(path):
         kind = _kind(name)
-        inner = name if kind is not None else _inner(name) or name
-        if _kind(inner) == "json" or _suffix(inner) in _TABLES:
-            beside.append(os.path.relpath(os.path.join(parent, name), path))
-        elif kind is not None:
+        if kind is not None and kind != "json":
             _check_entry(file := Path(parent, name))
             found.setdefault(kind, []).append(file)
-        elif _kind(inner) is not None:
+            continue
+        inner = _inner(name)
+        if _kind(inner) not in (None, "json"):
             _refuse_packed(Path(parent, name))
+        suffix = _suffix(inner) or _suffix(name)
+        hidden = name.startswith(".") and kind is None
+        if suffix and not hidden and suffix not in _NO_DATA_SUFFIXES:
+            beside.append(os.path.relpath(os.path.join(parent, name), path))
     if len(found) > 1:
         (first, files), (second, _) = sorted(found.items(), key=lambda item: item[0] != "tar")[:2]
         count = f"{len(files)} .tar shards" if first == "tar" else f"{len(files)} {first} files"
@@ -100,6 +113,34 @@ def data_files_at(path: Path) -> DataFiles | None:
     for kind, files in found.items():
         return DataFiles(kind, sorted(files), tuple(sorted(beside)))
     return None
+
+
+def log_beside(path: Path, found: DataFiles) -> None:
+    """Name the files of a folder that are not read, where there are any."""
+    if found.beside:
+        _warn_once(f"{path}: its {found.kind} files are read; not read: {_listed(found.beside)}")
+
+
+@lru_cache(64)  # a folder is opened more than once
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
+
+
+def refuse_json(folder: Path) -> None:
+    """Refuse a folder of JSON, which is read from files that are named.
+
+    Raises:
+        UserError: naming its files.
+    """
+    files = [os.path.join(parent, name) for parent, name in _walk(folder) if _kind(name) == "json"]
+    if files:
+        what = f"a folder of JSON is not read as a whole; it holds {_listed(sorted(files))}"
+        raise UserError(what, where=str(folder), fix="name each file as a source of its own")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(map(ascii, names[:3]))}{more}"
 
 
 def parquet_splits(path: Path, asked: str) -> dict[str, list[Path]]:
@@ -211,7 +252,10 @@ def parquet_folder(folder: Path) -> list[Path]:
         UserError: as `data_files_at`.
     """
     found = data_files_at(folder)
-    return found.files if found is not None and found.kind == "parquet" else []
+    if found is None or found.kind != "parquet":
+        return []
+    log_beside(folder, found)
+    return found.files
 
 
 def _suffix(name: str) -> str:
@@ -307,7 +351,9 @@ def _splits(relative: Path, asked: str) -> frozenset[str]:
 def _words(relative: Path) -> frozenset[str]:
     """The splits that the file's name, or else the nearest folder's, holds as words."""
     for part in (relative.stem, *(parent.name for parent in relative.parents)):
-        found = frozenset(_SPLIT_WORDS[word] for word in _BETWEEN_WORDS.split(part.lower()) if word in _SPLIT_WORDS)
+        found = frozenset(
+            _SPLIT_WORDS[word] for word in map(str.lower, _BETWEEN_WORDS.split(part)) if word in _SPLIT_WORDS
+        )
         if found:
             return found
     return frozenset()

@@ -9,7 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_llama31.trainer.data.sources.data_folders import check_name_for_datasets, data_files_at, parquet_splits
+from llava_llama31.trainer.data.sources.data_folders import (
+    check_name_for_datasets,
+    data_files_at,
+    parquet_splits,
+    refuse_json,
+)
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.file_names import ends_like_a_file
@@ -82,6 +87,8 @@ def _load_dataset(path: str, split: str) -> Any:
     if not folder.exists():
         what, fix = f"{folder.absolute()} does not exist", "correct the path; it is relative to the working directory"
         raise UserError(what, where=path, fix=fix)
+    if folder.is_dir():
+        refuse_json(folder)
     kinds = "a .json, .jsonl, .tar or .parquet file, a folder of the last two or of save_to_disk, or OWNER/NAME"
     raise UserError("the path holds no data that can be read", where=path, fix=f"name {kinds}")
 
@@ -238,8 +245,16 @@ def _saved_split(folder: Path, split: str) -> Path:
 def _saved_dataset(folder: Path) -> Any:
     import datasets
 
-    for file in parse_json((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
-        _inside(folder, file["filename"])
+    named = [
+        file["filename"] for file in parse_json((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
+    ]
+    for name in named:
+        _inside(folder, name)
+    for file in sorted(folder.glob("*.arrow")):
+        # what `datasets` computes from a data set and keeps beside it
+        if file.name not in named and not file.name.startswith(("cache-", "tmp")):
+            what = "the file is not one of those that state.json names, so it would not be read"
+            raise UserError(what, where=str(file), fix="remove it, or save the data set again")
     return datasets.load_from_disk(str(folder))
 
 

@@ -7,11 +7,12 @@ Hugging Face datasets stay memory-mapped with their images encoded.
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
 from llava_llama31.trainer.data.sources.conversations import Converter, Record, kind_of
-from llava_llama31.trainer.data.sources.data_folders import check_whole, data_files_at, parquet_splits
+from llava_llama31.trainer.data.sources.data_folders import check_whole, data_files_at, log_beside, parquet_splits
 from llava_llama31.trainer.data.sources.dataset_rows import DatasetRows
 from llava_llama31.trainer.data.sources.images import MAX_PIXELS
 from llava_llama31.trainer.data.sources.json_rows import JsonRows
@@ -63,7 +64,12 @@ class RecordStore:
 
     def __getitem__(self, row: int) -> Record:
         raw = self.raw(row)
-        return self._convert(raw, self._id(raw, row))
+        record = self._convert(raw, self._id(raw, row))
+        if isinstance(self._rows, TarRows):
+            unread = set(self._rows.not_read(row, [image.name for image in record.images]))
+            if unread:
+                return replace(record, not_read=tuple(sorted({*record.not_read, *unread})))
+        return record
 
     def prefetch(self, rows: Sequence[int]) -> None:
         """Bring rows of a store into the cache, several at once; nothing where they are on this machine."""
@@ -74,7 +80,7 @@ class RecordStore:
         """The row as the source has it.
 
         Raises:
-            RecordError: it is no object.
+            RecordError: it is not an object.
         """
         raw = self._rows[row]
         if not isinstance(raw, dict):
@@ -175,10 +181,8 @@ def _open_rows(source: "DataSource") -> _Rows:
     if (path / INDEX).is_file():
         return ShardedRows(source.path)
     found = data_files_at(path)
-    if found is not None and found.beside and found.kind != "arrow":
-        names = ", ".join(map(ascii, found.beside[:3]))
-        more = f" and {len(found.beside) - 3} more" if len(found.beside) > 3 else ""
-        logger.warning("%s: its %s files are read; not read: %s%s", path, found.kind, names, more)
+    if found is not None and found.kind != "arrow":
+        log_beside(path, found)
     if found is not None and found.kind == "json":
         return JsonRows(path)
     if found is not None and found.kind == "tar":

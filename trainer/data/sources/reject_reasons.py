@@ -9,7 +9,7 @@ REASONS: dict[str, str] = {
     "empty_question": "a user turn has neither text nor image",
     "empty_answer": "an assistant turn has no text",
     "no_supervised_token": "there is no assistant turn, or none that is trained on",
-    "turn_weight": "a turn's `weight`, `loss` or `train` is not 0, 1, true or false, or is that of a part of the turn",
+    "turn_weight": "a `weight`, `loss` or `train` is not 0, 1, true or false, or leaves out less or more than a turn",
     "conflicting_system": "the record gives two different system turns",
     "tool_calls": "a turn calls tools, which the chat template does not write",
     "preference": "the record compares answers (`chosen`, `rejected`, `label: false`); training takes good ones only",

@@ -11,7 +11,7 @@ import io
 import tarfile
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +112,17 @@ class TarRows:
             what = f"the .json in {self._where(row)} is longer than {MAX_ROW_BYTES} bytes"
             raise RecordError("malformed_json", what)
         return self._bytes(row, found[0]).decode("utf-8", "surrogateescape")
+
+    def not_read(self, row: int, shown: Collection[str]) -> Iterator[str]:
+        """Endings of the sample's files that are neither its record nor images, such as `*.txt`.
+
+        Args:
+            shown: names of the images that the record shows.
+        """
+        for member in self._members(row):
+            ending = member.name[len(_key(member.name)) :]
+            if ending.lower() != ".json" and member.name not in shown:
+                yield f"*{ending}"
 
     def _images(self, row: int, record: dict) -> list[Member]:
         """The files that are images by content or by name, or that the record calls so."""
