@@ -1,9 +1,9 @@
 """Traces one training step of the 8B model at its real shape without its memory: tensors have shapes but no data.
 
-Runs rank 0 of a fake process group; FakeTensor for all floating-point data; our packed path, the real `fully_shard`,
-DDP and DeepSpeed engine. Prints the shapes, and the memory of the step in each of its phases. A trainable parameter
-without a gradient is an error. The figures do not include the CUDA context, NCCL, kernel workspaces and allocator
-fragmentation.
+Runs one rank of a fake process group, one that holds most; FakeTensor for all floating-point data; our packed path,
+the real `fully_shard`, DDP and DeepSpeed engine. Prints the shapes, and the memory of the step in each of its phases.
+A trainable parameter without a gradient is an error. The figures do not include the CUDA context, NCCL, kernel
+workspaces and allocator fragmentation.
 
 python benchmarks/trace_8b.py                        # the card's pretrain stage on all engines: make trace-8b
 python benchmarks/trace_8b.py --engines zero3 fsdp2 --set activation_checkpointing=false --set micro_batch=1
@@ -47,13 +47,15 @@ from llava_llama31.trainer.model.device_options import checkpoint_activations
 from llava_llama31.trainer.model.module_groups import freeze, group_parameters
 from llava_llama31.trainer.planning.model_sizes import model_config
 from llava_llama31.trainer.planning.plan import setup_of
-from llava_llama31.trainer.recipes.deepspeed_files import shipped_deepspeed_files
+from llava_llama31.trainer.recipes.deepspeed_files import deepspeed_content
 from llava_llama31.trainer.recipes.loading import load_recipe
 from llava_llama31.trainer.recipes.schema import Recipe, Stage
 from llava_llama31.trainer.training.optimizers import AdamWBfloat16
 
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+# of the devices under ZeRO-1 one with neither head nor embedding in its share, under ZeRO-2 the head's: they hold most
+BUSIEST = {"zero1": -2, "zero2": -1}
 STEPS = 2  # the optimizer creates its state in the first
 NUM_TEXT, NUM_SUPERVISED = 1184, 256  # tokens of a sample after its image
 GB = 1e9
@@ -126,7 +128,7 @@ def batch_of(row: Row, config: LlavaLlama31Config, dtype: torch.dtype) -> dict[s
 
 @dataclass
 class Traced:
-    """Bytes on rank 0; `missing` are trainable parameters without a gradient, `shapes` those of the step's tensors."""
+    """A rank's bytes; `missing` are trainable parameters without a gradient, `shapes` those of the step's tensors."""
 
     engine: str
     states: int = 0
@@ -150,8 +152,9 @@ def trace(
     *,
     accumulation: int = 1,
     fake: bool = True,
+    rank: int = 0,
 ) -> Traced:
-    """Two optimizer steps of rank 0; the memory is that of the second. Without `fake` they run on real data."""
+    """Two optimizer steps of one rank; the memory is that of the second. Without `fake` they run on real data."""
     batch = batch_of(row, config, torch.float32)
     with torch.device("meta"):
         layouts = LlavaLlama31ForConditionalGeneration(config).model
@@ -159,7 +162,7 @@ def trace(
     traced, memory = Traced(engine), PeakMemory(fake=fake)
     modes = (FakeTensorMode(allow_non_fake_inputs=True), RealIndices()) if fake else ()
     with ExitStack() as stack:
-        for context in (_world(engine, num_devices), *modes, memory):
+        for context in (_world(engine, num_devices, rank), *modes, memory):
             stack.enter_context(context)
         model, run = _RUNS[engine](config, stage, num_devices, accumulation)
         model.model._layouts = layouts._layouts
@@ -187,11 +190,11 @@ def trace(
 
 
 @contextmanager
-def _world(engine: str, num_devices: int) -> Iterator[None]:
+def _world(engine: str, num_devices: int, rank: int) -> Iterator[None]:
     if engine == "single":
         yield
         return
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_devices)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_devices)
     try:
         yield
     finally:
@@ -401,10 +404,11 @@ def _deepspeed(number: int) -> Any:
 def deepspeed_settings(
     number: int, stage: Stage, config: LlavaLlama31Config, num_devices: int, accumulation: int
 ) -> dict[str, Any]:
-    """The shipped file's settings, with Transformers' values for "auto"."""
+    """The stage's file's settings, with Transformers' values for "auto"."""
     hidden = config.text_config.hidden_size
-    shipped = shipped_deepspeed_files()[f"zero{number}"]
-    auto = {"stage3_param_persistence_threshold": 10 * hidden}
+    shipped = deepspeed_content(stage.deepspeed or f"zero{number}", "the stage")
+    auto = {"stage3_param_persistence_threshold": 10 * hidden, "reduce_bucket_size": hidden**2}
+    auto["stage3_prefetch_bucket_size"] = int(0.9 * hidden**2)
     zero = {key: auto[key] if value == "auto" else value for key, value in shipped["zero_optimization"].items()}
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -426,7 +430,7 @@ def _quiet_deepspeed(num_devices: int) -> None:
     import deepspeed.runtime.zero.utils
 
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(num_devices)}
+    os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(num_devices)}
     with unset_fake_temporarily():
         deepspeed.init_distributed(dist_backend="fake", dist_init_required=False, verbose=False)
     for module in (
@@ -478,14 +482,21 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Compare traced and planned GB of one engine."""
     engine = options.engines[0]
     prefix = f"stages.{options.stage}."
-    overrides = [f"{prefix}{override}" for override in options.overrides]
-    overrides.append(f"{prefix}deepspeed={engine if engine.startswith('zero') else 'null'}")
+    overrides = [f"{prefix}deepspeed={engine if engine.startswith('zero') else 'null'}"]
+    overrides += [f"{prefix}{override}" for override in options.overrides]
     recipe = load_recipe(options.recipe, overrides=overrides)
     stage = recipe.stages[options.stage]
     config = config_of(recipe) if options.shape == "recipe" else SHAPES[options.shape].config
     row = make_row(config, stage.micro_batch, NUM_TEXT, NUM_SUPERVISED)
     traced = trace(
-        config, stage, row, engine, options.devices, accumulation=options.accumulation, fake=not options.real
+        config,
+        stage,
+        row,
+        engine,
+        options.devices,
+        accumulation=options.accumulation,
+        fake=not options.real,
+        rank=(BUSIEST.get(engine, 0) if options.rank is None else options.rank) % options.devices,
     )
     plan = planned(config, stage, row, engine, options.devices, options.accumulation > 1)
     return {
@@ -534,6 +545,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--shape", choices=(*SHAPES, "recipe"), default="8b")
     parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--rank", type=int, help="the device that is traced; by default one that holds most")
     parser.add_argument("--recipe", default="llama31-8b-card")
     parser.add_argument("--stage", default="pretrain")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")

@@ -17,6 +17,7 @@ from torch._inductor import config
 from torch._inductor.utils import fresh_cache
 from torch.compiler import set_stance
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import TrainingArguments
@@ -25,6 +26,7 @@ from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.packed_llama_llava_llama31 import EAGER
 from llava_llama31.trainer.checkpoint.atomic_folders import load_tree, save_tree
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.distributed.engine import fsdp_plugin
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.fault_tolerance.stage_guard import StopRequests
 from llava_llama31.trainer.model import device_options
@@ -382,6 +384,45 @@ def test_float8_replaces_the_decoder_s_linear_layers_but_the_last_one_s(tiny_con
     for layer, limit in ((2, 0.15), (1, 0.15), (0, 0.3)):
         name = f"model.language_model.layers.{layer}.mlp.down_proj.weight"
         assert 0 < (eight_grads[name] - grads[name]).norm() < limit * grads[name].norm()
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.torture
+def test_float8_compiled_under_fsdp2_equals_float8_under_fsdp2(
+    tiny_config, samples, collate, group_of_one, monkeypatch
+):
+    """Products in wider types; graphs are traced and differentiated as on a GPU, and then run by eager kernels."""
+    pytest.importorskip("torchao")
+    monkeypatch.setenv("FSDP_VERSION", "2")  # as `accelerate launch` sets it
+    tiny_config.text_config.num_hidden_layers = 3
+    torch.manual_seed(0)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True).train()
+    assert len(device_options.use_float8(model, emulate=True)) == 2 * 7
+    language_model, policy = model.model.language_model, fsdp_plugin(bfloat16=True).mixed_precision_policy
+    for part in (*model.model.vision_tower.encoder.layers, *language_model.layers, model):
+        fully_shard(part, mesh=group_of_one, mp_policy=policy)
+    single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
+    rows = [collate(single[begin:], packed=True, share_prefix=True, multiple_of=16) for begin in (0, 3)]
+    expected = [gradients_of(model, row) for row in rows]
+    torch.compiler.reset()
+    counters.clear()
+    language_model.compile_token_wise()
+    with set_stance(force_backend="aot_eager"):
+        found = [gradients_of(model, row) for row in rows]
+    # before and after attention, of the first, the inner and the last layer, for all rows; no graph is broken
+    assert counters["stats"]["unique_graphs"] == 6 and not counters["graph_break"]
+    for (loss, grads), (compiled_loss, compiled_grads) in zip(expected, found, strict=True):
+        torch.testing.assert_close(compiled_loss, loss, rtol=1e-3, atol=0)
+        assert compiled_grads.keys() == grads.keys() and isinstance(grads["lm_head.weight"], DTensor)
+        for name, grad in grads.items():
+            assert (compiled_grads[name] - grad).norm() <= 0.02 * (grad.norm() + 1e-2), name
+    torch.compiler.reset()
 
 
 def test_layers_of_odd_width_stay_as_they_are(tiny_config):

@@ -21,8 +21,10 @@ from llava_llama31.trainer.costs.flops import ModelShape
 from llava_llama31.trainer.costs.matrix_peak import measure_cpu_speed
 from llava_llama31.trainer.costs.memory import ENGINES, MicroBatch, Setup, estimate
 from llava_llama31.trainer.costs.parameters import Parameters, adapter_parameters
+from llava_llama31.trainer.costs.zero import ZeroSettings
 from llava_llama31.trainer.model.module_groups import GROUPS, freeze, lora_target_pattern
 from llava_llama31.trainer.planning.model_sizes import model_config
+from llava_llama31.trainer.recipes.deepspeed_files import deepspeed_content
 from llava_llama31.trainer.recipes.loading import load_recipe
 
 
@@ -105,12 +107,14 @@ def test_states_are_within_2_percent_of_deepspeeds_estimators(tmp_path, num_node
     # bfloat16 gradients are widened for the optimizer's step
     wide_gradients = 4 * total / devices
 
-    def memory(engine):
-        return estimate(setup, NOTHING, ENGINES[engine], devices, per_node)
+    def memory(engine, **sums):
+        zero = dataclasses.replace(setup, zero=ZeroSettings(**sums))
+        return estimate(zero, NOTHING, ENGINES[engine], devices, per_node)
 
     _, expected = estimate_zero2_model_states_mem_needs(total, per_node, num_nodes, cpu_offload=False)
-    zero2 = memory("zero2")
-    states = zero2.weights + zero2.gradients + zero2.optimizer + wide_gradients
+    zero2 = memory("zero2", wide_sums=True)
+    # theirs counts gradients of both types
+    states = zero2.weights + zero2.gradients + zero2.optimizer + 2 * total / devices
     assert states == pytest.approx(expected, rel=0.02)
 
     options = {"num_gpus_per_node": per_node, "num_nodes": num_nodes}
@@ -236,18 +240,106 @@ def test_peak_is_within_10_percent_of_a_small_step_that_is_really_computed(trace
     assert_planned(driven(trace_8b, "single", *real, *arguments), 0.1)
 
 
+# the last comes last: ZeRO-3 changes how linear layers keep their inputs, in all of a process
+ZERO_CASES = {
+    "zero1": (),
+    "zero1 accumulating": ("--accumulation", "2"),
+    "zero2": (),
+    "zero2 accumulating": ("--accumulation", "2"),
+    "zero2 of the embedding": ("--rank", "0"),
+    "zero3": (),
+}
+QUICK_ZERO_CASES = ("zero1", "zero2 accumulating", "zero3")
+TRACE_ALL = """
+import json, sys
+import deepspeed.comm.comm, deepspeed.utils.groups
+import trace_8b
+
+groups, fresh = deepspeed.utils.groups, dict(vars(deepspeed.utils.groups))
+for arguments in json.loads(sys.argv[1]):
+    deepspeed.comm.comm.cdb = None  # DeepSpeed remembers the former group
+    vars(groups).update({name: value for name, value in fresh.items() if name.isupper() and not value})
+    print("TRACED", json.dumps(trace_8b.compare(trace_8b.parse(arguments))))
+"""
+
+
+@pytest.fixture(scope="module")
+def zero_traces(tmp_path_factory) -> dict[str, dict]:
+    """Steps under DeepSpeed with the shipped files, but for buckets in proportion, all in one process of its own."""
+    folder, all_arguments = tmp_path_factory.mktemp("zero"), []
+    cases = ZERO_CASES if "TORTURE" in os.environ else QUICK_ZERO_CASES
+    for name in cases:
+        engine, options = name.split()[0], ZERO_CASES[name]
+        content = deepspeed_content(engine, "")
+        sizes = {"reduce_bucket_size": 4e6}
+        if engine == "zero3":
+            sizes = {
+                "reduce_bucket_size": 1.5e6,
+                "stage3_prefetch_bucket_size": 7.5e5,
+                "stage3_max_live_parameters": 7e6,
+                "stage3_max_reuse_distance": 7e6,
+            }
+        content["zero_optimization"] |= sizes
+        file = folder / f"{engine}.json"
+        file.write_text(json.dumps(content))
+        shape = ["--engines", engine, "--shape", "small", "--set", f"deepspeed={file}"]
+        all_arguments.append([*shape, *options])
+    command = [sys.executable, "-c", TRACE_ALL, json.dumps(all_arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [line.removeprefix("TRACED ") for line in run.stdout.splitlines() if line.startswith("TRACED ")]
+    return dict(zip(cases, map(json.loads, lines), strict=True))
+
+
 @pytest.mark.slow
-def test_peak_is_within_10_percent_of_a_traced_small_step_under_deepspeed(trace_8b):
-    assert_planned(trace_8b.in_own_process("zero2", ["--shape", "small", "--set", "micro_batch=4"]), 0.1)
+@pytest.mark.parametrize(
+    "case",
+    [case if case in QUICK_ZERO_CASES else pytest.param(case, marks=pytest.mark.torture) for case in ZERO_CASES],
+)
+def test_peak_is_within_5_percent_of_a_traced_small_step_under_deepspeed(zero_traces, case):
+    """The plan is of the device that holds most: of the first, ZeRO-2's has no head."""
+    result = zero_traces[case]
+    assert result["missing"] == []
+    peak = result["planned"]["peak"]
+    assert peak >= 0.95 * result["traced"]["peak"]
+    if "embedding" not in case:
+        assert peak == pytest.approx(result["traced"]["peak"], rel=0.05)
+    assert result["planned"]["step"] == pytest.approx(result["traced"]["step"], rel=0.05)
+
+
+def test_zero_1_keeps_a_share_of_the_gradients_and_all_of_them_between_micro_batches(tmp_path):
+    setup = dataclasses.replace(card(tmp_path), zero=ZeroSettings(reduce_bucket=5e8))
+    one, several = (
+        estimate(dataclasses.replace(setup, accumulates=accumulates), NOTHING, ENGINES["zero1"], 8)
+        for accumulates in (False, True)
+    )
+    states = one.weights + one.optimizer
+    share, head = 2 * setup.num_trained / 8, 2 * setup.parameters.embedding
+    assert (one.gradients, several.gradients) == (share, 2 * setup.num_trained)
+    # the share, the head's gradient, the embedding's, both buckets and the numbers of one in the order of the devices
+    assert one.backward == pytest.approx(states + share + 2 * head + 3 * 2 * 5e8)
+    assert several.forward - one.forward == 2 * setup.num_trained
+    assert one.step == several.step == states + share + 6 * setup.num_trained / 8
+
+
+def test_zero_2_keeps_its_share_in_float32(tmp_path):
+    setup = dataclasses.replace(card(tmp_path), zero=ZeroSettings(reduce_bucket=5e8, wide_sums=True))
+    memory = estimate(setup, NOTHING, ENGINES["zero2"], 8)
+    states, share = memory.weights + memory.optimizer, 4 * setup.num_trained / 8
+    assert memory.gradients == share
+    # the embedding's norm is taken in float64
+    assert memory.step == states + share + 8 * setup.parameters.embedding
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("TRACE_8B" not in os.environ, reason="takes minutes: make trace-8b")
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
-def test_peak_is_within_10_percent_of_the_traced_8b_step(engine):
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "fsdp2"])
+def test_peak_is_within_5_percent_of_the_traced_8b_step(engine):
     result = traced(engine, "--set", "micro_batch=1")
-    assert_planned(result, 0.1)
+    assert_planned(result, 0.05)
     assert result["shapes"] == {"positions": 4112, "tiles": 5, "supervised": 256}
 
 
@@ -258,13 +350,22 @@ TRUE_SHAPES = {
     "llama32-1b": ("projector", "instruct"),
     "llama32-3b": ("projector", "instruct"),
 }
+# the same for eight devices; the other recipes of 8B differ in their data
+TRUE_SHAPES_OF_8 = (
+    ("llama31-8b", "instruct", "zero3"),
+    ("llama31-8b-beyond", "projector", "ddp"),
+    ("llama31-8b-beyond", "instruct", "zero3"),
+)
 
 
 @pytest.mark.skipif("TRACE_8B" not in os.environ, reason="takes minutes: make trace-8b")
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("recipe", "stage"), [(name, stage) for name, each in TRUE_SHAPES.items() for stage in each])
-def test_peak_is_within_5_percent_of_the_traced_step_of_a_shipped_recipe(recipe, stage):
-    assert_planned(traced("single", "--shape", "recipe", "--recipe", recipe, "--stage", stage), 0.05)
+@pytest.mark.parametrize(
+    ("recipe", "stage", "engine"),
+    [*((name, stage, "single") for name, each in TRUE_SHAPES.items() for stage in each), *TRUE_SHAPES_OF_8],
+)
+def test_peak_is_within_5_percent_of_the_traced_step_of_a_shipped_recipe(recipe, stage, engine):
+    assert_planned(traced(engine, "--shape", "recipe", "--recipe", recipe, "--stage", stage), 0.05)
 
 
 ADAPTERS = "lora={r: 16, vision_tower: {r: 8, alpha: 16}, multi_modal_projector: {r: 8, alpha: 16}}"
@@ -274,10 +375,9 @@ ADAPTERS = "lora={r: 16, vision_tower: {r: 8, alpha: 16}, multi_modal_projector:
 @pytest.mark.parametrize(
     ("arguments", "tolerance"),
     [
-        (("--set", "lora={r: 16}"), 0.05),
-        (("--set", "lora={r: 16, quantize: nf4}"), 0.05),
-        # of a tower as large as the decoder: the plan counts what passes between its layers in float32
-        ((*EVERYTHING, "--set", ADAPTERS), 0.07),
+        (("--set", "lora={r: 16}"), 0.04),
+        (("--set", "lora={r: 16, quantize: nf4}"), 0.04),
+        ((*EVERYTHING, "--set", ADAPTERS), 0.04),
     ],
     ids=["language model", "nf4", "all groups"],
 )

@@ -16,6 +16,7 @@ from functools import cached_property
 
 from llava_llama31.trainer.costs.flops import ModelShape
 from llava_llama31.trainer.costs.parameters import Parameters, decoder_linears
+from llava_llama31.trainer.costs.zero import GradientsCome, ZeroGradients, ZeroSettings
 from llava_llama31.trainer.recipes.schema import LORA_TARGETS, Recomputed
 
 
@@ -57,25 +58,6 @@ ENGINES = {
         Engine("fsdp2", shards_optimizer=True, shards_gradients=True, shards_weights=True),
     )
 }
-
-
-@dataclass(frozen=True)
-class ZeroSettings:
-    """A DeepSpeed file's buffer sizes, in elements.
-
-    Args:
-        reduce_bucket: None: Transformers' value for "auto".
-        max_live: parameters that ZeRO-3 keeps gathered at most.
-        sub_group: parameters that ZeRO-3's optimizer steps at once.
-        overlap: whether reducing overlaps the backward pass.
-        wide_sums: gradients add up in float32, whatever their type.
-    """
-
-    reduce_bucket: float | None = None
-    max_live: float = 1e9
-    sub_group: float = 1e9
-    overlap: bool = True
-    wide_sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,16 +178,15 @@ def estimate(
 ) -> Memory:
     """Bytes of any step after the first, when the optimizer has its state."""
     step = _Step(setup, batch, engine, num_devices)
-    base = step.weights + step.optimizer
+    base = step.weights + step.optimizer + step.standing_buckets
     forward, backward = step.forward_extra, step.backward_extra
     resident = base + step.kept_gradients
-    before = step.gradients - step.kept_gradients if setup.accumulates else 0.0
     return Memory(
         weights=step.weights,
-        gradients=step.gradients,
+        gradients=max(step.gradients, step.kept_gradients + step.between),
         optimizer=step.optimizer,
         activations=max(forward, step.backward_activations),
-        forward=resident + before + forward,
+        forward=resident + step.between + forward,
         backward=resident + backward,
         step=base + step.gradients + step.step_extra,
         save=resident + step.gathered_for_a_save,
@@ -292,46 +273,57 @@ class _Step:
         """Gradients whose memory is never freed: DDP's buckets and ZeRO-3's flat buffer."""
         if self.engine.name == "ddp" and self.num_devices > 1:
             return float(self.setup.num_trained * self.kept_w)
-        if self.engine.deepspeed and self.engine.shards_weights and not self.engine.offloads_optimizer:
-            return self.setup.num_trained * self.summed / self.num_devices
+        if self.zero is not None and self.engine.shards_weights and not self.engine.offloads_optimizer:
+            return self.zero.own
         return 0.0
 
-    @property
-    def summed(self) -> int:
-        """Bytes of a gradient where those of several micro-batches add up."""
-        if self.engine.deepspeed and self.engine.shards_gradients and self.setup.zero.wide_sums:
-            return 4
-        return self.a if self.engine.deepspeed and self.engine.shards_weights else self.kept_w
+    @cached_property
+    def zero(self) -> ZeroGradients | None:
+        """DeepSpeed's gradients and buckets."""
+        setup, engine = self.setup, self.engine
+        if not engine.deepspeed:
+            return None
+        stage = 3 if engine.shards_weights else 2 if engine.shards_gradients else 1
+        bucket = setup.zero.reduce_bucket
+        linears = [i * o for i, o in decoder_linears(setup.model).values()] if setup.trains_decoder else []
+        return ZeroGradients(
+            settings=setup.zero,
+            stage=stage,
+            bucket=setup.model.hidden_size**2 if bucket is None else bucket,
+            width=self.a,
+            num_trained=setup.num_trained,
+            num_devices=self.num_devices,
+            matrix=setup.parameters.embedding if setup.trains_decoder else 0,
+            linears=tuple(linears),
+            accumulates=setup.accumulates,
+        )
+
+    @cached_property
+    def standing_buckets(self) -> float:
+        return 0.0 if self.zero is None else self.zero.standing
+
+    @cached_property
+    def between(self) -> float:
+        """Gradients between the micro-batches of a step, beyond those that are never freed."""
+        if self.zero is not None:
+            return 0.0 if self.engine.shards_weights else self.zero.between
+        return self.gradients - self.kept_gradients if self.setup.accumulates else 0.0
 
     @cached_property
     def gradients(self) -> float:
         """All gradients after the backward pass, in the type of their weights."""
-        if self.engine.offloads_optimizer:
-            return 0.0
-        if self.engine.deepspeed and self.engine.shards_weights:
-            return self.kept_gradients
+        if self.zero is not None:
+            return 0.0 if self.engine.offloads_optimizer else self.zero.own
         if self.engine.name == "ddp" and self.num_devices > 1 and not self.setup.accumulates:
             return self.kept_gradients  # of which they are views, once the micro-batch that is reduced has its own
         shares = self.num_devices if self.engine.shards_gradients else 1
-        return self.kept_gradients + self.setup.num_trained * self.summed / shares
+        return self.kept_gradients + self.setup.num_trained * self.kept_w / shares
 
     @cached_property
     def step_extra(self) -> float:
-        """Temporary memory of the optimizer's step.
-
-        ZeRO-1/2 flatten their shard of the gradients' sums and widen narrow ones (2 + 4 bytes); ZeRO-3 does so for
-        one sub-group at a time. Fused AdamW works in place.
-        """
-        if self.engine.deepspeed:
-            if self.engine.offloads_optimizer:
-                return 0.0
-            per_number = 6 if self.half and self.summed < 4 else 4
-            share = self.setup.num_trained / self.num_devices
-            if not self.engine.shards_weights:
-                # by then only the shard of ZeRO-1's gradients is left
-                left = 0.0 if self.engine.shards_gradients else self.gradients * (1 - 1 / self.num_devices)
-                return share * per_number - left
-            return min(share, self.setup.zero.sub_group) * per_number
+        """Temporary memory of the optimizer's step; fused AdamW works in place."""
+        if self.zero is not None:
+            return 0.0 if self.engine.offloads_optimizer else self.zero.stepping
         if self.setup.optimizer == "adamw_bf16":
             model = self.setup.model
             largest = max(self.setup.parameters.embedding, model.hidden_size * model.intermediate_size)
@@ -355,21 +347,27 @@ class _Step:
         Attention: rotated queries, keys and values in the kernel's layout, its output, and a logarithm per query and
         head. MLP: gate, its activation where that is not fused, and the other factor. Linear layers that are trained
         or have an adapter: their input, i.e. the output of both norms and of attention, and the MLP's product; an
-        adapter also its inner product. Norms: their input, which is the residual stream, and a scale. Selective
-        checkpointing makes the output of norms and the MLP's product again; adapters keep them in another type.
+        adapter also its inner product. Under autocast PEFT widens the input of each adapter and autocast narrows it
+        again: a copy each. Norms: their input, which is the residual stream, and a scale. Selective checkpointing
+        makes the output of norms and the MLP's product again; adapters keep them in another type.
         """
         model, batch, a = self.setup.model, self.batch, self.a
         num_tokens, hidden, wide = batch.num_tokens, model.hidden_size, model.num_heads * model.head_dim
         narrow = model.num_key_value_heads * model.head_dim
         attention = a * (num_queries * wide * 2 + batch.num_keys * narrow * 2) + 4 * num_queries * model.num_heads
-        if self._reads_input("o_proj") and (batch.copies_attention or num_outputs < num_queries):
+        joins = batch.copies_attention or num_outputs < num_queries or self.casts_inputs
+        if self._reads_input("o_proj") and joins:
             attention += a * num_outputs * wide
         remakes = self.remakes and not self.setup.lora_rank
         num_wide = 2 if self.remakes or (batch.fuses and not batch.keeps_logits) else 3
         num_wide += self._reads_input("down_proj") and not remakes
         mlp = a * num_outputs * model.intermediate_size * num_wide
-        norms = a * hidden * num_tokens * self._reads_input("q_proj", "k_proj", "v_proj")
-        norms += a * hidden * num_outputs * self._reads_input("gate_proj", "up_proj")
+        norms = a * hidden * num_tokens * self._inputs("k_proj", "v_proj")
+        if self.casts_inputs:
+            norms += a * hidden * num_queries * self._inputs("q_proj")
+        elif not norms:
+            norms = a * hidden * num_tokens * self._inputs("q_proj")
+        norms += a * hidden * num_outputs * self._inputs("gate_proj", "up_proj")
         if remakes:  # of the last layer, queries read some rows, which are another tensor
             norms = a * hidden * num_queries * (num_queries < num_tokens) * self._reads_input("q_proj")
         stream = self.r * num_outputs * hidden + 4 * (num_tokens + num_outputs)
@@ -380,6 +378,17 @@ class _Step:
     def _reads_input(self, *names: str) -> bool:
         """Whether the backward pass of one of these linear layers reads its input."""
         return self.setup.trains_decoder or any(name in self.setup.lora_targets for name in names)
+
+    def _inputs(self, *names: str) -> int:
+        """Copies of an input that these linear layers share, for their backward pass."""
+        if self.casts_inputs:
+            return sum(name in self.setup.lora_targets for name in names)
+        return int(self._reads_input(*names))
+
+    @property
+    def casts_inputs(self) -> bool:
+        """Whether each adapter has a copy of its input of its own."""
+        return self.autocasts and self.setup.lora_rank > 0
 
     @cached_property
     def layer_input(self) -> float:
@@ -421,20 +430,31 @@ class _Step:
 
     @cached_property
     def tower_kept(self) -> float:
-        """What autograd saves for a trained tower; nothing for a frozen one."""
+        """What autograd saves for a trained tower until its backward pass; nothing for a frozen one."""
         if not self.setup.trained["vision_tower"]:
             return 0.0
         tower, num = self.setup.model.tower, self.batch.num_tiles * self.setup.model.tower.num_positions
         width = 4 if self.autocasts or not self.half else 2
-        stream = width * num * tower.hidden_size
-        is_recomputed = self.setup.checkpointing in (1, "selective")
-        kept = stream if is_recomputed else stream + self._tower_layer(num, width)
-        extra = self._tower_layer(num, width) if is_recomputed else 0.0
-        return tower.num_layers * kept + extra
+        if not self.recomputes_tower:
+            return tower.num_layers * (width * num * tower.hidden_size + self.tower_layer)
+        # adapters leave the tower's own weights in bfloat16, and so what passes between its layers
+        width = min(width, 2 if "vision_tower" in self.setup.narrow_groups else 4)
+        return float(tower.num_layers * width * num * tower.hidden_size)
 
-    def _tower_layer(self, num: int, width: int) -> float:
+    @property
+    def recomputes_tower(self) -> bool:
+        return self.setup.checkpointing in (1, "selective")
+
+    @cached_property
+    def tower_recomputed(self) -> float:
+        """A layer's activations, while the tower's backward pass makes them again."""
+        return self.tower_layer if self.setup.trained["vision_tower"] and self.recomputes_tower else 0.0
+
+    @cached_property
+    def tower_layer(self) -> float:
         """Saved by a layer: inputs of both norms, their outputs (one per product under autocast), attention, MLP."""
         tower, a = self.setup.model.tower, self.a
+        num, width = self.batch.num_tiles * tower.num_positions, 4 if self.autocasts or not self.half else 2
         inner = tower.mlp[0][1]
         copies = 4 if self.autocasts else 2
         return num * (
@@ -512,18 +532,6 @@ class _Step:
         return float(self.a * 3 * self.setup.parameters.decoder_layer)
 
     @cached_property
-    def buckets(self) -> float:
-        """DeepSpeed collects gradients in buckets before it reduces them, always of full size.
-
-        ZeRO-1/2 fill one while the other is being reduced.
-        """
-        if not self.engine.deepspeed:
-            return 0.0
-        zero = self.setup.zero
-        numbers = self.setup.model.hidden_size**2 if zero.reduce_bucket is None else zero.reduce_bucket
-        return float(numbers * self.a * (1 + (zero.overlap and not self.engine.shards_weights)))
-
-    @cached_property
     def gathered_for_a_save(self) -> float:
         """The largest tensor whole: FSDP joins its parts into another one, ZeRO-3 gathers the float32 original too."""
         if not self.engine.shards_weights:
@@ -538,31 +546,45 @@ class _Step:
         """On top of the states: at the head, with all activations, or within the last full layer."""
         kept = self.tower_kept + self.projector_kept + self.decoder_kept + self.kept_casts
         at_head = kept + self.head + self.gathered
-        in_layer = kept + self.layer + self.gathered_layers
+        in_layer = kept + self.running + self.gathered_layers
         return max(at_head, in_layer, self.tower_transient + self.gathered_layers)
 
     @cached_property
     def backward_extra(self) -> float:
         """On top of states and kept gradients: each layer's backward adds its gradients and frees its activations."""
-        setup, num_layers = self.setup, self.setup.model.num_layers
-        new = self.gradients - self.kept_gradients
-        per_number = new / max(setup.num_trained, 1)
-        kept = self.tower_kept + self.projector_kept + self.decoder_kept
-        there = new if setup.accumulates else per_number * self.head_weights * setup.trains_decoder
-        of_layer = 0.0
-        if setup.trained["language_model"] and not setup.accumulates:
-            of_layer = per_number * (
-                setup.parameters.decoder_layer
-                if setup.trains_decoder
-                else setup.trained["language_model"] / num_layers
-            )
-        peak = kept + there + self.whole_gradient
-        for layer in reversed(range(num_layers)):
+        kept, come = self.kept_until_backward, self.gradients_come
+        alone = self.whole_gradient
+        if self.zero is not None:
+            alone += self.zero.buckets + self.zero.reducing_matrix
+        peak, there = kept + come.at_head + alone, come.in_layers
+        for layer in reversed(range(self.setup.model.num_layers)):
             peak = max(peak, kept + there + self.beside(layer))
             kept -= self.kept_by(layer)
-            there += of_layer
-        # the embedding's gradient comes last
-        return max(peak, new + self.whole_gradient + self.tied_gradients + self.buckets)
+            there += come.of_layer
+        # the embedding's gradient comes last, or the tower's
+        peak = max(peak, come.at_end + alone + self.tied_gradients)
+        buckets = 0.0 if self.zero is None else self.zero.buckets
+        return max(peak, come.at_end + self.tower_kept + self.tower_recomputed + buckets)
+
+    @cached_property
+    def gradients_come(self) -> GradientsCome:
+        """Gradients that are there in the course of the backward pass, beyond those that are never freed."""
+        setup, num_layers = self.setup, self.setup.model.num_layers
+        if self.zero is not None:
+            return self.zero.come(num_layers)
+        new = self.gradients - self.kept_gradients
+        if setup.accumulates:
+            return GradientsCome(new, new, 0.0, new)
+        per_number = new / max(setup.num_trained, 1)
+        of_head = per_number * self.head_weights * setup.trains_decoder
+        of_layer = setup.trained["language_model"] / num_layers
+        if setup.trains_decoder:
+            of_layer = setup.parameters.decoder_layer
+        return GradientsCome(of_head, of_head, per_number * of_layer, new)
+
+    @cached_property
+    def kept_until_backward(self) -> float:
+        return self.tower_kept + self.projector_kept + self.decoder_kept
 
     @cached_property
     def tied_gradients(self) -> float:
@@ -574,27 +596,56 @@ class _Step:
     @cached_property
     def whole_gradient(self) -> float:
         """Gradient of head or embedding before it is accumulated or sharded, which FSDP does in float32."""
-        if not self.setup.trains_decoder or not (self.engine.shards_gradients or self.setup.accumulates):
+        if not self.setup.trains_decoder or not (self.zero or self.engine.shards_gradients or self.setup.accumulates):
             return 0.0
         reduced = 4 if self.engine.name == "fsdp2" and self.half else 0
         return float((self.w + reduced) * self.setup.parameters.embedding)
 
     def beside(self, layer: int) -> float:
-        """A layer's backward pass: what it recomputes, gathered weights, and gradients within the MLP.
-
-        Three of those exist at once, and adapters double each.
-        """
+        """A layer's backward pass: what it recomputes, gathered weights, and gradients within the MLP."""
         recomputed = self.inside(layer) + self.cast_layer if self._recomputes(layer) else 0.0
         if self.remakes:
             recomputed = float(self.a * self.batch.num_tokens * self.setup.model.hidden_size)
         outputs = self.batch.num_supervised if layer == self.setup.model.num_layers - 1 else self.batch.num_tokens
-        within = self.a * outputs * self.setup.model.intermediate_size * (6 if self.setup.lora_rank else 3)
-        return recomputed + within + self.layer_input + self.gathered_layers + self.buckets
+        within = self.within(outputs, again=recomputed > 0)
+        if self.zero is not None:  # when a bucket is full, a weight has its gradient, and its input is freed
+            within = max(within, self.zero.reducing) + self.zero.buckets
+        return recomputed + within + self.layer_input + self.gathered_layers
+
+    def within(self, num_outputs: int, *, again: bool) -> float:
+        """Temporary memory of a layer's backward pass.
+
+        Two gradients of the MLP beyond what is freed by then, and one for the layer's own weights where those keep
+        theirs. A layer that runs `again` ends with its last adapter.
+        """
+        number = 2 if self.setup.lora_rank or self.zero is not None else 3
+        gradients = float(number * self.a * num_outputs * self.setup.model.intermediate_size)
+        if not (again and self.setup.lora_rank):
+            return gradients
+        return max(gradients, self.last_adapter(num_outputs))
+
+    def last_adapter(self, num_outputs: int) -> float:
+        """Temporary memory of a layer's last adapter, that of the MLP's second product.
+
+        That product, also in float32, the output of its norm and of the frozen layer under the adapter, and what
+        attention's adapter was given; a frozen layer in 4 bits is unpacked.
+        """
+        model, setup, a = self.setup.model, self.setup, self.a
+        wide = (a + 4) * model.intermediate_size if self.casts_inputs and "down_proj" in setup.lora_targets else 0
+        joined = model.num_heads * model.head_dim if self.casts_inputs and self.batch.copies_attention else 0
+        unpacked = max(i * o for i, o in decoder_linears(model).values()) if setup.quantized else 0
+        return float(num_outputs * (wide + a * (2 * model.hidden_size + joined)) + a * unpacked)
+
+    @cached_property
+    def running(self) -> float:
+        """Beside what is kept while a decoder layer runs; with adapters, unless it is run again, what is temporary."""
+        keeps = self.setup.checkpointing in (0, "selective")
+        return self.last_adapter(self.batch.num_tokens) if keeps and self.setup.lora_rank else self.layer
 
     @cached_property
     def backward_activations(self) -> float:
         last = self.setup.model.num_layers - 1
-        kept = self.tower_kept + self.projector_kept + self.decoder_kept
+        kept = self.kept_until_backward
         return kept + max(self.beside(last), self.beside(last - 1) - self.kept_by(last) if last else 0.0)
 
 

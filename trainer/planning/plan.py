@@ -16,8 +16,9 @@ from pydantic import ValidationError
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.costs.flops import ModelShape, Work, adapter_ranks, needed_flops
 from llava_llama31.trainer.costs.image_tokens import TileGrid
-from llava_llama31.trainer.costs.memory import ENGINES, Engine, Memory, MicroBatch, Setup, ZeroSettings, estimate
+from llava_llama31.trainer.costs.memory import ENGINES, Engine, Memory, MicroBatch, Setup, estimate
 from llava_llama31.trainer.costs.parameters import Parameters, stage_adapters
+from llava_llama31.trainer.costs.zero import ZeroSettings
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, batch_order, within_row_limit
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.planning.model_sizes import model_config
