@@ -358,7 +358,7 @@ def make_model(shape: Shape, stage: Stage, variant: str, device: str) -> nn.Modu
     freeze(model, stage.learning_rates())
     if variant != STOCK:
         fuse_layers(model, torch.device(device))
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # its name at the lower bound
     return model.train()
 
 

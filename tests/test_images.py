@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from transformers.image_transforms import convert_to_rgb
+from stock_pixels import on_white
 
 from llava_llama31.trainer.data.sources.images import FORMATS, ImageRef, image_at
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
@@ -84,7 +84,7 @@ def test_every_mode_becomes_rgb(make_image, mode):
     image = make_image(6, 7).convert(mode)
     decoded = ImageRef("x", data=encoded(image, "JPEG" if mode == "CMYK" else "PNG")).open()
     if mode != "CMYK":
-        assert np.array_equal(np.asarray(decoded), convert_to_rgb(image, return_numpy=True))
+        assert np.array_equal(np.asarray(decoded), on_white(image))
     assert decoded.mode == "RGB"
 
 

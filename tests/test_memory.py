@@ -97,6 +97,7 @@ def test_the_published_parts_make_the_model_that_assembly_makes(tmp_path, trace_
 
 @pytest.mark.parametrize(("num_nodes", "per_node"), [(1, 1), (1, 8), (4, 8)])
 def test_states_are_within_2_percent_of_deepspeeds_estimators(tmp_path, num_nodes, per_node):
+    pytest.importorskip("deepspeed")
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
@@ -266,6 +267,7 @@ for arguments in json.loads(sys.argv[1]):
 @pytest.fixture(scope="module")
 def zero_traces(tmp_path_factory) -> dict[str, dict]:
     """Steps under DeepSpeed with the shipped files, but for buckets in proportion, all in one process of its own."""
+    pytest.importorskip("deepspeed")
     folder, all_arguments = tmp_path_factory.mktemp("zero"), []
     cases = ZERO_CASES if "TORTURE" in os.environ else QUICK_ZERO_CASES
     for name in cases:

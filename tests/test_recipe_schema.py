@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipes.json_schema import NAMED, SCHEMA_FILE, recipe_schema, schema_text
+from llava_llama31.trainer.recipes.json_schema import NAMED, SCHEMA_FILE, recipe_schema
 from llava_llama31.trainer.recipes.loading import SHIPPED, load_recipe
 from llava_llama31.trainer.recipes.schema import Recipe
 
@@ -21,9 +21,8 @@ VALIDATOR = Draft202012Validator(recipe_schema())
 
 def test_the_committed_file_is_the_schema(capsys):
     Draft202012Validator.check_schema(recipe_schema())
-    assert SCHEMA_FILE.read_text() == schema_text(), (
-        "llava-llama31 recipes --schema > trainer/recipes/editors/recipe.schema.json"
-    )
+    fix = "llava-llama31 recipes --schema > trainer/recipes/editors/recipe.schema.json"
+    assert json.loads(SCHEMA_FILE.read_text()) == recipe_schema(), fix  # pydantic's versions write 0 and 0.0
     assert main(["recipes", "--schema"]) == 0
     assert json.loads(capsys.readouterr().out) == recipe_schema()
 

@@ -271,7 +271,7 @@ def test_a_training_run_is_left_as_it_was(lively_model, processor, questions, tm
     model.config.text_config.attention_dropout = 0.5
     for layer in model.model.language_model.layers:
         layer.self_attn.attention_dropout = 0.5
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()  # its name at the lower bound
     modes = [module.training for module in model.modules()]
     config = model.config.to_dict()
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()

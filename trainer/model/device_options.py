@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
@@ -18,6 +20,8 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.schema import Recomputed, Stage
 
 
+# when Transformers gave `gradient_checkpointing_enable` another name
+_RENAMED = Version("5.23")
 LOW_BIT = "pip install 'llava-llama31[low-bit]'"
 # float8 matrix products need widths divisible by this
 FLOAT8_MULTIPLE = 16
@@ -164,6 +168,10 @@ def checkpoint_activations(
     if "vision_tower" in trainable:
         parts.append(model.model.vision_tower)
     for part in parts:
-        part.activation_checkpointing_enable(every_n_layers=1 if every == "selective" else every)
+        number = 1 if every == "selective" else every
+        if Version(transformers.__version__) >= _RENAMED:
+            part.activation_checkpointing_enable(every_n_layers=number)
+        else:
+            part.gradient_checkpointing_enable(every_n_layers=number)
     # undo the gradients of frozen embeddings, which only re-entrant checkpointing needs
     model.model.language_model.disable_input_require_grads()

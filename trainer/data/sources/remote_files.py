@@ -166,6 +166,9 @@ def _system_at(url: str, process: int) -> Any:
     """The file system of a store, one for all threads of a process, so that they share its connections."""
     import fsspec
 
+    loop_thread = fsspec.asyn.iothread[0]
+    if loop_thread is not None and not loop_thread.is_alive():  # a fork has none; fsspec of 2025.3 would wait for it
+        fsspec.asyn.reset_lock()
     scheme = url.partition("://")[0]
     try:
         return fsspec.core.url_to_fs(url)[0]
