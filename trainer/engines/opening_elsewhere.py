@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ DOORS = {
     "remote": "trust_remote_code=True",
     "vllm": "vLLM's own class",
 }
+_ERROR = re.compile(r"\b\w*Error: ")
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -129,6 +131,12 @@ def _write_questions(reference: Reference, is_asked: Sequence[bool], scratch: Pa
     return file
 
 
+def _reason(stdout: str, stderr: str) -> str:
+    """Why it failed: the first error that an engine's own processes log on stdout, else the last line of all."""
+    logged = [line[match.start() :] for line in stdout.splitlines() if (match := _ERROR.search(line))]
+    return (logged or (stderr.strip() or "it was killed").splitlines()[-1:])[0]
+
+
 def _run(python: str, arguments: Sequence[str], scratch: Path) -> Any:
     """The JSON object that the script prints; the last line of its errors, where it fails."""
     environment = {name: value for name, value in os.environ.items() if name not in TOKENS}
@@ -147,6 +155,6 @@ def _run(python: str, arguments: Sequence[str], scratch: Path) -> Any:
     except OSError as error:
         return f"does not run: {error.strerror}"
     if done.returncode != 0:
-        return "does not open: " + (done.stderr.strip() or "it was killed").splitlines()[-1]
+        return f"does not open: {_reason(done.stdout, done.stderr)}"
     marked = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
     return json.loads(marked[-1]) if marked else "does not open: it ended without an answer"
