@@ -1,4 +1,4 @@
-"""The portable export is the same model as the native one: in this version, in the oldest, and in those that are named.
+"""The portable export is the same model as the native one: in this version, in the oldest and in any that is named.
 
 `make` puts the oldest beside this environment. Another one:
 
