@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.errors import EndedElsewhere, UserError
-from llava_llama31.trainer.fault_tolerance.peers import Peers
+from llava_llama31.trainer.fault_tolerance.peers import Peers, launched_processes
 from llava_llama31.trainer.fault_tolerance.watchdog import loader_failure
 
 
@@ -182,6 +182,21 @@ def test_ranks_that_do_not_meet_are_named(monkeypatch, capsys):
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(UserError, match="MASTER_ADDR: not set"):
         Peers.connect(0, 2)
+
+
+def test_mpi_on_one_machine_meets_where_accelerate_would(monkeypatch):
+    """mpirun sets no address; the place is refused as missing only where there are several machines."""
+    for name, value in {"PMI_SIZE": "2", "PMI_RANK": "0", "MPI_LOCALNRANKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    places = []
+    monkeypatch.setattr(Peers, "connect", lambda *_: places.append(os.environ.get("MASTER_PORT")) or Peers())
+    monkeypatch.setattr("llava_llama31.trainer.fault_tolerance.peers.PartialState", lambda **_: None)
+    with launched_processes(cpu=True):
+        pass
+    assert places == ["29500"]
 
 
 def test_a_port_that_is_taken_is_named(monkeypatch):

@@ -279,6 +279,9 @@ def launched_processes(*, cpu: bool) -> Iterator[tuple[PartialState, Peers]]:
     launched = get_cpu_distributed_information()
     # accelerate reads MPI's variables on CPUs only
     num_processes = launched.world_size if cpu or "LOCAL_RANK" in os.environ else 1
+    if 1 < num_processes == launched.local_world_size:  # MPI names no place; accelerate's for one machine
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
     peers = Peers.connect(launched.rank, num_processes)
     try:
         with peers.together():  # at once: a signal from here on does not make this process lost to the others
@@ -328,7 +331,7 @@ def _wait(absent: Callable[[], str], where: str, seconds: float, *, says: bool) 
 
 
 def _ranks(ranks: list[int]) -> str:
-    """rank 3, or: ranks 1, 2, ... (of 40)."""
+    """rank 3, or: ranks 1, 2, ... (40 in all)."""
     if not ranks:
         return ""
     shown, many = ", ".join(map(str, ranks[:8])), len(ranks) > 8
