@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,8 +46,11 @@ class Chromium:
         data = None if method != "POST" else json.dumps(body or {}).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self._address + path, data, headers, method=method)
-        with self._http.open(request, timeout=60) as response:
-            return json.load(response)["value"]
+        try:
+            with self._http.open(request, timeout=60) as response:
+                return json.load(response)["value"]
+        except urllib.error.HTTPError as error:  # the driver's reason is in the body
+            raise RuntimeError(f"{method} {path}: {error.read().decode()}") from error
 
     def open(self, page):
         """A file, or an address."""

@@ -321,22 +321,30 @@ def adopted_orphans() -> None:
         ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
 
-@pytest.fixture(autouse=True)
-def no_process_is_left(adopted_orphans) -> Iterator[None]:
-    """What a test started ends with it, after a timeout too."""
-    me = psutil.Process()
-    before = set(me.children(recursive=True))
-    yield
+def leftovers(before: set[psutil.Process]) -> set[psutil.Process]:
+    """Children of this process that are not among those `before`, and all that they started.
+
+    What a child of `before` starts is its own: a browser that serves many tests opens a renderer when it likes.
+    """
     left = set()
-    for child in me.children():
+    for child in set(psutil.Process().children()) - before:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
             # multiprocessing keeps a fork server and a resource tracker for later tests
             if "from multiprocessing" not in " ".join(child.cmdline()):
                 left |= {child, *child.children(recursive=True)}
-    for process in left - before:
+    return left
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left(adopted_orphans) -> Iterator[None]:
+    """What a test started ends with it, after a timeout too."""
+    before = set(psutil.Process().children())
+    yield
+    left = leftovers(before)
+    for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(left - before, timeout=10)
+    psutil.wait_procs(left, timeout=10)
 
 
 @pytest.fixture(autouse=True)
