@@ -130,6 +130,7 @@ def measured(path: str, batch: int) -> tuple[dict[str, Any], list]:
     here, there = context.Pipe()
     process = context.Process(target=read, args=(path, batch, there))
     process.start()
+    there.close()  # so that the end of a process that failed is noticed
     try:
         return here.recv()
     finally:

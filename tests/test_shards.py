@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -236,6 +238,17 @@ def test_a_store_gives_the_rows_of_the_disk_under_faults(store_server, rows_fold
         num_calls = len(gets)
         assert content(source(f"{store_server.url}/bucket/rows")) == expected  # from the cache
         assert len([call for call in store_server.calls if call[0] == "GET"]) == num_calls
+
+
+def test_a_process_that_imports_no_more_reads_from_a_store(store_server):
+    """`fsspec.asyn` was there only where datasets or a test had imported it."""
+    script = (
+        "from llava_llama31.trainer.data.sources.records import open_records\n"
+        "from llava_llama31.trainer.recipes.schema import DataSource\n"
+        f"print(len(open_records(DataSource(name='rows', path='{store_server.url}/bucket/rows'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == (f"{NUM_ROWS}\n", "")
 
 
 @pytest.mark.parametrize("name", ["none", "cut", "429 and 503"])

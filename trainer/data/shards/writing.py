@@ -286,7 +286,7 @@ class _Place:
         self.put_lines(INDEX, iter([json.dumps(content, indent=1)]))
 
     def _system(self) -> tuple[Any, str]:
-        import fsspec
+        import fsspec.core
 
         return fsspec.core.url_to_fs(self._to)
 

@@ -154,7 +154,7 @@ def signature(url: str, longest: int) -> list:
 
 def _system(url: str) -> tuple[Any, str]:
     """The file system of a URL and the path in it."""
-    import fsspec
+    import fsspec.core
 
     scheme, _, rest = url.partition("://")
     system = _system_at(f"{scheme.lower()}://{rest.partition('/')[0]}", os.getpid())
@@ -164,7 +164,7 @@ def _system(url: str) -> tuple[Any, str]:
 @lru_cache(maxsize=64)
 def _system_at(url: str, process: int) -> Any:
     """The file system of a store, one for all threads of a process, so that they share its connections."""
-    import fsspec
+    import fsspec.asyn
 
     loop_thread = fsspec.asyn.iothread[0]
     if loop_thread is not None and not loop_thread.is_alive():  # a fork has none; fsspec of 2025.3 would wait for it
