@@ -280,7 +280,7 @@ def test_limits(write, check):
     assert check(source, limits=Limits(max_tokens=max(tokens) - 1), policy=SKIP).dropped == {"too_long": 1}
     only_text = check(source, limits=Limits(max_text_tokens=text[0]), policy=SKIP).sources[0]
     assert only_text.rows.tolist() == [0, 2] and only_text.first_ids == {"too_long": ["text"]}
-    pixels = check(source, limits=Limits(max_pixels=20 * 30), policy=SKIP).sources[0]
+    pixels = check(source.model_copy(update={"max_pixels": 20 * 30}), policy=SKIP).sources[0]
     assert pixels.rows.tolist() == [0, 1] and pixels.dropped == {"oversized_image": 1}
 
 

@@ -131,6 +131,33 @@ def test_bomb_is_refused_by_its_header():
     assert reason_of(ImageRef("x", data=huge, max_pixels=10**12).size) in ("oversized_image", "corrupt_image")
 
 
+@pytest.mark.parametrize(
+    ("on_disk", "named", "said"),
+    [
+        (
+            "caf\u00e9/a.png",
+            "cafe\u0301/a.png",
+            "; on disk its name is in Unicode's form NFC: write the data's names in it too",
+        ),
+        (
+            "cafe\u0301/a.png",
+            "caf\u00e9/a.png",
+            "; on disk its name is in Unicode's form NFD: write the data's names in it too",
+        ),
+        ("a.JPG", "a.jpg", "; there is a.JPG"),
+        ("a.jpg", "a.JPG", "; there is a.jpg"),
+        ("b.png", "a.png", ""),
+    ],
+)
+def test_a_missing_image_names_the_file_it_probably_is(tmp_path, make_image, on_disk, named, said):
+    (tmp_path / on_disk).parent.mkdir(exist_ok=True)
+    make_image(4, 4).save(tmp_path / on_disk)
+    root = Path(os.path.realpath(tmp_path))
+    with pytest.raises(RecordError) as caught:
+        image_at(named, root).open()
+    assert str(caught.value) == f"missing_image: no file {root / named}{said}"
+
+
 def test_a_bomb_in_the_metadata_is_refused(make_image):
     bomb = PngInfo()
     bomb.add_text("comment", "0" * 50_000_000, zip=True)

@@ -112,11 +112,16 @@ def _check_files(options: argparse.Namespace) -> int:
     from llava_llama31.trainer.data.check.check import DataCheck, check_sources, show_report
     from llava_llama31.trainer.data.check.report import parse_policy
     from llava_llama31.trainer.data.check.row_checker import Limits
-    from llava_llama31.trainer.data.sources.images import MAX_PIXELS
     from llava_llama31.trainer.recipes.schema import DataSource
 
     sources = [
-        DataSource(name=Path(path).stem, path=path, image_root=options.image_root, format=options.format)
+        DataSource(
+            name=Path(path).stem,
+            path=path,
+            image_root=options.image_root,
+            format=options.format,
+            max_pixels=options.max_pixels,
+        )
         for path in options.data
     ]
     processor = None
@@ -127,7 +132,7 @@ def _check_files(options: argparse.Namespace) -> int:
         processor = LlavaLlama31Processor.from_pretrained(local_checkpoint(options.processor, where="--processor"))
     check = DataCheck(
         processor=processor,
-        limits=Limits(max_tokens=options.max_tokens, max_pixels=options.max_pixels or MAX_PIXELS),
+        limits=Limits(max_tokens=options.max_tokens),
         decode=not options.no_decode,
     )
     policy = parse_policy(options.on_bad) if options.on_bad else None

@@ -139,6 +139,8 @@ class DataSource(_Frozen):
     """How often an epoch sees each training row: 2.5 is twice, and half of them, drawn by the seed, a third time."""
     images_only: bool = False
     """Reject rows without an image, by the reason `text_only`."""
+    max_pixels: PositiveInt | None = None
+    """Largest image that is read, height x width; others are rejected by their headers; default: 40 million."""
     where: dict[str, Where] = {}
     """Rows to take, by their columns; the others are left out and counted by the reason `filtered`."""
     license: str | None = None

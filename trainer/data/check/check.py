@@ -35,7 +35,7 @@ from llava_llama31.trainer.data.check.report import (
     select_rows,
 )
 from llava_llama31.trainer.data.check.row_checker import COUNTS, Findings, Limits, RowChecker, check_rows
-from llava_llama31.trainer.data.sources.records import RecordStore, data_files, open_records
+from llava_llama31.trainer.data.sources.records import RecordStore, data_files, open_records, what_is_read
 from llava_llama31.trainer.data.sources.reject_reasons import REASONS
 from llava_llama31.trainer.redaction import printable, redacted
 from llava_llama31.trainer.strict_json import parse_json
@@ -78,7 +78,7 @@ class DataCheck:
 
     Args:
         processor: counts tokens and tiles; without it only the records and their images are checked.
-        limits: records and images beyond them are rejected.
+        limits: records beyond them are rejected.
         decode: decode every image whole; otherwise read headers alone.
         keep_data_newline: as in `open_records`.
         num_workers: processes; 0 for this one alone, None for as many as the cores and the rows are worth.
@@ -100,7 +100,7 @@ class DataCheck:
             key = self.key(source, decode, signatures)
             if entry := cache.load(key):
                 return _report(source, *entry)
-        store = open_records(source, keep_data_newline=self.keep_data_newline, max_pixels=self.limits.max_pixels)
+        store = open_records(source, keep_data_newline=self.keep_data_newline)
         spool = cache.folder / f".rejects.{uuid4().hex[:8]}"
         try:
             summary, arrays = self._pass_over(store, source.name, spool)
@@ -112,9 +112,8 @@ class DataCheck:
 
     def key(self, source: "DataSource", decode: bool, signatures: Sequence[list]) -> str:
         """Key of the finding in the cache; `signatures` are those of the source's files."""
-        place: list = [source.path, source.image_root, source.format, source.split, source.images_only]
-        place += [{name: where.model_dump() for name, where in source.where.items()}]
-        settings = asdict(self.limits) | {"newline": self.keep_data_newline, "decode": decode, "source": place}
+        settings = asdict(self.limits) | {"newline": self.keep_data_newline, "decode": decode}
+        settings["source"] = what_is_read(source)
         return fingerprint(signatures, self.processor, settings)
 
     def _pass_over(self, store: RecordStore, name: str, spool: Path) -> tuple[dict, dict[str, np.ndarray]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llava_llama31.trainer.data.check.image_decoder import Decoder
-from llava_llama31.trainer.data.sources.images import MAX_PIXELS, ImageRef
+from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.data.sources.records import RecordStore
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
@@ -54,12 +54,10 @@ class Limits:
     Args:
         max_tokens: of the whole record, image tokens included; None: no limit.
         max_text_tokens: of the record without its image tokens; None: no limit.
-        max_pixels: height x width of an image, by its header.
     """
 
     max_tokens: int | None = None
     max_text_tokens: int | None = None
-    max_pixels: int = MAX_PIXELS
 
 
 @dataclass
@@ -106,7 +104,7 @@ class RowChecker:
     _decoder: Decoder = field(init=False)
 
     def __post_init__(self) -> None:
-        self._decoder = Decoder(self.limits.max_pixels)
+        self._decoder = Decoder(self.store.max_pixels)
 
     def close(self) -> None:
         """End the process that decodes, if one has started."""

@@ -36,7 +36,7 @@ from llava_llama31.trainer.data.contamination.fingerprints import (
     nearest,
     question_key,
 )
-from llava_llama31.trainer.data.sources.records import RecordStore, data_files, open_records
+from llava_llama31.trainer.data.sources.records import RecordStore, data_files, open_records, what_is_read
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
@@ -209,9 +209,7 @@ class RowFingerprints:
 def fingerprints_of(source: "DataSource", rows: np.ndarray, cache: CheckCache) -> RowFingerprints:
     """Of a source's usable rows, from the cache where data and images are what they were."""
     files = [file_signature(file) for file in data_files(source)]
-    place: list = [source.path, source.image_root, source.format, source.split, source.images_only]
-    place += [{name: where.model_dump() for name, where in source.where.items()}]
-    settings = {"contamination": [NUM_BITS, hash_version()], "source": place}
+    settings = {"contamination": [NUM_BITS, hash_version()], "source": what_is_read(source)}
     key = fingerprint(files, None, settings | {"rows": hashlib.sha256(rows.tobytes()).hexdigest()})
     if (entry := cache.load(key)) is not None:
         arrays = entry[1]

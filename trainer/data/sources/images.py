@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import stat
+import unicodedata
 from base64 import b64decode
 from binascii import Error as Base64Error
 from collections.abc import Iterator
@@ -182,10 +183,23 @@ class ImageRef:
                 raise RecordError("image_not_a_file", f"{real} is a {_kind(mode)}", self.name)
             return open(real, "rb")
         except (FileNotFoundError, NotADirectoryError):
-            raise RecordError("missing_image", f"no file {self.path}", self.name) from None
+            raise RecordError("missing_image", f"no file {self.path}{self._other_spelling()}", self.name) from None
         except OSError as error:
             reason = "invalid_image_path" if error.errno == errno.ENAMETOOLONG else "unreadable_image"
             raise RecordError(reason, error.strerror or str(error), self.name) from None
+
+    def _other_spelling(self) -> str:
+        """Names the file that a missing one probably is: file systems differ in case and in Unicode's forms."""
+        name = os.path.relpath(str(self.path), self.root)
+        stem, suffix = os.path.splitext(name)
+        spellings = {form: unicodedata.normalize(form, name) for form in ("NFC", "NFD")}
+        for form, spelling in spellings.items():
+            if spelling != name and os.path.lexists(os.path.join(str(self.root), spelling)):
+                return f"; on disk its name is in Unicode's form {form}: write the data's names in it too"
+        for spelling in (stem + suffix.lower(), stem + suffix.upper()):
+            if spelling != name and os.path.lexists(os.path.join(str(self.root), spelling)):
+                return f"; there is {spelling}"
+        return ""
 
     def _check_scans(self, file: BinaryIO) -> None:
         num_scans, last = 0, b""

@@ -6,7 +6,7 @@ Hugging Face datasets stay memory-mapped with their images encoded.
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from llava_llama31.trainer.recipes.schema import DataSource
 
 
-__all__ = ["REASONS", "Record", "RecordError", "RecordStore", "data_files", "open_records"]
+__all__ = ["REASONS", "Record", "RecordError", "RecordStore", "data_files", "open_records", "what_is_read"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +55,17 @@ class RecordStore:
         RecordError: from `store[row]`, when that row can't be used. Other rows are not affected.
     """
 
-    def __init__(self, rows: _Rows, data_format: DataFormat, stem: str, convert: Callable[[dict, str], Record]):
+    def __init__(self, rows: _Rows, data_format: DataFormat, stem: str, convert: Converter):
         self.format = data_format
         self._rows, self._stem, self._convert = rows, stem, convert
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def max_pixels(self) -> int:
+        """Height x width above which an image is rejected by its header."""
+        return self._convert.max_pixels
 
     def __getitem__(self, row: int) -> Record:
         raw = self.raw(row)
@@ -111,16 +116,13 @@ class RecordStore:
         return printable(str(given))
 
 
-def open_records(
-    source: "DataSource", *, keep_data_newline: bool = False, max_pixels: int = MAX_PIXELS
-) -> RecordStore:
+def open_records(source: "DataSource", *, keep_data_newline: bool = False) -> RecordStore:
     """The records of a source: JSON array or lines, WebDataset shards, parquet, `save_to_disk`, or a Hub data set.
 
     Args:
         source: where the data is and what shape it has; `image_root` defaults to the data's own folder. A Hub data
             set is `OWNER/NAME` or `OWNER/NAME:CONFIG`.
         keep_data_newline: keep the newline that follows an image marker, so that the chat template's own makes two.
-        max_pixels: passed on to every image.
 
     Raises:
         UserError: when there is no such data, or its first rows have none of the known shapes.
@@ -133,8 +135,16 @@ def open_records(
         data_format = _detect_format(rows, source.path)
         logger.info("%s: %d rows, format %s (detected)", source.path, len(rows), data_format)
     root, stem = _image_root(source), PurePosixPath(source.path).stem
+    max_pixels = source.max_pixels or MAX_PIXELS
     convert = Converter(data_format, root, max_pixels, keep_data_newline, source.images_only, source.where)
     return RecordStore(rows, data_format, stem, convert)
+
+
+def what_is_read(source: "DataSource") -> list:
+    """All keys of the source that decide which rows and images are read, to be compared or hashed."""
+    filters = {name: where.model_dump() for name, where in source.where.items()}
+    place = [source.path, source.image_root, source.format, source.split, source.images_only, source.max_pixels]
+    return [*place, filters]
 
 
 def _image_root(source: "DataSource") -> Path | str:
