@@ -156,6 +156,7 @@ def main() -> None:
         here, there = context.Pipe()
         server = context.Process(target=serve, args=(shards, there), daemon=True)
         server.start()
+        there.close()  # as above
         url = f"http://127.0.0.1:{here.recv()}"
         import urllib.request
 

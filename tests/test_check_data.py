@@ -263,6 +263,14 @@ def test_what_sharing_saves_is_what_packing_one_group_saves(write, check, capsys
     assert late.sharing() == {"records": 1, "tokens": 10}
 
 
+@pytest.mark.slow
+def test_spawned_workers_print_nothing(write, check, capfd, monkeypatch):
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # as the command does
+    source = write(*(row(str(n), "good.png", answer=f"{n}") for n in range(4)))
+    check(source, num_workers=2)
+    assert capfd.readouterr().err == ""
+
+
 def test_headers_alone_let_a_truncated_image_pass(folder, write, check):
     source = write(bad_row("corrupt_image", folder))
     assert check(source, decode=False).sources[0].rows.tolist() == [0]
@@ -271,7 +279,7 @@ def test_headers_alone_let_a_truncated_image_pass(folder, write, check):
 
 
 @pytest.mark.slow
-def test_limits(write, check):
+def test_limits(folder, write, check):
     source = write(row("short", "good.png"), row("text", question="why? " * 60), row("image", "wide.png"))
     counts = check(source).sources[0].counts
     tokens, images = counts["num_tokens"].tolist(), counts["num_image_tokens"].tolist()
@@ -282,6 +290,10 @@ def test_limits(write, check):
     assert only_text.rows.tolist() == [0, 2] and only_text.first_ids == {"too_long": ["text"]}
     pixels = check(source.model_copy(update={"max_pixels": 20 * 30}), policy=SKIP).sources[0]
     assert pixels.rows.tolist() == [0, 1] and pixels.dropped == {"oversized_image": 1}
+    Image.new("1", (7000, 7000)).save(folder / "huge.png")
+    source = write(row("huge", "huge.png"))
+    assert check(source, policy=SKIP, processor=None, enforce=False).dropped == {"oversized_image": 1}
+    assert check(source.model_copy(update={"max_pixels": 49_000_000}), processor=None).dropped == {}
 
 
 def test_duplicates_keep_the_first(write, check):

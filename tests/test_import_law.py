@@ -77,6 +77,16 @@ def test_layers_import_downwards_only(path):
         assert module.split(".")[0] not in ("trainer", "processing", "modeling_llava_llama31", "model_card"), module
 
 
+def test_pools_of_processes_are_quiet_ones():
+    """Others' workers print what libraries say as they are imported."""
+    made = {path.stem for path in SOURCES for node in ast.walk(ast.parse(path.read_text())) if _makes_a_pool(node)}
+    assert made == {"worker_pools"}
+
+
+def _makes_a_pool(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("ProcessPoolExecutor", ".Pool"))
+
+
 def test_setup_cfg_lists_every_package():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
@@ -155,7 +165,7 @@ TRAINER = ROOT / "trainer"
 PACKAGE = "llava_llama31.trainer"
 # lowest first: a file imports its own room, rooms of the floors below it, and rooms of its floor in one direction
 FLOORS = (
-    ("errors", "redaction", "terminal", "strict_json", "strict_yaml"),
+    ("errors", "redaction", "terminal", "strict_json", "strict_yaml", "worker_pools"),
     ("recipes", "demo", "data.registry"),
     ("checkpoint", "costs", "distributed", "data.sources"),
     ("data.check", "fault_tolerance", "model"),

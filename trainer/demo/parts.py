@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from llava_llama31.trainer.demo.tasks import write_tasks
+from llava_llama31.trainer.worker_pools import spawned_pool
 
 from .images import (
     ALPHABET,
@@ -166,7 +167,7 @@ def _train_parts(folder: Path, seed: int, progress: Callable[[str], None], setti
     with contextlib.ExitStack() as left:
         with _unseen_interrupts():
             messages = left.enter_context(context.Manager()).Queue()
-            pool = left.enter_context(_ending_at_once(ProcessPoolExecutor(2, context)))
+            pool = left.enter_context(_ending_at_once(spawned_pool(2)))
             jobs = [
                 pool.submit(train_tower, folder / "vision_tower", settings.tower, seed, messages),
                 pool.submit(train_language_model, folder / "language_model", settings.language_model, seed, messages),

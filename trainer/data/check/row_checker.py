@@ -1,11 +1,9 @@
 """Checks rows in chunks, here or in a pool of processes: readable, images good, tokens within the limits."""
 
-import multiprocessing
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from llava_llama31.trainer.data.sources.records import RecordStore
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.redaction import printable
+from llava_llama31.trainer.worker_pools import spawned_pool
 
 
 if TYPE_CHECKING:
@@ -254,9 +253,7 @@ def check_rows(checker: RowChecker, num_workers: int | None = None) -> Iterator[
         with closing(checker):
             yield from map(checker.check, chunks)
         return
-    # spawned: a fork of a process with tokeniser or CUDA threads may hang
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(checker,))
+    pool = spawned_pool(num_workers, _start_worker, checker)
     try:
         yield from pool.map(_check_in_worker, chunks)
     except BrokenProcessPool:

@@ -7,10 +7,8 @@ in at most `near_bits` bits from that of an evaluation image, as it is or mirror
 import hashlib
 import json
 import logging
-import multiprocessing
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +39,7 @@ from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.row_files import question_files
+from llava_llama31.trainer.worker_pools import spawned_pool
 
 
 if TYPE_CHECKING:
@@ -259,8 +258,7 @@ def _chunks_of(store: RecordStore, chunks: list[list[int]]) -> Iterator[_Chunk]:
     if num_workers < 2:
         yield from (_chunk(store, chunk) for chunk in chunks)
         return
-    context = multiprocessing.get_context("spawn")  # as in the check of rows
-    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(store,)) as pool:
+    with spawned_pool(num_workers, _start_worker, store) as pool:
         yield from pool.map(_chunk_in_worker, chunks)
 
 
