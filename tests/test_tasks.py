@@ -763,3 +763,13 @@ def test_questions_are_called_the_same_with_and_without_images(tmp_path, name):
     if name == "scienceqa-img":
         rows = [{"question_id": question.question_id, "answer": "A"} for question in shown[:2]]
         assert len(answered(task, unshown, rows).questions) == 2
+
+
+def test_an_empty_option_keeps_its_letter_and_none_is_left_out():
+    row = {"question_id": "1", "data_id": "a.png", "question": "Which?", "answer": "C", "question_type_id": 1}
+    row |= {"choice_a": "red", "choice_b": "", "choice_c": "wet", "choice_d": None}
+    (question,) = load_task_questions(load_task("seed-img"), [("row 1", row)], with_images=False)
+    assert question.options == (("A", "red"), ("C", "wet"))
+    listed = {"id": "1", "question": "Which?", "options": [str(number) for number in range(27)], "answer": "A"}
+    with pytest.raises(UserError, match="27 options, and 26 letters"):
+        load_task_questions(load_task("mmmu"), [("row 1", listed)], with_images=False)

@@ -196,7 +196,7 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
         question_id = _id(_field(row, layout.id), where, layout.id)
         if not image_id and (layout.all_with_image or not (layout.image or layout.image_key)):
             image_id = str(question_id)
-    options = _options(layout, row, text)
+    options = _options(layout, row, text, where)
     answers = _answers(task, layout, row, where)
     context = _field(row, layout.context) if layout.context else None
     metric = _field(row, layout.metric) if layout.metric else None
@@ -257,7 +257,7 @@ def _image_id(layout: Layout, row: Mapping[str, Any]) -> str:
     return "" if value in (None, "") else str(value)
 
 
-def _options(layout: Layout, row: Mapping[str, Any], question: str) -> tuple[tuple[str, str], ...]:
+def _options(layout: Layout, row: Mapping[str, Any], question: str, where: str) -> tuple[tuple[str, str], ...]:
     if layout.options is None:
         return ()
     if layout.options == "inline":
@@ -266,8 +266,10 @@ def _options(layout: Layout, row: Mapping[str, Any], question: str) -> tuple[tup
         return tuple((letter, str(row[letter])) for letter in LETTERS if row.get(letter) not in (None, ""))
     names = layout.options if isinstance(layout.options, list) else None
     values = [_field(row, name) for name in names] if names else _listed(_field(row, str(layout.options)))
-    texts = [str(value) for value in values if value not in (None, "")]
-    return tuple(zip(LETTERS, texts, strict=False))
+    if len(values) > len(LETTERS):
+        raise UserError(f"{len(values)} options, and {len(LETTERS)} letters", where=where, fix="ask with fewer options")
+    # an empty option keeps its letter: the right answer names the letter by its column
+    return tuple((letter, str(value)) for letter, value in zip(LETTERS, values, strict=False) if value not in (None, ""))
 
 
 def _answers(task: Task, layout: Layout, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
