@@ -267,9 +267,11 @@ def _options(layout: Layout, row: Mapping[str, Any], question: str, where: str) 
     names = layout.options if isinstance(layout.options, list) else None
     values = [_field(row, name) for name in names] if names else _listed(_field(row, str(layout.options)))
     if len(values) > len(LETTERS):
-        raise UserError(f"{len(values)} options, and {len(LETTERS)} letters", where=where, fix="ask with fewer options")
+        what = f"{len(values)} options, and {len(LETTERS)} letters"
+        raise UserError(what, where=where, fix="ask with fewer options")
     # an empty option keeps its letter: the right answer names the letter by its column
-    return tuple((letter, str(value)) for letter, value in zip(LETTERS, values, strict=False) if value not in (None, ""))
+    lettered = zip(LETTERS, values, strict=False)
+    return tuple((letter, str(value)) for letter, value in lettered if value not in (None, ""))
 
 
 def _answers(task: Task, layout: Layout, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
