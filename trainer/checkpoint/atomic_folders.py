@@ -29,6 +29,7 @@ PACKAGES = ("llava-llama31", "torch", "transformers", "accelerate", "safetensors
 STAGING = ".staging-"
 SEAL = "sha256"  # of the manifest itself; manifests of earlier versions do not have it
 _HASHED_AT_ONCE = 8  # files
+_NUMBERED = "checkpoint-"
 PICKLES = frozenset((".bin", ".pkl", ".pickle", ".pt", ".pth"))
 
 
@@ -163,10 +164,15 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def at_step(folder: str | Path | None, step: int) -> Path:
+    """The checkpoint of a step in a stage's folder, by Transformers' name."""
+    return Path(str(folder), f"{_NUMBERED}{step}")
+
+
 def numbered(folder: Path) -> list[Path]:
-    """The `checkpoint-N` folders, newest (highest step) first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    """The checkpoints of a stage's folder, newest (highest step) first."""
+    found = [path for path in folder.glob(f"{_NUMBERED}*") if path.name.removeprefix(_NUMBERED).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_NUMBERED)), reverse=True)
 
 
 def newest_committed(folder: Path) -> Path | None:

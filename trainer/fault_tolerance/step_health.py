@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from llava_llama31.trainer.distributed.devices import widest_float
+from llava_llama31.trainer.distributed.rank import rank
 from llava_llama31.trainer.errors import Unhealthy
 
 
@@ -110,7 +110,7 @@ class Health:
                 where=f"{where}, step {step}",
                 fix="lower the learning rate, or remove the newest checkpoints back to a healthy one",
             )
-        if os.environ.get("RANK", "0") == "0":
+        if rank() == 0:
             logger.warning("%s, step %d%s: %s", where, step, " skipped" * (finding.action == "skip"), line)
 
     def summary(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
+from llava_llama31.trainer.distributed.rank import rank
 from llava_llama31.trainer.errors import Hang, ProcessLost, UserError
 from llava_llama31.trainer.redaction import say
 
@@ -77,10 +78,9 @@ class Watchdog:
             thread.join()
 
     def _watch(self) -> None:
-        rank = os.environ.get("RANK", "0")
         while not self._stopped.wait(min(5.0, self.seconds / 4)):
             if time.monotonic() - self._since > self.seconds:
-                what = f"rank {rank} has made no progress for {self.seconds:g} s; it was {self._doing}"
+                what = f"rank {rank()} has made no progress for {self.seconds:g} s; it was {self._doing}"
                 fix = f"see the stacks below, or raise {self.where}.step_timeout"
                 self._end(Hang(what, where=self.where, fix=fix))
             ended = self._ended_workers()
@@ -124,8 +124,7 @@ def _has_ended(worker: ForkServerProcess) -> bool:
 
 def dump_stacks() -> None:
     """Write the stacks of all threads of this process and of its data workers to stderr."""
-    rank = os.environ.get("RANK", "0")
-    say(f"stacks of rank {rank}, pid {os.getpid()}:")
+    say(f"stacks of rank {rank()}, pid {os.getpid()}:")
     faulthandler.dump_traceback(file=2, all_threads=True)
     for worker in multiprocessing.active_children():
         if worker.pid is not None:

@@ -186,7 +186,7 @@ class PushSaves(TrainerCallback):
         self.pusher, self.stage_name, self.stage, self.origin = pusher, stage_name, stage, origin
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+        checkpoint = atomic_folders.at_step(args.output_dir, state.global_step)
         self.pusher.add(checkpoint, self.stage_name, state.global_step, self.stage, self.origin)
 
 

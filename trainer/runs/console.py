@@ -1,6 +1,5 @@
 """What the person at the terminal sees: on stderr, from the main process only."""
 
-import os
 import time
 from typing import Any
 
@@ -9,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llava_llama31.trainer.distributed.engine import engine_of
 from llava_llama31.trainer.distributed.parameters import num_elements, num_held
+from llava_llama31.trainer.distributed.rank import rank
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOL
 from llava_llama31.trainer.model.module_groups import GroupReport
 from llava_llama31.trainer.recipes.derived import Derived, remarks
@@ -19,7 +19,7 @@ from llava_llama31.trainer.terminal import Terminal
 
 def make_console() -> Terminal:
     """Console on stderr (stdout belongs to --json); silent on all ranks but the first."""
-    return Terminal(stderr=True, quiet=int(os.environ.get("RANK", "0")) != 0)
+    return Terminal(stderr=True, quiet=rank() != 0)
 
 
 def print_stage_start(

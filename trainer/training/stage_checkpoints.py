@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def best_checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
     """The checkpoint with the best metric, if the stage looks for one."""
     step = state.best_global_step
-    return Path(str(args.output_dir), f"checkpoint-{step}") if step else None
+    return atomic_folders.at_step(args.output_dir, step) if step else None
 
 
 def whole_best_checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
@@ -86,7 +86,7 @@ def staged_checkpoint(
     Args:
         inputs: digests of what the stage depends on, for the manifest.
     """
-    final = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+    final = atomic_folders.at_step(args.output_dir, state.global_step)
     staging = final.parent / atomic_folders.STAGING / final.name
     if args.should_save:
         atomic_folders.sweep(final.parent)

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from llava_llama31.processing import LlavaLlama31Processor, pixels_llava_llama31
-from llava_llama31.trainer.data.check.cache import user_cache
 from llava_llama31.trainer.data.sources import images
 from llava_llama31.trainer.data.sources.images import ImageRef
+from llava_llama31.trainer.data.sources.user_cache import user_cache
 from llava_llama31.trainer.distributed.devices import device_name
 
 

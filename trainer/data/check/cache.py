@@ -109,11 +109,6 @@ class CheckCache:
         return kept
 
 
-def user_cache(name: str) -> Path:
-    """The folder `llava-llama31/NAME` under the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava-llama31" / name
-
-
 def write_atomically(path: Path, pieces: Iterable[str]) -> None:
     """Write a text file that is either there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,6 @@ from llava_llama31.trainer.data.check.cache import (
     content_digests,
     file_signature,
     fingerprint,
-    user_cache,
     write_atomically,
 )
 from llava_llama31.trainer.data.check.report import (
@@ -37,6 +36,7 @@ from llava_llama31.trainer.data.check.report import (
 from llava_llama31.trainer.data.check.row_checker import COUNTS, Findings, Limits, RowChecker, check_rows
 from llava_llama31.trainer.data.sources.records import RecordStore, data_files, open_records, what_is_read
 from llava_llama31.trainer.data.sources.reject_reasons import REASONS
+from llava_llama31.trainer.data.sources.user_cache import user_cache
 from llava_llama31.trainer.redaction import printable, redacted
 from llava_llama31.trainer.strict_json import parse_json
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from llava_llama31.trainer.data.sources.user_cache import user_cache
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.redaction import redacted
 
@@ -274,8 +275,7 @@ class _RangeCache:
 
 def cache_folder() -> Path:
     """Where ranges are kept."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "llava-llama31" / "remote"
+    return user_cache("remote")
 
 
 def _cache() -> _RangeCache:
