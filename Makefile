@@ -112,7 +112,7 @@ $(LINKS): modeling_llava_llama31 Makefile | $(VENV)/.base
 clean:
 	rm -rf $(VENV) .venv-gpu .venv-docs $(SERVING) $(LOWER) site build *.egg-info
 
-# DeepSpeed is left out: its source build wants a compiler for CUDA
+# DeepSpeed is left out: its source build needs a compiler for CUDA
 $(LOWER)/.made: setup.cfg pyproject.toml constraints-lower.txt
 	test -x $(LOWER)/bin/python || $(PYTHON) -m venv $(LOWER)
 	$(LOWER)/bin/python -m pip install --quiet -c constraints-lower.txt -e '.[completion,dev,demo,low-bit,ocr,peft,quantize,xlsx]'

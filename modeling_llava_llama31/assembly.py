@@ -60,7 +60,7 @@ class VisionChoices:
 
     Args:
         image_size: side of a tile in pixels; default: the tower's.
-        max_tiles: the grid has every shape of 2 to so many tiles; in place of `image_grid_pinpoints`.
+        max_tiles: the grid has every shape of 2 to this many tiles; in place of `image_grid_pinpoints`.
         image_grid_pinpoints: (height, width) in pixels; default: those of the LLaVA checkpoint that the tower comes
             from, else LLaVA-1.6's five shapes in units of the tile.
         vision_feature_layer: hidden state(s) that the projector reads; default: that checkpoint's, else -2.

@@ -39,7 +39,7 @@ class TowerFamily:
     """What towers of one `model_type` have in common.
 
     Args:
-        has_class_token: the first hidden state is no patch, and LLaVA drops it.
+        has_class_token: the first hidden state is not a patch, and LLaVA drops it.
         mean, std: of the pre-processing, for a folder that does not name them.
     """
 

@@ -77,6 +77,28 @@ def test_layers_import_downwards_only(path):
         assert module.split(".")[0] not in ("trainer", "processing", "modeling_llava_llama31", "model_card"), module
 
 
+# an expression -> the one file that has it
+OWNERS = {
+    r'environ\.get\("RANK"': "trainer/distributed/rank.py",
+    r'environ\.get\("XDG_CACHE_HOME"': "trainer/data/sources/user_cache.py",
+    r'f"checkpoint-\{|"checkpoint-"': "trainer/checkpoint/atomic_folders.py",
+    r'"vlmevalkit-2024"$': "trainer/evaluation/vqa_accuracy.py",
+    r'= "predictions\.jsonl"|"predictions\.jsonl",|/ "predictions': "trainer/checkpoint/run_folder.py",
+}
+
+
+@pytest.mark.parametrize("what", OWNERS)
+def test_a_fact_has_one_owner(what):
+    found = {str(path.relative_to(ROOT)) for path in SOURCES if re.search(what, path.read_text(), re.MULTILINE)}
+    assert found == {OWNERS[what]}
+
+
+def test_the_page_of_the_architecture_has_every_room():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if re.match(r"\| \d \| ", line)]
+    assert {name for row in rows for name in re.findall(r"`([\w.]+)`", row.split("|")[2])} >= {*FLOOR_OF}
+
+
 def test_pools_of_processes_are_quiet_ones():
     """Others' workers print what libraries say as they are imported."""
     made = {path.stem for path in SOURCES for node in ast.walk(ast.parse(path.read_text())) if _makes_a_pool(node)}

@@ -145,7 +145,7 @@ def test_the_page_shows_what_each_protocol_compares(folder, tmp_path):
 def test_nothing_is_overwritten_and_impossible_names_are_refused(folder, tmp_path, capsys):
     before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir())
     assert main(["export-metric", "--output", str(folder)]) == 2
-    assert "holds something already" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
     assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir()) == before
     for name in ("vqa_accuracy", "app", "a.b"):
         assert main(["export-metric", "--output", str(tmp_path / name)]) == 2

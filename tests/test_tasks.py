@@ -357,7 +357,7 @@ def test_letters_and_option_texts(tmp_path, capsys):
     assert "mmstar has no protocol 'x' (fix: one of vlmevalkit, letter)" in capsys.readouterr().err
     texts = [row | {"answer": "blue"} for row in CHOICES]
     assert main(["score", write_xlsx(tmp_path / "t.xlsx", texts), "--task", "mmstar"]) == 2
-    assert "answer is 'blue', and 5 of 5 are no letter" in capsys.readouterr().err
+    assert "answer is 'blue', and 5 of 5 are not a letter" in capsys.readouterr().err
 
 
 def test_earlier_and_judged_files_are_distinguished(tmp_path, capsys):

@@ -565,7 +565,7 @@ def test_presets_word_the_question_as_their_evaluators_do(lively_model, processo
     with pytest.raises(UserError, match="no {question}"):
         Preset("mine", "Describe it.")
     with pytest.raises(
-        UserError, match="question 100: the prompt of llava tells OCR tokens, and 40 questions have no"
+        UserError, match="question 100: the prompt of llava contains OCR tokens, and 40 questions have no"
     ):
         evaluate(
             lively_model, processor, questions, tmp_path, EvaluationSettings(revision="r", preset=PRESETS["llava"])

@@ -79,7 +79,7 @@ class ChatServer(ThreadingHTTPServer):
         return f"http://{self.server_address[0]!s}:{self.server_port}/"
 
     def conversations(self, key: str) -> Sequence[Conversation]:
-        """Those of one page, the newest `MAX_CONVERSATIONS` of which are kept."""
+        """The conversations of one page; the newest `MAX_CONVERSATIONS` pages are kept."""
         if key not in self._conversations:
             self._conversations[key] = self.begin()
         self._conversations.move_to_end(key)

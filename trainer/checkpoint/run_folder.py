@@ -20,6 +20,7 @@ from llava_llama31.trainer.recipes.schema import CHANGEABLE, MODEL_PARTS, Recipe
 logger = logging.getLogger(__name__)
 
 STAGE_RECORD = "stage.json"
+PREDICTIONS = "predictions.jsonl"  # of the run, and of each of its evaluations
 _FINAL = "final"
 _LOCK = ".lock"
 # recipe keys that may change between two starts of a run, beside `CHANGEABLE`
@@ -136,7 +137,7 @@ class RunFolder:
 
     @property
     def predictions(self) -> Path:
-        return self.path / "predictions.jsonl"
+        return self.path / PREDICTIONS
 
     @property
     def browser(self) -> Path:

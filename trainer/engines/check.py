@@ -137,7 +137,7 @@ def report_of(asked: Sequence[Asked]) -> EngineReport:
 
 
 def likely_cause(asked: Sequence[Asked]) -> str:
-    """The cause that explains most, from what tells most: lengths of prompts, then answers under known faults."""
+    """The cause that explains most, from what says most: lengths of prompts, then answers under known faults."""
     answered = [item for item in asked if item.served.text is not None]
     if any(item.more_tokens for item in answered):
         return _cause_of_lengths(answered)

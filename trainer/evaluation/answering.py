@@ -15,12 +15,13 @@ from accelerate.utils import broadcast_object_list
 from transformers import LlavaNextForConditionalGeneration
 
 from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.trainer.checkpoint.run_folder import PREDICTIONS
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.asker import Asker, take_turns
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, Prefixes, undisturbed
-from llava_llama31.trainer.evaluation.predictions import PREDICTIONS, PredictionsFile
+from llava_llama31.trainer.evaluation.predictions import PredictionsFile
 from llava_llama31.trainer.evaluation.presets import check_ocr
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings, digest

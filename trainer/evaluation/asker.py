@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from llava_llama31.trainer.checkpoint.run_folder import PREDICTIONS
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, Prefixes, Prompt
-from llava_llama31.trainer.evaluation.predictions import PREDICTIONS
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings, digest
 from llava_llama31.trainer.fault_tolerance.out_of_memory import is_of_device
@@ -27,7 +27,7 @@ from llava_llama31.trainer.fault_tolerance.out_of_memory import is_of_device
 
 JPEG_QUALITY = 75
 NUM_BATCHES_AHEAD = 2
-# so many questions that fail alike, and none that is answered: the machine is at fault, and not the questions
+# after this many questions that fail alike and none answered, the machine is at fault and not the questions
 FAILED_ALIKE = 16
 
 

@@ -36,7 +36,7 @@ def export_metric(output: str | Path) -> Path:
         what = f"{folder.name!r} cannot be the name of the metric's script"
         raise UserError(what, where=str(output), fix="name the folder textvqa_accuracy")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError("holds something already", where=str(output), fix="pass another --output, or remove it")
+        raise UserError("is not empty", where=str(output), fix="pass another --output, or remove it")
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
+from llava_llama31.trainer.checkpoint.run_folder import PREDICTIONS
 from llava_llama31.trainer.errors import UserError
 
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 
-PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
+SETTINGS = "settings.json"
 
 
 class PredictionsFile:

@@ -41,7 +41,7 @@ class Preset:
 
     @property
     def needs_ocr(self) -> bool:
-        """Whether the prompt tells the model what an OCR engine read."""
+        """Whether the prompt contains what an OCR engine read."""
         return "{ocr_tokens}" in self.prompt
 
     def text(self, question: "Question") -> str:
@@ -74,7 +74,7 @@ PRESETS: Mapping[str, "Preset"] = MappingProxyType(
 
 
 def check_ocr(preset: Preset, questions: "Sequence[Question]") -> None:
-    """Refuse a preset that tells OCR tokens where a question has none.
+    """Refuse a preset whose prompt contains OCR tokens where a question has none.
 
     Raises:
         UserError: naming the first such question.
@@ -82,7 +82,7 @@ def check_ocr(preset: Preset, questions: "Sequence[Question]") -> None:
     lacking = [question.question_id for question in questions if question.ocr_tokens is None]
     if preset.needs_ocr and lacking:
         raise UserError(
-            f"the prompt of {preset.name} tells OCR tokens, and {len(lacking)} questions have none",
+            f"the prompt of {preset.name} contains OCR tokens, and {len(lacking)} questions have none",
             where=f"question {lacking[0]}",
             fix="give annotations with ocr_tokens, or pass --ocr rapidocr",
         )

@@ -29,7 +29,7 @@ class Report:
         missing: ids of questions that the predictions leave out.
         duplicates: ids that are answered more than once; the first answer counts.
         unknown: ids that are answered but not annotated.
-        cut: ids whose answer reached the length limit, where the file tells; it is scored as it is.
+        cut: ids whose answer reached the length limit, where the file says so; it is scored as it is.
     """
 
     num_questions: int

@@ -179,7 +179,7 @@ class _Asking:
 
 
 def sample_of(questions: Sequence[Question], number: int) -> list[Question]:
-    """At most so many questions, evenly spread."""
+    """At most this many questions, evenly spread."""
     number = min(number, len(questions))
     return [questions[i * len(questions) // number] for i in range(number)]
 

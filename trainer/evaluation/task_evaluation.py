@@ -31,7 +31,7 @@ def questions_to_ask(
         task: says where a question's parts are.
         data: file, folder or pattern; default: the task's own.
         image_root: folder of the images; default: that of the data.
-        limit: the first so many questions.
+        limit: ask only the first N questions.
 
     Raises:
         UserError: there are no data, a question has no image, or a user's function cannot be had.

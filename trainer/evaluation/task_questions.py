@@ -72,7 +72,7 @@ def load_task_questions(
     _all_or_none_annotated(questions, str(path))
     wrong = without_right_option(questions)
     if 2 * len(wrong) > len(questions):
-        what = f"{layout.answer} is {wrong[0].answers[0]!r:.80}, and {len(wrong)} of {len(questions)} are no letter"
+        what = f"{layout.answer} is {wrong[0].answers[0]!r:.80}, and {len(wrong)} of {len(questions)} are not a letter"
         raise UserError(what, where=rows[0][0], fix="give the letter of the right option")
     return questions
 

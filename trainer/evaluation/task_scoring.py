@@ -63,7 +63,7 @@ class TaskReport:
         missing: ids of questions that the answers leave out.
         unknown: ids that are answered but not annotated.
         num_left_out: answers to questions that the task leaves out, as ScienceQA-IMG those without an image.
-        cut: ids whose answer reached the length limit, where the file tells.
+        cut: ids whose answer reached the length limit, where the file says so.
     """
 
     task: str

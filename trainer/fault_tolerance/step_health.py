@@ -32,7 +32,7 @@ class HealthFinding(NamedTuple):
     Args:
         what: for the user.
         is_finite: a spike; otherwise a loss or gradient norm that is not finite.
-        action: what the recipe wants done about it.
+        action: what the recipe says to do about it.
     """
 
     what: str

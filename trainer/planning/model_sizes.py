@@ -94,7 +94,7 @@ def _folder_config(folder: Path) -> Mapping[str, Any] | None:
         return None
     fields = _read(file)
     if "vision_config" not in fields or "text_config" not in fields:
-        raise UserError("is no LlavaNext model", where=str(file), fix="name an assembled checkpoint")
+        raise UserError("is not a LlavaNext model", where=str(file), fix="name an assembled checkpoint")
     parts = {key: _with_defaults(fields[key], file) for key in ("vision_config", "text_config")}
     return _LLAVA_DEFAULTS | {"vision_feature_layer": -2} | fields | parts
 

@@ -113,7 +113,7 @@ def plan_recipe(
         cases: what `cases_of` returns for the same arguments.
 
     Raises:
-        UserError: when a stage's batch does not divide among the devices, or the engine is none.
+        UserError: when a stage's batch does not divide among the devices, or the engine is unknown.
     """
     found = model_config(recipe, output)
     stages = [_plan_stage(case) for case in cases or cases_of(recipe, output, machine, assumptions)]
@@ -131,7 +131,7 @@ def cases_of(recipe: Recipe, output: Path, machine: Machine, assumptions: Assump
     """The recipe's stages with what is known of their model and rows.
 
     Raises:
-        UserError: the engine is none.
+        UserError: the engine is unknown.
     """
     found = model_config(recipe, output)
     config, origin = found if found else (None, None)
@@ -366,7 +366,7 @@ def worst_micro_batch(case: Case, derived: Derived) -> MicroBatch:
 
 
 def passes_of(case: Case, steps: int) -> Passes:
-    """`passes` through the stage's steps, or through so many of them."""
+    """`passes` through the stage's steps, or through this many of them."""
     key = (case.stage.micro_batch, steps)
     if key not in case.passed:
         case.passed[key] = passes(case.stage, case.rows, order_of(case), steps, case.machine.num_devices)

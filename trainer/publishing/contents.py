@@ -113,7 +113,7 @@ class Contents:
 
     @property
     def llama_licences(self) -> list[LlamaLicence]:
-        """Those of Meta's licences that anything in the folder says to govern the model."""
+        """Meta's licences that anything in the folder names as the model's."""
         tags, texts = self.card.get("tags") or [], [self._titles(file) for file in ("LICENSE", "NOTICE")]
         return [
             licence

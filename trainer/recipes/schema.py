@@ -299,7 +299,7 @@ class Stage(_Frozen):
     keep: Literal["last", "best_loss", "best_accuracy"] = "last"
     """The weights that the stage ends with: its last, or those of the evaluation with the best metric."""
     stop_on_plateau: PositiveInt | None = None
-    """End the stage after so many evaluations in a row without a better one (of `keep`, else validation loss)."""
+    """End the stage after this many evaluations in a row without a better one (of `keep`, else validation loss)."""
     save_steps: PositiveInt = 200
     """Steps between checkpoints."""
     save_total_limit: PositiveInt = 2
@@ -530,7 +530,7 @@ class TextQuestions(_Frozen):
     data: str
     """A table (JSON lines, JSON, CSV, TSV, xlsx): question, answer, metric; optional id, group, options A, B, ..."""
     limit: PositiveInt | None = None
-    """Ask only the first so many."""
+    """Ask only the first N questions."""
     max_new_tokens: PositiveInt = 64
     """Longest answer, in tokens."""
     batch_size: PositiveInt | None = None

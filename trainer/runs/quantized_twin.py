@@ -44,7 +44,7 @@ def export_twin(
     recipe = Recipe.model_validate(record["recipe"])
     spec = next((spec for spec in recipe.evaluations if spec.task is None), None)
     if spec is None or not run.predictions.is_file():
-        what = "has no TextVQA-format evaluation, so nothing tells what quantising it costs"
+        what = "has no TextVQA-format evaluation, so the loss from quantising can't be measured"
         raise UserError(what, where=str(run.path), fix="train with an `evaluation` without `task` in the recipe")
     folder = (output or run.export.with_name(f"{run.export.name}-{scheme}")).resolve()
     if folder.exists() and not (folder / atomic_folders.MANIFEST).is_file():

@@ -97,7 +97,7 @@ class LlavaTrainer(Trainer):
     """Transformers' Trainer for one stage.
 
     Args:
-        model: the model, or a PEFT model around it, already frozen as the stage wants it.
+        model: the model, or a PEFT model around it, already frozen as the stage asks.
     """
 
     def __init__(

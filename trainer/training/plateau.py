@@ -9,7 +9,7 @@ from llava_llama31.trainer.recipes.schema import Stage
 
 
 class StopOnPlateau(TrainerCallback):
-    """Stops after so many evaluations in a row without a better one; judged by the log, so a resumed stage agrees."""
+    """Stops after this many evaluations in a row without a better one, judged by the log: a resumed stage agrees."""
 
     def __init__(self, stage: Stage):
         self.stage = stage

@@ -17,7 +17,7 @@ from llava_llama31.trainer.errors import UserError
 
 
 class RecordImages(NamedTuple):
-    """Those of a record; each has tiles, pixels or features."""
+    """The images of one record, each as tiles, pixels or cached features."""
 
     sizes: list[tuple[int, int]]  # height and width in pixels
     has_features: list[bool]

@@ -85,7 +85,7 @@ class FeatureCache:
         if entry is None:
             return None
         try:
-            # private: a tensor wants memory that may be written to
+            # private: torch tensors need writable memory
             data = np.memmap(self.features, np.uint8, "c", entry.offset, (entry.num_tiles * self._tile_bytes,))
         except (OSError, ValueError) as error:
             self._forget(image_id, image, str(error))

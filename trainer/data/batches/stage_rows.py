@@ -182,7 +182,7 @@ def load_stage_data(stage: Stage, processor: LlavaLlama31Processor, rejects: Pat
 
 
 def _check_agreement(data: StageData) -> None:
-    """Every process has to train on the same rows, or the steps would differ without a word."""
+    """Every process has to train on the same rows, or the steps would silently differ."""
     digest = hashlib.sha256(np.array([*data.train.places, *data.validation.places], dtype=np.int64).tobytes())
     for lengths in (data.train.lengths, data.validation.lengths):
         for column in (lengths.num_tokens, lengths.num_supervised_tokens, lengths.num_prefix_tokens):

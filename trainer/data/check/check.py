@@ -1,4 +1,4 @@
-"""The pass over all data before training: counts tokens, finds what can't be used and why, drops nothing in silence.
+"""The pass over all data before training: counts tokens, finds what can't be used and why, drops nothing silently.
 
 The command is `llava-llama31 check-data RECIPE|FILES...`; `train` makes the same pass before its first step.
 """

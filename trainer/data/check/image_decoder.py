@@ -27,7 +27,7 @@ class Decoder:
     """A process that decodes images and returns their sizes; it starts with the first image.
 
     Args:
-        max_pixels: of an image; the process may take memory for so many, and no more.
+        max_pixels: of an image; the process may use memory for this many and no more.
         seconds: that one image may take.
     """
 

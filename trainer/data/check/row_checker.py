@@ -39,7 +39,7 @@ class _Readable(NamedTuple):
 COUNTS = ("num_tokens", "num_image_tokens", "num_supervised_tokens", "num_tiles", "num_prefix_tokens")
 
 _CHUNK_ROWS = 256
-# so many rows of the largest size would fill gigabytes
+# a chunk's rows of the largest size would fill gigabytes
 _CHUNK_CHARACTERS = 4_000_000
 _NAME_LENGTH = 1000
 # a process takes seconds to start

@@ -49,7 +49,7 @@ class _Passing(Exception):
 
 
 class Version(NamedTuple):
-    """What tells one version of a file at a URL from another."""
+    """What distinguishes one version of a file at a URL from another."""
 
     etag: str
     date: str

@@ -166,7 +166,7 @@ class Converter:
         if not isinstance(role, str):
             raise RecordError("malformed_record", f"a turn's role is {kind_of(role)}")
         if role not in _ROLES:
-            raise RecordError("unknown_role", f"{ascii(role)[:80]} is none of {', '.join(_ROLES)}")
+            raise RecordError("unknown_role", f"{ascii(role)[:80]} is not one of {', '.join(_ROLES)}")
         role = _ROLES[role]
         is_learnt = True
         if turn.others:

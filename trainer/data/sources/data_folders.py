@@ -1,6 +1,6 @@
 """Which files a path of this machine is read from: every file that holds its rows, or a refusal that names one.
 
-What `datasets` or a glob would pass over in silence is decided here: splits in file names, suffixes in capitals,
+What `datasets` or a glob would silently skip is decided here: splits in file names, suffixes in capitals,
 compressed and unfinished files, shards that are missing. Names are taken as they are and never as patterns.
 """
 

@@ -4,7 +4,7 @@ REASONS: dict[str, str] = {
     "malformed_json": "the row is not JSON, gives a key twice, is nested too deeply, or is longer than 16 MiB",
     "malformed_record": "the row is JSON, but a field is missing or of the wrong type",
     "invalid_text": "the text holds a lone surrogate or bytes that are not UTF-8",
-    "unknown_role": "a turn's role is none of system, user (human), assistant (gpt)",
+    "unknown_role": "a turn's role is not system, user (human) or assistant (gpt)",
     "non_alternating_turns": "turns do not go (system,) user, assistant, user, assistant, ... up to an assistant turn",
     "empty_question": "a user turn has neither text nor image",
     "empty_answer": "an assistant turn has no text",

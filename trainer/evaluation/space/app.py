@@ -34,7 +34,7 @@ def main() -> None:
         fn=score,
         inputs=[
             gradio.Textbox(label="The model's answer"),
-            gradio.Textbox(label="The annotators' answers, one a line (TextVQA has ten)", lines=10),
+            gradio.Textbox(label="The annotators' answers, one per line (TextVQA has ten)", lines=10),
         ],
         outputs=gradio.Dataframe(headers=HEADERS, label="Scores", wrap=True),
         examples=EXAMPLES,
