@@ -3,12 +3,14 @@
 import contextlib
 import copy
 import ctypes
+import fcntl
 import gc
 import json
 import os
 import re
+import shutil
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -347,14 +349,37 @@ def no_process_is_left(adopted_orphans) -> Iterator[None]:
     psutil.wait_procs(left, timeout=10)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """No test reads or writes the user's caches."""
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """One folder for all workers of this run."""
     base = tmp_path_factory.getbasetemp()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(base / "cache"))
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def make_once(shared_folder) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A function that makes a folder by its name for all workers of this run; the first one makes it, others wait."""
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, part = shared_folder / f"once-{name}", shared_folder / f"once-{name}.part"
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+                fill(part)
+                part.rename(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, shared_folder, monkeypatch):
+    """No test reads or writes the user's caches."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     # all workers' own: C++ headers are compiled once
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared / "inductor"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared_folder / "inductor"))
 
 
 @pytest.fixture(scope="session")

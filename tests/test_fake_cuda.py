@@ -31,15 +31,17 @@ NOT_DETERMINISTIC = {
 
 
 @pytest.fixture(scope="session")
-def traces(tmp_path_factory):
+def traces(make_once):
     """Traces of small steps by scenario and phase, made in a process that has the device; see scenarios.py."""
     if (lack := library.missing()) is not None:
         assert not os.environ.get("CI"), f"{lack}, and CI has to run these tests"
         pytest.skip(lack)
-    output = tmp_path_factory.mktemp("fake_cuda") / "traces.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(FOLDER / "scenarios.py"), str(output)], check=True, env=environment)
-    return json.loads(output.read_text())
+
+    def fill(folder: Path) -> None:
+        command = [sys.executable, str(FOLDER / "scenarios.py"), str(folder / "traces.json")]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    return json.loads((make_once("fake_cuda", fill) / "traces.json").read_text())
 
 
 def waits(phases, *, but=()):

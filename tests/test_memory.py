@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -265,11 +266,19 @@ for arguments in json.loads(sys.argv[1]):
 
 
 @pytest.fixture(scope="module")
-def zero_traces(tmp_path_factory) -> dict[str, dict]:
+def zero_traces(make_once) -> dict[str, dict]:
     """Steps under DeepSpeed with the shipped files, but for buckets in proportion, all in one process of its own."""
     pytest.importorskip("deepspeed")
-    folder, all_arguments = tmp_path_factory.mktemp("zero"), []
     cases = ZERO_CASES if "TORTURE" in os.environ else QUICK_ZERO_CASES
+
+    def fill(folder: Path) -> None:
+        (folder / "traces.json").write_text(json.dumps(traced_zero(folder, cases)))
+
+    return json.loads((make_once("zero", fill) / "traces.json").read_text())
+
+
+def traced_zero(folder: Path, cases: Iterable[str]) -> dict[str, dict]:
+    all_arguments = []
     for name in cases:
         engine, options = name.split()[0], ZERO_CASES[name]
         content = deepspeed_content(engine, "")

@@ -12,16 +12,17 @@ from forks import Forks
 
 
 @pytest.fixture(scope="session")
-def forks(tmp_path_factory, pristine_recipe, adopted_orphans) -> Iterator[Forks]:
+def forks(tmp_path_factory, shared_folder, pristine_recipe, adopted_orphans) -> Iterator[Forks]:
     """The launcher of this suite: one process that has imported everything, and forks.
 
     A run comes first, from which it learns what a run imports on its way.
     """
     folder = tmp_path_factory.mktemp("forks")
-    forks = Forks(folder)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(pristine_recipe, sort_keys=False))
-    job = forks.start("train", folder / "recipe.yaml", "--output", folder / "run")
-    assert job.returncode == 0, job.output()
+    forks = Forks(folder, shared_folder)
+    if forks.is_new:
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(pristine_recipe, sort_keys=False))
+        job = forks.start("train", folder / "recipe.yaml", "--output", folder / "run")
+        assert job.returncode == 0, job.output()
     yield forks
     forks.close()
 

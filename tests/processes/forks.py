@@ -1,10 +1,12 @@
 """The tests' side of zygote.py: commands of ours in forks of a process that has imported everything."""
 
+import fcntl
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -116,22 +118,47 @@ class Job:
 
 
 class Forks:
-    """One zygote."""
+    """One zygote, which all workers of a test run share.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: of this worker, for logs.
+        shared: of all workers.
+    """
+
+    def __init__(self, folder: Path, shared: Path):
         self._folder, self._number = folder, 0
-        self._errors = (folder / "zygote").open("w")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
-        self._zygote = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
+        self._errors = shared / "zygote.log"
+        with (shared / "zygote.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._connection = socket.socket(socket.AF_UNIX)
+            self.is_new = not self._is_connected(shared / "zygote.place")
         self._ready = False
+
+    def _is_connected(self, file: Path) -> bool:
+        """Connect to the zygote that another worker started; start one, and return False, where there is none."""
+        with suppress(OSError):
+            self._connection.connect(file.read_text())
+            return True
+        place = Path(tempfile.mkdtemp(prefix="zygote-"), "socket")  # whose path may have a hundred characters
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
+        command = [sys.executable, str(Path(__file__).with_name("zygote.py")), str(place)]
+        with self._errors.open("w") as errors:
+            zygote = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                env=environment,
+                start_new_session=True,
+            )
+        while True:
+            with suppress(OSError):
+                self._connection.connect(str(place))
+                break
+            assert zygote.poll() is None, self._errors.read_text()
+            time.sleep(0.01)
+        file.write_text(str(place))
+        return False
 
     def start(
         self,
@@ -148,10 +175,9 @@ class Forks:
             variables: more of the environment, which otherwise is that of this process.
             case: see zygote.py.
         """
-        while not self._ready:
-            line = self._zygote.stdout.readline()
-            assert line, (self._folder / "zygote").read_text()
-            self._ready = line == "ready\n"
+        if not self._ready:  # it is, as soon as it has imported everything
+            self._ready = self._connection.recv(16) == b"ready\n"
+            assert self._ready, self._errors.read_text()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
         if launcher:
             environment |= launchers_variables(launcher, processes)
@@ -162,15 +188,9 @@ class Forks:
         log = self._folder / str(self._number)
         case |= {"arguments": [str(argument) for argument in arguments], "processes": processes, "log": str(log)}
         case |= {"environment": {**environment, **(variables or {})}, "cwd": str(case.get("cwd", ROOT))}
-        self._zygote.stdin.write(json.dumps(case) + "\n")
-        self._zygote.stdin.flush()
+        self._connection.sendall(json.dumps(case).encode() + b"\n")
         return Job(log, processes)
 
     def close(self) -> None:
-        self._zygote.stdin.close()
-        try:
-            self._zygote.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._zygote.pid, signal.SIGKILL)
-            self._zygote.wait()
-        self._errors.close()
+        """The zygote ends with its last client."""
+        self._connection.close()

@@ -136,7 +136,7 @@ def assert_same_run(run: Path, reference: Path, tolerance: float = 1e-5) -> None
 
 
 @pytest.fixture(scope="session")
-def all_stages(forks, base_folder, data_folder, tmp_path_factory):
+def all_stages(forks, base_folder, data_folder, make_once):
     """Frozen and trained tower, with and without activation checkpointing, adapters; and its run by one process.
 
     Two samples a step for each of two processes, one in four of them without an image.
@@ -193,10 +193,12 @@ def all_stages(forks, base_folder, data_folder, tmp_path_factory):
         },
         "evaluation": {"data": str(data_folder / "questions.jsonl"), "max_new_tokens": 4},
     }
-    folder = tmp_path_factory.mktemp("engines")
-    arguments = (write(content, folder / "recipe.yaml"), "--output", folder / "single")
-    finish(forks.start("train", *arguments, engines=True))
-    return content, folder / "single"
+
+    def fill(folder: Path) -> None:
+        arguments = (write(content, folder / "recipe.yaml"), "--output", folder / "single")
+        finish(forks.start("train", *arguments, engines=True))
+
+    return content, make_once("engines", fill) / "single"
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, *at_length(*MORE_ENGINES)])

@@ -106,7 +106,7 @@ def test_a_disk_that_gets_full_under_deepspeed_leaves_the_former_checkpoint(fork
 
 def test_a_data_worker_that_is_stuck_is_named_with_its_records_and_killed(forks, recipe):
     options = sets("loader_timeout=3", "dataloader_workers=2")
-    job = forks.start(*recipe, *options, fault=["worker", 0, 14], workers=True)
+    job = forks.start(*recipe, *options, fault=["worker", 0, 14])
     output, _ = job.communicate(timeout=150)
     assert job.returncode == 5, output
     named = re.search(
@@ -119,9 +119,7 @@ def test_a_data_worker_that_is_stuck_is_named_with_its_records_and_killed(forks,
 @pytest.mark.parametrize("record", [14, pytest.param(18, marks=pytest.mark.torture)])
 def test_a_killed_data_worker_of_one_rank_ends_both_soon(forks, recipe, record):
     """Long before loader_timeout, whether the worker has given a micro-batch before or not (r18 is in the first)."""
-    job = forks.start(
-        *recipe, *sets("dataloader_workers=2"), processes=2, fault=["killed-worker", 0, record], workers=True
-    )
+    job = forks.start(*recipe, *sets("dataloader_workers=2"), processes=2, fault=["killed-worker", 0, record])
     output, _ = job.communicate(timeout=60)
     assert job.codes == [7, 7], output
     # which of the two it is depends on what rank 0 waits for
@@ -131,9 +129,7 @@ def test_a_killed_data_worker_of_one_rank_ends_both_soon(forks, recipe, record):
 
 def test_usr1_to_the_whole_process_group_saves_and_the_run_continues(forks, recipe, tmp_path):
     """As Slurm sends it: to the main process, its data workers and their fork server."""
-    job = forks.start(
-        *recipe, *sets("max_steps=400", "epochs=null", "dataloader_workers=2", "save_steps=5"), workers=True
-    )
+    job = forks.start(*recipe, *sets("max_steps=400", "epochs=null", "dataloader_workers=2", "save_steps=5"))
     while not list((tmp_path / "run/stages").glob("1-projector/checkpoint-*")):
         assert job.poll() is None, job.output()
         time.sleep(0.05)

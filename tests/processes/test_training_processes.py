@@ -134,7 +134,7 @@ def test_two_processes_share_the_questions(forks, recipe_content, tmp_path):
     answers = {}
     for processes in (1, 2):
         run = tmp_path / str(processes)
-        job = forks.start("train", tmp_path / "recipe.yaml", "--output", run, processes=processes, workers=True)
+        job = forks.start("train", tmp_path / "recipe.yaml", "--output", run, processes=processes)
         output, _ = job.communicate(timeout=240)
         assert not any(job.codes), output
         lines = (run / "stages/1-instruct/evaluation/step-2.jsonl").read_text().splitlines()

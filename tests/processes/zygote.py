@@ -1,7 +1,8 @@
 """Starts commands of ours quickly: everything is imported once, and every process of a case is a fork of that.
 
-python tests/processes/zygote.py, then one case a line on stdin, as JSON. The zygote trains nothing itself, and so has
-no threads when it forks. `forks.py` is the tests' side.
+python tests/processes/zygote.py SOCKET, which takes one case per line, as JSON, from every client that connects, and
+ends with the last of them. The zygote trains nothing itself, and so has no threads when it forks. `forks.py` is the
+tests' side.
 
 A case has:
     arguments: of the command line; or of script, a Python file.
@@ -10,7 +11,7 @@ A case has:
     environment: all variables of the ranks; cwd: their folder.
     engines: run under cpu_engines.py. fault: what faults.py plants. hub: endpoint of the tests' own Hub.
     after, signal: seconds until the ranks get a signal, SIGKILL unless named; kill_at, folder: see count_operations.
-    steps: see count_steps. workers: the fork server of the data workers is up before the command starts.
+    steps: see count_steps.
     whole_finish: with reference answers and a report at its end, see brief_finish.py.
 """
 
@@ -19,20 +20,19 @@ import gc
 import importlib
 import importlib.util
 import json
-import multiprocessing
 import os
 import runpy
+import selectors
+import shutil
 import signal
 import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
-if __name__ == "__mp_main__":  # in the fork server of a case's data workers, which have its fault too
-    import faults  # noqa: F401
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "shutil.move")
@@ -75,17 +75,6 @@ def count_steps(file: str) -> None:
     LlavaTrainer.get_batch_samples = counted
 
 
-def start_workers_early() -> None:
-    """Have all imported where data workers come from, which takes longer than the time that a test gives them."""
-    from llava_llama31.trainer.fault_tolerance.watchdog import start_fork_server
-
-    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    start_fork_server(["faults"])
-    worker = multiprocessing.get_context("forkserver").Process(target=int)
-    worker.start()
-    worker.join()
-
-
 def become_a_rank(case: dict[str, Any], rank: int, port: int) -> None:
     """Streams, session and variables as a launcher gives them."""
     gc.set_threshold(700, 10, 10)  # as Python starts, in place of quick_start
@@ -114,6 +103,7 @@ def run(case: dict[str, Any], rank: int, port: int) -> None:
     import brief_finish
     import cpu_engines
     import faults
+    import forked_server
 
     from llava_llama31.trainer.cli import main
 
@@ -127,13 +117,11 @@ def run(case: dict[str, Any], rank: int, port: int) -> None:
 
             hub_server.adopt(case["hub"])
         if "fault" in case:
-            kind, where, step = case["fault"]
-            os.environ["FAULT"] = f"{kind},{where},{step}"  # for data workers
-            faults.plant(kind, where, step)
+            faults.plant(*case["fault"])
         if "steps" in case:
             count_steps(case["steps"])
-        if case.get("workers"):
-            start_workers_early()
+        if "script" not in case:
+            forked_server.use()
         if rank == 0 and "folder" in case:
             count_operations(case)
         with cpu_engines.as_asked() if case.get("engines") else contextlib.nullcontext():
@@ -219,13 +207,45 @@ def import_all() -> None:
     matrix_peak(torch.float32, torch.device("cpu"))  # measured once a process
 
 
-def serve() -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+def lines_of_all(listener: socket.socket) -> Iterator[str]:
+    """What clients send, line by line, until the last of them is gone."""
+    parts: dict[socket.socket, bytes] = {}
+    patience = None
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select(patience):
+                if key.fileobj is listener:
+                    client, _ = listener.accept()
+                    client.sendall(b"ready\n")
+                    selector.register(client, selectors.EVENT_READ)
+                    parts[client] = b""
+                    continue
+                client, received = key.fileobj, b""
+                with contextlib.suppress(ConnectionResetError):  # by one that never asked for anything
+                    received = client.recv(1 << 20)
+                if not received:
+                    selector.unregister(client)
+                    client.close()
+                    del parts[client]
+                    continue
+                *lines, parts[client] = (parts[client] + received).split(b"\n")
+                for line in lines:
+                    yield line.decode()
+            if parts:
+                patience = None
+            elif patience is None:  # nobody connects any more; is there one who just has?
+                shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
+                patience = 0
+            else:
+                return
+
+
+def serve(listener: socket.socket) -> None:
     os.dup2(2, 1)  # libraries speak there when they are imported
     import_all()
-    answers.write("ready\n")
     logs: list[str] = []
-    for line in sys.stdin:
+    for line in lines_of_all(listener):
         case = json.loads(line)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if case.get("engines") and importlib.util.find_spec("deepspeed"):
@@ -246,4 +266,7 @@ def serve() -> None:
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    serve()
+    with socket.socket(socket.AF_UNIX) as place:
+        place.bind(sys.argv[1])
+        place.listen()
+        serve(place)
