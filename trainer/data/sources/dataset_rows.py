@@ -51,17 +51,31 @@ class DatasetRows:
         return len(self.dataset)
 
     def __getitem__(self, row: int) -> object:
-        from pyarrow import ArrowException
-
-        try:
-            return self.dataset[row].to_pylist()[0]
-        except UnicodeDecodeError as error:
-            raise RecordError("invalid_text", f"{error.reason} at byte {error.start} of a text") from None
-        except (ArrowException, OverflowError, ValueError) as error:  # a date that no calendar has
-            raise RecordError("malformed_record", f"a value that can't be read: {error}") from None
+        return python_row(self.dataset[row])
 
     def text(self, row: int) -> str:
-        return json.dumps(self[row], default=_encoded)
+        return as_json(self[row])
+
+
+def python_row(table: Any) -> Any:
+    """The Python values of a table or batch of one row.
+
+    Raises:
+        RecordError: invalid_text, malformed_record.
+    """
+    from pyarrow import ArrowException
+
+    try:
+        return table.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise RecordError("invalid_text", f"{error.reason} at byte {error.start} of a text") from None
+    except (ArrowException, OverflowError, ValueError) as error:  # a date that no calendar has
+        raise RecordError("malformed_record", f"a value that can't be read: {error}") from None
+
+
+def as_json(row: object) -> str:
+    """A row as JSON, its bytes as base64."""
+    return json.dumps(row, default=_encoded)
 
 
 def _load_dataset(path: str, split: str) -> Any:
