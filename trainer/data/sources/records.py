@@ -85,8 +85,8 @@ class RecordStore:
             record = self._convert(raw, self._id(raw, row))
             if record.images or not is_pruned:
                 return record
-        except RecordError:
-            if not is_pruned:
+        except RecordError as error:
+            if error.reason == "filtered" or not is_pruned:
                 raise
         raw = self.raw(row)
         return self._convert(raw, self._id(raw, row))

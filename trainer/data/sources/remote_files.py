@@ -166,13 +166,14 @@ def can_list(url: str) -> bool:
 
 
 def files_below(url: str) -> list[str]:
-    """Names of all files below a folder of a store that lists them, in order.
+    """Names of all files below a folder of a store that lists them, in order, as they are now.
 
     Raises:
         UserError: the store does not answer, or refuses.
     """
     system, path = _system(url)
     root = f"{path.strip('/')}/"
+    system.invalidate_cache()
     try:
         found = [str(name).lstrip("/") for name in _retried(url, lambda: system.find(path))]
     except Missing:
