@@ -16,7 +16,7 @@ from PIL import Image
 from llava_llama31.trainer.data.batches.dataset import StageDataset
 from llava_llama31.trainer.data.check.check import DataCheck, check_sources
 from llava_llama31.trainer.data.shards.writing import write_shards
-from llava_llama31.trainer.data.sources import parquet_rows, remote_files
+from llava_llama31.trainer.data.sources import dataset_rows, parquet_rows, remote_files
 from llava_llama31.trainer.data.sources.records import open_records
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
@@ -281,6 +281,28 @@ def test_a_damaged_or_removed_file_of_the_cache_is_fetched_again(store, folder, 
                 damage(path)
         forget()
         assert content(given) == expected
+
+
+@pytest.mark.parametrize("split", ["train", "train[:40%]+validation"])
+def test_parquet_that_has_no_room_unpacked_is_read_in_place(folder, monkeypatch, tmp_path, split):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "unpacked")
+    given = source(folder / "set", split=split)
+    usage = dataset_rows.shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset_rows.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        in_place = content(given)
+        assert not list(tmp_path.rglob("*.arrow"))
+        opened = open_records(given)
+        file = folder / "set" / "data" / "train-00000-of-00003.parquet"
+        os.utime(file, ns=(len(split), len(split)))
+        monkeypatch.setenv(remote_files.CACHE_VARIABLE, "0")
+        with pytest.raises(UserError, match="was changed since it was opened"):
+            opened[0]
+    assert content(given) == in_place and list(tmp_path.rglob("*.arrow"))
+    with monkeypatch.context() as patch:  # it is there already
+        patch.setattr(dataset_rows.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        assert dataset_rows.can_unpack(folder / "set", split)
 
 
 def test_what_is_no_parquet_is_said(store):

@@ -1,4 +1,4 @@
-"""Rows of parquet files in a store, read in place: footers at first, a row group when one of its rows is read.
+"""Rows of parquet files, read in place: footers at first, a row group when one of its rows is read.
 
 A row group is the smallest part of a parquet file that can be read. It is fetched by byte range, of its columns those
 that a record is made of, and kept in the cache of `remote_files` as an Arrow file, from which single rows are mapped.
@@ -11,7 +11,7 @@ import re
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -27,6 +27,7 @@ from llava_llama31.trainer.data.sources.remote_files import (
     at_once,
     can_list,
     files_below,
+    is_remote,
     join,
     keep_file,
     keeps_file,
@@ -56,11 +57,11 @@ _SHARDS_FIX = "write the rows as shards: `llava-llama31 shards {} --to DIR|URL` 
 
 
 class ParquetRows:
-    """The rows of parquet files in a store, in the files' and their own order, images as `{"bytes", "path"}`.
+    """The rows of parquet files in the files' and their own order, images as `{"bytes", "path"}`.
 
     Args:
-        url: a file, or a folder of a store that lists its files.
-        split: as of a folder on this machine.
+        splits: files of each split that `split` names; a URL of a store, or a path of this machine.
+        split: such as `train[:10%]+test`, or `all`.
         filters: columns of the source's `where`.
 
     Raises:
@@ -69,13 +70,11 @@ class ParquetRows:
         RecordError: from `rows[i]`, that row alone is bad.
     """
 
-    def __init__(self, url: str, split: str, filters: Collection[str] = ()):
-        self.url = url
+    def __init__(self, splits: Mapping[str, Sequence[str]], split: str, filters: Collection[str] = ()):
         self._filters = frozenset(filters)
-        splits = parquet_urls(url, split)
         urls = list(dict.fromkeys(file for files in splits.values() for file in files))
         at_once([partial(_open_footer, file) for file in urls])
-        self._files = [open_remote(file) for file in urls]
+        self._files = [_opened(file) for file in urls]
         first = _footer(self._files[0]).schema.to_arrow_schema()
         lengths = [_checked_lengths(file, first) for file in self._files]
         numbers = {file: number for number, file in enumerate(urls)}
@@ -203,10 +202,53 @@ class _Group:
         return self._batches[number].slice(row - (self._ends[number - 1] if number else 0), 1)
 
 
+@dataclass(frozen=True)
+class LocalFile:
+    """A file of this machine, as `RemoteFile` is one of a store."""
+
+    url: str
+    size: int
+    version: str
+
+    def read(self, start: int, size: int) -> bytes:
+        """Up to `size` bytes from byte `start` on."""
+        try:
+            with open(self.url, "rb") as file:
+                file.seek(start)
+                return file.read(size)
+        except OSError as error:
+            raise UserError(f"can't be read: {error.strerror}", where=self.url, fix="put the file back") from error
+
+    fetch = read
+
+    def check_unchanged(self) -> None:
+        """Check that it is still the file that was opened.
+
+        Raises:
+            UserError: it is another one.
+        """
+        if _opened(self.url) != self:
+            raise UserError("was changed since it was opened", where=self.url, fix="put the file back, or run again")
+
+
+_File = RemoteFile | LocalFile
+
+
+def _opened(name: str) -> _File:
+    """A file of a store or of this machine."""
+    if is_remote(name):
+        return open_remote(name)
+    try:
+        facts = os.stat(name)
+    except OSError as error:
+        raise UserError(f"can't be read: {error.strerror}", where=name, fix="put the file back") from error
+    return LocalFile(name, facts.st_size, str(facts.st_mtime_ns))
+
+
 class _Held(io.RawIOBase):
     """A file of which some bytes are held; others are read from the store."""
 
-    def __init__(self, file: RemoteFile, held: Sequence[tuple[int, bytes]]):
+    def __init__(self, file: _File, held: Sequence[tuple[int, bytes]]):
         super().__init__()
         self._file, self._held, self._position = file, held, 0
 
@@ -295,12 +337,12 @@ def _parts(splits: dict[str, list[str]], asked: str, rows_of: dict[str, int]) ->
 
 
 def _open_footer(url: str) -> bytes:
-    _footer(open_remote(url))
+    _footer(_opened(url))
     return b""
 
 
 @lru_cache(64)
-def _footer(file: RemoteFile) -> Any:
+def _footer(file: _File) -> Any:
     """A file's metadata.
 
     Raises:
@@ -323,7 +365,7 @@ def _footer(file: RemoteFile) -> Any:
         raise UserError(f"can't be read as parquet: {error}", where=redacted(file.url), fix=fix) from error
 
 
-def _checked_lengths(file: RemoteFile, first: Any) -> list[int]:
+def _checked_lengths(file: _File, first: Any) -> list[int]:
     """Rows of each row group of a file.
 
     Args:
@@ -346,7 +388,7 @@ def _checked_lengths(file: RemoteFile, first: Any) -> list[int]:
     return [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
 
 
-def _check_columns(file: RemoteFile, first: Any) -> None:
+def _check_columns(file: _File, first: Any) -> None:
     import pyarrow
 
     where, fix = redacted(file.url), "write all files with the same columns and types, or name each by itself"
@@ -367,7 +409,7 @@ def _check_columns(file: RemoteFile, first: Any) -> None:
 
 
 @lru_cache(4096)
-def _view(file: RemoteFile, group: int, filters: frozenset[str] | None) -> _View:
+def _view(file: _File, group: int, filters: frozenset[str] | None) -> _View:
     """What is read of a row group: all columns where `filters` is None."""
     footer = _footer(file)
     facts = footer.row_group(group)
@@ -414,7 +456,7 @@ def _merged(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(merged)
 
 
-def _batches(file: RemoteFile, group: int, view: _View) -> Iterator[Any]:
+def _batches(file: _File, group: int, view: _View) -> Iterator[Any]:
     """The rows of a row group, decoded a few at a time.
 
     Raises:
@@ -448,12 +490,12 @@ def _batches(file: RemoteFile, group: int, view: _View) -> Iterator[Any]:
         raise UserError(what, where=where, fix="write or upload the file again") from error
 
 
-def _pieces(file: RemoteFile, start: int, end: int) -> Iterator[bytes]:
+def _pieces(file: _File, start: int, end: int) -> Iterator[bytes]:
     for begin in range(start, end, _PIECE_BYTES):
         yield file.fetch(begin, min(_PIECE_BYTES, end - begin))
 
 
-def _write(file: RemoteFile, group: int, view: _View, path: Path) -> None:
+def _write(file: _File, group: int, view: _View, path: Path) -> None:
     """Write a row group as an Arrow file."""
     import pyarrow
 

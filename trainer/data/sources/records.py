@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from llava_llama31.trainer.data.sources.conversations import Converter, Record, kind_of
 from llava_llama31.trainer.data.sources.data_folders import check_whole, data_files_at, log_beside, parquet_splits
-from llava_llama31.trainer.data.sources.dataset_rows import DatasetRows
+from llava_llama31.trainer.data.sources.dataset_rows import DatasetRows, can_unpack
 from llava_llama31.trainer.data.sources.images import MAX_PIXELS
 from llava_llama31.trainer.data.sources.json_rows import JsonRows
 from llava_llama31.trainer.data.sources.parquet_rows import ParquetRows, is_parquet, parquet_urls
@@ -217,6 +217,10 @@ def _open_rows(source: "DataSource") -> _Rows:
         if path.is_dir():
             check_whole(found.files, path)
         return TarRows(found.files)
+    if found is not None and found.kind == "parquet" and not can_unpack(path, source.split):
+        splits = parquet_splits(path, source.split)
+        named = {name: [str(file.absolute()) for file in files] for name, files in splits.items()}
+        return ParquetRows(named, source.split, source.where)
     return DatasetRows(source.path, source.split)
 
 
@@ -228,7 +232,7 @@ def _open_remote_rows(source: "DataSource") -> _Rows:
     """
     url = source.path
     if is_parquet(url):
-        return ParquetRows(url, source.split, source.where)
+        return ParquetRows(parquet_urls(url, source.split), source.split, source.where)
     if not ends_like_a_file(url):
         return ShardedRows(url)
     if PurePosixPath(url).suffix.lower() in (".json", ".jsonl", ".ndjson"):

@@ -282,6 +282,7 @@ class _RangeCache:
     folder: Path
     limit: int
     _written: int = field(default=0)
+    _is_full: bool = field(default=False)
 
     def load(self, key: str) -> bytes | None:
         if not self.limit:
@@ -332,7 +333,9 @@ class _RangeCache:
             written = staged.stat().st_size
             staged.replace(path)
         except OSError as error:  # a full disk costs speed alone
-            logger.warning("%s: not cached: %s", path, error)
+            if not self._is_full:
+                logger.warning("%s: not cached: %s", path, error)
+            self._is_full = True
             return None
         finally:
             staged.unlink(missing_ok=True)
