@@ -1,11 +1,11 @@
-"""Measures opening and reading a large set of shards behind an HTTP server on the same machine.
+"""Measures opening and reading a large set behind an HTTP server on the same machine.
 
-    python benchmarks/object_storage.py [--rows 1000000] [--batch 64] [--keep DIR]
+    python benchmarks/object_storage.py [--rows 1000000] [--batch 64] [--keep DIR] [--parquet]
 
-Writes so many rows with an image of a few pixels as shards (about 2.6 kB a row), serves them from another process, and
-prints, of a fresh one: seconds until the set is open, until the first shuffled batch is there (also those of its own
-CPU time, which other processes hardly change), rows per second after that, requests per row and peak memory. The rows
-are compared with those of the disk in the same order.
+Writes so many rows with an image of a few pixels as shards (about 2.6 kB a row), or as one parquet file with 100 rows
+a row group, serves them from another process, and prints, of a fresh one: seconds until the set is open, until the
+first shuffled batch is there (also those of its own CPU time, which other processes hardly change), rows per second
+after that, requests per row and peak memory. The rows are compared with those of the disk in the same order.
 """
 
 import argparse
@@ -51,6 +51,39 @@ def write_set(folder: Path, num_rows: int) -> Path:
     source = DataSource(name="rows", path=str(folder / "rows.jsonl"), format="llava")
     write_shards(source, str(shards), num_shards=max(1, num_rows // 50_000))
     return shards
+
+
+def write_parquet(folder: Path, num_rows: int) -> Path:
+    """A parquet file with row groups of 100 rows, as `datasets` writes images; returns it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rng = np.random.default_rng(0)
+    images = []
+    for _ in range(NUM_IMAGES):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).save(file, "PNG")
+        images.append({"bytes": file.getvalue(), "path": None})
+    path, writer = folder / "rows.parquet", None
+    for first in range(0, num_rows, 10_000):
+        rows = [
+            {
+                "id": f"{number}",
+                "image": images[number % NUM_IMAGES],
+                "conversations": [
+                    {"from": "human", "value": f"<image>\nwhat is number {number}?"},
+                    {"from": "gpt", "value": str(number)},
+                ],
+            }
+            for number in range(first, min(first + 10_000, num_rows))
+        ]
+        table = pyarrow.Table.from_pylist(rows)
+        if writer is None:
+            writer = pyarrow.parquet.ParquetWriter(path, table.schema)
+        writer.write_table(table, row_group_size=100)
+    assert writer is not None
+    writer.close()
+    return path
 
 
 def serve(folder: Path, ready: Connection) -> None:
@@ -141,28 +174,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--keep", type=Path, help="folder to keep the shards in, and to find them again")
+    parser.add_argument("--parquet", action="store_true", help="read parquet in place, not shards")
+    parser.add_argument("--keep", type=Path, help="folder to keep the set in, and to find them again")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["XDG_CACHE_HOME"] = str(Path(temporary) / "cache")
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        shards = folder / "shards"
-        if not (shards / "index.json").is_file():
+        shards, path = folder / "shards", folder / "shards"
+        if options.parquet:
+            shards, path = folder, folder / "rows.parquet"
+        if not (path if options.parquet else shards / "index.json").is_file():
             started = time.perf_counter()
-            write_set(folder, options.rows)
+            (write_parquet if options.parquet else write_set)(folder, options.rows)
             print(f"written: {options.rows / (time.perf_counter() - started):,.0f} rows/s, one process")
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
         server = context.Process(target=serve, args=(shards, there), daemon=True)
         server.start()
         there.close()  # as above
-        url = f"http://127.0.0.1:{here.recv()}"
+        url = f"http://127.0.0.1:{here.recv()}" + ("/rows.parquet" if options.parquet else "")
         import urllib.request
 
-        local, expected = measured(str(shards), options.batch)
+        local, expected = measured(str(path), options.batch)
         remote, found = measured(url, options.batch)
-        with urllib.request.urlopen(f"{url}/count") as answer:
+        with urllib.request.urlopen(f"{url.removesuffix('/rows.parquet')}/count") as answer:
             requests = json.load(io.BytesIO(answer.read()))["requests"]
         server.terminate()
         assert found == expected, "the store gave other rows than the disk"

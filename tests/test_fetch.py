@@ -391,10 +391,9 @@ def test_every_shipped_recipe_names_all_its_files_with_size_and_licence(name, tm
     assert main(["fetch", name, "--dry-run", "--json", "--output", str(tmp_path)]) == 0
     shown = json.loads(capsys.readouterr().out)
     for item in shown["items"]:
-        is_subset = item["url"].endswith("*.parquet") and item["bytes"] is None  # the Hub alone lists its files
-        assert item["license"] and (item["bytes"] or is_subset) and item["url"], item["name"]
+        assert item["license"] and item["bytes"] and item["url"], item["name"]
         assert {"name", "url", "bytes", "license", "rows", "have"} <= item.keys()
-    assert shown["bytes"] == sum(item["bytes"] or 0 for item in shown["items"] if not item["have"])
+    assert shown["bytes"] == sum(item["bytes"] for item in shown["items"] if not item["have"])
     recipe = load_recipe(name, output=tmp_path)
     items, unknown = items_of_recipe(recipe, None, shipped_datasets())
     assert not unknown and len(items) == len(shown["items"]) and (items or recipe.prepare is not None)

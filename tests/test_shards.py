@@ -266,7 +266,7 @@ def test_what_a_store_lacks_or_refuses_is_said(store_server, tmp_path):
         open_records(source(f"{url}/bucket/plain"))
     with pytest.raises(UserError, match="there is no such file"):
         open_records(source(f"{url}/bucket/none.json"))
-    for name, reason in (("some.parquet", "its whole row group"), ("some.tar", "reading all of it"), ("a.csv", "")):
+    for name, reason in (("some.tar", "reading all of it"), ("a.csv", "as JSON, as parquet, or as a folder")):
         with pytest.raises(UserError, match=rf"{reason}.*download it, and write it with `llava-llama31 shards"):
             open_records(source(f"{url}/bucket/{name}"))
     store_server.faults = [403]
@@ -434,18 +434,31 @@ def test_shards_are_written_to_a_store(rows_folder, tmp_path):
 
 
 @pytest.mark.torture
+@pytest.mark.parametrize("kind", ["shards", "parquet"])
 def test_training_from_a_store_gives_the_bits_of_the_disk_and_resumes_to_them(
-    recipe_content, data_folder, store_server, tmp_path
+    recipe_content, data_folder, store_server, tmp_path, kind
 ):
-    """From shards on disk, from the store under faults, and from the store resumed from an earlier checkpoint."""
-    assert main(["shards", str(data_folder / "rows.json"), "--to", str(tmp_path / "out"), "--shards", "3"]) == 0
-    shards = tmp_path / "out" / "rows"
-    for path in shards.iterdir():
+    """From files on disk, from the store under faults, and from the store resumed from an earlier checkpoint."""
+    place, url = tmp_path / "out" / "rows", f"{store_server.url}/bucket/train"
+    if kind == "shards":
+        assert main(["shards", str(data_folder / "rows.json"), "--to", str(tmp_path / "out"), "--shards", "3"]) == 0
+    else:
+        place.mkdir(parents=True)
+        rows = [
+            open_records(source(data_folder / "rows.json"))[i]
+            for i in range(len(json.loads((data_folder / "rows.json").read_text())))
+        ]
+        table = [
+            {"images": [{"bytes": image.encoded()} for image in row.images], "messages": row.messages} for row in rows
+        ]
+        pq.write_table(pa.Table.from_pylist(table), place / "rows.parquet", row_group_size=3)
+        place, url = place / "rows.parquet", f"{url}/rows.parquet"
+    for path in (tmp_path / "out" / "rows").iterdir():
         store_server.contents[f"/bucket/train/{path.name}"] = path.read_bytes()
     recipe_content["stages"].pop("instruct")
     recipe_content.pop("evaluation")
     hashes = {}
-    for name, path in (("disk", str(shards)), ("store", f"{store_server.url}/bucket/train")):
+    for name, path in (("disk", str(place)), ("store", url)):
         recipe_content["stages"]["projector"]["data"] = [{"name": "rows", "path": path}]
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe_content, sort_keys=False))
         store_server.faults = [503, "cut:200", 429, "short:30"]

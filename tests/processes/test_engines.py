@@ -110,6 +110,15 @@ def weights(run: Path, stage: str) -> dict[str, torch.Tensor]:
     return load_file(run / "stages" / stage / "final/model.safetensors")
 
 
+def assert_partition(logged: dict) -> None:
+    """What a line says of its sources, weighted by their tokens, is what it says of all."""
+    for prefix in ("", "eval_"):
+        tokens = {key: logged[key] for key in logged if key.startswith(f"{prefix}tokens_by_source/")}
+        losses = [logged[key.replace("tokens", "loss", 1)] * number for key, number in tokens.items()]
+        if tokens:
+            assert sum(losses) / sum(tokens.values()) == pytest.approx(logged[f"{prefix}token_loss"], rel=1e-12)
+
+
 def assert_same_run(run: Path, reference: Path, tolerance: float = 1e-5) -> None:
     """Losses, gradient norms, evaluations, answers and weights of every stage; within float32's rounding."""
     stages = sorted(path.name for path in (reference / "stages").iterdir())
@@ -118,7 +127,9 @@ def assert_same_run(run: Path, reference: Path, tolerance: float = 1e-5) -> None
         ours, expected = history(run, stage), history(reference, stage)
         assert len(ours) == len(expected)
         for entry, wanted in zip(ours, expected, strict=True):
-            for key in ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy"):
+            assert_partition(entry)
+            by_source = [key for key in {**entry, **wanted} if "_by_source/" in key]
+            for key in ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy", *by_source):
                 assert (key in entry) == (key in wanted)
                 if key in wanted:
                     assert entry[key] == pytest.approx(wanted[key], abs=tolerance, rel=tolerance), (stage, key)
@@ -141,8 +152,13 @@ def all_stages(forks, base_folder, data_folder, make_once):
 
     Two samples a step for each of two processes, one in four of them without an image.
     """
+    folder = tmp_path_factory.mktemp("engines")
+    rows = json.loads((data_folder / "rows.json").read_text())
+    (folder / "images.json").write_text(json.dumps([row for row in rows if "image" in row]))
+    (folder / "texts.json").write_text(json.dumps([row for row in rows if "image" not in row]))
+    sources = [{"name": name, "path": str(folder / f"{name}.json")} for name in ("images", "texts")]
     stage = {
-        "data": [{"name": "rows", "path": str(data_folder / "rows.json")}],
+        "data": [source | {"image_root": str(data_folder)} for source in sources],
         "global_batch": 4,
         "micro_batch": 1,
         "max_steps": STEPS or 20,
@@ -217,6 +233,7 @@ def test_every_engine_trains_as_one_process_does(start, all_stages, tmp_path, en
         share = int(held.replace(",", "")) / int(total.replace(",", ""))
         assert share == pytest.approx(0.5 if sharded else 1, abs=1e-3)
     assert_same_run(tmp_path / "run", single)
+    assert any("loss_by_source/texts" in entry for entry in history(tmp_path / "run", "projector"))
     records = [json.loads((run / "summary.json").read_text())["stages"] for run in (tmp_path / "run", single)]
     for ours, expected in zip(records[0].values(), records[1].values(), strict=True):
         assert ours["groups"] == expected["groups"]

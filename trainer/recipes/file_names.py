@@ -5,6 +5,7 @@ from pathlib import PurePath
 
 _FILE_SUFFIXES = frozenset(
     (".arrow", ".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".tar", ".tsv", ".txt", ".xlsx", ".yaml", ".yml")
+    + (".parq", ".pq")
     + (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
     + (".7z", ".bz2", ".gz", ".lz4", ".tbz2", ".tgz", ".txz", ".xz", ".zip", ".zst")
 )

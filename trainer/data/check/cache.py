@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import zipfile
 from array import array
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from llava_llama31.trainer import redaction
 from llava_llama31.trainer.checkpoint.package_versions import package_version
 from llava_llama31.trainer.data import check, sources
 from llava_llama31.trainer.data.sources.images import stat_signature
+from llava_llama31.trainer.data.sources.parquet_rows import is_parquet
 from llava_llama31.trainer.data.sources.remote_files import signature
 
 
@@ -133,7 +135,8 @@ def content_digests(signatures: Sequence[list], arrays: dict[str, np.ndarray]) -
     names = [os.fsdecode(name) for name in arrays["watched_names"].tobytes().split(b"\0")[:-1]]
     times = [(size, modified // 10**9) for size, modified in arrays["watched_signatures"].tolist()]
     images = sorted(zip(_below_common_folder(names), times, strict=True))
-    files = _below_common_folder([signature[0] for signature in signatures]) if len(signatures) > 1 else [""]
+    places = [re.sub(r"^\w+://", "", signature[0]) for signature in signatures]
+    files = _below_common_folder(places) if len(signatures) > 1 else [""]
     parts = {
         "files": [(name, size, digest) for name, (_, size, _, digest) in zip(files, signatures, strict=True)],
         "images": images,
@@ -165,10 +168,10 @@ def fingerprint(signatures: Sequence[list], processor: "LlavaLlama31Processor | 
 def file_signature(path: Path | str) -> list:
     """Path, size and a hash of the content; of a large file, of 64 MiB spread over it, and its modification time.
 
-    A string is a URL, whose large file counts with what its store calls the version.
+    A string is a URL, whose large file counts with what its store calls the version; parquet, with its footer too.
     """
     if isinstance(path, str):
-        return signature(path, _WHOLE_FILE_BYTES)
+        return signature(path, 0 if is_parquet(path) else _WHOLE_FILE_BYTES)
     size, modified = stat_signature(os.fspath(path))
     if size <= _WHOLE_FILE_BYTES:
         modified = 0

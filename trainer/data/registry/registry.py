@@ -53,10 +53,9 @@ class RemoteFile(_Frozen):
         """Its own name, the last part of the URL."""
         return self.url.rpartition("/")[2].removeprefix("pypi:")
 
-    def in_subset(self, subset: str) -> "RemoteFile":
-        return self.model_copy(
-            update={"url": self.url.replace("{subset}", subset), "to": self.to.replace("{subset}", subset)}
-        )
+    def in_subset(self, subset: str, size: int | None) -> "RemoteFile":
+        named = {"url": self.url.replace("{subset}", subset), "to": self.to.replace("{subset}", subset)}
+        return self.model_copy(update=named | {"bytes": size})
 
 
 class Hole(_Frozen):
@@ -90,6 +89,7 @@ class Dataset(_Frozen):
         readable: why its rows can't be trained on as they are.
         subsets: `{subset}` in paths is chosen by `NAME:SUBSET`.
         subset_rows: rows of the subsets whose number is known.
+        subset_bytes: of all files of a subset together, where they are known.
         evaluation: it is the questions of this evaluation.
         columns: numbers that `where` of a recipe's source can filter by.
         evidence: where each fact is from; `not verified here` marks those that could not be looked up.
@@ -106,6 +106,7 @@ class Dataset(_Frozen):
     readable: str = ""
     subsets: bool = False
     subset_rows: dict[Text, PositiveInt] = {}
+    subset_bytes: dict[Text, PositiveInt] = {}
     evaluation: str = ""
     rows: PositiveInt | None = None
     rows_of: dict[str, PositiveInt] = {}
@@ -125,6 +126,8 @@ class Dataset(_Frozen):
             raise ValueError(f"evidence lacks {', '.join(missing)}")
         if self.rows_of and sum(self.rows_of.values()) != self.rows:
             raise ValueError(f"rows_of adds up to {sum(self.rows_of.values())}, not to rows {self.rows}")
+        if self.subset_bytes and len(self.files) != 1:
+            raise ValueError("subset_bytes is the size of one file or pattern, and there are several")
         unsafe = [file.to for file in self.files if ".." in PurePosixPath(file.to).parts or file.to.startswith("/")]
         if unsafe:
             raise ValueError(f"{unsafe[0]} is not below the data root")
@@ -228,8 +231,9 @@ def dataset_named(name: str, known: dict[str, Dataset]) -> Dataset:
         raise UserError("has no subsets", where=name, fix=f"name {base} alone")
     if subset:
         update: dict[str, Any] = {"path": dataset.path.replace("{subset}", subset)}
-        update |= {"files": [file.in_subset(subset) for file in dataset.files]}
-        update |= dict.fromkeys(("images", "bytes"))  # those of all subsets together
+        size = dataset.subset_bytes.get(subset)
+        update |= {"files": [file.in_subset(subset, size) for file in dataset.files]}
+        update |= {"images": None, "bytes": size}  # not those of all subsets together
         update["rows"] = dataset.subset_rows.get(subset)
         dataset = dataset.model_copy(update=update)
     return dataset

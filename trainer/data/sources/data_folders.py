@@ -7,7 +7,7 @@ compressed and unfinished files, shards that are missing. Names are taken as the
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -90,12 +90,24 @@ def data_files_at(path: Path) -> DataFiles | None:
         return DataFiles(kind, [path]) if kind and kind != "arrow" else None
     if not path.is_dir():
         return None
+    return _by_kind(path, _walk(path), _check_entry, str(path))
+
+
+def listed_files(names: Sequence[str], where: str) -> DataFiles | None:
+    """The same of a folder in a store, by the names of its files below it."""
+    entries = (os.path.split(name) for name in names)
+    return _by_kind(Path(), ((parent, name) for parent, name in entries), _check_visible, where)
+
+
+def _by_kind(
+    path: Path, entries: Iterable[tuple[str, str]], check: Callable[[Path], None], where: str
+) -> DataFiles | None:
     found: dict[Kind, list[Path]] = {}
     beside: list[str] = []
-    for parent, name in _walk(path):
+    for parent, name in entries:
         kind = _kind(name)
         if kind is not None and kind != "json":
-            _check_entry(file := Path(parent, name))
+            check(file := Path(parent, name))
             found.setdefault(kind, []).append(file)
             continue
         inner = _inner(name)
@@ -109,13 +121,13 @@ def data_files_at(path: Path) -> DataFiles | None:
         (first, files), (second, _) = sorted(found.items(), key=lambda item: item[0] != "tar")[:2]
         count = f"{len(files)} .tar shards" if first == "tar" else f"{len(files)} {first} files"
         what = f"the folder holds both {count} and {second} files"
-        raise UserError(what, where=str(path), fix="name a folder with files of one kind")
+        raise UserError(what, where=where, fix="name a folder with files of one kind")
     for kind, files in found.items():
         return DataFiles(kind, sorted(files), tuple(sorted(beside)))
     return None
 
 
-def log_beside(path: Path, found: DataFiles) -> None:
+def log_beside(path: Path | str, found: DataFiles) -> None:
     """Name the files of a folder that are not read, where there are any."""
     if found.beside:
         _warn_once(f"{path}: its {found.kind} files are read; not read: {_listed(found.beside)}")
@@ -152,15 +164,30 @@ def parquet_splits(path: Path, asked: str) -> dict[str, list[Path]]:
     Raises:
         UserError: there is no such split, a file names none while another one does, or a shard is missing.
     """
-    names = dict.fromkeys(re.sub(r"\[.*?\]", "", asked).split("+"))
-    if not all(_SPLIT.fullmatch(name) for name in names):
-        raise UserError(f"{asked!r} is not a split", where=str(path), fix="name one in `split`, such as train")
     found = data_files_at(path)
     files = found.files if found is not None else []
-    chosen = {name: files if path.is_file() else _of_split(path, files, name) for name in names}
+    if path.is_file():
+        return dict.fromkeys(split_names(asked, str(path)), files)
+    return splits_of(path, files, asked, str(path))
+
+
+def split_names(asked: str, where: str) -> list[str]:
+    """The names in `train[:10%]+test`.
+
+    Raises:
+        UserError: it is none.
+    """
+    names = list(dict.fromkeys(re.sub(r"\[.*?\]", "", asked).split("+")))
+    if not all(_SPLIT.fullmatch(name) for name in names):
+        raise UserError(f"{asked!r} is not a split", where=where, fix="name one in `split`, such as train")
+    return names
+
+
+def splits_of(folder: Path, files: list[Path], asked: str, where: str) -> dict[str, list[Path]]:
+    """The files of each split that `asked` names, among those below a folder; as `parquet_splits`."""
+    chosen = {name: _of_split(folder, files, name, where) for name in split_names(asked, where)}
     for chosen_files in chosen.values():
-        if not path.is_file():
-            check_whole(chosen_files, path)
+        check_whole(chosen_files, where)
     return chosen
 
 
@@ -192,7 +219,7 @@ def matches(name: str, pattern: str) -> bool:
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name, re.DOTALL) is not None
 
 
-def check_whole(files: Sequence[Path], where: Path) -> None:
+def check_whole(files: Sequence[Path], where: Path | str) -> None:
     """Check that shards whose names say `-00000-of-00003` are all there, and once.
 
     Raises:
@@ -285,10 +312,14 @@ def _refuse_packed(file: Path) -> None:
     raise UserError("the file is compressed", where=str(file), fix="unpack it")
 
 
-def _check_entry(file: Path) -> None:
+def _check_visible(file: Path) -> None:
     if file.name.startswith("."):
         what = "a hidden file that looks like data"
         raise UserError(what, where=str(file), fix="rename it to have it read, or remove it")
+
+
+def _check_entry(file: Path) -> None:
+    _check_visible(file)
     if not file.is_file():
         what = "leads to no file" if file.is_symlink() else "is not a file"
         raise UserError(what, where=str(file), fix="fetch the data again, or remove it")
@@ -313,7 +344,7 @@ def _refuse_folder(error: OSError) -> None:
     ) from error
 
 
-def _of_split(folder: Path, files: list[Path], asked: str) -> list[Path]:
+def _of_split(folder: Path, files: list[Path], asked: str, where: str) -> list[Path]:
     if asked == "all":
         return files
     wanted = _SPLIT_WORDS.get(asked.lower(), asked)
@@ -327,12 +358,12 @@ def _of_split(folder: Path, files: list[Path], asked: str) -> list[Path]:
         what = f"{unclear.relative_to(folder)} names {splits}"
         what += f", but {clear.relative_to(folder)} names {min(named[clear])}"
         fix = "give the files of each split a separate folder, or name each file by itself"
-        raise UserError(what, where=str(folder), fix=fix)
+        raise UserError(what, where=where, fix=fix)
     chosen = [file for file, splits in named.items() if splits == {wanted}]
     if not chosen:
         there = ", ".join(sorted({split for splits in named.values() for split in splits})) or "no other"
         what = f"there is no split {asked!r}: the files' names say {there}"
-        raise UserError(what, where=str(folder), fix="name one that is there in `split`")
+        raise UserError(what, where=where, fix="name one that is there in `split`")
     return chosen
 
 

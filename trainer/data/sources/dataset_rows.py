@@ -2,8 +2,10 @@
 
 import base64
 import json
+import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,8 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.file_names import ends_like_a_file
 from llava_llama31.trainer.strict_json import parse_json
 
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?")
 
@@ -51,17 +55,31 @@ class DatasetRows:
         return len(self.dataset)
 
     def __getitem__(self, row: int) -> object:
-        from pyarrow import ArrowException
-
-        try:
-            return self.dataset[row].to_pylist()[0]
-        except UnicodeDecodeError as error:
-            raise RecordError("invalid_text", f"{error.reason} at byte {error.start} of a text") from None
-        except (ArrowException, OverflowError, ValueError) as error:  # a date that no calendar has
-            raise RecordError("malformed_record", f"a value that can't be read: {error}") from None
+        return python_row(self.dataset[row])
 
     def text(self, row: int) -> str:
-        return json.dumps(self[row], default=_encoded)
+        return as_json(self[row])
+
+
+def python_row(table: Any) -> Any:
+    """The Python values of a table or batch of one row.
+
+    Raises:
+        RecordError: invalid_text, malformed_record.
+    """
+    from pyarrow import ArrowException
+
+    try:
+        return table.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise RecordError("invalid_text", f"{error.reason} at byte {error.start} of a text") from None
+    except (ArrowException, OverflowError, ValueError) as error:  # a date that no calendar has
+        raise RecordError("malformed_record", f"a value that can't be read: {error}") from None
+
+
+def as_json(row: object) -> str:
+    """A row as JSON, its bytes as base64."""
+    return json.dumps(row, default=_encoded)
 
 
 def _load_dataset(path: str, split: str) -> Any:
@@ -93,9 +111,52 @@ def _load_dataset(path: str, split: str) -> Any:
     raise UserError("the path holds no data that can be read", where=path, fix=f"name {kinds}")
 
 
+def can_unpack(path: Path, split: str) -> bool:
+    """Whether the cache of `datasets` has, or has room for, what a parquet file or folder unpacks to."""
+    import datasets
+    import pyarrow.parquet
+
+    filled = {name: _with_rows(files) for name, files in parquet_splits(path, split).items()}
+    files = {file for files in filled.values() for file in files}
+    needed = 0
+    for file in files:
+        facts = pyarrow.parquet.read_metadata(file)
+        needed += sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())).free
+    if needed <= free:
+        return True
+    data_files, features = _files_and_features(path, split)
+    try:
+        builder = datasets.load_dataset_builder("parquet", data_files=data_files, features=features)
+        if builder.cache_dir is not None and Path(builder.cache_dir).is_dir():
+            return True
+    except OSError as error:  # a full disk has no room for its lock either
+        logger.info("%s: %s", cache, error)
+    what = "%s: unpacked it has %s bytes and %s has %s free, so it is read in place"
+    logger.info(what, path, f"{needed:,}", cache, f"{free:,}")
+    return False
+
+
 def _parquet_dataset(path: Path, split: str) -> Any:
     """The rows of these files and no others: their names reach no glob, and their folder's README is not asked."""
     import datasets
+
+    data_files, features = _files_and_features(path, split)
+    if not data_files:
+        return datasets.Dataset.from_dict({})
+    asked = "train" if split == "all" else _without(split, data_files)
+    try:
+        with _no_bars():
+            return datasets.load_dataset("parquet", data_files=data_files, split=asked, features=features)
+    except datasets.exceptions.DatasetsError as error:
+        files = [Path(file) for files in data_files.values() for file in files]
+        file, what = _other_type(files) or (path, _reason(error))
+        raise UserError(what, where=str(file), fix="write all files with the same columns and types") from error
+
+
+def _files_and_features(path: Path, split: str) -> tuple[dict[str, Any], Any]:
+    """What `datasets` opens: the files with rows of each split, and the columns of all of them."""
     from datasets.data_files import DataFilesList
 
     splits = parquet_splits(path, split)
@@ -106,8 +167,6 @@ def _parquet_dataset(path: Path, split: str) -> Any:
             raise UserError(what, where=str(file), fix="rename it")
     filled = {name: _with_rows(files) for name, files in splits.items()}
     files = [file for files in filled.values() for file in files]
-    if not files:
-        return datasets.Dataset.from_dict({})
     _check_columns(files)
     # only a list of this class is taken as it is; with sizes and times `datasets` reads a file again that has changed
     data_files = {
@@ -115,20 +174,14 @@ def _parquet_dataset(path: Path, split: str) -> Any:
         for name, files in filled.items()
         if files
     }
-    if split == "all":  # which `datasets` does not take as the name of a split
+    if split == "all" and data_files:  # which `datasets` does not take as the name of a split
         data_files = {"train": data_files["all"]}
-    asked = "train" if split == "all" else _without(split, filled)
-    try:
-        with _no_bars():
-            return datasets.load_dataset("parquet", data_files=data_files, split=asked, features=_features(files))
-    except datasets.exceptions.DatasetsError as error:
-        file, what = _other_type(files) or (path, _reason(error))
-        raise UserError(what, where=str(file), fix="write all files with the same columns and types") from error
+    return data_files, _features(files) if files else None
 
 
-def _without(split: str, filled: Mapping[str, Sequence[Path]]) -> str:
+def _without(split: str, filled: Mapping[str, Any]) -> str:
     """The parts of `train[:10%]+test` that have rows."""
-    return "+".join(part for part in split.split("+") if filled[re.sub(r"\[.*?\]", "", part)])
+    return "+".join(part for part in split.split("+") if re.sub(r"\[.*?\]", "", part) in filled)
 
 
 def _signature(file: Path) -> tuple[str, str]:

@@ -110,6 +110,13 @@ def _plain(key: str) -> str:
     return _NEXT_WORD.sub("_", key).lower()
 
 
+def may_change_a_record(key: str) -> bool:
+    """Whether what a field of this name holds may matter to a record that shows its images in its own fields."""
+    if key in _READ or key in _TURN_FIELDS:
+        return True
+    return plain(key) in _JUDGED | _SYSTEM_FIELDS | _LABELS | _WEIGHTS | _LEFT_OUT | {*IMAGE_FIELDS, "id"}
+
+
 def other_fields(raw: Mapping[str, object]) -> dict[str, object]:
     """The fields of a record that have a value and are none that every format reads.
 

@@ -1,7 +1,7 @@
 """Records to train on, read from LLaVA JSON, ShareGPT, messages and Cauldron data, one row at a time.
 
 A reader opens nothing but the row that is asked for: JSON files and WebDataset shards are indexed by byte offset,
-Hugging Face datasets stay memory-mapped with their images encoded.
+Hugging Face datasets stay memory-mapped with their images encoded, parquet in a store is read by row group.
 """
 
 import logging
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from llava_llama31.trainer.data.sources.conversations import Converter, Record, kind_of
 from llava_llama31.trainer.data.sources.data_folders import check_whole, data_files_at, log_beside, parquet_splits
-from llava_llama31.trainer.data.sources.dataset_rows import DatasetRows
+from llava_llama31.trainer.data.sources.dataset_rows import DatasetRows, can_unpack
 from llava_llama31.trainer.data.sources.images import MAX_PIXELS
 from llava_llama31.trainer.data.sources.json_rows import JsonRows
+from llava_llama31.trainer.data.sources.parquet_rows import ParquetRows, is_parquet, parquet_urls
 from llava_llama31.trainer.data.sources.reject_reasons import REASONS, RecordError
 from llava_llama31.trainer.data.sources.remote_files import Missing, is_remote, join
 from llava_llama31.trainer.data.sources.sharded_rows import INDEX, ShardedRows
@@ -36,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 _CONVERSATION_FIELDS = {"conversations", "messages", "prompt", "texts"}
 _SAVED_SUFFIXES = (".arrow", ".json")
-_PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 _PROBED_ROWS = 100
 
 
@@ -68,6 +68,8 @@ class RecordStore:
         return self._convert.max_pixels
 
     def __getitem__(self, row: int) -> Record:
+        if isinstance(self._rows, ParquetRows):
+            return self._pruned(self._rows, row)
         raw = self.raw(row)
         record = self._convert(raw, self._id(raw, row))
         if isinstance(self._rows, TarRows):
@@ -76,9 +78,22 @@ class RecordStore:
                 return replace(record, not_read=tuple(sorted({*record.not_read, *unread})))
         return record
 
+    def _pruned(self, rows: ParquetRows, row: int) -> Record:
+        """A row by the columns that are read; all of them matter to one that shows no image or is refused."""
+        raw, is_pruned = rows.seen(row)
+        try:
+            record = self._convert(raw, self._id(raw, row))
+            if record.images or not is_pruned:
+                return record
+        except RecordError as error:
+            if error.reason == "filtered" or not is_pruned:
+                raise
+        raw = self.raw(row)
+        return self._convert(raw, self._id(raw, row))
+
     def prefetch(self, rows: Sequence[int]) -> None:
         """Bring rows of a store into the cache, several at once; nothing where they are on this machine."""
-        if isinstance(self._rows, ShardedRows):
+        if isinstance(self._rows, (ShardedRows, ParquetRows)):
             self._rows.prefetch(list(rows))
 
     def raw(self, row: int) -> dict:
@@ -98,7 +113,7 @@ class RecordStore:
     def row_id(self, row: int) -> str:
         """Id of a row, whether or not it can be used."""
         try:
-            return self._id(self._rows[row], row)
+            return self._id(_seen(self._rows, row), row)
         except RecordError:
             return f"{self._stem}:{row}"
 
@@ -163,6 +178,9 @@ def _image_root(source: "DataSource") -> Path | str:
 def data_files(source: "DataSource") -> list[Path | str]:
     """The files that hold a source's rows, URLs as strings; of shards with an index that, which has their sums."""
     if is_remote(source.path):
+        if is_parquet(source.path):
+            splits = parquet_urls(source.path, source.split).values()
+            return list(dict.fromkeys(file for files in splits for file in files))
         return [source.path if ends_like_a_file(source.path) else str(join(source.path, INDEX))]
     path = Path(source.path)
     if (path / INDEX).is_file():
@@ -186,7 +204,7 @@ def _local_files(source: "DataSource", path: Path) -> Iterable[Path]:
 
 def _open_rows(source: "DataSource") -> _Rows:
     if is_remote(source.path):
-        return _open_remote_rows(source.path)
+        return _open_remote_rows(source)
     path = Path(source.path)
     if (path / INDEX).is_file():
         return ShardedRows(source.path)
@@ -199,15 +217,22 @@ def _open_rows(source: "DataSource") -> _Rows:
         if path.is_dir():
             check_whole(found.files, path)
         return TarRows(found.files)
+    if found is not None and found.kind == "parquet" and not can_unpack(path, source.split):
+        splits = parquet_splits(path, source.split)
+        named = {name: [str(file.absolute()) for file in files] for name, files in splits.items()}
+        return ParquetRows(named, source.split, source.where)
     return DatasetRows(source.path, source.split)
 
 
-def _open_remote_rows(url: str) -> _Rows:
-    """The rows of JSON, or of a folder of shards with an index, in a store.
+def _open_remote_rows(source: "DataSource") -> _Rows:
+    """The rows of JSON, of parquet, or of a folder of shards with an index, in a store.
 
     Raises:
         UserError: there is no such file, or it is of another kind.
     """
+    url = source.path
+    if is_parquet(url):
+        return ParquetRows(parquet_urls(url, source.split), source.split, source.where)
     if not ends_like_a_file(url):
         return ShardedRows(url)
     if PurePosixPath(url).suffix.lower() in (".json", ".jsonl", ".ndjson"):
@@ -215,14 +240,16 @@ def _open_remote_rows(url: str) -> _Rows:
             return JsonRows(url)
         except Missing:
             raise UserError("there is no such file", where=redacted(url), fix="correct `path`") from None
-    suffix = PurePosixPath(url).suffix.lower()
-    what = "a store is read as JSON, or as a folder of shards with an index"
-    if suffix in _PARQUET_SUFFIXES:
-        what = "parquet is not read from a store, since reading one row means reading its whole row group"
-    elif suffix == ".tar":
+    what = "a store is read as JSON, as parquet, or as a folder of shards with an index"
+    if PurePosixPath(url).suffix.lower() == ".tar":
         what = "a shard without an index is not read from a store, since listing it means reading all of it"
     fix = "download it, and write it with `llava-llama31 shards FILE --to URL`"
     raise UserError(what, where=redacted(url), fix=fix)
+
+
+def _seen(rows: _Rows, row: int) -> object:
+    """A row by its names and what is read; columns of parquet that are not read are not fetched."""
+    return rows.seen(row)[0] if isinstance(rows, ParquetRows) else rows[row]
 
 
 def _beginning(rows: _Rows, row: int) -> str:
@@ -238,7 +265,7 @@ def _detect_format(rows: _Rows, path: str) -> DataFormat:
     first_fault = ""
     for row in range(num_probed):
         try:
-            raw = rows[row]
+            raw = _seen(rows, row)
         except RecordError as error:
             first_fault = first_fault or f"{error}{_beginning(rows, row)}"
             continue

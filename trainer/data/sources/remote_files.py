@@ -34,6 +34,8 @@ _DEFAULT_CACHE_GB = 10.0
 _URL = re.compile(r"(s3|gs|hf|https?)://", re.IGNORECASE)
 _EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
 _READ_AHEAD = 8  # ranges at once
+_VERSIONS = ("ETag", "etag", "sha256", "blob_id", "mtime", "LastModified")
+_END_BYTES = 64 * 2**10
 # so often a process looks whether the cache is too large
 _SCANS_PER_LIMIT = 16
 
@@ -81,6 +83,24 @@ class RemoteFile:
             cache.store(key, found)
         return found
 
+    def fetch(self, start: int, size: int) -> bytes:
+        """`size` bytes from byte `start` on, from the store and not kept.
+
+        Raises:
+            UserError: the store does not give them.
+        """
+        return _retried(self.url, lambda: self._range(start, min(start + size, self.size)))
+
+    def check_unchanged(self) -> None:
+        """Check that the store still holds the file that was opened.
+
+        Raises:
+            UserError: it was replaced.
+        """
+        if _ask(self.url, fresh=True) != self:
+            fix = "run again; a run that began with the former file can go on with that alone"
+            raise UserError("was replaced since it was opened", where=redacted(self.url), fix=fix)
+
     def _range(self, start: int, end: int) -> bytes:
         system, path = _system(self.url)
         data = system.cat_file(path, start=start, end=end)
@@ -102,9 +122,9 @@ class Missing(UserError):
         super().__init__("there is no such file", where=redacted(url), fix="correct the URL")
 
 
-def at_once(reads: Sequence[Callable[[], bytes]]) -> None:
-    """Bring ranges into the cache, several at once; what fails now is asked for again when it is read."""
-    with ThreadPoolExecutor(_READ_AHEAD) as pool:
+def at_once(reads: Sequence[Callable[[], bytes]], most: int = _READ_AHEAD) -> None:
+    """Bring ranges into the cache, up to `most` at once; what fails now is asked for again when it is read."""
+    with ThreadPoolExecutor(min(most, _READ_AHEAD)) as pool:
         for done in [pool.submit(read) for read in reads]:
             if isinstance(error := done.exception(), BaseException) and not isinstance(error, UserError):
                 raise error
@@ -122,17 +142,54 @@ def open_remote(url: str) -> RemoteFile:
 
 @lru_cache(maxsize=4096)
 def _opened(url: str, process: int) -> RemoteFile:
+    return _ask(url)
+
+
+def _ask(url: str, *, fresh: bool = False) -> RemoteFile:
+    """A file as its store describes it; `fresh`: now, and not when the store was last asked."""
+
     def ask() -> RemoteFile:
         system, path = _system(url)
+        if fresh:
+            system.invalidate_cache(path)
         facts = system.info(path)
-        version = next(
-            (str(facts[key]) for key in ("ETag", "etag", "sha256", "mtime", "LastModified") if facts.get(key)), ""
-        )
+        version = next((str(facts[key]) for key in _VERSIONS if facts.get(key)), "")
         if facts.get("size") is None:
             raise UserError("the server does not say how long it is", where=redacted(url), fix="use another server")
         return RemoteFile(url, int(facts["size"]), version)
 
     return _retried(url, ask)
+
+
+def can_list(url: str) -> bool:
+    """Whether the store of a URL lists its files; a web server does not."""
+    return is_remote(url) and not url.lower().startswith("http")
+
+
+def files_below(url: str) -> list[str]:
+    """Names of all files below a folder of a store that lists them, in order, as they are now.
+
+    Raises:
+        UserError: the store does not answer, or refuses.
+    """
+    system, path = _system(url)
+    root = f"{path.strip('/')}/"
+    system.invalidate_cache()
+    try:
+        found = [str(name).lstrip("/") for name in _retried(url, lambda: system.find(path))]
+    except Missing:
+        return []
+    return sorted(name.removeprefix(root) for name in found if name.startswith(root) and not name.endswith("/"))
+
+
+def keeps_file(size: int) -> bool:
+    """Whether the cache takes a file of that many bytes."""
+    return size <= _cache().limit // 4
+
+
+def keep_file(key: str, size: int, write: Callable[[Path], None]) -> Path | None:
+    """A file of the cache, written if it is not there; None where the cache holds none of about `size` bytes."""
+    return _cache().file(key, size, write)
 
 
 def whole(url: str, longest: int) -> bytes:
@@ -147,9 +204,15 @@ def whole(url: str, longest: int) -> bytes:
 
 
 def signature(url: str, longest: int) -> list:
-    """URL, size, 0 and a hash: of the content where that is short, else of what the store calls its version."""
+    """URL, size, 0 and a hash: of the content where that is short, else of what the store calls its version.
+
+    Where `longest` is 0, of the version and the last 64 KiB, which of parquet are the footer.
+    """
     file = open_remote(url)
-    content = file.read(0, file.size) if file.size <= longest else file.version.encode()
+    if longest == 0:
+        content = file.version.encode() + file.read(max(file.size - _END_BYTES, 0), _END_BYTES)
+    else:
+        content = file.read(0, file.size) if file.size <= longest else file.version.encode()
     return [url, file.size, 0, hashlib.blake2b(content, digest_size=16).hexdigest()]
 
 
@@ -220,6 +283,7 @@ class _RangeCache:
     folder: Path
     limit: int
     _written: int = field(default=0)
+    _is_full: bool = field(default=False)
 
     def load(self, key: str) -> bytes | None:
         if not self.limit:
@@ -245,10 +309,39 @@ class _RangeCache:
             logger.warning("%s: not cached: %s", path, error)
             staged.unlink(missing_ok=True)
             return
-        self._written += len(data)
+        self._count(len(data))
+
+    def _count(self, written: int) -> None:
+        self._written += written
         if self._written > self.limit // _SCANS_PER_LIMIT:
             self._written = 0
             self.shrink()
+
+    def file(self, key: str, size: int, write: Callable[[Path], None]) -> Path | None:
+        """A file that is there, or is written now; None where about `size` bytes are too many."""
+        if size > self.limit // 4:
+            return None
+        path = self._path(key)
+        try:
+            os.utime(path)  # the oldest goes first
+            return path
+        except OSError:
+            pass
+        staged = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(staged)
+            written = staged.stat().st_size
+            staged.replace(path)
+        except OSError as error:  # a full disk costs speed alone
+            if not self._is_full:
+                logger.warning("%s: not cached: %s", path, error)
+            self._is_full = True
+            return None
+        finally:
+            staged.unlink(missing_ok=True)
+        self._count(written)
+        return path
 
     def shrink(self) -> None:
         """Remove the oldest files until the rest is within the limit."""
