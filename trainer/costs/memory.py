@@ -526,9 +526,9 @@ class _Step:
     def gathered_layers(self) -> float:
         """Gathered weights while a decoder layer runs.
 
-        FSDP has a layer's also as they were received, until it receives the next ones. ZeRO-3 gathers whole weights, the
-        last of them on top of `max_live`, and has those that it gathered together as they were received, too, until
-        all of them are in use.
+        FSDP has a layer's also as they were received, until it receives the next ones. ZeRO-3 gathers whole weights,
+        the last of them on top of `max_live`, and has those that it gathered together as they were received, too,
+        until all of them are in use.
         """
         if not self.engine.shards_weights:
             return 0.0
