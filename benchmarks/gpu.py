@@ -6,11 +6,17 @@ anyres images at 336 px, conversations like llava-instruct's (two per image) and
 packs them, with and without sharing images; stock LlavaNext pads them on the right and computes its own loss. Each
 runs in a separate process, with the largest micro-batch that fits. Preparing the data is not timed, copying it is.
 
+`--set` gives ours other settings of the stage, as a recipe has them: compile, fp8, activation_checkpointing.
+FlashAttention 3 and 4 are used where they are installed. `--breakdown` adds the milliseconds of one more step by
+kernel. A variant that fails is named in `failed`, one for which `--seconds` did not suffice in `not_run`;
+`--output FILE` is written after each.
+
 The hours of the card's stages are counted work at the measured MFU: eight devices that wait neither for each other nor
 for data, without evaluation or checkpoints.
 
 python benchmarks/gpu.py            # minutes for each stage on a GPU; on a CPU the small shape
 python benchmarks/gpu.py --stages instruct --steps 10 --json
+python benchmarks/gpu.py --stages instruct --set activation_checkpointing=selective --breakdown --output gpu.json
 python benchmarks/gpu.py --small
 """
 
@@ -24,8 +30,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,17 +47,21 @@ from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGenerati
 from llava_llama31.checkpoint_parts import VISION_TOWERS
 from llava_llama31.processing import IGNORE_INDEX
 from llava_llama31.tile_grids import GRID_SHAPES
+from llava_llama31.trainer.checkpoint.atomic_folders import write_json
 from llava_llama31.trainer.costs.flops import Flops, ModelShape, Work, hfu, mfu, needed_flops
 from llava_llama31.trainer.costs.matrix_peak import cpu_instructions
 from llava_llama31.trainer.data.batches.batch_order import BatchOrder, Lengths, RankBatches
 from llava_llama31.trainer.data.batches.collator import Collator, Sample
 from llava_llama31.trainer.fault_tolerance.out_of_memory import is_of_device
-from llava_llama31.trainer.model.fused_layers import fuse_layers
+from llava_llama31.trainer.model.device_options import FLOAT8_MULTIPLE
+from llava_llama31.trainer.model.flash_attention import faster_attention
 from llava_llama31.trainer.model.module_groups import freeze
+from llava_llama31.trainer.model.stage_model import check_attention, use_device_options
 from llava_llama31.trainer.recipes.derived import derive, num_held_out
 from llava_llama31.trainer.recipes.loading import load_recipe
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.training.meter import matrix_peak, peak_memory
+from llava_llama31.trainer.training.optimizers import AdamWBfloat16
 
 
 RECIPE = "llama31-8b-card"
@@ -59,6 +71,7 @@ SEED = 0
 SHARED, PACKED, STOCK = "shared", "packed", "stock"
 OUT_OF_MEMORY = 3  # exit code of a run whose micro-batch does not fit
 LOSS_TOLERANCE = 3e-3  # relative, for every step; bfloat16 sums differ
+NORM_TOLERANCE = 3e-2  # relative, of all gradients of the first step
 NUM_COUNTED = 256  # samples that a stage's work is estimated from
 
 # (height, width) of images and how often: 2,140 features on average at 336 px
@@ -210,7 +223,12 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """One process's work; batches in samples."""
+    """One process's work; batches in samples.
+
+    Args:
+        overrides: KEY=VALUE of the stage, for our variants.
+        breakdown: profile one more step.
+    """
 
     shape: str
     stage: str
@@ -221,6 +239,8 @@ class Settings:
     warmup: int
     steps: int
     optimizer: str
+    overrides: tuple[str, ...] = ()
+    breakdown: bool = False
 
 
 class Workload:
@@ -316,7 +336,7 @@ class Workload:
             num_image_features=int((layout >= 0).sum()),
         )
         shape = ModelShape.of(self.shape.config)
-        return needed_flops(shape, work, self.stage.trainable, checkpointing=True).total
+        return needed_flops(shape, work, self.stage.trainable, checkpointing=self.stage.recomputed).total
 
 
 def _num_supervised(sample: Sample) -> int:
@@ -337,8 +357,10 @@ def _conversation(draw: random.Random, data: DataSet) -> list[tuple[int, int]]:
     ]
 
 
-def card_stage(name: str) -> Stage:
-    return load_recipe(RECIPE).stages[name]
+def card_stage(name: str, overrides: Sequence[str] = ()) -> Stage:
+    """The card's stage on one device, with overrides of its keys."""
+    given = ["deepspeed=null", *overrides] if overrides else []
+    return load_recipe(RECIPE, overrides=[f"stages.{name}.{override}" for override in given]).stages[name]
 
 
 def make_model(shape: Shape, stage: Stage, variant: str, device: str) -> nn.Module:
@@ -356,9 +378,11 @@ def make_model(shape: Shape, stage: Stage, variant: str, device: str) -> nn.Modu
             if parameter.ndim > 1 or parameter in vectors:
                 parameter.normal_(0, 0.02)
     freeze(model, stage.learning_rates())
-    if variant != STOCK:
-        fuse_layers(model, torch.device(device))
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # its name at the lower bound
+    if variant == STOCK:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # its name at the lower bound
+    else:
+        use_device_options(model, stage, torch.device(device))
+        check_attention(model, stage, torch.device(device))
     return model.train()
 
 
@@ -370,6 +394,9 @@ def make_optimizer(name: str, stage: Stage, parameters: list[nn.Parameter]) -> t
     }
     if name == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)
+    if name == "adamw-bf16":
+        compiled = torch.compile if parameters[0].is_cuda else None
+        return AdamWBfloat16([{"params": parameters}], **options, compiled=compiled)
     from torchao.optim import AdamW8bit
 
     return AdamW8bit(parameters, **options)
@@ -380,7 +407,8 @@ def make_batches(
 ) -> list[list[dict[str, Any]]]:
     """Micro-batches of each step on the host, as model inputs."""
     # CPU kernels for bfloat16 are built for every new shape
-    collate = workload.collator(variant, multiple_of=128 if device == "cpu" else 1)
+    multiple_of = 128 if device == "cpu" else FLOAT8_MULTIPLE if workload.stage.fp8 else 1
+    collate = workload.collator(variant, multiple_of=multiple_of)
     steps_of: list[list[dict[str, Any]]] = []
     for step in steps:
         batches = [collate([workload.with_pixels(sample) for sample in row]) for row in step]
@@ -397,7 +425,7 @@ def _pinned(value: Any) -> Any:
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[dict[str, Any]], num_items: int, device: str
 ) -> torch.Tensor:
-    """Run one optimizer step; returns its loss."""
+    """Run one optimizer step; returns its loss and gradient norm, as one tensor."""
     total = torch.zeros((), device=device)
     for batch in batches:
         there = {
@@ -407,18 +435,24 @@ def train_step(
         loss = model(**there, num_items_in_batch=num_items).loss
         loss.backward()
         total += loss.detach()
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total
+    return torch.stack([total, norm.float()])
 
 
 def drive(settings: Settings) -> dict[str, Any]:
     """Speed of one variant on one stage; seconds of each timed step, memory in bytes, peak in FLOP/s."""
     device = torch.device(settings.device)
+    with nullcontext() if settings.variant == STOCK else faster_attention(device):
+        return _drive(settings, device)
+
+
+def _drive(settings: Settings, device: torch.device) -> dict[str, Any]:
     peak = matrix_peak(DTYPE, device)
     _empty_cache(device)
-    stage, variant = card_stage(settings.stage), settings.variant
+    variant = settings.variant
+    stage = card_stage(settings.stage, () if variant == STOCK else settings.overrides)
     workload = Workload(
         SHAPES[settings.shape],
         stage,
@@ -430,27 +464,51 @@ def drive(settings: Settings) -> dict[str, Any]:
     num_items = [sum(_num_supervised(sample) for row in step for sample in row) for step in steps]
     model = make_model(SHAPES[settings.shape], stage, variant, settings.device)
     optimizer = make_optimizer(settings.optimizer, stage, [p for p in model.parameters() if p.requires_grad])
-    seconds, losses = [], []
+    seconds, losses, norms = [], [], []
     for number, (step, items) in enumerate(zip(batches, num_items, strict=True)):
         if number == settings.warmup and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         _synchronize(device)
         started = time.perf_counter()
-        loss = train_step(model, optimizer, step, items, settings.device)
+        found = train_step(model, optimizer, step, items, settings.device)
         _synchronize(device)
         seconds.append(time.perf_counter() - started)
-        losses.append(float(loss))
+        losses.append(float(found[0]))
+        norms.append(float(found[1]))
     timed = slice(settings.warmup, None)
     flops = sum((workload.flops(variant, row) for step in steps[timed] for row in step), Flops())
     samples = [sample for step in steps[timed] for row in step for sample in row]
     return measurement(samples, flops, seconds[timed], peak, _padding(batches[timed], workload)) | {
         "memory": peak_memory(device),
         "losses": losses,
+        "norms": norms,
+        "breakdown": breakdown(
+            lambda: train_step(model, optimizer, batches[-1], num_items[-1], settings.device), device
+        )
+        if settings.breakdown
+        else None,
         "micro_batch": settings.micro_batch,
         "mean_tokens": statistics.mean(len(sample.input_ids) for sample in workload.samples),
         "mean_image_tokens": statistics.mean(sample.num_image_tokens for sample in workload.samples),
         "mean_supervised_tokens": statistics.mean(_num_supervised(sample) for sample in workload.samples),
     }
+
+
+def breakdown(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Milliseconds by kernel, of the dearest 30; on a CPU by operation."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        _synchronize(device)
+    of_device = device.type == "cuda"
+    times = {
+        entry.key: (entry.self_device_time_total if of_device else entry.self_cpu_time_total) / 1e3
+        for entry in profile.key_averages()
+    }
+    dearest = sorted(times.items(), key=lambda item: -item[1])[:30]
+    return {name: round(milliseconds, 3) for name, milliseconds in dearest}
 
 
 def measurement(
@@ -521,8 +579,24 @@ def largest_that_fits(settings: Settings, run: Runner) -> dict[str, Any] | None:
 
 
 def measure(options: argparse.Namespace, run: Runner = in_own_process) -> dict[str, Any]:
-    """Everything that `--json` prints: by stage, variants, ratios to stock and hours."""
+    """Everything that `--json` prints: variants, ratios to stock and hours by stage; what failed or was not run."""
     stages: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    not_run: list[str] = []
+    end = time.monotonic() + options.seconds
+    report = {
+        "device": device_name(options.device),
+        "shape": options.shape,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "optimizer": options.optimizer,
+        "overrides": options.overrides,
+        "samples_per_step": options.samples_per_step,
+        "steps": options.steps,
+        "stages": stages,
+        "failed": failed,
+        "not_run": not_run,
+    }
     for name in options.stages:
         stage = card_stage(name)
         shares = DATA_SETS[stage.data[0].name].per_image > 1
@@ -538,26 +612,28 @@ def measure(options: argparse.Namespace, run: Runner = in_own_process) -> dict[s
                 warmup=options.warmup,
                 steps=options.steps,
                 optimizer=options.optimizer,
+                overrides=tuple(options.overrides),
+                breakdown=options.breakdown,
             )
-            result = largest_that_fits(settings, run)
+            if time.monotonic() > end:
+                not_run.append(f"{name}, {variant}")
+                continue
+            try:
+                result = largest_that_fits(settings, run)
+            except subprocess.CalledProcessError as error:  # its words are on stderr
+                failed[f"{name}, {variant}"] = f"exit code {error.returncode}"
+                result = None
             if result:
                 results[variant] = result
-        stages[name] = {"variants": results} | compare(name, results)
-    return {
-        "device": device_name(options.device),
-        "shape": options.shape,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "optimizer": options.optimizer,
-        "samples_per_step": options.samples_per_step,
-        "steps": options.steps,
-        "stages": stages,
-    }
+            stages[name] = {"variants": results} | compare(name, results)
+            if options.output is not None:
+                write_json(options.output, report)
+    return report
 
 
 def compare(stage: str, results: dict[str, Any]) -> dict[str, Any]:
-    """Samples per second relative to stock, whether the losses match, and the stage's projected hours."""
-    compared: dict[str, Any] = {"ratios": {}, "loss_difference": {}}
+    """Samples per second relative to stock, whether losses and gradients match, and the stage's projected hours."""
+    compared: dict[str, Any] = {"ratios": {}, "loss_difference": {}, "norm_difference": {}}
     stock = results.get(STOCK)
     for variant in (SHARED, PACKED):
         if variant in results and stock:
@@ -565,6 +641,8 @@ def compare(stage: str, results: dict[str, Any]) -> dict[str, Any]:
             compared["ratios"][variant] = ours["samples_per_second"] / stock["samples_per_second"]
             differences = [abs(a - b) / abs(b) for a, b in zip(ours["losses"], stock["losses"], strict=True)]
             compared["loss_difference"][variant] = max(differences)
+            # the first step's: later ones follow from other weights
+            compared["norm_difference"][variant] = abs(ours["norms"][0] / stock["norms"][0] - 1)
     compared["projected"] = {variant: project(stage, variant, result) for variant, result in results.items()}
     return compared
 
@@ -610,6 +688,10 @@ def print_report(report: dict[str, Any]) -> None:
             print(
                 f"{name:12}{variant:9}{projected['samples']:9,}{projected['exaflop']:14,.1f}{projected['hours']:11,.1f}"
             )
+    for name, what in report["failed"].items():
+        print(f"{name} failed: {what}")
+    for name in report["not_run"]:
+        print(f"{name} was not run: no time was left")
     if report["shape"] != "8b":
         print("This run's MFU is for a small shape: its hours only show that the command works.")
 
@@ -637,6 +719,11 @@ def print_stage(name: str, stage: dict[str, Any]) -> None:
         )
     differences = ", ".join(f"{variant} {value:.1e}" for variant, value in stage["loss_difference"].items())
     print(f"largest relative difference of a step's loss from stock's: {differences or 'not known'}")
+    differences = ", ".join(f"{variant} {value:.1e}" for variant, value in stage["norm_difference"].items())
+    print(f"relative difference of the first gradient norm: {differences or 'not known'}")
+    for variant, run in stage["variants"].items():
+        for name, milliseconds in (run["breakdown"] or {}).items():
+            print(f"{variant:9}{milliseconds:10.3f} ms  {name}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -649,8 +736,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="warm-up steps before the timed ones")
     parser.add_argument("--samples-per-step", type=int, help="default: 32, like the card on 8 devices; 8 with --small")
     parser.add_argument("--micro-batch", type=int, help="largest to try; default: 8, or 4 with --small")
-    parser.add_argument("--optimizer", choices=("adamw", "adamw-8bit"), default="adamw", help="8bit: through torchao")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "adamw-8bit", "adamw-bf16"), default="adamw", help="8bit: through torchao"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="of the stage"
+    )
+    parser.add_argument("--breakdown", action="store_true", help="milliseconds by kernel")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no other variant starts")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the report, written after each variant")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--drive", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     small = options.small or options.device == "cpu"
@@ -661,7 +756,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Returns 1 if a loss differs from stock Transformers'."""
+    """Returns 1 if a loss or gradient norm differs from stock Transformers', or a variant failed."""
     options = parse()
     if options.drive:
         try:
@@ -677,6 +772,9 @@ def main() -> int:
     else:
         print_report(report)
     differences = [d for stage in report["stages"].values() for d in stage["loss_difference"].values()]
+    norms = [d for stage in report["stages"].values() for d in stage["norm_difference"].values()]
+    if report["failed"] or any(not difference <= NORM_TOLERANCE for difference in norms):
+        return 1
     return int(any(not difference <= LOSS_TOLERANCE for difference in differences))
 
 

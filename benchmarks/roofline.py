@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def predict(step: Step, device: Accelerator) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(gpu.SHAPES), default="8b")
     parser.add_argument("--stage", choices=("projector", "instruct"), default="instruct", help="of llama31-8b-card")
@@ -98,7 +99,7 @@ def main() -> int:
     parser.add_argument("--unfused", action="store_true", help="norms, rotary embeddings and MLPs in eager kernels")
     parser.add_argument("--autocast", action="store_true", help="float32 weights, computed with in bfloat16")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     step = Step(
         gpu.SHAPES[options.shape],
         options.stage,

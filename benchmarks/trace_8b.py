@@ -551,7 +551,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--real", action="store_true", help="compute on real data; for --shape small")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the results are its `engines`")
     parser.add_argument("--drive", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -569,7 +569,7 @@ def main() -> int:
         if not options.json:
             print_result(results[-1])
     if options.json:
-        print(json.dumps(results, indent=1))
+        print(json.dumps({"engines": results}, indent=1))
     return int(any(result["missing"] for result in results))
 
 

@@ -292,17 +292,29 @@ def packed_attention(
 def _segment_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scaling: float
 ) -> torch.Tensor:
-    outputs = []
+    outputs, in_groups = [], _takes_groups(query.device)
+    if not in_groups:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     for segment in plan.segments:
         is_square = segment.num_queries == segment.num_keys
         mask = None if is_square else plan.mask(segment, query)
         queries, keys, values = query[:, :, segment.queries], segment.keys(key), segment.keys(value)
         outputs.append(
             F.scaled_dot_product_attention(
-                queries, keys, values, mask, is_causal=is_square, scale=scaling, enable_gqa=True
+                queries, keys, values, mask, is_causal=is_square, scale=scaling, enable_gqa=in_groups
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _takes_groups(device: torch.device) -> bool:
+    """Whether attention by segments may have fewer heads of keys than of queries.
+
+    On GPUs FlashAttention alone is sure to take them, which knows no float32 and needs Ampere; without it PyTorch
+    would compute by its plain kernel, with all scores in memory at once.
+    """
+    return device.type == "cpu"
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -404,12 +404,13 @@ def test_float8_compiled_under_fsdp2_equals_float8_under_fsdp2(
     tiny_config.text_config.num_hidden_layers = 3
     torch.manual_seed(0)
     model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True).train()
+    single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
+    rows = [collate(single[begin:], packed=True, share_prefix=True, multiple_of=16) for begin in (0, 3)]
+    wide = [gradients_of(model, row)[1] for row in rows]
     assert len(device_options.use_float8(model, emulate=True)) == 2 * 7
     language_model, policy = model.model.language_model, fsdp_plugin(bfloat16=True).mixed_precision_policy
     for part in (*model.model.vision_tower.encoder.layers, *language_model.layers, model):
         fully_shard(part, mesh=group_of_one, mp_policy=policy)
-    single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
-    rows = [collate(single[begin:], packed=True, share_prefix=True, multiple_of=16) for begin in (0, 3)]
     expected = [gradients_of(model, row) for row in rows]
     torch.compiler.reset()
     counters.clear()
@@ -418,8 +419,11 @@ def test_float8_compiled_under_fsdp2_equals_float8_under_fsdp2(
         found = [gradients_of(model, row) for row in rows]
     # before and after attention, of the first, the inner and the last layer, for all rows; no graph is broken
     assert counters["stats"]["unique_graphs"] == 6 and not counters["graph_break"]
-    for (loss, grads), (compiled_loss, compiled_grads) in zip(expected, found, strict=True):
+    first = "model.language_model.layers.0.mlp.down_proj.weight"
+    for (loss, grads), (compiled_loss, compiled_grads), without in zip(expected, found, wide, strict=True):
         torch.testing.assert_close(compiled_loss, loss, rtol=1e-3, atol=0)
+        # what a compiler that leaves float8 out would be off by
+        assert (grads[first].to_local() - without[first]).norm() > 0.04 * without[first].norm()
         assert compiled_grads.keys() == grads.keys() and isinstance(grads["lm_head.weight"], DTensor)
         for name, grad in grads.items():
             assert (compiled_grads[name] - grad).norm() <= 0.02 * (grad.norm() + 1e-2), name

@@ -137,7 +137,7 @@ def test_a_check_fails_for_a_planted_fault(run, gpu_check, monkeypatch, name, pl
 
 def test_the_command_line_is_a_check_too(gpu_check, monkeypatch):
     """It trains the demo recipe, which takes minutes here: its failure alone is looked at."""
-    assert {check.name for check in gpu_check.CHECKS} == {*ON_CPU, "command"}
+    assert {check.name for check in gpu_check.CHECKS} == {*ON_CPU, "command"} and set(PLANTED) == set(ON_CPU)
     monkeypatch.setattr(gpu_check.sys, "executable", "false")
     entry = gpu_check.run_check(gpu_check.CHECKS[-1], gpu_check.Place(torch.device("cpu"), small=True))
     assert not entry["passed"] and "exit code 1" in entry["detail"]["error"]

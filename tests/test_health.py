@@ -8,11 +8,13 @@ import resource
 import shutil
 import signal
 import statistics
+import threading
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,8 @@ from safetensors.torch import load_file
 from llava_llama31.assembly import staged_folder
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.errors import Unhealthy, UserError
+from llava_llama31.trainer.errors import EndedElsewhere, Unhealthy, UserError
+from llava_llama31.trainer.fault_tolerance import peers
 from llava_llama31.trainer.fault_tolerance.stage_guard import StopRequests
 from llava_llama31.trainer.fault_tolerance.step_health import ENOUGH, MOST_SKIPPED_IN_A_ROW, WINDOW, Health
 from llava_llama31.trainer.recipes.schema import Stage
@@ -334,3 +337,27 @@ def test_leftovers_of_a_killed_assembly_are_swept_but_not_those_of_a_living_one(
         assert one != two and one.is_dir() and not (tmp_path / ".staging-base-dead").exists()
         raise UserError("the second one fails")
     assert sorted(os.listdir(tmp_path)) == [".base-ment", "base"]
+
+
+# the others while rank 0 works
+
+
+def test_the_others_wait_for_rank_0_at_the_store_and_in_no_collective(monkeypatch):
+    """A collective would keep every device and a core each busy for as long as rank 0 checks its data."""
+    monkeypatch.setattr(peers, "_LOOK_SECONDS", 0.001)
+    store, passed = dist.HashStore(), threading.Event()
+    others = threading.Thread(target=lambda: (peers.Peers(1, 2, store).await_main("checked"), passed.set()))
+    others.start()
+    assert not passed.wait(0.05)
+    peers.Peers(0, 2, store).await_main("checked")
+    assert passed.wait(10)
+    others.join()
+    peers.Peers().await_main("checked")  # alone
+
+
+def test_a_failure_of_rank_0_ends_the_wait():
+    store = dist.HashStore()
+    store.set(peers._FAILED, '{"rank": 0, "thread": 1, "exit_code": 2, "message": "no data"}')
+    with pytest.raises(EndedElsewhere) as ended:
+        peers.Peers(1, 2, store).await_main("checked")
+    assert (ended.value.exit_code, ended.value.untold) == (2, "rank 0, on another machine: no data")

@@ -118,6 +118,22 @@ def test_without_the_kernel_segments_run_one_by_one(monkeypatch):
     assert packed.packed_attention(*heads, packed.plan_row([[4, 3, 2]]), 0.3).shape == (1, 9, 4, 8)
 
 
+@pytest.mark.parametrize("packing", [[[4, 3, 2]], [[9]]], ids=["branches", "square"])
+def test_on_a_gpu_segments_have_a_key_head_for_each_query_head(monkeypatch, packing):
+    """In float32, and before Ampere: with groups PyTorch took its plain kernel, whose scores fill the memory."""
+    heads, plan = [torch.randn(1, n, 9, 8) for n in (4, 2, 2)], packed.plan_row(packing)
+    expected = packed._segment_attention(*heads, plan, 0.3)
+    attend, asked = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(packed, "_takes_groups", lambda device, right=packed._takes_groups: right(CUDA))
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, *a, **o: (asked.append((k, v, o)), attend(q, k, v, *a, **o))[1],
+    )
+    torch.testing.assert_close(packed._segment_attention(*heads, plan, 0.3), expected)
+    assert asked and all(k.shape[1] == v.shape[1] == 4 and not options["enable_gqa"] for k, v, options in asked)
+
+
 STAGE = {"trainable": ["language_model"], "learning_rate": 1e-3, "data": [{"name": "a", "path": "a.json"}]}
 STAGE |= {"global_batch": 8, "epochs": 1}
 

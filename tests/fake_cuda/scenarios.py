@@ -3,8 +3,10 @@
 python tests/fake_cuda/scenarios.py OUTPUT
 """
 
+import io
 import json
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from steps import Step, answer, gpu, torch, train  # first: it loads the device 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import roofline
 from conftest import PINPOINTS, TILE, make_tokenizer
 from fused import Like, least, scheduled
 
@@ -51,6 +54,13 @@ def schedules() -> dict[str, list[Any]]:
     }
 
 
+def printed_prediction() -> str:
+    """What the benchmark prints of a tiny step with `--json`."""
+    with redirect_stdout(io.StringIO()) as printed:
+        assert roofline.main(["--shape", "tiny", "--stage", "instruct", "--device", "h100", "--json"]) == 0
+    return printed.getvalue()
+
+
 def main(output: Path) -> None:
     processor = build_processor(
         make_tokenizer(),
@@ -83,7 +93,7 @@ def main(output: Path) -> None:
         "answers": answer(shape, processor, [(60, 90), (28, 28)]),
     }
     content = {name: {phase: vars(trace) for phase, trace in phases.items()} for name, phases in traces.items()}
-    output.write_text(json.dumps({**content, "schedules": schedules()}))
+    output.write_text(json.dumps({**content, "schedules": schedules(), "roofline": printed_prediction()}))
 
 
 if __name__ == "__main__":

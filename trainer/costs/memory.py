@@ -524,12 +524,44 @@ class _Step:
 
     @cached_property
     def gathered_layers(self) -> float:
-        """Gathered weights during a decoder layer's backward pass, with their gradient."""
+        """Gathered weights while a decoder layer runs.
+
+        FSDP has a layer's also as they were received, until it receives the next ones. ZeRO-3 gathers whole weights,
+        the last of them on top of `max_live`, and has those that it gathered together as they were received, too,
+        until all of them are in use.
+        """
         if not self.engine.shards_weights:
             return 0.0
-        if self.engine.deepspeed:
-            return self.gathered
-        return float(self.a * 3 * self.setup.parameters.decoder_layer)
+        setup = self.setup
+        if not self.engine.deepspeed:
+            return float(self.a * 2 * setup.parameters.decoder_layer)
+        linear = max(i * o for i, o in decoder_linears(setup.model).values())
+        together = 0.9 * setup.model.hidden_size**2 if setup.zero.prefetch is None else setup.zero.prefetch
+        live = min(max(setup.parameters.largest, setup.zero.max_live + linear), setup.num_weights)
+        return float(self.a * (live + (together if together > linear else 0.0)))
+
+    @cached_property
+    def gathering_head(self) -> float:
+        """On top of the states when the head is gathered, in the forward pass.
+
+        FSDP then still has the last layer's weights as they were received. ZeRO-3 gathers the head when its layers
+        are fewer than `max_live` numbers: on top of these, while the first of them runs.
+        """
+        setup, num_layers = self.setup, self.setup.model.num_layers
+        if not self.engine.shards_weights:
+            return 0.0
+        kept = self.kept_until_backward
+        if not self.engine.deepspeed:
+            return kept + self.gathered + self.a * setup.parameters.decoder_layer
+        ahead = min(int(setup.zero.max_live // setup.parameters.decoder_layer), num_layers - 1)
+        kept -= sum(self.kept_by(layer) for layer in range(num_layers - ahead, num_layers))
+        live = min(setup.zero.max_live + setup.parameters.embedding, setup.num_weights)
+        return kept + self.running + self.a * live
+
+    @property
+    def held_for_reduction(self) -> float:
+        """Bytes of a number of the gradients that FSDP has sent, which it keeps until the next group's are there."""
+        return 4.0 if self.engine.name == "fsdp2" and self.setup.trains_decoder else 0.0
 
     @cached_property
     def gathered_for_a_save(self) -> float:
@@ -547,7 +579,7 @@ class _Step:
         kept = self.tower_kept + self.projector_kept + self.decoder_kept + self.kept_casts
         at_head = kept + self.head + self.gathered
         in_layer = kept + self.running + self.gathered_layers
-        return max(at_head, in_layer, self.tower_transient + self.gathered_layers)
+        return max(at_head, in_layer, self.gathering_head, self.tower_transient + self.gathered_layers)
 
     @cached_property
     def backward_extra(self) -> float:
@@ -602,15 +634,29 @@ class _Step:
         return float((self.w + reduced) * self.setup.parameters.embedding)
 
     def beside(self, layer: int) -> float:
-        """A layer's backward pass: what it recomputes, gathered weights, and gradients within the MLP."""
+        """A layer's backward pass: what it recomputes, gathered weights, and gradients within MLP and norm."""
         recomputed = self.inside(layer) + self.cast_layer if self._recomputes(layer) else 0.0
         if self.remakes:
             recomputed = float(self.a * self.batch.num_tokens * self.setup.model.hidden_size)
-        outputs = self.batch.num_supervised if layer == self.setup.model.num_layers - 1 else self.batch.num_tokens
-        within = self.within(outputs, again=recomputed > 0)
+        is_last = layer == self.setup.model.num_layers - 1
+        outputs = self.batch.num_supervised if is_last else self.batch.num_tokens
+        within, norm = self.within(outputs, again=recomputed > 0), self.within_norm
         if self.zero is not None:  # when a bucket is full, a weight has its gradient, and its input is freed
-            within = max(within, self.zero.reducing) + self.zero.buckets
-        return recomputed + within + self.layer_input + self.gathered_layers
+            within, norm = max(within, self.zero.reducing) + self.zero.buckets, norm + self.zero.buckets
+        parameters = self.setup.parameters
+        before = self.held_for_reduction * (parameters.embedding if is_last else parameters.decoder_layer)
+        if self.held_for_reduction:  # a layer's gradients are there before it is through
+            norm += self.a * parameters.decoder_layer
+        return max(recomputed + within, norm) + before + self.layer_input + self.gathered_layers
+
+    @cached_property
+    def within_norm(self) -> float:
+        """Temporary memory of the backward pass of a layer's first norm, which comes last and runs at every position.
+
+        The gradients of its result and of its input; unless it is one kernel, four tensors in float32.
+        """
+        wide = 0 if self.batch.fuses and not self.batch.keeps_logits else 4 * 4
+        return float((2 * self.a + wide) * self.batch.num_tokens * self.setup.model.hidden_size)
 
     def within(self, num_outputs: int, *, again: bool) -> float:
         """Temporary memory of a layer's backward pass.

@@ -35,7 +35,8 @@ class ZeroSettings:
 
     Args:
         reduce_bucket: None: Transformers' value for "auto".
-        max_live: parameters that ZeRO-3 keeps gathered at most.
+        max_live: parameters that ZeRO-3 has gathered when it stops gathering ahead; the last weight comes on top.
+        prefetch: parameters that it gathers together, ahead of their use. None: Transformers' value for "auto".
         sub_group: parameters that ZeRO-3's optimizer steps at once.
         overlap: whether reducing overlaps the backward pass.
         wide_sums: gradients add up in float32, whatever their type.
@@ -43,6 +44,7 @@ class ZeroSettings:
 
     reduce_bucket: float | None = None
     max_live: float = 1e9
+    prefetch: float | None = 5e7
     sub_group: float = 1e9
     overlap: bool = True
     wide_sums: bool = False

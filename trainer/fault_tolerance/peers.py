@@ -42,11 +42,13 @@ from llava_llama31.trainer.redaction import LONGEST_MESSAGE, printable, redacted
 
 _FAILED = "llava-llama31/failed"
 _POLL_SECONDS = 1.0
+# between two looks for what rank 0 does meanwhile
+_LOOK_SECONDS = 0.2
 # how long a failed process may take to end by itself; how long to wait for another rank's reason before reporting ours
 _GRACE_SECONDS, _REASON_SECONDS = 5.0, 3.0
 # how long processes wait for each other at the start, as torch's default; when to say for whom
 _MEETING_SECONDS, _ANNOUNCE_SECONDS = 1800.0, 60.0
-# of a collective: rank 0 may prepare and check data, or read images by OCR, for hours while the others wait
+# of a collective: rank 0 may read images by OCR for hours while the others wait
 _COLLECTIVE_HOURS = 24
 _NO_STORE = "the process that keeps the shared store is gone"
 _LOOK = "look for kill -9, a crash, or the system's out-of-memory killer (dmesg); then run again"
@@ -126,6 +128,28 @@ class Peers:
             raise UserError(f"{absent} did not come within {seconds:,.0f} s", where=_meeting_place(), fix=fix)
         places = {rank: self.store.get(_process(rank)).decode().split(" ", 1) for rank in others}
         self._neighbours = {rank: int(pid) for rank, (pid, there) in places.items() if there == here}
+
+    def await_main(self, what: str) -> None:
+        """Wait until rank 0 has come here too, however long that takes.
+
+        The others look at the store now and then: in a collective each would keep its device and a core busy.
+
+        Args:
+            what: rank 0 has done; once in a launch.
+
+        Raises:
+            EndedElsewhere: a process has failed meanwhile.
+        """
+        if self.store is None:
+            return
+        done = f"llava-llama31/done/{what}"
+        if self.rank == 0:
+            self.store.set(done, "")
+        while not self.store.check([done]):
+            if self.store.check([_FAILED]):
+                failure = self._failure()
+                raise EndedElsewhere(failure["exit_code"], self._untold(failure))
+            time.sleep(_LOOK_SECONDS)
 
     @contextmanager
     def together(self) -> Iterator["Peers"]:

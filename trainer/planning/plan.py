@@ -218,10 +218,11 @@ def _zero_settings(stage: Stage, engine: Engine) -> ZeroSettings:
     if not engine.deepspeed or stage.deepspeed is None:
         return ZeroSettings()
     zero, types = _zero_content(stage.deepspeed, ""), deepspeed_content(stage.deepspeed, "").get("data_types", {})
-    bucket = zero.get("reduce_bucket_size", 5e8)
+    bucket, ahead = zero.get("reduce_bucket_size", 5e8), zero.get("stage3_prefetch_bucket_size", 5e7)
     return ZeroSettings(
         reduce_bucket=None if bucket == "auto" else float(bucket),
         max_live=float(zero.get("stage3_max_live_parameters", 1e9)),
+        prefetch=None if ahead == "auto" else float(ahead),
         sub_group=float(zero.get("sub_group_size", 1e9)),
         overlap=bool(zero.get("overlap_comm", True)),
         wide_sums=types.get("grad_accum_dtype") == "fp32",

@@ -102,7 +102,7 @@ def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
             prepare(recipe, folder, run.console)
             record = check_publishing(run)
             check_inputs(run)
-        state.wait_for_everyone()
+        run.peers.await_main("checked")
         if state.is_local_main_process and not run.is_main:
             check_evaluations(recipe)  # this machine's processes will ask some of the questions
         with pushing(recipe, folder.path, record, run.console.print) as pusher:
