@@ -12,6 +12,7 @@ from typing import Any
 from llava_llama31.trainer.data.sources.fields import names_images
 from llava_llama31.trainer.data.sources.images import ImageRef, image_at
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
+from llava_llama31.trainer.data.sources.remote_files import check_is_path
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.row_files import (
     Row,
@@ -21,6 +22,7 @@ from llava_llama31.trainer.evaluation.row_files import (
     parquet_rows,
     tsv_rows,
 )
+from llava_llama31.trainer.recipes.data_formats import MAX_PIXELS
 
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
@@ -62,11 +64,20 @@ class Question:
     metric: str = ""
 
 
+@dataclass(frozen=True)
+class ImagePlace:
+    """Where a file's images are, and how many pixels each may have."""
+
+    root: Path
+    max_pixels: int
+
+
 def load_questions(
     data: str | Path,
     *,
     questions: str | Path | None = None,
     image_root: str | Path | None = None,
+    max_pixels: int | None = None,
     limit: int | None = None,
     with_images: bool = True,
 ) -> list[Question]:
@@ -87,6 +98,7 @@ def load_questions(
         data: file, folder or pattern.
         questions: the questions file that goes with VQA's annotations, and with no other format.
         image_root: folder of the images; by default the folder of `data`.
+        max_pixels: of the largest image that is read, height x width; by default that of training data.
         limit: read no more than this many.
         with_images: False leaves the images out, as scoring needs none.
 
@@ -94,8 +106,11 @@ def load_questions(
         UserError: a missing file, a row without a field, a doubled question_id, two images under one image_id, an
             image outside `image_root`.
     """
+    for given in (data, questions, image_root):
+        check_is_path(given)
     path = Path(data)
     root = Path(path.parent if image_root is None else image_root).resolve()
+    place = ImagePlace(root, max_pixels or MAX_PIXELS)
     loaded: list[Question] = []
     images: dict[str, tuple[ImageRef, str]] = {}
     seen: dict[str, str] = {}
@@ -105,7 +120,7 @@ def load_questions(
         question = _question(row, where)
         only_once(str(question.question_id), "question_id", where, seen)
         if with_images:
-            question = replace(question, image=shared_image(row, question.image_id, root, where, images))
+            question = replace(question, image=shared_image(row, question.image_id, place, where, images))
         loaded.append(question)
     if not loaded:
         raise UserError("no questions", where=str(data), fix="name a file with at least one question")
@@ -273,7 +288,7 @@ def _ocr_tokens(tokens: Any, where: str) -> tuple[str, ...] | None:
 
 
 def shared_image(
-    row: dict[str, Any], image_id: str, root: Path, where: str, images: dict[str, tuple[ImageRef, str]]
+    row: dict[str, Any], image_id: str, place: ImagePlace, where: str, images: dict[str, tuple[ImageRef, str]]
 ) -> ImageRef:
     """The row's image, which is one object for all rows that show it.
 
@@ -281,7 +296,7 @@ def shared_image(
         UserError: another row has another image under the same `image_id`.
     """
     named = _named_image(row, where)
-    found = _image_of(named, image_id, root, where)
+    found = _image_of(named, image_id, place, where)
     first, first_where = images.setdefault(image_id, (found, where))
     names_none = named in (None, "") and not (found.path and os.path.isfile(found.path))
     if not (names_none or _is_same(found, first)):
@@ -321,18 +336,19 @@ def _is_url(value: Any) -> bool:
     return isinstance(value, str) and value.startswith(("http://", "https://"))
 
 
-def _image_of(image: Any, image_id: str, root: Path, where: str) -> ImageRef:
+def _image_of(image: Any, image_id: str, place: ImagePlace, where: str) -> ImageRef:
     if isinstance(image, bytes):
-        return ImageRef(image_id, data=image)
+        return ImageRef(image_id, data=image, max_pixels=place.max_pixels)
     if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
-        return ImageRef(image_id, data=image["bytes"])
+        return ImageRef(image_id, data=image["bytes"], max_pixels=place.max_pixels)
     name = image.get("path") if isinstance(image, dict) else image
     names = [name] if name else [image_id + suffix for suffix in IMAGE_SUFFIXES]
     if not all(isinstance(name, str) for name in names):
         raise UserError(f"image is a {type(name).__name__}", where=where, fix="give a path relative to the image root")
     try:
-        images = [image_at(name, root) for name in names]
+        images = [image_at(name, place.root, place.max_pixels) for name in names]
     except RecordError as error:
-        raise UserError(f"{names[0]}: {error}", where=where, fix="keep all images under --image-root") from None
+        fix = "" if error.reason == "image_url" else "keep all images under --image-root"
+        raise UserError(f"{names[0]}: {error}", where=where, fix=fix) from None
     # an image that is not there is a question that fails and is counted, not a file that cannot be read
     return next((image for image in images if image.path is not None and os.path.isfile(image.path)), images[0])
