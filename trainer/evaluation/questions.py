@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 from base64 import b64decode
 from binascii import Error as Base64Error
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
 # VLMEvalKit's own line between an image in base64 and the index of the row that holds it
 LONGEST_IMAGE_INDEX = 64
 LONGEST_ANSWER_LIST = 100_000
+_NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/=]")
 
 _REQUIRED = ("question_id", "image_id", "question", "answers")
 
@@ -204,8 +206,7 @@ def _vlmevalkit_rows(path: Path, with_images: bool) -> Iterator[Row]:
     for where, cells in tsv_rows(path):
         index, image = cells.get("index") or cells.get("question_id"), cells.get("image") or ""
         if not index or not cells.get("answer"):
-            fix = "VLMEvalKit's tables have index, image, question and answer"
-            raise UserError("no index, or no answer", where=where, fix=fix)
+            raise _lacks("index" if not index else "answer", cells, where)
         only_once(index, "index", where, places)
         # an image is stored once, and the other rows that show it name that row
         holder = image if 0 < len(image) <= LONGEST_IMAGE_INDEX else index
@@ -215,13 +216,27 @@ def _vlmevalkit_rows(path: Path, with_images: bool) -> Iterator[Row]:
     for where, row, holder in read:
         if with_images and holder:
             if holder not in images:
-                raise UserError(f"image names row {holder}, which has none", where=where, fix="download it again")
+                what = f"image is {holder!r}, neither base64 nor the index of a row that holds an image"
+                raise UserError(what, where=where, fix="give base64; a path goes into a column `image_path`")
             row["image"] = {"bytes": images[holder]}
         yield where, row
 
 
+def _lacks(column: str, cells: dict[str, str], where: str) -> UserError:
+    """What is wrong with a row without a cell that it needs."""
+    there = ", ".join(ascii(name)[1:-1][:40] for name in list(cells)[:10])
+    what = f"{column} is empty" if column in cells else f"there is no column {column}; the first line names {there}"
+    return UserError(what, where=where, fix="VLMEvalKit's tables have index, image, question and answer")
+
+
 def _vlmevalkit_row(cells: dict[str, str], index: str, holder: str, where: str) -> dict[str, Any]:
     path = cells.get("image_path")
+    if path is not None and (paths := python_list(path)) is not None:
+        if len(paths) != 1 or not isinstance(paths[0], str):
+            raise UserError(f"image_path lists {len(paths)} images", where=where, fix="name the one of the question")
+        path = paths[0]
+    if not cells.get("question"):
+        raise _lacks("question", cells, where)
     return {
         "question_id": plain_number(cells.get("question_id") or index),
         "image_id": cells.get("image_id") or (Path(path).stem if path and not cells.get("image") else holder),
@@ -236,28 +251,42 @@ def plain_number(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdigit() and str(int(text)) == text else text
 
 
-def _answer_list(text: str, where: str) -> Any:
-    """What a Python list of texts says; nothing is executed."""
+def python_list(text: str) -> list[Any] | None:
+    """The list that a text is in Python's spelling, or None; nothing is executed."""
+    if not text.lstrip().startswith("[") or len(text) > LONGEST_ANSWER_LIST:
+        return None
     try:
-        if len(text) > LONGEST_ANSWER_LIST:
-            raise ValueError(f"{len(text)} characters")
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        fix = "write them as Python does: ['one', 'two']"
-        raise UserError(f"answer is not a list of texts: {error}", where=where, fix=fix) from error
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, list) else None
+
+
+def _answer_list(text: str, where: str) -> list[str]:
+    answers = python_list(text)
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        shown = repr(text) if len(text) <= 80 else f"{text[:80]!r}... ({len(text):,} characters)"
+        fix = "write the annotators' answers as Python does: ['one', 'two']"
+        raise UserError(f"answer is {shown}, not a list of texts", where=where, fix=fix)
+    return answers
 
 
 def decoded_base64(text: str, where: str) -> bytes:
-    """The bytes of an image.
+    """The bytes of an image, whose base64 may have lines and a `data:` before it.
 
     Raises:
         UserError: the text is not base64.
     """
+    body = "".join(text.split())
+    if body[:5].lower() == "data:":
+        body = body.partition(",")[2]
     try:
-        return b64decode(text, validate=True)
+        return b64decode(body, validate=True)
     except (Base64Error, ValueError) as error:
-        what = f"image is neither base64 nor the index of another row: {error}"
-        raise UserError(what, where=where, fix="download it again") from error
+        foreign = _NOT_BASE64.search(body)
+        reason = f"it has {foreign[0]!r}" if foreign else "its base64 is cut short"
+        what = f"image begins {text[:20]!r} and is neither base64 nor the index of another row: {reason}"
+        raise UserError(what, where=where, fix="download the file again, or give one image in base64") from error
 
 
 def _question(row: dict[str, Any], where: str) -> Question:
@@ -348,7 +377,7 @@ def _image_of(image: Any, image_id: str, place: ImagePlace, where: str) -> Image
     try:
         images = [image_at(name, place.root, place.max_pixels) for name in names]
     except RecordError as error:
-        fix = "" if error.reason == "image_url" else "keep all images under --image-root"
+        fix = "keep all images under --image-root, and name their paths"
         raise UserError(f"{names[0]}: {error}", where=where, fix=fix) from None
     # an image that is not there is a question that fails and is counted, not a file that cannot be read
     return next((image for image in images if image.path is not None and os.path.isfile(image.path)), images[0])

@@ -1,6 +1,5 @@
 """Questions of a task from the files in which its benchmark is handed around."""
 
-import ast
 import json
 import re
 from collections import Counter
@@ -15,12 +14,12 @@ from llava_llama31.trainer.data.sources.remote_files import check_is_path
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.metrics.choices import LETTERS, inline_options
 from llava_llama31.trainer.evaluation.questions import (
-    LONGEST_ANSWER_LIST,
     LONGEST_IMAGE_INDEX,
     ImagePlace,
     Question,
     decoded_base64,
     only_once,
+    python_list,
     shared_image,
 )
 from llava_llama31.trainer.evaluation.row_files import Row, any_rows
@@ -177,7 +176,13 @@ def _image(layout: Layout, row: Mapping[str, Any], holders: Mapping[str, Mapping
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if isinstance(image, str) and image in holders and layout.image in row:
-        image = holders[image].get(str(layout.image))
+        held = holders[image].get(str(layout.image))
+        if isinstance(held, str) and held != image and held in holders:
+            what = f"image is {image!r}, the index of a row that names row {held}"
+            raise UserError(what, where=where, fix="name the row that holds the image")
+        image = held
+    if isinstance(image, str) and (paths := python_list(image)) is not None:
+        raise UserError(f"image lists {len(paths)} images", where=where, fix="give the one of the question")
     if isinstance(image, str) and _is_base64(image):
         return {"bytes": decoded_base64(image, where)}
     named = _field(row, layout.image_key) if layout.image_key and image in (None, "") else None
@@ -320,17 +325,6 @@ def _listed(value: Any) -> list[Any]:
         return list(value)
     read = python_list(value) if isinstance(value, str) else None
     return [value] if read is None else read
-
-
-def python_list(text: str) -> list[Any] | None:
-    """The list that a text is in Python's spelling, or None."""
-    if not text.lstrip().startswith("[") or len(text) > LONGEST_ANSWER_LIST:
-        return None
-    try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
-    return value if isinstance(value, list) else None
 
 
 def _groups(layout: Layout, row: Mapping[str, Any]) -> tuple[str, ...]:
