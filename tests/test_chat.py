@@ -4,6 +4,7 @@ import io
 import json
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,11 +211,22 @@ def test_paths_that_a_line_begins_with_are_images(make_image, tmp_path, line, im
     [
         (("--top-p", "1.5"), "--top-p: 1.5 is above 1"),
         (("--image", "none.png", "--ask", "what?"), "none.png"),
+        (
+            ("--image", "{sign}", "--ask", "?", "--max-pixels", "2399"),
+            "more than 2,399: raise max_pixels",
+        ),
     ],
 )
-def test_what_cannot_be_is_said(typed, options, message, capsys):
-    assert typed(options=options) == 2
+def test_what_cannot_be_is_said(typed, files, options, message, capsys):
+    assert typed(options=[option.format(sign=files[0]) for option in options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_images_of_the_page_have_the_same_limit(processor, lively_model, files):
+    data = Path(files[0]).read_bytes()
+    with pytest.raises(UserError, match=r"^sign: 40 x 60 pixels, more than 2,399: .*`--max-pixels`.* smaller$"):
+        Conversation(lively_model, processor, max_pixels=2399).add_images([("sign", data)])
+    Conversation(lively_model, processor, max_pixels=2400).add_images([("sign", data)])
 
 
 def test_a_run_is_its_export(model_folder, tmp_path, capsys):

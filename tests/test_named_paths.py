@@ -45,6 +45,9 @@ MISSING = {
     "the checkpoint": ("model__checkpoint", "/no/base", "does not exist"),
     "weights": ("model__checkpoint", "some/model.safetensors", "does not exist"),
     "the start": ("stages__instruct__init_from", "./none", "does not exist"),
+    "a URL of questions": ("evaluation__data", "s3://bucket/q.jsonl", "s3://bucket/q.jsonl: a URL is not read here"),
+    "a URL of their images": ("evaluation__image_root", "http://host/val", "http://host/val: a URL is not read here"),
+    "a URL of data": ("stages__instruct__data__0__path", "file:///d.json", "file:///d.json: a path is wanted"),
     "deepspeed": ("stages__instruct__deepspeed", "none.json", "there is no DeepSpeed file"),
 }
 
@@ -57,7 +60,7 @@ def test_a_path_that_does_not_exist_is_named_by_its_key_first(recipe, tmp_path, 
     assert main([command, path, "--output", str(tmp_path / "run")]) == 2
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert f"error: {key.replace('__', '.')}: " in said and message in said and "(fix: " in said
-    assert case == "deepspeed" or str(Path(value).absolute()) in said
+    assert case == "deepspeed" or "://" in value or str(Path(value).absolute()) in said
     assert not (tmp_path / "run" / "base").exists() and not (tmp_path / "run" / "origins.json").exists()
 
 

@@ -7,6 +7,7 @@ import math
 import random
 import sys
 from base64 import b64encode
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.answer_files import read_answers
 from llava_llama31.trainer.evaluation.questions import load_questions
 from llava_llama31.trainer.evaluation.scoring import compare_answers, score_answers
+from llava_llama31.trainer.evaluation.task_files import load_task
+from llava_llama31.trainer.evaluation.task_questions import load_task_questions
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS, is_normalized, normalize, vqa_accuracy
 
 
@@ -216,17 +219,28 @@ TSV = {"index": "1", "question": "?", "answer": "['a']"}
         ({"annotations": []}, {"questions": ASKED}, "q.json: 1 questions have no annotation, the first 1"),
         ({"annotations": VQA}, {"questions": [ASKED[0] | {"image_id": 8}]}, "image_id 7, but 8 in q.json"),
         ({"annotations": [VQA[0] | {"answers": [{"text": "a"}]}]}, {"questions": ASKED}, "answers is not a list of t"),
-        ([TSV | {"answer": "['a'"}], None, "a.tsv:2: answer is not a list of texts"),
-        ([TSV | {"answer": "__import__('os')"}], None, "a.tsv:2: answer is not a list of texts"),
-        ([TSV | {"answer": "(" * 9000}], None, "a.tsv:2: answer is not a list of texts"),
-        ([TSV | {"answer": f"['{'a' * 100_000}']"}], None, "a.tsv:2: answer is not a list of texts: 100004 char"),
-        ([TSV | {"answer": "[8, '8']"}], None, "a.tsv:2: answers is not a list of texts"),
-        ([TSV | {"answer": "'stop'"}], None, "a.tsv:2: answers is not a list of texts"),
+        ([TSV | {"answer": "['a'"}], None, r"a.tsv:2: answer is .\['a'., not a list of texts \(fix: write the annot"),
+        ([TSV | {"answer": "stop"}], None, "a.tsv:2: answer is 'stop', not a list of texts"),
+        ([TSV | {"answer": "__import__('os')"}], None, "a.tsv:2: answer is .__import__.*, not a list of texts"),
+        ([TSV | {"answer": "[" * 9000}], None, r"a.tsv:2: answer is '\[{80}'... \(9,000 characters\), not a list"),
+        (
+            [TSV | {"answer": f"['{'a' * 100_000}']"}],
+            None,
+            r"a.tsv:2: answer is .* \(100,004 characters\)",
+        ),
+        ([TSV | {"answer": "[8, '8']"}], None, "a.tsv:2: answer is .*, not a list of texts"),
+        ([TSV | {"answer": "[]"}], None, r"a.tsv:2: answer is '\[\]', not a list of texts"),
+        ([TSV | {"answer": ""}], None, "a.tsv:2: answer is empty"),
+        ([TSV | {"question": ""}], None, "a.tsv:2: question is empty"),
+        ([TSV | {"index": ""}], None, "a.tsv:2: index is empty"),
         ([TSV, TSV], None, "a.tsv:3: index 1 occurs twice, first in .*a.tsv:2"),
-        ([{"question": "?", "answer": "['a']"}], None, "a.tsv:2: no index, or no answer"),
-        ([{"index": "1", "answer": "['a']"}], None, "a.tsv:2: no question"),
-        ([TSV | {"image": "2"}], None, "a.tsv:2: image names row 2, which has none"),
-        ([TSV | {"image": "%" * 65}], None, "a.tsv:2: image is neither base64 nor the index of another row"),
+        ([{"question": "?", "answer": "['a']"}], None, "a.tsv:2: there is no column index; .* names question, answer"),
+        ([{"index": "1", "answer": "['a']"}], None, "a.tsv:2: there is no column question; .* names index, answer"),
+        ([TSV | {"image": "2"}], None, "a.tsv:2: image is '2', neither base64 nor the index of a row that holds an"),
+        ([TSV | {"image": "a.png"}], None, "a.tsv:2: image is 'a.png', neither .* a path goes into a column `image_"),
+        ([TSV | {"image": "%" * 65}], None, "a.tsv:2: image begins '%{20}' and is neither base64 .*: it has '%'"),
+        ([TSV | {"image": "A" * 65}], None, "a.tsv:2: image begins .*: its base64 is cut short .fix: download the f"),
+        ([TSV | {"image_path": "['a', 'b']"}], None, "a.tsv:2: image_path lists 2 images"),
     ],
 )
 def test_bad_annotations_are_named(tmp_path, annotations, questions, message):
@@ -239,6 +253,19 @@ def test_bad_annotations_are_named(tmp_path, annotations, questions, message):
     with pytest.raises(UserError, match=message) as caught:
         load_questions(tmp_path / name, questions=None if questions is None else tmp_path / "q.json")
     assert "(fix: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_base64_of_a_table_may_have_lines_and_a_data_uri(tmp_path, make_image):
+    """VLMEvalKit decodes both."""
+    make_image(9, 7).save(tmp_path / "a.png")
+    text = b64encode((tmp_path / "a.png").read_bytes()).decode()
+    rows = [TSV | {"image": f"data:image/png;base64,{text[:70]}\n{text[70:]}"}]
+    write_tsv(tmp_path / "a.tsv", rows)
+    assert load_questions(tmp_path / "a.tsv")[0].image.open().size == (7, 9)
+    write_tsv(tmp_path / "a.tsv", [rows[0], TSV | {"index": "2", "image": "1"}, TSV | {"index": "3", "image": "2"}])
+    for read in (load_questions, partial(load_task_questions, load_task("docvqa"))):
+        with pytest.raises(UserError, match="a.tsv:5: image is '2', .*index of a row that"):
+            read(tmp_path / "a.tsv")
 
 
 def test_a_broken_table_is_named(tmp_path):

@@ -24,6 +24,7 @@ from file_server import serving
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
+from llava_llama31.trainer.chat.conversation import Conversation
 from llava_llama31.trainer.checkpoint.atomic_folders import remove
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.cli import main
@@ -31,10 +32,14 @@ from llava_llama31.trainer.data.batches.dataset import StageDataset
 from llava_llama31.trainer.data.check.check import DataCheck, check_sources
 from llava_llama31.trainer.data.shards.writing import write_shards
 from llava_llama31.trainer.data.sources import remote_files
+from llava_llama31.trainer.data.sources.images import image_at
 from llava_llama31.trainer.data.sources.records import open_records
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.data.sources.tar_rows import TarRows
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.questions import load_questions
+from llava_llama31.trainer.evaluation.task_files import load_task
+from llava_llama31.trainer.evaluation.task_questions import load_task_questions
 from llava_llama31.trainer.recipes.schema import DataSource
 
 
@@ -93,6 +98,12 @@ def store_server(server, monkeypatch, tmp_path):
     yield server
     remote_files._opened.cache_clear()
     remote_files._system_at.cache_clear()
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def source(path: object, **more) -> DataSource:
@@ -262,7 +273,7 @@ def test_json_and_an_image_root_in_a_store(store_server, rows_folder, name):
 
 def test_what_a_store_lacks_or_refuses_is_said(store_server, tmp_path):
     url = store_server.url
-    with pytest.raises(UserError, match=r"there is no index.json .*write the shards again"):
+    with pytest.raises(UserError, match=r"^[^ ]*/bucket/plain: there is no index.json .fix: write the shards again"):
         open_records(source(f"{url}/bucket/plain"))
     with pytest.raises(UserError, match="there is no such file"):
         open_records(source(f"{url}/bucket/none.json"))
@@ -281,6 +292,67 @@ def test_what_a_store_lacks_or_refuses_is_said(store_server, tmp_path):
     given = source(tmp_path / "rows.jsonl", image_root=f"{url}/bucket/plain")
     (report,) = check_sources([given], DataCheck(num_workers=0, progress=False)).sources
     assert report.dropped == {"image_outside_root": 1, "missing_image": 1}
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (404, "missing_image: no file .*/plain/a%20b.png$"),
+        (400, "the server answers 400 .fix: correct the URL, or give credentials"),
+        (401, "the server answers 401 .fix: give credentials in the environment"),
+        (429, "after 6 attempts: the server answers 429 Too Many Requests .fix: check the connection"),
+        ("cut:10", "after 6 attempts: the connection ended before the file did .fix: check the connection"),
+        ("short:5", r"after 6 attempts: \d+ of \d+ bytes arrived .fix: check the connection"),
+    ],
+)
+def test_a_fault_at_an_images_url_is_said_in_words(store_server, make_image, fault, said):
+    store_server.contents["/bucket/plain/a b.png"] = png(make_image(9, 9))
+    image = image_at("a b.png", f"{store_server.url}/bucket/plain")
+    assert image.open().size == (9, 9)
+    store_server.faults = [fault] * 9
+    remote_files._cache().folder = Path("/none")
+    with pytest.raises((UserError, RecordError), match=said):
+        image.open()
+
+
+@pytest.mark.parametrize("name", ["a#b.png", "a?b.png", "a%20b.png", "50%.png", "[1].png", "{x}::y.png", "é&+=.png"])
+def test_a_name_below_a_url_is_a_name(store_server, make_image, name):
+    """Asked for as it stands, `a?b.png` is `a` and `a%20b.png` is `a b.png`, so another image would be shown."""
+    shown, other = make_image(9, 9), make_image(7, 7)
+    for path in ("a", "a b.png"):
+        store_server.contents[f"/bucket/plain/{path}"] = png(other)
+    store_server.contents[f"/bucket/plain/{name}"] = png(shown)
+    assert image_at(name, f"{store_server.url}/bucket/plain").open().size == (9, 9)
+
+
+def test_errors_of_a_stores_own_library_are_the_users(store_server, monkeypatch):
+    """botocore, httpx and Google's libraries raise errors that are no OSError."""
+    monkeypatch.setattr(remote_files, "_system", lambda url: 1 / 0)
+    with pytest.raises(UserError, match="s3://b/k: can't be read after 6 attempts: ZeroDivisionError: .* credentials"):
+        remote_files.open_remote("s3://b/k")
+    with pytest.raises(UserError, match="http:///k: this is no URL"):
+        monkeypatch.undo()
+        remote_files.open_remote("http:///k")
+
+
+@pytest.mark.parametrize("given", ["s3://b/rows", "HTTP://host/rows", "file:///rows", "ftp://host/rows"])
+def test_a_url_where_a_path_is_wanted_is_named_and_not_made_one(rows_folder, tmp_path, given):
+    """A `Path` of it is a relative path, which is then missing."""
+    (tmp_path / "q.jsonl").write_text("{}")
+    doors = [
+        lambda: load_questions(given),
+        lambda: load_questions(tmp_path / "q.jsonl", image_root=given),
+        lambda: load_task_questions(load_task("pope"), given),
+        lambda: Conversation.add_image(None, given),
+    ]
+    if given[0] == "f":
+        doors += [
+            lambda: open_records(source(given)),
+            lambda: open_records(source(rows_folder / "rows.json", image_root=given)),
+        ]
+    for door in doors:
+        with pytest.raises(UserError, match=rf"^{given}: .* .fix: (leave out file://|download it)"):
+            door()
 
 
 def test_bytes_that_are_not_those_that_were_written_are_refused(store_server):

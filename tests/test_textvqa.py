@@ -24,7 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedTokenizerFast
 
 from llava_llama31.trainer.cli import command_parser
+from llava_llama31.trainer.commands.evaluate_questions import task_questions, textvqa_questions
 from llava_llama31.trainer.data.sources.images import ImageRef
+from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation import generation, textvqa
 from llava_llama31.trainer.evaluation.answering import derangement
@@ -34,6 +36,9 @@ from llava_llama31.trainer.evaluation.questions import Question, load_questions
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 from llava_llama31.trainer.evaluation.textvqa import evaluate
 from llava_llama31.trainer.model.opening import open_model
+from llava_llama31.trainer.recipes.data_formats import MAX_PIXELS
+from llava_llama31.trainer.recipes.schema import Evaluation
+from llava_llama31.trainer.runs.final_evaluation import question_set
 
 
 SIZES = [(28, 28), (20, 90), (90, 20), (60, 50), (5, 200), (120, 121), (33, 64)]
@@ -836,6 +841,34 @@ def test_failed_questions_set_the_exit_code(folder, files, tmp_path, capsys):
     assert command("evaluate", folder, *options) == 3
     out = capsys.readouterr().out
     assert "2 of 3 questions answered" in out and "unanswered as 0" in out and "102 (missing_image" in out
+
+
+@pytest.mark.parametrize("kind", ["path", "bytes", "task"])
+def test_the_largest_image_is_the_users_to_set(make_image, tmp_path, kind):
+    make_image(30, 20).save(tmp_path / "a.png")
+    row = {"question_id": 1, "image_id": "a", "question": "?", "answers": ["x"], "image": "a.png"}
+    row |= {"question": "?", "answer": "x", "metric": "exact"} if kind == "task" else {}
+    source = write_lines(tmp_path / "q.jsonl", [row])
+    if kind == "bytes":
+        table = pyarrow.Table.from_pylist([row | {"image": {"bytes": (tmp_path / "a.png").read_bytes()}}])
+        source = str(tmp_path / "q.parquet")
+        pyarrow.parquet.write_table(table, source)
+
+    def shown(*limit):
+        given = ["--task" if kind == "task" else "--data", source, *limit]
+        options = command_parser().parse_args(["evaluate", "model", *given])
+        questions = task_questions(options)[0][3] if kind == "task" else textvqa_questions(options)
+        return questions[0].image
+
+    def of_recipe(**limit):
+        spec = {"task": source} if kind == "task" else {"data": source}
+        return question_set(Evaluation.model_validate(spec | limit), where="evaluation").questions[0].image
+
+    assert shown().max_pixels == of_recipe().max_pixels == MAX_PIXELS == 40_000_000
+    for image in (shown("--max-pixels", "599"), of_recipe(max_pixels=599)):
+        with pytest.raises(RecordError, match="30 x 20 pixels, more than 599: raise max_pixels .`--max-pixels`"):
+            image.open()
+    assert shown("--max-pixels", "600").open().size == of_recipe(max_pixels=600).open().size == (20, 30)
 
 
 def write_lines(path, objects):

@@ -14,8 +14,10 @@ from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.data.sources.images import ImageRef, image_at
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
+from llava_llama31.trainer.data.sources.remote_files import check_is_path
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.generation import Choice, GreedyAnswerer, most_likely
+from llava_llama31.trainer.recipes.data_formats import MAX_PIXELS
 
 
 # what a tokenizer decodes the first bytes of a longer character to
@@ -66,6 +68,7 @@ class Conversation:
         max_new_tokens: length at which an answer is cut.
         sampling: how to draw tokens; None: greedy, as `evaluate` answers.
         system: text of a system turn.
+        max_pixels: of the largest image that is read, height x width; default: that of training data.
     """
 
     def __init__(
@@ -76,10 +79,12 @@ class Conversation:
         max_new_tokens: int = 512,
         sampling: Sampling | None = None,
         system: str = "",
+        max_pixels: int | None = None,
     ):
         self._answerer = GreedyAnswerer(model, processor, max_new_tokens=max_new_tokens)
         self._choose = sampling.choice(model.device) if sampling else most_likely
         self._context = model.config.get_text_config().max_position_embeddings
+        self._max_pixels = max_pixels or MAX_PIXELS
         self._system = [_turn("system", system)] if system else []
         self.reset()
 
@@ -95,12 +100,13 @@ class Conversation:
         Raises:
             UserError: it cannot be read, under the rules of training data.
         """
+        check_is_path(path)
         file = Path(path).expanduser().absolute()
         try:
             # the folder is where the user says, so links out of it are fine
-            image = image_at(str(file.resolve()), Path(file.resolve().anchor)).open()
+            image = image_at(str(file.resolve()), Path(file.resolve().anchor), self._max_pixels).open()
         except RecordError as error:
-            raise UserError(error.detail, where=path, fix="name an image file") from error
+            raise UserError(error.detail, where=path, fix=_fix_of(error, "name an image file")) from error
         size = image.height, image.width
         self._pending.append(_Shown(str(file), self._answerer.processor.tiles(image), size))
         return size
@@ -114,9 +120,9 @@ class Conversation:
         opened = []
         for name, data in images:
             try:
-                image = ImageRef(name, data=data).open()
+                image = ImageRef(name, data=data, max_pixels=self._max_pixels).open()
             except RecordError as error:
-                raise UserError(error.detail, where=name, fix="choose an image file") from error
+                raise UserError(error.detail, where=name, fix=_fix_of(error, "choose an image file")) from error
             size = image.height, image.width
             opened.append(_Shown(name, self._answerer.processor.tiles(image), size))
         self._pending += opened
@@ -197,3 +203,8 @@ def answer_to(conversation: Conversation, text: str, images: Sequence[str]) -> s
     for image in images:
         conversation.add_image(image)
     return "".join(conversation.ask(text)).strip()
+
+
+def _fix_of(error: RecordError, usual: str) -> str:
+    """What to do about an image; of one that is too large, the error itself says it."""
+    return "" if error.reason == "oversized_image" else usual

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_llama31.trainer.commands.options import counted, positive, told_apart
+from llava_llama31.trainer.commands.options import add_max_pixels, counted, positive, told_apart
 from llava_llama31.trainer.redaction import plain
 
 
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", metavar="NAME|FILE", help="a benchmark, or a task of your own; default: TextVQA")
     parser.add_argument("--questions", metavar="FILE", help="LLaVA's questions of a task")
     parser.add_argument("--image-root", metavar="DIR", help="default: the folder of FILE")
+    add_max_pixels(parser)
     parser.add_argument("--output", metavar="FILE.html", help="default: beside PREDICTIONS, with its name")
     parser.add_argument("--limit", type=positive, metavar="N", help="show only the first N questions")
     parser.add_argument("--image-side", type=positive, metavar="PX", help="longest side of an image; default: 512")
@@ -90,7 +91,7 @@ def _answers(options: argparse.Namespace) -> "tuple[list[Question], list[Answers
     from llava_llama31.trainer.evaluation.browser import Answers
     from llava_llama31.trainer.evaluation.questions import load_questions
 
-    questions = load_questions(options.data, image_root=options.image_root)
+    questions = load_questions(options.data, image_root=options.image_root, max_pixels=options.max_pixels)
     paths = _paths(options)
     read = [read_answers(path, questions) for path in paths]
     files = [Answers(file.rows, name, file.note) for name, file in zip(told_apart(paths), read, strict=True)]
@@ -112,7 +113,7 @@ def _task_answers(options: argparse.Namespace) -> "tuple[list[Question], list[An
     data = options.data or task.data
     if data is None:
         raise UserError(f"no questions of {task.name}", where="--data", fix="name their file, with the images")
-    questions = load_task_questions(task, data, image_root=options.image_root)
+    questions = load_task_questions(task, data, image_root=options.image_root, max_pixels=options.max_pixels)
     paths, nothing = _paths(options), Reading({}, {})
     read = [
         read_task_answers(task, path, annotations=data, questions=options.questions, reading=nothing) for path in paths

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from llava_llama31.trainer.commands.options import above_zero, positive
+from llava_llama31.trainer.commands.options import above_zero, add_max_pixels, positive
 from llava_llama31.trainer.commands.quick_imports import quick_imports
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.redaction import say, shown
@@ -38,6 +38,7 @@ _HEAD_BYTES = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run, an export, adapters on their base, or a Hub id")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="show it first; may be repeated")
+    add_max_pixels(parser)
     parser.add_argument("--ask", metavar="TEXT", help="print one answer and end")
     parser.add_argument("--system", default="", metavar="TEXT", help="text of the system turn")
     parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default: 512")
@@ -112,7 +113,12 @@ def _open(options: argparse.Namespace, model: str) -> "Callable[[], Conversation
     if options.temperature is not None or options.top_p is not None:
         sampling = Sampling(options.temperature or 1.0, options.top_p or 1.0, options.seed)
     return lambda: Conversation(
-        weights, processor, max_new_tokens=options.max_new_tokens, sampling=sampling, system=options.system
+        weights,
+        processor,
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        system=options.system,
+        max_pixels=options.max_pixels,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from llava_llama31.trainer.commands.options import add_json, positive, run_folder
+from llava_llama31.trainer.commands.options import add_json, add_max_pixels, positive, run_folder
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.data_formats import DataFormat
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processor", metavar="DIR", help="checkpoint whose processor counts the tokens of FILES")
     parser.add_argument("--format", default="auto", choices=("auto", *get_args(DataFormat)))
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="longest record, image tokens counted")
-    parser.add_argument("--max-pixels", type=positive, metavar="N", help="largest image, height x width")
+    add_max_pixels(parser)
     parser.add_argument("--on-bad", metavar="POLICY", help="error, skip or quarantine; or REASON=POLICY,...")
     parser.add_argument("--rejects", metavar="FILE", help="where the unusable records are listed (JSON lines)")
     parser.add_argument("--no-decode", action="store_true", help="read image headers only")

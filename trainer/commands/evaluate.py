@@ -15,7 +15,7 @@ from llava_llama31.trainer.commands.evaluate_questions import (
     textvqa_questions,
     with_settings,
 )
-from llava_llama31.trainer.commands.options import add_json, positive
+from llava_llama31.trainer.commands.options import add_json, add_max_pixels, positive
 from llava_llama31.trainer.commands.score_tables import print_json, print_report, print_task_report
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--questions", metavar="FILE", help="the questions that go with VQA-style annotations")
     parser.add_argument("--image-root", metavar="DIR", help="default: the folder of FILE")
+    add_max_pixels(parser)
     parser.add_argument(
         "--preset", choices=(*PRESETS, "vlmevalkit"), default="card", help="whose prompt; default: card"
     )

@@ -23,7 +23,11 @@ def textvqa_questions(options: argparse.Namespace) -> "list[Question]":
     if options.preset not in PRESETS:
         raise UserError("TextVQA's prompt there is that of card", where="--preset", fix="pass --preset card")
     questions = load_questions(
-        options.data, questions=options.questions, image_root=options.image_root, limit=options.limit
+        options.data,
+        questions=options.questions,
+        image_root=options.image_root,
+        max_pixels=options.max_pixels,
+        limit=options.limit,
     )
     if options.ocr is None:
         check_ocr(PRESETS[options.preset], questions)
@@ -37,7 +41,9 @@ def task_questions(options: argparse.Namespace) -> "list[tuple[Task, str | None,
     read = []
     for task, data in _tasks(options):
         preset = preset_of(task, options.preset)
-        questions = questions_to_ask(task, data, image_root=options.image_root, limit=options.limit)
+        questions = questions_to_ask(
+            task, data, image_root=options.image_root, max_pixels=options.max_pixels, limit=options.limit
+        )
         check_ocr(preset, questions)
         read.append((task, data or task.data, preset, questions))
     return read

@@ -4,10 +4,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_llama31.trainer.recipes.data_formats import MAX_PIXELS
+
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add `--json`."""
     parser.add_argument("--json", action="store_true", dest="json_output", help="print one JSON object on stdout")
+
+
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    """Add `--max-pixels`."""
+    shown = f"largest image, height x width; default: {MAX_PIXELS:,}"
+    parser.add_argument("--max-pixels", type=positive, metavar="N", help=shown)
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -9,9 +9,8 @@ from llava_llama31.trainer.evaluation.metrics.fields import field_counts
 from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
 from llava_llama31.trainer.evaluation.metrics.text import anls, contains_answer, error_counts, exact_match
 from llava_llama31.trainer.evaluation.metrics.yes_no import NO, YES, yes_or_no
-from llava_llama31.trainer.evaluation.questions import Question
+from llava_llama31.trainer.evaluation.questions import Question, python_list
 from llava_llama31.trainer.evaluation.task_files import PER_QUESTION, ProtocolOf, Task
-from llava_llama31.trainer.evaluation.task_questions import python_list
 from llava_llama31.trainer.evaluation.user_functions import user_function
 from llava_llama31.trainer.evaluation.vqa_accuracy import vqa_accuracy
 

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 from base64 import b64decode
 from binascii import Error as Base64Error
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 from llava_llama31.trainer.data.sources.fields import names_images
 from llava_llama31.trainer.data.sources.images import ImageRef, image_at
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
+from llava_llama31.trainer.data.sources.remote_files import check_is_path
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.row_files import (
     Row,
@@ -21,12 +23,14 @@ from llava_llama31.trainer.evaluation.row_files import (
     parquet_rows,
     tsv_rows,
 )
+from llava_llama31.trainer.recipes.data_formats import MAX_PIXELS
 
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
 # VLMEvalKit's own line between an image in base64 and the index of the row that holds it
 LONGEST_IMAGE_INDEX = 64
 LONGEST_ANSWER_LIST = 100_000
+_NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/=]")
 
 _REQUIRED = ("question_id", "image_id", "question", "answers")
 
@@ -62,11 +66,20 @@ class Question:
     metric: str = ""
 
 
+@dataclass(frozen=True)
+class ImagePlace:
+    """Where a file's images are, and how many pixels each may have."""
+
+    root: Path
+    max_pixels: int
+
+
 def load_questions(
     data: str | Path,
     *,
     questions: str | Path | None = None,
     image_root: str | Path | None = None,
+    max_pixels: int | None = None,
     limit: int | None = None,
     with_images: bool = True,
 ) -> list[Question]:
@@ -87,6 +100,7 @@ def load_questions(
         data: file, folder or pattern.
         questions: the questions file that goes with VQA's annotations, and with no other format.
         image_root: folder of the images; by default the folder of `data`.
+        max_pixels: of the largest image that is read, height x width; by default that of training data.
         limit: read no more than this many.
         with_images: False leaves the images out, as scoring needs none.
 
@@ -94,8 +108,11 @@ def load_questions(
         UserError: a missing file, a row without a field, a doubled question_id, two images under one image_id, an
             image outside `image_root`.
     """
+    for given in (data, questions, image_root):
+        check_is_path(given)
     path = Path(data)
     root = Path(path.parent if image_root is None else image_root).resolve()
+    place = ImagePlace(root, max_pixels or MAX_PIXELS)
     loaded: list[Question] = []
     images: dict[str, tuple[ImageRef, str]] = {}
     seen: dict[str, str] = {}
@@ -105,7 +122,7 @@ def load_questions(
         question = _question(row, where)
         only_once(str(question.question_id), "question_id", where, seen)
         if with_images:
-            question = replace(question, image=shared_image(row, question.image_id, root, where, images))
+            question = replace(question, image=shared_image(row, question.image_id, place, where, images))
         loaded.append(question)
     if not loaded:
         raise UserError("no questions", where=str(data), fix="name a file with at least one question")
@@ -189,8 +206,7 @@ def _vlmevalkit_rows(path: Path, with_images: bool) -> Iterator[Row]:
     for where, cells in tsv_rows(path):
         index, image = cells.get("index") or cells.get("question_id"), cells.get("image") or ""
         if not index or not cells.get("answer"):
-            fix = "VLMEvalKit's tables have index, image, question and answer"
-            raise UserError("no index, or no answer", where=where, fix=fix)
+            raise _lacks("index" if not index else "answer", cells, where)
         only_once(index, "index", where, places)
         # an image is stored once, and the other rows that show it name that row
         holder = image if 0 < len(image) <= LONGEST_IMAGE_INDEX else index
@@ -200,13 +216,27 @@ def _vlmevalkit_rows(path: Path, with_images: bool) -> Iterator[Row]:
     for where, row, holder in read:
         if with_images and holder:
             if holder not in images:
-                raise UserError(f"image names row {holder}, which has none", where=where, fix="download it again")
+                what = f"image is {holder!r}, neither base64 nor the index of a row that holds an image"
+                raise UserError(what, where=where, fix="give base64; a path goes into a column `image_path`")
             row["image"] = {"bytes": images[holder]}
         yield where, row
 
 
+def _lacks(column: str, cells: dict[str, str], where: str) -> UserError:
+    """What is wrong with a row without a cell that it needs."""
+    there = ", ".join(ascii(name)[1:-1][:40] for name in list(cells)[:10])
+    what = f"{column} is empty" if column in cells else f"there is no column {column}; the first line names {there}"
+    return UserError(what, where=where, fix="VLMEvalKit's tables have index, image, question and answer")
+
+
 def _vlmevalkit_row(cells: dict[str, str], index: str, holder: str, where: str) -> dict[str, Any]:
     path = cells.get("image_path")
+    if path is not None and (paths := python_list(path)) is not None:
+        if len(paths) != 1 or not isinstance(paths[0], str):
+            raise UserError(f"image_path lists {len(paths)} images", where=where, fix="name the one of the question")
+        path = paths[0]
+    if not cells.get("question"):
+        raise _lacks("question", cells, where)
     return {
         "question_id": plain_number(cells.get("question_id") or index),
         "image_id": cells.get("image_id") or (Path(path).stem if path and not cells.get("image") else holder),
@@ -221,28 +251,42 @@ def plain_number(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdigit() and str(int(text)) == text else text
 
 
-def _answer_list(text: str, where: str) -> Any:
-    """What a Python list of texts says; nothing is executed."""
+def python_list(text: str) -> list[Any] | None:
+    """The list that a text is in Python's spelling, or None; nothing is executed."""
+    if not text.lstrip().startswith("[") or len(text) > LONGEST_ANSWER_LIST:
+        return None
     try:
-        if len(text) > LONGEST_ANSWER_LIST:
-            raise ValueError(f"{len(text)} characters")
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        fix = "write them as Python does: ['one', 'two']"
-        raise UserError(f"answer is not a list of texts: {error}", where=where, fix=fix) from error
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, list) else None
+
+
+def _answer_list(text: str, where: str) -> list[str]:
+    answers = python_list(text)
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        shown = repr(text) if len(text) <= 80 else f"{text[:80]!r}... ({len(text):,} characters)"
+        fix = "write the annotators' answers as Python does: ['one', 'two']"
+        raise UserError(f"answer is {shown}, not a list of texts", where=where, fix=fix)
+    return answers
 
 
 def decoded_base64(text: str, where: str) -> bytes:
-    """The bytes of an image.
+    """The bytes of an image, whose base64 may have lines and a `data:` before it.
 
     Raises:
         UserError: the text is not base64.
     """
+    body = "".join(text.split())
+    if body[:5].lower() == "data:":
+        body = body.partition(",")[2]
     try:
-        return b64decode(text, validate=True)
+        return b64decode(body, validate=True)
     except (Base64Error, ValueError) as error:
-        what = f"image is neither base64 nor the index of another row: {error}"
-        raise UserError(what, where=where, fix="download it again") from error
+        foreign = _NOT_BASE64.search(body)
+        reason = f"it has {foreign[0]!r}" if foreign else "its base64 is cut short"
+        what = f"image begins {text[:20]!r} and is neither base64 nor the index of another row: {reason}"
+        raise UserError(what, where=where, fix="download the file again, or give one image in base64") from error
 
 
 def _question(row: dict[str, Any], where: str) -> Question:
@@ -273,7 +317,7 @@ def _ocr_tokens(tokens: Any, where: str) -> tuple[str, ...] | None:
 
 
 def shared_image(
-    row: dict[str, Any], image_id: str, root: Path, where: str, images: dict[str, tuple[ImageRef, str]]
+    row: dict[str, Any], image_id: str, place: ImagePlace, where: str, images: dict[str, tuple[ImageRef, str]]
 ) -> ImageRef:
     """The row's image, which is one object for all rows that show it.
 
@@ -281,7 +325,7 @@ def shared_image(
         UserError: another row has another image under the same `image_id`.
     """
     named = _named_image(row, where)
-    found = _image_of(named, image_id, root, where)
+    found = _image_of(named, image_id, place, where)
     first, first_where = images.setdefault(image_id, (found, where))
     names_none = named in (None, "") and not (found.path and os.path.isfile(found.path))
     if not (names_none or _is_same(found, first)):
@@ -321,18 +365,19 @@ def _is_url(value: Any) -> bool:
     return isinstance(value, str) and value.startswith(("http://", "https://"))
 
 
-def _image_of(image: Any, image_id: str, root: Path, where: str) -> ImageRef:
+def _image_of(image: Any, image_id: str, place: ImagePlace, where: str) -> ImageRef:
     if isinstance(image, bytes):
-        return ImageRef(image_id, data=image)
+        return ImageRef(image_id, data=image, max_pixels=place.max_pixels)
     if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
-        return ImageRef(image_id, data=image["bytes"])
+        return ImageRef(image_id, data=image["bytes"], max_pixels=place.max_pixels)
     name = image.get("path") if isinstance(image, dict) else image
     names = [name] if name else [image_id + suffix for suffix in IMAGE_SUFFIXES]
     if not all(isinstance(name, str) for name in names):
         raise UserError(f"image is a {type(name).__name__}", where=where, fix="give a path relative to the image root")
     try:
-        images = [image_at(name, root) for name in names]
+        images = [image_at(name, place.root, place.max_pixels) for name in names]
     except RecordError as error:
-        raise UserError(f"{names[0]}: {error}", where=where, fix="keep all images under --image-root") from None
+        fix = "keep all images under --image-root, and name their paths"
+        raise UserError(f"{names[0]}: {error}", where=where, fix=fix) from None
     # an image that is not there is a question that fails and is counted, not a file that cannot be read
     return next((image for image in images if image.path is not None and os.path.isfile(image.path)), images[0])

@@ -23,7 +23,12 @@ from llava_llama31.trainer.evaluation.textvqa import Evaluation
 
 
 def questions_to_ask(
-    task: Task, data: str | None, *, image_root: str | None = None, limit: int | None = None
+    task: Task,
+    data: str | None,
+    *,
+    image_root: str | None = None,
+    max_pixels: int | None = None,
+    limit: int | None = None,
 ) -> list[Question]:
     """The questions of a task with their images, and every function that will score them loaded.
 
@@ -31,6 +36,7 @@ def questions_to_ask(
         task: says where a question's parts are.
         data: file, folder or pattern; default: the task's own.
         image_root: folder of the images; default: that of the data.
+        max_pixels: of the largest image that is read, height x width.
         limit: ask only the first N questions.
 
     Raises:
@@ -41,7 +47,7 @@ def questions_to_ask(
     source = data if data is not None else task.data
     if source is None:
         raise UserError(f"no questions of {task.name}", where="--data", fix="name their file: --data FILE")
-    questions = load_task_questions(task, source, image_root=image_root)
+    questions = load_task_questions(task, source, image_root=image_root, max_pixels=max_pixels)
     without = [question.question_id for question in questions if not question.image_id]
     if without and not task.only_with_image:
         what = f"{len(without)} questions of {task.name} have no image, the first {without[0]}"

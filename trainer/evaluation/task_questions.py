@@ -1,6 +1,5 @@
 """Questions of a task from the files in which its benchmark is handed around."""
 
-import ast
 import json
 import re
 from collections import Counter
@@ -11,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from llava_llama31.trainer.data.sources.images import ImageRef
+from llava_llama31.trainer.data.sources.remote_files import check_is_path
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.metrics.choices import LETTERS, inline_options
 from llava_llama31.trainer.evaluation.questions import (
-    LONGEST_ANSWER_LIST,
     LONGEST_IMAGE_INDEX,
+    ImagePlace,
     Question,
     decoded_base64,
     only_once,
+    python_list,
     shared_image,
 )
 from llava_llama31.trainer.evaluation.row_files import Row, any_rows
 from llava_llama31.trainer.evaluation.task_files import PER_QUESTION, Layout, Task
+from llava_llama31.trainer.recipes.data_formats import MAX_PIXELS
 
 
 _PLACEHOLDER = re.compile(r"\{([^{}:]+)(?::0(\d+))?\}")
@@ -35,6 +37,7 @@ def load_task_questions(
     source: str | Path | Sequence[Row],
     *,
     image_root: str | Path | None = None,
+    max_pixels: int | None = None,
     limit: int | None = None,
     with_images: bool = True,
 ) -> list[Question]:
@@ -44,12 +47,15 @@ def load_task_questions(
         task: says where a question's parts are.
         source: file, folder or pattern; or rows that were read before.
         image_root: folder of the images; by default that of `source`.
+        max_pixels: of the largest image that is read, height x width.
         limit: read no more than this many.
         with_images: False leaves the images out, as scoring needs none.
 
     Raises:
         UserError: no layout of the task fits, or a row lacks a part, doubles an id or has an answer of another kind.
     """
+    for given in (source, image_root):
+        check_is_path(given)
     layout, rows = _rows_of(task, source, with_images)
     path = Path(source) if isinstance(source, str | Path) else Path()
     root = Path(path if path.is_dir() else path.parent) if image_root is None else Path(image_root)
@@ -64,8 +70,8 @@ def load_task_questions(
         only_once(str(question.question_id), layout.id or "question", where, seen)
         if with_images and question.image_id:
             shown = {"image": _image(layout, row, holders, where)}
-            image = shared_image(shown, question.image_id, root.resolve(), where, images)
-            question = replace(question, image=image)
+            place = ImagePlace(root.resolve(), max_pixels or MAX_PIXELS)
+            question = replace(question, image=shared_image(shown, question.image_id, place, where, images))
         questions.append(question)
     if not questions:
         raise UserError("no questions", where=str(path), fix="name a file with at least one question")
@@ -170,7 +176,13 @@ def _image(layout: Layout, row: Mapping[str, Any], holders: Mapping[str, Mapping
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if isinstance(image, str) and image in holders and layout.image in row:
-        image = holders[image].get(str(layout.image))
+        held = holders[image].get(str(layout.image))
+        if isinstance(held, str) and held != image and held in holders:
+            what = f"image is {image!r}, the index of a row that names row {held}"
+            raise UserError(what, where=where, fix="name the row that holds the image")
+        image = held
+    if isinstance(image, str) and (paths := python_list(image)) is not None:
+        raise UserError(f"image lists {len(paths)} images", where=where, fix="give the one of the question")
     if isinstance(image, str) and _is_base64(image):
         return {"bytes": decoded_base64(image, where)}
     named = _field(row, layout.image_key) if layout.image_key and image in (None, "") else None
@@ -313,17 +325,6 @@ def _listed(value: Any) -> list[Any]:
         return list(value)
     read = python_list(value) if isinstance(value, str) else None
     return [value] if read is None else read
-
-
-def python_list(text: str) -> list[Any] | None:
-    """The list that a text is in Python's spelling, or None."""
-    if not text.lstrip().startswith("[") or len(text) > LONGEST_ANSWER_LIST:
-        return None
-    try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
-    return value if isinstance(value, list) else None
 
 
 def _groups(layout: Layout, row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -481,6 +481,8 @@ class Evaluation(_Frozen):
     """File or folder of the questions; a file of your own may name it."""
     image_root: str | None = None
     """Folder of the images; default: the folder of `data`."""
+    max_pixels: PositiveInt | None = None
+    """Largest image that is read, height x width; default: 40 million."""
     name: str = "validation"
     """What it is called in reports and in `eval_questions`; default for a task: the task's name."""
     limit: PositiveInt | None = None

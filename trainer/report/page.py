@@ -313,7 +313,9 @@ def _questions(run: RunFacts) -> dict[str, tuple[str, str, str | None]]:
     if not spec.get("data") or spec.get("task"):
         return {}
     try:
-        questions = load_questions(spec["data"], image_root=spec["image_root"], limit=NUM_ASKED)
+        questions = load_questions(
+            spec["data"], image_root=spec["image_root"], max_pixels=spec.get("max_pixels"), limit=NUM_ASKED
+        )
     except UserError:  # the answers are shown without them
         return {}
     return {

@@ -74,12 +74,14 @@ def question_set(spec: Evaluation, *, where: str, limit: int | None = None) -> Q
     limit = limit if limit is not None else spec.limit
     if spec.task is None:
         assert spec.data is not None
-        questions = load_questions(spec.data, image_root=spec.image_root, limit=limit)
+        questions = load_questions(spec.data, image_root=spec.image_root, max_pixels=spec.max_pixels, limit=limit)
         task, preset = None, PRESETS[spec.preset]
     else:
         task = load_task(spec.task)
         preset = preset_of(task, spec.preset)
-        questions = questions_to_ask(task, spec.data, image_root=spec.image_root, limit=limit)
+        questions = questions_to_ask(
+            task, spec.data, image_root=spec.image_root, max_pixels=spec.max_pixels, limit=limit
+        )
         if not is_scored(task, questions):
             what = f"the answers to these questions of {task.name} are not public, so nothing can be scored"
             raise UserError(what, where=where, fix="give annotated questions; `evaluate` writes files for servers")

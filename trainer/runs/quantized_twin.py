@@ -92,7 +92,7 @@ def _score(
 ) -> tuple[Difference, dict[str, Any]]:
     """The paired difference to the run's own answers, and the twin's scores for its card; writes predictions."""
     assert spec.data is not None
-    questions = load_questions(spec.data, image_root=spec.image_root, limit=spec.limit)
+    questions = load_questions(spec.data, image_root=spec.image_root, max_pixels=spec.max_pixels, limit=spec.limit)
     settings = EvaluationSettings(
         revision=weights_revision(staging) or "unknown",
         preset=PRESETS[spec.preset],

@@ -20,11 +20,11 @@ from PIL import Image, UnidentifiedImageError
 from llava_llama31.processing.pixels_llava_llama31 import SIDEWAYS, orientation_of, upright_rgb
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.data.sources.remote_files import Missing, is_remote, join, whole
+from llava_llama31.trainer.recipes.data_formats import MAX_PIXELS
 from llava_llama31.trainer.redaction import redacted
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 40_000_000
 # a side that JPEG and GIF can hold; Pillow keeps a pointer a row and a WebP decoder twice the canvas
 MAX_SIDE = 65_535
 # more than any image of MAX_PIXELS needs; the WebP decoder reads its file whole
@@ -126,10 +126,11 @@ class ImageRef:
         try:
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > self.max_pixels:
-                    what = f"{image.height} x {image.width} pixels, more than {self.max_pixels}"
+                    what = f"{image.height} x {image.width} pixels, more than {self.max_pixels:,}: raise max_pixels "
+                    what += "(`--max-pixels`, or the key of a recipe), or make it smaller"
                     raise RecordError("oversized_image", what, self.name)
                 if max(image.size) > MAX_SIDE:
-                    what = f"{image.height} x {image.width} pixels, a side above {MAX_SIDE}"
+                    what = f"{image.height} x {image.width} pixels, a side above {MAX_SIDE}: make it smaller"
                     raise RecordError("oversized_image", what, self.name)
                 if check_scans and image.format in ("JPEG", "MPO"):
                     self._check_scans(file)
@@ -139,9 +140,12 @@ class ImageRef:
         except UnidentifiedImageError:
             raise self._unidentified(file) from None
         except Image.DecompressionBombError as error:
-            raise RecordError("oversized_image", str(error), self.name) from None
+            what = f"more pixels than Pillow reads, which no setting raises: make it smaller ({error})"
+            raise RecordError("oversized_image", what, self.name) from None
         except MemoryError:
-            raise RecordError("oversized_image", "there is not enough memory to decode it", self.name) from None
+            raise RecordError(
+                "oversized_image", "there is not enough memory to decode it: make it smaller", self.name
+            ) from None
         except OSError as error:
             # Pillow's own complaints carry no errno
             reason = "corrupt_image" if error.errno is None else "unreadable_image"
@@ -158,7 +162,7 @@ class ImageRef:
         with BytesIO(self.data) if self.data is not None else self._stored_file() as file:
             num_bytes = file.seek(0, os.SEEK_END)
             if num_bytes > MAX_FILE_BYTES:
-                what = f"{num_bytes} bytes encoded, more than {MAX_FILE_BYTES}"
+                what = f"{num_bytes} bytes encoded, more than {MAX_FILE_BYTES}: make it smaller"
                 raise RecordError("oversized_image", what, self.name)
             file.seek(0)
             yield file

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Protocol
 from llava_llama31.trainer.data.sources.conversations import Converter, Record, kind_of
 from llava_llama31.trainer.data.sources.data_folders import check_whole, data_files_at, log_beside, parquet_splits
 from llava_llama31.trainer.data.sources.dataset_rows import DatasetRows, can_unpack
-from llava_llama31.trainer.data.sources.images import MAX_PIXELS
 from llava_llama31.trainer.data.sources.json_rows import JsonRows
 from llava_llama31.trainer.data.sources.parquet_rows import ParquetRows, is_parquet, parquet_urls
 from llava_llama31.trainer.data.sources.reject_reasons import REASONS, RecordError
-from llava_llama31.trainer.data.sources.remote_files import Missing, is_remote, join
+from llava_llama31.trainer.data.sources.remote_files import Missing, check_is_path, is_remote, join
 from llava_llama31.trainer.data.sources.sharded_rows import INDEX, ShardedRows
 from llava_llama31.trainer.data.sources.tar_rows import TarRows
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.recipes.data_formats import DataFormat
+from llava_llama31.trainer.recipes.data_formats import MAX_PIXELS, DataFormat
 from llava_llama31.trainer.recipes.file_names import ends_like_a_file
 from llava_llama31.trainer.redaction import printable, redacted
 
@@ -168,6 +167,7 @@ def _image_root(source: "DataSource") -> Path | str:
         return source.image_root
     if is_remote(source.path) and not source.image_root:
         return source.path if not ends_like_a_file(source.path) else source.path.rpartition("/")[0]
+    check_is_path(source.image_root, stores_too=True)
     path = Path(source.path)
     root = Path(source.image_root) if source.image_root else path if path.is_dir() else path.parent
     if source.image_root and not root.is_dir():
@@ -205,6 +205,7 @@ def _local_files(source: "DataSource", path: Path) -> Iterable[Path]:
 def _open_rows(source: "DataSource") -> _Rows:
     if is_remote(source.path):
         return _open_remote_rows(source)
+    check_is_path(source.path, stores_too=True)
     path = Path(source.path)
     if (path / INDEX).is_file():
         return ShardedRows(source.path)

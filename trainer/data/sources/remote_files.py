@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from uuid import uuid4
 
 from llava_llama31.trainer.data.sources.user_cache import user_cache
@@ -32,7 +33,9 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 20.0
 CACHE_VARIABLE = "LLAVA_LLAMA31_REMOTE_CACHE_GB"
 _DEFAULT_CACHE_GB = 10.0
 _URL = re.compile(r"(s3|gs|hf|https?)://", re.IGNORECASE)
+_ANY_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
+_CREDENTIALS = "give credentials in the environment, as the store's own tools read them"
 _READ_AHEAD = 8  # ranges at once
 _VERSIONS = ("ETag", "etag", "sha256", "blob_id", "mtime", "LastModified")
 _END_BYTES = 64 * 2**10
@@ -45,11 +48,39 @@ def is_remote(path: object) -> bool:
     return isinstance(path, str) and _URL.match(path) is not None
 
 
+def check_is_path(given: object, *, stores_too: bool = False) -> None:
+    """Refuse a URL where a path of this machine is wanted, before it is taken for a relative one.
+
+    Args:
+        given: what the user names.
+        stores_too: URLs of the stores are read there.
+
+    Raises:
+        UserError: it is a URL.
+    """
+    fault = url_fault(given, stores_too=stores_too)
+    if fault is not None:
+        raise UserError(fault[0], where=redacted(str(given)), fix=fault[1])
+
+
+def url_fault(given: object, *, stores_too: bool = False) -> tuple[str, str] | None:
+    """What is wrong with a URL where a path is wanted, and its fix; None if nothing is."""
+    if not isinstance(given, str) or not _ANY_URL.match(given) or (stores_too and is_remote(given)):
+        return None
+    if given.lower().startswith("file://"):
+        return "a path is wanted, not a URL", "leave out file://"
+    if stores_too:
+        return "URLs begin with s3://, gs://, hf://, http:// or https://", "download it and name the copy"
+    return "a URL is not read here", "download it and name the copy"
+
+
 def join(folder: str, name: str) -> str | None:
-    """The URL of a file below a folder's; None where the name leaves it."""
+    """The URL of a file below a folder's, whatever characters its name has; None where the name leaves it."""
     if name.startswith("/") or ".." in name.split("/"):
         return None
-    return f"{folder.rstrip('/')}/{posixpath.normpath(name)}"
+    name = posixpath.normpath(name)
+    is_web = folder[:4].lower() == "http"  # where `?`, `#` and `%` mean something; stores take keys as they are
+    return f"{folder.rstrip('/')}/{quote(name) if is_web else name}"
 
 
 @dataclass(frozen=True)
@@ -248,23 +279,40 @@ def _retried(url: str, step: Callable[[], Any]) -> Any:
     for attempt in range(ATTEMPTS):
         try:
             return step()
+        except UserError:
+            raise
         except PermissionError as refusal:
-            fix = "give credentials in the environment, as the store's own tools read them"
-            raise UserError(f"access is denied: {refusal}", where=redacted(url), fix=fix) from refusal
-        except (OSError, asyncio.TimeoutError, aiohttp.ClientError) as raised:
+            raise UserError(f"access is denied: {refusal}", where=redacted(url), fix=_CREDENTIALS) from refusal
+        except Exception as raised:  # each store's library has errors of its own, which share no class
             error = _fault(raised)
             status = error.status if isinstance(error, aiohttp.ClientResponseError) else None
             if isinstance(error, FileNotFoundError) or status in (404, 410):
                 raise Missing(url) from error
+            if isinstance(error, aiohttp.InvalidURL):
+                raise UserError("this is no URL", where=redacted(url), fix="correct its host and port") from error
             if status in (400, 401, 403):
-                fix = "give credentials in the environment, as the store's own tools read them"
+                fix = f"correct the URL, or {_CREDENTIALS}" if status == 400 else _CREDENTIALS
                 raise UserError(f"the server answers {status}", where=redacted(url), fix=fix) from error
             if attempt == ATTEMPTS - 1:
-                what = f"can't be read after {ATTEMPTS} attempts: {redacted(str(error)) or type(error).__name__}"
-                raise UserError(what, where=redacted(url), fix="check the connection and the store") from error
+                what = f"can't be read after {ATTEMPTS} attempts: {_told(error)}"
+                fix = "check the connection, the store and the credentials in the environment"
+                raise UserError(what, where=redacted(url), fix=fix) from error
             logger.info("%s: %s, attempt %d", redacted(url), error, attempt + 1)
             time.sleep(min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S))
     raise AssertionError
+
+
+def _told(error: Exception) -> str:
+    """An error of a store's library in words that users know."""
+    import aiohttp
+
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"the server answers {error.status} {error.message}".strip()
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "the connection ended before the file did"
+    if isinstance(error, asyncio.TimeoutError):
+        return "no answer in time"
+    return redacted(str(error)) if isinstance(error, OSError) and str(error) else f"{type(error).__name__}: {error}"
 
 
 def _fault(error: Exception) -> Exception:

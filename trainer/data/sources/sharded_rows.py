@@ -91,8 +91,9 @@ class ShardedRows(TarRows):
         return self._remote(self._number(row)).read(start, members[-1].start + members[-1].size - start)
 
     def _index(self) -> dict[str, Any]:
+        text = self._text(INDEX)
         try:
-            content = parse_json(self._text(INDEX).decode())
+            content = parse_json(text.decode())
             if content["version"] != VERSION:
                 raise ValueError(f"its version is {content['version']}, not {VERSION}")
             if sum(shard["rows"] for shard in content["shards"]) != content["rows"]:
