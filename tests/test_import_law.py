@@ -100,6 +100,19 @@ def test_setup_cfg_lists_every_package():
     assert listed == found
 
 
+def test_examples_are_installed():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    installed = set()
+    for target, patterns in config["options.data_files"].items():
+        files = {path for pattern in patterns.split() for path in ROOT.glob(pattern)}
+        assert all(
+            path.is_file() and target == f"share/llava-llama31/{path.relative_to(ROOT).parent}" for path in files
+        )
+        installed |= files
+    assert installed == {path for path in (ROOT / "examples").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+
+
 # what a fresh process runs -> modules that it then has not imported
 LIGHT = {
     "import llava_llama31.trainer.cli": "torch transformers datasets pyarrow",

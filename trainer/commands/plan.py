@@ -162,11 +162,11 @@ def _image(given: str | None) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
-def print_plan(plan: dict[str, Any]) -> None:
-    """Print the plan on standard output, one table per stage."""
+def print_plan(plan: dict[str, Any], *, stderr: bool = False) -> None:
+    """Print the plan, one table per stage, on stdout or stderr."""
     from llava_llama31.trainer.terminal import Terminal
 
-    console = Terminal()
+    console = Terminal(stderr=stderr)
     memory = "" if plan["device_memory"] is None else f" of {plan['device_memory']:g} GB"
     model = f"sizes of {plan['model']}" if plan["model"] else "the model's parts are not here yet: no memory, no FLOPs"
     console.print(f"{plan['recipe']} on {counted(plan['devices'], 'device')}{memory}; {model}")
