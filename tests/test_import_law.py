@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import llava_llama31
 from llava_llama31.trainer.publishing.gate_code import MAX_CODE_FILES, code_problems
 
 
@@ -98,6 +100,12 @@ def test_setup_cfg_lists_every_package():
             parts = init.parent.relative_to(ROOT / folder).parts
             found.add(".".join([name, *parts]))
     assert listed == found
+
+
+def test_the_version_is_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert project["version"] == cited[1] == llava_llama31.__version__
 
 
 def test_examples_are_installed():
