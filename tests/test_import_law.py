@@ -7,13 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterable
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import llava_llama31
 from llava_llama31.trainer.publishing.gate_code import MAX_CODE_FILES, code_problems
