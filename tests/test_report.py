@@ -353,6 +353,8 @@ def test_a_chart_is_told_in_words_and_takes_the_pages_colours():
     drawn = svg(chart, "k1")
     assert "train &amp; co: first 4" in drawn and "$a_b$" in drawn and "var(--line-1)" in drawn
     assert 'aria-labelledby="k1t k1d"' in drawn and "#0102" not in drawn and "<style" not in drawn
+    assert drawn.count("<use") == 2  # points between gaps are dots, such as a stage's first entry
+    assert "<use" not in svg(Chart("Loss", [Line("x", [(0, 1.0), (1, 2.0)])]), "k1")
     with pytest.raises(ValueError, match="no finite point"):
         svg(Chart("Loss", [Line("x", [(0, np.nan)])]), "k")
 
