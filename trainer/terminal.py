@@ -49,13 +49,14 @@ class _PlainConsole(Console):
         return Text(shown(text), style=style, justify=justify, overflow=overflow)
 
 
-class _WithoutBars(io.TextIOBase):
+class _WithoutBars(io.StringIO):
     """A stream without the states of a bar of tqdm, which begin with a carriage return, and without its line end."""
 
     def __init__(self, stream: TextIO):
+        super().__init__()
         self._stream, self._in_bar = stream, False
 
-    def write(self, text: str) -> int:
+    def write(self, text: str, /) -> int:
         ends_bar = self._in_bar and text == "\n"
         self._in_bar = text.startswith("\r")
         return len(text) if self._in_bar or ends_bar else self._stream.write(text)
