@@ -253,7 +253,7 @@ def _fix_line(stage: dict[str, Any]) -> str:
     if fix is None:
         return "no setting that was tried makes it fit: add devices, or lora"
     launch = f" under accelerate launch --config_file {fix['accelerate']}" if fix["accelerate"] else ""
-    return f"{fix['peak']:,.1f} GB with {fix['engine']}{launch}: {' '.join(fix['set'])}"
+    return f"{fix['peak']:,.1f} GB with {fix['engine']}{launch}{': ' * bool(fix['set'])}{' '.join(fix['set'])}"
 
 
 def _gb(value: float) -> str:
