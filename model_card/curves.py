@@ -150,6 +150,12 @@ def _finite(points: Points) -> np.ndarray:
     return values[np.isfinite(values[:, 1])]
 
 
+def _between_gaps(y: np.ndarray) -> np.ndarray:
+    """Whether a point has no neighbour that a line could lead to."""
+    given = np.isfinite(np.concatenate([[np.nan], y, [np.nan]]))
+    return given[1:-1] & ~given[:-2] & ~given[2:]
+
+
 def _style() -> Any:
     import matplotlib
 
@@ -175,6 +181,8 @@ def _drawn(chart: Chart, colours: Mapping[str, str], inches: tuple[float, float]
         colour, marker = colours[f"line-{line.colour % NUM_COLOURS + 1}"], "o" if line.dots else None
         dash = DASHES[line.dash % len(DASHES)]
         axes.plot(x, mean, color=colour, linestyle=dash, linewidth=1.4, marker=marker, markersize=3, label=line.label)
+        alone = _between_gaps(mean)
+        axes.plot(x[alone], mean[alone], color=colour, linestyle="none", marker="o", markersize=3)
         if not np.array_equal(low, high, equal_nan=True):
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     for x, name in (chart.bounds or {}).items():

@@ -625,11 +625,13 @@ def test_browse_compares_two_files(evaluation, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
-def test_nobody_is_left_out(page, width, scheme):
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nobody_is_left_out(page, width):
     page.resize(width)
-    page.prefer(scheme)
-    assert page.run("return document.documentElement.scrollWidth") <= width and page.violations() == []
+    assert page.run("return document.documentElement.scrollWidth") <= width
+    for scheme in ("light", "dark"):
+        page.prefer(scheme)
+        assert page.violations() == []
 
 
 def test_every_control_has_a_name(page):

@@ -247,10 +247,12 @@ def test_a_conversation_in_a_browser(page, serve, lively_model, processor, make_
     send(shown, "and why?")
     until(lambda: len(shown.run(TURNS)) == 4 and idle(shown))
     assert shown.run(TURNS)[2:] == ["and why?", answers[1]]
-    assert shown.violations() == []
-    shown.resize(390)
-    shown.prefer("dark")
-    assert shown.run("return document.documentElement.scrollWidth") <= 390 and shown.violations() == []
+    for width in (1280, 390):
+        shown.resize(width)
+        assert shown.run("return document.documentElement.scrollWidth") <= width
+        for scheme in ("light", "dark"):
+            shown.prefer(scheme)
+            assert shown.violations() == []
     shown.click("#reset")
     until(lambda: shown.run(TURNS) == [])
     # 400 of the broken image is all the console says

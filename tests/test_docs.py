@@ -202,6 +202,12 @@ def test_every_page_is_in_the_site():
     assert sorted(listed) == sorted(str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md"))
 
 
+def test_names_of_the_python_reference_exist():
+    names = re.findall(r"^::: (.+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    places = [name.rpartition(".") for name in names]
+    assert places and all(vars(importlib.import_module(module))[name] for module, _, name in places)
+
+
 def test_others_options_lead_to_keys_and_options_that_exist():
     keys = {name for model in (Recipe, Stage, DataSource, Model, Lora) for name in model.model_fields}
     (group,) = (action for action in command_parser()._actions if isinstance(action.choices, dict))

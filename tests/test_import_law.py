@@ -13,7 +13,9 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import tomllib
 
+import llava_llama31
 from llava_llama31.trainer.publishing.gate_code import MAX_CODE_FILES, code_problems
 
 
@@ -120,6 +122,25 @@ def test_setup_cfg_lists_every_package():
             parts = init.parent.relative_to(ROOT / folder).parts
             found.add(".".join([name, *parts]))
     assert listed == found
+
+
+def test_the_version_is_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert project["version"] == cited[1] == llava_llama31.__version__
+
+
+def test_examples_are_installed():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    installed = set()
+    for target, patterns in config["options.data_files"].items():
+        files = {path for pattern in patterns.split() for path in ROOT.glob(pattern)}
+        assert all(
+            path.is_file() and target == f"share/llava-llama31/{path.relative_to(ROOT).parent}" for path in files
+        )
+        installed |= files
+    assert installed == {path for path in (ROOT / "examples").rglob("*") if path.is_file() and path.suffix != ".pyc"}
 
 
 # what a fresh process runs -> modules that it then has not imported

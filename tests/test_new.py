@@ -2,12 +2,14 @@
 
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
 import yaml
 
 from llava_llama31.trainer.cli import _COMMANDS, command_parser, main
+from llava_llama31.trainer.commands import new
 from llava_llama31.trainer.commands.examples import EXAMPLES
 from llava_llama31.trainer.recipes.loading import load_recipe
 
@@ -19,14 +21,39 @@ def test_a_new_recipe_is_one_that_trains_on_the_rows(data_folder, base_folder, t
     said = capsys.readouterr()
     assert said.out == "signs.yaml\n" and "44 rows in the format llava" in said.err
     assert "read as 0 images and 2 turns" in said.err and '"id": "r0"' in said.err
+    assert "columns: id, " in said.err and "device: the CPU" in said.err
+    assert "signs on 1 device" in said.err and "parameters" in said.err
     recipe = load_recipe("signs.yaml")
     stage = recipe.stages["instruct"]
     assert (recipe.name, recipe.model.checkpoint, stage.global_batch) == ("signs", str(base_folder), 2)
     assert stage.lora is not None and recipe.evaluation is not None
-    assert main(["train", "signs.yaml", "--dry-run", "--set", "stages.instruct.precision=float32"]) == 0
+    assert main(["train", "signs.yaml", "--dry-run"]) == 0
     assert "44 of 44 records usable" in capsys.readouterr().err
     assert main(["new", "signs", *arguments]) == 2
     assert "signs.yaml: is there already" in capsys.readouterr().err
+
+
+def test_a_new_recipe_is_for_the_gpus_of_the_machine(data_folder, base_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    gpus = new._Device(2, 80 * 10**9)
+    monkeypatch.setattr(new, "_device", lambda: gpus)
+    monkeypatch.setattr(new, "_look_at", lambda *_: 70)  # a twentieth is 3, no multiple of 2
+    assert main(["new", "signs", "--data", str(data_folder / "rows.json"), "--model", str(base_folder)]) == 0
+    assert "signs on 2 devices of 80 GB" in capsys.readouterr().err
+    recipe = load_recipe("signs.yaml")
+    assert recipe.stages["instruct"].global_batch == 2
+
+
+def test_what_no_option_says_is_asked_in_a_terminal(data_folder, base_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base_folder, tmp_path / "run/export")
+    answers = [str(data_folder / "rows.json"), "run", "", "y"]
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: answers.pop(0))
+    assert main(["new", "signs"]) == 0
+    recipe = load_recipe("signs.yaml")
+    assert recipe.model.checkpoint == "run/export" and recipe.evaluation is None
+    assert recipe.stages["instruct"].lora is not None and not answers
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.recipes.loading import load_recipe
 from llava_llama31.trainer.recipes.schema import Recipe
 
 
@@ -31,13 +32,13 @@ def walked(base_folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_every_command_of_the_page(walked, capsys):
-    (commands,) = (content for language, _, content in BLOCKS if language == "bash")
     printed = {}
-    for line in commands.splitlines():
+    for line in "".join(content for language, _, content in BLOCKS if language == "bash").splitlines():
         program, command, *arguments = shlex.split(line)
         capsys.readouterr()
         assert program == "llava-llama31" and main([command, *arguments]) == 0, line
         printed[command] = capsys.readouterr()
+    assert load_recipe("mine/own.yaml").evaluation.data == "mine/questions.jsonl"
     assert "signs: 3 of 3 records usable" in printed["check-data"].out
     assert printed["chat"].out == "STOP\n"
     assert "100.00" in printed["evaluate"].out

@@ -84,7 +84,7 @@ def reference_logits(plain: Path, twin: Path, input_ids: torch.Tensor) -> torch.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_dequantised_logits_are_the_librarys_own(run, twins, samples, scheme):
+def test_dequantised_logits_are_the_librarys_own(run, twins, samples, scheme, capsys):
     input_ids = torch.tensor([samples[9].input_ids])
     model = LlavaNextForConditionalGeneration.from_pretrained(twins[scheme]).eval()
     with torch.no_grad():
@@ -93,7 +93,9 @@ def test_dequantised_logits_are_the_librarys_own(run, twins, samples, scheme):
     torch.testing.assert_close(logits, reference_logits(run / "export", twins[scheme], input_ids), atol=1e-5, rtol=0)
     apart = (logits - plain).abs().max() / plain.std()
     assert 1e-3 < apart < 2
+    capsys.readouterr()
     ours, _ = open_model(twins[scheme])
+    assert capsys.readouterr().err == ""
     with torch.no_grad():
         assert torch.equal(ours(input_ids).logits, logits)
     assert all(

@@ -3,17 +3,19 @@
 import ast
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from tqdm import tqdm
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.commands import publish
 from llava_llama31.trainer.commands.doctor import report
 from llava_llama31.trainer.doctor.findings import DoctorFinding
 from llava_llama31.trainer.runs import run as runs
-from llava_llama31.trainer.terminal import Terminal, styled
+from llava_llama31.trainer.terminal import Terminal, styled, without_bars
 
 
 TRAINER = Path(__file__).parents[1] / "trainer"
@@ -88,6 +90,13 @@ def test_cells_of_a_table_wrap_at_words_on_a_terminal(monkeypatch, capsys):
 def test_a_long_line_is_not_cut(capsys):
     Terminal().print("word " * 1000)
     assert capsys.readouterr().out.split() == ["word"] * 1000
+
+
+def test_others_bars_are_left_out_and_their_words_are_not(capsys):
+    with without_bars():
+        for _ in tqdm(range(3), desc="no use", disable=False):
+            sys.stderr.write("a warning\n")
+    assert capsys.readouterr().err == "a warning\n" * 3
 
 
 @pytest.mark.parametrize(("said", "shown"), HOSTILE.items())

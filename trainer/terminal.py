@@ -1,7 +1,10 @@
 """The terminal: what data, models, paths and recipes say is shown there as plain text, never as markup or control."""
 
 import io
-from collections.abc import Collection, Iterable, Sequence
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from typing import TextIO
 
 from rich.console import Console, HighlighterType, JustifyMethod, OverflowMethod
 from rich.progress import (
@@ -44,6 +47,29 @@ class _PlainConsole(Console):
         highlighter: HighlighterType | None = None,
     ) -> Text:
         return Text(shown(text), style=style, justify=justify, overflow=overflow)
+
+
+class _WithoutBars(io.StringIO):
+    """A stream without the states of a bar of tqdm, which begin with a carriage return, and without its line end."""
+
+    def __init__(self, stream: TextIO):
+        super().__init__()
+        self._stream, self._in_bar = stream, False
+
+    def write(self, text: str, /) -> int:
+        ends_bar = self._in_bar and text == "\n"
+        self._in_bar = text.startswith("\r")
+        return len(text) if self._in_bar or ends_bar else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Context for calls of libraries that draw bars on stderr and cannot be told not to."""
+    with redirect_stderr(_WithoutBars(sys.stderr)):
+        yield
 
 
 class Terminal:

@@ -37,7 +37,7 @@ function showPending() {
     ...pending.map((image, i) => {
       const remove = make("button", { type: "button", "aria-label": `Remove ${image.name}` }, "×");
       remove.addEventListener("click", () => { pending.splice(i, 1); showPending(); byId("text").focus(); });
-      return make("li", {}, make("img", { src: image.url, alt: image.name }), remove);
+      return make("li", {}, make("img", { src: image.url, alt: "" }), make("span", {}, image.name), remove);
     }),
   );
 }
@@ -58,7 +58,7 @@ async function ask(event) {
   fail("");
   const images = pending;
   const shown = images.map((image) => make("img", { src: image.url, alt: image.name }));
-  const mine = turn("mine", "You", ...shown, text);
+  const mine = turn("mine", "You", ...(shown.length ? [make("div", { class: "shown" }, ...shown)] : []), text);
   const answers = models.map((name) => turn("theirs", name));
   const texts = answers.map((answer) => answer.appendChild(document.createTextNode("")));
   byId("log").append(mine, make("div", { class: "answers" }, ...answers));

@@ -16,6 +16,7 @@ from llava_llama31.trainer.commands.evaluate_questions import (
     with_settings,
 )
 from llava_llama31.trainer.commands.options import add_json, add_max_pixels, positive
+from llava_llama31.trainer.commands.quick_imports import quick_imports
 from llava_llama31.trainer.commands.score_tables import print_json, print_report, print_task_report
 from llava_llama31.trainer.evaluation.presets import PRESETS
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
@@ -155,7 +156,8 @@ def _run_textvqa(options: argparse.Namespace) -> bool:
 
 def _run_tasks(options: argparse.Namespace) -> bool:
     """Ask all tasks together; whether every question is answered, true in other processes than the first."""
-    from llava_llama31.trainer.evaluation.task_evaluation import evaluate_tasks
+    with quick_imports():
+        from llava_llama31.trainer.evaluation.task_evaluation import evaluate_tasks
 
     read = task_questions(options)
     with _launched(options.device) as processes:
@@ -192,18 +194,20 @@ class _Opened:
 
 
 def _open(options: argparse.Namespace, processes: "PartialState | None") -> _Opened:
-    import transformers
-
-    from llava_llama31.trainer.distributed.devices import refuse_unused_gpus
-    from llava_llama31.trainer.evaluation.precision import answers_in_float32
-    from llava_llama31.trainer.evaluation.textvqa import weights_revision
     from llava_llama31.trainer.model.locating import model_folder
-    from llava_llama31.trainer.model.opening import open_model
+
+    folder = model_folder(options.model, where="MODEL")  # before torch is imported: it fails faster
+    with quick_imports():
+        import transformers
+
+        from llava_llama31.trainer.distributed.devices import refuse_unused_gpus
+        from llava_llama31.trainer.evaluation.precision import answers_in_float32
+        from llava_llama31.trainer.evaluation.textvqa import weights_revision
+        from llava_llama31.trainer.model.opening import open_model
 
     transformers.utils.logging.disable_progress_bar()  # ours is enough
     if options.device is None:
         refuse_unused_gpus()
-    folder = model_folder(options.model, where="MODEL")
     device = processes.device if processes else options.device
     model, processor = open_model(folder, dtype=options.dtype, device=device)
     if _of_first(lambda: answers_in_float32(model, _say, insists=options.dtype != "auto"), processes):

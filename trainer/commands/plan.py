@@ -162,11 +162,11 @@ def _image(given: str | None) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
-def print_plan(plan: dict[str, Any]) -> None:
-    """Print the plan on standard output, one table per stage."""
+def print_plan(plan: dict[str, Any], *, stderr: bool = False) -> None:
+    """Print the plan, one table per stage, on stdout or stderr."""
     from llava_llama31.trainer.terminal import Terminal
 
-    console = Terminal()
+    console = Terminal(stderr=stderr)
     memory = "" if plan["device_memory"] is None else f" of {plan['device_memory']:g} GB"
     model = f"sizes of {plan['model']}" if plan["model"] else "the model's parts are not here yet: no memory, no FLOPs"
     console.print(f"{plan['recipe']} on {counted(plan['devices'], 'device')}{memory}; {model}")
@@ -253,7 +253,7 @@ def _fix_line(stage: dict[str, Any]) -> str:
     if fix is None:
         return "no setting that was tried makes it fit: add devices, or lora"
     launch = f" under accelerate launch --config_file {fix['accelerate']}" if fix["accelerate"] else ""
-    return f"{fix['peak']:,.1f} GB with {fix['engine']}{launch}: {' '.join(fix['set'])}"
+    return f"{fix['peak']:,.1f} GB with {fix['engine']}{launch}{': ' * bool(fix['set'])}{' '.join(fix['set'])}"
 
 
 def _gb(value: float) -> str:

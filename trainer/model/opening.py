@@ -13,6 +13,7 @@ from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.distributed.devices import default_device
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.locating import hub_id, local_checkpoint
+from llava_llama31.trainer.terminal import without_bars
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -64,9 +65,10 @@ def _load_whole(folder: str | Path, dtype: str) -> LlavaLlama31ForConditionalGen
     if model_type != "llava_next":
         raise UserError(f"model_type is {model_type}, not llava_next", where=where, fix="assemble or export it first")
     try:
-        loaded: Any = LlavaLlama31ForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, packable=True
-        )
+        with without_bars():  # compressed-tensors' own
+            loaded: Any = LlavaLlama31ForConditionalGeneration.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, packable=True
+            )
     except ImportError as error:  # of compressed-tensors, for a quantised folder
         fix = "pip install 'llava-llama31[quantize]'"
         raise UserError(f"is quantised: {error}", where=where, fix=fix) from error

@@ -4,13 +4,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+_ABSENT = object()
+
+
+def _children(content: Any) -> dict[str, Any] | None:
+    """Of a mapping or a list of mappings what it holds, by name or position; None: a value."""
+    if isinstance(content, Mapping) and content:
+        return {str(name): value for name, value in content.items()}
+    if isinstance(content, list) and content and all(isinstance(item, Mapping) for item in content):
+        return {str(number): value for number, value in enumerate(content)}
+    return None
+
+
 def flat(content: Any, key: str = "") -> dict[str, Any]:
     """Values of nested mappings and of lists of mappings, by key; other lists are values."""
-    if isinstance(content, Mapping) and content:
-        items = {str(name): value for name, value in content.items()}
-    elif isinstance(content, list) and content and all(isinstance(item, Mapping) for item in content):
-        items = {str(number): value for number, value in enumerate(content)}
-    else:
+    items = _children(content)
+    if items is None:
         return {key: content}
     found: dict[str, Any] = {}
     for name, value in items.items():
@@ -19,8 +28,21 @@ def flat(content: Any, key: str = "") -> dict[str, Any]:
 
 
 def differing(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Keys whose values are not the same in all recipes, with the values as text."""
-    flattened = [flat(recipe) for recipe in recipes]
-    keys = dict.fromkeys(key for recipe in flattened for key in recipe)
-    values = {key: [str(recipe.get(key, "not there")) for recipe in flattened] for key in keys}
-    return {key: found for key, found in values.items() if len(set(found)) > 1}
+    """Keys whose values are not the same in all recipes, with the values as text.
+
+    A value that is a mapping in one recipe and none in another, such as a learning rate, is one key.
+    """
+    return _differing(list(recipes), "")
+
+
+def _differing(values: list[Any], key: str) -> dict[str, list[str]]:
+    branches = [{} if value is _ABSENT else _children(value) for value in values]
+    names = dict.fromkeys(name for branch in branches if branch for name in branch)
+    if None in branches or not names:
+        texts = ["not there" if value is _ABSENT else str(value) for value in values]
+        return {key: texts} if len(set(texts)) > 1 else {}
+    found: dict[str, list[str]] = {}
+    for name in names:
+        below = [branch.get(name, _ABSENT) for branch in branches if branch is not None]
+        found |= _differing(below, f"{key}.{name}" if key else name)
+    return found

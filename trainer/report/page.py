@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
@@ -67,7 +68,9 @@ def report_page(runs: Sequence[RunFacts], address: Callable[[Path], str], *, ref
     """
     runs = _distinct(runs)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.globals |= {"key": _key, "table": _table, "heading": lambda text: Markup("<h3>{}</h3>").format(text)}
+    level = 2 if len(runs) == 1 else 3  # below the run's name, if that is a heading
+    environment.globals |= {"key": _key, "table": _table, "heading": partial(_heading, level)}
+    environment.globals |= {"subheading": partial(_heading, level + 1)}
     template = environment.from_string(_file("report.html.jinja"))
     drawn = [
         {
@@ -96,6 +99,10 @@ def _distinct(runs: Sequence[RunFacts]) -> list[RunFacts]:
 
 def _file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _heading(level: int, text: str) -> Markup:
+    return Markup("<h{0}>{1}</h{0}>").format(level, text)
 
 
 def _key(colour: int, dash: int) -> Markup:
