@@ -152,10 +152,13 @@ def all_stages(forks, base_folder, data_folder, make_once):
 
     Two samples a step for each of two processes, one in four of them without an image.
     """
-    folder = tmp_path_factory.mktemp("engines")
     rows = json.loads((data_folder / "rows.json").read_text())
-    (folder / "images.json").write_text(json.dumps([row for row in rows if "image" in row]))
-    (folder / "texts.json").write_text(json.dumps([row for row in rows if "image" not in row]))
+
+    def split(folder: Path) -> None:
+        (folder / "images.json").write_text(json.dumps([row for row in rows if "image" in row]))
+        (folder / "texts.json").write_text(json.dumps([row for row in rows if "image" not in row]))
+
+    folder = make_once("engines-data", split)
     sources = [{"name": name, "path": str(folder / f"{name}.json")} for name in ("images", "texts")]
     stage = {
         "data": [source | {"image_root": str(data_folder)} for source in sources],
