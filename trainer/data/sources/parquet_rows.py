@@ -318,7 +318,9 @@ def parquet_urls(url: str, split: str) -> dict[str, list[str]]:
     return {name: [url.rstrip("/") + file.as_posix() for file in of_split] for name, of_split in chosen.items()}
 
 
-def _parts(splits: dict[str, list[str]], asked: str, rows_of: dict[str, int]) -> Iterator[tuple[list[str], int, int]]:
+def _parts(
+    splits: Mapping[str, Sequence[str]], asked: str, rows_of: Mapping[str, int]
+) -> Iterator[tuple[Sequence[str], int, int]]:
     """(files, first row, last) of each part of `train[:10%]+test`, with the rounding of `datasets`."""
     import datasets
 
