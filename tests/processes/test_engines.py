@@ -236,7 +236,7 @@ def test_every_engine_trains_as_one_process_does(start, all_stages, tmp_path, en
         share = int(held.replace(",", "")) / int(total.replace(",", ""))
         assert share == pytest.approx(0.5 if sharded else 1, abs=1e-3)
     assert_same_run(tmp_path / "run", single)
-    assert any("loss_by_source/texts" in entry for entry in history(tmp_path / "run", "projector"))
+    assert any("loss_by_source/texts" in entry for entry in history(tmp_path / "run", "1-projector"))
     records = [json.loads((run / "summary.json").read_text())["stages"] for run in (tmp_path / "run", single)]
     for ours, expected in zip(records[0].values(), records[1].values(), strict=True):
         assert ours["groups"] == expected["groups"]

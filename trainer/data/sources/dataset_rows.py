@@ -116,17 +116,15 @@ def can_unpack(path: Path, split: str) -> bool:
     import datasets
     import pyarrow.parquet
 
-    filled = {name: _with_rows(files) for name, files in parquet_splits(path, split).items()}
-    files = {file for files in filled.values() for file in files}
+    data_files, features = _files_and_features(path, split)
     needed = 0
-    for file in files:
+    for file in {file for files in data_files.values() for file in files}:
         facts = pyarrow.parquet.read_metadata(file)
         needed += sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     free = shutil.disk_usage(next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())).free
     if needed <= free:
         return True
-    data_files, features = _files_and_features(path, split)
     try:
         builder = datasets.load_dataset_builder("parquet", data_files=data_files, features=features)
         if builder.cache_dir is not None and Path(builder.cache_dir).is_dir():
