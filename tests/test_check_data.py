@@ -263,14 +263,6 @@ def test_what_sharing_saves_is_what_packing_one_group_saves(write, check, capsys
     assert late.sharing() == {"records": 1, "tokens": 10}
 
 
-@pytest.mark.slow
-def test_spawned_workers_print_nothing(write, check, capfd, monkeypatch):
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # as the command does
-    source = write(*(row(str(n), "good.png", answer=f"{n}") for n in range(4)))
-    check(source, num_workers=2)
-    assert capfd.readouterr().err == ""
-
-
 def test_headers_alone_let_a_truncated_image_pass(folder, write, check):
     source = write(bad_row("corrupt_image", folder))
     assert check(source, decode=False).sources[0].rows.tolist() == [0]
@@ -316,13 +308,18 @@ def test_first_of_equal_digests_against_a_dictionary():
 
 
 @pytest.mark.slow
-def test_workers_find_what_one_process_finds(folder, write, check, monkeypatch, tmp_path):
+def test_workers_find_what_one_process_finds_and_print_nothing_else(
+    folder, write, check, monkeypatch, tmp_path, capfd
+):
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # as the command does
     monkeypatch.setattr(check_rows, "_CHUNK_ROWS", 7)
     images = ("good.png", "gone.png", None)
     rows = [row(str(n), images[n % 3], question=f"q{n // 2}", **{f"field{n % 2}": n}) for n in range(60)]
     source = write(*rows, '{"broken')
     alone = check(source, policy=SKIP).sources[0]
+    said = capfd.readouterr().err
     pooled = check(source, policy=SKIP, num_workers=2, cache_dir=tmp_path / "other").sources[0]
+    assert capfd.readouterr().err == said
     assert not pooled.cached and pooled.dropped == alone.dropped and pooled.first_ids == alone.first_ids
     assert pooled.rows.tolist() == alone.rows.tolist() and list(pooled.rejected()) == list(alone.rejected())
     assert pooled.not_read == alone.not_read and alone.not_read.keys() == {"field0", "field1"}

@@ -22,6 +22,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from llava_llama31.trainer.demo import images, parts
 from llava_llama31.trainer.errors import Interrupted
+from llava_llama31.trainer.worker_pools import spawned_pool
 
 
 SMALL = parts.Settings(
@@ -45,7 +46,10 @@ def scenes():
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "parts"
     said = []
-    parts.prepare(folder, seed=3, progress=said.append, settings=SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        # one process for both parts, since each imports torch; not this one, whose sets have another order
+        patch.setattr(parts, "spawned_pool", lambda _: spawned_pool(1))
+        parts.prepare(folder, seed=3, progress=said.append, settings=SMALL)
     return folder, said
 
 

@@ -10,6 +10,6 @@ def package_version(name: str) -> str:
     Raises:
         PackageNotFoundError: it is not installed.
     """
-    from importlib import metadata  # a sixth of what every command imports before it answers `--help`
+    from importlib import metadata  # which imports `email`: a sixth of the time of --help
 
     return metadata.version(name)
