@@ -152,7 +152,7 @@ def _finite(points: Points) -> np.ndarray:
 
 def _between_gaps(y: np.ndarray) -> np.ndarray:
     """Whether a point has no neighbour that a line could lead to."""
-    given = np.isfinite(np.concatenate([[np.nan], y, [np.nan]]))
+    given = np.pad(np.isfinite(y), 1)
     return given[1:-1] & ~given[:-2] & ~given[2:]
 
 

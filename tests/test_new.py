@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -63,12 +64,17 @@ def test_what_no_option_says_is_asked_in_a_terminal(data_folder, base_folder, tm
         (["a"], "--data: names no rows"),
         (["a", "--data", "gone.json"], "gone.json"),
         (["a", "--data", "{rows}", "--output", "no/a.yaml"], "no/a.yaml: No such file or directory"),
+        (["a", "--data", "{rows}", "--model", "{model}"], "config.json: is no LlavaNext model"),
     ],
 )
 def test_what_new_cannot_do_is_said(arguments, message, data_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["new", *(argument.format(rows=data_folder / "rows.json") for argument in arguments)]) == 2
-    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    given = [argument.format(rows=data_folder / "rows.json", model=tmp_path / "other") for argument in arguments]
+    assert main(["new", *given]) == 2
+    assert message in capsys.readouterr().err and not list(Path().iterdir())
 
 
 def test_hostile_names_of_files_stay_text(data_folder, tmp_path, monkeypatch, capsys):

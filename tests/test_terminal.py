@@ -15,7 +15,7 @@ from llava_llama31.trainer.commands import publish
 from llava_llama31.trainer.commands.doctor import report
 from llava_llama31.trainer.doctor.findings import DoctorFinding
 from llava_llama31.trainer.runs import run as runs
-from llava_llama31.trainer.terminal import Terminal, styled, without_bars
+from llava_llama31.trainer.terminal import Terminal, shown_size, styled, without_bars
 
 
 TRAINER = Path(__file__).parents[1] / "trainer"
@@ -97,6 +97,11 @@ def test_others_bars_are_left_out_and_their_words_are_not(capsys):
         for _ in tqdm(range(3), desc="no use", disable=False):
             sys.stderr.write("a warning\n")
     assert capsys.readouterr().err == "a warning\n" * 3
+
+
+@pytest.mark.parametrize(("size", "shown"), [(0, "0 B"), (999.7, "1 kB"), (45_200, "45.2 kB"), (1.5e9, "1.5 GB")])
+def test_a_size_has_three_digits(size, shown):
+    assert shown_size(size) == shown
 
 
 @pytest.mark.parametrize(("said", "shown"), HOSTILE.items())

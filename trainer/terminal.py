@@ -156,3 +156,11 @@ class _Description(ProgressColumn):
 def styled(*parts: tuple[str, str]) -> Text:
     """One text of (words, style) pairs; no words are read as markup."""
     return Text.assemble(*((shown(words), style) for words, style in parts))
+
+
+def shown_size(size: float) -> str:
+    """Bytes in three digits."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"

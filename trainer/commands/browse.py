@@ -123,10 +123,10 @@ def _task_answers(options: argparse.Namespace) -> "tuple[list[Question], list[An
 
 
 def _print_browser(browser: "Browser", files: "Sequence[Answers]") -> None:
-    from llava_llama31.trainer.terminal import Terminal
+    from llava_llama31.trainer.terminal import Terminal, shown_size
 
-    terminal, megabytes = Terminal(), browser.path.stat().st_size / 1e6
-    held = f"{counted(browser.num_questions, 'question')}, {counted(browser.num_images, 'image')}, {megabytes:.1f} MB"
+    terminal, size = Terminal(), shown_size(browser.path.stat().st_size)
+    held = f"{counted(browser.num_questions, 'question')}, {counted(browser.num_images, 'image')}, {size}"
     lines = [f"{browser.path}: {held}"]
     if browser.num_unanswered:
         lines.append(f"without an answer: {browser.num_unanswered}")

@@ -61,7 +61,11 @@ def run(options: argparse.Namespace) -> int:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(str(error.strerror), where=str(output), fix="name a file in a folder that exists") from error
-    _plan(load_recipe(str(output)), device)
+    try:
+        _plan(load_recipe(str(output)), device)
+    except UserError:  # such as a model that is no LlavaNext: the recipe is of no use
+        output.unlink()
+        raise
     sys.stdout.write(f"{output}\n")
     say(f"next: llava-llama31 train {output} --dry-run, then without --dry-run")
     return 0

@@ -61,8 +61,7 @@ def what_is_kept(options: argparse.Namespace) -> str:
 
 
 def _print(result: Mapping[str, Any]) -> None:
-    from llava_llama31.trainer.publishing.publish import shown_size
-    from llava_llama31.trainer.terminal import Terminal
+    from llava_llama31.trainer.terminal import Terminal, shown_size
 
     terminal = Terminal()
     if "steps" not in result:

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from llava_llama31.trainer.data.shards.writing import write_shards
-    from llava_llama31.trainer.terminal import Terminal
+    from llava_llama31.trainer.terminal import Terminal, shown_size
 
     sources = _sources(options)
     terminal = Terminal(stderr=True)
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         if not options.json_output:
             one = found[source.name]
             left_out = f", {one.rejected:,} left out: {one.rejects}" if one.rejected else ""
-            shown = f"{counted(one.rows, 'row')} in {counted(one.shards, 'shard')}, {one.bytes / 1e6:,.1f} MB"
+            shown = f"{counted(one.rows, 'row')} in {counted(one.shards, 'shard')}, {shown_size(one.bytes)}"
             Terminal().print(f"{source.name}: {shown}: path: {to}{left_out}")
     if options.json_output:
         written = {name: asdict(one) | {"path": f"{options.to.rstrip('/')}/{name}"} for name, one in found.items()}

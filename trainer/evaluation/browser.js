@@ -92,14 +92,16 @@ function scoreClass(value) {
 const rounded = (value) => String(Math.round(value * 1000) / 1000);
 const chosen = (i) => (i === state.protocol ? { class: "chosen" } : {});
 
+/** Whether every protocol says the same of an answer. */
+const alike = ({ scores, said }) => scores === undefined || scores.every((value, i) => value === scores[0] && said?.[i] === said?.[0]);
+
 function scoreList(entry) {
   const row = (value, i, name) => {
     const cell = make("dd", { class: scoreClass(value) }, rounded(value));
     if (entry.said?.[i]) cell.append(" (read as ", quoted(entry.said[i]), ")");
     return make("div", chosen(i), make("dt", {}, name), cell);
   };
-  const alike = entry.scores.every((value, i) => value === entry.scores[0] && entry.said?.[i] === entry.said?.[0]);
-  const rows = alike && protocols.length > 1 ? [row(entry.scores[0], state.protocol, "every protocol")] : entry.scores.map((value, i) => row(value, i, protocols[i]));
+  const rows = alike(entry) && protocols.length > 1 ? [row(entry.scores[0], state.protocol, "every protocol")] : entry.scores.map((value, i) => row(value, i, protocols[i]));
   return make("dl", { class: "scores" }, ...rows);
 }
 
@@ -114,7 +116,8 @@ function comparisonTable(entry) {
     return shown;
   };
   const row = (name, i) => make("tr", chosen(i), make("th", { scope: "row" }, name), ...sides.map((side) => cell(side, i)));
-  return make("table", {}, make("thead", {}, head), make("tbody", {}, ...protocols.map(row)));
+  const rows = sides.every(alike) && protocols.length > 1 ? [row("every protocol", state.protocol)] : protocols.map(row);
+  return make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows));
 }
 
 /** What each protocol compared, for a question that they score differently. */

@@ -21,6 +21,7 @@ from llava_llama31.trainer.publishing.doors import Doors, empty_cache, fetch, op
 from llava_llama31.trainer.publishing.gate import RULES, check_folder
 from llava_llama31.trainer.publishing.hub_calls import attempt
 from llava_llama31.trainer.publishing.release import REMOTE_ONLY, Release
+from llava_llama31.trainer.terminal import shown_size
 
 
 MAX_FINDINGS = 12
@@ -291,10 +292,3 @@ def _compared(local: Doors, published: Doors, release: Release, revision: str) -
             fix=f"it is not merged; look at the pull request, then: {release.resume}",
         )
     return published
-
-
-def shown_size(size: float) -> str:
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"

@@ -36,7 +36,7 @@ def differing(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _differing(values: list[Any], key: str) -> dict[str, list[str]]:
-    branches = [{} if value is _ABSENT else _children(value) for value in values]
+    branches: list[dict[str, Any] | None] = [{} if value is _ABSENT else _children(value) for value in values]
     names = dict.fromkeys(name for branch in branches if branch for name in branch)
     if None in branches or not names:
         texts = ["not there" if value is _ABSENT else str(value) for value in values]
