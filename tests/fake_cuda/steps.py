@@ -35,7 +35,6 @@ from llava_llama31.trainer.model.device_options import checkpoint_activations
 from llava_llama31.trainer.model.module_groups import freeze
 from llava_llama31.trainer.recipes.schema import Lora, Recomputed
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
-from llava_llama31.trainer.training.portable_state import portable_state
 from llava_llama31.trainer.training.source_losses import SourceLosses
 
 
@@ -129,7 +128,7 @@ def _pinned(watch: Watch, value: Any) -> Any:
 def train(
     step: Step, processor: LlavaLlama31Processor | None = None, plant: Callable[[Any], None] = lambda model: None
 ) -> dict[str, Trace]:
-    """The second of two steps, by phase, and a save; in the first one, masks and filters that are kept are made.
+    """The second of two steps, by phase; in the first one, masks and filters that are kept are made.
 
     Args:
         processor: for `pixels`.
@@ -167,8 +166,6 @@ def train(
             watch.phase = "optimizer" if is_last else "first"
             optimizer.step()
             optimizer.zero_grad()
-        for watch.phase, writes in (("gathered for a save", False), ("save", True)):
-            portable_state(optimizer, keep=writes)
     add_fused(watch)
     return {phase: trace for phase, trace in watch.traces.items() if phase not in ("make", "first")}
 
