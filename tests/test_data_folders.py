@@ -162,11 +162,17 @@ def test_a_folder_of_json_is_refused_by_its_files(tmp_path):
         open_records(source(tmp_path))
 
 
-def test_a_file_that_a_saved_data_set_does_not_name_is_refused(tmp_path):
+def test_a_file_that_a_saved_data_set_does_not_name_is_refused(tmp_path, caplog):
     saved = datasets.Dataset.from_list([{"id": "a", "texts": TURNS}])
     saved.save_to_disk(tmp_path)
     (tmp_path / "cache-0123.arrow").write_bytes(b"")  # as `datasets` leaves beside it
-    assert ids(tmp_path) == ["a"]
+    with caplog.at_level(logging.WARNING):
+        assert ids(tmp_path) == ["a"] and not caplog.records
+        (tmp_path / "more.jsonl").write_text("{}")
+        assert ids(tmp_path) == ["a"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: its arrow files are read; not read: 'more.jsonl'"
+    ]
     (tmp_path / "data-00001-of-00002.arrow").write_bytes((tmp_path / "data-00000-of-00001.arrow").read_bytes())
     with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow: the file is not one of those that state\.json"):
         open_records(source(tmp_path))
@@ -414,6 +420,9 @@ def test_columns_that_differ_are_named_with_their_file(tmp_path):
         open_records(source(tmp_path))
     first.write_bytes(b"PAR1 and nothing else")
     with pytest.raises(UserError, match=r"a\.parquet: can't be read as parquet"):
+        open_records(source(tmp_path))
+    first.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=r"a\.parquet: the file is a pointer of Git LFS, not the data .*git lfs pull"):
         open_records(source(tmp_path))
 
 

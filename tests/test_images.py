@@ -146,6 +146,9 @@ def test_bomb_is_refused_by_its_header():
         ),
         ("a.JPG", "a.jpg", "; there is a.JPG"),
         ("a.jpg", "a.JPG", "; there is a.jpg"),
+        ("img/a.png", "img\\a.png", "; there is img/a.png"),
+        ("a b.png", "a%20b.png", "; there is a b.png"),
+        ("a.png", " a.png\n", "; there is a.png"),
         ("b.png", "a.png", ""),
     ],
 )

@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import pickle
+import re
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -612,6 +613,52 @@ def test_null_is_absent(read):
     assert shown.messages == [user(IMAGE, text("q")), assistant("a")] and shown.not_read == ()
     for image in ([None], {"bytes": None, "path": None}, [{"bytes": None, "path": None}]):
         assert read({"images": image} | ASKED)[0].images == ()
+    # an image that is null in a list has no place; the number of a part counts it
+    for images in (
+        ["x.png", None],
+        [None, "x.png"],
+        [{"bytes": None, "path": None}, {"bytes": None, "path": "x.png"}],
+    ):
+        record = read({"images": images, "messages": chat([IMAGE, text("q")], "a")})[0]
+        assert [image.name for image in record.images] == ["x.png"]
+    numbered = {"images": ["x.png", None], "messages": chat([IMAGE | {"index": 0}, text("q")], "a")}
+    assert reason_of(read(numbered)) == "image_count_mismatch"
+
+
+def test_a_turn_with_both_kinds_of_fields_says_one_thing(read):
+    both = [{"from": "human", "value": "q", "role": "user", "content": "q"}, {"from": "gpt", "value": "a"}]
+    for last in ({"role": "assistant"}, {"content": "a"}, {"role": "gpt", "content": None}):
+        record = read({"conversations": [both[0], both[1] | last]})[0]
+        assert record.messages == [user(text("q")), assistant("a")] and record.not_read == ()
+    for other in ({"role": "user"}, {"role": "tool"}, {"content": "b"}, {"content": [text("a")]}):
+        assert reason_of(read({"conversations": [both[0], both[1] | other]})) == "malformed_record"
+
+
+def test_a_system_text_of_a_turn_is_honoured_or_refused(read):
+    item = {"user": "q", "assistant": "a"}
+    assert read({"texts": [item | {"system": "s"}]})[0].messages[0]["content"] == [text("s")]
+    assert read({"texts": [item | {"system": None}]})[0].messages == [user(text("q")), assistant("a")]
+    assert reason_of(read({"texts": [item, item | {"system": "s"}]})) == "non_alternating_turns"
+    for turn in range(2):
+        talk = chat("q", "a")
+        talk[turn] = talk[turn] | {"systemPrompt": "s"}
+        assert reason_of(read({"messages": talk})) == "conflicting_system"
+
+
+@pytest.mark.parametrize("field", ["loss_mask", "weights", "train", "masked"])
+def test_a_list_of_weights_of_a_record_is_refused(read, field):
+    learnt = 0 if field == "masked" else 1
+    assert read({field: [learnt, bool(learnt)]} | ASKED)[0].not_read == (field,)
+    for values in ([0, 1], [0.5], [learnt, None], [[learnt]]):
+        assert reason_of(read({field: values} | ASKED)) == "turn_weight"
+
+
+@pytest.mark.parametrize("marker", ["<image 1>", "<|image|>", "<IMAGE>", "<img>", "<image_1>", "[IMG]"])
+def test_a_marker_of_another_tool_is_named(read, marker):
+    row = {"image": "x.png", "conversations": turns(f"{marker} q", "a")}
+    with pytest.raises(RecordError, match=rf"image_count_mismatch: {re.escape(marker)} in the text .* write <image>$"):
+        read(row)[0]
+    assert read({"conversations": turns(f"{marker} q", "a")})[0].images == ()
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,9 @@ END = bytes(1024)
     [
         (b"", "empty file"),
         (b"no tar at all" * 100, "can't be read as a tar"),
-        (gzip.compress(raw_member() + END, mtime=0), "can't be read as a tar"),
+        (gzip.compress(raw_member() + END, mtime=0), r"compressed \(gzip\) .*unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS, not the data"),
+        (b"<!DOCTYPE html><html>log in</html>" * 20, "is a web page, not the data"),
         (raw_member(), "breaks off at byte 512, without an end mark"),
         (raw_member(size=b"00000001000\0") + bytes(100), "unexpected end of data"),
         (raw_member(kind=b"2") + END, "'0.json' at byte 0 is not a regular file"),

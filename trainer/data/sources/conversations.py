@@ -1,5 +1,6 @@
 """A row of any known format -> one conversation about images, checked."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -18,9 +19,15 @@ if TYPE_CHECKING:
 
 
 IMAGE_MARKER = "<image>"
+# what stands for an image in the texts of other tools
+_OTHER_MARKER = re.compile(
+    r"<\|?(?:image|img|picture)\b[^<>]{0,40}>|<\|?(?:image_\w{1,20}|vision_start)\|?>|<start_of_image>|\[IMG\]",
+    re.IGNORECASE,
+)
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _TURN_FIELDS = (("from", "value"), ("role", "content"))
+_SPEAKERS_AND_TEXTS = frozenset(chain.from_iterable(_TURN_FIELDS))
 _A_TURN = {"system": "a system turn", "user": "a user turn", "assistant": "an assistant turn"}
 
 
@@ -140,6 +147,8 @@ class Converter:
         _check_turns(messages, reading.num_supervised_turns)
         if others:
             fields.refuse_boxes(others, (part.get("text", "") for turn in messages for part in turn["content"]))
+        if reading.sources.count(None) < len(column):
+            _refuse_other_marker(messages)
         images = tuple(self._image(given) for given in _in_place(reading.sources, column))
         if self.images_only and not images:
             raise RecordError("text_only", "the source asks for records with images")
@@ -150,6 +159,9 @@ class Converter:
     def _column(self, raw: dict, others: dict[str, object], reading: _Reading) -> list[object]:
         """The record's images; those in fields of other tools leave `others`, where nothing else shows an image."""
         column = image_column(raw)
+        given = [image for image in column if not is_absent(image)]
+        if not reading.sources or reading.sources.count(None) == len(given):
+            column = given  # a null has no place
         names: list[str] = []
         if others and not column and all(given is None for given in reading.sources):
             column, names = fields.image_fields(others)
@@ -305,6 +317,18 @@ def _in_place(sources: list[object], column: list[object]) -> list[object]:
     ]
 
 
+def _refuse_other_marker(messages: list[dict]) -> None:
+    """Nothing, unless a text has what stands for an image in other tools' data.
+
+    Raises:
+        RecordError: image_count_mismatch.
+    """
+    for part in (part for message in messages for part in message["content"]):
+        if found := _OTHER_MARKER.search(part.get("text", "")):
+            what = f"{found[0]} in the text is no place for an image: write {IMAGE_MARKER}"
+            raise RecordError("image_count_mismatch", what)
+
+
 def _with_system(system: list[dict], messages: list[dict]) -> list[dict]:
     """The messages with the one system turn that fields and turns give; none where it is empty.
 
@@ -335,9 +359,23 @@ def _turn(raw: object, field: str) -> Turn:
                 if len(raw) == 2:
                     return Turn(speaker, raw[text], field, text)
                 others = {key: value for key, value in raw.items() if value is not None and key not in (role, text)}
+                if not _SPEAKERS_AND_TEXTS.isdisjoint(others):
+                    _refuse_second_turn(speaker, raw[text], others)
                 return Turn(speaker, raw[text], field, text, others)
         raise RecordError("malformed_record", "a turn needs `from` and `value`, or `role` and `content`")
     raise RecordError("malformed_record", f"a turn is {kind_of(raw)}, not an object")
+
+
+def _refuse_second_turn(speaker: object, text: object, others: dict) -> None:
+    """Take the fields of the other kind of turn out of `others`, where they say the same.
+
+    Raises:
+        RecordError: malformed_record, they say something else.
+    """
+    for name, said in (("from", speaker), ("role", speaker), ("value", text), ("content", text)):
+        other = others.pop(name, said)
+        if other != said and (_ROLES.get(str(other)) is None or _ROLES[str(other)] != _ROLES.get(str(said))):
+            raise RecordError("malformed_record", f"a turn has both kinds of fields, and `{name}` says something else")
 
 
 def _list(raw: dict, *keys: str) -> tuple[list, str]:
@@ -346,6 +384,8 @@ def _list(raw: dict, *keys: str) -> tuple[list, str]:
     value = raw.get(name)
     if not isinstance(value, list) or not value:
         what = "empty" if value == [] else kind_of(value)
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            what = "text that looks like JSON: write it as a list of the row"
         raise RecordError("malformed_record", f"`{'` or `'.join(keys)}` is {what}")
     return value, name
 
@@ -376,6 +416,8 @@ def _cauldron_turns(raw: dict) -> list[Turn]:
         if not isinstance(text, dict) or "user" not in text or "assistant" not in text:
             raise RecordError("malformed_record", "an item of `texts` needs `user` and `assistant`")
         others = {key: text[key] for key in text if key not in ("user", "assistant") and text[key] is not None}
+        system = fields.system_fields(others)
+        turns += [Turn("system", others.pop(key), name, key) for key in system]
         turns += [
             Turn("user", text["user"], name, "user"),
             Turn("assistant", text["assistant"], name, "assistant", others),

@@ -76,6 +76,10 @@ class DataFiles:
     beside: tuple[str, ...] = ()
 
 
+# of save_to_disk
+_SAVED_FACTS = frozenset({"state.json", "dataset_info.json", "dataset_dict.json"})
+
+
 def data_files_at(path: Path) -> DataFiles | None:
     """All data files of a file's path or of a folder and its subfolders; None where there are none.
 
@@ -115,7 +119,7 @@ def _by_kind(
             _refuse_packed(Path(parent, name))
         suffix = _suffix(inner) or _suffix(name)
         hidden = name.startswith(".") and kind is None
-        if suffix and not hidden and suffix not in _NO_DATA_SUFFIXES:
+        if suffix and not hidden and suffix not in _NO_DATA_SUFFIXES and name not in _SAVED_FACTS:
             beside.append(os.path.relpath(os.path.join(parent, name), path))
     if len(found) > 1:
         (first, files), (second, _) = sorted(found.items(), key=lambda item: item[0] != "tar")[:2]

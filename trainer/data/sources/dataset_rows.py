@@ -17,6 +17,7 @@ from llava_llama31.trainer.data.sources.data_folders import (
     parquet_splits,
     refuse_json,
 )
+from llava_llama31.trainer.data.sources.json_rows import stand_in
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.file_names import ends_like_a_file
@@ -201,8 +202,8 @@ def _with_rows(files: Sequence[Path]) -> list[Path]:
             if pyarrow.parquet.read_metadata(file).num_rows:
                 filled.append(file)
         except (pyarrow.ArrowException, OSError) as error:
-            what = f"can't be read as parquet: {error}"
-            raise UserError(what, where=str(file), fix="fetch or write it again") from error
+            fault = stand_in(file) or (f"can't be read as parquet: {error}", "fetch or write it again")
+            raise UserError(fault[0], where=str(file), fix=fault[1]) from error
     return filled
 
 

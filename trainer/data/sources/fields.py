@@ -140,6 +140,8 @@ def other_fields(raw: Mapping[str, object]) -> dict[str, object]:
             raise RecordError(
                 "turn_weight", f"`{key[:80]}` leaves the whole record out: remove the record, or the field"
             )
+        if isinstance(value, list) and _weighs_turns(name, value):
+            raise RecordError("turn_weight", f"`{key[:80]}` is a list: give each turn a `weight` of its own")
     return others
 
 
@@ -259,6 +261,10 @@ def turn_weight(fields: Mapping[str, object], role: str) -> tuple[bool, list[str
             continue
         if plain(key) in _TOOL_CALLS:
             raise RecordError("tool_calls", f"the {role}'s turn has `{key}`")
+        if plain(key) in _SYSTEM_FIELDS:
+            raise RecordError(
+                "conflicting_system", f"a turn's own `{key}`: make it the first turn, or a field of the row"
+            )
         if key in IMAGE_FIELDS or names_images(key, value) or _holds(value, _is_image):
             raise RecordError("image_not_read", f"a turn's own `{key[:80]}` gives an image: name it in `images`")
     if role != "assistant":
@@ -315,6 +321,12 @@ def _refuse_video_and_audio(fields: Mapping[str, object]) -> None:
     for key, value in fields.items():
         if key not in _TURN_FIELDS and plain(key) in _VIDEO_AND_AUDIO and not is_absent(value):
             raise RecordError("video_or_audio", f"the data gives `{key}`")
+
+
+def _weighs_turns(name: str, value: list) -> bool:
+    """Whether a record's list of weights leaves something out, or weighs it."""
+    learnt = 1 if name in _WEIGHTS else 0 if name in _LEFT_OUT else None
+    return learnt is not None and not all(_is_number(one, learnt) for one in value)
 
 
 def _check_weight(key: str, value: object) -> None:

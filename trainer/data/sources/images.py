@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Literal
+from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
@@ -200,7 +201,8 @@ class ImageRef:
         for form, spelling in spellings.items():
             if spelling != name and os.path.lexists(os.path.join(str(self.root), spelling)):
                 return f"; on disk its name is in Unicode's form {form}: write the data's names in it too"
-        for spelling in (stem + suffix.lower(), stem + suffix.upper()):
+        others = (name.replace("\\", "/"), name.strip(), unquote(name))
+        for spelling in (stem + suffix.lower(), stem + suffix.upper(), *others):
             if spelling != name and os.path.lexists(os.path.join(str(self.root), spelling)):
                 return f"; there is {spelling}"
         return ""

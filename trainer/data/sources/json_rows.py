@@ -124,6 +124,23 @@ def encoding_fault(head: bytes) -> tuple[str, str] | None:
     return f"the file is {encoding[:6].upper()}", "convert it to UTF-8"
 
 
+def stand_in(path: str | Path) -> tuple[str, str] | None:
+    """What a file is that was taken for data, and its fix: an archive, a pointer of Git LFS, a web page."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(200).lstrip()
+    except OSError:
+        return None
+    for magic, name in _ARCHIVES.items():
+        if head.startswith(magic):
+            return f"the file is compressed ({name})", "unpack it"
+    if head.startswith(b"version https://git-lfs"):
+        return "the file is a pointer of Git LFS, not the data", "fetch it with `git lfs pull`"
+    if head.lower().startswith((b"<html", b"<!doctype html")):
+        return "the file is a web page, not the data", "fetch it again, with the access that it asks for"
+    return None
+
+
 def parse_row(text: str, where: str) -> object:
     """The JSON value of one row.
 

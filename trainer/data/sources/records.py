@@ -210,7 +210,7 @@ def _open_rows(source: "DataSource") -> _Rows:
     if (path / INDEX).is_file():
         return ShardedRows(source.path)
     found = data_files_at(path)
-    if found is not None and found.kind != "arrow":
+    if found is not None:
         log_beside(path, found)
     if found is not None and found.kind == "json":
         return JsonRows(path)

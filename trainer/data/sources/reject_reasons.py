@@ -10,7 +10,7 @@ REASONS: dict[str, str] = {
     "empty_answer": "an assistant turn has no text",
     "no_supervised_token": "there is no assistant turn, or none that is trained on",
     "turn_weight": "a `weight`, `loss` or `train` is not 0, 1, true or false, or leaves out less or more than a turn",
-    "conflicting_system": "the record gives two different system turns",
+    "conflicting_system": "the record gives two different system turns, or one where none can stand",
     "tool_calls": "a turn calls tools, which the chat template does not write",
     "preference": "the record compares answers (`chosen`, `rejected`, `label: false`); training takes good ones only",
     "grounding": "the text has `<bbox>` or `<ref-object>` for boxes or `objects`, which is not supported",

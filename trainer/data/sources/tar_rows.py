@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_llama31.trainer.data.sources.images import MAX_FILE_BYTES, image_column, medium_of
-from llava_llama31.trainer.data.sources.json_rows import MAX_ROW_BYTES, parse_row
+from llava_llama31.trainer.data.sources.json_rows import MAX_ROW_BYTES, parse_row, stand_in
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 
@@ -233,8 +233,8 @@ def _members(shard: Path) -> Iterator[Member]:
     except UserError:  # a ValueError too
         raise
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
-        what = f"can't be read as a tar: {error}"
-        raise UserError(what, where=str(shard), fix="fetch or pack it again, uncompressed") from error
+        fault = stand_in(shard) or (f"can't be read as a tar: {error}", "fetch or pack it again, uncompressed")
+        raise UserError(fault[0], where=str(shard), fix=fault[1]) from error
 
 
 def _check_end(shard: Path, position: int) -> None:
