@@ -661,6 +661,12 @@ def test_a_marker_of_another_tool_is_named(read, marker):
     assert read({"conversations": turns(f"{marker} q", "a")})[0].images == ()
 
 
+def test_html_is_no_marker(read):
+    asked = [{"type": "image", "index": 0}, {"type": "text", "text": 'write <img src="logo.png"> as Markdown'}]
+    talk = chat(asked, "<picture></picture><img>")
+    assert len(read({"images": ["x.png"], "messages": talk})[0].images) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

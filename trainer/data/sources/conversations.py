@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 IMAGE_MARKER = "<image>"
-# what stands for an image in the texts of other tools
+# what stands for an image in the texts of other tools; with attributes it is HTML
 _OTHER_MARKER = re.compile(
-    r"<\|?(?:image|img|picture)\b[^<>]{0,40}>|<\|?(?:image_\w{1,20}|vision_start)\|?>|<start_of_image>|\[IMG\]",
+    r"<\|?(?:image|img|picture)\b[^<>=]{0,40}>|<\|?(?:image_\w{1,20}|vision_start)\|?>|<start_of_image>|\[IMG\]",
     re.IGNORECASE,
 )
 
@@ -318,12 +318,13 @@ def _in_place(sources: list[object], column: list[object]) -> list[object]:
 
 
 def _refuse_other_marker(messages: list[dict]) -> None:
-    """Nothing, unless a text has what stands for an image in other tools' data.
+    """Nothing, unless a user's text has what stands for an image in other tools' data.
 
     Raises:
         RecordError: image_count_mismatch.
     """
-    for part in (part for message in messages for part in message["content"]):
+    asked = (message["content"] for message in messages if message["role"] == "user")  # answers may be HTML
+    for part in chain.from_iterable(asked):
         if found := _OTHER_MARKER.search(part.get("text", "")):
             what = f"{found[0]} in the text is no place for an image: write {IMAGE_MARKER}"
             raise RecordError("image_count_mismatch", what)
