@@ -159,10 +159,32 @@ def test_relaxed_accuracy(prediction, answer, pix2struct, paper):
 )
 def test_which_option_is_chosen(prediction, chosen):
     rules = ("llava-scienceqa", "lmms-eval-scienceqa", "first-letter", "letter", "letter-or-text", "mmmu")
-    assert set(rules) == set(choices.RULES)
+    assert set(rules) | {"letter-or-text-2025", "letter-or-text-2026"} == set(choices.RULES)
     assert "".join(chosen_letter(prediction, OPTIONS, rule) or "." for rule in rules) == chosen
     letters = zip(rules, chosen, strict=True)
     assert all(multiple_choice(prediction, OPTIONS, "B", rule) == (letter == "B") for rule, letter in letters)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "chosen"),
+    [
+        ("B", "BBB"),
+        ("B is the one", "BBB"),  # the fourth word from the end
+        ("B is the right one", "B.."),  # the fifth
+        ("The answer is **c**: nothing else here can be", "..C"),
+        ("The answer is B. It is seen at the far end", "B.B"),
+        ("The answer is E. It is seen at the far end", "..."),  # no option
+        ("Cannot determine the answer, so the answer is A", "ZZZ"),
+        ("Failed to obtain answer via API, the answer is A", "..."),
+        ("a blue car", "BBB"),
+        ("a blue car" + 40 * " and so on", "B.."),  # longer than twice the options
+        ("a red", "AAA"),
+    ],
+)
+def test_vlmevalkit_chooses_otherwise_since_august_2025_and_june_2026(prediction, chosen):
+    options = {"A": "a red", "B": "a blue car", "C": "green", "D": "42"}
+    rules = ("letter-or-text", "letter-or-text-2025", "letter-or-text-2026")
+    assert "".join(chosen_letter(prediction, options, rule) or "." for rule in rules) == chosen
 
 
 def test_a_letter_without_an_option_is_not_chosen():

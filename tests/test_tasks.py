@@ -354,7 +354,8 @@ def test_letters_and_option_texts(tmp_path, capsys):
     result = score(capsys, tmp_path / "m_MMStar.xlsx", "--task", "mmstar", "--protocol", "letter", code=3)
     assert result["protocol"] == "letter" and result["metrics"]["accuracy"] == 25
     assert main(["score", str(tmp_path / "m_MMStar.xlsx"), "--task", "mmstar", "--protocol", "x"]) == 2
-    assert "mmstar has no protocol 'x' (fix: one of vlmevalkit, letter)" in capsys.readouterr().err
+    fix = "one of vlmevalkit, letter, vlmevalkit-2025, vlmevalkit-2026"
+    assert f"mmstar has no protocol 'x' (fix: {fix})" in capsys.readouterr().err
     texts = [row | {"answer": "blue"} for row in CHOICES]
     assert main(["score", write_xlsx(tmp_path / "t.xlsx", texts), "--task", "mmstar"]) == 2
     assert "answer is 'blue', and 5 of 5 are not a letter" in capsys.readouterr().err

@@ -7,6 +7,9 @@
 | `first-letter`        | LLaVA's `scripts/convert_seed_for_submission.py`, lmms-eval's `tasks/seedbench/utils.py`  |
 | `letter`              | VLMEvalKit: `can_infer_option` of `vlmeval/utils/matching_util.py`                        |
 | `letter-or-text`      | the same file's `can_infer`: the letter, or else the only option whose text occurs        |
+| `letter-or-text-2025` | VLMEvalKit since August 2025: a letter counts among the last four words, a text in short  |
+|                       | answers                                                                                   |
+| `letter-or-text-2026` | VLMEvalKit since June 2026: as 2025, and an answer that says `answer is X`                |
 | `mmmu`                | MMMU: `eval/utils/eval_utils.py`, without its random guess where nothing is found         |
 
 VLMEvalKit asks a language model where its rules find nothing; here such an answer chooses nothing.
@@ -29,6 +32,9 @@ _REFUSALS = (
 # what MMMU's evaluator strips from an answer, one after the other
 _ENDS = ",.!?;:'"
 _FAILED = "Failed to obtain answer via API"
+# how near the end the letter has to be since August 2025
+_LAST_WORDS = 4
+_ANSWER_IS = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
 # VLMEvalKit's letter for "none of them"
 _NONE_OF_THEM = "Z"
 
@@ -39,6 +45,9 @@ RULES: Mapping[str, str] = MappingProxyType(
         "first-letter": "the first character, in either case",
         "letter": "the only option letter that stands alone among the words",
         "letter-or-text": "as letter, or else the only option whose text occurs in the answer",
+        "letter-or-text-2025": "as letter-or-text, but the letter is one of the last four words, and for a text the "
+        "answer has at most twice the characters of all options",
+        "letter-or-text-2026": "as letter-or-text-2025, and where no letter is found, the first 'answer is X'",
         "mmmu": "the last '(X)', else the last 'X' alone, else the last option text of an answer of over five words",
     }
 )
@@ -66,6 +75,11 @@ def chosen_letter(prediction: str, options: Mapping[str, str], rule: str) -> str
         return _letter_alone(prediction, options)
     if rule == "letter-or-text":
         return _letter_alone(prediction, options) or _only_text(prediction, options)
+    if rule in ("letter-or-text-2025", "letter-or-text-2026"):
+        letter = _letter_alone(prediction, options, last=_LAST_WORDS)
+        if not letter and rule == "letter-or-text-2026":
+            letter = _letter_of_sentence(prediction, options)
+        return letter or _only_text_of_short(prediction, options)
     if rule == "mmmu":
         return _mmmu(prediction, options)
     raise ValueError(f"no rule is named {rule!r}; there are {', '.join(RULES)}")
@@ -91,7 +105,7 @@ def _lmms_eval_scienceqa(prediction: str, options: Mapping[str, str]) -> str:
     return letter if letter in options else ""
 
 
-def _letter_alone(prediction: str, options: Mapping[str, str]) -> str:
+def _letter_alone(prediction: str, options: Mapping[str, str], last: int | None = None) -> str:
     if _FAILED in prediction:
         return ""
     if any(refusal in prediction for refusal in _REFUSALS):
@@ -99,7 +113,7 @@ def _letter_alone(prediction: str, options: Mapping[str, str]) -> str:
     words = prediction.translate(_AROUND_LETTERS).split()
     found = [letter for letter in options if letter in words]
     if len(found) == 1:
-        return found[0]
+        return found[0] if last is None or words.index(found[0]) >= len(words) - last else ""
     return _NONE_OF_THEM if not found and _NONE_OF_THEM in words else ""
 
 
@@ -107,6 +121,19 @@ def _only_text(prediction: str, options: Mapping[str, str]) -> str:
     said = prediction.lower()
     found = [letter for letter, text in options.items() if text.lower() in said]
     return found[0] if len(found) == 1 else ""
+
+
+def _only_text_of_short(prediction: str, options: Mapping[str, str]) -> str:
+    is_short = len(prediction.lower()) <= 2 * sum(len(text) for text in options.values())
+    return _only_text(prediction, options) if is_short else ""
+
+
+def _letter_of_sentence(prediction: str, options: Mapping[str, str]) -> str:
+    if _FAILED in prediction:
+        return ""
+    said = _ANSWER_IS.search(prediction)
+    letter = said[1].upper() if said else ""
+    return letter if letter in options else ""
 
 
 def _mmmu(prediction: str, options: Mapping[str, str]) -> str:
