@@ -267,6 +267,17 @@ def test_pairs_are_right_together(tmp_path, capsys):
     assert result["metrics"]["perception"] == 75 + 50 and result["metrics"]["cognition"] == 50
     assert result["headline"] == "perception" and result["groups"]["count"]["score"] == 125
     assert "score" not in result["metrics"]
+    (tmp_path / "results").mkdir()
+    for category in truth:
+        lines = (tmp_path / "truth" / f"{category}.txt").read_text().splitlines()
+        lines = [f"{line}\t{text}\n" for line, text in zip(lines, said[category], strict=True)]
+        (tmp_path / "results" / f"{category}.txt").write_text("".join(lines))
+    for labels in ((), ("--annotations", tmp_path / "truth")):
+        held = score(capsys, str(tmp_path / "results"), "--task", "mme", *labels)
+        assert held["layout"] == "MME's results" and held["protocol"] == "llava"
+        assert held["groups"] == result["groups"] and held["metrics"] == result["metrics"]
+    one = score(capsys, str(tmp_path / "results" / "count.txt"), "--task", "mme")
+    assert one["groups"]["count"]["score"] == 125 and one["num_questions"] == 4
 
 
 # --- multiple choice

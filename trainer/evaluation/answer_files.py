@@ -9,17 +9,18 @@ from typing import Any
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.answer_matching import Answer, match_answers
 from llava_llama31.trainer.evaluation.questions import Question
-from llava_llama31.trainer.evaluation.row_files import Row, any_rows
+from llava_llama31.trainer.evaluation.row_files import Row, any_rows, holds_mme_results, mme_results
 from llava_llama31.trainer.evaluation.vqa_accuracy import is_normalized
 
 
-ANSWERS, LLAVA, SAMPLES, SUBMISSION, VLMEVALKIT, EVALSCOPE = (
+ANSWERS, LLAVA, SAMPLES, SUBMISSION, VLMEVALKIT, EVALSCOPE, MME = (
     "question ids and answers",
     "LLaVA's answers",
     "lmms-eval's samples",
     "lmms-eval's submission",
     "VLMEvalKit's predictions",
     "EvalScope's predictions",
+    "MME's results",
 )
 # what VLMEvalKit writes in the place of an answer (`INFER_FAIL_MSG` in its vlmeval/smp/file.py)
 VLMEVALKIT_FAILED = "Failed to obtain answer"
@@ -39,6 +40,7 @@ ID_FIELDS = ("question_id", "questionId", "index", "id")
 # a model's words; an `answer` beside one of them is the annotators'
 WORDS_FIELDS = ("prediction", "response", "pred_answer", "pred", "text")
 _ASKED_FIELDS, _IMAGE_FIELDS = ("question", "prompt"), ("image_id", "image", "image_path")
+_MME_FIELDS = {"category", "image", "question", "answer", "prediction"}
 _PARTS = ("id", "answer", "question", "image")
 
 
@@ -114,10 +116,11 @@ def read_answers(path: str | Path, questions: Sequence[Question], reading: Readi
     | VLMEvalKit | `.xlsx`, `.tsv` or `.json` with {index, question, prediction}; the index is TextVQA's            |
     |            | question_id, or else the rows have to ask the annotated questions in their order                 |
     | EvalScope  | `.jsonl` of predictions: {index, model_output, messages}                                         |
+    | MME        | a folder of `.txt`, one a category: image, question, annotated answer and prediction between tabs |
     | others     | rows with one of ID_FIELDS and one of WORDS_FIELDS, or as `reading` says                         |
 
     Args:
-        path: the file; its suffix says how it is read, the names of its fields what it is.
+        path: the file, or MME's folder; its suffix says how it is read, the names of its fields what it is.
         questions: the annotated questions.
         reading: which fields and rows count, where the user says so.
 
@@ -142,7 +145,7 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
         UserError: it cannot be read, or is none that `read_answers` knows.
     """
     path = Path(path)
-    rows = _kept(list(any_rows(path)), reading, path)
+    rows = _kept(list(mme_results(path) if holds_mme_results(path) else any_rows(path)), reading, path)
     if not rows:
         raise UserError("no answers", where=str(path), fix="name a file with at least one answer")
     if reading.columns:
@@ -189,6 +192,8 @@ def _layout(row: dict[str, Any], where: str) -> str | None:
         return SAMPLES
     if "index" in fields and ("model_output" in fields or ({"choices", "raw_input"} <= fields)):
         return EVALSCOPE
+    if fields == _MME_FIELDS:
+        return MME
     words = [name for name in WORDS_FIELDS if name in fields]
     ids = [name for name in ID_FIELDS if name in fields]
     if "prediction" in words and "index" in ids:
@@ -214,6 +219,8 @@ def _answer(row: dict[str, Any], where: str, layout: str) -> Answer:
         return _sample(row, where)
     if layout == EVALSCOPE:
         return _evalscope(row, where)
+    if layout == MME:
+        return Answer(where, None, _text(row["prediction"], where), asked=row["question"], image=row["image"])
     if layout == ANSWERS:
         # what else stands in a row stays: the browser shows some of it
         text = row.get("answer")

@@ -28,6 +28,7 @@ PICKLES = (".pkl", ".pickle")
 # keys under which a JSON file holds its rows: the official files; lmms-eval's logs before 0.2.4; LLaVA's ScienceQA;
 # VQA's questions
 _ROWS_UNDER = (("data",), ("logs",), ("correct", "incorrect"), ("questions",))
+_MME_RESULTS = ("image", "question", "answer", "prediction")
 # what XML, and so a cell of an Excel table, cannot hold
 _NOT_IN_CELLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
@@ -120,6 +121,35 @@ def _headless_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         if line.strip():
             where = f"{path}:{number}"
             yield where, _named(list(columns), line.rstrip("\r\n").split("\t"), where)
+
+
+def holds_mme_results(path: Path) -> bool:
+    """Whether a `.txt`, or the first of a folder, begins as MME's results do."""
+    file = next(iter(_texts(path)), None) if path.is_dir() else path
+    if file is None or file.suffix.lower() != ".txt" or not file.is_file():
+        return False
+    return next(_lines(file), "").count("\t") == len(_MME_RESULTS) - 1
+
+
+def mme_results(path: Path) -> Iterator[Row]:
+    """Rows of the results that MME's `eval_tool/calculation.py` takes: a text a category, named like it.
+
+    A row has the annotated answer and the prediction, and the category, as the image's folder too.
+
+    Args:
+        path: a folder of such texts, or one of them.
+
+    Raises:
+        UserError: a file cannot be read, or a row has not four cells.
+    """
+    for file in _texts(path) if path.is_dir() else [path]:
+        for where, row in _headless_rows(file, _MME_RESULTS):
+            yield where, row | {"category": file.stem, "image": f"{file.stem}/{row['image']}"}
+
+
+def _texts(folder: Path) -> list[Path]:
+    files = (path for path in folder.iterdir() if path.suffix.lower() == ".txt")
+    return sorted(path for path in files if not path.name.startswith("."))
 
 
 def xlsx_rows(path: Path) -> Iterator[Row]:
