@@ -11,7 +11,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 UNTESTED = {"deepspeed"}  # builds from source; see the Makefile
 # without a bound, or not of the library: what `make upstream` and the pages of the documentation need
-WITHOUT = {"types-pyyaml", "httpx", "parameterized", "mkdocs-material"}
+WITHOUT = {"types-pyyaml", "httpx", "parameterized", "mkdocs-material", "mkdocstrings"}
 
 
 def requirements() -> list[Requirement]:

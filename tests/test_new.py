@@ -64,7 +64,7 @@ def test_what_no_option_says_is_asked_in_a_terminal(data_folder, base_folder, tm
         (["a"], "--data: names no rows"),
         (["a", "--data", "gone.json"], "gone.json"),
         (["a", "--data", "{rows}", "--output", "no/a.yaml"], "no/a.yaml: No such file or directory"),
-        (["a", "--data", "{rows}", "--model", "{model}"], "config.json: is no LlavaNext model"),
+        (["a", "--data", "{rows}", "--model", "{model}"], "config.json: is not a LlavaNext model"),
     ],
 )
 def test_what_new_cannot_do_is_said(arguments, message, data_folder, tmp_path, monkeypatch, capsys):

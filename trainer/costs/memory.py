@@ -537,6 +537,7 @@ class _Step:
             return float(self.a * 2 * setup.parameters.decoder_layer)
         linear = max(i * o for i, o in decoder_linears(setup.model).values())
         together = 0.9 * setup.model.hidden_size**2 if setup.zero.prefetch is None else setup.zero.prefetch
+        together = min(together, setup.num_weights)
         live = min(max(setup.parameters.largest, setup.zero.max_live + linear), setup.num_weights)
         return float(self.a * (live + (together if together > linear else 0.0)))
 
