@@ -47,8 +47,10 @@ check: $(VENV)/.dev $(LINKS) ## style, types and the tests that take seconds in 
 	$(BIN)/mypy
 	$(BIN)/pytest -n 3 --dist worksteal --ignore tests/processes -m "not slow"
 
-keys: $(VENV)/.base ## the recipes' JSON schema and the tables of docs/recipes.md, made from trainer/recipes/schema.py
+keys: $(VENV)/.base ## made from others: the recipes' JSON schema and the tables of docs/recipes.md; the README for PyPI
 	$(BIN)/python -m llava_llama31.trainer.recipes.json_schema trainer/recipes/editors/recipe.schema.json docs/recipes.md
+	# on PyPI a link into the repository leads nowhere: the path alone stays
+	sed -E 's/\[[^]]+\]\(([^):#]+)[^):]*\)/`\1`/g' README.md > docs/readme-for-pypi.txt
 
 memory-page: $(VENV)/.base ## the tables of docs/memory.md, by `plan`: ten minutes
 	$(BIN)/python -m llava_llama31.trainer.planning.memory_page docs/memory.md

@@ -130,6 +130,13 @@ def test_the_version_is_one():
     assert project["version"] == cited[1] == llava_llama31.__version__
 
 
+def test_the_readme_on_pypi_is_this_one_without_links_into_the_repository():
+    here = (ROOT / "README.md").read_text(encoding="utf-8")
+    there = (ROOT / "docs/readme-for-pypi.txt").read_text(encoding="utf-8")
+    assert there == re.sub(r"\[[^]]+\]\(([^):#]+)[^):]*\)", r"`\1`", here)  # as `make keys` writes it
+    assert not re.search(r"\]\((?!https://)", there)
+
+
 def test_examples_are_installed():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
