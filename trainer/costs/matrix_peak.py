@@ -56,6 +56,21 @@ def measure_matrix_peak(
     return peak
 
 
+def measure_beside_other_work(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s where other work may have the device: on a CPU those of one thread by its own clock, times the threads.
+
+    Threads of one product wait for each other, so where one has to share its core, all are slow.
+    """
+    if device.type != "cpu":
+        return measure_matrix_peak(dtype, device)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return num_threads * measure_matrix_peak(dtype, device, clock=time.thread_time)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def _seconds_of_product(
     dtype: torch.dtype, device: torch.device, shape: tuple[int, int, int], share: float, clock: Callable[[], float]
 ) -> list[float]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from llava_llama31.processing import IGNORE_INDEX
 from llava_llama31.trainer.costs.flops import ModelShape, Work, needed_flops
-from llava_llama31.trainer.costs.matrix_peak import measure_matrix_peak
+from llava_llama31.trainer.costs.matrix_peak import measure_beside_other_work, measure_matrix_peak
 from llava_llama31.trainer.distributed.devices import forget_peak, peak_allocated
 
 
@@ -141,7 +141,7 @@ def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
 def measured_again(dtype: torch.dtype, device: torch.device) -> float:
     """The larger of the known peak and a new reading, which is the known one from now on."""
     key = (dtype, _device(device))
-    _peaks[key] = max(matrix_peak(dtype, device), measure_matrix_peak(*key))
+    _peaks[key] = max(matrix_peak(dtype, device), measure_beside_other_work(*key))
     return _peaks[key]
 
 
