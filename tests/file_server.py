@@ -14,6 +14,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
+# what a client of a store has to come through: name -> `Files.faults`
+FAULTS: dict[str, list[int | str]] = {
+    "none": [],
+    "429 and 503": [429, 503, 500],
+    "cut": ["cut:100", "cut:10"],
+    "short": ["short:20", "short:1"],
+    "no ranges": ["no-range"] * 10,
+}
+
+
 @dataclass
 class Files:
     """What the server serves, and how it fails.

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from file_server import serving
+from file_server import FAULTS, serving
 from PIL import Image
 
 from llava_llama31.trainer.data.batches.dataset import StageDataset
@@ -113,15 +113,6 @@ def content(given: DataSource) -> list[tuple]:
 
 def gets(store) -> list[str]:
     return [asked for method, _, asked in store.calls if method == "GET"]
-
-
-FAULTS = {
-    "none": [],
-    "429 and 503": [429, 503, 500],
-    "cut": ["cut:100", "cut:10"],
-    "short": ["short:20", "short:1"],
-    "no ranges": ["no-range"] * 10,
-}
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from file_server import serving
+from file_server import FAULTS, serving
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
@@ -227,15 +227,6 @@ def test_damage_is_found_when_it_is_read_or_before(sharded, tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match="is missing"):
         open_records(source(own))
-
-
-FAULTS = {
-    "none": [],
-    "429 and 503": [429, 503, 500],
-    "cut": ["cut:100", "cut:10"],
-    "short": ["short:20", "short:1"],
-    "no ranges": ["no-range"] * 10,
-}
 
 
 @pytest.mark.parametrize("name", FAULTS)
