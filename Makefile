@@ -50,8 +50,8 @@ check: $(VENV)/.dev $(LINKS) ## style, types and the tests that take seconds in 
 
 keys: $(VENV)/.base ## made from others: the recipes' JSON schema and the tables of docs/recipes.md; the README for PyPI
 	$(BIN)/python -m llava_llama31.trainer.recipes.json_schema trainer/recipes/editors/recipe.schema.json docs/recipes.md
-	# on PyPI a link into the repository leads nowhere: the path alone stays
-	sed -E 's/\[[^]]+\]\(([^):#]+)[^):]*\)/`\1`/g' README.md > docs/readme-for-pypi.txt
+	# on PyPI a link into the repository leads nowhere: its path stays
+	sed -E 's/\[([^]]+)\]\(\1\)/`\1`/g; s/\[([^]]+)\]\(([^):#]+)[^):]*\)/\1 (`\2`)/g' README.md > docs/readme-for-pypi.txt
 
 memory-page: $(VENV)/.base ## the tables of docs/memory.md, by `plan`: ten minutes
 	$(BIN)/python -m llava_llama31.trainer.planning.memory_page docs/memory.md

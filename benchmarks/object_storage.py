@@ -2,7 +2,7 @@
 
     python benchmarks/object_storage.py [--rows 1000000] [--batch 64] [--keep DIR] [--parquet]
 
-Writes so many rows with an image of a few pixels as shards (about 2.6 kB a row), or as one parquet file with 100 rows
+Writes `--rows` rows with an image of a few pixels as shards (about 2.6 kB a row), or as one parquet file with 100 rows
 a row group, serves them from another process, and prints, of a fresh one: seconds until the set is open, until the
 first shuffled batch is there (also those of its own CPU time, which other processes hardly change), rows per second
 after that, requests per row and peak memory. The rows are compared with those of the disk in the same order.

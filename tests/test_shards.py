@@ -317,11 +317,21 @@ def test_a_name_below_a_url_is_a_name(store_server, make_image, name):
 
 
 def test_errors_of_a_stores_own_library_are_the_users(store_server, monkeypatch):
-    """botocore, httpx and Google's libraries raise errors that are no OSError."""
-    monkeypatch.setattr(remote_files, "_system", lambda url: 1 / 0)
-    with pytest.raises(UserError, match="s3://b/k: can't be read after 6 attempts: ZeroDivisionError: .* credentials"):
+    """botocore, httpx and Google's libraries raise errors that are not an OSError."""
+
+    class Refusal(Exception):
+        pass
+
+    def refuse(url):
+        raise Refusal("of https://me:secret@host/k?X-Amz-Signature=secret")
+
+    monkeypatch.setattr(remote_files, "_system", refuse)
+    with pytest.raises(
+        UserError, match="s3://b/k: can't be read after 6 attempts: Refusal: of .* credentials"
+    ) as raised:
         remote_files.open_remote("s3://b/k")
-    with pytest.raises(UserError, match="http:///k: this is no URL"):
+    assert "secret" not in str(raised.value)
+    with pytest.raises(UserError, match="http:///k: this is not a URL"):
         monkeypatch.undo()
         remote_files.open_remote("http:///k")
 

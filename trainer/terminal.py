@@ -67,7 +67,7 @@ class _WithoutBars(io.StringIO):
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Context for calls of libraries that draw bars on stderr and cannot be told not to."""
+    """Context for calls of libraries that draw bars on stderr and have no option against it."""
     with redirect_stderr(_WithoutBars(sys.stderr)):
         yield
 

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(str(error.strerror), where=str(output), fix="name a file in a folder that exists") from error
     try:
         _plan(load_recipe(str(output)), device)
-    except UserError:  # such as a model that is no LlavaNext: the recipe is of no use
+    except UserError:  # such as a model that is not a LlavaNext: the recipe is useless
         output.unlink()
         raise
     sys.stdout.write(f"{output}\n")

@@ -111,7 +111,7 @@ def _missing_root(root: str | None, where: str, *, stores_too: bool = False) -> 
 
 
 def _absent(given: str, *, stores_too: bool = False) -> str:
-    """What is wrong with a path that is not there; a URL is no path under the working directory."""
+    """What is wrong with a path that is not there; a URL is not a path under the working directory."""
     fault = url_fault(given, stores_too=stores_too)
     if fault is not None:
         return f"{redacted(given)}: {': '.join(fault)}"

@@ -326,7 +326,7 @@ def _refuse_other_marker(messages: list[dict]) -> None:
     asked = (message["content"] for message in messages if message["role"] == "user")  # answers may be HTML
     for part in chain.from_iterable(asked):
         if found := _OTHER_MARKER.search(part.get("text", "")):
-            what = f"{found[0]} in the text is no place for an image: write {IMAGE_MARKER}"
+            what = f"{found[0]} in the text is not a place for an image: write {IMAGE_MARKER}"
             raise RecordError("image_count_mismatch", what)
 
 

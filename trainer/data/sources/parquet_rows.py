@@ -49,7 +49,7 @@ _MAGIC = b"PAR1"
 _END_BYTES = 8  # length of the footer, and the magic
 _TAIL_BYTES = 64 * 2**10  # asked for at first; most footers are shorter
 _PIECE_BYTES = 32 * 2**20  # of one request
-_GAP_BYTES = 256 * 2**10  # between two columns, for which one request is made all the same
+_GAP_BYTES = 256 * 2**10  # two columns this close are fetched by one request
 _AHEAD_BYTES = 2 * MAX_GROUP_BYTES  # in flight in one worker
 _BATCH_BYTES = 2**20
 _OPEN_GROUPS = 32
@@ -348,7 +348,7 @@ def _footer(file: _File) -> Any:
     """A file's metadata.
 
     Raises:
-        UserError: the file is no whole parquet file.
+        UserError: the file is not a whole parquet file.
     """
     import pyarrow.parquet
 

@@ -129,7 +129,7 @@ class RemoteFile:
             UserError: it was replaced.
         """
         if _ask(self.url, fresh=True) != self:
-            fix = "run again; a run that began with the former file can go on with that alone"
+            fix = "run again; a run that began with the former file can be resumed only with that file"
             raise UserError("was replaced since it was opened", where=redacted(self.url), fix=fix)
 
     def _range(self, start: int, end: int) -> bytes:
@@ -282,19 +282,20 @@ def _retried(url: str, step: Callable[[], Any]) -> Any:
         except UserError:
             raise
         except PermissionError as refusal:
-            raise UserError(f"access is denied: {refusal}", where=redacted(url), fix=_CREDENTIALS) from refusal
+            what = f"access is denied: {redacted(str(refusal))}"
+            raise UserError(what, where=redacted(url), fix=_CREDENTIALS) from refusal
         except Exception as raised:  # each store's library has errors of its own, which share no class
             error = _fault(raised)
             status = error.status if isinstance(error, aiohttp.ClientResponseError) else None
             if isinstance(error, FileNotFoundError) or status in (404, 410):
                 raise Missing(url) from error
             if isinstance(error, aiohttp.InvalidURL):
-                raise UserError("this is no URL", where=redacted(url), fix="correct its host and port") from error
+                raise UserError("this is not a URL", where=redacted(url), fix="correct its host and port") from error
             if status in (400, 401, 403):
                 fix = f"correct the URL, or {_CREDENTIALS}" if status == 400 else _CREDENTIALS
                 raise UserError(f"the server answers {status}", where=redacted(url), fix=fix) from error
             if attempt == ATTEMPTS - 1:
-                what = f"can't be read after {ATTEMPTS} attempts: {_told(error)}"
+                what = f"can't be read after {ATTEMPTS} attempts: {_in_words(error)}"
                 fix = "check the connection, the store and the credentials in the environment"
                 raise UserError(what, where=redacted(url), fix=fix) from error
             logger.info("%s: %s, attempt %d", redacted(url), error, attempt + 1)
@@ -302,7 +303,7 @@ def _retried(url: str, step: Callable[[], Any]) -> Any:
     raise AssertionError
 
 
-def _told(error: Exception) -> str:
+def _in_words(error: Exception) -> str:
     """An error of a store's library in words that users know."""
     import aiohttp
 
@@ -312,7 +313,7 @@ def _told(error: Exception) -> str:
         return "the connection ended before the file did"
     if isinstance(error, asyncio.TimeoutError):
         return "no answer in time"
-    return redacted(str(error)) if isinstance(error, OSError) and str(error) else f"{type(error).__name__}: {error}"
+    return redacted(str(error) if isinstance(error, OSError) and str(error) else f"{type(error).__name__}: {error}")
 
 
 def _fault(error: Exception) -> Exception:
