@@ -296,7 +296,7 @@ def test_parquet_that_has_no_room_unpacked_is_read_in_place(folder, monkeypatch,
         assert dataset_rows.can_unpack(folder / "set", split)
 
 
-def test_what_is_no_parquet_is_said(store):
+def test_a_file_that_is_not_parquet_is_refused(store):
     store.contents["/bucket/not.parquet"] = json.dumps([1] * 100).encode()
     with pytest.raises(UserError, match="does not end as a parquet file does"):
         open_records(source(f"{store.url}/bucket/not.parquet"))
