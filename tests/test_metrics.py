@@ -177,7 +177,8 @@ def test_which_option_is_chosen(prediction, chosen):
         ("Cannot determine the answer, so the answer is A", "ZZZ"),
         ("Failed to obtain answer via API, the answer is A", "..."),
         ("a blue car", "BBB"),
-        ("a blue car" + 40 * " and so on", "B.."),  # longer than twice the options
+        ("a blue car" + 34 * "x", "BBB"),  # twice the options' 22 characters
+        ("a blue car" + 35 * "x", "B.."),
         ("a red", "AAA"),
     ],
 )
