@@ -27,6 +27,7 @@ import pytest
 import torch
 import yaml
 from chromium import started
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -43,6 +44,19 @@ from llava_llama31.processing import CHAT_TOKENS, STOP_TOKENS, build_processor
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.costs.matrix_peak import measure_cpu_speed
 from llava_llama31.trainer.data.batches.collator import Collator, Sample
+
+
+# how long an example takes depends on what else the machine does, and proves nothing
+settings.register_profile(
+    "untimed",
+    deadline=None,
+    suppress_health_check=[
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.function_scoped_fixture,
+    ],
+)
+settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

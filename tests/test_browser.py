@@ -762,7 +762,9 @@ def test_a_tasks_page_shows_options_and_what_was_read(window, image, tmp_path):
     )
     assert window.text("article .scores") == "every protocol1 (read as B)"
     window.show("disagree")
-    assert window.ids() == ["1"] and window.text("article .scores") == "vlmevalkit1 (read as B)letter0"
+    assert window.ids() == ["1"] and window.text("article .scores") == (
+        "vlmevalkit1 (read as B)letter0vlmevalkit-20251 (read as B)vlmevalkit-20261 (read as B)"
+    )
     window.show("unanswered")
     assert window.ids() == ["3"]
     window.show("all")

@@ -89,7 +89,7 @@ def test_an_image_may_come_later(lively_model, processor, files):
     assert said == answerer.text(ids)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(max_size=30), more=st.lists(st.integers(0, 447), max_size=12))
 def test_pieces_are_the_text_and_end_between_characters(pieces_of, text, more):
     pieces, whole = pieces_of(text, more)

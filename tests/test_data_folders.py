@@ -13,7 +13,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_llama31.trainer.data.sources.records import data_files, open_records
@@ -242,7 +242,7 @@ MIXED = {
 }
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40)
 @given(names=st.sets(st.sampled_from(sorted(MIXED)), min_size=1))
 def test_a_folder_of_mixed_files_is_read_whole_or_refused_by_a_files_name(tmp_path_factory, caplog, names):
     folder = tmp_path_factory.mktemp("mixed")

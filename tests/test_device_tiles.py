@@ -23,7 +23,7 @@ SIDES = st.integers(1, 90)
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(SIDES, SIDES, SIDES, SIDES, st.integers(0, 2**32 - 1), st.booleans())
 @example(40, 40, 20, 30, 0, False)  # as many rows lost as twice the columns: the passes' order turns
 @example(40, 40, 19, 30, 0, False)

@@ -163,7 +163,7 @@ def naive_spike(value: float, before: list[float]) -> bool:
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32), st.integers(0, 250))
 def test_a_resumed_judgement_is_the_same_as_an_uninterrupted_one(seed, cut):
     rng = random.Random(seed)

@@ -19,7 +19,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -37,7 +37,6 @@ from llava_llama31.trainer.recipes.schema import DataSource
 
 # FUZZ_SCALE=20 looks twenty times as far
 SCALE = int(os.environ.get("FUZZ_SCALE", "1"))
-QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 TALK = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 GOOD = {"id": "good", "conversations": TALK}
 
@@ -129,7 +128,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["llava", "sharegpt", "messages", "cauldron"])
-@settings(max_examples=120 * SCALE, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=120 * SCALE)
 @given(st.lists(hostile_row, min_size=1, max_size=10), st.booleans())
 @example([GOOD, {"id": "x", "image": "pipe.png", "conversations": [TALK[0] | {"value": "<image>"}, TALK[1]]}], True)
 def test_any_json_is_a_sample_or_a_named_reject(folder, processor, format, rows, ascii_only):
@@ -156,7 +155,7 @@ def assert_only_our_control_tokens(processor, messages, input_ids) -> None:
     assert not {ids[token] for token in others} & set(input_ids)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=150)
 @given(
     st.lists(st.sampled_from(["<|eot_id|>", "<|", "|>", "eot_id", "<image>", "<|pad", " ", "a", "\n"]), max_size=12)
 )
@@ -586,7 +585,7 @@ QUESTION = {"question_id": 1, "image_id": "x", "question": "?", "answers": ["a"]
 
 
 @pytest.mark.slow
-@settings(max_examples=300 * SCALE, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=300 * SCALE)
 @given(st.dictionaries(st.sampled_from([*QUESTION, "image", "ocr_tokens"]), hostile_value, max_size=3))
 def test_any_question_row_is_a_question_or_one_line(tmp_path, changes):
     (tmp_path / "q.jsonl").write_text(json.dumps(QUESTION | changes))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 from PIL.PngImagePlugin import PngInfo
@@ -271,7 +271,7 @@ def test_data_uri(tmp_path, make_image):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@settings(max_examples=120 * SCALE, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120 * SCALE)
 @given(st.lists(st.tuples(st.integers(0, 2**31), st.integers(0, 255)), min_size=1, max_size=30), st.integers(0, 4))
 def test_mutated_images_are_read_or_refused(make_image, format, flips, cut):
     data = bytearray(encoded(make_image(24, 31), format))

@@ -271,7 +271,7 @@ def test_numbers_that_are_not_finite(word):
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(ANY_TEXT, st.lists(ANY_TEXT, min_size=1, max_size=4), st.randoms())
 def test_any_text_has_a_score_in_range_that_the_order_of_answers_does_not_change(prediction, answers, draw):
     shuffled = draw.sample(answers, len(answers))
@@ -290,7 +290,7 @@ def test_any_text_has_a_score_in_range_that_the_order_of_answers_does_not_change
         assert edits * max(1, other[1]) == other[0] * max(1, length)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(ANY_TEXT, st.dictionaries(st.sampled_from("ABCDE"), ANY_TEXT, max_size=5), st.randoms())
 def test_any_text_chooses_an_option_or_none(prediction, options, draw):
     shuffled = dict(draw.sample(list(options.items()), len(options)))
@@ -309,7 +309,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ANY_TEXT, st.dictionaries(st.text(max_size=3), JSON, max_size=3))
 def test_any_text_has_fields_or_none(prediction, annotated):
     answer = json.dumps(annotated)
@@ -317,7 +317,7 @@ def test_any_text_has_fields_or_none(prediction, annotated):
     assert field_counts(answer, answer).exact and field_counts(answer, answer).f1 == 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(*[st.integers(0, 50)] * 4)
 def test_rates_are_in_range_and_those_of_their_definition(true_yes, false_yes, false_no, true_no):
     rates = yes_no_rates(true_yes, false_yes, false_no, true_no)

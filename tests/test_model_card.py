@@ -432,7 +432,7 @@ def test_hostile_strings_stay_text(hostile):
     assert (data.license, data["license_name"], data.model_name) == ("other", shown(hostile), shown(hostile))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.one_of(st.text(max_size=30), st.text(alphabet="\\`*_{}[]()#+-.!|~<>&$^=:/@\n 1a'\"w", max_size=14)))
 def test_any_cell_reads_back_as_it_was(value):
     card = render_card({"name": "n", "samples": [{"question": value, "prediction": "after", "answers": ["last"]}]})
@@ -562,7 +562,7 @@ def test_broken_front_matter_of_the_former_card_is_named():
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e6, 1e6)), min_size=1, max_size=6),
     st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e-9, 1e9)), max_size=3),

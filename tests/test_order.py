@@ -58,7 +58,7 @@ sharing = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(order=orders | sharing, epoch=st.integers(0, 3))
 def test_an_epoch_has_every_sample_once(order, epoch):
     batches = order.batches(epoch)
@@ -74,7 +74,7 @@ def test_an_epoch_has_every_sample_once(order, epoch):
     assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     order=orders | sharing,
     num_processes=st.sampled_from([1, 2, 4]),
@@ -136,7 +136,7 @@ def test_a_rank_without_a_sample_repeats_one_that_does_not_count(num_processes):
     assert sum(i >= 0 for part in last for i in part) == 1 and len(last) == num_processes
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(order=sharing, num_rows=st.integers(1, 6))
 def test_rows_of_a_batch_are_nearly_equal_and_keep_images_together(order, num_rows):
     for batch in order.batches(0):

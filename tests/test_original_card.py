@@ -5,7 +5,7 @@ import re
 import pytest
 from hub_server import running_hub
 from huggingface_hub import ModelCard, constants
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_model_card import MARKDOWN, RECORD, STAGE, body, replaced, table_starting, tables, text, without_files
 
@@ -194,7 +194,7 @@ HOSTILE = st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join)
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(HOSTILE.filter(lambda value: value.strip()))
 @example("x\n```\n<b>out of the block</b>\n")
 def test_no_string_of_the_data_leaves_its_place(hub, value):

@@ -189,7 +189,7 @@ def test_an_image_is_turned_alike_at_every_door(processor, remote, tmp_path, mod
     check_all_doors(data, processor, remote, tmp_path / "x")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     mode=st.sampled_from(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"]),
     height=st.integers(1, 40),

@@ -173,7 +173,7 @@ def test_images_in_a_conversation_give_the_stock_processors_ids(processor, make_
     assert np.array_equal(tiles, stock_tiles)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(height=st.integers(1, 200), width=st.integers(1, 200), mode=st.sampled_from(["RGB", "L", "RGBA", "LA", "P"]))
 def test_tiles_are_bit_equal_to_the_stock_image_processors(processor, height, width, mode):
     pixels = np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 4), dtype=np.uint8)

@@ -37,7 +37,7 @@ def folder(exported, tmp_path):
 
 
 @pytest.mark.parametrize("kind", SECRETS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.data())
 def test_every_secret_is_a_possible_one(kind, data):
     assert POSSIBLE_SECRET.search(data.draw(st.from_regex(SECRETS[kind])))

@@ -15,7 +15,7 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -198,7 +198,7 @@ WRITERS = {
 }
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(st.lists(conversations(), min_size=1, max_size=4), st.booleans(), st.integers(0, 3))
 def test_round_trip_through_every_json_format(tmp_path, rows, as_array, indent):
     for data_format, writers in WRITERS.items():
@@ -937,7 +937,7 @@ json_values = st.recursive(
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(st.lists(json_values, max_size=12), st.integers(2, 40), st.integers(0, 2), st.booleans(), st.booleans())
 def test_index_equals_json_load(tmp_path, monkeypatch, values, chunk_bytes, indent, ascii_only, bom):
     monkeypatch.setattr(json_rows, "_CHUNK_BYTES", chunk_bytes)

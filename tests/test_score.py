@@ -355,7 +355,7 @@ def test_a_submission_of_lmms_eval_scores_under_m4c_what_lmms_eval_says(annotati
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(
     st.one_of(
         st.text(max_size=12), st.lists(st.sampled_from(["whats", "it's", "Ü", "a", "1.", "ten", ","])).map(" ".join)

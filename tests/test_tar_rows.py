@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -369,7 +369,7 @@ def test_images_of_a_sample_are_bounded_before_they_are_read(tmp_path):
 WHOLE = {"0.json": ONE, "0.png": png_bytes(), "1.json": TWO, "1.0.png": png_bytes(1, 1), "1.1.png": png_bytes(2, 2)}
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(
     changes=st.lists(st.tuples(st.integers(0, 19), st.integers(0, 511), st.integers(0, 255)), max_size=4),
     length=st.integers(0, 20 * 512),

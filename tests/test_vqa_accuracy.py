@@ -148,7 +148,7 @@ ANSWERS = st.one_of(st.text(max_size=20), st.lists(PIECES, max_size=8).map("".jo
 
 
 @pytest.mark.slow
-@settings(max_examples=1000 * SCALE, deadline=None)
+@settings(max_examples=1000 * SCALE)
 @given(prediction=ANSWERS, wrong=st.lists(ANSWERS, min_size=10, max_size=10), matches=st.integers(0, 10))
 def test_any_string_scores_one_of_five_values_in_any_order(prediction, wrong, matches):
     answers = [prediction] * matches + wrong[matches:]
@@ -199,7 +199,7 @@ def normalized_by_definition(answer: str, protocol: str) -> str:
 
 
 @pytest.mark.slow
-@settings(max_examples=2000 * SCALE, deadline=None)
+@settings(max_examples=2000 * SCALE)
 @given(answer=ANSWERS)
 def test_protocols_are_what_the_table_says_and_differ_nowhere_else(answer):
     by_2024, by_2025, by_m4c = (normalize(answer, protocol) for protocol in PROTOCOLS)
@@ -222,7 +222,7 @@ WORDS = st.text("bcdfghijklmnopqrtuvwxyz", min_size=1, max_size=6).filter(lambda
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(first=WORDS, second=WORDS, number=st.integers(0, 99_999))
 def test_each_row_of_the_table_holds_for_any_words(first, second, number):
     assume(first + second not in SPECIAL)
