@@ -9,6 +9,7 @@ import shutil
 import signal
 import statistics
 import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -319,6 +320,58 @@ def test_a_disk_that_gets_full_in_a_save_leaves_the_former_checkpoint(train, mon
     assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
     assert not list(folder.glob(".*")) and all(atomic_folders.verify(path) is None for path in folder.glob("c*"))
     assert train()[0] == 0
+
+
+@pytest.fixture
+def committing(monkeypatch):
+    """Call a function with the step of every checkpoint before it is committed."""
+
+    def committing(before):
+        original = atomic_folders.commit
+
+        def commit(staging, final, facts):
+            if final.name.startswith("checkpoint-"):
+                before(facts["step"])
+            original(staging, final, facts)
+
+        monkeypatch.setattr(atomic_folders, "commit", commit)
+
+    return committing
+
+
+def test_a_stage_trains_while_a_checkpoint_is_committed(train, committing, monkeypatch):
+    original, began = LlavaTrainer.training_step, {step: threading.Event() for step in range(1, 7)}
+
+    def training_step(self, *args, **kwargs):
+        began[self.state.global_step + 1].set()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlavaTrainer, "training_step", training_step)
+    overlapped = []
+    committing(lambda step: step < 6 and overlapped.append(began[step + 1].wait(60)))
+    code, run = train()
+    assert code == 0 and overlapped == [True] * 5 and steps(run) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_commit_that_fails_ends_the_stage_at_its_next_step(train, committing, capsys, monkeypatch):
+    def fail(step):
+        if step == 3:
+            raise OSError(28, "No space left on device")
+
+    committing(fail)
+    code, run = train()
+    error, folder = capsys.readouterr().err.splitlines()[-1], run / "stages/1-projector"
+    assert code == 2 and error.startswith(f"error: {folder}: saving ") and "No space left on device" in error
+    assert steps(run) == [1, 2] and not list(folder.glob(".*"))
+    monkeypatch.undo()
+    assert train()[0] == 0 and steps(run) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_stage_that_fails_keeps_the_checkpoint_that_is_being_committed(train, spoil, committing):
+    spoil({3: math.nan})
+    committing(lambda step: time.sleep(0.5))
+    code, run = train()
+    assert code == 4 and steps(run) == [1, 2]
 
 
 def test_leftovers_of_a_killed_save_are_swept_by_the_next(train, tmp_path):

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.publishing.hub_calls import redact
 from llava_llama31.trainer.publishing.interim import CHECKPOINT, JOB
@@ -177,17 +175,6 @@ class Pusher:
     def _write(self) -> None:
         with contextlib.suppress(OSError):
             atomic_folders.write_json(self.folder / OUTCOME, self.outcome)
-
-
-class PushSaves(TrainerCallback):
-    """Hands every save of a stage to a Pusher, on rank 0."""
-
-    def __init__(self, pusher: Pusher, stage_name: str, stage: Stage, origin: Path):
-        self.pusher, self.stage_name, self.stage, self.origin = pusher, stage_name, stage, origin
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        checkpoint = atomic_folders.at_step(args.output_dir, state.global_step)
-        self.pusher.add(checkpoint, self.stage_name, state.global_step, self.stage, self.origin)
 
 
 @contextmanager

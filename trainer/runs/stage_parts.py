@@ -1,8 +1,9 @@
 """What a stage trains with: features, Trainer, meters, guard and questions."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import transformers
@@ -29,7 +30,6 @@ from llava_llama31.trainer.fault_tolerance.watchdog import Watchdog
 from llava_llama31.trainer.model.device_options import FLOAT8_MULTIPLE
 from llava_llama31.trainer.model.module_groups import GroupReport, layer_classes
 from llava_llama31.trainer.model.stage_model import base_model, product_dtype
-from llava_llama31.trainer.publishing.pusher import PushSaves
 from llava_llama31.trainer.recipes.schema import Stage, slug
 from llava_llama31.trainer.runs.console import StageProgress
 from llava_llama31.trainer.runs.context import StageRun
@@ -138,12 +138,12 @@ def stage_trainer(
             inputs=stage_inputs(run, data),
             sources=[source.name for source in stage.data],
             layers=layer_classes(base_model(model, stage)),
+            committed=_push(run),
         ),
         callbacks=[
             StageProgress(run.context.console, run.name),
             StopOnPlateau(stage),
             *_logs(run, guard, data, report),
-            *_pushes(run),
         ],
     )
     trainer.remove_callback(PrinterCallback)
@@ -171,8 +171,12 @@ def _logs(run: StageRun, guard: Guard, data: StageData, report: Sequence[GroupRe
     return [RunLog(run.context.folder.log, run.name, run.stage, guard.health, facts)]
 
 
-def _pushes(run: StageRun) -> list[PushSaves]:
-    return [PushSaves(run.context.pusher, run.name, run.stage, run.origin)] if run.context.pusher is not None else []
+def _push(run: StageRun) -> Callable[[Path, int], None] | None:
+    """What hands a complete checkpoint to the pusher, on rank 0 of a run that pushes its saves."""
+    pusher = run.context.pusher
+    if pusher is None:
+        return None
+    return lambda checkpoint, step: pusher.add(checkpoint, run.name, step, run.stage, run.origin)
 
 
 def _guard(run: StageRun) -> Guard:

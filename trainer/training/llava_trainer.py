@@ -9,13 +9,13 @@
 | `_get_grad_norm` | judges the step before the optimizer runs; may skip it |
 | `log` | adds throughput, meters and seconds |
 | `evaluate` | exact validation loss, and accuracy on questions |
-| `_save_checkpoint`, `_get_output_dir` | saves into a staging folder and commits it |
+| `_save_checkpoint`, `_get_output_dir` | saves into a staging folder, which is committed in the background |
 | `save_model`, `_save`, `_load_from_checkpoint` | whole weights on rank 0, every one of them or an error |
 | `_save_*_state`, `_load_*_state`, `_*_optimizer_and_scheduler` | state without pickle |
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -47,15 +47,14 @@ from llava_llama31.trainer.training.meter import Meter
 from llava_llama31.trainer.training.optimizers import make_optimizer, parameter_groups
 from llava_llama31.trainer.training.source_losses import SourceLosses
 from llava_llama31.trainer.training.stage_checkpoints import (
+    StageSaves,
     load_optimizer,
     load_rng_state,
     load_weights,
-    room_for_checkpoint,
     save_optimizer,
     save_rng_state,
     save_weights,
     saved_parameters,
-    staged_checkpoint,
     whole_best_checkpoint,
 )
 from llava_llama31.trainer.training.throughput import Throughput
@@ -74,6 +73,7 @@ class TrainerOptions:
         inputs: digests of the stage's data and origin, kept in every checkpoint.
         sources: names of the data sources, in order.
         layers: classes that FSDP shards one by one.
+        committed: called in a thread with every complete checkpoint and its step.
     """
 
     learning_rates: Mapping[str, float]
@@ -83,6 +83,7 @@ class TrainerOptions:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     sources: Sequence[str] = ()
     layers: Sequence[str] = ()
+    committed: Callable[[Path, int], None] | None = None
 
 
 def _with_bucket_views(given: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +117,8 @@ class LlavaTrainer(Trainer):
         self.meter, self.guard = meter, guard
         self.loader = BatchLoader(batches, args, guard)
         self.saving_to: Path | None = None
+        only_trainable, committed = options.only_trainable, options.committed
+        self.saves = StageSaves(args, guard, inputs=options.inputs, only_trainable=only_trainable, committed=committed)
         self._losses: list[torch.Tensor] = []  # of the step's micro-batches so far
         self.num_drawn = 0  # micro-batches from the epoch's loader
         self.sources = SourceLosses(options.sources, args.device)
@@ -190,6 +193,7 @@ class LlavaTrainer(Trainer):
         """Loss of a micro-batch, kept for the step's judgement."""
         number, step = len(self._losses) + 1, self.state.global_step + 1
         self.guard.watchdog.beat(f"training on micro-batch {number} of step {step}")
+        self.saves.check()
         if not self._losses:
             self._loss_before = self._tr_loss.clone()
         self._losses.append(super().training_step(model, inputs, num_items_in_batch))
@@ -213,10 +217,10 @@ class LlavaTrainer(Trainer):
         return None
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:  # type: ignore[override]
-        """Train under the watchdog; a resumed stage keeps its judgement of steps."""
+        """Train under the watchdog, to the last commit; a resumed stage keeps its judgement of steps."""
         if resume_from_checkpoint:
             self.guard.restore(Path(str(resume_from_checkpoint)))
-        with self.guard.watchdog.watching():
+        with self.guard.watchdog.watching(), self.saves.completed():
             return super().train(resume_from_checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -293,15 +297,9 @@ class LlavaTrainer(Trainer):
         return str(self.saving_to or self.args.output_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self.guard.watchdog.beat("saving")
-        room = room_for_checkpoint(self.args, self._stage_model, only_trainable=self.options.only_trainable)
-        with self.meter.aside(), room:
-            try:
-                with staged_checkpoint(self.args, self.state, self.guard, self.options.inputs) as self.saving_to:
-                    super()._save_checkpoint(model, trial)
-            finally:
-                self.saving_to = None
-        self.guard.watchdog.beat("saved")
+        with self.meter.aside(), self.saves.staged(self.state, self._stage_model) as self.saving_to:
+            super()._save_checkpoint(model, trial)
+        self.saving_to = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Whole weights and processor in one folder. Collective."""

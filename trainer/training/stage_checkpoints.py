@@ -2,8 +2,8 @@
 
 import logging
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.checkpoint.background import Background
 from llava_llama31.trainer.distributed.devices import default_device, random_state, set_random_state, uses_cpu
 from llava_llama31.trainer.distributed.engine import engine_of, uses_deepspeed
 from llava_llama31.trainer.distributed.parameters import held_part, num_elements, sharded_like
@@ -53,16 +54,6 @@ def whole_best_checkpoint(args: TrainingArguments, state: TrainerState) -> Path 
     return best
 
 
-def room_for_checkpoint(
-    args: TrainingArguments, model: torch.nn.Module, *, only_trainable: bool
-) -> AbstractContextManager[None]:
-    """Rank 0 makes sure of the space that a checkpoint needs; DeepSpeed writes on all ranks."""
-    folder = Path(str(args.output_dir))
-    former = atomic_folders.newest_committed(folder)
-    needed = _estimated_bytes(args, model, only_trainable) if former is None else atomic_folders.size(former)
-    return atomic_folders.room(folder, needed, check=args.should_save)
-
-
 def _estimated_bytes(args: TrainingArguments, model: torch.nn.Module, only_trainable: bool) -> int:
     """Weights plus two float32 moments; under DeepSpeed weights twice, plus float32 originals."""
     parameters = list(model.parameters())
@@ -77,40 +68,103 @@ def saved_parameters(model: torch.nn.Module, *, only_trainable: bool) -> list[tu
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad or not only_trainable]
 
 
-@contextmanager
-def staged_checkpoint(
-    args: TrainingArguments, state: TrainerState, guard: Guard, inputs: Mapping[str, Any]
-) -> Iterator[Path]:
-    """The parent folder in which Transformers saves; at the end the checkpoint in it is committed. Collective.
+class StageSaves:
+    """Saves a stage's checkpoints. All ranks wait until the files are written, but not until they are committed.
+
+    Rank 0 flushes and hashes the files, renames the folder and removes old checkpoints in the background: a checkpoint
+    that is not committed does not exist for a resume, and the former one stays until then. A failure ends the stage at
+    its next step.
 
     Args:
         inputs: digests of what the stage depends on, for the manifest.
+        only_trainable: save the trainable parameters alone.
+        committed: called in the background with every complete checkpoint and its step.
     """
-    final = atomic_folders.at_step(args.output_dir, state.global_step)
-    staging = final.parent / atomic_folders.STAGING / final.name
-    if args.should_save:
-        atomic_folders.sweep(final.parent)
-        staging.mkdir(parents=True)
-    _barrier(args)
-    try:
-        yield staging.parent
-    except BaseException:
-        if args.should_save:
-            atomic_folders.remove(staging.parent)
-        raise
-    _barrier(args)
-    if args.should_save:
-        # Transformers noted the staging folder; `best_checkpoint` owns this fact
-        state.best_model_checkpoint = None
-        state.save_to_json(str(staging / TRAINER_STATE_NAME))
-        guard.save(staging)
-        facts = {"step": state.global_step, "num_processes": args.world_size, "engine": engine_of(args)}
-        facts["inputs"] = dict(inputs)
-        atomic_folders.commit(staging, final, facts)
-        atomic_folders.remove(staging.parent)
-        assert args.save_total_limit is not None
-        atomic_folders.rotate(final.parent, args.save_total_limit, spare=best_checkpoint(args, state))
-    _barrier(args)
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        guard: Guard,
+        *,
+        inputs: Mapping[str, Any],
+        only_trainable: bool,
+        committed: Callable[[Path, int], None] | None,
+    ):
+        self.args, self.guard, self.only_trainable = args, guard, only_trainable
+        self.facts = {"num_processes": args.world_size, "engine": engine_of(args), "inputs": dict(inputs)}
+        self._committed = committed
+        self._commit = Background("commit")
+
+    @contextmanager
+    def staged(self, state: TrainerState, model: torch.nn.Module) -> Iterator[Path]:
+        """The parent folder in which Transformers saves; what it wrote is committed in the background. Collective.
+
+        Raises:
+            UserError: too little space, or writing failed, this checkpoint or the one before.
+        """
+        self.guard.watchdog.beat("saving")
+        self._commit.finish()
+        final = atomic_folders.at_step(self.args.output_dir, state.global_step)
+        staging = final.parent / atomic_folders.STAGING / final.name
+        needed = self._bytes_needed(final.parent, model)
+        with atomic_folders.room(final.parent, needed, check=self.args.should_save):
+            if self.args.should_save:
+                atomic_folders.sweep(final.parent)
+                staging.mkdir(parents=True)
+            _barrier(self.args)
+            try:
+                yield staging.parent
+            except BaseException:
+                if self.args.should_save:
+                    atomic_folders.remove(staging.parent)
+                raise
+            _barrier(self.args)
+            if self.args.should_save:
+                # Transformers noted the staging folder; `best_checkpoint` owns this fact
+                state.best_model_checkpoint = None
+                state.save_to_json(str(staging / TRAINER_STATE_NAME))
+                self.guard.save(staging)
+                facts = {"step": state.global_step, **self.facts}
+                best = best_checkpoint(self.args, state)
+                self._commit.start(lambda: self._publish(staging, final, facts, best, needed))
+        self.guard.watchdog.beat("saved")
+
+    def _publish(self, staging: Path, final: Path, facts: dict[str, Any], best: Path | None, needed: int) -> None:
+        """Commit a written checkpoint and remove old ones, in the background."""
+        with atomic_folders.room(final.parent, needed, check=False):
+            try:
+                atomic_folders.commit(staging, final, facts)
+            finally:
+                atomic_folders.remove(staging.parent)
+            assert self.args.save_total_limit is not None
+            atomic_folders.rotate(final.parent, self.args.save_total_limit, spare=best)
+        if self._committed is not None:
+            self._committed(final, facts["step"])
+
+    def check(self) -> None:
+        """Raise what a commit failed with, at the next step."""
+        self._commit.check()
+
+    @contextmanager
+    def completed(self) -> Iterator[None]:
+        """Context at whose end the last checkpoint is committed, whether the stage fails or not. Collective."""
+        try:
+            yield
+        except Exception:
+            try:
+                self._commit.finish()
+            except UserError as error:  # must not mask the original error
+                logger.warning("the last checkpoint is not complete: %s", error)
+            raise
+        self.guard.watchdog.beat("saving")
+        self._commit.finish()
+        _barrier(self.args)
+
+    def _bytes_needed(self, folder: Path, model: torch.nn.Module) -> int:
+        former = atomic_folders.newest_committed(folder)
+        if former is None:
+            return _estimated_bytes(self.args, model, self.only_trainable)
+        return atomic_folders.size(former)
 
 
 def load_weights(model: PreTrainedModel, folder: Path, *, only_trainable: bool) -> None:
