@@ -106,8 +106,8 @@ serve(*map(int, sys.argv[1:]))
 
 def bad_row(reason: str, folder) -> dict | str:
     """A row that must be refused for `reason`, with the bad file that it takes."""
-    image = folder / "bad.png"
-    question = row("bad", "bad.png")
+    image = folder / f"{reason}.png"
+    question = row("bad", image.name)
     match reason:
         case "malformed_json":
             return '{"id": "bad", "conversations": ['
@@ -159,7 +159,7 @@ def bad_row(reason: str, folder) -> dict | str:
         case "missing_image":
             pass
         case "unreadable_image":
-            image.symlink_to("bad.png")
+            image.symlink_to(image.name)
         case "unsupported_image_format":
             image.write_text("<html>404</html>")
         case "corrupt_image":
@@ -177,39 +177,73 @@ def bad_row(reason: str, folder) -> dict | str:
     return question
 
 
-@pytest.mark.parametrize("action", ["skip", "quarantine", "error"])
-@pytest.mark.parametrize("reason", [reason for reason in REASONS if reason not in IN_OTHER_TESTS])
-def test_every_reason_is_found_and_acted_on(folder, write, check, reason, action, tmp_path, monkeypatch):
+@pytest.fixture
+def faulty(folder, write, monkeypatch):
+    """A bad row for each reason, between two good ones; returns the rows by reason and the sources."""
     monkeypatch.setattr(decoding, "_CODE", FATAL_CODE)
-    bad = bad_row(reason, folder)
-    source = write(row("first", "good.png", question="the first"), bad, row("last", "wide.png"))
-    if reason == "text_only":
-        source = source.model_copy(update={"images_only": True})
-    policy = {"default": "error", reason: action}
-    if action == "error":
-        with pytest.raises(UserError) as caught:
-            check(source, limits=Limits(max_tokens=300), policy=policy)
-        message = str(caught.value)
-        assert f"1 of 3 records can't be used: {reason} 1 (" in message and source.path in message
-        assert str(tmp_path / "cache" / "rejects.jsonl") in message and "\n" not in message
-    else:
-        report = check(source, limits=Limits(max_tokens=300), policy=policy)
-        (found,) = report.sources
-        assert found.num_rows == 3 and found.rows.tolist() == [0, 2] and found.dropped == {reason: 1}
-        assert all(len(counts) == 2 for counts in found.counts.values())
-        assert (report.quarantine is None) == (action == "skip")
-    (reject,) = map(json.loads, (tmp_path / "cache" / "rejects.jsonl").read_text().splitlines())
-    expected = {"source": "data", "row": 1, "reason": reason, "action": action}
-    assert expected.items() <= reject.items() and reject["detail"]
-    assert list(reject) == ["source", "row", "id", "image", "reason", "detail", "action"]
-    assert reject["id"] == ("data:1" if reason == "malformed_json" else "bad")
-    names_image = reason.endswith(("_image", "_path", "_root", "_escape", "_url", "_format", "_file", "_died"))
-    assert (reject["image"] is not None) == (names_image and reason != "misplaced_image")
+    rows = {reason: bad_row(reason, folder) for reason in REASONS if reason not in IN_OTHER_TESTS}
+    first, last = row("first", "good.png", question="the first"), row("last", "wide.png")
+    with_text = write(first, *(bad for reason, bad in rows.items() if reason != "text_only"), last)
+    images_only = write(first, rows["text_only"], last, name="images").model_copy(update={"images_only": True})
+    return rows, [with_text, images_only]
+
+
+LIMITS = Limits(max_tokens=300)
+
+
+def rejects_of(folder: Path, rows: dict, action: str) -> dict[str, dict]:
+    """The one reject of each reason, in the order of the rows."""
+    places = [("data", number) for number in range(1, len(rows))]
+    places.insert(list(rows).index("text_only"), ("images", 1))
+    found = map(json.loads, (folder / "cache" / "rejects.jsonl").read_text().splitlines())
+    rejects = {reject["reason"]: reject for reject in found}
+    for reason, place in zip(rows, places, strict=True):
+        reject = rejects[reason]
+        assert (reject["source"], reject["row"], reject["action"]) == (*place, action) and reject["detail"]
+        assert list(reject) == ["source", "row", "id", "image", "reason", "detail", "action"]
+        assert reject["id"] == (f"data:{place[1]}" if reason == "malformed_json" else "bad")
+        names_image = reason.endswith(("_image", "_path", "_root", "_escape", "_url", "_format", "_file", "_died"))
+        assert (reject["image"] is not None) == (names_image and reason != "misplaced_image")
+    return rejects
+
+
+@pytest.mark.parametrize("action", ["skip", "quarantine"])
+def test_every_reason_is_found_and_its_row_left_out(faulty, check, action, tmp_path):
+    rows, sources = faulty
+    report = check(*sources, limits=LIMITS, policy={"default": "error"} | dict.fromkeys(rows, action))
+    data, images = report.sources
+    assert data.num_rows == len(rows) + 1 and data.rows.tolist() == [0, len(rows)]
+    assert images.num_rows == 3 and images.rows.tolist() == [0, 2]
+    assert data.dropped | images.dropped == dict.fromkeys(rows, 1)
+    assert all(len(counts) == 2 for found in report.sources for counts in found.counts.values())
+    rejects = rejects_of(tmp_path, rows, action)
+    assert rejects.keys() == rows.keys() and (report.quarantine is None) == (action == "skip")
     if action == "quarantine":
-        (kept,) = map(json.loads, report.quarantine.read_text().splitlines())
-        assert (kept["source"], kept["row"], kept["id"], kept["reason"]) == ("data", 1, reject["id"], reason)
-        as_written = bad if isinstance(bad, dict) or reason == "malformed_json" else json.loads(bad)
-        assert kept["record"] == as_written
+        kept = {entry["reason"]: entry for entry in map(json.loads, report.quarantine.read_text().splitlines())}
+        assert kept.keys() == rows.keys()
+        for reason, bad in rows.items():
+            entry, reject = kept[reason], rejects[reason]
+            assert [entry[key] for key in ("source", "row", "id")] == [reject[key] for key in ("source", "row", "id")]
+            as_written = bad if isinstance(bad, dict) or reason == "malformed_json" else json.loads(bad)
+            assert entry["record"] == as_written
+
+
+def test_every_reason_is_an_error_if_it_is_not_to_be_skipped(faulty, check, tmp_path):
+    rows, sources = faulty
+    with pytest.raises(UserError) as caught:
+        check(*sources, limits=LIMITS, policy={"default": "error"})
+    message, rejects = str(caught.value), rejects_of(tmp_path, rows, "error")
+    assert f"{len(rows)} of {len(rows) + 4} records can't be used: " in message and "\n" not in message
+    assert all(f"{reason} 1 ({rejects[reason]['id']})" in message for reason in rows)
+    assert all(source.path in message for source in sources)
+    assert str(tmp_path / "cache" / "rejects.jsonl") in message
+
+
+@pytest.mark.parametrize("reason", ["malformed_json", "too_long"])
+def test_one_reason_is_an_error_among_reasons_that_are_skipped(folder, write, check, reason):
+    source = write(row("first", "good.png"), bad_row(reason, folder), bad_row("empty_answer", folder))
+    with pytest.raises(UserError, match=f": 1 of 3 records can't be used: {reason} 1 "):
+        check(source, limits=LIMITS, policy={"default": "skip", reason: "error"})
 
 
 def test_counts_equal_encoding_one_by_one(write, check, processor):
