@@ -725,14 +725,14 @@ from llava_llama31.checkpoint_parts import Vocabulary
 tower, language, output = sys.argv[1:]
 plan = plan_assembly(tower, language, vocabulary=Vocabulary(1025, 1024, 1024, 0, 1, (2,)))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-write_assembly(plan, output, max_shard_bytes=256 * 2**20)
+write_assembly(plan, output, max_shard_bytes=128 * 2**20)
 print(json.dumps([plan.num_bytes, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)]))
 """
 
 
 @pytest.mark.slow
 def test_writing_takes_the_memory_of_a_tensor_not_of_a_shard(clip_folder, tmp_path):
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 14, "num_attention_heads": 8}
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 7, "num_attention_heads": 8}
     config = text_config(1024, **sizes)
     (tmp_path / "llama").mkdir()
     config.save_pretrained(tmp_path / "llama")
@@ -740,5 +740,5 @@ def test_writing_takes_the_memory_of_a_tensor_not_of_a_shard(clip_folder, tmp_pa
     arguments = [str(clip_folder), str(tmp_path / "llama"), str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True)
     num_bytes, grown = json.loads(done.stdout)
-    assert num_bytes > 400e6 and len(list(Path(tmp_path / "out").glob("*.safetensors"))) >= 2
+    assert num_bytes > 200e6 and len(list(Path(tmp_path / "out").glob("*.safetensors"))) >= 2
     assert grown < 100 * 2**20, f"{grown / 2**20:.0f} MB"

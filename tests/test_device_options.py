@@ -6,6 +6,7 @@ import os
 import signal
 import types
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -270,7 +271,7 @@ def test_a_stage_with_a_low_bit_optimizer_resumes_with_the_same_bits(tmp_path, r
     assert record["optimizer"] == name
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_the_8_bit_optimizer_as_it_is_compiled(tmp_path, recipe_content):
     pytest.importorskip("torchao")
     del recipe_content["evaluation"], recipe_content["stages"]["instruct"]
@@ -299,10 +300,17 @@ def gradients_of(model, batch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("autocast", "tolerance"),
-    [pytest.param(False, 1e-4, id="float32"), pytest.param(True, 2e-2, id="bfloat16", marks=pytest.mark.torture)],
+    ("backend", "autocast", "tolerance"),
+    [
+        pytest.param("aot_eager", False, 1e-4, id="traced"),
+        pytest.param("inductor", False, 1e-4, id="float32", marks=pytest.mark.torture),
+        pytest.param("inductor", True, 2e-2, id="bfloat16", marks=pytest.mark.torture),
+    ],
 )
-def test_compiled_equals_eager(tiny_config, samples, collate, autocast, tolerance):
+def test_compiled_equals_eager(tiny_config, samples, collate, monkeypatch, backend, autocast, tolerance):
+    """Inductor compiles each of the twelve graphs for seconds: `make torture`; otherwise those of one layer, below."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+
     def gradients(model, row):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return gradients_of(model, row)
@@ -331,6 +339,24 @@ def test_compiled_equals_eager(tiny_config, samples, collate, autocast, toleranc
     with torch.no_grad():
         model.eval()(**rows[0])
     assert counters["stats"]["unique_graphs"] == num_graphs[-1]
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_equals_an_eager_one(tiny_config, samples, collate):
+    tiny_config.text_config.num_hidden_layers = 1
+    torch.manual_seed(0)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True).train()
+    row = collate(
+        [s._replace(pixel_values=s.pixel_values.float()) for s in samples[:3]], packed=True, share_prefix=True
+    )
+    loss, expected = gradients_of(model, row)
+    torch.compiler.reset()
+    use_device_options(model, stage(compile=True))
+    compiled_loss, grads = gradients_of(model, row)
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-6, atol=0)
+    for name, grad in expected.items():
+        assert (grads[name] - grad).norm() <= 1e-4 * (grad.norm() + 1e-2), name
     torch.compiler.reset()
 
 

@@ -128,7 +128,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["llava", "sharegpt", "messages", "cauldron"])
-@settings(max_examples=120 * SCALE)
+@settings(max_examples=40 * SCALE)
 @given(st.lists(hostile_row, min_size=1, max_size=10), st.booleans())
 @example([GOOD, {"id": "x", "image": "pipe.png", "conversations": [TALK[0] | {"value": "<image>"}, TALK[1]]}], True)
 def test_any_json_is_a_sample_or_a_named_reject(folder, processor, format, rows, ascii_only):

@@ -15,19 +15,48 @@ from llava_llama31.trainer.checkpoint.run_folder import _differences
 from llava_llama31.trainer.cli import main
 
 
-@pytest.fixture
-def project(tmp_path, recipe_content, data_folder, base_folder):
-    """A folder of its own with data, base model and a recipe of one stage."""
-    folder = tmp_path / "project"
+def make_project(folder: Path, content: dict, data_folder: Path, base_folder: Path) -> None:
+    """Data, base model and a recipe of one stage."""
     shutil.copytree(data_folder, folder / "data")
     shutil.copytree(base_folder, folder / "base")
-    del recipe_content["stages"]["projector"]
     rows = [json.loads(line) for line in (folder / "data/questions.jsonl").read_text().splitlines()]
     for number, half in enumerate((rows[:3], rows[3:])):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(half), folder / f"data/val-0000{number}.parquet")
+    place(content, folder)
+
+
+@pytest.fixture
+def one_stage(recipe_content):
+    """The recipe; its run keeps three checkpoints."""
+    del recipe_content["stages"]["projector"]
+    recipe_content["stages"]["instruct"]["save_total_limit"] = 3
     recipe_content["evaluation"]["baselines"] = False
-    place(recipe_content, folder)
-    return folder
+    return recipe_content
+
+
+@pytest.fixture
+def project(stopped_once, tmp_path, one_stage):
+    """A folder of its own, with a run that was stopped at step 2."""
+    project = tmp_path / "project"
+    shutil.copytree(stopped_once, project)
+    recipe = project / "run/recipe.json"
+    recipe.write_text(recipe.read_text().replace(f"{stopped_once}.part", str(project)))  # it was made there
+    place(one_stage, project)
+    return project
+
+
+@pytest.fixture
+def stopped_once(make_once, one_stage, data_folder, base_folder):
+    """The project that all tests have copies of."""
+
+    def fill(folder: Path) -> None:
+        make_project(folder, one_stage, data_folder, base_folder)
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(one_stage, sort_keys=False))
+        assert main(["train", str(recipe), "--output", str(folder / "run")]) == 0
+        stop_at_step_2(folder / "run")
+
+    return make_once("stopped-run", fill)
 
 
 def place(content: dict, folder: Path) -> None:
@@ -57,10 +86,7 @@ def stop_at_step_2(run: Path) -> None:
 
 
 @pytest.fixture
-def stopped(project, train, recipe_content):
-    recipe_content["stages"]["instruct"]["save_total_limit"] = 3
-    assert train(project / "run") == 0
-    stop_at_step_2(project / "run")
+def stopped(project):
     return project / "run"
 
 

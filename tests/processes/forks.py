@@ -141,6 +141,7 @@ class Forks:
             return True
         place = Path(tempfile.mkdtemp(prefix="zygote-"), "socket")  # whose path may have a hundred characters
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
+        environment["HIDDEN_PACKAGES"] = ""
         command = [sys.executable, str(Path(__file__).with_name("zygote.py")), str(place)]
         with self._errors.open("w") as errors:
             zygote = subprocess.Popen(
@@ -179,6 +180,7 @@ class Forks:
             self._ready = self._connection.recv(16) == b"ready\n"
             assert self._ready, self._errors.read_text()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
+        environment["HIDDEN_PACKAGES"] = ""
         if launcher:
             environment |= launchers_variables(launcher, processes)
             case["engines"] = True

@@ -28,10 +28,11 @@ def gpu() -> ModuleType:
 
 def test_gpu_benchmark_trains_all_variants_alike(gpu, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "matrix_peak", lambda dtype, device: 1e11)
+    monkeypatch.setattr(gpu, "NUM_COUNTED", 64)
     small = gpu.SHAPES["small"]
     text = small.text | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     monkeypatch.setitem(gpu.SHAPES, "small", gpu.Shape(text, small.vision | {"num_hidden_layers": 2}, 500))
-    arguments = ["--small", "--device", "cpu", "--stages", "projector", "instruct", "--samples-per-step", "4"]
+    arguments = ["--small", "--device", "cpu", "--stages", "projector", "instruct", "--samples-per-step", "2"]
     arguments += ["--set", "activation_checkpointing=selective", "--breakdown", "--output", str(tmp_path / "gpu.json")]
     options = gpu.parse([*arguments, "--micro-batch", "2", "--warmup", "1", "--steps", "1"])
     report = json.loads(json.dumps(gpu.measure(options, run=gpu.drive)))

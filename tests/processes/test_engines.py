@@ -164,14 +164,14 @@ def all_stages(forks, base_folder, data_folder, make_once):
         "data": [source | {"image_root": str(data_folder)} for source in sources],
         "global_batch": 4,
         "micro_batch": 1,
-        "max_steps": STEPS or 20,
+        "max_steps": STEPS or 12,
         "precision": "float32",
         "logging_steps": 1,
-        "save_steps": STEPS or 20,
+        "save_steps": STEPS or 12,
         "dataloader_workers": 0,
     }
     both = ["multi_modal_projector", "language_model"]
-    evaluated = {"validation_fraction": 0.2, "eval_steps": STEPS or 20, "eval_questions": 6}
+    evaluated = {"validation_fraction": 0.2, "eval_steps": STEPS or 12, "eval_questions": 6}
     content = {
         "name": "engines",
         "seed": 1,
