@@ -53,16 +53,24 @@ def waits(phases, *, but=()):
 def test_a_training_step_waits_for_nothing(traces, name):
     """But for the judgement of the step, which needs its loss and gradient norm."""
     phases = traces[name]
-    assert set(phases) == {"inputs", "forward", "backward", "clip", "judge", "optimizer"}
-    assert waits(phases, but=("judge",)) == {}
+    assert set(phases) == {"inputs", "forward", "backward", "clip", "judge", "optimizer", "save"}
+    assert waits(phases, but=("judge", "save")) == {}
     # one copy of four numbers to the host, which a FakeTensor's tolist() makes one by one
     assert sum(phases["judge"]["waits"].values()) == 4
     assert all(line.startswith("item at step_health.py:") for line in phases["judge"]["waits"])
 
 
 def test_a_planted_wait_is_found(traces):
-    assert list(waits(traces["planted"], but=("judge",))) == ["forward"]
+    assert list(waits(traces["planted"], but=("judge", "save"))) == ["forward"]
     assert sum(traces["planted"]["forward"]["waits"].values()) == 1
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_save_waits_for_the_copy_of_each_moment_and_runs_nothing_else(traces, name):
+    save = traces[name]["save"]
+    ((line, number),) = save["waits"].items()
+    assert line.startswith("copy to the host at portable_state.py:") and save["kernels"] == {}
+    assert number and number % 3 == 0  # two moments and the step of each parameter
 
 
 @pytest.mark.parametrize("name", [*STEPS, "answers"])

@@ -35,6 +35,7 @@ from llava_llama31.trainer.model.device_options import checkpoint_activations
 from llava_llama31.trainer.model.module_groups import freeze
 from llava_llama31.trainer.recipes.schema import Lora, Recomputed
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
+from llava_llama31.trainer.training.portable_state import portable_state
 from llava_llama31.trainer.training.source_losses import SourceLosses
 
 
@@ -128,7 +129,9 @@ def _pinned(watch: Watch, value: Any) -> Any:
 def train(
     step: Step, processor: LlavaLlama31Processor | None = None, plant: Callable[[Any], None] = lambda model: None
 ) -> dict[str, Trace]:
-    """The second of two steps, by phase; in the first one, masks and filters that are kept are made.
+    """The second of two steps, by phase, and a save's gather of moments.
+
+    In the first step, masks and filters that are kept are made.
 
     Args:
         processor: for `pixels`.
@@ -166,6 +169,8 @@ def train(
             watch.phase = "optimizer" if is_last else "first"
             optimizer.step()
             optimizer.zero_grad()
+        watch.phase = "save"
+        portable_state(optimizer)
     add_fused(watch)
     return {phase: trace for phase, trace in watch.traces.items() if phase not in ("make", "first")}
 
