@@ -1,6 +1,7 @@
 """Folders that are complete or invisible, and training state without pickles."""
 
 import shutil
+import sys
 import weakref
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_llama31.trainer.checkpoint import atomic_folders
@@ -111,6 +113,18 @@ def test_what_has_no_place_in_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         atomic_folders.write_json(tmp_path / "x.json", {"loss": float("nan")})
     assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize("has_torchao", [True, False])
+def test_a_moment_of_another_librarys_kind_is_refused(monkeypatch, has_torchao):
+    if not has_torchao:
+        monkeypatch.delitem(sys.modules, "torchao.optim.subclass_8bit", raising=False)
+        monkeypatch.setitem(sys.modules, "torchao", None)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    optimizer.state[parameter]["momentum_buffer"] = TwoTensor(torch.ones(2), torch.ones(2))
+    with pytest.raises(TypeError, match="holds a TwoTensor, which has no place in a checkpoint"):
+        portable_state(optimizer)
 
 
 @pytest.fixture

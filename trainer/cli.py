@@ -5,7 +5,9 @@ llava-llama31 train tiny
 """
 
 import argparse
+import atexit
 import difflib
+import gc
 import io
 import logging
 import os
@@ -102,6 +104,7 @@ def _run(given: list[str]) -> int:
     options = _parsed(given)
     if isinstance(options, int):
         return options
+    atexit.register(gc.freeze)  # Python's last search for garbage takes seconds among all that is imported by then
     log = logging.StreamHandler()
     log.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[log])

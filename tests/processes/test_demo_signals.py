@@ -23,7 +23,7 @@ def test_a_signal_while_the_demo_prepares(tmp_path, number, code, line):
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
-        give_up = time.monotonic() + 120
+        give_up = time.monotonic() + 280
         while not any((tmp_path / "run").glob(".prepared-*/data/images/*.png")):
             assert job.poll() is None and time.monotonic() < give_up
             time.sleep(0.05)
@@ -32,7 +32,7 @@ def test_a_signal_while_the_demo_prepares(tmp_path, number, code, line):
             os.killpg(job.pid, number)  # as a terminal sends Ctrl-C: the workers, which import torch, get it too
         else:
             job.send_signal(number)
-        output, _ = job.communicate(timeout=100)
+        output, _ = job.communicate(timeout=280)
     finally:
         job.kill()
     assert job.returncode == code, output

@@ -9,6 +9,7 @@ object, since engines print too. QUESTIONS.json has `conversations` as Transform
 own classes, `remote` with `trust_remote_code=True`, `vllm` with vLLM's own class.
 """
 
+import atexit
 import base64
 import gc
 import importlib.metadata
@@ -37,6 +38,7 @@ def versions() -> dict[str, Any]:
 def by_transformers(door: str, folder: str, questions: dict[str, Any]) -> list[dict[str, Any]]:
     """Prompt ids and greedy answer of each conversation."""
     gc.disable()  # a fifth of the imports' time; this process soon ends
+    atexit.register(gc.freeze)  # and a search in all of them at its end
     import torch
     from PIL import Image
     from transformers import (

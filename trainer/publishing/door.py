@@ -10,6 +10,7 @@ into FOLDER/DOOR.safetensors. `snippet`, if there is CODE.py, runs the code of a
 what it prints.
 """
 
+import atexit
 import gc
 import hashlib
 import json
@@ -136,6 +137,7 @@ def _inputs(processor: Any, question: str, number: int) -> Any:
 def open_all(model_id: str, revision: str, folder: str, code_file: str = "") -> dict[str, Any]:
     """What each process found; of one that failed, the last line of its error, and nothing of those after it."""
     gc.disable()  # a fifth of the imports' time; this process and its forks soon end
+    atexit.register(gc.freeze)  # and a search in all of them at its end
     import torch  # noqa: F401  # before the forks, which then share it
     from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextForConditionalGeneration  # noqa: F401
 

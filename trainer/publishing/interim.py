@@ -6,7 +6,9 @@ FOLDER holds `job.json` and `checkpoint/`; `model/` is made there. The revision 
 with a tag that names stage, step and content. The last line of the output is one JSON object.
 """
 
+import atexit
 import contextlib
+import gc
 import json
 import os
 import re
@@ -145,6 +147,7 @@ def _card(job: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Push a folder's job at low priority: if memory runs out, the system kills this process first."""
+    atexit.register(gc.freeze)  # Python's last search for garbage takes seconds among all that is imported
     os.nice(10)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")

@@ -6,6 +6,7 @@ blocks are those of the whole tensor, and any number of processes can resume fro
 keeps the parts as they are: the same number of processes resumes with the same bits, another one with float32 moments.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -77,12 +78,9 @@ def _on_host(value: Any, keep: bool, in_parts: bool) -> Any:
 
 
 def _in_blocks(value: Any) -> bool:
-    """Whether a value is torchao's 8-bit tensor, which nothing makes where torchao is missing."""
-    if not isinstance(value, torch.Tensor) or type(value) in (torch.Tensor, DTensor):
-        return False
-    from torchao.optim.subclass_8bit import OptimState8bit
-
-    return isinstance(value, OptimState8bit)
+    """Whether a value is torchao's 8-bit tensor, whose module has been imported where there is one."""
+    module = sys.modules.get("torchao.optim.subclass_8bit")
+    return module is not None and isinstance(value, module.OptimState8bit)
 
 
 def _fields(blocks: Any) -> dict[str, Any]:
