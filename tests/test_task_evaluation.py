@@ -225,6 +225,12 @@ def test_answers_that_are_not_public_go_to_the_server_in_its_format(
         assert json.loads(output.read_text()) == wanted
     else:
         assert [{k: v or "" for k, v in row.items()} for _, row in any_rows(output)] == wanted
+    # what a server takes is read back, and makes the same file again
+    again = output.with_name(f"again{output.suffix}")
+    assert main(["score", str(output), *arguments[2:], "--submission", str(again), "--json"]) == 0
+    assert list(any_rows(again, keyed="kv")) == [
+        (where.replace(output.name, again.name), row) for where, row in any_rows(output, keyed="kv")
+    ]
     assert main(arguments) == 2
     assert "these questions have no annotated answers" in capsys.readouterr().err
     assert main([*arguments, "--submission", "out.txt"]) == 2

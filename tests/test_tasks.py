@@ -496,6 +496,9 @@ def answers_in(layout, folder):
             for i, (row, said) in enumerate(pairs)
         ]
         return write_lines(folder / "own_default.jsonl", rows[::-1])
+    if layout == "an object":
+        (folder / "a.json").write_text(json.dumps({row["id"]: said for row, said in pairs}))
+        return str(folder / "a.json")
     if layout == "columns":
         rows = [{"key": row["id"], "answer": "gold", "words": said} for row, said in pairs]
         return write_table(folder / "a.csv", rows, ",")
@@ -506,7 +509,7 @@ def answers_in(layout, folder):
 @pytest.mark.parametrize(
     "layout",
     ["id and response", "question_id and prediction", "LLaVA's answers", "lmms-eval's samples", "lmms-eval's old logs"]
-    + ["EvalScope's predictions", "columns", "VLMEvalKit's predictions"],
+    + ["EvalScope's predictions", "an object", "columns", "VLMEvalKit's predictions"],
 )
 def test_every_layout_of_answers_gives_the_same_score(own, capsys, layout):
     folder, arguments = own
@@ -516,7 +519,49 @@ def test_every_layout_of_answers_gives_the_same_score(own, capsys, layout):
     assert result["metrics"] == {"accuracy": 75.0} and result["num_questions"] == 8
     assert result["groups"] == {"a": {"accuracy": 50.0}, "b": {"accuracy": 100.0}}
     expected = {"lmms-eval's old logs": "lmms-eval's samples", "columns": "columns id=key, answer=words"}
+    expected["an object"] = "question_id and prediction"
     assert result["layout"] == expected.get(layout, layout)
+
+
+def vizwiz_files(folder, *, ids_are_images):
+    """LLaVA's upload file, and annotations that name images or whose ids do."""
+    names = [f"VizWiz_val_{i:08}.jpg" for i in range(6)]
+    rows = [
+        {"question": "What is this?", "answers": [f"word {i}"] * 10}
+        | ({"question_id": name[:-4]} if ids_are_images else {"question_id": i, "image": name})
+        for i, name in enumerate(names)
+    ]
+    said = [{"image": name, "answer": "wrong" if i == 2 else f"word {i}"} for i, name in enumerate(names)]
+    (folder / "upload.json").write_text(json.dumps(random.Random(0).sample(said, 6)))
+    return said, [folder / "upload.json", "--task", "vizwiz", "--annotations", write_lines(folder / "v.jsonl", rows)]
+
+
+@pytest.mark.parametrize("ids_are_images", [False, True])
+def test_a_file_for_vizwizs_server_is_read_by_its_images(tmp_path, capsys, ids_are_images):
+    said, arguments = vizwiz_files(tmp_path, ids_are_images=ids_are_images)
+    result = score(capsys, *arguments)
+    assert result["metrics"]["accuracy"] == pytest.approx(100 * 5 / 6) and result["missing"] == 0
+    assert (result["layout"], result["protocol"]) == ("images and answers", "m4c")
+    assert "normal form already" in result["note"]
+    (tmp_path / "upload.json").write_text(json.dumps(said[1:3]))
+    part = score(capsys, *arguments, code=3)
+    assert part["metrics"]["accuracy"] == 50 and part["missing"] == 4
+
+
+def test_answers_by_image_are_refused_where_an_image_has_two_questions_or_two_answers(tmp_path, capsys):
+    said, arguments = vizwiz_files(tmp_path, ids_are_images=False)
+    for rows, message in [
+        ([*said, said[0]], "question 0 has several answers"),
+        ([*said, {"image": "other.jpg", "answer": "a"}], "not annotated, the first image 'other.jpg' (fix"),
+    ]:
+        (tmp_path / "upload.json").write_text(json.dumps(rows))
+        assert main(["score", *map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
+    questions = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    write_lines(tmp_path / "v.jsonl", [*questions, questions[3] | {"question_id": 9, "question": "Which?"}])
+    (tmp_path / "upload.json").write_text(json.dumps(said))
+    assert main(["score", *map(str, arguments)]) == 2
+    assert "2 annotated questions could be meant by image 'VizWiz_val_00000003.jpg' (fix" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from llava_llama31.trainer.evaluation.row_files import Row, any_rows, holds_mme_
 from llava_llama31.trainer.evaluation.vqa_accuracy import is_normalized
 
 
-ANSWERS, LLAVA, SAMPLES, SUBMISSION, VLMEVALKIT, EVALSCOPE, MME = (
+ANSWERS, LLAVA, SAMPLES, SUBMISSION, BY_IMAGE, VLMEVALKIT, EVALSCOPE, MME = (
     "question ids and answers",
     "LLaVA's answers",
     "lmms-eval's samples",
     "lmms-eval's submission",
+    "images and answers",
     "VLMEvalKit's predictions",
     "EvalScope's predictions",
     "MME's results",
@@ -25,8 +26,9 @@ ANSWERS, LLAVA, SAMPLES, SUBMISSION, VLMEVALKIT, EVALSCOPE, MME = (
 # what VLMEvalKit writes in the place of an answer (`INFER_FAIL_MSG` in its vlmeval/smp/file.py)
 VLMEVALKIT_FAILED = "Failed to obtain answer"
 NORMALIZED_NOTE = (
-    "these answers are in m4c's normal form already, as lmms-eval writes them: m4c compares them as they stand; the "
-    "scores under the other protocols are not those of the model's own words, which lmms-eval's --log_samples keeps"
+    "these answers are in m4c's normal form already, as LLaVA and lmms-eval submit them: m4c compares them as they "
+    "stand; the scores under the other protocols are not those of the model's own words, which LLaVA's answers and "
+    "lmms-eval's --log_samples keep"
 )
 _PREVIOUS = "_PREV"
 PREVIOUS_NOTE = (
@@ -42,6 +44,8 @@ WORDS_FIELDS = ("prediction", "response", "pred_answer", "pred", "text")
 _ASKED_FIELDS, _IMAGE_FIELDS = ("question", "prompt"), ("image_id", "image", "image_path")
 _MME_FIELDS = {"category", "image", "question", "answer", "prediction"}
 _PARTS = ("id", "answer", "question", "image")
+# rows of servers' files, which hold no annotated answers; the last is DocVQA's
+_ID_AND_ANSWER, _IMAGE_AND_ANSWER, _DOCVQA = {"question_id", "answer"}, {"image", "answer"}, {"questionId", "answer"}
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,13 @@ def read_answers(path: str | Path, questions: Sequence[Question], reading: Readi
     | evaluate   | `.jsonl`, one {question_id, answer} or {question_id, error} a line                               |
     | LLaVA      | `.jsonl`, one {question_id, prompt, text} a line; the id is the question's or the image's        |
     | lmms-eval  | `.json`, a list of {question_id, answer}, normalised as m4c does (`textvqa_submission_*.json`)   |
+    | both       | `.json`, a list of {image, answer}, normalised so: what VizWiz's server takes, where no image has |
+    |            | two questions                                                                                    |
     | lmms-eval  | `.jsonl` of `--log_samples`: {filtered_resps, submission: {question_id, ...}}, the model's       |
     |            | words; before 0.2.4 a `.json` with such rows under `logs`                                        |
     | VLMEvalKit | `.xlsx`, `.tsv` or `.json` with {index, question, prediction}; the index is TextVQA's            |
     |            | question_id, or else the rows have to ask the annotated questions in their order                 |
+    | MMMU       | `.json`, one object {question id: answer}                                                        |
     | EvalScope  | `.jsonl` of predictions: {index, model_output, messages}                                         |
     | MME        | a folder of `.txt`, one a category: image, question, annotated answer and prediction between tabs |
     | others     | rows with one of ID_FIELDS and one of WORDS_FIELDS, or as `reading` says                         |
@@ -145,7 +152,8 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
         UserError: it cannot be read, or is none that `read_answers` knows.
     """
     path = Path(path)
-    rows = _kept(list(mme_results(path) if holds_mme_results(path) else any_rows(path)), reading, path)
+    rows = mme_results(path) if holds_mme_results(path) else any_rows(path, keyed=("question_id", "prediction"))
+    rows = _kept(list(rows), reading, path)
     if not rows:
         raise UserError("no answers", where=str(path), fix="name a file with at least one answer")
     if reading.columns:
@@ -160,11 +168,11 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
             expected = f", the first row those of {layout}" if layout is not None else ""
             raise UserError(f"no question_id, or no answer: the row has {found}{expected}", where=where, fix=fix)
     answers = [_answer(row, where, str(layout)) for where, row in rows]
-    # only lmms-eval's file is a list of bare pairs; whether it is normalised is seen in the answers themselves
-    bare = path.suffix.lower() == ".json" and all(row.keys() == {"question_id", "answer"} for _, row in rows)
+    # only a server's file is a list of bare pairs; whether it is normalised is seen in the answers themselves
+    bare = path.suffix.lower() == ".json" and all(row.keys() in (_ID_AND_ANSWER, _IMAGE_AND_ANSWER) for _, row in rows)
     if bare and all(answer.text is not None and is_normalized(answer.text, "m4c") for answer in answers):
         answers = [answer.with_row({"normalized": "m4c"}) for answer in answers]
-        return AnswerRows(path, SUBMISSION, answers, rows, NORMALIZED_NOTE)
+        return AnswerRows(path, BY_IMAGE if layout == BY_IMAGE else SUBMISSION, answers, rows, NORMALIZED_NOTE)
     return AnswerRows(path, str(layout), answers, rows, _note(path, rows) if layout == VLMEVALKIT else "")
 
 
@@ -194,6 +202,8 @@ def _layout(row: dict[str, Any], where: str) -> str | None:
         return EVALSCOPE
     if fields == _MME_FIELDS:
         return MME
+    if fields == _IMAGE_AND_ANSWER:
+        return BY_IMAGE
     words = [name for name in WORDS_FIELDS if name in fields]
     ids = [name for name in ID_FIELDS if name in fields]
     if "prediction" in words and "index" in ids:
@@ -206,7 +216,7 @@ def _layout(row: dict[str, Any], where: str) -> str | None:
         return LLAVA
     if ids and words:
         return f"{ids[0]} and {words[0]}"
-    return ANSWERS if "question_id" in ids and {"answer", "error"} & fields else None
+    return ANSWERS if fields == _DOCVQA or ("question_id" in ids and {"answer", "error"} & fields) else None
 
 
 def _ambiguous(names: Sequence[str], where: str) -> UserError:
@@ -221,11 +231,13 @@ def _answer(row: dict[str, Any], where: str, layout: str) -> Answer:
         return _evalscope(row, where)
     if layout == MME:
         return Answer(where, None, _text(row["prediction"], where), asked=row["question"], image=row["image"])
+    if layout == BY_IMAGE:
+        return Answer(where, None, _text(row["answer"], where), image=_image(row["image"], where))
     if layout == ANSWERS:
         # what else stands in a row stays: the browser shows some of it
         text = row.get("answer")
         words = None if text is None else _text(text, where)
-        question_id = _id(row["question_id"], where)
+        question_id = _id(row["questionId" if row.keys() == _DOCVQA else "question_id"], where)
         asked, image = _first(row, ("question",)), _first(row, _IMAGE_FIELDS)
         return Answer(where, question_id, words, str(row.get("error", "no answer")), asked=asked, image=image, row=row)
     words_field = "text" if layout == LLAVA else next(name for name in WORDS_FIELDS if name in row)
@@ -303,6 +315,12 @@ def _id(value: Any, where: str) -> int | str:
         return int(value)  # as Excel keeps numbers
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise UserError(f"question_id or index is {value!r}", where=where, fix="give a number or a text")
+    return value
+
+
+def _image(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise UserError(f"the image is {value!r:.80}", where=where, fix="give its file's name")
     return value
 
 

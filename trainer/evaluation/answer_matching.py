@@ -85,6 +85,8 @@ def match_answers(
 def place_answers(answers: Sequence[Answer], questions: str | Path) -> list[Answer]:
     """Answers with the image, the text and the category that LLaVA's question file has for their ids.
 
+    Answers without an id name their images themselves.
+
     Raises:
         UserError: an id is not in the file, or its prompt is not what the file asks there.
     """
@@ -97,6 +99,9 @@ def place_answers(answers: Sequence[Answer], questions: str | Path) -> list[Answ
         asked[str(row["question_id"])].append(row)
     placed = []
     for answer in answers:
+        if answer.question_id is None:
+            placed.append(answer)
+            continue
         rows = asked[str(answer.question_id)]
         if answer.asked is not None:
             same = [row for row in rows if question_key(str(row["text"])) == question_key(answer.asked)]
@@ -139,6 +144,8 @@ def image_key(image: str) -> str:
 
 def _ids_fit(answers: Sequence[Answer], questions: Sequence[Question], *, running: bool) -> bool:
     """Whether the ids are those of the questions; `running` ones may happen to be those of others."""
+    if all(answer.question_id is None for answer in answers):
+        return False
     annotated = {str(question.question_id): question for question in questions}
     pairs = [(annotated.get(str(answer.question_id)), answer) for answer in answers]
     known = [question is not None for question, _ in pairs]
@@ -170,20 +177,23 @@ def _ids_by_order(answers: Sequence[Answer], questions: Sequence[Question], path
 def _ids_by_content(answers: Sequence[Answer], questions: Sequence[Question], labels: str | None) -> list[int | str]:
     by_image: dict[str | None, list[Question]] = defaultdict(list)
     by_text: dict[str, list[Question]] = defaultdict(list)
+    by_id: dict[str | None, list[Question]] = defaultdict(list)
     for question in questions:
         by_image[image_key(question.image_id)].append(question)
         by_text[question_key(question.question)].append(question)
+        if not question.image_id:  # VizWiz's ids are its images
+            by_id[image_key(str(question.question_id))].append(question)
     ids: list[int | str] = []
     strangers: list[Answer] = []
     for answer in answers:
         candidates: Iterable[Question] = by_image.get(_image(answer), ())
         if answer.image is None and not candidates and answer.asked is not None:
             candidates = by_text.get(question_key(answer.asked), ())
+        if answer.question_id is None and not candidates and answer.asked is None:
+            candidates = by_id.get(_image(answer), ())
         found = _asked_of(answer, candidates)
         if len(found) > 1:
-            what = (
-                f"{len(found)} annotated questions could be meant by {answer.asked!r:.80} about {_said_image(answer)}"
-            )
+            what = f"{len(found)} annotated questions could be meant by {_said(answer)}"
             fix = "give the rows question_ids, or the prompt and the image"
             raise UserError(what, where=answer.where, fix=fix)
         if found:
@@ -192,8 +202,8 @@ def _ids_by_content(answers: Sequence[Answer], questions: Sequence[Question], la
             strangers.append(answer)
     if strangers:
         first = strangers[0]
-        asked = f"{first.asked!r:.80} about {_said_image(first)}"
-        what = f"{len(strangers)} of {len(answers)} answers are to questions that are not annotated, the first {asked}"
+        what = f"{len(strangers)} of {len(answers)} answers are to questions that are not annotated"
+        what = f"{what}, the first {_said(first)}"
         fix = f"pass the annotations that the answers were made for{f': {labels}' if labels else ''}"
         raise UserError(what, where=first.where, fix=fix)
     return ids
@@ -205,8 +215,10 @@ def _image(answer: Answer) -> str | None:
     return None if name is None else image_key(name)
 
 
-def _said_image(answer: Answer) -> str:
-    return f"image {answer.image!r:.80}" if answer.image is not None else f"id {answer.question_id!r:.80}"
+def _said(answer: Answer) -> str:
+    """What an answer says of its question."""
+    image = f"image {answer.image!r:.80}" if answer.image is not None else f"id {answer.question_id!r:.80}"
+    return image if answer.asked is None else f"{answer.asked!r:.80} about {image}"
 
 
 def _asked_of(answer: Answer, candidates: Iterable[Question]) -> list[Question]:
