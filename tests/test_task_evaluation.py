@@ -237,6 +237,14 @@ def test_answers_that_are_not_public_go_to_the_server_in_its_format(
     assert f"takes a {output.suffix} file" in capsys.readouterr().err
 
 
+def test_an_answer_in_normal_form_is_not_normalised_again(tmp_path):
+    path = write_lines(tmp_path / "test.jsonl", [{"question_id": 1, "image": "a.png", "text": "What?"}])
+    (tmp_path / "u.json").write_text(json.dumps([{"image": "a.png", "answer": "that's"}]))
+    arguments = ["score", str(tmp_path / "u.json"), "--task", "vizwiz", "--annotations", path, "--json"]
+    assert main([*arguments, "--submission", str(tmp_path / "again.json")]) == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == [{"image": "a.png", "answer": "that's"}]
+
+
 def test_answers_for_a_grader_are_written_by_the_documented_task(lively_model, processor, data, tmp_path, capsys):
     text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     block = "name: mm-vet" + text.split("```yaml\nname: mm-vet")[1].split("```")[0]
