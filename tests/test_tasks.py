@@ -603,6 +603,34 @@ def test_bad_columns_are_named(own, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+DOCS = {
+    "chartqa": {"type": "human_test", "question": "How many?", "answer": "0"},
+    "ocrbench": {"dataset": "IIIT5K", "question_type": "Regular Text Recognition", "question": "?", "answer": ["0"]},
+    "ai2d": {"question": "Which?", "options": ["x", "y"], "answer": "0"},
+    "scienceqa-img": {"question": "Which?", "choices": ["x", "y"], "answer": 0, "hint": "", "subject": "s"},
+}
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_samples_of_lmms_eval_hold_their_labels_where_their_questions_have_no_name(tmp_path, capsys, name):
+    """Charts and diagrams share their questions, and lmms-eval keeps neither images nor their names."""
+    right, changed = ("A", 1) if name in ("ai2d", "scienceqa-img") else ("0", "7")
+    rows = [{"doc_id": i, "doc": DOCS[name], "filtered_resps": [right], "target": "?"} for i in range(4)]
+    answer = [changed] if name == "ocrbench" else changed
+    rows[2] = rows[2] | {"doc": DOCS[name] | {"answer": answer}}
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    result = score(capsys, path, "--task", name)
+    assert result["metrics"][result["headline"]] == (3 if name == "ocrbench" else 75)
+    assert result["num_questions"] == 4 and result["low"] < result["high"]
+    assert ("which questions have an image" in result.get("note", "")) == (name == "scienceqa-img")
+    # another order, as of several processes, is the same questions; another data set is not
+    shuffled = write_lines(tmp_path / "b.jsonl", rows[::-1])
+    assert score(capsys, path, shuffled, "--task", name)["tied"] == 4
+    other = write_lines(tmp_path / "c.jsonl", [row | {"doc_id": 3 - row["doc_id"]} for row in rows])
+    assert main(["score", path, other, "--task", name]) == 2
+    assert f"{name}: question 1 is " in capsys.readouterr().err
+
+
 def test_two_files_are_compared_on_what_both_answer(own, capsys):
     folder, arguments = own
     first = write_lines(folder / "a.jsonl", [{"id": r["id"], "response": s} for r, s in zip(ROWS, SAID, strict=True)])
