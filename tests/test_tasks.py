@@ -211,6 +211,28 @@ def test_prompts_of_other_questions_are_refused(pope, capsys):
     assert "annotated questions could be meant" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["questions.jsonl", "labels/coco_pope_random.json"])
+def test_questions_and_labels_are_not_scored_as_answers(pope, capsys, name):
+    """Their `text` is the question; LLaVA's answers call the model's words so."""
+    folder, _, _ = pope
+    for arguments in (pope_arguments(folder), pope_arguments(folder)[:4]):
+        assert main(["score", str(folder / name), *map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert "these are questions" in error or (len(arguments) == 4 and "could be meant" in error)
+
+
+def test_what_json_calls_no_value_is_no_answer(own, capsys):
+    folder, arguments = own
+    rows = [f'{{"id": "q{i}", "response": {said}}}' for i, said in enumerate(["null", "NaN", '"word 2"', '""'])]
+    (folder / "a.jsonl").write_text("\n".join(rows))
+    result = score(capsys, folder / "a.jsonl", *arguments, code=3)
+    assert result["failed_ids"] == {"q0": "no answer", "q1": "no answer"} and result["metrics"]["accuracy"] == 50
+    path = write_xlsx(folder / "a.xlsx", [{"id": "q2", "response": "word 2"}, {"id": "q3", "response": None}])
+    assert score(capsys, path, *arguments, code=3)["failed"] == 0  # a cell without text is an empty answer
+    assert main(["score", write_lines(folder / "b.jsonl", [{"id": "q2.0", "response": "a"}]), *arguments]) == 2
+    assert "the first row is of 'q2.0', the first question is 'q0'" in capsys.readouterr().err
+
+
 def test_several_answers_to_a_question_need_a_method(pope, capsys):
     folder, answers, f1 = pope
     rows = [row | {"method": method} for row in answers for method in ("dense", "pruned")]
@@ -569,6 +591,7 @@ def test_answers_by_image_are_refused_where_an_image_has_two_questions_or_two_an
     [
         {"question_id": "q1", "answer": "word 1", "text": "mine"},
         {"question_id": "q1", "question": "What is 1?", "answer": "word 1", "text": "mine"},
+        {"id": "q1", "answer": "word 1", "text": "mine"},
         {"id": "q1", "response": "a", "prediction": "b"},
     ],
 )

@@ -21,6 +21,9 @@ _INSTRUCTIONS = re.compile(
 )
 
 
+NO_ANSWER = "no answer"
+
+
 @dataclass(frozen=True)
 class Answer:
     """One answer of a file.
@@ -40,7 +43,7 @@ class Answer:
     where: str
     question_id: int | str | None
     text: str | None
-    error: str = ""
+    error: str = NO_ANSWER
     asked: str | None = None
     image: str | None = None
     group: str | None = None
@@ -113,6 +116,34 @@ def place_answers(answers: Sequence[Answer], questions: str | Path) -> list[Answ
         image, text = str(rows[0]["image"]), str(rows[0]["text"])
         placed.append(replace(answer, question_id=None, image=image, asked=text, group=group))
     return placed
+
+
+def refuse_questions(
+    answers: Sequence[Answer], rows: Sequence[Mapping[str, Any]], questions: Sequence[Question], path: Path
+) -> None:
+    """Refuse a file of questions or labels, whose `text` LLaVA and POPE call as LLaVA calls an answer.
+
+    Args:
+        answers: of the file.
+        rows: what each of them became.
+        questions: the annotated ones.
+        path: the file.
+
+    Raises:
+        UserError: every row names an image and no prompt, and says a question.
+    """
+    annotated = {str(question.question_id): question.question for question in questions}
+
+    def is_question(answer: Answer, question: str | None) -> bool:
+        names_image = answer.asked is None and answer.image is not None
+        said = answer.text or ""
+        return names_image and (question_key(said) in keys or (question is not None and asks(said, question)))
+
+    keys = {question_key(question.question) for question in questions}
+    pairs = zip(answers, (annotated.get(str(row["question_id"])) for row in rows), strict=True)
+    if all(is_question(answer, question) for answer, question in pairs):
+        what = f"these are questions: the text of each row is one, the first {answers[0].text!r:.80}"
+        raise UserError(what, where=str(path), fix="pass the model's answers, and this file as --questions")
 
 
 @lru_cache(maxsize=1 << 16)

@@ -13,7 +13,7 @@ from llava_llama31.trainer.evaluation.answer_files import (
     in_order,
     read_answer_rows,
 )
-from llava_llama31.trainer.evaluation.answer_matching import match_answers, place_answers
+from llava_llama31.trainer.evaluation.answer_matching import match_answers, place_answers, refuse_questions
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.row_files import Row, any_rows
 from llava_llama31.trainer.evaluation.task_files import Task
@@ -82,6 +82,7 @@ def read_task_answers(
         answers = file.answers if questions is None else place_answers(file.answers, questions)
         running = in_order(file) and questions is None
         rows = match_answers(answers, annotated, file.path, in_order=running, labels=task.labels)
+        refuse_questions(file.answers, rows, annotated, file.path)
     notes.append(_labels_note(annotated))
     return TaskAnswers(file.layout, rows, "; ".join(note for note in notes if note), annotated)
 

@@ -203,6 +203,8 @@ def answered(task: Task, questions: Sequence[Question], rows: Iterable[Mapping[s
                 cut.append(known[key].question_id)
     if not answers:
         reason = "".join(f"; question {name}: {why}" for name, why in list(failed.items())[:1])
+        if unknown and counted:
+            reason += f"; the first row is of {unknown[0]!r:.60}, the first question is {counted[0].question_id!r:.60}"
         fix = "check that both files have the same questions"
         raise UserError(f"not one of {len(counted)} questions is answered{reason}", where=task.name, fix=fix)
     missing = tuple(question.question_id for key, question in known.items() if key not in seen)
