@@ -98,6 +98,8 @@ def _normalized_distance(prediction: str, answer: str, protocol: str) -> float:
     length = max(len(said), len(wanted))
     if protocol != "paper":
         length = max(len(prediction.upper()), len(answer.upper()))
+    if abs(len(said) - len(wanted)) > length * ANLS_THRESHOLD:
+        return 1.0  # it is no less than the difference of the lengths, and then the score is 0
     # lower case can be longer than upper case
     return min(1.0, edit_distance(said, wanted) / length) if length else 0.0
 
