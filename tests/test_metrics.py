@@ -74,6 +74,8 @@ def test_containment(prediction, answers, as_text, as_formula):
         ("hello  World ", ["hello world"], (1, 1, 1)),
         ("dog\n", ["cat", "dot"], (2 / 3, 0.75, 0.75)),  # the line's end counts for the length
         ("helo", ["hello"], (0.8, 0.8, 0.8)),
+        ("abc", ["abcdef"], (0, 0.5, 0.5)),
+        ("abc", ["abcde"], (0.6, 0.6, 0.6)),
         ("abcdef", ["abcxyz"], (0, 0.5, 0.5)),  # at the threshold the paper's inequality is strict
         ("abcdefg", ["abcxyzw"], (0, 0, 0)),
         ("ab  d", ["abxd"], (0.75, 0.8, 0.8)),  # divided by the length before white space is collapsed

@@ -394,6 +394,24 @@ def test_letters_and_option_texts(tmp_path, capsys):
     assert "answer is 'blue', and 5 of 5 are not a letter" in capsys.readouterr().err
 
 
+def test_open_questions_of_mmmu(tmp_path, capsys):
+    """VLMEvalKit makes the annotated answer an option, and MMMU looks for its number in the conclusion."""
+    rows = [
+        {"index": 1, "question": "How many?", "answer": "24", "category": "Art", "prediction": "23.999"},
+        {"index": 2, "question": "Which?", "answer": "B", "category": "Art", "prediction": "B"},
+        {"index": 3, "question": "How many?", "answer": "5", "category": "Art", "prediction": "A"},
+        {"index": 4, "question": "How many?", "answer": "7", "category": "Art", "prediction": "7 in all"},
+    ]
+    rows = [row | ({"A": "x", "B": "y"} if row["index"] == 2 else {"A": "", "B": ""}) for row in rows]
+    result = score(capsys, write_xlsx(tmp_path / "m_MMMU_DEV_VAL.xlsx", rows), "--task", "mmmu")
+    found = {name: scores["metrics"]["accuracy"] for name, scores in result["protocols"].items()}
+    assert found == {"vlmevalkit": 75, "letter": 50, "vlmevalkit-2025": 75, "vlmevalkit-2026": 75} | {
+        "mmmu": 75,
+        "lmms-eval": 75,
+    }
+    assert result["protocol"] == "vlmevalkit"
+
+
 def test_earlier_and_judged_files_are_distinguished(tmp_path, capsys):
     rows = CHOICES[:3]
     result = score(capsys, write_xlsx(tmp_path / "m_MMStar_PREV.xlsx", rows), "--task", "mmstar")
@@ -437,7 +455,9 @@ def test_charts_documents_points_and_figures(tmp_path, capsys):
 
 
 def test_hallusionbench_counts_figures_and_questions(tmp_path, capsys):
-    said = {(0, 0): "Yes", (0, 1): "No", (1, 0): "Yes", (1, 1): "Yes"}  # (figure, question) of one set
+    # (figure, question) of one set: one wrong of six, which spoils one of three figures and one of two questions
+    said = {(figure, question): "Yes" if question == 0 else "No" for figure in range(3) for question in range(2)}
+    said[1, 1] = "Yes"
     rows = [
         {
             "index": f"VD_illusion_1_0_{figure}_{question}",
@@ -450,7 +470,7 @@ def test_hallusionbench_counts_figures_and_questions(tmp_path, capsys):
         for (figure, question), text in said.items()
     ]
     result = score(capsys, write_xlsx(tmp_path / "h.xlsx", rows), "--task", "hallusionbench")
-    assert result["metrics"] == {"aAcc": 75, "fAcc": 50, "qAcc": 50}
+    assert result["metrics"] == pytest.approx({"aAcc": 500 / 6, "fAcc": 200 / 3, "qAcc": 50})
 
 
 # --- layouts of answers
