@@ -318,7 +318,7 @@ def science_rows():
     return rows
 
 
-@pytest.mark.parametrize("form", ["answers", "result"])
+@pytest.mark.parametrize("form", ["answers", "result", "outputs"])
 def test_scienceqa_with_and_without_images(tmp_path, capsys, form):
     rows = science_rows()
     questions = tmp_path / "questions.json"
@@ -329,6 +329,11 @@ def test_scienceqa_with_and_without_images(tmp_path, capsys, form):
             {"question_id": row["id"], "prompt": human + instruction, "text": said} for row, _, said, human in rows
         ]
         path = write_lines(tmp_path / "a.jsonl", lines[::-1])
+    elif form == "outputs":
+        path = str(tmp_path / "result.json")
+        content = {"acc": 1.5, "correct": 1, "count": 12, "results": {row["id"]: 0 for row, *_ in rows}}
+        content["outputs"] = {row["id"]: said for row, _, said, _ in rows}
+        Path(path).write_text(json.dumps(content))
     else:  # what eval_science_qa.py writes, named .jsonl
         halves: dict[str, list] = {"correct": [], "incorrect": []}
         for row, gold, said, human in rows:
@@ -624,6 +629,20 @@ def test_a_gold_answer_is_never_scored(own, capsys, row):
     named = next(name for name in ("question_id", "id") if name in row)
     result = score(capsys, path, *arguments, "--columns", f"id={named},answer={words}", code=3)
     assert result["metrics"]["accuracy"] == 0 and result["missing"] == 7
+
+
+def test_evalscopes_numbers_tell_questions_of_the_same_words_apart(own, capsys):
+    folder, arguments = own
+    same = [row | {"question": "What is it?"} for row in ROWS]
+    write_lines(folder / "q.jsonl", same)
+    path = Path(answers_in("EvalScope's predictions", folder))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["messages"][1]["content"][1]["text"] = "What is it?" + PROMPT
+    assert score(capsys, write_lines(path, rows), *arguments)["metrics"] == {"accuracy": 75.0}
+    rows[2]["messages"][1]["content"][1]["text"] = "Who is it?"
+    assert main(["score", write_lines(path, rows), *arguments]) == 2
+    assert "8 annotated questions could be meant" in capsys.readouterr().err
 
 
 def test_an_answer_beside_the_words_of_a_model_is_the_annotators(own, capsys):

@@ -300,7 +300,7 @@ def _evalscope(row: dict[str, Any], where: str) -> Answer:
         ]
     except (KeyError, IndexError, TypeError) as error:
         raise UserError("no text of the model in choices", where=where, fix="pass EvalScope's predictions") from error
-    return Answer(where, _id(row["index"], where), said, asked=asked[0] if asked else None)
+    return Answer(where, _id(row["index"], where), said, asked=asked[0] if asked else None, id_may_be_number=True)
 
 
 def _message_text(content: Any) -> str:

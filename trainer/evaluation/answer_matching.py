@@ -37,6 +37,7 @@ class Answer:
         image: the image's name, where the row says it.
         group: the question's category, where it is known.
         id_may_be_image: the id is the question's or the image's, as in LLaVA's files.
+        id_may_be_number: the id is the question's or its number in the data set, from 0, as in EvalScope's files.
         row: what else of the row is kept.
     """
 
@@ -48,6 +49,7 @@ class Answer:
     image: str | None = None
     group: str | None = None
     id_may_be_image: bool = False
+    id_may_be_number: bool = False
     row: Mapping[str, Any] = field(default_factory=dict)
 
     def with_row(self, more: Mapping[str, Any]) -> "Answer":
@@ -66,14 +68,15 @@ def match_answers(
     """Rows {question_id, answer} in the order of the file; an id that is not annotated stays as it is.
 
     1. By id, if the rows that name an annotated one ask what it asks.
-    2. By image and prompt, or by the text alone where one question only asks it.
-    3. `in_order`: by position, if every row asks the question at its position (VLMEvalKit's running numbers).
+    2. By the number in the data set, if it may be that and every row asks the question with its number.
+    3. By image and prompt, or by the text alone where one question only asks it.
+    4. `in_order`: by position, if every row asks the question at its position (VLMEvalKit's running numbers).
 
     Args:
         answers: of one file.
         questions: the annotated ones.
         path: the file.
-        in_order: the third rule applies, and not the second.
+        in_order: the fourth rule applies, and not the third.
         labels: the revision of the annotations that is meant, for errors.
 
     Raises:
@@ -81,7 +84,9 @@ def match_answers(
     """
     if _ids_fit(answers, questions, running=in_order):
         return [answer.under("" if answer.question_id is None else answer.question_id) for answer in answers]
-    ids = _ids_by_order(answers, questions, path) if in_order else _ids_by_content(answers, questions, labels)
+    ids = _ids_by_number(answers, questions)
+    if not ids:
+        ids = _ids_by_order(answers, questions, path) if in_order else _ids_by_content(answers, questions, labels)
     return [answer.under(question_id) for answer, question_id in zip(answers, ids, strict=True)]
 
 
@@ -191,6 +196,18 @@ def _fits(answer: Answer, question: Question | None, *, unsaid: bool) -> bool:
     if answer.asked is None:
         return unsaid  # taken at its word only if no id is unknown
     return question is None or asks(answer.asked, question.question)
+
+
+def _ids_by_number(answers: Sequence[Answer], questions: Sequence[Question]) -> list[int | str]:
+    """The ids of the questions with the rows' numbers; none if a row does not ask the one with its number."""
+    numbered = dict(enumerate(questions))
+    found = [numbered.get(answer.question_id) if isinstance(answer.question_id, int) else None for answer in answers]
+    pairs = zip(answers, found, strict=True)
+    fit = all(
+        answer.id_may_be_number and question is not None and asks(answer.asked or "", question.question)
+        for answer, question in pairs
+    )
+    return [question.question_id for question in found if question is not None] if fit else []
 
 
 def _ids_by_order(answers: Sequence[Answer], questions: Sequence[Question], path: Path) -> list[int | str]:

@@ -69,6 +69,8 @@ def listed_rows(content: Any, path: Path, keyed: Sequence[str] = ()) -> list[Any
     for keys in _ROWS_UNDER:
         if isinstance(content, dict) and all(isinstance(content.get(key), list) for key in keys):
             return [row for key in keys for row in content[key]]
+    if keyed and isinstance(content, dict) and {"acc", "outputs"} <= content.keys():
+        content = content["outputs"]  # LLaVA's results of ScienceQA
     is_keyed = bool(keyed) and isinstance(content, dict) and bool(content) and not set(keyed) & content.keys()
     if is_keyed and all(isinstance(value, str) for value in content.values()):
         return [dict(zip(keyed, pair, strict=True)) for pair in content.items()]
