@@ -14,11 +14,15 @@ import string
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Optional
+
+import numpy as np
 
 from llava_llama31.trainer.evaluation.metrics.choices import chosen_letter
 from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
-from llava_llama31.trainer.evaluation.metrics.text import anls, contains_answer
+from llava_llama31.trainer.evaluation.metrics.open_answers import open_match
+from llava_llama31.trainer.evaluation.metrics.text import anls, contains_answer, exact_match
 from llava_llama31.trainer.evaluation.metrics.yes_no import yes_or_no
 
 
@@ -41,6 +45,7 @@ WORDS = [
     "5%",
 ]
 WORDS += ["0.05", "10.4", "10", "0", "1,000", "-3", "ß", "İ", "a  b", "x ^ 2", "x^2", "hello", "world", "\n", ".", ""]
+WORDS += ["DNA", "C.1", "is ", "the answer is", "=", "2.4e1", "24", "1,024", "wendy's", "U.S.", "Red\n"]
 FORMULA = "HME100k"
 
 
@@ -53,24 +58,36 @@ def functions(path: Path, *names: str) -> dict[str, Any]:
         sys.exit(f"{path} has no function {', '.join(sorted(missing))}")
     for node in wanted:
         node.decorator_list = []  # they register a metric
-    space: dict[str, Any] = {"re": re, "string": string, "Optional": Optional}
+    # where MMMU's rule finds no letter it draws one; here such an answer chooses none
+    draw = SimpleNamespace(choice=lambda letters: "")
+    space: dict[str, Any] = {"re": re, "string": string, "Optional": Optional, "np": np, "random": draw}
     exec(compile(ast.Module(body=list(wanted), type_ignores=[]), str(path), "exec"), space)
     return space
 
 
 def pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., float]]]:
     """Metric -> (theirs, ours), each of (prediction, answers)."""
-    text = functions(root / "api/metrics.py", "levenshtein_distance", "anls")
+    text = functions(root / "api/metrics.py", "levenshtein_distance", "anls", "exact_match_hf_evaluate")
     chart = functions(root / "tasks/chartqa/utils.py", "relaxed_correctness")
     mme = functions(root / "tasks/mme/utils.py", "parse_pred_ans")
     science = functions(root / "tasks/scienceqa/utils.py", "sqa_doc_to_target", "sqa_process_results")
     pope = functions(root / "tasks/pope/utils.py", "pope_process_results")
     ocr = functions(root / "tasks/ocrbench/utils.py", "_fold_fullwidth_ascii", "ocrbench_process_results")
+    seed = functions(root / "tasks/seedbench/utils.py", "seed_process_result")
+    letters = functions(root / "tasks/_task_utils/mmmu_mcq_utils.py", "parse_mmmu_multi_choice_response")
+    parsers = ("parse_open_response", "eval_open", "normalize_str", "check_is_number", "extract_numbers")
+    openly = functions(root / "tasks/mmmu/utils.py", *parsers)
     options = dict(zip("ABCD", ["red", "blue", "hello", "10"], strict=True))
     doc = {"choices": list(options.values()), "answer": 1}
 
     def pope_doc(answers: list[str]) -> dict[str, Any]:
         return {"answer": "yes" if len(answers) % 2 else "no", "question_id": 0}
+
+    seed_doc = {"answer": "B", "data_type": "", "question_id": 0}
+
+    def by_exact_match(prediction: str, answer: str) -> float:
+        found = text["exact_match_hf_evaluate"]([prediction], [answer], ignore_case=True, ignore_punctuation=True)
+        return float(found["exact_match"])
 
     def ocr_doc(answers: list[str], dataset: str) -> dict[str, Any]:
         return {"answer": answers, "dataset": dataset, "question_type": ""}
@@ -78,8 +95,8 @@ def pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., flo
     return {
         "ANLS": (lambda p, a: text["anls"](a, [p])["anls"], lambda p, a: anls(p, a, "lmms-eval")),
         "relaxed accuracy": (
-            lambda p, a: float(chart["relaxed_correctness"](p.strip(), a[0].strip())),
-            lambda p, a: relaxed_accuracy(p, a[:1]),
+            lambda p, a: float(chart["relaxed_correctness"](p, a[0])),
+            lambda p, a: relaxed_accuracy(p, a[:1], "lmms-eval"),
         ),
         "MME": (
             lambda p, a: mme["parse_pred_ans"](p) == "yes",
@@ -92,6 +109,19 @@ def pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., flo
         "POPE": (
             lambda p, a: pope["pope_process_results"](pope_doc(a), [p])["pope_accuracy"]["score"],
             lambda p, a: float(yes_or_no(p, "exact") == pope_doc(a)["answer"]),
+        ),
+        "exact match": (lambda p, a: by_exact_match(p, a[0]), lambda p, a: exact_match(p, a[:1], "lmms-eval")),
+        "SEED-Bench": (
+            lambda p, a: seed["seed_process_result"](seed_doc, [p])["seed_all"]["pred"].lower() == "b",
+            lambda p, a: chosen_letter(p, options, "first-letter") == "B",
+        ),
+        "MMMU": (
+            lambda p, a: letters["parse_mmmu_multi_choice_response"](p, list(options), options) == "B",
+            lambda p, a: chosen_letter(p, options, "lmms-eval-mmmu") == "B",
+        ),
+        "MMMU, open": (
+            lambda p, a: float(openly["eval_open"](a[0], openly["parse_open_response"](p))),
+            lambda p, a: open_match(p, a[0]),
         ),
         "OCRBench": (
             lambda p, a: ocr["ocrbench_process_results"](ocr_doc(a, ""), [p])["ocrbench_accuracy"]["score"],

@@ -12,6 +12,7 @@ from llava_llama31.trainer.evaluation.metrics import choices, numbers, text, yes
 from llava_llama31.trainer.evaluation.metrics.choices import chosen_letter, multiple_choice
 from llava_llama31.trainer.evaluation.metrics.fields import field_counts, field_f1, first_object
 from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
+from llava_llama31.trainer.evaluation.metrics.open_answers import open_as_choice, open_match
 from llava_llama31.trainer.evaluation.metrics.text import (
     anls,
     contains_answer,
@@ -71,10 +72,13 @@ def test_containment(prediction, answers, as_text, as_formula):
     [
         ("Hello", ["hello"], (1, 1, 1)),
         ("hello  World ", ["hello world"], (1, 1, 1)),
+        ("dog\n", ["cat", "dot"], (2 / 3, 0.75, 0.75)),  # the line's end counts for the length
         ("helo", ["hello"], (0.8, 0.8, 0.8)),
+        ("abc", ["abcdef"], (0, 0.5, 0.5)),
+        ("abc", ["abcde"], (0.6, 0.6, 0.6)),
         ("abcdef", ["abcxyz"], (0, 0.5, 0.5)),  # at the threshold the paper's inequality is strict
         ("abcdefg", ["abcxyzw"], (0, 0, 0)),
-        ("ab  d", ["abxd"], (0.75, 0.75, 0.8)),  # lmms-eval divides by the length before white space is collapsed
+        ("ab  d", ["abxd"], (0.75, 0.8, 0.8)),  # divided by the length before white space is collapsed
         ("dog", ["cat", "dot", "do"], (2 / 3, 2 / 3, 2 / 3)),
         ("", [""], (1, 1, 1)),
         ("a", [""], (0, 0, 0)),
@@ -131,34 +135,51 @@ def test_relaxed_accuracy(prediction, answer, pix2struct, paper):
     assert relaxed_accuracy(prediction, [answer]) == pix2struct
     assert relaxed_accuracy(prediction, [answer], "paper") == paper
     assert relaxed_accuracy(prediction, ["?", answer], "paper") == paper
+    assert [relaxed_accuracy(prediction, [answer], name) for name in ("vlmevalkit", "lmms-eval")] == [pix2struct] * 2
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "equal_under"),
+    [
+        ("Blue\n", "blue", ["pix2struct", "vlmevalkit", "paper"]),
+        ("blue", "blue ", ["pix2struct", "paper"]),
+        ("blue ", "blue ", ["pix2struct", "lmms-eval", "paper"]),
+        (" 14\n", "14 ", ["pix2struct", "vlmevalkit", "lmms-eval", "paper"]),  # Python's numbers have none
+    ],
+)
+def test_white_space_around_relaxed_answers(prediction, answer, equal_under):
+    assert [name for name in numbers.PROTOCOLS if relaxed_accuracy(prediction, [answer], name)] == equal_under
 
 
 @pytest.mark.parametrize(
     ("prediction", "chosen"),
     [
-        ("B", "BBBBBB"),
-        ("b", ".BB..."),
-        ("B.", ".BBBBB"),
-        ("B. blue car", "BBBBB."),
-        ("B) blue car", "..BBB."),
-        ("The answer is B.", "B..BBB"),
-        ("The answer is B. The answer is C.", ".....C"),
-        ("(C)", "...CCC"),
-        ("I think (A), no, (B)", ".....B"),
-        ("It is a blue car", "....B."),
-        ("Is it a car, or a blue car?", ".....B"),
-        ("What I see in it is all red", "....AA"),
-        ("A or B", "..A..B"),
-        ("E", "......"),
-        ("Z", "...ZZ."),
-        ("Cannot determine the answer: A", "..CZZA"),
-        ("Failed to obtain answer via API. A", ".....A"),
-        ("", "......"),
-        ("42", "....D."),
+        ("B", "BBBBBBBB"),
+        ("b", ".BB....."),
+        ("B.", ".BBBBBB."),
+        ("B. blue car", "BBBBB.B."),
+        ("B) blue car", "..BBB..."),
+        ("The answer is B.", "B..BBBB."),
+        ("The answer is B. The answer is C.", ".....CC."),
+        ("(C)", "...CCCC."),
+        ("I think (A), no, (B)", ".....BB."),
+        ("It is a blue car", "....B..."),
+        ("Is it a car, or a blue car?", ".....BB."),
+        ("What I see in it is all red", "....AAA."),
+        ("A or B", "..A..BB."),
+        ("E", "........"),
+        ("Z", "...ZZ..."),
+        ("Cannot determine the answer: A", "..CZZAA."),
+        ("Failed to obtain answer via API. A", ".....AA."),
+        ("", "........"),
+        ("42", "....D..."),
+        ("the DNA of it", "......A."),
+        ("see C.1 there", "...CC.C."),
     ],
 )
 def test_which_option_is_chosen(prediction, chosen):
     rules = ("llava-scienceqa", "lmms-eval-scienceqa", "first-letter", "letter", "letter-or-text", "mmmu")
+    rules += ("lmms-eval-mmmu", "verbatim")
     assert set(rules) | {"letter-or-text-2025", "letter-or-text-2026"} == set(choices.RULES)
     assert "".join(chosen_letter(prediction, OPTIONS, rule) or "." for rule in rules) == chosen
     letters = zip(rules, chosen, strict=True)
@@ -186,6 +207,34 @@ def test_vlmevalkit_chooses_otherwise_since_august_2025_and_june_2026(prediction
     options = {"A": "a red", "B": "a blue car", "C": "green", "D": "42"}
     rules = ("letter-or-text", "letter-or-text-2025", "letter-or-text-2026")
     assert "".join(chosen_letter(prediction, options, rule) or "." for rule in rules) == chosen
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "as_options", "by_mmmu"),
+    [
+        ("24", "24", 1, 1),
+        ("It is 24.", "24", 1, 1),
+        ("so 23, which gives x = 24", "24", 1, 1),
+        ("24.001", "24", 1, 1),  # rounded to two decimals; the text occurs for VLMEvalKit
+        ("23.999", "24", 0, 1),
+        ("1,024 in all", "1024", 0, 1),
+        ("2.4e1", "24", 0, 1),
+        ("125", "5", 1, 0),  # a text in another one, but another number
+        ("A", "24", 1, 0),  # the letter of the annotated answer
+        ("B", "24", 0, 0),
+        ("The answer is the Golden Gate", "golden gate", 1, 1),
+        ("golden gate is what I see, so none", "golden gate", 1, 0),  # the conclusion does not hold it
+        ("first line is red\nsecond line", "red", 1, 1),
+        ("x", "x", 1, 1),
+        ("xyz", "x", 1, 0),  # one character needs a space beside it
+        ("x or y", "x", 1, 1),
+        ("", "24", 0, 0),
+        ("is ", "red", 0, 0),
+    ],
+)
+def test_open_questions_among_multiple_choice(prediction, answer, as_options, by_mmmu):
+    assert open_as_choice(prediction, answer, "letter-or-text") == as_options
+    assert open_match(prediction, answer) == by_mmmu
 
 
 def test_a_letter_without_an_option_is_not_chosen():
@@ -280,7 +329,7 @@ def test_any_text_has_a_score_in_range_that_the_order_of_answers_does_not_change
     for metric, protocol in scores:
         value = metric(prediction, answers, protocol)
         assert 0 <= value <= 1 and metric(prediction, shuffled, protocol) == value
-        if metric is anls or protocol in ("verbatim", "ignore-case", "llava-gqa", "lmms-eval", "paper"):
+        if metric is not relaxed_accuracy or protocol == "paper":
             assert metric(answers[0], answers, protocol) == 1
     assert contains_answer(prediction, answers) == contains_answer(prediction, shuffled)
     for unit in ("character", "word"):
@@ -297,9 +346,11 @@ def test_any_text_chooses_an_option_or_none(prediction, options, draw):
     for rule in choices.RULES:
         letter = chosen_letter(prediction, options, rule)
         assert letter in {*options, "", "Z"}
-        assert rule == "mmmu" or chosen_letter(prediction, shuffled, rule) == letter
+        assert rule.endswith("mmmu") or chosen_letter(prediction, shuffled, rule) == letter
+        assert open_as_choice(prediction, "24", rule) in (0, 1)
     for rule in yes_no.RULES:
         assert yes_or_no(prediction, rule) in ("yes", "no", "")
+    assert all(open_match(prediction, text) in (0, 1) for text in options.values())
 
 
 JSON = st.recursive(

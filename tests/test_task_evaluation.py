@@ -225,10 +225,24 @@ def test_answers_that_are_not_public_go_to_the_server_in_its_format(
         assert json.loads(output.read_text()) == wanted
     else:
         assert [{k: v or "" for k, v in row.items()} for _, row in any_rows(output)] == wanted
+    # what a server takes is read back, and makes the same file again
+    again = output.with_name(f"again{output.suffix}")
+    assert main(["score", str(output), *arguments[2:], "--submission", str(again), "--json"]) == 0
+    assert list(any_rows(again, keyed="kv")) == [
+        (where.replace(output.name, again.name), row) for where, row in any_rows(output, keyed="kv")
+    ]
     assert main(arguments) == 2
     assert "these questions have no annotated answers" in capsys.readouterr().err
     assert main([*arguments, "--submission", "out.txt"]) == 2
     assert f"takes a {output.suffix} file" in capsys.readouterr().err
+
+
+def test_an_answer_in_normal_form_is_not_normalised_again(tmp_path):
+    path = write_lines(tmp_path / "test.jsonl", [{"question_id": 1, "image": "a.png", "text": "What?"}])
+    (tmp_path / "u.json").write_text(json.dumps([{"image": "a.png", "answer": "that's"}]))
+    arguments = ["score", str(tmp_path / "u.json"), "--task", "vizwiz", "--annotations", path, "--json"]
+    assert main([*arguments, "--submission", str(tmp_path / "again.json")]) == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == [{"image": "a.png", "answer": "that's"}]
 
 
 def test_answers_for_a_grader_are_written_by_the_documented_task(lively_model, processor, data, tmp_path, capsys):

@@ -211,6 +211,28 @@ def test_prompts_of_other_questions_are_refused(pope, capsys):
     assert "annotated questions could be meant" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["questions.jsonl", "labels/coco_pope_random.json"])
+def test_questions_and_labels_are_not_scored_as_answers(pope, capsys, name):
+    """Their `text` is the question; LLaVA's answers call the model's words so."""
+    folder, _, _ = pope
+    for arguments in (pope_arguments(folder), pope_arguments(folder)[:4]):
+        assert main(["score", str(folder / name), *map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert "these are questions" in error or (len(arguments) == 4 and "could be meant" in error)
+
+
+def test_what_json_calls_no_value_is_no_answer(own, capsys):
+    folder, arguments = own
+    rows = [f'{{"id": "q{i}", "response": {said}}}' for i, said in enumerate(["null", "NaN", '"word 2"', '""'])]
+    (folder / "a.jsonl").write_text("\n".join(rows))
+    result = score(capsys, folder / "a.jsonl", *arguments, code=3)
+    assert result["failed_ids"] == {"q0": "no answer", "q1": "no answer"} and result["metrics"]["accuracy"] == 50
+    path = write_xlsx(folder / "a.xlsx", [{"id": "q2", "response": "word 2"}, {"id": "q3", "response": None}])
+    assert score(capsys, path, *arguments, code=3)["failed"] == 0  # a cell without text is an empty answer
+    assert main(["score", write_lines(folder / "b.jsonl", [{"id": "q2.0", "response": "a"}]), *arguments]) == 2
+    assert "the first row is of 'q2.0', the first question is 'q0'" in capsys.readouterr().err
+
+
 def test_several_answers_to_a_question_need_a_method(pope, capsys):
     folder, answers, f1 = pope
     rows = [row | {"method": method} for row in answers for method in ("dense", "pruned")]
@@ -296,7 +318,7 @@ def science_rows():
     return rows
 
 
-@pytest.mark.parametrize("form", ["answers", "result"])
+@pytest.mark.parametrize("form", ["answers", "result", "outputs"])
 def test_scienceqa_with_and_without_images(tmp_path, capsys, form):
     rows = science_rows()
     questions = tmp_path / "questions.json"
@@ -307,6 +329,11 @@ def test_scienceqa_with_and_without_images(tmp_path, capsys, form):
             {"question_id": row["id"], "prompt": human + instruction, "text": said} for row, _, said, human in rows
         ]
         path = write_lines(tmp_path / "a.jsonl", lines[::-1])
+    elif form == "outputs":
+        path = str(tmp_path / "result.json")
+        content = {"acc": 1.5, "correct": 1, "count": 12, "results": {row["id"]: 0 for row, *_ in rows}}
+        content["outputs"] = {row["id"]: said for row, _, said, _ in rows}
+        Path(path).write_text(json.dumps(content))
     else:  # what eval_science_qa.py writes, named .jsonl
         halves: dict[str, list] = {"correct": [], "incorrect": []}
         for row, gold, said, human in rows:
@@ -372,6 +399,24 @@ def test_letters_and_option_texts(tmp_path, capsys):
     assert "answer is 'blue', and 5 of 5 are not a letter" in capsys.readouterr().err
 
 
+def test_open_questions_of_mmmu(tmp_path, capsys):
+    """VLMEvalKit makes the annotated answer an option, and MMMU looks for its number in the conclusion."""
+    rows = [
+        {"index": 1, "question": "How many?", "answer": "24", "category": "Art", "prediction": "23.999"},
+        {"index": 2, "question": "Which?", "answer": "B", "category": "Art", "prediction": "B"},
+        {"index": 3, "question": "How many?", "answer": "5", "category": "Art", "prediction": "A"},
+        {"index": 4, "question": "How many?", "answer": "7", "category": "Art", "prediction": "7 in all"},
+    ]
+    rows = [row | ({"A": "x", "B": "y"} if row["index"] == 2 else {"A": "", "B": ""}) for row in rows]
+    result = score(capsys, write_xlsx(tmp_path / "m_MMMU_DEV_VAL.xlsx", rows), "--task", "mmmu")
+    found = {name: scores["metrics"]["accuracy"] for name, scores in result["protocols"].items()}
+    assert found == {"vlmevalkit": 75, "letter": 50, "vlmevalkit-2025": 75, "vlmevalkit-2026": 75} | {
+        "mmmu": 75,
+        "lmms-eval": 75,
+    }
+    assert result["protocol"] == "vlmevalkit"
+
+
 def test_earlier_and_judged_files_are_distinguished(tmp_path, capsys):
     rows = CHOICES[:3]
     result = score(capsys, write_xlsx(tmp_path / "m_MMStar_PREV.xlsx", rows), "--task", "mmstar")
@@ -415,7 +460,9 @@ def test_charts_documents_points_and_figures(tmp_path, capsys):
 
 
 def test_hallusionbench_counts_figures_and_questions(tmp_path, capsys):
-    said = {(0, 0): "Yes", (0, 1): "No", (1, 0): "Yes", (1, 1): "Yes"}  # (figure, question) of one set
+    # (figure, question) of one set: one wrong of six, which spoils one of three figures and one of two questions
+    said = {(figure, question): "Yes" if question == 0 else "No" for figure in range(3) for question in range(2)}
+    said[1, 1] = "Yes"
     rows = [
         {
             "index": f"VD_illusion_1_0_{figure}_{question}",
@@ -428,7 +475,7 @@ def test_hallusionbench_counts_figures_and_questions(tmp_path, capsys):
         for (figure, question), text in said.items()
     ]
     result = score(capsys, write_xlsx(tmp_path / "h.xlsx", rows), "--task", "hallusionbench")
-    assert result["metrics"] == {"aAcc": 75, "fAcc": 50, "qAcc": 50}
+    assert result["metrics"] == pytest.approx({"aAcc": 500 / 6, "fAcc": 200 / 3, "qAcc": 50})
 
 
 # --- layouts of answers
@@ -496,6 +543,9 @@ def answers_in(layout, folder):
             for i, (row, said) in enumerate(pairs)
         ]
         return write_lines(folder / "own_default.jsonl", rows[::-1])
+    if layout == "an object":
+        (folder / "a.json").write_text(json.dumps({row["id"]: said for row, said in pairs}))
+        return str(folder / "a.json")
     if layout == "columns":
         rows = [{"key": row["id"], "answer": "gold", "words": said} for row, said in pairs]
         return write_table(folder / "a.csv", rows, ",")
@@ -506,7 +556,7 @@ def answers_in(layout, folder):
 @pytest.mark.parametrize(
     "layout",
     ["id and response", "question_id and prediction", "LLaVA's answers", "lmms-eval's samples", "lmms-eval's old logs"]
-    + ["EvalScope's predictions", "columns", "VLMEvalKit's predictions"],
+    + ["EvalScope's predictions", "an object", "columns", "VLMEvalKit's predictions"],
 )
 def test_every_layout_of_answers_gives_the_same_score(own, capsys, layout):
     folder, arguments = own
@@ -516,7 +566,49 @@ def test_every_layout_of_answers_gives_the_same_score(own, capsys, layout):
     assert result["metrics"] == {"accuracy": 75.0} and result["num_questions"] == 8
     assert result["groups"] == {"a": {"accuracy": 50.0}, "b": {"accuracy": 100.0}}
     expected = {"lmms-eval's old logs": "lmms-eval's samples", "columns": "columns id=key, answer=words"}
+    expected["an object"] = "question_id and prediction"
     assert result["layout"] == expected.get(layout, layout)
+
+
+def vizwiz_files(folder, *, ids_are_images):
+    """LLaVA's upload file, and annotations that name images or whose ids do."""
+    names = [f"VizWiz_val_{i:08}.jpg" for i in range(6)]
+    rows = [
+        {"question": "What is this?", "answers": [f"word {i}"] * 10}
+        | ({"question_id": name[:-4]} if ids_are_images else {"question_id": i, "image": name})
+        for i, name in enumerate(names)
+    ]
+    said = [{"image": name, "answer": "wrong" if i == 2 else f"word {i}"} for i, name in enumerate(names)]
+    (folder / "upload.json").write_text(json.dumps(random.Random(0).sample(said, 6)))
+    return said, [folder / "upload.json", "--task", "vizwiz", "--annotations", write_lines(folder / "v.jsonl", rows)]
+
+
+@pytest.mark.parametrize("ids_are_images", [False, True])
+def test_a_file_for_vizwizs_server_is_read_by_its_images(tmp_path, capsys, ids_are_images):
+    said, arguments = vizwiz_files(tmp_path, ids_are_images=ids_are_images)
+    result = score(capsys, *arguments)
+    assert result["metrics"]["accuracy"] == pytest.approx(100 * 5 / 6) and result["missing"] == 0
+    assert (result["layout"], result["protocol"]) == ("images and answers", "m4c")
+    assert "normal form already" in result["note"]
+    (tmp_path / "upload.json").write_text(json.dumps(said[1:3]))
+    part = score(capsys, *arguments, code=3)
+    assert part["metrics"]["accuracy"] == 50 and part["missing"] == 4
+
+
+def test_answers_by_image_are_refused_where_an_image_has_two_questions_or_two_answers(tmp_path, capsys):
+    said, arguments = vizwiz_files(tmp_path, ids_are_images=False)
+    for rows, message in [
+        ([*said, said[0]], "question 0 has several answers"),
+        ([*said, {"image": "other.jpg", "answer": "a"}], "not annotated, the first image 'other.jpg' (fix"),
+    ]:
+        (tmp_path / "upload.json").write_text(json.dumps(rows))
+        assert main(["score", *map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
+    questions = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    write_lines(tmp_path / "v.jsonl", [*questions, questions[3] | {"question_id": 9, "question": "Which?"}])
+    (tmp_path / "upload.json").write_text(json.dumps(said))
+    assert main(["score", *map(str, arguments)]) == 2
+    assert "2 annotated questions could be meant by image 'VizWiz_val_00000003.jpg' (fix" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -524,6 +616,7 @@ def test_every_layout_of_answers_gives_the_same_score(own, capsys, layout):
     [
         {"question_id": "q1", "answer": "word 1", "text": "mine"},
         {"question_id": "q1", "question": "What is 1?", "answer": "word 1", "text": "mine"},
+        {"id": "q1", "answer": "word 1", "text": "mine"},
         {"id": "q1", "response": "a", "prediction": "b"},
     ],
 )
@@ -536,6 +629,20 @@ def test_a_gold_answer_is_never_scored(own, capsys, row):
     named = next(name for name in ("question_id", "id") if name in row)
     result = score(capsys, path, *arguments, "--columns", f"id={named},answer={words}", code=3)
     assert result["metrics"]["accuracy"] == 0 and result["missing"] == 7
+
+
+def test_evalscopes_numbers_tell_questions_of_the_same_words_apart(own, capsys):
+    folder, arguments = own
+    same = [row | {"question": "What is it?"} for row in ROWS]
+    write_lines(folder / "q.jsonl", same)
+    path = Path(answers_in("EvalScope's predictions", folder))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["messages"][1]["content"][1]["text"] = "What is it?" + PROMPT
+    assert score(capsys, write_lines(path, rows), *arguments)["metrics"] == {"accuracy": 75.0}
+    rows[2]["messages"][1]["content"][1]["text"] = "Who is it?"
+    assert main(["score", write_lines(path, rows), *arguments]) == 2
+    assert "8 annotated questions could be meant" in capsys.readouterr().err
 
 
 def test_an_answer_beside_the_words_of_a_model_is_the_annotators(own, capsys):
@@ -556,6 +663,34 @@ def test_bad_columns_are_named(own, capsys, arguments, message):
     folder, options = own
     assert main(["score", answers_in("VLMEvalKit's predictions", folder), *options, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+DOCS = {
+    "chartqa": {"type": "human_test", "question": "How many?", "answer": "0"},
+    "ocrbench": {"dataset": "IIIT5K", "question_type": "Regular Text Recognition", "question": "?", "answer": ["0"]},
+    "ai2d": {"question": "Which?", "options": ["x", "y"], "answer": "0"},
+    "scienceqa-img": {"question": "Which?", "choices": ["x", "y"], "answer": 0, "hint": "", "subject": "s"},
+}
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_samples_of_lmms_eval_hold_their_labels_where_their_questions_have_no_name(tmp_path, capsys, name):
+    """Charts and diagrams share their questions, and lmms-eval keeps neither images nor their names."""
+    right, changed = ("A", 1) if name in ("ai2d", "scienceqa-img") else ("0", "7")
+    rows = [{"doc_id": i, "doc": DOCS[name], "filtered_resps": [right], "target": "?"} for i in range(4)]
+    answer = [changed] if name == "ocrbench" else changed
+    rows[2] = rows[2] | {"doc": DOCS[name] | {"answer": answer}}
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    result = score(capsys, path, "--task", name)
+    assert result["metrics"][result["headline"]] == (3 if name == "ocrbench" else 75)
+    assert result["num_questions"] == 4 and result["low"] < result["high"]
+    assert ("which questions have an image" in result.get("note", "")) == (name == "scienceqa-img")
+    # another order, as of several processes, is the same questions; another data set is not
+    shuffled = write_lines(tmp_path / "b.jsonl", rows[::-1])
+    assert score(capsys, path, shuffled, "--task", name)["tied"] == 4
+    other = write_lines(tmp_path / "c.jsonl", [row | {"doc_id": 3 - row["doc_id"]} for row in rows])
+    assert main(["score", path, other, "--task", name]) == 2
+    assert f"{name}: question 1 is " in capsys.readouterr().err
 
 
 def test_two_files_are_compared_on_what_both_answer(own, capsys):

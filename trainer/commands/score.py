@@ -167,7 +167,7 @@ def _submit(options: argparse.Namespace, task: "Task", sets: "list[Answered]") -
         raise UserError(what, where=task.name, fix="pass annotations, or --submission FILE for the task's server")
     if len(sets) == 2:
         raise UserError("one file for two sets of answers", where="--submission", fix="pass one set of answers")
-    write_submission(task, sets[0].questions, sets[0].answers, Path(options.submission))
+    write_submission(task, sets[0], Path(options.submission))
     return {"submission": options.submission}
 
 

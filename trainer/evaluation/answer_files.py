@@ -1,5 +1,6 @@
 """Answer files to be scored: ours, and those that LLaVA's scripts, lmms-eval, VLMEvalKit and EvalScope write."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,17 +8,23 @@ from types import MappingProxyType
 from typing import Any
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.evaluation.answer_matching import Answer, match_answers
+from llava_llama31.trainer.evaluation.answer_matching import (
+    NO_ANSWER,
+    Answer,
+    match_answers,
+    refuse_questions,
+)
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.row_files import Row, any_rows, holds_mme_results, mme_results
 from llava_llama31.trainer.evaluation.vqa_accuracy import is_normalized
 
 
-ANSWERS, LLAVA, SAMPLES, SUBMISSION, VLMEVALKIT, EVALSCOPE, MME = (
+ANSWERS, LLAVA, SAMPLES, SUBMISSION, BY_IMAGE, VLMEVALKIT, EVALSCOPE, MME = (
     "question ids and answers",
     "LLaVA's answers",
     "lmms-eval's samples",
     "lmms-eval's submission",
+    "images and answers",
     "VLMEvalKit's predictions",
     "EvalScope's predictions",
     "MME's results",
@@ -25,8 +32,9 @@ ANSWERS, LLAVA, SAMPLES, SUBMISSION, VLMEVALKIT, EVALSCOPE, MME = (
 # what VLMEvalKit writes in the place of an answer (`INFER_FAIL_MSG` in its vlmeval/smp/file.py)
 VLMEVALKIT_FAILED = "Failed to obtain answer"
 NORMALIZED_NOTE = (
-    "these answers are in m4c's normal form already, as lmms-eval writes them: m4c compares them as they stand; the "
-    "scores under the other protocols are not those of the model's own words, which lmms-eval's --log_samples keeps"
+    "these answers are in m4c's normal form already, as LLaVA and lmms-eval submit them: m4c compares them as they "
+    "stand; the scores under the other protocols are not those of the model's own words, which LLaVA's answers and "
+    "lmms-eval's --log_samples keep"
 )
 _PREVIOUS = "_PREV"
 PREVIOUS_NOTE = (
@@ -42,6 +50,8 @@ WORDS_FIELDS = ("prediction", "response", "pred_answer", "pred", "text")
 _ASKED_FIELDS, _IMAGE_FIELDS = ("question", "prompt"), ("image_id", "image", "image_path")
 _MME_FIELDS = {"category", "image", "question", "answer", "prediction"}
 _PARTS = ("id", "answer", "question", "image")
+# rows of servers' files, which hold no annotated answers; the last is DocVQA's
+_ID_AND_ANSWER, _IMAGE_AND_ANSWER, _DOCVQA = {"question_id", "answer"}, {"image", "answer"}, {"questionId", "answer"}
 
 
 @dataclass(frozen=True)
@@ -111,10 +121,13 @@ def read_answers(path: str | Path, questions: Sequence[Question], reading: Readi
     | evaluate   | `.jsonl`, one {question_id, answer} or {question_id, error} a line                               |
     | LLaVA      | `.jsonl`, one {question_id, prompt, text} a line; the id is the question's or the image's        |
     | lmms-eval  | `.json`, a list of {question_id, answer}, normalised as m4c does (`textvqa_submission_*.json`)   |
+    | both       | `.json`, a list of {image, answer}, normalised so: what VizWiz's server takes, where no image has |
+    |            | two questions                                                                                    |
     | lmms-eval  | `.jsonl` of `--log_samples`: {filtered_resps, submission: {question_id, ...}}, the model's       |
     |            | words; before 0.2.4 a `.json` with such rows under `logs`                                        |
     | VLMEvalKit | `.xlsx`, `.tsv` or `.json` with {index, question, prediction}; the index is TextVQA's            |
     |            | question_id, or else the rows have to ask the annotated questions in their order                 |
+    | MMMU       | `.json`, one object {question id: answer}                                                        |
     | EvalScope  | `.jsonl` of predictions: {index, model_output, messages}                                         |
     | MME        | a folder of `.txt`, one a category: image, question, annotated answer and prediction between tabs |
     | others     | rows with one of ID_FIELDS and one of WORDS_FIELDS, or as `reading` says                         |
@@ -128,9 +141,9 @@ def read_answers(path: str | Path, questions: Sequence[Question], reading: Readi
         UserError: the file cannot be read or is none of these, or its rows cannot be assigned to the questions.
     """
     file = read_answer_rows(path, reading or Reading())
-    return AnswerFile(
-        file.layout, match_answers(file.answers, questions, file.path, in_order=in_order(file)), file.note
-    )
+    rows = match_answers(file.answers, questions, file.path, in_order=in_order(file))
+    refuse_questions(file.answers, rows, questions, file.path)
+    return AnswerFile(file.layout, rows, file.note)
 
 
 def in_order(file: AnswerRows) -> bool:
@@ -145,11 +158,14 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
         UserError: it cannot be read, or is none that `read_answers` knows.
     """
     path = Path(path)
-    rows = _kept(list(mme_results(path) if holds_mme_results(path) else any_rows(path)), reading, path)
+    rows = mme_results(path) if holds_mme_results(path) else any_rows(path, keyed=("question_id", "prediction"))
+    rows = _kept(list(rows), reading, path)
     if not rows:
         raise UserError("no answers", where=str(path), fix="name a file with at least one answer")
+    empty = "" if path.suffix.lower() == ".xlsx" else None  # a cell without text; elsewhere null is no answer
     if reading.columns:
-        return AnswerRows(path, _called(reading), [_by_columns(row, where, reading) for where, row in rows], rows)
+        answers = [_by_columns(row, where, reading, empty) for where, row in rows]
+        return AnswerRows(path, _called(reading), answers, rows)
     layout = _layout(rows[0][1], rows[0][0])
     for where, row in rows:
         if layout is None or _layout(row, where) != layout:
@@ -159,12 +175,12 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
             found = ", ".join(map(str, row)) or "nothing"
             expected = f", the first row those of {layout}" if layout is not None else ""
             raise UserError(f"no question_id, or no answer: the row has {found}{expected}", where=where, fix=fix)
-    answers = [_answer(row, where, str(layout)) for where, row in rows]
-    # only lmms-eval's file is a list of bare pairs; whether it is normalised is seen in the answers themselves
-    bare = path.suffix.lower() == ".json" and all(row.keys() == {"question_id", "answer"} for _, row in rows)
+    answers = [_answer(row, where, str(layout), empty) for where, row in rows]
+    # only a server's file is a list of bare pairs; whether it is normalised is seen in the answers themselves
+    bare = path.suffix.lower() == ".json" and all(row.keys() in (_ID_AND_ANSWER, _IMAGE_AND_ANSWER) for _, row in rows)
     if bare and all(answer.text is not None and is_normalized(answer.text, "m4c") for answer in answers):
         answers = [answer.with_row({"normalized": "m4c"}) for answer in answers]
-        return AnswerRows(path, SUBMISSION, answers, rows, NORMALIZED_NOTE)
+        return AnswerRows(path, BY_IMAGE if layout == BY_IMAGE else SUBMISSION, answers, rows, NORMALIZED_NOTE)
     return AnswerRows(path, str(layout), answers, rows, _note(path, rows) if layout == VLMEVALKIT else "")
 
 
@@ -194,68 +210,70 @@ def _layout(row: dict[str, Any], where: str) -> str | None:
         return EVALSCOPE
     if fields == _MME_FIELDS:
         return MME
+    if fields == _IMAGE_AND_ANSWER:
+        return BY_IMAGE
     words = [name for name in WORDS_FIELDS if name in fields]
     ids = [name for name in ID_FIELDS if name in fields]
     if "prediction" in words and "index" in ids:
         return VLMEVALKIT
     if ids and len(words) > 1:
-        raise _ambiguous(words, where)
+        raise _ambiguous(words, where, ids[0])
+    if ids and "text" in words and "answer" in fields:
+        raise _ambiguous(["text", "answer"], where, ids[0])
     if "question_id" in ids and "text" in words:
-        if "answer" in fields:
-            raise _ambiguous(["text", "answer"], where)
         return LLAVA
     if ids and words:
         return f"{ids[0]} and {words[0]}"
-    return ANSWERS if "question_id" in ids and {"answer", "error"} & fields else None
+    return ANSWERS if fields == _DOCVQA or ("question_id" in ids and {"answer", "error"} & fields) else None
 
 
-def _ambiguous(names: Sequence[str], where: str) -> UserError:
+def _ambiguous(names: Sequence[str], where: str, id_field: str) -> UserError:
     what = f"{' and '.join(names)}: which of them the model said, and which is annotated, the row does not tell"
-    return UserError(what, where=where, fix=f"say so: --columns id=question_id,answer={names[0]}")
+    return UserError(what, where=where, fix=f"say so: --columns id={id_field},answer={names[0]}")
 
 
-def _answer(row: dict[str, Any], where: str, layout: str) -> Answer:
+def _answer(row: dict[str, Any], where: str, layout: str, empty: str | None) -> Answer:
     if layout == SAMPLES:
         return _sample(row, where)
     if layout == EVALSCOPE:
         return _evalscope(row, where)
     if layout == MME:
-        return Answer(where, None, _text(row["prediction"], where), asked=row["question"], image=row["image"])
+        words = _words(row["prediction"], where, empty)
+        return Answer(where, None, words, asked=row["question"], image=row["image"])
+    if layout == BY_IMAGE:
+        return Answer(where, None, _words(row["answer"], where, empty), image=_image(row["image"], where))
     if layout == ANSWERS:
         # what else stands in a row stays: the browser shows some of it
-        text = row.get("answer")
-        words = None if text is None else _text(text, where)
-        question_id = _id(row["question_id"], where)
+        words = _words(row.get("answer"), where, None)
+        question_id = _id(row["questionId" if row.keys() == _DOCVQA else "question_id"], where)
         asked, image = _first(row, ("question",)), _first(row, _IMAGE_FIELDS)
-        return Answer(where, question_id, words, str(row.get("error", "no answer")), asked=asked, image=image, row=row)
+        return Answer(where, question_id, words, str(row.get("error", NO_ANSWER)), asked=asked, image=image, row=row)
     words_field = "text" if layout == LLAVA else next(name for name in WORDS_FIELDS if name in row)
     ids = [row[name] for name in ID_FIELDS if row.get(name) not in (None, "")]
     question_id = _id(ids[0] if ids else next(row[name] for name in ID_FIELDS if name in row), where)
     asked, image = _first(row, _ASKED_FIELDS), _first(row, _IMAGE_FIELDS)
+    words = _words(row[words_field], where, empty)
     if layout == LLAVA:
-        words = _text(row["text"], where)
         return Answer(where, question_id, words, asked=asked, image=image, id_may_be_image=True)
-    # an empty cell is an empty answer
-    text = "" if row[words_field] is None else _text(row[words_field], where)
-    if layout == VLMEVALKIT and text.startswith(VLMEVALKIT_FAILED):
-        return Answer(where, question_id, None, text, asked=asked)
-    return Answer(where, question_id, text, asked=asked, image=None if layout == VLMEVALKIT else image)
+    if layout == VLMEVALKIT and words is not None and words.startswith(VLMEVALKIT_FAILED):
+        return Answer(where, question_id, None, words, asked=asked)
+    return Answer(where, question_id, words, asked=asked, image=None if layout == VLMEVALKIT else image)
 
 
 def _called(reading: Reading) -> str:
     return f"columns {', '.join(f'{part}={name}' for part, name in reading.columns.items())}"
 
 
-def _by_columns(row: dict[str, Any], where: str, reading: Reading) -> Answer:
+def _by_columns(row: dict[str, Any], where: str, reading: Reading, empty: str | None) -> Answer:
     columns = reading.columns
     lacking = [name for name in columns.values() if name not in row]
     if lacking:
         what = f"no {', '.join(lacking)}: the row has {', '.join(map(str, row)) or 'nothing'}"
         raise UserError(what, where=where, fix="name fields of the rows in --columns")
-    value = row[columns["answer"]]
+    words = _words(row[columns["answer"]], where, empty)
     question_id = _id(row[columns["id"]], where) if "id" in columns else None
     asked, image = (str(row[columns[part]]) if part in columns else None for part in ("question", "image"))
-    return Answer(where, question_id, "" if value is None else _text(value, where), asked=asked, image=image)
+    return Answer(where, question_id, words, asked=asked, image=image)
 
 
 def _sample(row: dict[str, Any], where: str) -> Answer:
@@ -282,7 +300,7 @@ def _evalscope(row: dict[str, Any], where: str) -> Answer:
         ]
     except (KeyError, IndexError, TypeError) as error:
         raise UserError("no text of the model in choices", where=where, fix="pass EvalScope's predictions") from error
-    return Answer(where, _id(row["index"], where), said, asked=asked[0] if asked else None)
+    return Answer(where, _id(row["index"], where), said, asked=asked[0] if asked else None, id_may_be_number=True)
 
 
 def _message_text(content: Any) -> str:
@@ -304,6 +322,19 @@ def _id(value: Any, where: str) -> int | str:
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise UserError(f"question_id or index is {value!r}", where=where, fix="give a number or a text")
     return value
+
+
+def _image(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise UserError(f"the image is {value!r:.80}", where=where, fix="give its file's name")
+    return value
+
+
+def _words(value: Any, where: str, empty: str | None) -> str | None:
+    """The model's words; None where there is no answer, as JSON's null and NaN say."""
+    if value is None:
+        return empty
+    return None if isinstance(value, float) and math.isnan(value) else _text(value, where)
 
 
 def _text(value: Any, where: str) -> str:

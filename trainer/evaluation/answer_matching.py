@@ -21,6 +21,9 @@ _INSTRUCTIONS = re.compile(
 )
 
 
+NO_ANSWER = "no answer"
+
+
 @dataclass(frozen=True)
 class Answer:
     """One answer of a file.
@@ -34,17 +37,19 @@ class Answer:
         image: the image's name, where the row says it.
         group: the question's category, where it is known.
         id_may_be_image: the id is the question's or the image's, as in LLaVA's files.
+        id_may_be_number: the id is the question's or its number in the data set, from 0, as in EvalScope's files.
         row: what else of the row is kept.
     """
 
     where: str
     question_id: int | str | None
     text: str | None
-    error: str = ""
+    error: str = NO_ANSWER
     asked: str | None = None
     image: str | None = None
     group: str | None = None
     id_may_be_image: bool = False
+    id_may_be_number: bool = False
     row: Mapping[str, Any] = field(default_factory=dict)
 
     def with_row(self, more: Mapping[str, Any]) -> "Answer":
@@ -63,14 +68,15 @@ def match_answers(
     """Rows {question_id, answer} in the order of the file; an id that is not annotated stays as it is.
 
     1. By id, if the rows that name an annotated one ask what it asks.
-    2. By image and prompt, or by the text alone where one question only asks it.
-    3. `in_order`: by position, if every row asks the question at its position (VLMEvalKit's running numbers).
+    2. By the number in the data set, if it may be that and every row asks the question with its number.
+    3. By image and prompt, or by the text alone where one question only asks it.
+    4. `in_order`: by position, if every row asks the question at its position (VLMEvalKit's running numbers).
 
     Args:
         answers: of one file.
         questions: the annotated ones.
         path: the file.
-        in_order: the third rule applies, and not the second.
+        in_order: the fourth rule applies, and not the third.
         labels: the revision of the annotations that is meant, for errors.
 
     Raises:
@@ -78,12 +84,16 @@ def match_answers(
     """
     if _ids_fit(answers, questions, running=in_order):
         return [answer.under("" if answer.question_id is None else answer.question_id) for answer in answers]
-    ids = _ids_by_order(answers, questions, path) if in_order else _ids_by_content(answers, questions, labels)
+    ids = _ids_by_number(answers, questions)
+    if not ids:
+        ids = _ids_by_order(answers, questions, path) if in_order else _ids_by_content(answers, questions, labels)
     return [answer.under(question_id) for answer, question_id in zip(answers, ids, strict=True)]
 
 
 def place_answers(answers: Sequence[Answer], questions: str | Path) -> list[Answer]:
     """Answers with the image, the text and the category that LLaVA's question file has for their ids.
+
+    Answers without an id name their images themselves.
 
     Raises:
         UserError: an id is not in the file, or its prompt is not what the file asks there.
@@ -97,6 +107,9 @@ def place_answers(answers: Sequence[Answer], questions: str | Path) -> list[Answ
         asked[str(row["question_id"])].append(row)
     placed = []
     for answer in answers:
+        if answer.question_id is None:
+            placed.append(answer)
+            continue
         rows = asked[str(answer.question_id)]
         if answer.asked is not None:
             same = [row for row in rows if question_key(str(row["text"])) == question_key(answer.asked)]
@@ -108,6 +121,34 @@ def place_answers(answers: Sequence[Answer], questions: str | Path) -> list[Answ
         image, text = str(rows[0]["image"]), str(rows[0]["text"])
         placed.append(replace(answer, question_id=None, image=image, asked=text, group=group))
     return placed
+
+
+def refuse_questions(
+    answers: Sequence[Answer], rows: Sequence[Mapping[str, Any]], questions: Sequence[Question], path: Path
+) -> None:
+    """Refuse a file of questions or labels, whose `text` LLaVA and POPE call as LLaVA calls an answer.
+
+    Args:
+        answers: of the file.
+        rows: what each of them became.
+        questions: the annotated ones.
+        path: the file.
+
+    Raises:
+        UserError: every row names an image and no prompt, and says a question.
+    """
+    annotated = {str(question.question_id): question.question for question in questions}
+
+    def is_question(answer: Answer, question: str | None) -> bool:
+        names_image = answer.asked is None and answer.image is not None
+        said = answer.text or ""
+        return names_image and (question_key(said) in keys or (question is not None and asks(said, question)))
+
+    keys = {question_key(question.question) for question in questions}
+    pairs = zip(answers, (annotated.get(str(row["question_id"])) for row in rows), strict=True)
+    if all(is_question(answer, question) for answer, question in pairs):
+        what = f"these are questions: the text of each row is one, the first {answers[0].text!r:.80}"
+        raise UserError(what, where=str(path), fix="pass the model's answers, and this file as --questions")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -139,6 +180,8 @@ def image_key(image: str) -> str:
 
 def _ids_fit(answers: Sequence[Answer], questions: Sequence[Question], *, running: bool) -> bool:
     """Whether the ids are those of the questions; `running` ones may happen to be those of others."""
+    if all(answer.question_id is None for answer in answers):
+        return False
     annotated = {str(question.question_id): question for question in questions}
     pairs = [(annotated.get(str(answer.question_id)), answer) for answer in answers]
     known = [question is not None for question, _ in pairs]
@@ -153,6 +196,18 @@ def _fits(answer: Answer, question: Question | None, *, unsaid: bool) -> bool:
     if answer.asked is None:
         return unsaid  # taken at its word only if no id is unknown
     return question is None or asks(answer.asked, question.question)
+
+
+def _ids_by_number(answers: Sequence[Answer], questions: Sequence[Question]) -> list[int | str]:
+    """The ids of the questions with the rows' numbers; none if a row does not ask the one with its number."""
+    numbered = dict(enumerate(questions))
+    found = [numbered.get(answer.question_id) if isinstance(answer.question_id, int) else None for answer in answers]
+    pairs = zip(answers, found, strict=True)
+    fit = all(
+        answer.id_may_be_number and question is not None and asks(answer.asked or "", question.question)
+        for answer, question in pairs
+    )
+    return [question.question_id for question in found if question is not None] if fit else []
 
 
 def _ids_by_order(answers: Sequence[Answer], questions: Sequence[Question], path: Path) -> list[int | str]:
@@ -170,20 +225,23 @@ def _ids_by_order(answers: Sequence[Answer], questions: Sequence[Question], path
 def _ids_by_content(answers: Sequence[Answer], questions: Sequence[Question], labels: str | None) -> list[int | str]:
     by_image: dict[str | None, list[Question]] = defaultdict(list)
     by_text: dict[str, list[Question]] = defaultdict(list)
+    by_id: dict[str | None, list[Question]] = defaultdict(list)
     for question in questions:
         by_image[image_key(question.image_id)].append(question)
         by_text[question_key(question.question)].append(question)
+        if not question.image_id:  # VizWiz's ids are its images
+            by_id[image_key(str(question.question_id))].append(question)
     ids: list[int | str] = []
     strangers: list[Answer] = []
     for answer in answers:
         candidates: Iterable[Question] = by_image.get(_image(answer), ())
         if answer.image is None and not candidates and answer.asked is not None:
             candidates = by_text.get(question_key(answer.asked), ())
+        if answer.question_id is None and not candidates and answer.asked is None:
+            candidates = by_id.get(_image(answer), ())
         found = _asked_of(answer, candidates)
         if len(found) > 1:
-            what = (
-                f"{len(found)} annotated questions could be meant by {answer.asked!r:.80} about {_said_image(answer)}"
-            )
+            what = f"{len(found)} annotated questions could be meant by {_said(answer)}"
             fix = "give the rows question_ids, or the prompt and the image"
             raise UserError(what, where=answer.where, fix=fix)
         if found:
@@ -192,8 +250,8 @@ def _ids_by_content(answers: Sequence[Answer], questions: Sequence[Question], la
             strangers.append(answer)
     if strangers:
         first = strangers[0]
-        asked = f"{first.asked!r:.80} about {_said_image(first)}"
-        what = f"{len(strangers)} of {len(answers)} answers are to questions that are not annotated, the first {asked}"
+        what = f"{len(strangers)} of {len(answers)} answers are to questions that are not annotated"
+        what = f"{what}, the first {_said(first)}"
         fix = f"pass the annotations that the answers were made for{f': {labels}' if labels else ''}"
         raise UserError(what, where=first.where, fix=fix)
     return ids
@@ -205,8 +263,10 @@ def _image(answer: Answer) -> str | None:
     return None if name is None else image_key(name)
 
 
-def _said_image(answer: Answer) -> str:
-    return f"image {answer.image!r:.80}" if answer.image is not None else f"id {answer.question_id!r:.80}"
+def _said(answer: Answer) -> str:
+    """What an answer says of its question."""
+    image = f"image {answer.image!r:.80}" if answer.image is not None else f"id {answer.question_id!r:.80}"
+    return image if answer.asked is None else f"{answer.asked!r:.80} about {image}"
 
 
 def _asked_of(answer: Answer, candidates: Iterable[Question]) -> list[Question]:

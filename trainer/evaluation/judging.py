@@ -7,6 +7,7 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.metrics.choices import chosen_letter
 from llava_llama31.trainer.evaluation.metrics.fields import field_counts
 from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
+from llava_llama31.trainer.evaluation.metrics.open_answers import open_as_choice, open_match
 from llava_llama31.trainer.evaluation.metrics.text import anls, contains_answer, error_counts, exact_match
 from llava_llama31.trainer.evaluation.metrics.yes_no import NO, YES, yes_or_no
 from llava_llama31.trainer.evaluation.questions import Question, python_list
@@ -88,9 +89,15 @@ def _choice(rule: str, question: Question, answer: str | None) -> Judgement:
     if answer is None:
         return Judgement(0.0)
     if not question.options:  # an open question among the others
-        return Judgement(exact_match(answer, question.answers, "lmms-eval"))
+        return Judgement(_open_value(rule, answer, question.answers))
     letter = chosen_letter(answer, dict(question.options), rule)
     return Judgement(float(letter == question.answers[0]), letter)
+
+
+def _open_value(rule: str, answer: str, answers: tuple[str, ...]) -> float:
+    if rule.startswith("letter"):
+        return open_as_choice(answer, answers[0], rule)
+    return open_match(answer, answers[0]) if rule.endswith("mmmu") else exact_match(answer, answers, "lmms-eval")
 
 
 def _yes_no(protocol: ProtocolOf, question: Question, answer: str | None) -> Judgement:

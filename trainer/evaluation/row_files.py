@@ -53,8 +53,13 @@ def json_value(path: Path) -> Any:
     return _json("".join(_lines(path)), str(path))
 
 
-def listed_rows(content: Any, path: Path) -> list[Any]:
+def listed_rows(content: Any, path: Path, keyed: Sequence[str] = ()) -> list[Any]:
     """The list that a JSON file holds, by itself or under the keys of _ROWS_UNDER.
+
+    Args:
+        content: of the file.
+        path: the file.
+        keyed: what key and text are called in the rows of an object of texts; none: such an object is no list.
 
     Raises:
         UserError: it holds none.
@@ -64,6 +69,11 @@ def listed_rows(content: Any, path: Path) -> list[Any]:
     for keys in _ROWS_UNDER:
         if isinstance(content, dict) and all(isinstance(content.get(key), list) for key in keys):
             return [row for key in keys for row in content[key]]
+    if keyed and isinstance(content, dict) and {"acc", "outputs"} <= content.keys():
+        content = content["outputs"]  # LLaVA's results of ScienceQA
+    is_keyed = bool(keyed) and isinstance(content, dict) and bool(content) and not set(keyed) & content.keys()
+    if is_keyed and all(isinstance(value, str) for value in content.values()):
+        return [dict(zip(keyed, pair, strict=True)) for pair in content.items()]
     found = f"; it has {', '.join(content)}" if isinstance(content, dict) and content else ""
     raise UserError(
         f"not a list of answers or questions{found}",
@@ -302,7 +312,9 @@ def _check_header(names: list[str], where: str) -> None:
         raise UserError(f"column {ascii(twice)[:80]} is there twice", where=where, fix="remove or rename one")
 
 
-def any_rows(path: Path, *, columns: Sequence[str] = (), leave_out: Sequence[str] = ()) -> Iterator[Row]:
+def any_rows(
+    path: Path, *, columns: Sequence[str] = (), leave_out: Sequence[str] = (), keyed: Sequence[str] = ()
+) -> Iterator[Row]:
     """Rows of any file that holds rows, by its suffix; `.txt` is a table without a header.
 
     Args:
@@ -310,6 +322,7 @@ def any_rows(path: Path, *, columns: Sequence[str] = (), leave_out: Sequence[str
             pattern of its shards.
         columns: names of a table's columns, where it has no header.
         leave_out: columns of parquet files that are not read.
+        keyed: as that of `listed_rows`.
 
     Raises:
         UserError: the file cannot be read, or is of another kind.
@@ -321,7 +334,7 @@ def any_rows(path: Path, *, columns: Sequence[str] = (), leave_out: Sequence[str
     if suffix == ".parquet" or path.is_dir() or ("*" in path.name and not path.is_file()):
         yield from parquet_rows(path, tuple(name for name in _parquet_columns(path) if name not in leave_out))
     elif suffix in (".json", ".jsonl") and _is_one_value(path):
-        yield from json_objects(listed_rows(json_value(path), path), path)
+        yield from json_objects(listed_rows(json_value(path), path, keyed), path)
     elif suffix in (".tsv", ".csv"):
         yield from tsv_rows(path) if suffix == ".tsv" else csv_rows(path)
     elif suffix == ".xlsx":

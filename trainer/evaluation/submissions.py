@@ -12,6 +12,7 @@ from llava_llama31.trainer.evaluation.metrics.choices import chosen_letter
 from llava_llama31.trainer.evaluation.questions import Question, plain_number
 from llava_llama31.trainer.evaluation.row_files import write_table
 from llava_llama31.trainer.evaluation.task_files import Submission, Task
+from llava_llama31.trainer.evaluation.task_scoring import Answered
 from llava_llama31.trainer.evaluation.vqa_accuracy import normalize
 
 
@@ -31,16 +32,14 @@ def submission_file(task: Task, folder: Path) -> Path:
     return folder / f"{task.name}_submission.{suffix}"
 
 
-def write_submission(
-    task: Task, questions: Sequence[Question], answers: Mapping[str, str], path: Path
-) -> list[int | str]:
+def write_submission(task: Task, found: Answered, path: Path) -> list[int | str]:
     """Write the answers to all questions as the task's server takes them.
 
     A question without an answer gets an empty one, since servers refuse a file that leaves questions out.
 
     Args:
-        questions: all of the split, in its order.
-        answers: by question id as text.
+        task: says what its server takes.
+        found: answers, and all questions of the split in its order.
         path: of `submission_file`, or another one with its suffix; it appears when it is complete.
 
     Returns:
@@ -54,7 +53,11 @@ def write_submission(
     if path.suffix != wanted.suffix:
         what = f"the server of {task.name} takes a {wanted.suffix} file"
         raise UserError(what, where=str(path), fix=f"name it {path.with_suffix(wanted.suffix).name}")
-    rows = [_row(task.submission, question, answers.get(str(question.question_id), "")) for question in questions]
+    rows = []
+    for question in found.questions:
+        key = str(question.question_id)
+        is_normal = found.normalized.get(key) == task.submission.normalize
+        rows.append(_row(task.submission, question, found.answers.get(key, ""), is_normal=is_normal))
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +68,7 @@ def write_submission(
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(path), fix="choose another path") from error
-    return [question.question_id for question in questions if str(question.question_id) not in answers]
+    return [question.question_id for question in found.questions if str(question.question_id) not in found.answers]
 
 
 def _text(submission: Submission, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -77,9 +80,9 @@ def _text(submission: Submission, rows: Sequence[Mapping[str, Any]]) -> str:
     return json.dumps(content, ensure_ascii=False) + "\n"
 
 
-def _row(submission: Submission, question: Question, answer: str) -> dict[str, Any]:
+def _row(submission: Submission, question: Question, answer: str, *, is_normal: bool) -> dict[str, Any]:
     """One question's entry: a single name keeps its type, a text with names is filled in."""
-    if submission.normalize:
+    if submission.normalize and not is_normal:
         answer = normalize(answer, submission.normalize)
     options = dict(question.options)
     parts: dict[str, Callable[[], Any]] = {

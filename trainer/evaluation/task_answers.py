@@ -13,11 +13,19 @@ from llava_llama31.trainer.evaluation.answer_files import (
     in_order,
     read_answer_rows,
 )
-from llava_llama31.trainer.evaluation.answer_matching import match_answers, place_answers
+from llava_llama31.trainer.evaluation.answer_matching import match_answers, place_answers, refuse_questions
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.row_files import Row, any_rows
 from llava_llama31.trainer.evaluation.task_files import Task
-from llava_llama31.trainer.evaluation.task_questions import holds_questions, load_task_questions, without_right_option
+from llava_llama31.trainer.evaluation.task_questions import (
+    DOC_ID,
+    holds_questions,
+    load_task_questions,
+    without_right_option,
+)
+
+
+IMAGES_NOTE = "lmms-eval's samples do not say which questions have an image; all of them count"
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,22 @@ def read_task_answers(
     elif questions is not None and annotations is None and task.submission is not None:
         annotations, questions = questions, None  # those of a split whose answers are not public
     annotations = annotations or task.data
-    annotated = load_task_questions(
-        task, annotations if annotations is not None else _held(task, file), with_images=False
-    )
-    answers = file.answers if questions is None else place_answers(file.answers, questions)
-    running = in_order(file) and questions is None
-    rows = match_answers(answers, annotated, file.path, in_order=running, labels=task.labels)
-    note = "; ".join(note for note in (file.note, _labels_note(annotated)) if note)
-    return TaskAnswers(file.layout, rows, note, annotated)
+    notes = [file.note]
+    if annotations is None and questions is None:
+        annotated = load_task_questions(task, _held(task, file), with_images=False)
+        pairs = zip(file.answers, annotated, strict=True)
+        rows = [answer.under(question.question_id) for answer, question in pairs]
+        notes += [IMAGES_NOTE] if task.only_with_image and file.layout == SAMPLES else []
+    else:
+        annotated = load_task_questions(
+            task, annotations if annotations is not None else _held(task, file), with_images=False
+        )
+        answers = file.answers if questions is None else place_answers(file.answers, questions)
+        running = in_order(file) and questions is None
+        rows = match_answers(answers, annotated, file.path, in_order=running, labels=task.labels)
+        refuse_questions(file.answers, rows, annotated, file.path)
+    notes.append(_labels_note(annotated))
+    return TaskAnswers(file.layout, rows, "; ".join(note for note in notes if note), annotated)
 
 
 def _labels_note(questions: Sequence[Question]) -> str:
@@ -80,10 +96,11 @@ def _labels_note(questions: Sequence[Question]) -> str:
 
 
 def _held(task: Task, file: AnswerRows) -> Sequence[Row]:
-    """Questions that the answers' rows hold."""
+    """Questions that the answers' rows hold, one a row."""
     rows = file.source
     if file.layout == SAMPLES:
-        rows = [(where, doc) for where, row in rows if isinstance(doc := row.get("doc"), dict)]
+        docs = [(where, row.get("doc"), row.get("doc_id")) for where, row in rows]
+        rows = [(where, {DOC_ID: doc_id, **doc}) for where, doc, doc_id in docs if isinstance(doc, dict)]
     if len(rows) < len(file.source) or not holds_questions(task, rows, annotated=task.submission is None):
         what = f"the rows hold no annotated answers of {task.name}"
         raise UserError(what, where=str(file.path), fix="pass the task's annotations with --annotations")

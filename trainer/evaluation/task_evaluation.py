@@ -134,7 +134,7 @@ def score_found(asked: TaskToAsk, found: Answers, *, writes: bool) -> TaskEvalua
     )
     if writes:
         if submission is not None:
-            write_submission(task, questions, answers.answers, submission)
+            write_submission(task, answers, submission)
         found.write_scores(evaluation.to_json())
     return evaluation
 

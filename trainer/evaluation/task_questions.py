@@ -28,6 +28,8 @@ from llava_llama31.trainer.recipes.data_formats import MAX_PIXELS
 
 
 _PLACEHOLDER = re.compile(r"\{([^{}:]+)(?::0(\d+))?\}")
+# lmms-eval's number of a question in its data set; its samples have no images, and for some tasks no other name
+DOC_ID = "doc_id"
 # VLMEvalKit counts the turns of a circular question in millions
 _TURNS = 10**6
 
@@ -201,9 +203,12 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
     if layout.first_line:
         text = text.partition("\n")[0].strip()
     image_id = _image_id(layout, row)
-    if layout.id is None:
+    if layout.id is None and row.get(DOC_ID) is not None:
+        question_id: int | str = _id(row[DOC_ID], where, DOC_ID)
+        image_id = image_id or f"{DOC_ID} {question_id}"
+    elif layout.id is None:
         numbers[image_id] += 1
-        question_id: int | str = f"{image_id}#{numbers[image_id]}"
+        question_id = f"{image_id}#{numbers[image_id]}"
     else:
         question_id = _id(_field(row, layout.id), where, layout.id)
         if not image_id and (layout.all_with_image or not (layout.image or layout.image_key)):

@@ -203,6 +203,8 @@ def answered(task: Task, questions: Sequence[Question], rows: Iterable[Mapping[s
                 cut.append(known[key].question_id)
     if not answers:
         reason = "".join(f"; question {name}: {why}" for name, why in list(failed.items())[:1])
+        if unknown and counted:
+            reason += f"; the first row is of {unknown[0]!r:.60}, the first question is {counted[0].question_id!r:.60}"
         fix = "check that both files have the same questions"
         raise UserError(f"not one of {len(counted)} questions is answered{reason}", where=task.name, fix=fix)
     missing = tuple(question.question_id for key, question in known.items() if key not in seen)
@@ -241,9 +243,16 @@ def compare_task(task: Task, first: Answered, second: Answered, protocol: str) -
     Each resample draws images, with the answers of both sets to their questions.
 
     Raises:
-        UserError: no question is answered by both.
+        UserError: no question is answered by both, or one id is of two questions.
     """
     shared = first.answers.keys() & second.answers.keys()
+    others = {str(question.question_id): question for question in second.questions}
+    for question in first.questions:
+        other = others.get(str(question.question_id), question)
+        if (other.question, other.answers) != (question.question, question.answers):
+            said, theirs = (f"{q.question!r:.60} ({', '.join(q.answers[:1])!r:.40})" for q in (question, other))
+            fix = "pass answers to the same questions, or the questions as --annotations"
+            raise UserError(f"question {question.question_id} is {said} and {theirs}", where=task.name, fix=fix)
     both = [question for question in first.questions if str(question.question_id) in shared]
     if not both:
         raise UserError("no question is answered by both", fix="check that both files answer these annotations")

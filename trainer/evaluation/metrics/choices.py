@@ -4,13 +4,15 @@
 |-----------------------|-------------------------------------------------------------------------------------------|
 | `llava-scienceqa`     | LLaVA: `llava/eval/eval_science_qa.py`                                                    |
 | `lmms-eval-scienceqa` | lmms-eval: `lmms_eval/tasks/scienceqa/utils.py`                                           |
-| `first-letter`        | LLaVA's `scripts/convert_seed_for_submission.py`, lmms-eval's `tasks/seedbench/utils.py`  |
+| `verbatim`            | LLaVA: `scripts/convert_seed_for_submission.py`                                           |
+| `first-letter`        | lmms-eval: `lmms_eval/tasks/seedbench/utils.py`                                           |
 | `letter`              | VLMEvalKit: `can_infer_option` of `vlmeval/utils/matching_util.py`                        |
 | `letter-or-text`      | the same file's `can_infer`: the letter, or else the only option whose text occurs        |
 | `letter-or-text-2025` | VLMEvalKit since August 2025: a letter counts among the last four words, a text in short  |
 |                       | answers                                                                                   |
 | `letter-or-text-2026` | VLMEvalKit since June 2026: as 2025, and an answer that says `answer is X`                |
-| `mmmu`                | MMMU: `eval/utils/eval_utils.py`, without its random guess where nothing is found         |
+| `mmmu`                | MMMU: `mmmu/utils/eval_utils.py`, without its random guess where nothing is found         |
+| `lmms-eval-mmmu`      | lmms-eval: `lmms_eval/tasks/_task_utils/mmmu_mcq_utils.py`, without its random guess      |
 
 VLMEvalKit asks a language model where its rules find nothing; here such an answer chooses nothing.
 """
@@ -42,6 +44,7 @@ RULES: Mapping[str, str] = MappingProxyType(
     {
         "llava-scienceqa": "a letter A to E alone, with '. ' after it at the start, or in the one 'The answer is X.'",
         "lmms-eval-scienceqa": "the letter alone in either case, or a capital letter with '.' after it at the start",
+        "verbatim": "the whole answer is the letter",
         "first-letter": "the first character, in either case",
         "letter": "the only option letter that stands alone among the words",
         "letter-or-text": "as letter, or else the only option whose text occurs in the answer",
@@ -49,6 +52,7 @@ RULES: Mapping[str, str] = MappingProxyType(
         "answer has at most twice the characters of all options",
         "letter-or-text-2026": "as letter-or-text-2025, and where no letter is found, the first 'answer is X'",
         "mmmu": "the last '(X)', else the last 'X' alone, else the last option text of an answer of over five words",
+        "lmms-eval-mmmu": "as mmmu, but the 'X' alone may be the end of a word, or be followed by a period",
     }
 )
 
@@ -68,6 +72,8 @@ def chosen_letter(prediction: str, options: Mapping[str, str], rule: str) -> str
         return _llava_scienceqa(prediction, options)
     if rule == "lmms-eval-scienceqa":
         return _lmms_eval_scienceqa(prediction.strip(), options)
+    if rule == "verbatim":
+        return prediction if prediction in options else ""
     if rule == "first-letter":
         first = prediction.strip()[:1].upper()
         return first if first in options else ""
@@ -80,8 +86,8 @@ def chosen_letter(prediction: str, options: Mapping[str, str], rule: str) -> str
         if not letter and rule == "letter-or-text-2026":
             letter = _letter_of_sentence(prediction, options)
         return letter or _only_text_of_short(prediction, options)
-    if rule == "mmmu":
-        return _mmmu(prediction, options)
+    if rule in ("mmmu", "lmms-eval-mmmu"):
+        return _mmmu(prediction, options, of_lmms_eval=rule == "lmms-eval-mmmu")
     raise ValueError(f"no rule is named {rule!r}; there are {', '.join(RULES)}")
 
 
@@ -136,20 +142,22 @@ def _letter_of_sentence(prediction: str, options: Mapping[str, str]) -> str:
     return letter if letter in options else ""
 
 
-def _mmmu(prediction: str, options: Mapping[str, str]) -> str:
+def _mmmu(prediction: str, options: Mapping[str, str], *, of_lmms_eval: bool) -> str:
     said = prediction
     for mark in _ENDS:
         said = said.strip(mark)
     # so that a letter at either end stands alone too
     said = f" {said} "
-    bracketed = {letter: said.rfind(f"({letter})") for letter in options if f"({letter})" in said}
-    alone = {letter: said.rfind(f" {letter} ") for letter in options if f" {letter} " in said}
-    texts: dict[str, int] = {}
-    if not (bracketed or alone) and len(said.split()) > 5:
-        lower = said.lower()
-        texts = {letter: lower.rfind(text.lower()) for letter, text in options.items() if text.lower() in lower}
-    places = bracketed or alone or texts
-    return max(places, key=lambda letter: places[letter]) if places else ""
+    bracketed = [letter for letter in options if f"({letter})" in said]
+    if bracketed:
+        return max(bracketed, key=lambda letter: said.rfind(f"({letter})"))
+    for form in ("{} ", "{}.") if of_lmms_eval else (" {} ",):
+        alone = [letter for letter in options if form.format(letter) in said]
+        if alone:
+            return max(alone, key=lambda letter: said.rfind(f" {letter} "))
+    lower, texts = said.lower(), {letter: text.lower() for letter, text in options.items()}
+    found = [letter for letter, text in texts.items() if text in lower] if len(said.split()) > 5 else []
+    return max(found, key=lambda letter: lower.rfind(texts[letter]), default="")
 
 
 def multiple_choice(prediction: str, options: Mapping[str, str], answer: str, rule: str) -> float:

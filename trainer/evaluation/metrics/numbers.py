@@ -4,7 +4,9 @@ Definition: Methani et al., 2020 (PlotQA), as ChartQA (Masry et al., 2022, secti
 
 | protocol     | definition read from                                                                             |
 |--------------|--------------------------------------------------------------------------------------------------|
-| `pix2struct` | `pix2struct/metrics.py`, taken over by VLMEvalKit, lmms-eval and Qwen-VL                         |
+| `pix2struct` | `pix2struct/metrics.py`, taken over by Qwen-VL; white space around both texts is removed         |
+| `vlmevalkit` | VLMEvalKit's `vlmeval/dataset/utils/vqa_eval.py`: the same, and the answer keeps its white space |
+| `lmms-eval`  | lmms-eval's `tasks/chartqa/utils.py`: the same, and both texts keep their white space            |
 | `paper`      | as the definition says: a percent sign changes nothing on both sides, separators of thousands go |
 """
 
@@ -13,26 +15,30 @@ from collections.abc import Sequence
 
 
 TOLERANCE = 0.05
-PROTOCOLS = ("pix2struct", "paper")
+PROTOCOLS = ("pix2struct", "vlmevalkit", "lmms-eval", "paper")
 
 
 def relaxed_accuracy(prediction: str, answers: Sequence[str], protocol: str = "pix2struct") -> float:
     """1 if the prediction is near enough to one of the answers, else 0.
 
-    An answer of 0 has no 5 %: it is compared as a text by `pix2struct`, as a number by `paper`. `nan` and `inf` are
-    texts by `paper`, and numbers that nothing is near to by `pix2struct`.
+    An answer of 0 has no 5 %: it is compared as a number by `paper`, as a text by the others. `nan` and `inf` are
+    texts by `paper`, and numbers that nothing is near to by the others.
 
     Raises:
         ValueError: no protocol has that name.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"no protocol is named {protocol!r}; there are {', '.join(PROTOCOLS)}")
-    return float(any(_is_near(prediction.strip(), answer.strip(), protocol) for answer in answers))
+    if protocol != "lmms-eval":
+        prediction = prediction.strip()
+    if protocol in ("pix2struct", "paper"):
+        answers = [answer.strip() for answer in answers]
+    return float(any(_is_near(prediction, answer, is_paper=protocol == "paper") for answer in answers))
 
 
-def _is_near(prediction: str, answer: str, protocol: str) -> bool:
-    said, wanted = _number(prediction, protocol), _number(answer, protocol)
-    if said is None or wanted is None or (wanted == 0 and protocol == "pix2struct"):
+def _is_near(prediction: str, answer: str, *, is_paper: bool) -> bool:
+    said, wanted = _number(prediction, is_paper=is_paper), _number(answer, is_paper=is_paper)
+    if said is None or wanted is None or (wanted == 0 and not is_paper):
         return prediction.lower() == answer.lower()
     if wanted == 0:
         return said == wanted
@@ -41,13 +47,13 @@ def _is_near(prediction: str, answer: str, protocol: str) -> bool:
     return abs(said - wanted) / abs(wanted) <= TOLERANCE
 
 
-def _number(text: str, protocol: str) -> float | None:
-    plain = text.replace(",", "") if protocol == "paper" else text
+def _number(text: str, *, is_paper: bool) -> float | None:
+    plain = text.replace(",", "") if is_paper else text
     is_percent = plain.endswith("%")
     try:
         value = float(plain.rstrip("%"))
     except ValueError:
         return None
-    if protocol == "paper" and not math.isfinite(value):
+    if is_paper and not math.isfinite(value):
         return None
-    return value / 100 if is_percent and protocol == "pix2struct" else value
+    return value / 100 if is_percent and not is_paper else value

@@ -29,10 +29,9 @@ ANLS_THRESHOLD = 0.5
 ANLS_PROTOCOLS: Mapping[str, str] = MappingProxyType(
     {
         "paper": "Biten et al., 2019, equation 1: a similarity counts only where the distance is below 0.5",
-        "vlmevalkit": "VLMEvalKit's vlmeval/dataset/utils/vqa_eval.py, and the DocVQA server: a similarity of exactly "
-        "0.5 counts too",
-        "lmms-eval": "lmms-eval's api/metrics.py and Qwen-VL: as vlmevalkit, but divided by the length before white "
-        "space is collapsed, in upper case",
+        "vlmevalkit": "VLMEvalKit's vlmeval/dataset/utils/vqa_eval.py: a similarity of exactly 0.5 counts too, and "
+        "the distance is divided by the length before white space is collapsed, in upper case",
+        "lmms-eval": "lmms-eval's api/metrics.py, after Qwen-VL: the same",
     }
 )
 
@@ -97,8 +96,10 @@ def anls(prediction: str, answers: Sequence[str], protocol: str = "vlmevalkit") 
 def _normalized_distance(prediction: str, answer: str, protocol: str) -> float:
     said, wanted = (" ".join(text.lower().split()) for text in (prediction, answer))
     length = max(len(said), len(wanted))
-    if protocol == "lmms-eval":
+    if protocol != "paper":
         length = max(len(prediction.upper()), len(answer.upper()))
+    if abs(len(said) - len(wanted)) > length * ANLS_THRESHOLD:
+        return 1.0  # it is no less than the difference of the lengths, and then the score is 0
     # lower case can be longer than upper case
     return min(1.0, edit_distance(said, wanted) / length) if length else 0.0
 
