@@ -171,7 +171,7 @@ def _style() -> Any:
 
 def _drawn(chart: Chart, colours: Mapping[str, str], inches: tuple[float, float]) -> tuple["Figure", "Axes"]:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
     figure = Figure(figsize=inches)
     width, height = inches
@@ -195,6 +195,8 @@ def _drawn(chart: Chart, colours: Mapping[str, str], inches: tuple[float, float]
     axes.grid(color=colours["grid"], linewidth=0.6)
     axes.spines[:].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=chart.x_label == "step"))
+    # whole numbers at each line: a common factor (1e-6) would stand on the name of the first part
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.8g}"))
     if chart.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         axes.set_ylim(bottom=0)
