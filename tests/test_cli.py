@@ -247,6 +247,11 @@ def test_libraries_that_are_imported_and_not_used_say_nothing(monkeypatch, capsy
     deepspeed.addHandler(handler)  # as its import does
     deepspeed.warning("of no use to the reader")
     deepspeed.removeHandler(handler)
-    for name in ("torchao.quantization", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
+    for name in (
+        "torchao.quantization",
+        "torch.utils._pytree",
+        "torch.utils.cpp_extension",
+        "bitsandbytes.backends.cpu.ops",
+    ):
         logging.getLogger(name).warning("of no use to the reader")
     assert "of no use" not in capsys.readouterr().err
