@@ -316,13 +316,8 @@ class LlavaLlama31Model(LlavaNextModel):
             return LlavaNextModelOutputWithPast(last_hidden_state=hidden, **{CACHE_NAME: cache})
         if supervised_only and input_ids is not None and mm_encoder_outputs is None:
             if pixel_values is not None:
-                inputs_embeds = self._embeds_with_images(
-                    input_ids,
-                    pixel_values,
-                    cast(Any, image_sizes),
-                    vision_feature_layer,
-                    vision_feature_select_strategy,
-                )
+                asked = (vision_feature_layer, vision_feature_select_strategy)
+                inputs_embeds = self._embeds_with_images(input_ids, pixel_values, cast(Any, image_sizes), *asked)
                 input_ids = pixel_values = None
             elif _world_size() > 1 or self._trains_projector():
                 input_ids, inputs_embeds = None, self._text_only_embeds(cast(torch.LongTensor, input_ids))
