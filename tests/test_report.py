@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_llama31.model_card import curves
 from llava_llama31.model_card.curves import Chart, Line, described, svg, thinned
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
@@ -323,7 +324,7 @@ def get(address, host=None) -> tuple[int, str]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(address, headers={"Host": host} if host else {})
     try:
-        with opener.open(request, timeout=20) as answer:
+        with opener.open(request, timeout=120) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -372,6 +373,18 @@ def test_a_chart_is_told_in_words_and_takes_the_pages_colours():
     assert ">1e-06<" in tiny and ">2e-06<" in tiny  # no factor of the whole axis, which would stand on `first`
     with pytest.raises(ValueError, match="no finite point"):
         svg(Chart("Loss", [Line("x", [(0, np.nan)])]), "k")
+
+
+def test_charts_that_two_threads_draw_have_one_style():
+    chart = Chart("Loss", [Line("x", [(0, 1.0), (1, 2.0)])])
+    alone, drawn = svg(chart, "k1"), []
+    thread = threading.Thread(target=lambda: drawn.append(svg(chart, "k1")))
+    with curves._style():  # as while another thread draws; matplotlib's settings are the process's
+        thread.start()
+        thread.join(0.2)
+        assert not drawn
+    thread.join()
+    assert drawn == [alone]
 
 
 # --- Chromium
