@@ -24,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="+", metavar="RECIPE|FILE", help="one recipe, or data files")
     parser.add_argument("--image-root", metavar="DIR", help="default: the folder of each file")
     parser.add_argument("--processor", metavar="DIR", help="checkpoint whose processor counts the tokens of FILES")
-    parser.add_argument("--format", default="auto", choices=("auto", *get_args(DataFormat)))
+    parser.add_argument(
+        "--format",
+        default="auto",
+        choices=("auto", *get_args(DataFormat)),
+        help="of the rows; default: auto, by the first of them",
+    )
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="longest record, image tokens counted")
     add_max_pixels(parser)
     parser.add_argument("--on-bad", metavar="POLICY", help="error, skip or quarantine; or REASON=POLICY,...")
@@ -35,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--near-bits", type=int, metavar="N", help="of 256, in which near duplicates may differ")
     parser.add_argument("--matches", metavar="FILE", help="where they are listed; default: contamination.jsonl")
     parser.add_argument("--output", metavar="DIR", help="the recipe's run folder; default: runs/RECIPE")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="change a key of the recipe"
+    )
     add_json(parser)
 
 
