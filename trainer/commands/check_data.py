@@ -63,23 +63,25 @@ def _check_recipe(options: argparse.Namespace, output: Path) -> int:
     Raises:
         UserError: when a path does not exist, or records can't be used and the stage's policy is `error`.
     """
+    from llava_llama31.trainer.recipes.loading import load_recipe
+    from llava_llama31.trainer.runs.named_paths import check_paths
+
+    for name in ("image_root", "processor", "max_tokens", "max_pixels"):
+        if getattr(options, name) is not None:
+            raise UserError("belongs to data files", where=f"--{name.replace('_', '-')}", fix="set it in the recipe")
+    recipe = load_recipe(options.data[0], output=output, overrides=options.overrides)
+    check_paths(recipe, output)  # before torch is imported: it fails faster
+
     from llava_llama31.processing import LlavaLlama31Processor
     from llava_llama31.trainer.checkpoint.run_folder import RunFolder
     from llava_llama31.trainer.data.batches.stage_rows import stage_check
     from llava_llama31.trainer.data.check.check import check_sources
     from llava_llama31.trainer.data.check.report import parse_policy, print_report
     from llava_llama31.trainer.data.contamination.search import contamination_check
-    from llava_llama31.trainer.recipes.loading import load_recipe
     from llava_llama31.trainer.runs.base_model import base_of, prepare
-    from llava_llama31.trainer.runs.named_paths import check_paths
     from llava_llama31.trainer.runs.origins import at_revisions, resolve_revisions
     from llava_llama31.trainer.terminal import Terminal
 
-    for name in ("image_root", "processor", "max_tokens", "max_pixels"):
-        if getattr(options, name) is not None:
-            raise UserError("belongs to data files", where=f"--{name.replace('_', '-')}", fix="set it in the recipe")
-    recipe = load_recipe(options.data[0], output=output, overrides=options.overrides)
-    check_paths(recipe, output)
     folder, console = RunFolder(output), Terminal(stderr=True)
     with folder.claimed(recipe, is_main=True):
         recipe = at_revisions(recipe, resolve_revisions(recipe, folder, console.print))
