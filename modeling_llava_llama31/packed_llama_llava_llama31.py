@@ -11,10 +11,9 @@ Shapes: S positions of the row, N supervised positions, Q queries of the last la
 vocabulary.
 """
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import Cache, LlamaConfig, LlamaModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -53,8 +53,8 @@ _VARLEN_TOLERANCE = 2**-5
 # types whose kernels a CPU builds for every new shape (0.7 ms), and the multiple that segments are then padded to
 _FILLED_DTYPES = (torch.bfloat16,)
 _SEGMENT_MULTIPLE = 32
-# what stock's forward calls a cache: since Transformers 5.24 `cache`, which ours takes by both names
-CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+# what stock calls a cache: since Transformers 5.24 `cache`; ours takes both names
+CACHE_NAME = "cache" if "cache" in {part.name for part in fields(BaseModelOutputWithPast)} else "past_key_values"
 # Transformers' names of the activation
 _SILU = ("silu", "swish")
 
