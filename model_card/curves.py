@@ -6,7 +6,9 @@ matplotlib draws both; it is imported when the first chart is drawn.
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ WIDTH, HEIGHT = 640, 320  # of the card's image, in its page's pixels
 SCALE = 2  # its own pixels for one of the page's
 NUM_COLOURS = 6
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_DRAWING = threading.Lock()
 _BUCKETS = 300  # of a line with more than twice as many points
 # readable on white and on black: a card's image does not know its page's colours
 _CARD_COLOURS = {"line-1": "#2f7fd0", "line-2": "#d1690a", "ink": "#7d7d7d", "grid": "#7d7d7d40", "mark": "#c0392b"}
@@ -156,7 +159,9 @@ def _between_gaps(y: np.ndarray) -> np.ndarray:
     return given[1:-1] & ~given[:-2] & ~given[2:]
 
 
-def _style() -> Any:
+@contextmanager
+def _style() -> Iterator[None]:
+    """matplotlib's settings for one chart. They are the process's, so threads of `report --watch` wait."""
     import matplotlib
 
     # text stays text, and no label is read as mathematics
@@ -166,12 +171,13 @@ def _style() -> Any:
         "text.parse_math": False,
         "font.size": 9,
     }
-    return matplotlib.rc_context(settings)
+    with _DRAWING, matplotlib.rc_context(settings):
+        yield
 
 
 def _drawn(chart: Chart, colours: Mapping[str, str], inches: tuple[float, float]) -> tuple["Figure", "Axes"]:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
     figure = Figure(figsize=inches)
     width, height = inches
@@ -195,6 +201,8 @@ def _drawn(chart: Chart, colours: Mapping[str, str], inches: tuple[float, float]
     axes.grid(color=colours["grid"], linewidth=0.6)
     axes.spines[:].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=chart.x_label == "step"))
+    # whole numbers at each line: a common factor (1e-6) would stand on the name of the first part
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.8g}"))
     if chart.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         axes.set_ylim(bottom=0)

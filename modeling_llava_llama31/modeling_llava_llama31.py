@@ -42,7 +42,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_llava_llama31 import LlavaLlama31Config
-from .packed_llama_llava_llama31 import LlavaLlama31TextModel, Packing, SupervisedHead, to_device
+from .packed_llama_llava_llama31 import CACHE_NAME, LlavaLlama31TextModel, Packing, SupervisedHead, to_device
 
 
 IGNORE_INDEX = -100
@@ -298,9 +298,11 @@ class LlavaLlama31Model(LlavaNextModel):
         image_features: torch.Tensor | None = None,
         has_features: Sequence[bool] | None = None,
         supervised_only: bool = False,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaNextModelOutputWithPast | tuple:
         """The stock forward; with `packing`, hidden states (1, N, D) of a packed row's `supervised_positions`."""
+        cache = past_key_values if cache is None else cache
         if packing is not None:
             assert input_ids is not None
             if image_positions is None:
@@ -310,17 +312,12 @@ class LlavaLlama31Model(LlavaNextModel):
             embeds = self.packed_embeds(
                 input_ids, pixel_values, cast(Any, image_sizes), image_positions, image_features, has_features
             )
-            hidden = self.language_model.packed(embeds, position_ids, packing, supervised_positions, past_key_values)
-            return LlavaNextModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+            hidden = self.language_model.packed(embeds, position_ids, packing, supervised_positions, cache)
+            return LlavaNextModelOutputWithPast(last_hidden_state=hidden, **{CACHE_NAME: cache})
         if supervised_only and input_ids is not None and mm_encoder_outputs is None:
             if pixel_values is not None:
-                inputs_embeds = self._embeds_with_images(
-                    input_ids,
-                    pixel_values,
-                    cast(Any, image_sizes),
-                    vision_feature_layer,
-                    vision_feature_select_strategy,
-                )
+                asked = (vision_feature_layer, vision_feature_select_strategy)
+                inputs_embeds = self._embeds_with_images(input_ids, pixel_values, cast(Any, image_sizes), *asked)
                 input_ids = pixel_values = None
             elif _world_size() > 1 or self._trains_projector():
                 input_ids, inputs_embeds = None, self._text_only_embeds(cast(torch.LongTensor, input_ids))
@@ -330,12 +327,12 @@ class LlavaLlama31Model(LlavaNextModel):
             image_sizes=image_sizes,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
             use_cache=use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
@@ -352,7 +349,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
     Packing, for a model that was made or opened with `packable=True`: one row of whole samples with `position_ids`
     that restart at each sample, no `attention_mask`, no cache. With `packing`, the lengths of the row's trees
     (packed_llama_llava_llama31.py), and labels, only the loss is computed, no logits; without labels
-    `past_key_values` receives the row's keys and values, and nothing else is computed. To avoid all waiting of a GPU
+    the cache receives the row's keys and values, and nothing else is computed. To avoid all waiting of a GPU
     for the host, also pass:
         image_sizes: as a list, not a tensor.
         image_positions: (number of image features,) row positions of the placeholders.
@@ -409,10 +406,11 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         has_features: Sequence[bool] | None = None,
         supervised_only: bool = False,
         token_scores: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaNextCausalLMOutputWithPast | tuple:
         row: dict[str, Any] = {"input_ids": input_ids, "pixel_values": pixel_values, "image_sizes": image_sizes}
-        row |= {"position_ids": position_ids, "past_key_values": past_key_values}
+        row |= {"position_ids": position_ids, CACHE_NAME: past_key_values if cache is None else cache}
         of_packing: dict[str, Any] = {"image_positions": image_positions, "image_features": image_features}
         of_packing["has_features"] = has_features
         more: dict[str, Any] = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
@@ -464,10 +462,8 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
         return LlavaNextCausalLMOutputWithPast(
             loss=total / (targets.numel() if num_items_in_batch is None else num_items_in_batch),
             logits=logits,
-            past_key_values=inner.past_key_values,
-            hidden_states=inner.hidden_states,
-            attentions=inner.attentions,
-            image_hidden_states=inner.image_hidden_states,
+            # named as this Transformers names them
+            **{name: value for name, value in inner.items() if name != "last_hidden_state"},
         )
 
     def _forward_packed(
@@ -497,7 +493,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
             **row,
         ).last_hidden_state
         if labels is None:
-            return LlavaNextCausalLMOutputWithPast(past_key_values=row["past_key_values"])
+            return LlavaNextCausalLMOutputWithPast(**{CACHE_NAME: row[CACHE_NAME]})
         scores = token_scores if supervised_positions else None
         loss = self._packed_loss(hidden[0], labels[0], supervised_positions, num_items_in_batch, scores)
         return LlavaNextCausalLMOutputWithPast(loss=loss)

@@ -13,7 +13,7 @@ vocabulary.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import Cache, LlamaConfig, LlamaModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -52,6 +53,8 @@ _VARLEN_TOLERANCE = 2**-5
 # types whose kernels a CPU builds for every new shape (0.7 ms), and the multiple that segments are then padded to
 _FILLED_DTYPES = (torch.bfloat16,)
 _SEGMENT_MULTIPLE = 32
+# what stock calls a cache: since Transformers 5.24 `cache`; ours takes both names
+CACHE_NAME = "cache" if "cache" in {part.name for part in fields(BaseModelOutputWithPast)} else "past_key_values"
 # Transformers' names of the activation
 _SILU = ("silu", "swish")
 
@@ -797,28 +800,30 @@ class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
         use_cache: bool | None = False,
         position_embeddings: Positions | None = None,
         plan: AttentionPlan | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        cache = past_key_values if cache is None else cache
         if plan is None:
             return super().forward(
                 hidden_states,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
         if not plan.segments:  # the output is never read: only keys and values are needed
-            assert position_embeddings is not None and past_key_values is not None
+            assert position_embeddings is not None and cache is not None
             normed = self.input_layernorm(hidden_states)
             keys_and_values = self.self_attn.keys_and_values(normed, position_embeddings)
-            past_key_values.update(*keys_and_values, self.self_attn.layer_idx)
+            cache.update(*keys_and_values, self.self_attn.layer_idx)
             return hidden_states[:, :0]
         assert position_embeddings is not None
         before, after = self.token_wise if self.training else EAGER
         heads = before(self, hidden_states, position_embeddings, plan.queries)
-        attended = self.self_attn.packed(heads, plan, past_key_values)
+        attended = self.self_attn.packed(heads, plan, cache)
         if plan.queries is not None and plan.kept is not None:
             hidden_states = hidden_states.index_select(1, plan.queries.index_select(0, plan.kept))
         return after(self, hidden_states, attended)
@@ -979,9 +984,7 @@ class LlavaLlama31TextModel(LlamaModel):
         hidden = inputs_embeds
         for i, layer in enumerate(self.layers):
             is_last = i == len(self.layers) - 1
-            hidden = layer(
-                hidden, position_embeddings=positions, plan=last if is_last else plan, past_key_values=cache
-            )
+            hidden = layer(hidden, position_embeddings=positions, plan=last if is_last else plan, cache=cache)
         return self.norm(hidden)
 
 

@@ -122,7 +122,7 @@ def test_recipes_are_compared(recipe_file, recipe_content, tmp_path, capsys):
     assert main(["recipes", "--diff", str(recipe_file), str(other)]) == 0
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["stages.instruct.epochs"] == "1.0 -> 2.0" and "seed" not in lines
-    rates = "{'multi_modal_projector': 0.001, 'language_model': 0.002}"
+    rates = "{multi_modal_projector: 0.001, language_model: 0.002}"  # as in a recipe
     assert lines["stages.instruct.learning_rate"] == f"{rates} -> 0.5"
     assert lines["stages.projector.global_batch"] == "8 -> not there"
     assert lines["stages.more.global_batch"] == "not there -> 8"

@@ -1,10 +1,13 @@
 """Conversations: the answers of `evaluate`, in pieces; what is typed is read as it is meant."""
 
+import copy
 import io
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +18,9 @@ from PIL import Image
 from llava_llama31.trainer.chat.conversation import Conversation, Sampling, answer_to
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.commands.chat import split_images
+from llava_llama31.trainer.costs.matrix_peak import CpuSpeed
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation import precision
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer
 
 
@@ -149,6 +154,20 @@ def test_one_question_is_answered_on_stdout(model_folder, lively_model, processo
     assert main(["chat", model_folder, *options, "--ask", "what?", "--max-new-tokens", "12"]) == 0
     printed = capsys.readouterr()
     assert printed.out == f"{expected[0]}\n" and not printed.err
+
+
+@pytest.mark.parametrize(("options", "dtype"), [([], "float32"), (["--dtype", "bfloat16"], "bfloat16")])
+def test_answers_are_in_float32_where_bfloat16_is_emulated(
+    lively_model, processor, files, tmp_path, capsys, options, dtype
+):
+    narrow = copy.deepcopy(lively_model).to(torch.bfloat16)
+    narrow.save_pretrained(tmp_path / "narrow")
+    processor.save_pretrained(tmp_path / "narrow")
+    slow = partial(precision.answers_in_float32, measure=lambda: CpuSpeed(2e9, 76e9, "x86_64, AVX2"))
+    command = ["chat", str(tmp_path / "narrow"), "--image", str(files[0]), "--ask", "what?", "--max-new-tokens", "2"]
+    with mock.patch.object(precision, "answers_in_float32", slow):
+        assert main([*command, "--device", "cpu", *options]) == 0
+    assert f"answering in {dtype}" in capsys.readouterr().err
 
 
 def test_a_conversation_in_the_terminal(typed, files, lively_model, processor, tmp_path, capsys):

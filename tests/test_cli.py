@@ -237,6 +237,12 @@ def test_rejects_in_a_folder_are_refused(data_folder, capsys):
     assert capsys.readouterr().err == "error: --rejects .: is a folder (fix: name a file of JSON lines in it)\n"
 
 
+def test_every_option_is_explained():
+    (commands,) = (action for action in cli.command_parser()._actions if isinstance(action.choices, dict))
+    for name, parser in commands.choices.items():
+        assert [action.dest for action in parser._actions if not action.help] == [], name
+
+
 def test_libraries_that_are_imported_and_not_used_say_nothing(monkeypatch, capsys):
     monkeypatch.setenv("TQDM_DISABLE", "")  # so that it is restored
     monkeypatch.delenv("TQDM_DISABLE")
@@ -247,6 +253,11 @@ def test_libraries_that_are_imported_and_not_used_say_nothing(monkeypatch, capsy
     deepspeed.addHandler(handler)  # as its import does
     deepspeed.warning("of no use to the reader")
     deepspeed.removeHandler(handler)
-    for name in ("torchao.quantization", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
+    for name in (
+        "torchao.quantization",
+        "torch.utils._pytree",
+        "torch.utils.cpp_extension",
+        "bitsandbytes.backends.cpu.ops",
+    ):
         logging.getLogger(name).warning("of no use to the reader")
     assert "of no use" not in capsys.readouterr().err

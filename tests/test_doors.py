@@ -111,8 +111,8 @@ def test_results_under_labels_are_stocks(doors, batch, labels, trains):
         model.train(trains)
     expected, got = (model(**batch, labels=labels, output_hidden_states=True) for model in doors)
     assert list(got) == list(expected) and got.logits.shape == (*labels.shape, 448)
-    for name in ("loss", "logits", "hidden_states", "image_hidden_states"):
-        assert_same(got[name], expected[name])
+    for name in ("loss", "logits", "hidden_states", "image_hidden_states"):  # the last is no key since 5.24
+        assert_same(getattr(got, name), getattr(expected, name))
     assert type(got.past_key_values) is type(expected.past_key_values)
     assert got.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length() == labels.shape[1]
     expected, got = (model(**batch, labels=labels, return_dict=False) for model in doors)
@@ -120,6 +120,30 @@ def test_results_under_labels_are_stocks(doors, batch, labels, trains):
     assert_same(got[:2], expected[:2])
     expected, got = (model(**batch, labels=torch.full_like(labels, -100)) for model in doors)
     assert got.loss.isnan() and expected.loss.isnan()
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_a_cache_is_taken_by_the_name_of_every_transformers(doors, batch, name):
+    for packs in (False, True):  # Llama's layers are ours where rows may be packed
+        ours = LlavaLlama31ForConditionalGeneration(doors[1].config, packable=packs).eval()
+        ours.load_state_dict(doors[1].state_dict())
+        with torch.no_grad():
+            cache = transformers.DynamicCache()
+            ours(**batch, **{name: cache})
+            token = torch.full((len(ROWS), 1), 7)
+            seen = torch.cat([batch["attention_mask"], torch.ones_like(token)], dim=1)
+            got = ours(input_ids=token, attention_mask=seen, **{name: cache}).logits
+            ids = torch.cat([batch["input_ids"], token], dim=1)
+            whole = doors[1](**{**batch, "input_ids": ids, "attention_mask": seen}, logits_to_keep=1).logits
+        assert cache.get_seq_length() == ids.shape[1]
+        torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_generating_and_training_use_no_deprecated_name(doors, batch, labels):
+    doors[1].generate(**batch, max_new_tokens=2, do_sample=False)
+    doors[1](**batch, labels=labels, supervised_only=True).loss.backward()
 
 
 @pytest.mark.parametrize(

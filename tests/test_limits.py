@@ -14,7 +14,7 @@ TRANSFORMERS = {
     "LlavaTrainer": {"model", "args", "callbacks"},
     "LlavaLlama31Model": {"input_ids", "pixel_values", "image_sizes", "attention_mask", "position_ids"}
     | {"past_key_values", "inputs_embeds", "vision_feature_layer", "vision_feature_select_strategy", "use_cache"}
-    | {"mm_encoder_outputs"},
+    | {"mm_encoder_outputs", "cache"},
 }
 TRANSFORMERS["LlavaLlama31ForConditionalGeneration"] = TRANSFORMERS["LlavaLlama31Model"] | {
     "labels",

@@ -1,6 +1,7 @@
 """Every path that a recipe names is looked for before anything is downloaded, assembled or asked at the Hub."""
 
 import json
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -62,6 +63,15 @@ def test_a_path_that_does_not_exist_is_named_by_its_key_first(recipe, tmp_path, 
     assert f"error: {key.replace('__', '.')}: " in said and message in said and "(fix: " in said
     assert case == "deepspeed" or "://" in value or str(Path(value).absolute()) in said
     assert not (tmp_path / "run" / "base").exists() and not (tmp_path / "run" / "origins.json").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "train --dry-run", "check-data"])
+def test_a_missing_path_is_named_before_torch_is_imported(recipe, tmp_path, monkeypatch, capsys, command):
+    for module in ("torch", "transformers", "datasets", "llava_llama31.trainer.runs.run"):
+        monkeypatch.setitem(sys.modules, module, None)  # importing it is an error
+    path = recipe(stages__projector__data__0__path="data/nosuch.json")
+    assert main([*command.split(), path, "--output", str(tmp_path / "run")]) == 2
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_all_missing_paths_are_counted(recipe, tmp_path, capsys):

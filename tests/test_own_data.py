@@ -38,6 +38,8 @@ def test_every_command_of_the_page(walked, capsys):
         capsys.readouterr()
         assert program == "llava-llama31" and main([command, *arguments]) == 0, line
         printed[command] = capsys.readouterr()
+        if arguments == ["mine/labels.jsonl"]:
+            assert "labels: 2 of 2 records usable" in printed[command].out
     assert load_recipe("mine/own.yaml").evaluation.data == "mine/questions.jsonl"
     assert "signs: 3 of 3 records usable" in printed["check-data"].out
     assert printed["chat"].out == "STOP\n"

@@ -63,7 +63,7 @@ def test_before_publishing_a_run_reports_what_the_card_leaves_out(hub, recipe_co
 @pytest.mark.parametrize(
     ("licence", "publish", "message"),
     [
-        (None, {}, "README.md: names no licence .fix: set model.license"),
+        (None, {}, "README.md: names no licence .fix: set `license:` here; before training: model.license"),
         ("mit", {}, "LICENSE: the text of 'mit' is not included"),
         ("llama3.1", {}, "the Llama 3.1 agreement must go with the model"),
         ("apache-2.0", {"repo_id": "me/a--b"}, "publish.repo_id"),

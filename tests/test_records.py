@@ -822,6 +822,10 @@ def test_bytes_that_are_not_utf8_spoil_one_row(tmp_path):
         ('[{"a": 1}] x', "byte 11"),
         ('{"a":\n1}', "neither a JSON array nor JSON lines"),
         ('{"data": [1]}', "none of the known shapes"),
+        (
+            '[{"image": "a.png", "question": "b", "answer": "c"}]',
+            r"none of the known shapes.*write each row as \{.image",
+        ),
         ("[1, 2]", "none of the first 2 rows is a JSON object with a conversation; row 0: it is a number"),
         ('[{"a": 1, "a": 2}]', "row 0: malformed_json: key 'a' is given twice"),
         ('[{"messages": null}]', "row 0: its conversation is null"),
@@ -857,7 +861,17 @@ def test_a_file_without_a_usable_row_tells_the_first_ones_reason(tmp_path):
 
 def test_missing_and_strange_paths_are_named(tmp_path):
     (tmp_path / "x.txt").write_text("hello")
-    for path, message in [("none.json", "does not exist"), ("x.txt", "no data that can be read"), ("", "no data")]:
+    (tmp_path / "x.csv").write_text("file,question,answer\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "photos/day").mkdir(parents=True)
+    (tmp_path / "photos/day/a.JPG").touch()
+    for path, message in [
+        ("none.json", "does not exist"),
+        ("x.txt", "no data that can be read"),
+        ("x.csv", "tables are not read.*own-data"),
+        ("photos", "holds images, but no rows.*own-data"),
+        ("empty", "no data that can be read"),
+    ]:
         with pytest.raises(UserError, match=message):
             open_records(DataSource(name="x", path=str(tmp_path / path)))
     (tmp_path / "utf16.json").write_text("[]", encoding="utf-16")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_llama31.model_card import curves
 from llava_llama31.model_card.curves import Chart, Line, described, svg, thinned
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
@@ -88,7 +89,14 @@ def run(make_run, data_folder):
         logged("projector", 8, eval_loss=1.25, eval_accuracy=0.5),
         start("projector", 7, 8),
         training("projector", 8),
-        logged("projector", 8, eval_loss=1.5, eval_accuracy=0.25, eval_loss_by_source={"rows": {"loss": 1.5}}),
+        logged(
+            "projector",
+            8,
+            eval_loss=1.5,
+            eval_token_loss=1.5,
+            eval_accuracy=0.25,
+            eval_loss_by_source={"rows": {"loss": 1.5}},
+        ),
         start("instruct", 0, 20),
         training("instruct", 1),
         training("instruct", 2) | {"loss": "nan"},
@@ -237,6 +245,12 @@ def test_two_runs_are_laid_over_each_other(make_run, recipe_content, capsys):
         ("other, training", 1, 0),
     ]
     assert "one and other" in page.text
+    recipe_content["stages"]["more"] = recipe_content["stages"].pop("projector") | {"epochs": 2}
+    page = page_of(capsys, one, make_run("third", log[:5], name="third"))
+    assert page.tables["Where the recipes differ"][-2:] == [  # and not a row for each of their keys
+        ["stages.more", "not there", "trains [multi_modal_projector]"],
+        ["stages.projector", "trains [multi_modal_projector]", "not there"],
+    ]
     assert f"one ({one}) and one ({one})" in page_of(capsys, one, one).text
 
 
@@ -310,7 +324,7 @@ def get(address, host=None) -> tuple[int, str]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(address, headers={"Host": host} if host else {})
     try:
-        with opener.open(request, timeout=20) as answer:
+        with opener.open(request, timeout=120) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -355,8 +369,22 @@ def test_a_chart_is_told_in_words_and_takes_the_pages_colours():
     assert 'aria-labelledby="k1t k1d"' in drawn and "#0102" not in drawn and "<style" not in drawn
     assert drawn.count("<use") == 2  # points between gaps are dots, such as a stage's first entry
     assert "<use" not in svg(Chart("Loss", [Line("x", [(0, 1.0), (1, 2.0)])]), "k1")
+    tiny = svg(Chart("Learning rate", [Line("x", [(0, 1e-6), (1, 2e-6)])], bounds={0: "first"}), "k1")
+    assert ">1e-06<" in tiny and ">2e-06<" in tiny  # no factor of the whole axis, which would stand on `first`
     with pytest.raises(ValueError, match="no finite point"):
         svg(Chart("Loss", [Line("x", [(0, np.nan)])]), "k")
+
+
+def test_charts_that_two_threads_draw_have_one_style():
+    chart = Chart("Loss", [Line("x", [(0, 1.0), (1, 2.0)])])
+    alone, drawn = svg(chart, "k1"), []
+    thread = threading.Thread(target=lambda: drawn.append(svg(chart, "k1")))
+    with curves._style():  # as while another thread draws; matplotlib's settings are the process's
+        thread.start()
+        thread.join(0.2)
+        assert not drawn
+    thread.join()
+    assert drawn == [alone]
 
 
 # --- Chromium

@@ -20,8 +20,9 @@ HIDDEN = "***"
 LONGEST_MESSAGE = 10_000
 
 _ID_LENGTH = 200
-# at every import by Transformers or PEFT, used or not: kernels that they lack, and calls of deprecated names
-_NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes.backends")
+# at every import by Transformers or PEFT, used or not: kernels that they lack, and calls of deprecated names;
+# and a CUDA build of torch on a machine with `nvcc` and no GPU
+_NOISY = ("torchao", "torch.utils._pytree", "torch.utils.cpp_extension", "bitsandbytes.backends")
 # Hub tokens, headers that carry one, and upload signatures
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?i:bearer)\s+[^\s'\"]+|X-Amz-[\w-]+=[^&\s]+")
 # user and password of a URL; a Path writes the URL with one slash

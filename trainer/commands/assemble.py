@@ -12,7 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--language-model", required=True, metavar="DIR", help="a Llama-family model with tokenizer")
     parser.add_argument("--projector", metavar="DIR", help="a LLaVA checkpoint or safetensors file; default: fresh")
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder; it appears when it is complete")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="of the weights; default: auto, the language model's",
+    )
     parser.add_argument("--image-size", type=int, metavar="PX", help="side of a tile; default: the tower's own")
     parser.add_argument("--max-tiles", type=int, metavar="N", help="grid of every shape of up to N tiles")
     parser.add_argument("--vision-feature-layer", type=int, metavar="N", help="hidden state to project; default: -2")

@@ -19,7 +19,7 @@ HELP = "one HTML file with every question, image, answer and score; of two files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("predictions", metavar="PREDICTIONS")
+    parser.add_argument("predictions", metavar="PREDICTIONS", help="what `evaluate` wrote, or another tool's answers")
     parser.add_argument("other", nargs="?", metavar="OTHER", help="a second file, shown beside the first")
     parser.add_argument(
         "--data", metavar="FILE", help="JSON lines, official JSON, or parquet; a task's may be a folder"

@@ -42,14 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ask", metavar="TEXT", help="print one answer and end")
     parser.add_argument("--system", default="", metavar="TEXT", help="text of the system turn")
     parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default: 512")
+    parser.add_argument("--temperature", type=above_zero, metavar="T", help="sample tokens; default: greedy")
     parser.add_argument(
-        "--temperature", type=above_zero, metavar="T", help="draw tokens; default: the most likely ones"
+        "--top-p",
+        type=above_zero,
+        metavar="P",
+        help="sample from the most likely tokens that together have this probability",
     )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling; default: 0")
     parser.add_argument(
-        "--top-p", type=above_zero, metavar="P", help="draw from the tokens that have this probability"
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="default: auto, the model's own, or float32 where a CPU emulates it",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws; default: 0")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--device", metavar="NAME", help="torch's name; default: the GPU where there is one")
     web = parser.add_argument_group("in a browser")
     web.add_argument("--web", action="store_true", help="serve a page to this machine instead of using the terminal")
@@ -105,10 +111,13 @@ def _open(options: argparse.Namespace, model: str) -> "Callable[[], Conversation
         import transformers
 
         from llava_llama31.trainer.chat.conversation import Conversation, Sampling
+        from llava_llama31.trainer.evaluation.precision import answers_in_float32
         from llava_llama31.trainer.model.opening import open_model
 
     transformers.utils.logging.disable_progress_bar()
     weights, processor = open_model(folder, dtype=options.dtype, device=options.device)
+    if answers_in_float32(weights, say, insists=options.dtype != "auto"):  # as `evaluate` does
+        weights = weights.float()
     sampling = None
     if options.temperature is not None or options.top_p is not None:
         sampling = Sampling(options.temperature or 1.0, options.top_p or 1.0, options.seed)

@@ -24,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="+", metavar="RECIPE|FILE", help="one recipe, or data files")
     parser.add_argument("--image-root", metavar="DIR", help="default: the folder of each file")
     parser.add_argument("--processor", metavar="DIR", help="checkpoint whose processor counts the tokens of FILES")
-    parser.add_argument("--format", default="auto", choices=("auto", *get_args(DataFormat)))
+    parser.add_argument(
+        "--format",
+        default="auto",
+        choices=("auto", *get_args(DataFormat)),
+        help="of the rows; default: auto, by the first of them",
+    )
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="longest record, image tokens counted")
     add_max_pixels(parser)
     parser.add_argument("--on-bad", metavar="POLICY", help="error, skip or quarantine; or REASON=POLICY,...")
@@ -35,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--near-bits", type=int, metavar="N", help="of 256, in which near duplicates may differ")
     parser.add_argument("--matches", metavar="FILE", help="where they are listed; default: contamination.jsonl")
     parser.add_argument("--output", metavar="DIR", help="the recipe's run folder; default: runs/RECIPE")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="change a key of the recipe"
+    )
     add_json(parser)
 
 
@@ -56,23 +63,25 @@ def _check_recipe(options: argparse.Namespace, output: Path) -> int:
     Raises:
         UserError: when a path does not exist, or records can't be used and the stage's policy is `error`.
     """
+    from llava_llama31.trainer.recipes.loading import load_recipe
+    from llava_llama31.trainer.runs.named_paths import check_paths
+
+    for name in ("image_root", "processor", "max_tokens", "max_pixels"):
+        if getattr(options, name) is not None:
+            raise UserError("belongs to data files", where=f"--{name.replace('_', '-')}", fix="set it in the recipe")
+    recipe = load_recipe(options.data[0], output=output, overrides=options.overrides)
+    check_paths(recipe, output)  # before torch is imported: it fails faster
+
     from llava_llama31.processing import LlavaLlama31Processor
     from llava_llama31.trainer.checkpoint.run_folder import RunFolder
     from llava_llama31.trainer.data.batches.stage_rows import stage_check
     from llava_llama31.trainer.data.check.check import check_sources
     from llava_llama31.trainer.data.check.report import parse_policy, print_report
     from llava_llama31.trainer.data.contamination.search import contamination_check
-    from llava_llama31.trainer.recipes.loading import load_recipe
     from llava_llama31.trainer.runs.base_model import base_of, prepare
-    from llava_llama31.trainer.runs.named_paths import check_paths
     from llava_llama31.trainer.runs.origins import at_revisions, resolve_revisions
     from llava_llama31.trainer.terminal import Terminal
 
-    for name in ("image_root", "processor", "max_tokens", "max_pixels"):
-        if getattr(options, name) is not None:
-            raise UserError("belongs to data files", where=f"--{name.replace('_', '-')}", fix="set it in the recipe")
-    recipe = load_recipe(options.data[0], output=output, overrides=options.overrides)
-    check_paths(recipe, output)
     folder, console = RunFolder(output), Terminal(stderr=True)
     with folder.claimed(recipe, is_main=True):
         recipe = at_revisions(recipe, resolve_revisions(recipe, folder, console.print))

@@ -77,7 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-invariant", action="store_true", help="bfloat16 answers that no batch size changes; slower"
     )
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="default: auto, the model's own, or float32 where a CPU emulates it",
+    )
     parser.add_argument("--device", metavar="NAME", help="torch's name; default: the GPU where there is one")
     _add_server(parser)
     parser.add_argument("--blind", action="store_true", help="shuffle the images between questions")

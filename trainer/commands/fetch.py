@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-archives", action="store_true", help="leave archives beside what was unpacked")
     parser.add_argument("--registry", metavar="FILE", help="YAML with data sets of your own (docs/fetch.md)")
     parser.add_argument("--output", metavar="DIR", help="the recipe's run folder; default: runs/RECIPE")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="change a key of the recipe"
+    )
     add_json(parser)
 
 

@@ -191,6 +191,7 @@ _TEMPLATE = """\
 name: {name}
 model:
   checkpoint: {model}         # a folder or a Hub id; or vision_tower and language_model to assemble
+  # license: llama3.1               # of the model: `publish` needs it, and it is set before training
 stages:
   instruct:
     trainable: [multi_modal_projector, language_model]   # the rest is frozen

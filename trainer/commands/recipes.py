@@ -38,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.write(schema_text())
     elif options.check:
         recipe = load_recipe(options.check)
-        sys.stdout.write(f"{options.check}: a recipe with {len(recipe.stages)} stages: {', '.join(recipe.stages)}\n")
+        number = "1 stage" if len(recipe.stages) == 1 else f"{len(recipe.stages)} stages"
+        sys.stdout.write(f"{options.check}: a recipe with {number}: {', '.join(recipe.stages)}\n")
     elif options.diff:
         _print_differences(*options.diff)
     elif options.copy:

@@ -7,7 +7,7 @@ from pathlib import Path
 from llava_llama31.trainer.commands.options import positive
 
 
-HELP = "one HTML page about a run, or about several laid over each other: curves, data, scores, samples"
+HELP = "one HTML page about a run, or comparing several: curves, data, scores, samples"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,9 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-bad", choices=("error", "skip"), default="error", help="what a row that can't be read does"
     )
     parser.add_argument("--image-root", metavar="DIR", help="default: the folder of each file")
-    parser.add_argument("--format", default="auto", choices=("auto", *get_args(DataFormat)))
+    parser.add_argument(
+        "--format",
+        default="auto",
+        choices=("auto", *get_args(DataFormat)),
+        help="of the rows; default: auto, by the first of them",
+    )
     parser.add_argument("--output", metavar="DIR", help="the recipe's run folder; default: runs/RECIPE")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="change a key of the recipe"
+    )
     add_json(parser)
 
 

@@ -31,14 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run what is left of the recipe; a finished run says so before anything heavy is imported."""
     with Signals().handled() as signals:
+        from llava_llama31.trainer.checkpoint.run_folder import RunFolder
         from llava_llama31.trainer.recipes.loading import load_recipe
+        from llava_llama31.trainer.runs.named_paths import check_paths
 
         output = run_folder(options, options.recipe)
         recipe = load_recipe(options.recipe, output=output, overrides=options.overrides)
+        if not options.dry_run and _says_finished(recipe, output):
+            return 0
+        # before torch is imported: it fails faster. Of several processes one looks, later; a finished run publishes
+        if "RANK" not in os.environ and not RunFolder(output).summary.is_file():
+            check_paths(recipe, output)
         if options.dry_run:
             return _dry_run(options, recipe, output)
-        if _says_finished(recipe, output):
-            return 0
         if options.devices and options.devices > 1 and "RANK" not in os.environ:
             _launch(options)
         sets = [argument for override in options.overrides for argument in ("--set", override)]

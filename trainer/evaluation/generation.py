@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache, LlavaNextForConditionalGeneration
 from transformers.cache_utils import DynamicLayer
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
-from llava_llama31.packed_llama_llava_llama31 import LlavaLlama31TextModel, to_device
+from llava_llama31.packed_llama_llava_llama31 import CACHE_NAME, LlavaLlama31TextModel, to_device
 from llava_llama31.processing import CHAT_TOKENS, STOP_TOKENS, LlavaLlama31Processor
 from llava_llama31.processing.pixels_llava_llama31 import upright_rgb
 from llava_llama31.trainer.distributed.devices import total_memory
@@ -223,7 +223,7 @@ class GreedyAnswerer:
             images["image_positions"] = to_device(placeholders, device)
         else:
             images |= {"use_cache": True, "logits_to_keep": 1}
-        self._forward(input_ids=to_device(ids, device), past_key_values=cache, **images)
+        self._forward(input_ids=to_device(ids, device), **{CACHE_NAME: cache}, **images)
         self._prefixes.put(key, prompt, cache)
         return cache
 
@@ -275,9 +275,9 @@ class GreedyAnswerer:
                 input_ids=input_ids,
                 position_ids=position_ids,
                 attention_mask=self._mask(visible[:, :num_keys], input_ids.shape[1]),
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{CACHE_NAME: cache},
             )
             token_ids = choose(output.logits[:, -1].float())
             yield token_ids

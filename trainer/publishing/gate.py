@@ -81,7 +81,11 @@ def check_complete(contents: Contents) -> Iterator[GateFinding]:
         else:
             required.append(f"{module}.py")
     for file in dict.fromkeys(required):
-        fix = EXPORT_AGAIN if file != "LICENSE" else "set model.license in the recipe, or put the licence's text there"
+        fix = (
+            EXPORT_AGAIN
+            if file != "LICENSE"
+            else "put the licence's text there; before training: set model.license in the recipe"
+        )
         if file not in contents.files:
             yield GateFinding("complete", file, "is missing", fix)
         elif contents.files[file].stat().st_size == 0:
@@ -294,7 +298,7 @@ def check_card(contents: Contents) -> Iterator[GateFinding]:
             yield GateFinding("card", CARD, f"{key} is {data.get(key)!r}", f"set `{key}: {value}`")
     if not data.get("license"):
         yield GateFinding(
-            "card", CARD, "names no licence", "set model.license in the recipe and export, or `license:` here"
+            "card", CARD, "names no licence", "set `license:` here; before training: model.license in the recipe"
         )
     for key in ("base_model", "datasets"):
         given = data.get(key) or []

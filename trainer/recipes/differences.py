@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
+
 
 _ABSENT = object()
 
@@ -27,8 +29,17 @@ def flat(content: Any, key: str = "") -> dict[str, Any]:
     return found
 
 
+def as_yaml(value: Any) -> str:
+    """A value as a recipe spells it, on one line: null, true, [a, b]."""
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
+        .removesuffix("...\n")
+        .strip()
+    )
+
+
 def differing(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Keys whose values are not the same in all recipes, with the values as text.
+    """Keys whose values are not the same in all recipes, with the values as YAML.
 
     A value that is a mapping in one recipe and none in another, such as a learning rate, is one key.
     """
@@ -39,7 +50,7 @@ def _differing(values: list[Any], key: str) -> dict[str, list[str]]:
     branches: list[dict[str, Any] | None] = [{} if value is _ABSENT else _children(value) for value in values]
     names = dict.fromkeys(name for branch in branches if branch for name in branch)
     if None in branches or not names:
-        texts = ["not there" if value is _ABSENT else str(value) for value in values]
+        texts = ["not there" if value is _ABSENT else as_yaml(value) for value in values]
         return {key: texts} if len(set(texts)) > 1 else {}
     found: dict[str, list[str]] = {}
     for name in names:

@@ -562,7 +562,7 @@ class Recipe(_Frozen):
     description: str = ""
     """One line, for `llava-llama31 recipes`."""
     seed: Annotated[int, Field(ge=0)] = 42
-    """Of every draw: rows, order, fresh weights, dropout."""
+    """Of all random choices: rows, their order, fresh weights, dropout."""
     prepare: Literal["tiny", "tiny-siglip", "smol"] | None = None
     """Parts and data that have to be made first: `tiny` and its SigLIP twin by the run, `smol` by its example."""
     model: Model

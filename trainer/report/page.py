@@ -21,7 +21,7 @@ from llava_llama31.model_card.curves import DASHES, NUM_COLOURS, svg
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.questions import load_questions
-from llava_llama31.trainer.recipes.differences import differing, flat
+from llava_llama31.trainer.recipes.differences import as_yaml, differing, flat
 from llava_llama31.trainer.redaction import redacted
 from llava_llama31.trainer.report.panels import number, panels
 from llava_llama31.trainer.report.run_facts import Entry, RunFacts, StageFacts
@@ -167,7 +167,7 @@ def _run(number: int, run: RunFacts, address: Callable[[Path], str]) -> dict[str
         "stages": [_stage(stage) for stage in run.stages],
         "provenance": list(_provenance(run)),
         "figures": _figures(run),
-        "recipe": [(key, redacted(str(value))) for key, value in flat(run.recipe).items()],
+        "recipe": [(key, redacted(as_yaml(value))) for key, value in flat(run.recipe).items()],
     }
 
 
@@ -391,6 +391,17 @@ def _figures(run: RunFacts) -> tuple[Row, list[Row]] | None:
 
 
 def _differences(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
-    """Keys of the recipes whose values are not the same in all runs."""
-    found = differing([run.recipe for run in runs])
+    """Keys of the recipes whose values are not the same in all runs; a stage that one of them lacks is one row."""
+    stages = [run.recipe.get("stages") or {} for run in runs]
+    lacked = {name for some in stages for name in some if not all(name in others for others in stages)}
+    shared = [
+        {**run.recipe, "stages": {name: stage for name, stage in some.items() if name not in lacked}}
+        for run, some in zip(runs, stages, strict=True)
+    ]
+    found = differing(shared)
+    for name in sorted(lacked):
+        trained = [
+            f"trains {as_yaml(some[name].get('trainable'))}" if name in some else "not there" for some in stages
+        ]
+        found[f"stages.{name}"] = trained
     return [(key, [redacted(value) for value in values]) for key, values in found.items()]

@@ -13,6 +13,7 @@ from llava_llama31.trainer.report.run_facts import Entry, RunFacts
 _RATE = "learning rate of "
 _TASK = "score of "
 _SOURCE, _BY_SOURCE = "validation loss of ", "eval_loss_by_source"
+_PER_TOKEN = "eval_token_loss"  # the validation loss again, of all tokens at once
 # title; (label, key) of its lines, or what the keys of its lines begin with; whether they are shares of one
 _PANELS: tuple[tuple[str, tuple[tuple[str, str], ...] | str, bool], ...] = (
     ("Loss", (("training", "loss"), ("validation", "eval_loss")), False),
@@ -137,7 +138,7 @@ def _drawn(keys: Iterable[str]) -> dict[str, str]:
     for key in keys:
         if key in _KEYS:
             names[key] = key
-        elif key.startswith("eval_") and not key.endswith("unanswered") and key != _BY_SOURCE:
+        elif key.startswith("eval_") and not key.endswith("unanswered") and key not in (_BY_SOURCE, _PER_TOKEN):
             names[key] = f"{_TASK}{key.removeprefix('eval_')}"
     return names
 

@@ -22,6 +22,10 @@ def make_console() -> Terminal:
     return Terminal(stderr=True, quiet=rank() != 0)
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def print_stage_start(
     console: Terminal, name: str, stage: Stage, derived: Derived, report: list[GroupReport], origin: str
 ) -> None:
@@ -36,8 +40,9 @@ def print_stage_start(
     console.print(f"weights from {plain(origin)}; optimizer and schedule are fresh")
     console.print(
         f"{derived.num_samples:,} samples, {derived.steps:,} steps of {stage.global_batch} "
-        f"({stage.micro_batch} x {derived.gradient_accumulation} accumulated x {derived.num_processes} devices), "
-        f"{stage.schedule} schedule, {derived.warmup_steps} warm-up steps, {stage.precision}"
+        f"({stage.micro_batch} x {derived.gradient_accumulation} accumulated x "
+        f"{_counted(derived.num_processes, 'device')}), {stage.schedule} schedule, "
+        f"{_counted(derived.warmup_steps, 'warm-up step')}, {stage.precision}"
     )
     for remark in remarks(stage, derived):
         console.print(f"note: {remark}", style="yellow")

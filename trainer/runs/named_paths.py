@@ -26,6 +26,8 @@ def check_paths(recipe: Recipe, output: Path) -> None:
     (where, what), *others = missing.items()
     more = f" (and {len(others)} more: {', '.join(key for key, _ in others)})" if others else ""
     fix = "correct the path; it is relative to the working directory"
+    if any(key.startswith(("stages.", "evaluation.")) for key in missing):
+        fix += "; `llava-llama31 fetch RECIPE` downloads published data"
     raise UserError(f"{what}{more}", where=where, fix=fix)
 
 

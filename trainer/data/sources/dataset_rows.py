@@ -26,6 +26,13 @@ from llava_llama31.trainer.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
 
+# how questions and answers of another shape become records
+WRITE_RECORDS = (
+    'write each row as {"image": FILE, "conversations": [{"from": "human", "value": "<image>\\nQUESTION"}, '
+    '{"from": "gpt", "value": "ANSWER"}]}, one a line of a .jsonl file; docs/own-data.md has the program for a table'
+)
+_TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".ods")
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?")
 
 
@@ -108,6 +115,11 @@ def _load_dataset(path: str, split: str) -> Any:
         raise UserError(what, where=path, fix=fix)
     if folder.is_dir():
         refuse_json(folder)
+    if folder.suffix.lower() in _TABLES:
+        raise UserError("tables are not read as training data", where=path, fix=WRITE_RECORDS)
+    if folder.is_dir() and any(file.suffix.lower() in _IMAGES for file in folder.rglob("*")):
+        what = "the folder holds images, but no rows with questions and answers about them"
+        raise UserError(what, where=path, fix=WRITE_RECORDS)
     kinds = "a .json, .jsonl, .tar or .parquet file, a folder of the last two or of save_to_disk, or OWNER/NAME"
     raise UserError("the path holds no data that can be read", where=path, fix=f"name {kinds}")
 

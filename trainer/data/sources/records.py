@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from llava_llama31.trainer.data.sources.conversations import Converter, Record, kind_of
 from llava_llama31.trainer.data.sources.data_folders import check_whole, data_files_at, log_beside, parquet_splits
-from llava_llama31.trainer.data.sources.dataset_rows import DatasetRows, can_unpack
+from llava_llama31.trainer.data.sources.dataset_rows import WRITE_RECORDS, DatasetRows, can_unpack
 from llava_llama31.trainer.data.sources.json_rows import JsonRows
 from llava_llama31.trainer.data.sources.parquet_rows import ParquetRows, is_parquet, parquet_urls
 from llava_llama31.trainer.data.sources.reject_reasons import REASONS, RecordError
@@ -285,6 +285,8 @@ def _detect_format(rows: _Rows, path: str) -> DataFormat:
             continue
         keys = ", ".join(ascii(str(key)[:80]) for key in sorted(raw)[:20])
         fix = "a record holds `conversations`, `messages`, `prompt` and `completion`, or `texts`; name its `format`"
+        if "question" in given:
+            fix = WRITE_RECORDS
         raise UserError(f"row {row} has none of the known shapes: its keys are {keys}", where=path, fix=fix)
     what = f"none of the first {num_probed} rows is a JSON object with a conversation; row 0: {first_fault}"
     raise UserError(what, where=path, fix="correct that; in JSON lines, each line holds one whole record")
