@@ -86,10 +86,15 @@ def in_own_process(check: Check, place: Place, seconds: float) -> dict[str, Any]
     """`run_check` in a fresh process, ended after `seconds`."""
     started = time.monotonic()
     run = [sys.executable, __file__, "--device", str(place.device), "--check", check.name]
-    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if place.device.type == "cpu" else {}
+    # small sizes are no faster with threads, which wait for each other's cores
+    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaints:
         process = subprocess.Popen(
-            run, stdout=said, stderr=complaints, env=os.environ | on_cpu, start_new_session=True
+            run,
+            stdout=said,
+            stderr=complaints,
+            env=os.environ | (on_cpu if place.small else {}),
+            start_new_session=True,
         )
         try:
             code = process.wait(seconds)
@@ -151,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (check,) = (check for check in CHECKS if check.name == options.check)
         print(json.dumps(run_check(check, place)))
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the running check ends too
     chosen = [check for check in CHECKS if not options.only or check.name in options.only]
     report = run_all(chosen, place, options.json, options.seconds)
     return int(bool(report["not_run"]) or any(entry["passed"] is False for entry in report["checks"]))

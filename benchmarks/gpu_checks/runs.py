@@ -24,7 +24,7 @@ FP8: dict[str, Any] = {"fp8": True, "compile": True, "precision": "bfloat16"}
 NF4: dict[str, Any] = {"lora": {"r": 4, "alpha": 8, "quantize": "nf4"}}
 BATCH_SIZES = (64, 3)
 # a run that gets a signal when it has saved, and has steps left then
-LONG_ENOUGH: dict[str, Any] = {"max_steps": 60, "save_steps": 5}
+LONG_ENOUGH: dict[str, Any] = {"max_steps": 30, "save_steps": 5}
 
 
 def command(place: Place) -> Detail:
