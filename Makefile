@@ -96,6 +96,10 @@ gpu-check: $(GPU_VENV)/.gpu ## what a GPU has to show, in ten minutes, into gpu-
 	grep -v "^torch==" constraints.txt > .venv-gpu/constraints.txt
 	.venv-gpu/bin/python -m pip install --quiet -c .venv-gpu/constraints.txt "torch==$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)"
 	.venv-gpu/bin/python -m pip install --quiet -c .venv-gpu/constraints.txt -e '.[demo,low-bit,peft]'
+# where torch finds a CUDA toolkit: without one DeepSpeed can't be imported, and Accelerate fails where it is installed
+	if test -n "$$CUDA_HOME$$CUDA_PATH" || command -v nvcc > /dev/null || test -d /usr/local/cuda; then \
+		.venv-gpu/bin/python -m pip install --quiet -c .venv-gpu/constraints.txt setuptools wheel && \
+		.venv-gpu/bin/python -m pip install --quiet -c .venv-gpu/constraints.txt --no-build-isolation -e '.[deepspeed]'; fi
 	touch $@
 
 $(VENV)/.gpu: $(VENV)/.dev

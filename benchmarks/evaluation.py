@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from llava_llama31.trainer.costs.matrix_peak import cpu_instructions, measure_cpu_speed
@@ -27,6 +28,22 @@ NUM_QUESTIONS, NUM_IMAGES = 95, 60
 MAX_NEW_TOKENS = 16
 SIZES = [(768, 1024), (1024, 768), (683, 1024), (1024, 683), (576, 1024), (1024, 1024), (1024, 577)]  # height, width
 DRIVERS = ("theirs", "ours", "invariant")
+TEXT = {
+    "vocab_size": 8192,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+VISION = {
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "image_size": 168,
+    "projection_dim": 384,
+}
 
 
 def main() -> int:
@@ -196,8 +213,8 @@ def make_questions(folder: Path, num_questions: int, num_images: int) -> None:
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_model(folder: Path) -> None:
-    """CLIP of 12 layers x 384 at 168 px and Llama of 12 layers x 576, with random weights and a byte tokenizer."""
+def make_model(folder: Path, text_size: Mapping[str, int] = TEXT, vision_size: Mapping[str, int] = VISION) -> None:
+    """A model with random weights and a byte tokenizer; by default CLIP of 12 layers and Llama of 12."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
@@ -217,21 +234,18 @@ def make_model(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
     )
-    grid = [[168, 336], [336, 168], [336, 336], [504, 168], [168, 504]]
+    tile, num_words = vision_size["image_size"], text_size["vocab_size"]
+    grid = [[tile, 2 * tile], [2 * tile, tile], [2 * tile, 2 * tile], [3 * tile, tile], [tile, 3 * tile]]
     processor = build_processor(
-        tokenizer, image_size=168, patch_size=14, image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28],
+        tokenizer, image_size=tile, patch_size=14, image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28],
         image_grid_pinpoints=grid,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=8192, hidden_size=576, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=4096, pad_token_id=processor.tokenizer.pad_token_id,
+        **text_size, max_position_embeddings=4096, pad_token_id=processor.tokenizer.pad_token_id,
         # one id in four ends an answer, which makes answers about as short as TextVQA's
-        eos_token_id=list(range(3, 8192, 4)), tie_word_embeddings=False,
+        eos_token_id=list(range(3, num_words, 4)), tie_word_embeddings=False,
     )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6, image_size=168,
-        patch_size=14, projection_dim=384,
-    )  # fmt: skip
+    vision = CLIPVisionConfig(**vision_size, patch_size=14)
     config = LlavaLlama31Config(
         vision_config=vision, text_config=text, image_token_index=processor.image_token_id, image_grid_pinpoints=grid
     )

@@ -480,6 +480,7 @@ def _drive(settings: Settings, device: torch.device) -> dict[str, Any]:
     samples = [sample for step in steps[timed] for row in step for sample in row]
     return measurement(samples, flops, seconds[timed], peak, _padding(batches[timed], workload)) | {
         "memory": peak_memory(device),
+        "reserved": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
         "losses": losses,
         "norms": norms,
         "breakdown": breakdown(
@@ -545,14 +546,16 @@ def _empty_cache(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def in_own_process(settings: Settings) -> dict[str, Any]:
+def in_own_process(settings: Settings, *, expandable: bool = True) -> dict[str, Any]:
     """`drive` in a fresh process.
+
+    Args:
+        expandable: the allocator's segments grow, as in training: blocks of many sizes would leave gaps.
 
     Raises:
         torch.OutOfMemoryError: the micro-batch does not fit the GPU.
     """
-    # blocks of many sizes are allocated and freed: avoid fragmentation
-    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    environment = os.environ | {"PYTORCH_ALLOC_CONF": f"expandable_segments:{expandable}"}
     command = [sys.executable, __file__, "--drive", json.dumps(asdict(settings))]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     if run.returncode == OUT_OF_MEMORY:

@@ -650,6 +650,7 @@ def test_shipped_files_have_one_owner_each():
             "optimizer under DeepSpeed",
         ),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "parallelism_config"),
+        ({"ACCELERATE_USE_CPU": "true"}, {"deepspeed": "zero2"}, "CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_a_launch_that_cannot_run_a_stage_is_refused(recipe_content, monkeypatch, launched, stage, message):

@@ -22,7 +22,7 @@ def ask_for_cpu() -> None:
 
 def uses_cpu() -> bool:
     """Whether this process computes on the CPU: it was asked to, or torch has no accelerator."""
-    return _is_asked_for_cpu() or not torch.accelerator.is_available()
+    return is_asked_for_cpu() or not torch.accelerator.is_available()
 
 
 def default_device() -> torch.device:
@@ -45,7 +45,7 @@ def refuse_unused_gpus() -> None:
     """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "?").strip() in ("", "-1")
     number = num_installed_gpus()
-    if number and uses_cpu() and not _is_asked_for_cpu() and not hidden:
+    if number and uses_cpu() and not is_asked_for_cpu() and not hidden:
         raise UserError(
             f"this machine has {number} NVIDIA GPU(s), but torch {torch.__version__} can't use them, and the CPU is "
             "hundreds of times slower",
@@ -112,5 +112,6 @@ def set_random_state(device: torch.device, state: torch.Tensor) -> None:
     torch.get_device_module(device).set_rng_state(state)
 
 
-def _is_asked_for_cpu() -> bool:
+def is_asked_for_cpu() -> bool:
+    """Whether this process was asked to compute on the CPU, whatever else the machine has."""
     return os.environ.get(_CPU_VARIABLE, "false").lower() in ("1", "true", "yes", "on")

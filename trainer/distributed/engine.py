@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from llava_llama31.trainer.distributed.devices import default_device
+from llava_llama31.trainer.distributed.devices import default_device, is_asked_for_cpu
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.schema import Stage
 
@@ -54,6 +54,12 @@ def as_launched(stage: Stage, where: str) -> Stage:
         )
     if uses_fsdp():
         _check_fsdp(stage, where)
+    if is_asked_for_cpu() and (stage.deepspeed is not None or _is_set("ACCELERATE_USE_DEEPSPEED")):
+        raise UserError(
+            "Accelerate trains without DeepSpeed where it is asked for the CPU",
+            where=f"{where}.deepspeed",
+            fix=f"add --set {where}.deepspeed=null, or instead of --cpu hide the GPUs: CUDA_VISIBLE_DEVICES=",
+        )
     if stage.deepspeed is not None or not _is_set("ACCELERATE_USE_DEEPSPEED"):
         return stage
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
