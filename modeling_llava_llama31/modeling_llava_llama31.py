@@ -313,7 +313,8 @@ class LlavaLlama31Model(LlavaNextModel):
                 input_ids, pixel_values, cast(Any, image_sizes), image_positions, image_features, has_features
             )
             hidden = self.language_model.packed(embeds, position_ids, packing, supervised_positions, cache)
-            return LlavaNextModelOutputWithPast(last_hidden_state=hidden, **{CACHE_NAME: cache})
+            kept: dict[str, Any] = {CACHE_NAME: cache}
+            return LlavaNextModelOutputWithPast(last_hidden_state=hidden, **kept)
         if supervised_only and input_ids is not None and mm_encoder_outputs is None:
             if pixel_values is not None:
                 asked = (vision_feature_layer, vision_feature_select_strategy)

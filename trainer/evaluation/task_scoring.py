@@ -248,11 +248,11 @@ def compare_task(task: Task, first: Answered, second: Answered, protocol: str) -
     shared = first.answers.keys() & second.answers.keys()
     others = {str(question.question_id): question for question in second.questions}
     for question in first.questions:
-        other = others.get(str(question.question_id), question)
-        if (other.question, other.answers) != (question.question, question.answers):
-            said, theirs = (f"{q.question!r:.60} ({', '.join(q.answers[:1])!r:.40})" for q in (question, other))
+        theirs = others.get(str(question.question_id), question)
+        if (theirs.question, theirs.answers) != (question.question, question.answers):
+            said, asked = (f"{q.question!r:.60} ({', '.join(q.answers[:1])!r:.40})" for q in (question, theirs))
             fix = "pass answers to the same questions, or the questions as --annotations"
-            raise UserError(f"question {question.question_id} is {said} and {theirs}", where=task.name, fix=fix)
+            raise UserError(f"question {question.question_id} is {said} and {asked}", where=task.name, fix=fix)
     both = [question for question in first.questions if str(question.question_id) in shared]
     if not both:
         raise UserError("no question is answered by both", fix="check that both files answer these annotations")
