@@ -61,6 +61,7 @@ def test_cheap_cells_write_the_files_of_the_page_on_own_data(tmp_path, monkeypat
             assert main(arguments) == 0
     page = (ROOT / "docs/own-data.md").read_text(encoding="utf-8")
     files = dict(re.findall(r"```\w+ (mine/\S+)\n(.*?)```", page, re.DOTALL))
+    del files["mine/labels.csv"]  # another way to the rows that the notebook writes
     assert len(files) == 3 and {name: Path(name).read_text() for name in files} == files
     assert len(list(Path("mine/images").iterdir())) == 3 and "llama31-8b" in capsys.readouterr().out
 
