@@ -8,6 +8,8 @@ import resource
 import shutil
 import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections import namedtuple
@@ -372,6 +374,23 @@ def test_a_stage_that_fails_keeps_the_checkpoint_that_is_being_committed(train, 
     committing(lambda step: time.sleep(0.5))
     code, run = train()
     assert code == 4 and steps(run) == [1, 2]
+
+
+ENDED_ELSEWHERE = """
+import pathlib, sys, time
+from llava_llama31.trainer.checkpoint.background import Background
+from llava_llama31.trainer.fault_tolerance.watchdog import end_process
+def commit():
+    time.sleep(0.3)
+    pathlib.Path(sys.argv[1]).touch()
+Background("commit").start(commit)
+end_process(7)
+"""
+
+
+def test_a_process_that_ends_since_another_one_failed_completes_its_commit(tmp_path):
+    done = subprocess.run([sys.executable, "-c", ENDED_ELSEWHERE, str(tmp_path / "committed")])
+    assert done.returncode == 7 and (tmp_path / "committed").exists()
 
 
 def test_leftovers_of_a_killed_save_are_swept_by_the_next(train, tmp_path):

@@ -1,7 +1,16 @@
 """One piece of work in the background, whose failure is not lost."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+
+# of this process; work that has ended is taken out
+_running: set[Future[None]] = set()
+
+
+def wait_for_background(seconds: float) -> None:
+    """Wait for what runs in the background of this process, which is about to end without its main thread."""
+    wait(set(_running), timeout=seconds)
 
 
 class Background:
@@ -19,6 +28,8 @@ class Background:
         """Run `work`; what was started before must have been finished."""
         assert self._work is None, "the former work was not waited for"
         self._work = self._thread.submit(work)
+        _running.add(self._work)
+        self._work.add_done_callback(_running.discard)
 
     def check(self) -> None:
         """Raise what the work has raised, if it has failed by now; never waits."""

@@ -13,6 +13,7 @@ from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
+from llava_llama31.trainer.checkpoint.background import wait_for_background
 from llava_llama31.trainer.distributed.rank import rank
 from llava_llama31.trainer.errors import Hang, ProcessLost, UserError
 from llava_llama31.trainer.redaction import say
@@ -22,6 +23,8 @@ from llava_llama31.trainer.redaction import say
 _TURN_SECONDS = 0.3
 # exit codes of a worker that is not lost; 255: its fork server is gone, and it may run without it
 _NORMAL = (0, 255)
+# longest wait for a commit; a launcher may end this process before
+_COMMIT_SECONDS = 120.0
 # time for other processes to read why this one ends
 _GRACE_SECONDS = 2.0
 
@@ -134,8 +137,9 @@ def dump_stacks() -> None:
 
 
 def end_process(exit_code: int) -> None:
-    """End at once, together with the data workers, which might never end by themselves."""
+    """End together with the data workers, which might never end by themselves, but after a checkpoint's commit."""
     kill_workers()
+    wait_for_background(_COMMIT_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
