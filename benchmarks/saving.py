@@ -30,10 +30,10 @@ WIDTH = 1024  # of the matrices
 ALONE_S = 2.0
 
 
-def products_per_second(go_on: Callable[[], bool]) -> float:
-    """Matrix products in a second, for as long as `go_on`."""
+def products_per_second(is_running: Callable[[], bool]) -> float:
+    """Matrix products in a second, for as long as `is_running`."""
     matrix, number, started = torch.randn(WIDTH, WIDTH), 0, time.perf_counter()
-    while go_on():
+    while is_running():
         matrix @ matrix
         number += 1
     return number / (time.perf_counter() - started)

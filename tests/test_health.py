@@ -369,6 +369,25 @@ def test_a_commit_that_fails_ends_the_stage_at_its_next_step(train, committing, 
     assert train()[0] == 0 and steps(run) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_failed_commit_does_not_wait_for_the_next_save(train, committing, monkeypatch):
+    original, failed, begun = LlavaTrainer.training_step, threading.Event(), []
+
+    def fail(step):
+        failed.set()
+        raise OSError(28, "No space left on device")
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            failed.wait(60)
+            time.sleep(0.2)  # until the thread has ended
+        begun.append(self.state.global_step + 1)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlavaTrainer, "training_step", training_step)
+    committing(fail)
+    assert train(save_steps=3)[0] == 2 and max(begun) <= 5
+
+
 def test_a_stage_that_fails_keeps_the_checkpoint_that_is_being_committed(train, spoil, committing):
     spoil({3: math.nan})
     committing(lambda step: time.sleep(0.5))

@@ -130,7 +130,7 @@ def check_resume(train: Train, recipe: Path, folder: Path, stop_in: int = 2) -> 
     ):
         code, said = train(recipe, folder / name, stop)
         expect(code == expected, f"{name}: exit code {code} and not {expected}: {said[-400:]}")
-    expect("resuming from" in said, f"the stopped run began anew: {said[-400:]}")
+    expect("resuming from" in said, f"the stopped run started over: {said[-400:]}")
     whole, resumed = (trained_tensors(folder / name) for name in ("whole", "stopped"))
     expect(whole.keys() == resumed.keys(), f"only one run has {sorted(whole.keys() ^ resumed.keys())[:3]}")
     other = [name for name in whole if not torch.equal(whole[name], resumed[name])]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from llava_llama31.trainer.distributed.parameters import held_part, joined_parts, num_before, sharded_like, unsharded
 
@@ -72,9 +71,13 @@ def _on_host(value: Any, keep: bool, in_parts: bool) -> Any:
         return value
     if _in_blocks(value):
         return _on_host(_fields(value), keep, in_parts)
-    if is_traceable_wrapper_subclass(value):  # holds other tensors, whose form we don't know
+    if not _is_plain(value):
         raise TypeError(f"the optimizer's state holds a {type(value).__name__}, which has no place in a checkpoint")
     return value.cpu() if keep else None
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    return type(value) is torch.Tensor
 
 
 def _in_blocks(value: Any) -> bool:

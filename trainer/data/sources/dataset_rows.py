@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # how questions and answers of another shape become records
 WRITE_RECORDS = (
     'write each row as {"image": FILE, "conversations": [{"from": "human", "value": "<image>\\nQUESTION"}, '
-    '{"from": "gpt", "value": "ANSWER"}]}, one a line of a .jsonl file; docs/own-data.md has the program for a table'
+    '{"from": "gpt", "value": "ANSWER"}]}, one per line of a .jsonl file; docs/own-data.md shows how for a table'
 )
 _TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".ods")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
