@@ -69,14 +69,16 @@ def match_answers(
 
     1. By id, if the rows that name an annotated one ask what it asks.
     2. By the number in the data set, if it may be that and every row asks the question with its number.
-    3. By image and prompt, or by the text alone where one question only asks it.
-    4. `in_order`: by position, if every row asks the question at its position (VLMEvalKit's running numbers).
+    3. By position, if the rows name neither id nor image, are as many as the questions, and each asks the question at
+       its position (POPE's own answers).
+    4. By image and prompt, or by the text alone where one question only asks it.
+    5. `in_order`: by position, if every row asks the question at its position (VLMEvalKit's running numbers).
 
     Args:
         answers: of one file.
         questions: the annotated ones.
         path: the file.
-        in_order: the fourth rule applies, and not the third.
+        in_order: the fifth rule applies, and not the fourth.
         labels: the revision of the annotations that is meant, for errors.
 
     Raises:
@@ -84,7 +86,7 @@ def match_answers(
     """
     if _ids_fit(answers, questions, running=in_order):
         return [answer.under("" if answer.question_id is None else answer.question_id) for answer in answers]
-    ids = _ids_by_number(answers, questions)
+    ids = _ids_by_number(answers, questions) or _ids_by_place(answers, questions)
     if not ids:
         ids = _ids_by_order(answers, questions, path) if in_order else _ids_by_content(answers, questions, labels)
     return [answer.under(question_id) for answer, question_id in zip(answers, ids, strict=True)]
@@ -208,6 +210,20 @@ def _ids_by_number(answers: Sequence[Answer], questions: Sequence[Question]) -> 
         for answer, question in pairs
     )
     return [question.question_id for question in found if question is not None] if fit else []
+
+
+def _ids_by_place(answers: Sequence[Answer], questions: Sequence[Question]) -> list[int | str]:
+    """The ids of the questions at the rows' places; none if a row says more than a question, or asks another one."""
+    if len(answers) != len(questions):
+        return []
+    fit = all(
+        answer.question_id is None
+        and answer.image is None
+        and answer.asked is not None
+        and question_key(answer.asked) == question_key(question.question)
+        for answer, question in zip(answers, questions, strict=True)
+    )
+    return [question.question_id for question in questions] if fit else []
 
 
 def _ids_by_order(answers: Sequence[Answer], questions: Sequence[Question], path: Path) -> list[int | str]:
