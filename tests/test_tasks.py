@@ -645,6 +645,22 @@ def test_evalscopes_numbers_tell_questions_of_the_same_words_apart(own, capsys):
     assert "8 annotated questions could be meant" in capsys.readouterr().err
 
 
+def test_rows_without_ids_and_images_are_taken_by_place_if_each_asks_what_is_asked_there(own, capsys):
+    """POPE's own answers: a question and an answer a row, in the order of the labels, most questions several times."""
+    folder, arguments = own
+    asked = [row | {"question": f"Is there a {'dog' if i % 3 else 'cat'} in the image?"} for i, row in enumerate(ROWS)]
+    write_lines(folder / "q.jsonl", asked)
+    rows = [{"question": row["question"], "answer": said} for row, said in zip(asked, SAID, strict=True)]
+    columns = ["--columns", "question=question,answer=answer"]
+    result = score(capsys, write_lines(folder / "a.jsonl", rows), *arguments, *columns)
+    assert result["metrics"] == {"accuracy": 75.0} and result["missing"] == 0
+    assert main(["score", write_lines(folder / "a.jsonl", rows), *arguments]) == 2  # whose answer it is has to be said
+    assert "--columns" in capsys.readouterr().err
+    for others in (rows[1:], rows[1:] + rows[:1]):
+        assert main(["score", write_lines(folder / "a.jsonl", others), *arguments, *columns]) == 2
+        assert "annotated questions could be meant" in capsys.readouterr().err
+
+
 def test_an_answer_beside_the_words_of_a_model_is_the_annotators(own, capsys):
     folder, arguments = own
     rows = [{"id": row["id"], "answer": row["answer"], "response": said} for row, said in zip(ROWS, SAID, strict=True)]
