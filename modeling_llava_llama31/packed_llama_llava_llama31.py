@@ -477,6 +477,25 @@ class LlavaLlama31Attention(LlamaAttention):
         """Rotated keys and values (1, key heads, S, head size) of (1, S, D)."""
         return _Rotary.apply(self._heads(self.k_proj(hidden)), *positions), self._heads(self.v_proj(hidden))
 
+    def cached(
+        self, hidden: torch.Tensor, positions: Positions, visible: torch.Tensor, cache: Cache
+    ) -> torch.Tensor:
+        """Input of the output projection (B, Q, H x head size) of new positions (B, Q, D) that see cached ones.
+
+        The query heads of a key head stand one below the other, as more queries: stock repeats keys and values for
+        each of them, at every step.
+
+        Args:
+            visible: (B, 1, Q, K) keys that each query sees.
+        """
+        query, key, value = self.project(hidden, positions, None)
+        key, value = cache.update(key, value, self.layer_idx)
+        num_key_heads, num_queries = key.shape[1], query.shape[2]
+        folded = query.unflatten(1, (num_key_heads, -1)).flatten(2, 3)
+        visible = visible.repeat(1, 1, self.num_key_value_groups, 1)
+        output = F.scaled_dot_product_attention(folded, key, value, visible, scale=self.scaling)
+        return output.unflatten(2, (-1, num_queries)).flatten(1, 2).transpose(1, 2).flatten(2)
+
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
@@ -804,6 +823,11 @@ class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         cache = past_key_values if cache is None else cache
+        if plan is None and cache is not None and position_embeddings is not None and self._folds(attention_mask):
+            assert attention_mask is not None
+            normed = self.input_layernorm(hidden_states)
+            attended = self.self_attn.cached(normed, position_embeddings, attention_mask, cache)
+            return _after_attention(self, hidden_states, attended)
         if plan is None:
             return super().forward(
                 hidden_states,
@@ -827,6 +851,13 @@ class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
         if plan.queries is not None and plan.kept is not None:
             hidden_states = hidden_states.index_select(1, plan.queries.index_select(0, plan.kept))
         return after(self, hidden_states, attended)
+
+    def _folds(self, attention_mask: torch.Tensor | None) -> bool:
+        """Whether stock would repeat keys and values: several heads share them, and a mask says what they see."""
+        attention = self.self_attn
+        if self.training or attention_mask is None or attention.num_key_value_groups == 1:
+            return False
+        return attention.config._attn_implementation == "sdpa" and attention_mask.dtype == torch.bool
 
 
 class TokenWise(NamedTuple):

@@ -1,13 +1,16 @@
 """Packed rows and shared prefixes compute what each sample computes alone: loss and gradients."""
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
 import torch.nn.attention.varlen
+from transformers import DynamicCache
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31 import packed_llama_llava_llama31 as packed_llama
+from llava_llama31.packed_llama_llava_llama31 import CACHE_NAME
 from llava_llama31.trainer.data.batches.collator import Collator
 
 
@@ -230,3 +233,38 @@ def test_a_gpus_kernel_is_asked_for_the_same_attention(monkeypatch, supervised):
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
     expected = packed_llama.packed_attention(query, key, value, plan, 0.5)
     torch.testing.assert_close(packed_llama._varlen_attention(query, key, value, plan, 0.5), expected)
+
+
+def test_heads_that_share_keys_read_them_once(tiny_config, make_stock):
+    """Several new positions behind keys that not all rows have: stock's logits, and keys and values not repeated."""
+    torch.manual_seed(0)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True).double().eval()
+    stock = make_stock(model).eval()
+    ids = torch.randint(0, 300, (3, 9))
+    visible = torch.ones(3, 1, 9, 9, dtype=torch.bool).tril()
+    visible[0, :, :, 2:4] = visible[1, :, :, :1] = False
+    visible[:, :, 2:4, 2:4] |= torch.eye(2, dtype=torch.bool)  # a row of padding still sees itself
+    shapes = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is attend:
+                shapes.append((args[0].shape[1:3], args[1].shape[1]))
+            return function(*args, **(kwargs or {}))
+
+    logits = []
+    with torch.no_grad():
+        for one in (stock, model):
+            cache = DynamicCache()
+            one(input_ids=ids[:, :5], attention_mask=visible[:, :, :5, :5], **{CACHE_NAME: cache})
+            with Watch() if one is model else contextlib.nullcontext():
+                output = one(
+                    input_ids=ids[:, 5:],
+                    position_ids=torch.arange(5, 9).expand(3, 4),
+                    attention_mask=visible[:, :, 5:],
+                    **{CACHE_NAME: cache},
+                )
+            logits.append(output.logits)
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-10, atol=1e-10)
+    assert shapes == [((2, 8), 2)] * 2  # two heads of each key head, four positions each
