@@ -72,8 +72,8 @@ torture: $(VENV)/.dev ## kills, signals, faults, full disks, hostile records: hu
 	TORTURE=1 $(BIN)/pytest -s tests/processes/test_torture.py
 	ENGINE_STEPS=50 TORTURE=1 $(BIN)/pytest tests/processes/test_engines.py -k every_engine
 	TORTURE=1 $(BIN)/pytest -m torture --ignore tests/processes/test_torture.py -k "not every_engine"
-	FUZZ_SCALE=20 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py tests/test_vqa_accuracy.py \
-		-k "any_json or mutated or largest or any_string or protocols_are"
+	FUZZ_SCALE=40 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py tests/test_vqa_accuracy.py \
+		-k "any_json or any_question or mutated or largest or any_string or protocols_are"
 
 upstream: $(VENV)/.upstream ## other projects on ours: lmms-eval's metrics and client; Transformers' LlavaNext tests, TRANSFORMERS=DIR a checkout of it
 	$(PIP) --no-deps --target $(VENV)/upstream --upgrade $(LMMS_EVAL)

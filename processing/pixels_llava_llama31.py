@@ -1,14 +1,13 @@
 """The one way from an encoded or opened image to the pixels that the model sees, in training and in use.
 
-Only numpy and PIL: the data check decodes millions of images and must not load torch.
+Only PIL: the data check decodes millions of images in processes that must start soon.
 
 Shapes: H W the height and width of an image in pixels.
 """
 
 from typing import cast
 
-import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 
 _ORIENTATION_TAG = 0x0112
@@ -76,9 +75,14 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _sixteen_bit_grey(image: Image.Image) -> Image.Image:
     """RGB of the upper 8 bits; the one level that is marked as transparent is white."""
-    levels = np.asarray(image)
-    shades = (levels >> 8).astype(np.uint8)
+    levels = image.tobytes()
+    upper_first = Image.new(image.mode, (1, 1), 1).tobytes() == b"\0\1"
+    shades, rests = (Image.frombytes("L", image.size, levels[first::2]) for first in (not upper_first, upper_first))
     transparent = image.info.get("transparency")
     if transparent is not None:
-        shades[levels == transparent] = 255
-    return Image.fromarray(shades).convert("RGB")
+        of_shade, of_rest = (
+            band.point([255 * (level == wanted) for level in range(256)])
+            for band, wanted in zip((shades, rests), divmod(transparent, 256), strict=True)
+        )
+        shades.paste(255, mask=ImageChops.darker(of_shade, of_rest))
+    return shades.convert("RGB")

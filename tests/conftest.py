@@ -1,4 +1,10 @@
-"""Tiny models, processors and images, made offline."""
+"""Tiny models, processors and images, made offline.
+
+torch, Transformers and this package are imported where they are used: the first process of xdist, for which all others
+wait, runs no test.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import copy
@@ -12,10 +18,13 @@ import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+# no test talks to a host that has a certificate, and reading the machine's 140 of them takes each HTTP client 50 ms
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = str(Path(__file__).with_name("quick_start"))
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: their threads would wait for each other's cores
     os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -24,26 +33,16 @@ import early_settings  # noqa: F401  # before all that is large
 import numpy as np
 import psutil
 import pytest
-import torch
 import yaml
 from chromium import started
 from hypothesis import HealthCheck, settings
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llava_llama31 import LlavaLlama31Config, LlavaLlama31ForConditionalGeneration
-from llava_llama31.processing import CHAT_TOKENS, STOP_TOKENS, build_processor
-from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.costs.matrix_peak import measure_cpu_speed
-from llava_llama31.trainer.data.batches.collator import Collator, Sample
+
+if TYPE_CHECKING:
+    from transformers import LlavaNextForConditionalGeneration, PreTrainedTokenizerFast
+
+    from llava_llama31 import LlavaLlama31ForConditionalGeneration
 
 
 # how long an example takes depends on what else the machine does, and proves nothing
@@ -99,6 +98,11 @@ PINPOINTS = [[28, 56], [56, 28], [56, 56], [28, 84], [84, 28]]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from llava_llama31.processing import CHAT_TOKENS
+
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -120,6 +124,8 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def processor():
+    from llava_llama31.processing import build_processor
+
     return build_processor(
         make_tokenizer(),
         image_size=TILE,
@@ -132,6 +138,11 @@ def processor():
 
 @pytest.fixture(scope="session")
 def pristine_config(processor):
+    from transformers import CLIPVisionConfig, LlamaConfig
+
+    from llava_llama31 import LlavaLlama31Config
+    from llava_llama31.processing import STOP_TOKENS
+
     stop_ids = processor.tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
     text = LlamaConfig(
         vocab_size=448,
@@ -171,6 +182,10 @@ def tiny_config(pristine_config):
 
 @pytest.fixture
 def tiny_model(tiny_config):
+    import torch
+
+    from llava_llama31 import LlavaLlama31ForConditionalGeneration
+
     torch.manual_seed(0)
     model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True)
     model.generation_config.eos_token_id = list(tiny_config.text_config.eos_token_id)
@@ -181,6 +196,9 @@ def tiny_model(tiny_config):
 @pytest.fixture(scope="session")
 def make_stock():
     """Stock LlavaNext in float64 with a model's weights; its norms, which stock rounds to float32, are exact."""
+    import torch
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     class ExactNorm(LlamaRMSNorm):
         def forward(self, hidden):
@@ -209,6 +227,10 @@ def make_image():
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory, pristine_config, processor):
     """A checkpoint to train from, as `assemble` would leave it."""
+    import torch
+
+    from llava_llama31 import LlavaLlama31ForConditionalGeneration
+
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     tiny_config = copy.deepcopy(pristine_config)
@@ -223,6 +245,8 @@ def base_folder(tmp_path_factory, pristine_config, processor):
 @pytest.fixture(scope="session")
 def lively_folder(tmp_path_factory, base_folder) -> Path:
     """A checkpoint with larger random weights than a fresh one's, so that its answers differ in length and content."""
+    import torch
+
     from llava_llama31.trainer.model.opening import open_model
 
     folder = tmp_path_factory.mktemp("lively")
@@ -239,6 +263,8 @@ def lively_folder(tmp_path_factory, base_folder) -> Path:
 @pytest.fixture
 def lively_model(tiny_model):
     """Answers of differing length and content: larger random weights, and stop ids that it really reaches."""
+    import torch
+
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in tiny_model.parameters():
@@ -337,13 +363,23 @@ def adopted_orphans() -> None:
         ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
 
+def children() -> set[psutil.Process]:
+    """Of this process; looking at all processes of the machine is left out where one call says that it has none."""
+    if sys.platform == "linux":
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return set()
+    return set(psutil.Process().children())
+
+
 def leftovers(before: set[psutil.Process]) -> set[psutil.Process]:
     """Children of this process that are not among those `before`, and all that they started.
 
     What a child of `before` starts is its own: a browser that serves many tests opens a renderer when it likes.
     """
     left = set()
-    for child in set(psutil.Process().children()) - before:
+    for child in children() - before:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
             # multiprocessing keeps a fork server and a resource tracker for later tests
             if "from multiprocessing" not in " ".join(child.cmdline()):
@@ -354,13 +390,13 @@ def leftovers(before: set[psutil.Process]) -> set[psutil.Process]:
 @pytest.fixture(autouse=True)
 def no_process_is_left(adopted_orphans) -> Iterator[None]:
     """What a test started ends with it, after a timeout too."""
-    before = set(psutil.Process().children())
+    before = children()
     yield
-    left = leftovers(before)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=10)
+    if left := leftovers(before):
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=10)
 
 
 @pytest.fixture(scope="session")
@@ -399,6 +435,8 @@ def own_cache(tmp_path_factory, shared_folder, monkeypatch):
 @pytest.fixture(scope="session")
 def fast_bfloat16() -> None:
     """For tests whose recipe insists on bfloat16, which `train` refuses on a CPU that emulates it."""
+    from llava_llama31.trainer.costs.matrix_peak import measure_cpu_speed
+
     if (speed := measure_cpu_speed()).is_slow_in_bfloat16:
         pytest.skip(str(speed))
 
@@ -406,6 +444,7 @@ def fast_bfloat16() -> None:
 @pytest.fixture
 def run_recipe(short_runs):
     """Train in this process, with these keys in all stages; returns the run's folder."""
+    from llava_llama31.trainer.cli import main
 
     def run(content: dict, folder: Path, **keys) -> Path:
         for stage in content["stages"].values():
@@ -467,6 +506,10 @@ ROWS = [
 
 @pytest.fixture
 def samples(processor, make_image):
+    import torch
+
+    from llava_llama31.trainer.data.batches.collator import Sample
+
     def sample(number):
         name, messages = ROWS[number]
         sizes = IMAGES[name]
@@ -488,6 +531,8 @@ def samples(processor, make_image):
 
 @pytest.fixture
 def collate(processor):
+    from llava_llama31.trainer.data.batches.collator import Collator
+
     def collate(samples, **options):
         return Collator(processor.tokenizer.pad_token_id, processor.image_token_id, **options)(samples)
 

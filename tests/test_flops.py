@@ -156,8 +156,16 @@ def test_key_heads_are_counted_once_and_heads_may_be_wider_than_the_model(
 
 
 @pytest.mark.parametrize("feature_layer", [-1, 1, [-3, -2]], ids=str)
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
-@pytest.mark.parametrize("swiglu", [None, False, True], ids=["clip", "dinov2", "dinov2 with SwiGLU"])
+@pytest.mark.parametrize(
+    ("swiglu", "checkpointing"),
+    [
+        (None, True),
+        (False, True),
+        *(pytest.param(*pair, marks=pytest.mark.torture) for pair in [(True, True), (None, False), (False, False)]),
+        (True, False),
+    ],
+    ids=str,
+)
 def test_tower_is_counted_up_to_the_layer_that_is_read(tiny_config, make_batch, feature_layer, checkpointing, swiglu):
     tiny_config.vision_feature_layer = feature_layer
     if swiglu is not None:
@@ -189,8 +197,16 @@ def test_text_only_rows(tiny_config, make_batch, checkpointing):
     assert_equal_to_pytorch(build(tiny_config, trainable, checkpointing), batch, flops)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
-@pytest.mark.parametrize("trainable", [("language_model",), ("multi_modal_projector", "language_model")], ids=str)
+@pytest.mark.parametrize(
+    ("trainable", "checkpointing"),
+    [
+        (("language_model",), False),
+        (("multi_modal_projector", "language_model"), True),
+        pytest.param(("language_model",), True, marks=pytest.mark.torture),
+        pytest.param(("multi_modal_projector", "language_model"), False, marks=pytest.mark.torture),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "targets",
     [["q_proj", "v_proj"], ["k_proj"], ["o_proj"], ["up_proj"], ["q_proj", "gate_proj", "down_proj"]],
@@ -210,9 +226,16 @@ def test_adapters(tiny_config, make_batch, targets, trainable, checkpointing):
     assert_equal_to_pytorch(model.train(), batch, flops)
 
 
-@pytest.mark.parametrize("checkpointing", [0, 2], ids=["", "every second layer checkpointed"])
 @pytest.mark.parametrize("groups", [("vision_tower",), ("multi_modal_projector",), GROUPS], ids=str)
-@pytest.mark.parametrize("vision", ["clip", "dinov2"])
+@pytest.mark.parametrize(
+    ("vision", "checkpointing"),
+    [
+        ("clip", 2),
+        ("dinov2", 0),
+        *(pytest.param(*pair, marks=pytest.mark.torture) for pair in [("clip", 0), ("dinov2", 2)]),
+    ],
+    ids=str,
+)
 def test_adapters_on_tower_and_projector(tiny_config, make_batch, vision, groups, checkpointing):
     """Groups beside the adapted ones are frozen, or trained whole."""
     if vision == "dinov2":

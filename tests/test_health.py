@@ -166,7 +166,7 @@ def naive_spike(value: float, before: list[float]) -> bool:
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.integers(0, 2**32), st.integers(0, 250))
 def test_a_resumed_judgement_is_the_same_as_an_uninterrupted_one(seed, cut):
     rng = random.Random(seed)
@@ -211,7 +211,9 @@ def test_deepspeed_can_not_skip_and_says_so(recipe_content, key):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.torture)]
+)
 def test_a_signal_outside_of_training_stops_at_once(train, monkeypatch, capsys, number):
     from llava_llama31.trainer.runs import stage as stages
 
@@ -300,7 +302,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(train, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [1000, 20_000, 60_000])
+@pytest.mark.parametrize("limit", [1000, 60_000, pytest.param(20_000, marks=pytest.mark.torture)])
 def test_a_disk_that_gets_full_in_a_save_leaves_the_former_checkpoint(train, monkeypatch, capsys, limit):
     original = LlavaTrainer._save_checkpoint
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -492,6 +492,7 @@ def test_only_a_plain_question_reaches_the_code(question):
 
 
 @pytest.mark.slow
+@pytest.mark.torture
 def test_the_code_runs_in_a_process_without_this_package(processor, tiny_model, make_image, tmp_path):
     folder = tmp_path / "tiny-model"
     tiny_model.save_pretrained(folder)

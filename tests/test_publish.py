@@ -27,6 +27,18 @@ DOORS = Doors("0" * 64, [{"question": "what?", "answer": "that"}])
 # every kind of call of a first publication
 KINDS = ["whoami", "validate_yaml", "model_info", "create_repo", "tree", "discussions", "preupload", "lfs_batch"]
 KINDS += ["lfs_upload", "lfs_verify", "commit", "merge", "tag", "settings", "collection", "collection_item"]
+# every fault at a call of the Hub's API, at one of its storage and at the last that changes the repository; at each
+# other kind of call one that is tried again, one that is not and a lost answer, and the others in torture
+SEVERE = ("commit", "lfs_upload", "tag")
+FAULTS_AT_KINDS = [
+    pytest.param(
+        kind,
+        fault,
+        marks=[pytest.mark.torture] * (kind not in SEVERE and fault not in (500, 403, "lost")),
+    )
+    for kind in KINDS
+    for fault in FAULTS
+]
 DROPPED_OR_IN_TORTURE = [pytest.param(fault, marks=[pytest.mark.torture] * (fault != "drop")) for fault in FAULTS]
 PASSING = (429, 500, 503, 412, "drop", "slow", "lost")
 
@@ -75,8 +87,7 @@ def test_a_first_publication_and_a_second_of_the_same(hub, release):
     assert_published(hub, release)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "fault"), FAULTS_AT_KINDS)
 def test_a_fault_at_each_call(hub, release, caplog, kind, fault):
     hub.faults.append((kind, fault))
     try:

@@ -425,6 +425,7 @@ def test_code_against_the_law(source):
 
 
 @pytest.mark.slow
+@pytest.mark.torture
 def test_doors_give_the_same_logits_and_answers(exported):
     with empty_cache() as cache:
         opened = open_doors(exported / "llama", cache)

@@ -238,14 +238,13 @@ def passes(stage: Stage, rows: StageRows, order: BatchOrder, steps: int, num_dev
     batches, whole = _chosen_batches(order, steps)
     counted = not rows.assumed
     totals = np.zeros((2, len(_FIELDS)), np.float64)
-    tokens, worst = 0, [0.0] * len(_FIELDS)
+    tokens, worst = 0, np.zeros(len(_FIELDS))
     for batch in batches:
         tokens += int(order.lengths.num_tokens[batch].sum())
-        for micro in ranks.micro_batches(batch):
-            if micro:
-                found = _measure(micro, rows, order, stage.packing)
-                totals[int(found[_TILES] == 0)] += found
-                worst = max(worst, found, key=lambda measured: measured[_TOKENS])
+        found = _measure([micro for micro in ranks.micro_batches(batch) if micro], rows, order, stage.packing)
+        has_images = found[:, _TILES] > 0
+        totals += found[has_images].sum(axis=0), found[~has_images].sum(axis=0)
+        worst = max(worst, found[found[:, _TOKENS].argmax()], key=lambda measured: measured[_TOKENS])
     scale = steps / len(batches)
     with_images, without = (np.round(total * scale).astype(np.int64) for total in totals)
     return Passes(
@@ -291,31 +290,38 @@ _FIELDS = (*Work.__dataclass_fields__, "num_keys")
 _TILES, _TOKENS, _KEYS = 0, 2, len(_FIELDS) - 1
 
 
-def _measure(micro: list[int], rows: StageRows, order: BatchOrder, packed: bool) -> list[float]:
-    """A micro-batch's Work, and its keys; supervised tokens are taken to be the last ones of their sample."""
+def _measure(micro_batches: list[list[int]], rows: StageRows, order: BatchOrder, packed: bool) -> np.ndarray:
+    """Of each micro-batch its Work, and its keys; supervised tokens are taken to be the last ones of their sample.
+
+    A step's at once: a plan goes through a million micro-batches, and arrays of eight samples are slower than numbers.
+    """
+    shares = packed and order.share_prefix > 1
+    units = [order.units(np.array(micro)) if shares else [[index] for index in micro] for micro in micro_batches]
+    sizes = np.array([len(unit) for micro in units for unit in micro])
+    index = np.array([index for micro in units for unit in micro for index in unit])
+    # where each unit begins among the samples, and each micro-batch among the units and among the samples
+    begins, of_units, of_samples = (_begins(x) for x in (sizes, [*map(len, units)], [*map(len, micro_batches)]))
+    first = index[begins]
     lengths = rows.lengths
-    if not packed:
-        longest = int(lengths.num_tokens[micro].max())
-        trees = [(0, [longest], [index]) for index in micro]
-    else:
-        trees = []
-        for unit in order.units(np.array(micro)):
-            trunk = int(lengths.num_prefix_tokens[unit[0]]) if len(unit) > 1 else 0
-            trees.append((trunk, [int(lengths.num_tokens[i]) - trunk for i in unit], unit))
-    # plain numbers: arrays of eight are ten times as slow, and a plan goes through a million micro-batches
-    tiles = features = tokens = pairs = keys = supervised = learnt_pairs = 0.0
-    for trunk, branches, unit in trees:
-        tiles += float(rows.num_tiles[unit[0]])
-        features += float(rows.num_features[unit[0]])
-        tokens += trunk + sum(branches)
-        pairs += trunk * (trunk + 1) / 2
-        keys += trunk * (len(branches) + 1) + sum(branches)
-        for length, index in zip(branches, unit, strict=True):
-            learnt = min(int(lengths.num_supervised_tokens[index]), length)
-            pairs += trunk * length + length * (length + 1) / 2
-            supervised += learnt
-            learnt_pairs += learnt * (trunk + length) - learnt * (learnt - 1) / 2
-    return [tiles, features, tokens, pairs, supervised, supervised, learnt_pairs, supervised, keys]
+    trunk = np.where(sizes > 1, lengths.num_prefix_tokens[first], 0).astype(np.float64)
+    before = np.repeat(trunk, sizes)
+    length = lengths.num_tokens[index] - before
+    if not packed:  # padded to the longest
+        length = np.repeat(np.maximum.reduceat(length, of_samples), [*map(len, micro_batches)])
+    learnt = np.minimum(lengths.num_supervised_tokens[index], length)
+    pairs = before * length + length * (length + 1) / 2
+    learnt_pairs = learnt * (before + length) - learnt * (learnt - 1) / 2
+    samples = [np.add.reduceat(x, of_samples) for x in (length, pairs, learnt, learnt_pairs)]
+    parts = rows.num_tiles[first], rows.num_features[first], trunk, trunk * (trunk + 1) / 2, trunk * (sizes + 1)
+    tiles, features, *trunks = (np.add.reduceat(x.astype(np.float64), of_units) for x in parts)
+    tokens, pairs, supervised, learnt_pairs = samples
+    fields = tiles, features, tokens + trunks[0], pairs + trunks[1], supervised, supervised, learnt_pairs, supervised
+    return np.stack([*fields, tokens + trunks[2]], axis=1)
+
+
+def _begins(sizes: np.ndarray | list[int]) -> np.ndarray:
+    """Where each of parts of these sizes begins."""
+    return np.cumsum(sizes) - sizes
 
 
 def _work(total: np.ndarray) -> Work:

@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,14 +137,15 @@ class BatchOrder:
             longest = max(units, key=len)
             units.remove(longest)
             units += [longest[: len(longest) // 2], longest[len(longest) // 2 :]]
-        costs = [self.row_length(unit) for unit in units]
+        length_of = self._length_of(batch)
+        costs = [length_of(unit) for unit in units]
         heap = [(0, row) for row in range(num_rows)]
         rows: list[list[int]] = [[] for _ in heap]
         for unit in sorted(range(len(units)), key=lambda unit: -costs[unit]):
             length, row = heapq.heappop(heap)
             rows[row] += units[unit]
             heapq.heappush(heap, (length + costs[unit], row))
-        return sorted(rows, key=self.row_length, reverse=True)
+        return sorted(rows, key=length_of, reverse=True)
 
     def units(self, batch: np.ndarray) -> list[list[int]]:
         """Samples of a batch that stand side by side with equal prefixes."""
@@ -163,14 +164,28 @@ class BatchOrder:
 
     def row_length(self, row: list[int]) -> int:
         """Tokens of a packed row; a prefix counts once."""
-        lengths = self.lengths
-        if len(row) == 1:
-            return int(lengths.num_tokens[row[0]])
-        total = int(lengths.num_tokens[row].sum())
-        if self.share_prefix > 1:
-            for unit in self.units(np.array(row)):
-                total -= (len(unit) - 1) * int(lengths.num_prefix_tokens[unit[0]])
-        return total
+        return self._length_of(np.array(row))(row)
+
+    def _length_of(self, batch: np.ndarray) -> Callable[[list[int]], int]:
+        """`row_length` of rows of these samples, by plain numbers: reading an array's one by one is slow."""
+        lengths, most = self.lengths, self.share_prefix
+        columns = lengths.num_tokens[batch], lengths.prefixes[batch], lengths.num_prefix_tokens[batch]
+        samples = dict(zip(batch.tolist(), zip(*(column.tolist() for column in columns), strict=True), strict=True))
+
+        def length(row: list[int]) -> int:
+            total = before = num_sharing = shared = 0
+            for index in row:
+                tokens, key, prefix = samples[index]
+                if key and key == before and num_sharing < most:
+                    num_sharing += 1
+                    total -= shared
+                else:
+                    num_sharing, shared = 1, prefix
+                total += tokens
+                before = key
+            return total
+
+        return length
 
 
 class RankBatches:

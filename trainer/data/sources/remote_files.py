@@ -5,7 +5,6 @@ store give endpoints and credentials, never a recipe. What was read is kept on d
 user's cache folder, up to `LLAVA_LLAMA31_REMOTE_CACHE_GB` (10^9 bytes, default 10; 0: nothing); the oldest goes first.
 """
 
-import asyncio
 import hashlib
 import logging
 import os
@@ -311,7 +310,7 @@ def _in_words(error: Exception) -> str:
         return f"the server answers {error.status} {error.message}".strip()
     if isinstance(error, aiohttp.ClientPayloadError):
         return "the connection ended before the file did"
-    if isinstance(error, asyncio.TimeoutError):
+    if isinstance(error, TimeoutError):
         return "no answer in time"
     return redacted(str(error) if isinstance(error, OSError) and str(error) else f"{type(error).__name__}: {error}")
 
