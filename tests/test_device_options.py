@@ -239,7 +239,7 @@ def run(tmp_path, content, output):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bf16"])
+@pytest.mark.parametrize("name", ["adamw_8bit", pytest.param("adamw_bf16", marks=pytest.mark.torture)])
 def test_a_stage_with_a_low_bit_optimizer_resumes_with_the_same_bits(tmp_path, recipe_content, name, monkeypatch):
     if name == "adamw_8bit":
         pytest.importorskip("torchao")
