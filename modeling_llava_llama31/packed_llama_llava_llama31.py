@@ -477,9 +477,7 @@ class LlavaLlama31Attention(LlamaAttention):
         """Rotated keys and values (1, key heads, S, head size) of (1, S, D)."""
         return _Rotary.apply(self._heads(self.k_proj(hidden)), *positions), self._heads(self.v_proj(hidden))
 
-    def cached(
-        self, hidden: torch.Tensor, positions: Positions, visible: torch.Tensor, cache: Cache
-    ) -> torch.Tensor:
+    def cached(self, hidden: torch.Tensor, positions: Positions, visible: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Input of the output projection (B, Q, H x head size) of new positions (B, Q, D) that see cached ones.
 
         The query heads of a key head stand one below the other, as more queries: stock repeats keys and values for
