@@ -157,6 +157,7 @@ def ask_one_by_one(folder: Path, dtype):
 
 
 def ask_together(folder: Path, dtype, batch_size: int, batch_invariant: bool):
+    from llava_llama31.trainer.distributed.devices import keep_freed_memory
     from llava_llama31.trainer.evaluation.questions import load_questions
     from llava_llama31.trainer.evaluation.settings import EvaluationSettings
     from llava_llama31.trainer.evaluation.textvqa import evaluate
@@ -164,6 +165,7 @@ def ask_together(folder: Path, dtype, batch_size: int, batch_invariant: bool):
 
     model, processor = open_model(folder / "model", dtype=str(dtype).removeprefix("torch."))
     questions = load_questions(folder / "questions.jsonl")
+    keep_freed_memory()  # as the command does
 
     def ask(limit):
         with tempfile.TemporaryDirectory() as output:

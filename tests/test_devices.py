@@ -1,6 +1,9 @@
 """Which device a command computes on: torch's accelerator of whatever make, never the CPU by mistake."""
 
 import ast
+import os
+import platform
+import resource
 import types
 from pathlib import Path
 
@@ -110,3 +113,23 @@ def test_processes_may_import_torch_before_they_have_to_answer(monkeypatch):
     monkeypatch.setattr(gathering.checks, "check_communication", lambda backend, outcomes: [])
     gathering._check_nccl(Path("unused"))
     assert limits and min(*limits, doctor._RANKS_SECONDS) >= 120
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's options")
+def test_memory_that_tensors_give_back_is_kept_for_the_next():
+    def faults() -> int:
+        for _ in range(2):
+            tensors = [torch.zeros(4_000_000) for _ in range(4)]
+            tensors.clear()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            tensors = [torch.zeros(4_000_000) for _ in range(4)]
+            tensors.clear()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    child = os.fork()  # the setting is the process's
+    if child == 0:
+        before = faults()
+        devices.keep_freed_memory()
+        os._exit(0 if faults() * 10 < before else 1)
+    assert os.waitpid(child, 0)[1] == 0

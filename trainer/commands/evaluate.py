@@ -205,7 +205,7 @@ def _open(options: argparse.Namespace, processes: "PartialState | None") -> _Ope
     with quick_imports():
         import transformers
 
-        from llava_llama31.trainer.distributed.devices import refuse_unused_gpus
+        from llava_llama31.trainer.distributed.devices import keep_freed_memory, refuse_unused_gpus
         from llava_llama31.trainer.evaluation.precision import answers_in_float32
         from llava_llama31.trainer.evaluation.textvqa import weights_revision
         from llava_llama31.trainer.model.opening import open_model
@@ -217,6 +217,8 @@ def _open(options: argparse.Namespace, processes: "PartialState | None") -> _Ope
     model, processor = open_model(folder, dtype=options.dtype, device=device)
     if _of_first(lambda: answers_in_float32(model, _say, insists=options.dtype != "auto"), processes):
         model = model.float()
+    if model.device.type == "cpu":
+        keep_freed_memory()
     return _Opened(model, processor, weights_revision(folder) or "unknown")
 
 
