@@ -855,7 +855,10 @@ class LlavaLlama31DecoderLayer(LlamaDecoderLayer):
         attention = self.self_attn
         if self.training or attention_mask is None or attention.num_key_value_groups == 1:
             return False
-        return attention.config._attn_implementation == "sdpa" and attention_mask.dtype == torch.bool
+        is_of_all_heads = attention_mask.dim() == 4 and attention_mask.shape[1] == 1
+        return (
+            attention.config._attn_implementation == "sdpa" and attention_mask.dtype == torch.bool and is_of_all_heads
+        )
 
 
 class TokenWise(NamedTuple):
