@@ -268,3 +268,16 @@ def test_heads_that_share_keys_read_them_once(tiny_config, make_stock):
             logits.append(output.logits)
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-10, atol=1e-10)
     assert shapes == [((2, 8), 2)] * 2  # two heads of each key head, four positions each
+
+
+def test_a_mask_that_differs_from_head_to_head_is_stocks(tiny_config, make_stock):
+    torch.manual_seed(0)
+    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True).double().eval()
+    visible = torch.ones(2, 4, 6, 6, dtype=torch.bool).tril()
+    visible[:, 1, 3:, 1] = False
+    asked = {"input_ids": torch.randint(0, 300, (2, 6)), "attention_mask": visible}
+    with torch.no_grad():
+        logits, expected = (
+            one(**asked, **{CACHE_NAME: DynamicCache()}).logits for one in (model, make_stock(model).eval())
+        )
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
