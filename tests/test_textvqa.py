@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedTokenizerFast
 
 from llava_llama31.trainer.cli import command_parser
@@ -160,16 +160,16 @@ def test_batch_invariant_answers_are_the_same_bits_in_bfloat16(lively_model, pro
     assert set(bits["1"]) == set(bits["16"]) == set(bits["s"])
 
 
-class HostReads(TorchDispatchMode):
+class HostReads(TorchFunctionMode):
     """Counts the operations that make a host wait for its device."""
 
     def __init__(self):
         super().__init__()
         self.num_reads = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        self.num_reads += func in waits
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        waits = ("tolist", "item", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+        self.num_reads += func.__name__ in waits
         return func(*args, **(kwargs or {}))
 
 
@@ -206,21 +206,50 @@ def test_each_image_is_encoded_once(lively_model, processor, questions, tmp_path
     handle.remove()
 
 
+def test_rows_that_stay_fill_the_places_of_those_that_leave():
+    assert generation._close_gaps([True] * 3) == [0, 1, 2]
+    assert generation._close_gaps([False] * 3) == []
+    assert generation._close_gaps([True, True, False, False]) == [0, 1]
+    assert generation._close_gaps([False, True, False, True, True, False, True]) == [6, 1, 4, 3]
+
+
 # Transformers' eager attention takes its softmax in float32
 @pytest.mark.parametrize(("attention", "tolerance"), [("sdpa", 1e-10), ("eager", 1e-5)])
-def test_branches_equal_rows_of_their_own(lively_model, processor, questions, attention, tolerance):
-    """Logits of shared prefixes, padding and all, against a forward pass over each whole row; float64."""
+@pytest.mark.parametrize("steps_between_syncs", [1, generation.STEPS_BETWEEN_SYNCS])
+def test_branches_equal_rows_of_their_own(
+    lively_model, processor, questions, monkeypatch, attention, tolerance, steps_between_syncs
+):
+    """Logits of shared prefixes, padding, rows that moved and all, against a forward pass over each row; float64."""
     model = lively_model.double()
     model.set_attn_implementation(attention)
-    answerer = GreedyAnswerer(model, processor, max_new_tokens=5)
+    model.generation_config.eos_token_id = list(range(200, 448, 3))
+    answerer = GreedyAnswerer(model, processor, max_new_tokens=9)
+    answerer._steps_between_syncs = steps_between_syncs
     prompts = [prompt_for(answerer, question) for question in (*questions[:5], questions[25])]
     prompts.append(answerer.prompt([{"role": "user", "content": "no image"}]))
-    seen = []
-    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[:, -1]))
+    rows, steps, num_rows = list(range(len(prompts))), [[] for _ in prompts], []
+
+    def record(module, args, output):  # the head does not run over prefixes
+        num_rows.append(len(output))
+        for row, logits in zip(rows, output[:, -1], strict=True):
+            steps[row].append(logits)
+
+    close_gaps = generation._close_gaps
+
+    def closed(kept):
+        places = close_gaps(kept)
+        rows[:] = [rows[place] for place in places]
+        return places
+
+    monkeypatch.setattr(generation, "_close_gaps", closed)
+    handle = model.lm_head.register_forward_hook(record)
     answers = answerer.answer(prompts)
     handle.remove()
-    steps = torch.stack(seen, dim=1)  # the head does not run over prefixes
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+    assert len(set(num_rows)) > 1 and num_rows == sorted(num_rows, reverse=True)
+    if steps_between_syncs == 1:  # no row is computed once its answer has ended
+        assert len(set(num_rows)) > 2
+        assert num_rows == [sum(len(answer) > step for answer in answers) for step in range(max(map(len, answers)))]
+    for logits, prompt, answer in zip(steps, prompts, answers, strict=True):
         ids = torch.tensor([prompt.input_ids + answer])
         images = {}
         if prompt.tiles:
@@ -228,7 +257,7 @@ def test_branches_equal_rows_of_their_own(lively_model, processor, questions, at
             images = {"pixel_values": tiles, "image_sizes": torch.tensor(prompt.image_sizes)}
         with torch.no_grad():
             whole = model(input_ids=ids, use_cache=True, **images).logits[0, len(prompt.input_ids) - 1 : -1]
-        assert torch.allclose(steps[row, : len(answer)], whole, rtol=0, atol=tolerance)
+        assert torch.allclose(torch.stack(logits[: len(answer)]), whole, rtol=0, atol=tolerance)
 
 
 def prompt_of(question):

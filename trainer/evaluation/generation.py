@@ -9,7 +9,7 @@ Shapes: B rows, P positions of the longest prefix, S of the longest question, N 
 pixels.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -125,7 +125,6 @@ class GreedyAnswerer:
         # ranks of a sharded model must call it equally often, whatever each of them reads out of its numbers
         self.in_step = forward is not None
         self._encodes_llama31 = all(token in vocabulary for token in CHAT_TOKENS)
-        self._stop = torch.tensor(self.stop_ids, device=model.device)
         # a GPU is asked now and then: each question makes the host wait
         self._steps_between_syncs = STEPS_BETWEEN_SYNCS if model.device.type != "cpu" else 1
         self._prefixes = prefixes or Prefixes()
@@ -241,20 +240,33 @@ class GreedyAnswerer:
             yield int(token_id)
 
     def _branches(self, prompts: Sequence[Prompt], prefixes: Sequence[DynamicCache]) -> list[list[int]]:
-        """Answers of prompts whose prefixes have been read."""
-        finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.model.device)
-        answers: list[torch.Tensor] = []
-        for step, token_ids in enumerate(self._steps(prompts, prefixes, most_likely)):
-            answers.append(token_ids)
-            finished |= torch.isin(token_ids, self._stop)
-            if self._is_done(finished, step):
+        """Answers of prompts whose prefixes have been read; a row whose answer has ended leaves the batch."""
+        answers: list[list[int]] = [[] for _ in prompts]
+        rows = list(range(len(prompts)))  # the prompt of each row
+        chosen: list[torch.Tensor] = []  # ids that the host has not read yet
+        kept: list[int] | None = None
+        steps = self._steps(prompts, prefixes, most_likely)
+        for step in range(1, self.max_new_tokens + 1):
+            chosen.append(steps.send(kept))
+            kept = None
+            if step < self.max_new_tokens and (self.in_step or step % self._steps_between_syncs):
+                continue
+            for row, ids in zip(rows, torch.stack(chosen, dim=1).tolist(), strict=True):
+                answers[row] = self._until_stop(answers[row] + ids)
+            chosen = []
+            kept = _close_gaps([answers[row][-1] not in self.stop_ids for row in rows])
+            rows = [rows[place] for place in kept]
+            if not rows:
                 break
-        return [self._until_stop(row) for row in torch.stack(answers, dim=1).tolist()]
+        return answers
 
     def _steps(
         self, prompts: Sequence[Prompt], prefixes: Sequence[DynamicCache], choose: Choice
-    ) -> Iterator[torch.Tensor]:
-        """The next ids (B,) of every row, N times: columns of P prefix, S question and N new positions."""
+    ) -> Generator[torch.Tensor, list[int] | None, None]:
+        """The next ids (B,) of every row, N times: columns of P prefix, S question and N new positions.
+
+        Sent the places of rows, it continues with these, in their order.
+        """
         device = self.model.device
         past = [cache.get_seq_length() for cache in prefixes]
         questions = [prompt.input_ids[length:] for prompt, length in zip(prompts, past, strict=True)]
@@ -268,7 +280,7 @@ class GreedyAnswerer:
             position_ids[row, start:] = torch.arange(length, length + len(ids))
             visible[row, length : num_past + start] = False
         input_ids, position_ids, visible = (to_device(x, device) for x in (input_ids, position_ids, visible))
-        cache = _fork(prefixes, num_past, num_asked + self.max_new_tokens)
+        cache = _BranchCache(prefixes, num_past, num_asked + self.max_new_tokens)
         for step in range(self.max_new_tokens):
             num_keys = num_past + num_asked + step
             output = self._forward(
@@ -280,8 +292,13 @@ class GreedyAnswerer:
                 **{CACHE_NAME: cache},
             )
             token_ids = choose(output.logits[:, -1].float())
-            yield token_ids
-            input_ids, position_ids = token_ids[:, None], position_ids[:, -1:] + 1
+            position_ids = position_ids[:, -1:] + 1
+            kept = yield token_ids
+            if kept is not None and len(kept) < len(token_ids):
+                cache.keep(kept)
+                places = to_device(kept, device)
+                token_ids, position_ids, visible = (x[places] for x in (token_ids, position_ids, visible))
+            input_ids = token_ids[:, None]
 
     def _mask(self, visible: torch.Tensor, num_queries: int) -> torch.Tensor:
         """Attention mask of the last `num_queries` columns: (B, 1, queries, keys), or (B, keys) for other backends.
@@ -293,11 +310,6 @@ class GreedyAnswerer:
         num_keys = visible.shape[1]
         causal = torch.ones((num_queries, num_keys), dtype=torch.bool, device=visible.device)
         return visible[:, None, None] & causal.tril(num_keys - num_queries)
-
-    def _is_done(self, finished: torch.Tensor, step: int) -> bool:
-        if self.in_step or (step + 1) % self._steps_between_syncs:
-            return False
-        return bool(finished.all())
 
     def _until_stop(self, token_ids: list[int]) -> list[int]:
         for position, token_id in enumerate(token_ids):
@@ -349,18 +361,42 @@ class _BranchLayer(DynamicLayer):
         self._keys[:, :, start:end], self._values[:, :, start:end] = key_states, value_states
         return self._grow_to(end)
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """`_BranchCache.keep`, in place: each row comes from behind all that are kept, or stays."""
+        for kept in (self._keys, self._values):
+            for place, row in enumerate(rows):
+                if place != row:
+                    kept[place, :, : self._length] = kept[row, :, : self._length]
+        self._keys, self._values = self._keys[: len(rows)], self._values[: len(rows)]
+        self._grow_to(self._length)
+
     def _grow_to(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._length = length
         self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
         return self.keys, self.values
 
 
-def _fork(prefixes: Sequence[DynamicCache], num_past: int, room: int) -> Cache:
+class _BranchCache(Cache):
     """One row per prefix, each padded on the right to `num_past` positions, with room for more."""
-    layers: Any = zip(*(cache.layers for cache in prefixes), strict=True)
-    return Cache(
-        layers=[_BranchLayer([(layer.keys, layer.values) for layer in row], num_past, room) for row in layers]
-    )
+
+    def __init__(self, prefixes: Sequence[DynamicCache], num_past: int, room: int):
+        layers: Any = zip(*(cache.layers for cache in prefixes), strict=True)
+        self._branches = [
+            _BranchLayer([(layer.keys, layer.values) for layer in row], num_past, room) for row in layers
+        ]
+        super().__init__(layers=self._branches)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order, as `_close_gaps` names them."""
+        for layer in self._branches:
+            layer.keep(rows)
+
+
+def _close_gaps(kept: Sequence[bool]) -> list[int]:
+    """The rows that are kept, the last ones in the places of those that are not: few rows move."""
+    rows = [row for row, is_kept in enumerate(kept) if is_kept]
+    behind = [row for row in rows if row >= len(rows)]
+    return [row if kept[row] else behind.pop() for row in range(len(rows))]
 
 
 @contextmanager
