@@ -22,6 +22,7 @@ import importlib.util
 import json
 import os
 import runpy
+import select
 import selectors
 import shutil
 import signal
@@ -144,7 +145,12 @@ def watch(pids: list[int], case: dict[str, Any], began: float) -> dict[str, Any]
     signalled: list[int] = []
     deadline = case.get("deadline", DEADLINE_S)
     due = case.get("after", deadline)
+    ended = select.poll()
+    for pid in pids:
+        ended.register(os.pidfd_open(pid), select.POLLIN)
     while len(codes) < len(pids):
+        for fd, _ in ended.poll(1000 * max(0.0, due - (time.monotonic() - began))):
+            ended.unregister(fd)
         for pid in set(pids) - codes.keys():
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
@@ -157,7 +163,6 @@ def watch(pids: list[int], case: dict[str, Any], began: float) -> dict[str, Any]
                     os.kill(pid, number)
                     signalled.append(rank)
             due = deadline if due < deadline else seconds + 1
-        time.sleep(0.005)
     return {"codes": [codes[pid] for pid in pids], "seconds": time.monotonic() - began, "signalled": signalled}
 
 
@@ -198,6 +203,7 @@ def import_all() -> None:
     import faults  # noqa: F401
     import hub_server  # noqa: F401
     import torch
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import llava_llama31.trainer.runs.finish
     import llava_llama31.trainer.runs.run  # noqa: F401
@@ -205,6 +211,7 @@ def import_all() -> None:
 
     torch.set_num_threads(1)
     matrix_peak(torch.float32, torch.device("cpu"))  # measured once a process
+    get_checkpoint_conversion_mapping("llava_next")  # made once a process, for all models
 
 
 def lines_of_all(listener: socket.socket) -> Iterator[str]:
