@@ -16,6 +16,7 @@ import library  # noqa: E402
 
 
 STEPS = ("weights", "autocast", "projector", "lora", "features", "pixels", "selective", "unfused", "before ampere")
+RANKS = ("rank 0", "rank 1")  # of two under FSDP2
 LARGEST_PAGEABLE = 64 * 1024  # of more, the driver makes the host wait
 # which torch raises on under use_deterministic_algorithms(True) on CUDA, of those that could be ours
 NOT_DETERMINISTIC = {
@@ -73,7 +74,31 @@ def test_a_save_waits_for_the_copy_of_each_moment_and_runs_nothing_else(traces, 
     assert number and number % 3 == 0  # two moments and the step of each parameter
 
 
-@pytest.mark.parametrize("name", [*STEPS, "answers"])
+@pytest.mark.parametrize("name", RANKS)
+def test_a_step_under_fsdp2_waits_for_nothing(traces, name):
+    phases = traces[name]
+    assert set(phases) == {"inputs", "forward", "backward", "clip", "optimizer", "moments", "weights"}
+    assert waits(phases, but=("moments", "weights")) == {}
+    # three layers and what is left of the model, and the layers again for their gradients
+    assert phases["forward"]["kernels"]["_allgather_base_"] == 4
+    assert phases["backward"]["kernels"]["_reduce_scatter_base_"] == 3
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_a_save_under_fsdp2_gathers_tensors_one_by_one_and_waits_only_for_what_it_writes(traces, name):
+    """And once for what the ranks hold, before they gather it."""
+    moments, weights = traces[name]["moments"], traces[name]["weights"]
+    asked = {line for line in moments["waits"] if not line.startswith("copy to the host")}
+    assert len(asked) == 1 and asked.pop().startswith("item at portable_state.py:")
+    assert all(line.startswith("copy to the host at parameters.py:") for line in weights["waits"])
+    number, of_moments = (found["kernels"]["all_gather_into_tensor"] for found in (weights, moments))
+    assert 2 * number > of_moments > 0  # two of each trained parameter
+    writes, steps = name == "rank 0", of_moments // 2  # of each parameter, which are whole
+    assert sum(weights["waits"].values()) == writes * number
+    assert sum(moments["waits"].values()) == 1 + writes * (of_moments + steps)
+
+
+@pytest.mark.parametrize("name", [*STEPS, *RANKS, "answers"])
 def test_nothing_is_copied_from_pageable_memory(traces, name):
     assert {line: size for trace in traces[name].values() for line, size in trace["pageable"].items()} == {}
 

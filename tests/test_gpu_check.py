@@ -4,16 +4,21 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.compiler import set_stance
 
-from llava_llama31.trainer.distributed.parameters import unsharded
+from llava_llama31.trainer.costs.matrix_peak import CpuSpeed
+from llava_llama31.trainer.distributed.parameters import gathered, unsharded
 from llava_llama31.trainer.evaluation.asker import Asker
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer
+from llava_llama31.trainer.model import device_options
+from llava_llama31.trainer.runs import stage as stage_room
+from llava_llama31.trainer.training import llava_trainer
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
 
@@ -171,10 +176,13 @@ def no_answer(checks, patch):
     patch.setattr(Asker, "_prompt", prompt)
 
 
-def pretended(train, checks, patch, faulty=(), loss=1.0):
-    """Let a check's runs write files alone, which in some differ."""
+def pretended(train, checks, patch, faulty=(), loss=1.0, layer=None):
+    """Let a check's runs write files alone, which in some differ, and do no more than a layer's product."""
+    layer = torch.nn.Linear(16, 16) if layer is None else layer
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=2, max_steps=3))
 
     def write(recipe, folder, stop_in):
+        LlavaTrainer.training_step(trainer, layer, torch.ones(16, 16, requires_grad=True))
         wrong = 0.1 * (folder.name in faulty)
         for name in ("final/model", "checkpoint-3/optimizer"):
             file = folder / f"stages/1-instruct/{name}.safetensors"
@@ -186,6 +194,7 @@ def pretended(train, checks, patch, faulty=(), loss=1.0):
         return (0 if stop_in is None else 75), "resuming from here"
 
     patch.setattr(LlavaTrainer, "_save_checkpoint", lambda *_: None)
+    patch.setattr(LlavaTrainer, "training_step", lambda self, model, x: model(x).sum().backward())
     patch.setattr(checks, train, write)
 
 
@@ -196,6 +205,27 @@ def other_bits_after_a_resume(train, room="runs"):
         patch.setattr(checks.runs, "check_device_options", lambda stage, where: None)
 
     return plant
+
+
+def no_narrow_layer(checks, patch):
+    pretended("train_here", checks.runs, patch)
+    patch.setattr(checks.runs, "check_device_options", lambda stage, where: None)
+
+
+def float8_left_out_by_a_compiler(checks, patch):
+    """The layers are there, and their products are those of wider types."""
+    layer = torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False))
+    pytest.importorskip("torchao.float8").convert_to_float8_training(layer)
+    no_narrow_layer(checks, patch)
+    pretended("train_here", checks.runs, patch, layer=layer)
+    patch.setattr(type(layer[0]), "forward", torch.nn.Linear.forward)
+
+
+def weights_widened_beforehand(checks, patch):
+    layer = pytest.importorskip("bitsandbytes").nn.Linear4bit(16, 16, quant_type="nf4")
+    no_narrow_layer(checks, patch)
+    pretended("train_here", checks.runs, patch, layer=layer)
+    patch.setattr(type(layer), "forward", torch.nn.Linear.forward)
 
 
 def other_loss_under_zero(checks, patch):
@@ -221,8 +251,8 @@ PLANTED = {
     "speed": [lost_loss],
     "memory": [more_memory],
     "command": [other_bits_after_a_resume("train_apart")],
-    "fp8": [other_bits_after_a_resume("train_here")],
-    "nf4": [other_bits_after_a_resume("train_here")],
+    "fp8": [other_bits_after_a_resume("train_here"), no_narrow_layer, float8_left_out_by_a_compiler],
+    "nf4": [other_bits_after_a_resume("train_here"), no_narrow_layer, weights_widened_beforehand],
     "evaluation": [neighbours_in_an_answer, no_answer],
 }
 
@@ -233,6 +263,91 @@ def test_a_check_fails_for_a_planted_fault(run, gpu_check, monkeypatch, short_ru
         plant(gpu_check, patch)
         entry = run(name)
     assert not entry["passed"] and entry["detail"]["error"].startswith("Failed: "), entry
+
+
+def nothing(checks, patch):
+    pass
+
+
+def lost_moments(checks, patch):
+    """A resume takes the weights alone."""
+    patch.setattr(llava_trainer, "load_optimizer", lambda *_: None)
+
+
+def lost_moments_under_zero(checks, patch):
+    engine = pytest.importorskip("deepspeed").DeepSpeedEngine
+    right = engine.load_checkpoint
+
+    def load(self, *args, **keys):
+        loaded = right(self, *args, **keys)
+        for state in self.optimizer.optimizer.state.values():
+            state["exp_avg"].zero_()
+        return loaded
+
+    patch.setattr(engine, "load_checkpoint", load)
+
+
+def wrong_step_under_zero(checks, patch):
+    right = LlavaTrainer.compute_loss
+
+    def loss(self, *args, **keys):
+        return right(self, *args, **keys) * (1.1 if self.is_deepspeed_enabled else 1)
+
+    patch.setattr(LlavaTrainer, "compute_loss", loss)
+
+
+def gathered_together_under_zero(checks, patch):
+    pytest.importorskip("deepspeed")
+    right = llava_trainer.whole_parameters
+
+    def whole(parameters, *, deepspeed):
+        named, together = list(parameters), []
+        for _, parameter in named:
+            with gathered(parameter):
+                together.append(parameter.detach().clone())
+        return right(named, deepspeed=deepspeed)
+
+    patch.setattr(llava_trainer, "whole_parameters", whole)
+
+
+def plain_weights(checks, patch):
+    right = stage_room.load_stage_model
+    patch.setattr(stage_room, "load_stage_model", lambda *args, **keys: right(*args, **{**keys, "quantized": False}))
+
+
+def wide_products(checks, patch):
+    """What a compiler does that leaves float8 out."""
+    pytest.importorskip("torchao")
+    patch.setattr("torchao.float8.float8_linear.Float8Linear.forward", torch.nn.Linear.forward)
+
+
+def no_float8(checks, patch):
+    patch.setattr("llava_llama31.trainer.model.stage_model.use_float8", lambda model: [])
+
+
+REAL = {
+    "command": [lost_moments],
+    "nf4": [nothing, lost_moments, plain_weights],
+    "fp8": [nothing, lost_moments, no_float8, wide_products],
+    "zero3": [nothing, lost_moments_under_zero, wrong_step_under_zero, gathered_together_under_zero],
+}
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize(("name", "plant"), [(name, plant) for name, plants in REAL.items() for plant in plants])
+def test_a_check_by_real_runs_fails_for_a_fault_in_the_product(run, gpu_check, monkeypatch, short_runs, name, plant):
+    """Those whose faults above are in what runs leave behind; `fp8` as if this CPU were a GPU, not compiled."""
+    monkeypatch.setattr(gpu_check.runs, "train_apart", gpu_check.runs.train_here)
+    monkeypatch.setattr(gpu_check.runs, "LONG_ENOUGH", {})
+    monkeypatch.setattr(device_options, "_check_fp8", lambda where: None)
+    monkeypatch.setattr(CpuSpeed, "is_slow_in_bfloat16", False)
+    with monkeypatch.context() as patch, set_stance("force_eager"):
+        plant(gpu_check, patch)
+        entry = run(name)
+    if plant is nothing:
+        assert entry["passed"], entry
+    else:
+        assert not entry["passed"] and entry["detail"]["error"].startswith("Failed: "), entry
 
 
 def test_every_check_has_a_planted_fault_and_all_have_their_time(gpu_check):

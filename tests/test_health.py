@@ -13,7 +13,9 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from llava_llama31.assembly import staged_folder
 from llava_llama31.trainer.checkpoint import atomic_folders
@@ -31,6 +34,7 @@ from llava_llama31.trainer.fault_tolerance import peers
 from llava_llama31.trainer.fault_tolerance.stage_guard import StopRequests
 from llava_llama31.trainer.fault_tolerance.step_health import ENOUGH, MOST_SKIPPED_IN_A_ROW, WINDOW, Health
 from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.training import stage_checkpoints
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
 
@@ -343,18 +347,58 @@ def committing(monkeypatch):
     return committing
 
 
-def test_a_stage_trains_while_a_checkpoint_is_committed(train, committing, monkeypatch):
+def test_a_stage_trains_while_a_checkpoint_is_hashed(train, monkeypatch):
     original, began = LlavaTrainer.training_step, {step: threading.Event() for step in range(1, 7)}
+    hashed, overlapped = atomic_folders.sha256, set()
 
     def training_step(self, *args, **kwargs):
         began[self.state.global_step + 1].set()
         return original(self, *args, **kwargs)
 
+    def sha256(path):
+        if path.parent.name.startswith("checkpoint-") and (step := int(path.parent.name[11:])) < 6:
+            overlapped.add((step, began[step + 1].wait(20)))
+        return hashed(path)
+
     monkeypatch.setattr(LlavaTrainer, "training_step", training_step)
-    overlapped = []
-    committing(lambda step: step < 6 and overlapped.append(began[step + 1].wait(60)))
+    monkeypatch.setattr(atomic_folders, "sha256", sha256)
     code, run = train()
-    assert code == 0 and overlapped == [True] * 5 and steps(run) == [1, 2, 3, 4, 5, 6]
+    assert code == 0 and overlapped == {(step, True) for step in range(1, 6)} and steps(run) == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_rank_waits_for_the_commit(tmp_path, monkeypatch):
+    """Two ranks that wait for each other as processes do: both go on before the checkpoint is committed."""
+    together, went_on, folder = threading.Barrier(2), threading.Barrier(3), tmp_path / "checkpoint-1"
+    monkeypatch.setattr(stage_checkpoints, "_barrier", lambda args: together.wait(20))
+    original = atomic_folders.commit
+    monkeypatch.setattr(atomic_folders, "commit", lambda *given: (went_on.wait(20), original(*given)))
+
+    def save(rank):
+        args = SimpleNamespace(output_dir=str(tmp_path), world_size=2, should_save=not rank, save_total_limit=1)
+        args.deepspeed_plugin = None
+        guard = SimpleNamespace(watchdog=SimpleNamespace(beat=lambda doing: None), save=lambda folder: None)
+        saves = stage_checkpoints.StageSaves(args, guard, inputs={}, only_trainable=False, committed=None)
+        with saves.completed():
+            with saves.staged(TrainerState(global_step=1), torch.nn.Linear(1, 1)) as parent:
+                (parent / f"checkpoint-1/{rank}").touch()
+            assert not folder.exists()
+            went_on.wait(20)
+        return atomic_folders.verify(folder)
+
+    with ThreadPoolExecutor(2) as ranks:
+        assert list(ranks.map(save, (0, 1))) == [None, None]
+
+
+def test_a_tracker_that_uploads_checkpoints_gets_whole_ones(train, committing, monkeypatch):
+    seen = []
+
+    def on_save(self, args, state, control, **others):
+        seen.append(atomic_folders.verify(Path(args.output_dir, f"checkpoint-{state.global_step}")))
+
+    monkeypatch.setenv("WANDB_LOG_MODEL", "checkpoint")
+    monkeypatch.setattr(StopRequests, "on_save", on_save)
+    committing(lambda step: time.sleep(0.05))
+    assert train(save_steps=3)[0] == 0 and seen == [None, None]
 
 
 def test_a_commit_that_fails_ends_the_stage_at_its_next_step(train, committing, capsys, monkeypatch):
@@ -380,7 +424,7 @@ def test_a_failed_commit_does_not_wait_for_the_next_save(train, committing, monk
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == 4:
-            failed.wait(60)
+            failed.wait(20)
             time.sleep(0.2)  # until the thread has ended
         begun.append(self.state.global_step + 1)
         return original(self, *args, **kwargs)

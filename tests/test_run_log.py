@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.report.page import write_report
 from llava_llama31.trainer.report.run_facts import entries
@@ -55,9 +56,18 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_it_has_what_the_trainer_recorded(train):
+def test_it_has_what_the_trainer_recorded(train, monkeypatch):
+    original, early = atomic_folders.commit, []
+
+    def commit(staging, final, facts):  # the log must not name a save that a kill could still undo
+        if final.name.startswith("checkpoint-"):
+            own = [entry for entry in entries(final.parents[2] / "log.jsonl") if entry["stage"] in final.parent.name]
+            early.extend(entry for entry in own if entry.get("event") == "save" and entry["step"] == facts["step"])
+        original(staging, final, facts)
+
+    monkeypatch.setattr(atomic_folders, "commit", commit)
     code, run = train("run")
-    assert code == 0
+    assert code == 0 and not early
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert log == entries(run / "log.jsonl")
     for stage, number in (("projector", 1), ("instruct", 2)):

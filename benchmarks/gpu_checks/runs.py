@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 from gpu_checks.place import Detail, NotHere, Place, expect
-from gpu_checks.small_runs import check_resume, first_step, make_parts, make_recipe, train_apart, train_here
+from gpu_checks.small_runs import (
+    Used,
+    check_resume,
+    first_step,
+    make_parts,
+    make_recipe,
+    train_apart,
+    train_here,
+    used_at_the_end,
+)
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.questions import load_questions
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
@@ -22,6 +31,10 @@ from llava_llama31.trainer.recipes.loading import load_recipe
 
 FP8: dict[str, Any] = {"fp8": True, "compile": True, "precision": "bfloat16"}
 NF4: dict[str, Any] = {"lora": {"r": 4, "alpha": 8, "quantize": "nf4"}}
+# a narrow layer's class, a part of its operations' names, and how many of them it runs forward and backward
+Narrow = tuple[str, str, int]
+FLOAT8: Narrow = ("torchao.Float8Linear", "_scaled_mm", 3)
+FOUR_BITS: Narrow = ("bitsandbytes.Linear4bit", "4bit", 2)
 BATCH_SIZES = (64, 3)
 # a run that gets a signal when it has saved, and has steps left then
 LONG_ENOUGH: dict[str, Any] = {"max_steps": 30, "save_steps": 5}
@@ -40,24 +53,35 @@ def command(place: Place) -> Detail:
 
 
 def fp8(place: Place) -> Detail:
-    """Steps with float8 products, compiled; saved and resumed with the same bits."""
-    return _resumed_with(place, FP8)
+    """Steps with float8 products, compiled and really run; saved and resumed with the same bits."""
+    return _resumed_with(place, FP8, FLOAT8)
 
 
 def nf4(place: Place) -> Detail:
-    """Steps of adapters over 4-bit weights (QLoRA); saved and resumed with the same bits."""
+    """Steps of adapters over 4-bit weights (QLoRA), really computed with; saved and resumed with the same bits."""
     if find_spec("peft") is None:
         raise NotHere("adapters need peft: pip install 'llava-llama31[peft]'")
-    return _resumed_with(place, NF4)
+    return _resumed_with(place, NF4, FOUR_BITS)
 
 
-def _resumed_with(place: Place, keys: dict[str, Any]) -> Detail:
+def _resumed_with(place: Place, keys: dict[str, Any], narrow: Narrow) -> Detail:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = make_recipe(folder, place, **keys)
         refuse_what_is_not_here(recipe)
-        tensors = check_resume(train_here, recipe, folder)
-        return {"first_step": first_step(folder / "whole"), "tensors": len(tensors)}
+        with used_at_the_end() as used:
+            tensors = check_resume(train_here, recipe, folder)
+        layers = expect_narrow(used[0], *narrow)
+        return {"first_step": first_step(folder / "whole"), "tensors": len(tensors), "narrow_layers": layers}
+
+
+def expect_narrow(used: Used, kind: str, part: str, each: int) -> int:
+    """How many layers of a stage's model are of this kind, all of which have to run their own operations."""
+    layers = used.modules[kind]
+    expect(layers > 0, f"no layer of the stage's model is a {kind}")
+    ran = sum(number for name, number in used.operations.items() if part in name)
+    expect(ran >= each * layers, f"{layers} layers are {kind}, and a micro-batch ran {ran} operations *{part}*")
+    return layers
 
 
 def refuse_what_is_not_here(recipe: Path) -> None:

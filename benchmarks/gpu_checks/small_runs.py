@@ -6,16 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import evaluation
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gpu_checks.place import Place, expect
@@ -23,6 +25,7 @@ from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import EXIT_INTERRUPTED
 from llava_llama31.trainer.fault_tolerance.stage_guard import StopRequests
+from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
 
 # Llama and CLIP, for a GPU and for a CPU
@@ -151,3 +154,29 @@ def first_step(run: Path) -> tuple[float, float]:
     rows = (json.loads(line) for line in RunFolder(run).log.read_text().splitlines())
     row = next(row for row in rows if "loss" in row)
     return row["loss"], row["grad_norm"]
+
+
+class Used(NamedTuple):
+    """What a micro-batch was computed with: modules by package and class, and operations by name."""
+
+    modules: Counter[str]
+    operations: Counter[str]
+
+
+@contextmanager
+def used_at_the_end() -> Iterator[list[Used]]:
+    """Context; the list then has what each micro-batch of a run's last step used, when nothing is left to compile."""
+    original, found = LlavaTrainer.training_step, []
+
+    def training_step(self: LlavaTrainer, model: torch.nn.Module, *others: Any) -> torch.Tensor:
+        if self.state.global_step + 1 < self.state.max_steps:
+            return original(self, model, *others)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            loss = original(self, model, *others)
+        kinds = (type(module) for module in model.modules())
+        modules = Counter(f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in kinds)
+        found.append(Used(modules, Counter({event.key: event.count for event in profiled.key_averages()})))
+        return loss
+
+    with mock.patch.object(LlavaTrainer, "training_step", training_step):
+        yield found

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from steps import Step, answer, gpu, torch, train  # first: it loads the device before torch
+from steps import Step, answer, gpu, sharded, torch, train  # first: it loads the device before torch
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -90,6 +90,8 @@ def main(output: Path) -> None:
         "selective": train(replace(base, checkpointing="selective")),
         "unfused": train(replace(base, fused=False)),
         "planted": train(base, plant=plant),
+        "rank 0": sharded(replace(base, autocast=True), rank=0),
+        "rank 1": sharded(replace(base, autocast=True), rank=1),
         "answers": answer(shape, processor, [(60, 90), (28, 28)]),
     }
     content = {name: {phase: vars(trace) for phase, trace in phases.items()} for name, phases in traces.items()}

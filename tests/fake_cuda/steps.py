@@ -1,5 +1,6 @@
 """Steps on the fake device, each as the product runs it: what they wait for, copy, start and move."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,8 +21,13 @@ library.load()
 import gpu
 import numpy as np
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
 from fused import Fused, add_fused
 from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.initialization import no_init_weights
 from watch import CUDA, Trace, Watch, fake_cuda
 
@@ -29,6 +35,8 @@ from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.data.batches.collator import Sample
 from llava_llama31.trainer.data.batches.device_tiles import DeviceTiles
+from llava_llama31.trainer.distributed.engine import fsdp_plugin
+from llava_llama31.trainer.distributed.parameters import whole_parameters
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer
 from llava_llama31.trainer.fault_tolerance.step_health import summed
 from llava_llama31.trainer.model.adapters import adapt
@@ -69,8 +77,8 @@ class Step:
     fused: bool = True
 
 
-def make_model(step: Step, watch: Watch) -> LlavaLlama31ForConditionalGeneration:
-    """A model with fake weights on the device, frozen as the stage wants it."""
+def make_model(step: Step, watch: Watch, *, narrows: bool = True) -> LlavaLlama31ForConditionalGeneration:
+    """A model with fake weights on the device, frozen as the stage wants it; `narrows` those to bfloat16."""
     dtype = torch.float32 if step.autocast else torch.bfloat16
     stage = gpu.card_stage(step.stage)
     with torch.device("meta"), no_init_weights():  # adapters can't be put onto fake weights
@@ -80,7 +88,7 @@ def make_model(step: Step, watch: Watch) -> LlavaLlama31ForConditionalGeneration
     freeze(model, stage.learning_rates())
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            narrow = torch.bfloat16 if not parameter.requires_grad else parameter.dtype
+            narrow = torch.bfloat16 if narrows and not parameter.requires_grad else parameter.dtype
             there = torch.empty(parameter.shape, dtype=narrow, device=CUDA)
             module.register_parameter(name, torch.nn.Parameter(there, requires_grad=parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
@@ -127,6 +135,14 @@ def _pinned(watch: Watch, value: Any) -> Any:
     return [_pinned(watch, item) for item in value] if isinstance(value, list) else value
 
 
+def _trainer(tiles: DeviceTiles | None) -> Any:
+    """What sends a micro-batch to the device."""
+    trainer: Any = LlavaTrainer.__new__(LlavaTrainer)
+    trainer.args, trainer.is_deepspeed_enabled = SimpleNamespace(device=CUDA, world_size=1), False
+    trainer.batches = SimpleNamespace(device_tiles=tiles)
+    return trainer
+
+
 def train(
     step: Step, processor: LlavaLlama31Processor | None = None, plant: Callable[[Any], None] = lambda model: None
 ) -> dict[str, Trace]:
@@ -142,9 +158,7 @@ def train(
     watch.phase = "make"
     batches = make_batches(step, watch, 2)
     tiles = DeviceTiles(processor, torch.bfloat16) if step.images == "pixels" and processor is not None else None
-    trainer: Any = LlavaTrainer.__new__(LlavaTrainer)
-    trainer.args, trainer.is_deepspeed_enabled = SimpleNamespace(device=CUDA, world_size=1), False
-    trainer.batches = SimpleNamespace(device_tiles=tiles)
+    trainer = _trainer(tiles)
     with fake_cuda(watch):
         trainer.model = model = make_model(step, watch)
         trainer.sources = SourceLosses(("rows",), CUDA)
@@ -175,6 +189,46 @@ def train(
             portable_state(optimizer)
     add_fused(watch)
     return {phase: trace for phase, trace in watch.traces.items() if phase not in ("make", "first")}
+
+
+def sharded(step: Step, *, rank: int) -> dict[str, Trace]:
+    """A step and a save under FSDP2, as one of two ranks sees them; the other one is not there."""
+    watch = Watch(ROOT)
+    watch.phase = "make"
+    (batch,) = make_batches(step, watch, 1)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+    try:
+        with fake_cuda(watch), mock.patch.object(PartialState, "is_main_process", rank == 0):
+            mesh, model = init_device_mesh("cuda", (2,)), make_model(step, watch, narrows=False)
+            with mock.patch.dict(os.environ, {"FSDP_VERSION": "2"}):  # as `accelerate launch` sets it
+                policy = fsdp_plugin(bfloat16=True).mixed_precision_policy
+            language_model = model.model.language_model
+            for part in (*model.model.vision_tower.encoder.layers, *language_model.layers, model):
+                fully_shard(part, mesh=mesh, mp_policy=policy)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+            trainer = _trainer(None)
+            trainer.model, trainer.sources = model, SourceLosses(("rows",), CUDA)
+            watch.phase = "inputs"
+            there = trainer._prepare_inputs(batch)
+            watch.phase = "forward"
+            loss = model(**there, num_items_in_batch=100).loss
+            watch.phase = "backward"
+            loss.backward()
+            watch.phase = "clip"
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            watch.phase = "optimizer"
+            optimizer.step()
+            watch.phase = "moments"
+            with mock.patch("llava_llama31.trainer.training.portable_state._is_plain", lambda value: True):
+                state = portable_state(optimizer, keep=rank == 0)
+            watch.phase = "weights"
+            weights = whole_parameters(model.named_parameters(), deepspeed=False)
+            assert bool(state) == bool(weights) == (rank == 0)
+    finally:
+        dist.destroy_process_group()
+    add_fused(watch)
+    return {phase: trace for phase, trace in watch.traces.items() if phase != "make"}
 
 
 def answer(shape: gpu.Shape, processor: LlavaLlama31Processor, sizes: Sequence[tuple[int, int]]) -> dict[str, Trace]:

@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -89,6 +90,8 @@ class Watch(TorchDispatchMode):
         return copy
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):  # it asks again with what this process holds
+            return NotImplemented
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -209,6 +212,11 @@ def fake_cuda(watch: Watch, capability: tuple[int, int] = (9, 0)) -> Iterator[No
             (cuda, "get_device_capability", lambda *_: capability),
             (cuda, "is_bf16_supported", lambda *_, **__: True),
             (cuda, "is_initialized", lambda: False),
+            (cuda, "set_device", lambda *_: None),
+            (cuda, "Stream", torch.cpu.Stream),
+            (cuda, "Event", torch.cpu.Event),
+            (cuda, "current_stream", torch.cpu.current_stream),
+            (cuda, "stream", torch.cpu.stream),
             (cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch._subclasses.fake_tensor, "init_gpu_context", lambda *_: None),
         ):

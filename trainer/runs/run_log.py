@@ -22,7 +22,7 @@ from llava_llama31.trainer.training.source_losses import nested
 
 
 class RunLog(TrainerCallback):
-    """Appends what a stage logs: loss, learning rates, gradient norm, throughput, meters, findings, saves.
+    """Appends what a stage logs: loss, learning rates, gradient norm, throughput, meters, findings.
 
     Args:
         path: of the file.
@@ -61,11 +61,13 @@ class RunLog(TrainerCallback):
             rates["learning_rates"] = {group: rate * part for group, rate in self._rates.items()}
         self._append({"step": state.global_step, **nested(logs), **rates})
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        self._append({"event": "save", "step": state.global_step})
-
     def _append(self, entry: dict[str, Any]) -> None:
         append_entry(self.path, self.name, entry)
+
+
+def append_save(path: Path, stage: str, step: int) -> None:
+    """Append that a checkpoint is complete; not earlier, for a resume does not know one that a kill cut off."""
+    append_entry(path, stage, {"event": "save", "step": step})
 
 
 def append_entry(path: Path, stage: str, entry: dict[str, Any]) -> None:

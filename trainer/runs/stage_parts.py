@@ -35,7 +35,7 @@ from llava_llama31.trainer.runs.console import StageProgress
 from llava_llama31.trainer.runs.context import StageRun
 from llava_llama31.trainer.runs.final_evaluation import question_set
 from llava_llama31.trainer.runs.inputs import Inputs, checkpoint_digests
-from llava_llama31.trainer.runs.run_log import RunLog
+from llava_llama31.trainer.runs.run_log import RunLog, append_save
 from llava_llama31.trainer.training.batch_loading import StageBatches
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer, TrainerOptions
 from llava_llama31.trainer.training.meter import Meter
@@ -138,7 +138,7 @@ def stage_trainer(
             inputs=stage_inputs(run, data),
             sources=[source.name for source in stage.data],
             layers=layer_classes(base_model(model, stage)),
-            committed=_push(run),
+            committed=_committed(run),
         ),
         callbacks=[
             StageProgress(run.context.console, run.name),
@@ -171,12 +171,16 @@ def _logs(run: StageRun, guard: Guard, data: StageData, report: Sequence[GroupRe
     return [RunLog(run.context.folder.log, run.name, run.stage, guard.health, facts)]
 
 
-def _push(run: StageRun) -> Callable[[Path, int], None] | None:
-    """What hands a complete checkpoint to the pusher, on rank 0 of a run that pushes its saves."""
-    pusher = run.context.pusher
-    if pusher is None:
-        return None
-    return lambda checkpoint, step: pusher.add(checkpoint, run.name, step, run.stage, run.origin)
+def _committed(run: StageRun) -> Callable[[Path, int], None]:
+    """What happens with every complete checkpoint, on rank 0: the log gets it, and the pusher if there is one."""
+    log, pusher = run.context.folder.log, run.context.pusher
+
+    def committed(checkpoint: Path, step: int) -> None:
+        append_save(log, run.name, step)
+        if pusher is not None:
+            pusher.add(checkpoint, run.name, step, run.stage, run.origin)
+
+    return committed
 
 
 def _guard(run: StageRun) -> Guard:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from llava_llama31.packed_llama_llava_llama31 import to_device
 from llava_llama31.trainer.distributed.parameters import held_part, joined_parts, num_before, sharded_like, unsharded
 
 
@@ -54,7 +55,7 @@ def _shares_blocks(state: dict[int, dict[str, Any]]) -> bool:
     if not sharded:
         return False
     device = held_part(sharded[0]).device
-    found = torch.tensor([any(_in_blocks(held_part(value)) for value in sharded)], dtype=torch.int32, device=device)
+    found = to_device([any(_in_blocks(held_part(value)) for value in sharded)], device)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=sharded[0].device_mesh.get_group())
     return bool(found.item())
 

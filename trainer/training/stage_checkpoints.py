@@ -1,6 +1,7 @@
 """What a stage's checkpoints hold, and how they become complete or stay invisible."""
 
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ from llava_llama31.trainer.training.portable_state import load_portable_state, p
 
 
 logger = logging.getLogger(__name__)
+
+# with one of these set, a tracker uploads each checkpoint as soon as the Trainer calls it saved
+_UPLOADING = ("WANDB_LOG_MODEL", "HF_MLFLOW_LOG_ARTIFACTS", "CLEARML_LOG_MODEL")
 
 
 def best_checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
@@ -73,7 +77,7 @@ class StageSaves:
 
     Rank 0 flushes and hashes the files, renames the folder and removes old checkpoints in the background: a checkpoint
     that is not committed does not exist for a resume, and the former one stays until then. A failure ends the stage at
-    its next step.
+    its next step. A tracker that uploads checkpoints needs whole ones: for it training waits for the commit too.
 
     Args:
         inputs: digests of what the stage depends on, for the manifest.
@@ -127,6 +131,8 @@ class StageSaves:
                 facts = {"step": state.global_step, **self.facts}
                 best = best_checkpoint(self.args, state)
                 self._commit.start(lambda: self._publish(staging, final, facts, best, needed))
+                if any(os.environ.get(name) for name in _UPLOADING):
+                    self._commit.finish()
         self.guard.watchdog.beat("saved")
 
     def _publish(self, staging: Path, final: Path, facts: dict[str, Any], best: Path | None, needed: int) -> None:
