@@ -25,5 +25,6 @@ def shorten(replace: Callable[[Any, str, Any], None] = setattr) -> None:
     from llava_llama31.trainer.runs import finish, run
 
     replace(finish, "record_reference", no_reference)
+    replace(export, "record_reference", no_reference)
     replace(export, "draw_curve", no_curve)
     replace(run, "write_report", no_report)

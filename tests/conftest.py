@@ -225,39 +225,41 @@ def make_image():
 
 
 @pytest.fixture(scope="session")
-def base_folder(tmp_path_factory, pristine_config, processor):
+def base_folder(make_once, pristine_config, processor):
     """A checkpoint to train from, as `assemble` would leave it."""
     import torch
 
     from llava_llama31 import LlavaLlama31ForConditionalGeneration
 
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    tiny_config = copy.deepcopy(pristine_config)
-    model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True)
-    model.generation_config.eos_token_id = list(tiny_config.text_config.eos_token_id)
-    model.generation_config.pad_token_id = tiny_config.text_config.pad_token_id
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    def fill(folder: Path) -> None:
+        torch.manual_seed(0)
+        tiny_config = copy.deepcopy(pristine_config)
+        model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True)
+        model.generation_config.eos_token_id = list(tiny_config.text_config.eos_token_id)
+        model.generation_config.pad_token_id = tiny_config.text_config.pad_token_id
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    return make_once("base", fill)
 
 
 @pytest.fixture(scope="session")
-def lively_folder(tmp_path_factory, base_folder) -> Path:
+def lively_folder(make_once, base_folder) -> Path:
     """A checkpoint with larger random weights than a fresh one's, so that its answers differ in length and content."""
     import torch
 
     from llava_llama31.trainer.model.opening import open_model
 
-    folder = tmp_path_factory.mktemp("lively")
-    weights, processor = open_model(base_folder)
-    torch.manual_seed(1)
-    for parameter in weights.parameters():
-        parameter.data = 0.25 * torch.randn_like(parameter)
-    weights.generation_config.eos_token_id = list(range(200, 448, 7))
-    weights.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    def fill(folder: Path) -> None:
+        weights, processor = open_model(base_folder)
+        torch.manual_seed(1)
+        for parameter in weights.parameters():
+            parameter.data = 0.25 * torch.randn_like(parameter)
+        weights.generation_config.eos_token_id = list(range(200, 448, 7))
+        weights.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    return make_once("lively", fill)
 
 
 @pytest.fixture
@@ -291,9 +293,16 @@ def exported(tmp_path_factory, base_folder) -> Path:
 
 
 @pytest.fixture(scope="session")
-def data_folder(tmp_path_factory, make_image):
+def data_folder(make_once, make_image):
     """44 LLaVA records, every fourth without an image, and 6 TextVQA-format questions."""
-    folder = tmp_path_factory.mktemp("data")
+
+    def fill(folder: Path) -> None:
+        write_data(folder, make_image)
+
+    return make_once("data", fill)
+
+
+def write_data(folder: Path, make_image: Callable[..., Image.Image]) -> None:
     sizes = [(30, 50), (60, 20), (28, 28), (20, 90), (55, 57)]
     words = ["red", "blue", "a tall tree", "two dogs", "nothing at all"]
     rows = []
@@ -310,7 +319,6 @@ def data_folder(tmp_path_factory, make_image):
         for i in (1, 2, 3, 5, 6, 7)
     ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -353,6 +361,19 @@ def short_runs(request, monkeypatch) -> None:
 def recipe_content(pristine_recipe, short_runs):
     """A copy of its own for every test."""
     return copy.deepcopy(pristine_recipe)
+
+
+@pytest.fixture
+def finished_run(make_once, pristine_recipe, short_runs) -> Path:
+    """A run of the recipe without questions, for tests to copy; all share it."""
+    from llava_llama31.trainer.cli import main
+
+    def fill(folder: Path) -> None:
+        content = {key: value for key, value in pristine_recipe.items() if key != "evaluation"}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        assert main(["train", str(folder / "recipe.yaml"), "--output", str(folder / "run")]) == 0
+
+    return make_once("finished", fill) / "run"
 
 
 @pytest.fixture(scope="session")

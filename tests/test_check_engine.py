@@ -42,10 +42,8 @@ def paired(lively_folder):
 
 
 @pytest.fixture(scope="module")
-def folder(served, tmp_path_factory):
-    root = tmp_path_factory.mktemp("engine")
-    (root / "reference.json").write_text(record_reference(*served))
-    return root
+def folder(served, make_once):
+    return make_once("engine", lambda folder: (folder / "reference.json").write_text(record_reference(*served)))
 
 
 @pytest.mark.slow

@@ -54,6 +54,18 @@ def train(tmp_path, recipe_content):
 
 
 @pytest.fixture
+def healthy_run(make_once, train, tmp_path) -> Path:
+    """The stage as `train` runs it, made once for all tests."""
+
+    def fill(folder: Path) -> None:
+        code, run = train("healthy")
+        assert code == 0
+        run.rename(folder / "run")
+
+    return make_once("healthy", fill) / "run"
+
+
+@pytest.fixture
 def spoil(monkeypatch):
     """Multiply the loss of one micro-batch of steps by a factor."""
 
@@ -101,9 +113,8 @@ def test_a_loss_that_is_not_finite_stops_within_the_step_and_names_the_micro_bat
 
 
 @pytest.mark.slow
-def test_a_skipped_step_changes_nothing_and_the_run_that_stopped_there_may_skip_it(train, spoil, capsys):
-    code, whole = train("whole")
-    assert code == 0 and record(whole)["health"] == {"skipped_steps": 0, "spikes": 0, "events": []}
+def test_a_skipped_step_changes_nothing_and_the_run_that_stopped_there_may_skip_it(train, healthy_run, spoil, capsys):
+    assert record(healthy_run)["health"] == {"skipped_steps": 0, "spikes": 0, "events": []}
     spoil({3: math.nan})
     assert train("run")[0] == 4
     code, run = train("run", on_nonfinite="skip")
@@ -126,8 +137,9 @@ def test_a_skipped_step_changes_nothing_and_the_run_that_stopped_there_may_skip_
 
 @pytest.mark.slow
 def test_a_logged_loss_is_the_mean_of_the_steps_that_were_taken(train, spoil):
-    assert train("each", logging_steps=1, learning_rate=1e-12)[0] == 0
-    losses = [entry["loss"] for entry in history(train("each")[1]) if "loss" in entry]
+    code, each = train("each", logging_steps=1, learning_rate=1e-12)
+    assert code == 0
+    losses = [entry["loss"] for entry in history(each) if "loss" in entry]
     spoil({2: math.inf})
     code, run = train("skipped", on_nonfinite="skip", logging_steps=3, save_steps=3)
     logged = [entry for entry in history(run) if "learning_rate" in entry]
@@ -286,9 +298,8 @@ def test_memory_that_is_full_names_what_to_lower(train, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_disk_without_room_is_noticed_before_anything_is_written(train, monkeypatch, capsys):
-    assert train("once")[0] == 0
-    needed = atomic_folders.size(next((train("once")[1] / "stages/1-projector").glob("checkpoint-6")))
+def test_a_disk_without_room_is_noticed_before_anything_is_written(train, healthy_run, monkeypatch, capsys):
+    needed = atomic_folders.size(healthy_run / "stages/1-projector/checkpoint-6")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(
         shutil, "disk_usage", lambda folder: usage(0, 0, 10**9 if not list(Path(folder).glob("c*-2")) else 9)

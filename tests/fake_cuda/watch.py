@@ -5,11 +5,12 @@
 
 import collections
 import contextlib
-import traceback
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -66,6 +67,7 @@ class Watch(TorchDispatchMode):
         self.traces: dict[str, Trace] = collections.defaultdict(Trace)
         self.phase = ""
         self._is_within = False
+        self._places: dict[str, int | None] = {}
         self._pinned: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
 
     @contextlib.contextmanager
@@ -169,13 +171,28 @@ class Watch(TorchDispatchMode):
 
     def _line(self) -> str:
         """The innermost line of ours, else of Transformers, that is being run."""
-        stack = [frame for frame in reversed(traceback.extract_stack()) if "fake_cuda" not in frame.filename]
-        for part in (self.root, "/transformers/", "/torch/optim/"):
-            for frame in stack:
-                inside = part in frame.filename
-                if inside and (part != self.root or "site-packages" not in frame.filename):
-                    return f"{Path(frame.filename).name}:{frame.lineno}"
+        found: dict[int, str] = {}
+        frame: FrameType | None = sys._getframe()  # traceback's stacks read the files: ten times as slow
+        while frame is not None and 0 not in found:
+            place = self._place(frame.f_code.co_filename)
+            if place is not None and place not in found:
+                found[place] = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+            frame = frame.f_back
+        if found:
+            return found[min(found)]
         return "autograd"
+
+    def _place(self, file: str) -> int | None:
+        """0 for a file of ours, 1 for one of Transformers, 2 for an optimizer of torch; None for others."""
+        if file not in self._places:
+            parts = (
+                self.root in file and "site-packages" not in file,
+                "/transformers/" in file,
+                "/torch/optim/" in file,
+            )
+            is_own = "fake_cuda" in file
+            self._places[file] = None if is_own or True not in parts else parts.index(True)
+        return self._places[file]
 
 
 def _held(tensor: torch.Tensor) -> int:
