@@ -54,10 +54,21 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
     monkeypatch.setattr(LlavaTrainer, "compute_loss", compute_loss)
 
 
+@pytest.fixture
+def whole(train, make_once) -> Path:
+    """A run that nothing stops, made once for all tests."""
+
+    def fill(folder: Path) -> None:
+        code, run = train("whole")
+        assert code == 0
+        run.rename(folder / "run")
+
+    return make_once("logged", fill) / "run"
+
+
 @pytest.mark.slow
-def test_it_has_what_the_trainer_recorded(train):
-    code, run = train("run")
-    assert code == 0
+def test_it_has_what_the_trainer_recorded(whole):
+    run = whole
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert log == entries(run / "log.jsonl")
     for stage, number in (("projector", 1), ("instruct", 2)):
@@ -74,9 +85,7 @@ def test_it_has_what_the_trainer_recorded(train):
 
 
 @pytest.mark.slow
-def test_a_run_that_crashed_twice_has_every_step_once(train, monkeypatch):
-    monkeypatch.setattr(run_room, "write_report", write_report)  # which short runs leave out
-    _, whole = train("whole")
+def test_a_run_that_crashed_twice_has_every_step_once(train, whole, monkeypatch):
     for stage, step in (("1-projector", 4), ("2-instruct", 4)):
         with monkeypatch.context() as patch:
             crash_at(patch, stage, step)
@@ -85,6 +94,7 @@ def test_a_run_that_crashed_twice_has_every_step_once(train, monkeypatch):
         with (run / "log.jsonl").open("r+b") as file:  # as a kill in the middle of a write leaves it
             file.seek(-9, 2)
             file.truncate()
+    monkeypatch.setattr(run_room, "write_report", write_report)  # which short runs leave out
     assert train("run")[0] == 0
     starts = [line for line in (run / "log.jsonl").read_text().splitlines() if '"event": "start"' in line]
     assert [json.loads(line)["step"] for line in starts] == [0, 2, 0, 2]
