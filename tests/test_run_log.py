@@ -54,21 +54,10 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
     monkeypatch.setattr(LlavaTrainer, "compute_loss", compute_loss)
 
 
-@pytest.fixture
-def whole(train, make_once) -> Path:
-    """A run that nothing stops, made once for all tests."""
-
-    def fill(folder: Path) -> None:
-        code, run = train("whole")
-        assert code == 0
-        run.rename(folder / "run")
-
-    return make_once("logged", fill) / "run"
-
-
 @pytest.mark.slow
-def test_it_has_what_the_trainer_recorded(whole):
-    run = whole
+def test_it_has_what_the_trainer_recorded(train):
+    code, run = train("run")
+    assert code == 0
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert log == entries(run / "log.jsonl")
     for stage, number in (("projector", 1), ("instruct", 2)):
@@ -85,7 +74,8 @@ def test_it_has_what_the_trainer_recorded(whole):
 
 
 @pytest.mark.slow
-def test_a_run_that_crashed_twice_has_every_step_once(train, whole, monkeypatch):
+def test_a_run_that_crashed_twice_has_every_step_once(train, monkeypatch):
+    _, whole = train("whole")
     for stage, step in (("1-projector", 4), ("2-instruct", 4)):
         with monkeypatch.context() as patch:
             crash_at(patch, stage, step)
