@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,19 +140,22 @@ def test_quantized_weights_are_refused_where_nothing_shows_that_they_work(recipe
         Stage.model_validate(stage)
 
 
-@pytest.fixture(scope="module")
-def adapted_run(pristine_recipe, tmp_path_factory):
+@pytest.fixture(scope="session")
+def adapted_run(pristine_recipe, make_once):
     """A run that trained adapters on all three groups, each with its own rank and rate, and nothing else."""
-    folder, recipe = tmp_path_factory.mktemp("adapted"), copy.deepcopy(pristine_recipe)
+    recipe = copy.deepcopy(pristine_recipe)
     del recipe["evaluation"], recipe["stages"]["projector"]
     recipe["model"]["license"] = "apache-2.0"
     lora = {"r": 4, "alpha": 8, "vision_tower": {"r": 2, "alpha": 6}, "multi_modal_projector": {"r": 3, "alpha": 3}}
     rates = {"vision_tower": 2e-2, "multi_modal_projector": 5e-3, "language_model": 1e-2}
     only = {"trainable": list(rates), "learning_rate": rates, "lora": lora, "save_steps": 6}
     recipe["stages"]["instruct"] |= only
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["train", str(folder / "recipe.yaml"), "--output", str(folder / "run")]) == 0
-    return folder / "run"
+
+    def fill(folder: Path) -> None:
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        assert main(["train", str(folder / "recipe.yaml"), "--output", str(folder / "run")]) == 0
+
+    return make_once("adapted", fill) / "run"
 
 
 @pytest.mark.slow

@@ -42,15 +42,18 @@ def scenes():
     return {split: [images.make_scene(rng, split) for _ in range(3000)] for split in ("train", "validation")}
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo") / "parts"
-    said = []
-    with pytest.MonkeyPatch.context() as patch:
-        # one process for both parts, since each imports torch; not this one, whose sets have another order
-        patch.setattr(parts, "spawned_pool", lambda _: spawned_pool(1))
-        parts.prepare(folder, seed=3, progress=said.append, settings=SMALL)
-    return folder, said
+@pytest.fixture(scope="session")
+def prepared(make_once):
+    def fill(folder: Path) -> None:
+        said = []
+        with pytest.MonkeyPatch.context() as patch:
+            # one process for both parts, since each imports torch; not this one, whose sets have another order
+            patch.setattr(parts, "spawned_pool", lambda _: spawned_pool(1))
+            parts.prepare(folder / "parts", seed=3, progress=said.append, settings=SMALL)
+        (folder / "said.json").write_text(json.dumps(said))
+
+    folder = make_once("demo-parts", fill)
+    return folder / "parts", json.loads((folder / "said.json").read_text())
 
 
 def digests(folder):

@@ -308,7 +308,7 @@ def gradients_of(model, batch):
     ],
 )
 def test_compiled_equals_eager(tiny_config, samples, collate, monkeypatch, backend, autocast, tolerance):
-    """Inductor compiles each of the twelve graphs for seconds: `make torture`; otherwise those of one layer, below."""
+    """Inductor compiles each of the twelve graphs for seconds: `make torture`; else a part of one layer, below."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
 
     def gradients(model, row):
@@ -343,7 +343,8 @@ def test_compiled_equals_eager(tiny_config, samples, collate, monkeypatch, backe
 
 
 @pytest.mark.slow
-def test_a_compiled_layer_equals_an_eager_one(tiny_config, samples, collate):
+@pytest.mark.parametrize("part", ["before", pytest.param("after", marks=pytest.mark.torture)])
+def test_a_compiled_part_of_a_layer_equals_the_eager_one(tiny_config, samples, collate, part):
     tiny_config.text_config.num_hidden_layers = 1
     torch.manual_seed(0)
     model = LlavaLlama31ForConditionalGeneration(tiny_config, packable=True).train()
@@ -352,8 +353,12 @@ def test_a_compiled_layer_equals_an_eager_one(tiny_config, samples, collate):
     )
     loss, expected = gradients_of(model, row)
     torch.compiler.reset()
+    counters.clear()
     use_device_options(model, stage(compile=True))
+    (layer,) = model.model.language_model.layers
+    layer.token_wise = EAGER._replace(**{part: getattr(layer.token_wise, part)})
     compiled_loss, grads = gradients_of(model, row)
+    assert counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(compiled_loss, loss, rtol=1e-6, atol=0)
     for name, grad in expected.items():
         assert (grads[name] - grad).norm() <= 1e-4 * (grad.norm() + 1e-2), name

@@ -29,8 +29,9 @@ from transformers import TrainerState
 from llava_llama31.assembly import staged_folder
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.errors import EndedElsewhere, Unhealthy, UserError
+from llava_llama31.trainer.errors import EndedElsewhere, OutOfMemory, Unhealthy, UserError
 from llava_llama31.trainer.fault_tolerance import peers
+from llava_llama31.trainer.fault_tolerance.out_of_memory import advising
 from llava_llama31.trainer.fault_tolerance.stage_guard import StopRequests
 from llava_llama31.trainer.fault_tolerance.step_health import ENOUGH, MOST_SKIPPED_IN_A_ROW, WINDOW, Health
 from llava_llama31.trainer.recipes.schema import Stage
@@ -273,28 +274,36 @@ def test_save_now_saves_at_the_next_step_once(train, monkeypatch, tmp_path):
     assert code == 0 and steps(run) == [3, 6] and not (run / "save-now").exists()
 
 
-@pytest.mark.slow
-def test_memory_that_is_full_names_what_to_lower(train, monkeypatch, capsys):
-    for error, place in (
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore"), "the device"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "the device"),
-        (RuntimeError("CUDA error: out of memory"), "the device"),
-        (RuntimeError("CUDA driver error: out of memory"), "the device"),
-        (RuntimeError("NCCL error, unhandled cuda error: Cuda failure 2 'out of memory'"), "the device"),
-        (RuntimeError("HIP error: out of memory"), "the device"),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 20 GB)"), "the device"),
-        (MemoryError(), "the host"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), "the host"),
-    ):
+FULL = (
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore"), "the device"),
+    (MemoryError(), "the host"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "the device"),
+    (RuntimeError("CUDA error: out of memory"), "the device"),
+    (RuntimeError("CUDA driver error: out of memory"), "the device"),
+    (RuntimeError("NCCL error, unhandled cuda error: Cuda failure 2 'out of memory'"), "the device"),
+    (RuntimeError("HIP error: out of memory"), "the device"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 20 GB)"), "the device"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), "the host"),
+)
 
-        def compute_loss(self, *args, _error=error, **kwargs):
-            raise _error
 
-        monkeypatch.setattr(LlavaTrainer, "compute_loss", compute_loss)
-        assert train()[0] == 6
-        error_line = capsys.readouterr().err.splitlines()[-1]
-        assert f"error: stages.projector: {place} is out of memory" in error_line
-        assert "lower micro_batch (now 4)" in error_line and "activation_checkpointing" in error_line
+def test_memory_that_is_full_names_what_to_lower(train, recipe_content, monkeypatch, capsys):
+    """In a run, the first two; all in what a run is within."""
+    stage = Stage.model_validate(recipe_content["stages"]["projector"])
+    for number, (error, place) in enumerate(FULL):
+        with pytest.raises(OutOfMemory) as caught, advising(stage, "stages.projector"):
+            raise error
+        said = str(caught.value)
+        if number < 2:
+
+            def compute_loss(self, *args, _error=error, **kwargs):
+                raise _error
+
+            monkeypatch.setattr(LlavaTrainer, "compute_loss", compute_loss)
+            assert train()[0] == 6
+            assert capsys.readouterr().err.splitlines()[-1] == f"error: {said}"
+        assert said.startswith(f"stages.projector: {place} is out of memory")
+        assert "lower micro_batch (now 4)" in said and "activation_checkpointing" in said
 
 
 @pytest.mark.slow

@@ -196,14 +196,20 @@ print(json.dumps(codes))
 """
 
 
-@pytest.fixture(scope="module")
-def fresh_processes() -> tuple[dict[str, int], str]:
+@pytest.fixture(scope="session")
+def fresh_processes(make_once) -> tuple[dict[str, int], str]:
     """Exit codes of all cases, and what they said."""
+    folder = make_once("fresh-processes", run_in_forks)
+    return json.loads((folder / "codes.json").read_text()), (folder / "said").read_text()
+
+
+def run_in_forks(folder: Path) -> None:
     check = "; import sys; had = {names!r} & set(sys.modules); assert not had, had"
     cases = {code: code + check.format(names=set(names.split())) for code, names in LIGHT.items()} | OTHERS
     command = [sys.executable, "-I", "-c", IN_FORKS, json.dumps(cases)]
     done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+    (folder / "codes.json").write_text(done.stdout.splitlines()[-1])
+    (folder / "said").write_text(done.stderr)
 
 
 @pytest.mark.slow

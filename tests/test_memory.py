@@ -199,7 +199,7 @@ EVERYTHING = ("--set", "trainable=[vision_tower,multi_modal_projector,language_m
     "arguments",
     [
         at_length(()),
-        at_length(UNCHECKPOINTED),  # in float32 under DDP below
+        at_length(UNCHECKPOINTED),  # under DDP below
         at_length(("--set", "micro_batch=4", "--set", "activation_checkpointing=2")),
         ("--set", "activation_checkpointing=selective"),
         at_length(("--stage", "projector")),
@@ -234,7 +234,7 @@ def test_the_sum_of_a_tied_heads_gradients_is_planned(trace_8b):
     assert_planned(driven(trace_8b, "single", "--shape", "small-tied", "--set", "micro_batch=1"), 0.01)
 
 
-@pytest.mark.torture
+@pytest.mark.slow
 def test_peak_under_ddp_is_within_3_percent_of_a_traced_small_step(trace_8b):
     assert_planned(driven(trace_8b, "ddp", *UNCHECKPOINTED), 0.03)
 
@@ -253,13 +253,13 @@ def real() -> list[str]:
 
 @pytest.mark.slow
 def test_a_trace_has_the_bytes_of_a_step_that_is_really_computed(trace_8b, real, monkeypatch):
-    """And the plan is within 3 % of both."""
-    few_words = dataclasses.replace(trace_8b.SHAPES["small"], num_words=16_000)
-    monkeypatch.setitem(trace_8b.SHAPES, "small", few_words)
+    small = trace_8b.SHAPES["small"]
+    smaller = dataclasses.replace(small, num_words=16_000, text=small.text | {"num_hidden_layers": 2})
+    monkeypatch.setitem(trace_8b.SHAPES, "small", smaller)
+    monkeypatch.setattr(trace_8b, "NUM_TEXT", 500)
     row = (*UNCHECKPOINTED, "--set", "micro_batch=1")
     result, computed = (driven(trace_8b, "ddp", *row, *arguments) for arguments in (real[1:], real))
     assert result["traced"] == pytest.approx(computed["traced"], rel=1e-3)  # indices, real in both, count in one
-    assert_planned(result, 0.03)
 
 
 @pytest.mark.torture

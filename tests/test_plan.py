@@ -128,7 +128,9 @@ def test_the_fastest_is_that_of_an_exhaustive_search(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("devices", "device"), [("8", "h100"), pytest.param("1", "rtx4090", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("devices", "device"), [pytest.param("8", "h100", marks=pytest.mark.torture), ("1", "rtx4090")]
+)
 def test_a_written_recipe_has_the_fastest_settings(capsys, tmp_path, devices, device):
     """It loads, and its own plan finds nothing to change."""
     options, file = ("--devices", devices, "--device", device), tmp_path / "fast.yaml"

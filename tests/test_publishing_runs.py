@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import brief_finish
 import pytest
 import torch
 import yaml
@@ -134,10 +135,9 @@ def test_blocks_that_are_no_blocks(recipe_content, tmp_path, publish):
 # --- beside the training
 
 
-@pytest.fixture(scope="module")
-def saves(tmp_path_factory, base_folder, data_folder):
+@pytest.fixture(scope="session")
+def saves(make_once, base_folder, data_folder):
     """A run of a whole and an adapted stage with every save kept, and its recipe."""
-    folder = tmp_path_factory.mktemp("saves")
     stage = {
         "data": [{"name": "rows", "path": str(data_folder / "rows.json")}],
         "global_batch": 8,
@@ -156,10 +156,16 @@ def saves(tmp_path_factory, base_folder, data_folder):
             "adapted": {**stage, "trainable": ["multi_modal_projector", "language_model"], "lora": {"r": 4}},
         },
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    recipe = load_recipe(str(folder / "recipe.yaml"), output=folder / "run")
-    run_recipe(recipe, folder / "run", command="test", signals=Signals())
-    return folder / "run", recipe
+
+    def fill(folder: Path) -> None:
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        recipe = load_recipe(str(folder / "recipe.yaml"), output=folder / "run")
+        with pytest.MonkeyPatch.context() as patch:
+            brief_finish.shorten(patch.setattr)
+            run_recipe(recipe, folder / "run", command="test", signals=Signals())
+
+    folder = make_once("saves", fill)
+    return folder / "run", load_recipe(str(folder / "recipe.yaml"), output=folder / "run")
 
 
 def job_of(saves, folder: Path, stage_name: str, **facts) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TORTURE
 from PIL import Image
 
 from llava_llama31.model_card import curves
@@ -166,8 +167,9 @@ def test_a_run_that_was_killed_twice_has_every_step_once(run):
 
 
 @pytest.mark.slow
-def test_the_page_says_what_is_known(run, capsys):
+def test_the_page_says_what_is_known_needs_nothing_else_and_runs_nothing(run, capsys):
     page = page_of(capsys, run)
+    assert_nothing_else_is_needed(page)
     assert "stage instruct, step 3 of 20" in page.text and "resumed 2 times" in page.text
     stage = f"{HOSTILE}: module groups of stage instruct"
     assert page.tables[stage][1:] == [
@@ -183,8 +185,7 @@ def test_the_page_says_what_is_known(run, capsys):
     assert page.tables[f"{HOSTILE}: recipe"][0] == ["name", HOSTILE]
 
 
-def test_the_page_needs_nothing_else_and_runs_nothing(run, capsys):
-    page = page_of(capsys, run)
+def assert_nothing_else_is_needed(page):
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe", "object")]
     addresses = [value for _, a in page.tags for name, value in a.items() if name in ("src", "href", "xlink:href")]
     assert addresses and all(address.startswith(("data:image/jpeg;base64,", "#")) for address in addresses)
@@ -390,11 +391,20 @@ def test_charts_that_two_threads_draw_have_one_style():
 # --- Chromium
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_in_a_browser(window, run, capsys, width):
-    window.resize(width)
+WIDTHS = {390: ("light",), 1280: ("dark",)}
+if TORTURE:
+    WIDTHS = dict.fromkeys(WIDTHS, ("light", "dark"))
+
+
+def test_the_page_in_a_browser(window, run, capsys):
     page_of(capsys, run, run)
-    window.open(run / "report.html")
+    for width, schemes in WIDTHS.items():
+        window.resize(width)
+        window.open(run / "report.html")
+        assert_usable(window, width, schemes)
+
+
+def assert_usable(window, width, schemes):
     assert window.run("return document.documentElement.scrollWidth") <= width
     assert window.run("return document.title").startswith(HOSTILE) and window.run("return window.owned") is None
     shown = "return [...document.querySelectorAll('svg.chart')].filter((e) => e.checkVisibility()).length"
@@ -403,7 +413,7 @@ def test_the_page_in_a_browser(window, run, capsys, width):
     assert window.role_and_name(".time svg.chart")[1].startswith("Loss")
     window.click("#axis-steps")
     assert window.run(shown) == count > 3
-    for scheme in ("light", "dark"):
+    for scheme in schemes:
         window.prefer(scheme)
         assert window.violations() == []
         dark = window.run("return getComputedStyle(document.body).backgroundColor") == "rgb(19, 21, 23)"

@@ -85,7 +85,6 @@ def test_it_has_what_the_trainer_recorded(train, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_that_crashed_twice_has_every_step_once(train, monkeypatch):
-    monkeypatch.setattr(run_room, "write_report", write_report)  # which short runs leave out
     _, whole = train("whole")
     for stage, step in (("1-projector", 4), ("2-instruct", 4)):
         with monkeypatch.context() as patch:
@@ -95,6 +94,7 @@ def test_a_run_that_crashed_twice_has_every_step_once(train, monkeypatch):
         with (run / "log.jsonl").open("r+b") as file:  # as a kill in the middle of a write leaves it
             file.seek(-9, 2)
             file.truncate()
+    monkeypatch.setattr(run_room, "write_report", write_report)  # which short runs leave out
     assert train("run")[0] == 0
     starts = [line for line in (run / "log.jsonl").read_text().splitlines() if '"event": "start"' in line]
     assert [json.loads(line)["step"] for line in starts] == [0, 2, 0, 2]

@@ -1,6 +1,7 @@
 """Text ability: a planted forgetting run is seen, logged, stopped where the recipe says so, and not asked twice."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,10 +18,13 @@ KNOWN = {
 }
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
+@pytest.fixture(scope="session")
+def texts(make_once):
     """Text-only rows and the questions about them, and rows that answer the same with other words."""
-    folder = tmp_path_factory.mktemp("texts")
+    return make_once("texts", write_texts)
+
+
+def write_texts(folder: Path) -> None:
     for name, answers in (("right", list(KNOWN.values())), ("wrong", ["no"] * len(KNOWN))):
         rows = [
             {"id": f"{name}{i}", "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
@@ -29,7 +33,6 @@ def texts(tmp_path_factory):
         (folder / f"{name}.json").write_text(json.dumps(rows))
     questions = [{"id": i, "question": q, "answer": a, "metric": "exact"} for i, (q, a) in enumerate(KNOWN.items())]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    return folder
 
 
 def recipe(checkpoint, texts, rows, **keys):
@@ -44,13 +47,15 @@ def recipe(checkpoint, texts, rows, **keys):
     return {"name": "text", "model": model, "stages": {rows: stage}, "text_questions": asked}
 
 
-@pytest.fixture(scope="module")
-def taught(base_folder, texts, tmp_path_factory):
+@pytest.fixture
+def taught(base_folder, texts, make_once, short_runs) -> Path:
     """A run in which the tiny model learns the answers."""
-    folder = tmp_path_factory.mktemp("taught")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(base_folder, texts, "right")))
-    assert main(["train", str(folder / "recipe.yaml"), "--output", str(folder / "run")]) == 0
-    return folder / "run"
+
+    def fill(folder: Path) -> None:
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(base_folder, texts, "right")))
+        assert main(["train", str(folder / "recipe.yaml"), "--output", str(folder / "run")]) == 0
+
+    return make_once("taught", fill) / "run"
 
 
 @pytest.mark.slow

@@ -100,8 +100,15 @@ def test_an_evaluation_that_cannot_be_stops_before_training(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stops", [False, True], ids=["in one go", "resumed"])
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("lora", "stops"),
+    [
+        pytest.param(True, False, id="lora in one go"),
+        pytest.param(False, True, id="full resumed"),
+        pytest.param(True, True, id="lora resumed", marks=pytest.mark.torture),
+        pytest.param(False, False, id="full in one go", marks=pytest.mark.torture),
+    ],
+)
 def test_the_best_weights_are_kept(recipe_path, tmp_path, monkeypatch, lora, stops):
     from llava_llama31.trainer.evaluation import in_training
 

@@ -46,20 +46,19 @@ def checked(tmp_path_factory):
     return check
 
 
-@pytest.mark.slow
-def test_a_wrong_argument_across_two_rooms_is_found(checked):
-    call = (
-        "from pathlib import Path\n\nfrom llava_llama31.trainer.checkpoint import atomic_folders\n\n\n"
-        "def planted(folder: Path) -> int:\n    return atomic_folders.size({})\n"
-    )
-    assert checked("data", call.format("folder")) == ""
-    assert '"size" has incompatible type "int"' in checked("data", call.format("3"))
+CALLS = (
+    "from pathlib import Path\n\nfrom llava_llama31.trainer.checkpoint import atomic_folders\n\n\n"
+    "def right(folder: Path) -> int:\n    return atomic_folders.size(folder)\n\n\n"
+    "def wrong(folder: Path) -> int:\n    return atomic_folders.size(3)\n"
+)
 
 
 @pytest.mark.slow
-def test_the_installed_names_have_types(checked):
-    lines = [*NAMES, *(f"reveal_type({name})" for name in NAMES.values())]
-    printed = checked("data", "\n".join(lines) + "\n")
-    found = dict(zip(NAMES.values(), (line for line in printed.splitlines() if "Revealed type" in line), strict=True))
+def test_a_wrong_argument_across_two_rooms_is_found_and_the_installed_names_have_types(checked):
+    lines = [*NAMES, *(f"reveal_type({name})" for name in NAMES.values()), CALLS]
+    printed = checked("data", "\n".join(lines)).splitlines()
+    (error,) = (line for line in printed if ": error: " in line)
+    assert '"size" has incompatible type "int"' in error
+    found = dict(zip(NAMES.values(), (line for line in printed if "Revealed type" in line), strict=True))
     for name, line in found.items():
         assert re.search(rf'-> llava_llama31\.[\w.]*\b{name}"$', line), line

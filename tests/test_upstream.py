@@ -1,9 +1,10 @@
 """`make upstream` finds the tests of Transformers that end differently with our classes; on a made-up checkout."""
 
 import importlib.util
+import multiprocessing
 import os
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
@@ -101,13 +102,32 @@ def checkout(tmp_path):
     return folder
 
 
+def ended(run: ModuleType, folder: Path, *arguments: str) -> tuple[int | None, str]:
+    """Exit code and output of the command in a fork, whose tests are those of the checkout alone."""
+
+    def in_fork() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "conftest")]:
+            del sys.modules[name]
+        for name in [name for name in os.environ if name.startswith("PYTEST")]:
+            del os.environ[name]
+        os.chdir(folder)
+        with (folder / "printed").open("w") as printed, redirect_stdout(printed), redirect_stderr(printed):
+            sys.argv = ["run.py", *arguments]
+            code = run.main()
+        os._exit(code)
+
+    fork = multiprocessing.get_context("fork").Process(target=in_fork)
+    fork.start()
+    fork.join(200)
+    return fork.exitcode, (folder / "printed").read_text()
+
+
 @pytest.mark.slow
-def test_planted_differences_and_stale_exceptions_are_found(checkout, tmp_path):
+def test_planted_differences_and_stale_exceptions_are_found(run, checkout, tmp_path):
     (tmp_path / "exceptions.toml").write_text(EXCEPTIONS)
-    command = [sys.executable, str(RUN), str(checkout), "--exceptions", str(tmp_path / "exceptions.toml")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=dict(os.environ))
-    assert done.returncode == 1, done.stdout + done.stderr
-    said = done.stdout.split("\nTransformers ")[1].splitlines()
+    code, printed = ended(run, tmp_path, str(checkout), "--exceptions", str(tmp_path / "exceptions.toml"))
+    assert code == 1, printed
+    said = printed.split("\nTransformers ")[1].splitlines()
     assert said == [
         f"{transformers.__version__}, its tests 0.1",
         "tests of another version may fail with both classes, and then compare nothing",
@@ -124,10 +144,10 @@ def test_planted_differences_and_stale_exceptions_are_found(checkout, tmp_path):
 
 
 @pytest.mark.slow
-def test_tests_that_cannot_run_are_no_success(checkout, tmp_path):
+def test_tests_that_cannot_run_are_no_success(run, checkout, tmp_path):
     (checkout / "tests/models/llava_next/test_modeling_llava_next.py").write_text("import nothing_of_that_name\n")
-    done = subprocess.run([sys.executable, str(RUN), str(checkout)], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2 and "nothing_of_that_name" in done.stdout and "cannot run" in done.stdout
+    code, printed = ended(run, tmp_path, str(checkout))
+    assert code == 2 and "nothing_of_that_name" in printed and "cannot run" in printed
 
 
 @pytest.mark.parametrize(
