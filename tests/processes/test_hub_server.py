@@ -134,6 +134,7 @@ def test_faults_come_when_asked_for(hub, tmp_path):
                 assert (fault in made) == (fault == "lost"), (fault, made)
             else:
                 assert False, fault
+        for fault in ("500", "429", "drop", "lost"):
             api.create_tag("me/m", tag=fault, exist_ok=True)
         """,
         tmp_path,
