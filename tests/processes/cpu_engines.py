@@ -3,7 +3,8 @@
 accelerate launch --config_file CONFIG tests/processes/cpu_engines.py train RECIPE ...
 
 What is changed here stands for the missing devices; the project's code runs as it is. With PEAK_MEMORY=FOLDER every
-process leaves there the most bytes of tensors that lived at once in each of its steps.
+process leaves there the most bytes of tensors that lived at once in each of its steps. With BRIEF_FINISH a real
+process leaves out what brief_finish.py does.
 """
 
 import gc
@@ -104,4 +105,9 @@ if __name__ == "__main__":
     with as_asked():
         from llava_llama31.trainer.cli import main
 
+        if os.environ.get("BRIEF_FINISH"):
+            sys.path.append(str(Path(__file__).parents[1]))
+            import brief_finish
+
+            brief_finish.shorten()
         sys.exit(main())

@@ -7,11 +7,13 @@ OLD_TRANSFORMERS=old452 pytest tests/processes/test_dialects.py
 """
 
 import io
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -54,14 +56,15 @@ LLAMA3_ROPE = {
 }
 QUESTION = "What does the sign say?"
 TOWERS = ("clip", "dinov2")
+Answers = dict[tuple[str, str], tuple[list, np.ndarray]]
 ASK = f"""
-import json, sys, numpy as np, torch, transformers
+import itertools, json, sys, numpy as np, torch, transformers
 from PIL import Image
 from safetensors.numpy import save_file
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration, LlavaNextProcessor
 from transformers import AutoModelForImageTextToText
-folder, image_file, *doors = sys.argv[1:]
-for door in doors:
+image_file, folders, *doors = sys.argv[1:]
+for folder, door in itertools.product(folders.split(","), doors):
     models, processors = LlavaNextForConditionalGeneration, LlavaNextProcessor
     options = {{}}
     if door == "auto":
@@ -109,21 +112,26 @@ def folders(lively_folder, tmp_path_factory):
     return root
 
 
-def ask(folder: Path, *doors: str, transformers: str | None = None) -> dict[str, tuple[list, np.ndarray]]:
-    """What a clean process gets through each door, one after the other."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder.parent / "home")}
+def ask(folders: Sequence[Path], *doors: str, transformers: str | None = None) -> Answers:
+    """What a clean process gets through each door of each folder, one after the other."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folders[0].parent / "home")}
     environment |= {"PYTHONPATH": transformers} if transformers else {}
-    command = [sys.executable, "-c", ASK, str(folder), str(folder.parent / "sign.png"), *doors]
+    command = [sys.executable, "-c", ASK, *asked(folders, *doors)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return answers_in(done.stdout, folder, *doors)
+    return answers_in(done.stdout, folders, *doors)
 
 
-def answers_in(printed: str, folder: Path, *doors: str) -> dict[str, tuple[list, np.ndarray]]:
-    said = map(json.loads, printed.splitlines()[-len(doors) :])
+def asked(folders: Sequence[Path], *doors: str) -> list[str]:
+    return [str(folders[0].parent / "sign.png"), ",".join(map(str, folders)), *doors]
+
+
+def answers_in(printed: str, folders: Sequence[Path], *doors: str) -> Answers:
+    ways = list(itertools.product(folders, doors))
+    said = map(json.loads, printed.splitlines()[-len(ways) :])
     return {
-        door: (answered, load_file(f"{folder}.{door}.logits")["logits"].numpy())
-        for door, answered in zip(doors, said, strict=True)
+        (folder.name, door): (answered, load_file(f"{folder}.{door}.logits")["logits"].numpy())
+        for (folder, door), answered in zip(ways, said, strict=True)
     }
 
 
@@ -221,16 +229,13 @@ def test_every_auto_class_of_stock_opens_ours(folders):
 @pytest.fixture(scope="module")
 def answers_here(folders):
     """Of the native folders, by stock classes in this process."""
-    answers = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for tower in TOWERS:
-            folder = folders / f"{tower}-native"
-            patch.setattr(sys, "argv", ["", str(folder), str(folders / "sign.png"), "stock"])
-            printed = io.StringIO()
-            with redirect_stdout(printed):
-                exec(compile(ASK, "ask", "exec"), {})
-            answers[tower] = answers_in(printed.getvalue(), folder, "stock")["stock"]
-    return answers
+    native = [folders / f"{tower}-native" for tower in TOWERS]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(sys, "argv", ["", *asked(native, "stock")])
+        exec(compile(ASK, "ask", "exec"), {})
+    found = answers_in(printed.getvalue(), native, "stock")
+    return {tower: found[f"{tower}-native", "stock"] for tower in TOWERS}
 
 
 def assert_the_same(here, there):
@@ -240,20 +245,20 @@ def assert_the_same(here, there):
     np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("tower", TOWERS)
-def test_a_clean_process_gives_the_same_logits_and_answer(folders, answers_here, tower):
-    for door, there in ask(folders / f"{tower}-portable", "stock", "auto", "remote").items():
+def test_a_clean_process_gives_the_same_logits_and_answer(folders, answers_here):
+    answers = ask([folders / f"{tower}-portable" for tower in TOWERS], "stock", "auto", "remote")
+    for tower, door in itertools.product(TOWERS, ("stock", "auto", "remote")):
+        there = answers[f"{tower}-portable", door]
         assert_the_same(answers_here[tower], there)
         assert there[0][1].startswith("LlavaLlama31" if door == "remote" else "LlavaNext")
 
 
 @pytest.mark.skipif(not OLD, reason="OLD_TRANSFORMERS names no folder with another Transformers")
-@pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("transformers", OLD, ids=lambda folder: Path(folder).name)
-def test_another_version_gives_the_same_logits_and_answer(folders, answers_here, transformers, tower):
-    folder = folders / f"{tower}-portable"
-    answers = ask(folder, "stock", "auto", transformers=transformers)
-    if Version(answers["stock"][0][0]) >= FIRST_WITH_OUR_CODE:
-        answers |= ask(folder, "remote", transformers=transformers)
-    for there in answers.values():
-        assert_the_same(answers_here[tower], there)
+def test_another_version_gives_the_same_logits_and_answer(folders, answers_here, transformers):
+    portable = [folders / f"{tower}-portable" for tower in TOWERS]
+    answers = ask(portable, "stock", "auto", transformers=transformers)
+    if Version(answers[portable[0].name, "stock"][0][0]) >= FIRST_WITH_OUR_CODE:
+        answers |= ask(portable, "remote", transformers=transformers)
+    for (name, _), there in answers.items():
+        assert_the_same(answers_here[name.removesuffix("-portable")], there)

@@ -234,7 +234,7 @@ print("neighbours", sorted(peers._neighbours), flush=True)
 """
 
 
-@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("apart", [True, pytest.param(False, marks=pytest.mark.torture)])
 def test_a_pid_means_nothing_in_another_containers_namespace(apart):
     """Containers with one host name (hostNetwork): a healthy rank was reported as gone and the run ended."""
     prefix = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"] if apart else []

@@ -75,12 +75,29 @@ def test_an_export_is_opened_here_and_elsewhere_and_its_card_says_so(run, tmp_pa
     assert "## Opened in" not in (run / "export" / "README.md").read_text()
 
 
-def test_a_folder_that_does_not_open_is_reported(run, tmp_path, monkeypatch):
+# a stand-in for an environment in which a folder does not open
+FAILING = """#!{python}
+import sys
+if sys.argv[3] == "versions":
+    print('{mark}{{"versions": {{"transformers": "4.52.4"}}}}')
+else:
+    sys.exit("loading\\nOSError: no file model.safetensors in " + sys.argv[4])
+"""
+
+
+@pytest.mark.parametrize("here", [False, pytest.param(True, marks=pytest.mark.torture)], ids=["elsewhere", "here"])
+def test_a_folder_that_does_not_open_is_reported(run, tmp_path, monkeypatch, here):
     folder = Path(shutil.copytree(run / "export", tmp_path / "export"))
     (folder / "model.safetensors").unlink()
-    monkeypatch.setattr(opening_elsewhere, "_doors", lambda versions: ["stock"])
-    (found,) = open_everywhere(folder, [])
+    other = tmp_path / "python"
+    other.write_text(FAILING.format(mark=MARK, python=sys.executable))
+    other.chmod(other.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(
+        opening_elsewhere, "_doors", lambda versions: ["stock"] * (here == (versions["transformers"] != "4.52.4"))
+    )
+    (found,) = open_everywhere(folder, [str(other)])
     assert not found.whole and found.equal == 0 and "does not open: " in found.note
+    assert here or found.note == f"does not open: OSError: no file model.safetensors in {folder.resolve()}"
 
 
 def test_the_cause_that_an_engines_processes_log_is_what_is_said():

@@ -127,8 +127,10 @@ def test_a_killed_run_loses_nothing_but_the_steps_since_its_last_checkpoint(star
     assert whole["codes"] == [0], whole["log"]
     expected, last = outcome(tmp_path / "whole"), whole["operations"]
     dice = random.Random(7)
-    num_named, num_random = (cases(90, 4), cases(20, 1)) if not lora else (cases(70, 2), cases(20, 1))
-    points = [{"kill_at": 1 + round(i * (last - 1) / (num_named - 1))} for i in range(num_named)]
+    num_named, num_random = (90 if not lora else 70, 20) if FULL else (2, 1)
+    # the sample's are neither the first nor the last operation
+    spread = [i / (num_named - 1) for i in range(num_named)] if FULL else [1 / 3, 2 / 3]
+    points = [{"kill_at": 1 + round(share * (last - 1))} for share in spread]
     points += [{"after": dice.uniform(0, whole["seconds"])} for _ in range(num_random)]
     num_killed, steps = 0, Counter()
     for number, point in enumerate(points):
@@ -186,7 +188,7 @@ def test_resume_from_every_step_ends_with_the_same_bits(start, recipe, tmp_path,
     points = [(stage, step) for stage in sorted((whole / "stages").iterdir()) for step, _ in step_folders(stage)]
     assert len(points) >= 25
     if not FULL:
-        points = random.Random(3).sample(points, 3)
+        points = random.Random(3).sample(points, 2)
     for stage, step in points:
         run = tmp_path / "resumed"
         shutil.copytree(whole, run, copy_function=os.link)
@@ -270,9 +272,10 @@ def test_sigterm_at_any_moment_ends_with_75_and_the_run_resumes(start, recipe, t
     whole = start(path, tmp_path / "whole", processes=processes)
     assert set(whole["codes"]) == {0}, whole["log"]
     expected, dice = outcome(tmp_path / "whole"), random.Random(11 * processes)
-    seconds = start(path, tmp_path / "warm", processes=processes)["seconds"]
+    # by a second run, which imports nothing any more; the sample has no moment that is so near to the end
+    seconds = start(path, tmp_path / "warm", processes=processes)["seconds"] if FULL else whole["seconds"]
     codes: Counter[int] = Counter()
-    for number in range(cases(50, 3)):
+    for number in range(cases(50, 2)):
         run = tmp_path / "stopped"
         moment = dice.uniform(0.05, seconds)
         stopped = start(path, run, processes=processes, after=moment, signal=15)
@@ -293,16 +296,21 @@ def test_sigterm_at_any_moment_ends_with_75_and_the_run_resumes(start, recipe, t
         if number % 10 == 9:
             report("SIGTERM", f"{number + 1} moments")
     told = ", ".join(f"{count} times {code}" for code, count in codes.most_common())
-    report("SIGTERM", f"{cases(50, 3)} moments, {processes} processes: exit codes {told}; same bits each time")
+    report("SIGTERM", f"{cases(50, 2)} moments, {processes} processes: exit codes {told}; same bits each time")
 
 
 # --- health
 
 
-def test_a_value_that_is_not_finite_on_one_of_two_ranks_stops_both_in_that_step(start, recipe, tmp_path):
+def test_a_value_that_is_not_finite_on_one_of_two_ranks_stops_both_in_that_step(
+    start, recipe, recipe_content, tmp_path
+):
+    if not FULL:  # has too few steps for a spike, and saves every one
+        del recipe_content["stages"]["projector"]
     dice, told = random.Random(5), Counter()
-    for _ in range(cases(100, 4)):
-        kind, rank, step = dice.choice(["nan", "inf", "1e9"]), dice.randrange(2), dice.randrange(70, 80)
+    kinds = ["nan", "inf", "1e9"]
+    for kind in (dice.choice(kinds) for _ in range(100)) if FULL else kinds:
+        rank, step = dice.randrange(2), dice.randrange(70, 80)
         spike = kind == "1e9"
         options = {"epochs": 16, "on_spike": "stop"} if spike else {"epochs": 2}
         step = step if spike else dice.randrange(1, 9)
@@ -329,13 +337,14 @@ FAULTS = {  # kind -> exit codes of the process that has it and of the other, an
 
 
 def test_a_fault_on_one_of_two_ranks_ends_both_and_is_reported_once(start, recipe, tmp_path):
-    """In a step, a save, an evaluation, and in loading a checkpoint."""
+    """In a step, a save, an evaluation, and, at length, in loading a checkpoint."""
     path = recipe(validation_fraction=0.1, eval_steps=2)
     whole = tmp_path / "whole"
-    assert start(path, whole, processes=2)["codes"] == [0, 0]
     methods = "compute_loss", "_save_checkpoint", "evaluate", "_load_from_checkpoint"
     points = [(method, kind, rank) for method in methods for kind in FAULTS for rank in (0, 1)]
-    points = points if FULL else random.Random(2).sample(points, 4)
+    points = points if FULL else random.Random(2).sample(points, 4)  # none of them loads a checkpoint
+    if FULL:
+        assert start(path, whole, processes=2)["codes"] == [0, 0]
     slowest = 0.0
     for method, kind, rank in points:
         run = tmp_path / "run"
@@ -359,8 +368,8 @@ def test_a_fault_on_one_of_two_ranks_ends_both_and_is_reported_once(start, recip
 
 
 def test_one_two_and_four_processes_end_alike(start, recipe, recipe_content, tmp_path):
-    recipe_content["stages"]["projector"]["micro_batch"] = 2
-    path, ends = recipe(micro_batch=2), {}
+    recipe_content["stages"]["projector"] |= {"micro_batch": 2, "save_steps": 100}
+    path, ends = recipe(micro_batch=2, save_steps=100), {}
     for processes in (1, 2, 4) if FULL else (1, 4):
         run = tmp_path / f"run-{processes}"
         result = start(path, run, processes=processes)
