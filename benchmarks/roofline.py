@@ -63,7 +63,7 @@ def seconds_by_part(traces: dict[str, Trace], flops: FlopsByPart, device: Accele
 
 def predict(step: Step, device: Accelerator) -> dict[str, Any]:
     """What `--json` prints, and more: seconds by part, bytes by operation, copies from pageable memory."""
-    traces = train(step)
+    traces = train(step, saves=False)
     flops = micro_batch_flops(step)
     parts = seconds_by_part(traces, flops, device)
     kernels = sum(sum(traces[phase].kernels.values()) for phase in COUNTED)

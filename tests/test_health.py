@@ -386,14 +386,11 @@ def test_a_stage_trains_while_a_checkpoint_is_hashed(train, monkeypatch):
     assert code == 0 and overlapped == {(step, True) for step in range(1, 6)} and steps(run) == [1, 2, 3, 4, 5, 6]
 
 
-def test_no_rank_waits_for_the_commit(tmp_path, monkeypatch):
-    """Two ranks that wait for each other as processes do: both go on before the checkpoint is committed."""
-    together, went_on, folder = threading.Barrier(2), threading.Barrier(3), tmp_path / "checkpoint-1"
-    monkeypatch.setattr(stage_checkpoints, "_barrier", lambda args: together.wait(20))
-    original = atomic_folders.commit
-    monkeypatch.setattr(atomic_folders, "commit", lambda *given: (went_on.wait(20), original(*given)))
+@pytest.fixture
+def save(tmp_path):
+    """Save step 1 as a rank of two; a function is called with the checkpoint's folder before training goes on."""
 
-    def save(rank):
+    def save(rank, then):
         args = SimpleNamespace(output_dir=str(tmp_path), world_size=2, should_save=not rank, save_total_limit=1)
         args.deepspeed_plugin = None
         guard = SimpleNamespace(watchdog=SimpleNamespace(beat=lambda doing: None), save=lambda folder: None)
@@ -401,24 +398,33 @@ def test_no_rank_waits_for_the_commit(tmp_path, monkeypatch):
         with saves.completed():
             with saves.staged(TrainerState(global_step=1), torch.nn.Linear(1, 1)) as parent:
                 (parent / f"checkpoint-1/{rank}").touch()
-            assert not folder.exists()
-            went_on.wait(20)
-        return atomic_folders.verify(folder)
+            then(tmp_path / "checkpoint-1")
+        assert atomic_folders.verify(tmp_path / "checkpoint-1") is None
+
+    return save
+
+
+def test_no_rank_waits_for_the_commit(save, committing, monkeypatch):
+    """Two ranks that wait for each other as processes do: both go on before the checkpoint is committed."""
+    together, went_on = threading.Barrier(2), threading.Barrier(3)
+    monkeypatch.setattr(stage_checkpoints, "_barrier", lambda args: together.wait(20))
+    committing(lambda step: went_on.wait(20))
+
+    def then(folder):
+        assert not folder.exists()
+        went_on.wait(20)
 
     with ThreadPoolExecutor(2) as ranks:
-        assert list(ranks.map(save, (0, 1))) == [None, None]
+        list(ranks.map(lambda rank: save(rank, then), (0, 1)))
 
 
-def test_a_tracker_that_uploads_checkpoints_gets_whole_ones(train, committing, monkeypatch):
-    seen = []
-
-    def on_save(self, args, state, control, **others):
-        seen.append(atomic_folders.verify(Path(args.output_dir, f"checkpoint-{state.global_step}")))
-
+def test_a_tracker_that_uploads_checkpoints_gets_whole_ones(save, committing, monkeypatch):
+    monkeypatch.setattr(stage_checkpoints, "_barrier", lambda args: None)
     monkeypatch.setenv("WANDB_LOG_MODEL", "checkpoint")
-    monkeypatch.setattr(StopRequests, "on_save", on_save)
     committing(lambda step: time.sleep(0.05))
-    assert train(save_steps=3)[0] == 0 and seen == [None, None]
+    found = []
+    save(0, lambda folder: found.append(atomic_folders.verify(folder)))
+    assert found == [None]
 
 
 def test_a_commit_that_fails_ends_the_stage_at_its_next_step(train, committing, capsys, monkeypatch):

@@ -57,7 +57,7 @@ def schedules() -> dict[str, list[Any]]:
 
 def printed_prediction(phases: dict[str, Trace]) -> str:
     """What the benchmark prints with `--json` of a step that has been traced."""
-    with redirect_stdout(io.StringIO()) as printed, mock.patch.object(roofline, "train", lambda step: phases):
+    with redirect_stdout(io.StringIO()) as printed, mock.patch.object(roofline, "train", lambda step, saves: phases):
         assert roofline.main(["--shape", "tiny", "--stage", "instruct", "--device", "h100", "--json"]) == 0
     return printed.getvalue()
 
