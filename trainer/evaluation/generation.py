@@ -384,7 +384,7 @@ class _BranchCache(Cache):
         self._branches = [
             _BranchLayer([(layer.keys, layer.values) for layer in row], num_past, room) for row in layers
         ]
-        super().__init__(layers=self._branches)
+        super().__init__(layers=[*self._branches])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order, as `_close_gaps` names them."""
