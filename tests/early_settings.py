@@ -14,7 +14,7 @@ if str(QUICK_START) not in paths:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(QUICK_START), *filter(None, paths)])
 # of processes that tests start; what needs these packages is tested in xdist's workers, which have them, or in forks
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("HIDDEN_PACKAGES", "bitsandbytes,torchao")
+    os.environ.setdefault("HIDDEN_PACKAGES", "bitsandbytes,scipy,torchao")
 # our package is not compiled again in each process
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

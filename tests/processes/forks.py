@@ -180,7 +180,6 @@ class Forks:
             self._ready = self._connection.recv(16) == b"ready\n"
             assert self._ready, self._errors.read_text()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
-        environment["HIDDEN_PACKAGES"] = ""
         if launcher:
             environment |= launchers_variables(launcher, processes)
             case["engines"] = True

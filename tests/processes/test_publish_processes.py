@@ -68,7 +68,7 @@ def test_from_a_run_to_a_stranger(recipe_content, make_image, tmp_path, monkeypa
         stranger.mkdir()
         make_image(50, 70).save(stranger / "sign.png")
         code = f"texts = []\n{code}\nimport json, sys\nprint(json.dumps([texts, 'llava_llama31' in sys.modules]))"
-        opened = start(hub, stranger, "-I", "-c", code)
+        opened = start(hub, stranger, "-s", "-P", "-c", code)
         assert opened.returncode == 0, opened.stderr
         texts, has_ours = json.loads(opened.stdout.splitlines()[-1])
         assert len(texts) == 6 and len(set(texts[:5])) == 1 and texts[0] and texts[5] and not has_ours

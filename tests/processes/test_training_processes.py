@@ -109,7 +109,7 @@ def test_a_real_signal_loses_nothing(launch, forks, recipe_file, tmp_path, numbe
     """SIGINT and SIGKILL come to a real process, SIGTERM to a fork; forks train what is left."""
     run = tmp_path / "run"
     arguments = [str(recipe_file), "--output", str(run)]
-    for override in ("max_steps=120", "epochs=null", "save_steps=10", "logging_steps=20"):
+    for override in ("max_steps=60", "epochs=null", "save_steps=10", "logging_steps=20"):
         arguments += ["--set", f"stages.projector.{override}"]
     job = forks.start("train", *arguments) if number == signal.SIGTERM else launch("train.py", *arguments)
     while not list((run / "stages").glob("1-projector/checkpoint-*")):
@@ -122,7 +122,7 @@ def test_a_real_signal_loses_nothing(launch, forks, recipe_file, tmp_path, numbe
     again = forks.start("train", *arguments)
     output, _ = again.communicate(timeout=200)
     assert again.returncode == 0, output
-    assert re.search(r"resuming from \S+, step [1-9]\d* of 120", output)
+    assert re.search(r"resuming from \S+, step [1-9]\d* of 60", output)
 
 
 def test_two_processes_share_the_questions(forks, recipe_content, tmp_path):

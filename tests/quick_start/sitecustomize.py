@@ -3,7 +3,7 @@
 Garbage is collected less often: imports make half a million objects, which stay. Python would look for garbage at
 every 700 new ones, a fifth of their time, and once more in all of them as it ends. And the packages of HIDDEN_PACKAGES
 are not installed for this process: peft and Transformers import torchao and bitsandbytes wherever they are, which is a
-fourth of what `train` imports.
+fourth of what `train` imports, and SciPy, which is 379 of the other 3,992 modules.
 """
 
 import atexit
