@@ -342,8 +342,8 @@ def test_compiled_equals_eager(tiny_config, samples, collate, monkeypatch, backe
     torch.compiler.reset()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["before", pytest.param("after", marks=pytest.mark.torture)])
+@pytest.mark.torture
+@pytest.mark.parametrize("part", ["before", "after"])
 def test_a_compiled_part_of_a_layer_equals_the_eager_one(tiny_config, samples, collate, part):
     tiny_config.text_config.num_hidden_layers = 1
     torch.manual_seed(0)

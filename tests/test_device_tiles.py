@@ -78,7 +78,7 @@ def test_another_filter_and_another_pillow_are_refused(processor, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.torture)])
 def test_a_run_ends_with_the_bits_of_one_that_tiles_in_its_workers(
     recipe_content, run_recipe, tmp_path, packing, monkeypatch
 ):

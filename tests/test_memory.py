@@ -251,7 +251,7 @@ def real() -> list[str]:
     return ["--real", *(["--set", "precision=float32"] if measure_cpu_speed().is_slow_in_bfloat16 else [])]
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_a_trace_has_the_bytes_of_a_step_that_is_really_computed(trace_8b, real, monkeypatch):
     small = trace_8b.SHAPES["small"]
     smaller = dataclasses.replace(small, num_words=16_000, text=small.text | {"num_hidden_layers": 2})
@@ -315,11 +315,8 @@ def traced_zero(trace_8b, tmp_path, monkeypatch) -> Callable[[str], dict]:
     return traced_zero
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",
-    [case if case == "zero3" else at_length(case) for case in ZERO_CASES],
-)
+@pytest.mark.torture
+@pytest.mark.parametrize("case", ZERO_CASES)
 def test_peak_is_within_5_percent_of_a_traced_small_step_under_deepspeed(traced_zero, case):
     """The plan is of the device that holds most: of the first, ZeRO-2's has no head."""
     result = traced_zero(case)
@@ -409,7 +406,7 @@ def test_peak_with_adapters_is_that_of_a_traced_small_step(trace_8b, arguments):
     assert_planned(driven(trace_8b, "single", *arguments, *checkpointed), 0.04)
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_a_parameter_without_gradient_fails_the_trace(trace_8b):
     # the tower's last layer is read by nothing
     config = trace_8b.SHAPES["small"].config

@@ -117,7 +117,7 @@ def test_two_processes_ask_with_the_ocr_tokens_that_one_has_read(forks, lively_f
     assert read == ["p0", "p1", "p2", "p3", "p4"]  # by one process, each once
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.torture)])
 def test_kill_9_at_any_moment_changes_nothing(launch, forks, lively_folder, data, whole, tmp_path, processes):
     """Four times each; with two processes one after the other, so that what was left belongs to another number.
 

@@ -54,6 +54,7 @@ def run(lively_folder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.torture
 def test_an_export_is_opened_here_and_elsewhere_and_its_card_says_so(run, tmp_path, monkeypatch, capsys):
     other = tmp_path / "python"
     other.write_text(OTHER.format(mark=MARK, python=sys.executable, reference=str(run / "export" / "reference.json")))

@@ -175,7 +175,8 @@ RESUMES = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMES if FULL else ["dropout"])
+@pytest.mark.torture
+@pytest.mark.parametrize("name", RESUMES)
 def test_resume_from_every_step_ends_with_the_same_bits(start, recipe, tmp_path, name, request):
     """20 steps and more over the epochs of the second stage; the first stage's too, with the hand-over behind them."""
     if RESUMES[name].get("precision") == "bfloat16":
@@ -187,8 +188,6 @@ def test_resume_from_every_step_ends_with_the_same_bits(start, recipe, tmp_path,
     expected = outcome(whole)
     points = [(stage, step) for stage in sorted((whole / "stages").iterdir()) for step, _ in step_folders(stage)]
     assert len(points) >= 25
-    if not FULL:
-        points = random.Random(3).sample(points, 2)
     for stage, step in points:
         run = tmp_path / "resumed"
         shutil.copytree(whole, run, copy_function=os.link)
@@ -266,16 +265,17 @@ def test_every_damage_to_every_file_is_found_and_the_checkpoint_before_is_taken(
 # --- signals
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.torture), 2])
+@pytest.mark.torture
+@pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_at_any_moment_ends_with_75_and_the_run_resumes(start, recipe, tmp_path, processes):
     path = recipe()
     whole = start(path, tmp_path / "whole", processes=processes)
     assert set(whole["codes"]) == {0}, whole["log"]
     expected, dice = outcome(tmp_path / "whole"), random.Random(11 * processes)
-    # by a second run, which imports nothing any more; the sample has no moment that is so near to the end
-    seconds = start(path, tmp_path / "warm", processes=processes)["seconds"] if FULL else whole["seconds"]
+    # by a second run, which imports nothing any more
+    seconds = start(path, tmp_path / "warm", processes=processes)["seconds"]
     codes: Counter[int] = Counter()
-    for number in range(cases(50, 2)):
+    for number in range(50):
         run = tmp_path / "stopped"
         moment = dice.uniform(0.05, seconds)
         stopped = start(path, run, processes=processes, after=moment, signal=15)
@@ -296,7 +296,7 @@ def test_sigterm_at_any_moment_ends_with_75_and_the_run_resumes(start, recipe, t
         if number % 10 == 9:
             report("SIGTERM", f"{number + 1} moments")
     told = ", ".join(f"{count} times {code}" for code, count in codes.most_common())
-    report("SIGTERM", f"{cases(50, 2)} moments, {processes} processes: exit codes {told}; same bits each time")
+    report("SIGTERM", f"50 moments, {processes} processes: exit codes {told}; same bits each time")
 
 
 # --- health
@@ -336,15 +336,14 @@ FAULTS = {  # kind -> exit codes of the process that has it and of the other, an
 }
 
 
+@pytest.mark.torture
 def test_a_fault_on_one_of_two_ranks_ends_both_and_is_reported_once(start, recipe, tmp_path):
-    """In a step, a save, an evaluation, and, at length, in loading a checkpoint."""
+    """In a step, a save, an evaluation, and in loading a checkpoint."""
     path = recipe(validation_fraction=0.1, eval_steps=2)
     whole = tmp_path / "whole"
     methods = "compute_loss", "_save_checkpoint", "evaluate", "_load_from_checkpoint"
     points = [(method, kind, rank) for method in methods for kind in FAULTS for rank in (0, 1)]
-    points = points if FULL else random.Random(2).sample(points, 4)  # none of them loads a checkpoint
-    if FULL:
-        assert start(path, whole, processes=2)["codes"] == [0, 0]
+    assert start(path, whole, processes=2)["codes"] == [0, 0]
     slowest = 0.0
     for method, kind, rank in points:
         run = tmp_path / "run"
@@ -367,10 +366,11 @@ def test_a_fault_on_one_of_two_ranks_ends_both_and_is_reported_once(start, recip
 # --- processes
 
 
+@pytest.mark.torture
 def test_one_two_and_four_processes_end_alike(start, recipe, recipe_content, tmp_path):
     recipe_content["stages"]["projector"] |= {"micro_batch": 2, "save_steps": 100}
     path, ends = recipe(micro_batch=2, save_steps=100), {}
-    for processes in (1, 2, 4) if FULL else (1, 4):
+    for processes in (1, 2, 4):
         run = tmp_path / f"run-{processes}"
         result = start(path, run, processes=processes)
         assert set(result["codes"]) == {0}, result["log"]
