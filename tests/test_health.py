@@ -388,7 +388,7 @@ def test_a_stage_trains_while_a_checkpoint_is_hashed(train, monkeypatch):
 
 @pytest.fixture
 def save(tmp_path):
-    """Save step 1 as a rank of two; a function is called with the checkpoint's folder before training goes on."""
+    """Save step 1 as a rank of two; a function is called with the checkpoint's folder before training continues."""
 
     def save(rank, then):
         args = SimpleNamespace(output_dir=str(tmp_path), world_size=2, should_save=not rank, save_total_limit=1)
