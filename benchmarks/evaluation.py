@@ -121,7 +121,7 @@ def drive(driver: str, folder: Path, dtype: str, batch_size: int) -> dict:
         ask = ask_one_by_one(folder, getattr(torch, dtype))
     else:
         ask = ask_together(folder, getattr(torch, dtype), batch_size, batch_invariant=driver == "invariant")
-    ask(4)  # warm
+    ask(2 * batch_size)  # warm: the memory of full batches is there, as it is in an evaluation of thousands
     products = [matmul_peak(dtype)]
     started = time.perf_counter()
     answers = ask(None)

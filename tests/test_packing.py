@@ -176,6 +176,27 @@ def test_the_head_s_loss_is_the_same_in_chunks_and_under_autocast(monkeypatch):
     torch.testing.assert_close(narrow.double(), expected[0], rtol=1e-2, atol=0)
 
 
+def test_a_gpus_gradient_of_the_head_adds_up_in_float32(monkeypatch):
+    """Over 64 chunks of bfloat16: within one rounding of the exact sum, where a sum in bfloat16 is several off."""
+    torch.manual_seed(0)
+    head = packed_llama.SupervisedHead(16, 50, bias=False).bfloat16()
+    hidden = torch.randn(128, 16).bfloat16()
+    targets = torch.randint(0, 50, (128,))
+    exact = head.weight.detach().double().requires_grad_()
+    torch.nn.functional.cross_entropy(hidden.double() @ exact.T, targets, reduction="sum").backward()
+
+    def fault(wide_sums):
+        monkeypatch.setattr(packed_llama, "_HEAD_SIZES", packed_llama.HeadSizes(2, 2, wide_sums))
+        head.weight.grad = None
+        head(hidden, targets).backward()
+        assert head.weight.grad.dtype == torch.bfloat16
+        return ((head.weight.grad.double() - exact.grad).abs().mean() / exact.grad.abs().mean()).item()
+
+    rounding = torch.finfo(torch.bfloat16).eps
+    assert packed_llama._HEAD_SIZES_CUDA.wide_sums
+    assert fault(wide_sums=True) < rounding < fault(wide_sums=False)
+
+
 def test_a_wrong_row_is_refused(tiny_model, samples, collate):
     single = [s._replace(pixel_values=None if s.pixel_values is None else s.pixel_values.float()) for s in samples]
     row = collate(single[:2], packed=True)
@@ -233,6 +254,21 @@ def test_a_gpus_kernel_is_asked_for_the_same_attention(monkeypatch, supervised):
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
     expected = packed_llama.packed_attention(query, key, value, plan, 0.5)
     torch.testing.assert_close(packed_llama._varlen_attention(query, key, value, plan, 0.5), expected)
+
+
+def test_a_gpus_kernel_reads_keys_where_they_are_unless_branches_share_them(monkeypatch):
+    query, key, value = (torch.randn(1, 2, 12, 4) for _ in range(3))
+    read = []
+
+    def kernel(query, key, value, *lengths, **options):
+        read.append([x.data_ptr() for x in (key, value)])
+        return torch.zeros_like(query)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
+    for packing in ([[5], [4], [3]], [[5, 4, 3]]):
+        packed_llama._varlen_attention(query, key, value, packed_llama.plan_row(packing), 0.5)
+    in_place = [key.data_ptr(), value.data_ptr()]
+    assert read[0] == in_place and not set(read[1]) & set(in_place)
 
 
 def test_heads_that_share_keys_read_them_once(tiny_config, make_stock):
