@@ -177,11 +177,11 @@ def test_the_head_s_loss_is_the_same_in_chunks_and_under_autocast(monkeypatch):
 
 
 def test_a_gpus_gradient_of_the_head_adds_up_in_float32(monkeypatch):
-    """Over 64 chunks of bfloat16: within one rounding of the exact sum, where a sum in bfloat16 is several off."""
+    """Over 256 chunks of bfloat16: within a rounding of the exact sum, where sums in bfloat16 are further off."""
     torch.manual_seed(0)
     head = packed_llama.SupervisedHead(16, 50, bias=False).bfloat16()
-    hidden = torch.randn(128, 16).bfloat16()
-    targets = torch.randint(0, 50, (128,))
+    hidden = torch.randn(512, 16).bfloat16()
+    targets = torch.randint(0, 50, (512,))
     exact = head.weight.detach().double().requires_grad_()
     torch.nn.functional.cross_entropy(hidden.double() @ exact.T, targets, reduction="sum").backward()
 
@@ -192,9 +192,9 @@ def test_a_gpus_gradient_of_the_head_adds_up_in_float32(monkeypatch):
         assert head.weight.grad.dtype == torch.bfloat16
         return ((head.weight.grad.double() - exact.grad).abs().mean() / exact.grad.abs().mean()).item()
 
-    rounding = torch.finfo(torch.bfloat16).eps
+    rounding = torch.finfo(torch.bfloat16).eps / 2
     assert packed_llama._HEAD_SIZES_CUDA.wide_sums
-    assert fault(wide_sums=True) < rounding < fault(wide_sums=False)
+    assert fault(wide_sums=True) < rounding < 2 * rounding < fault(wide_sums=False)
 
 
 def test_a_wrong_row_is_refused(tiny_model, samples, collate):
