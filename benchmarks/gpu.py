@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -769,7 +769,8 @@ def main() -> int:
                 raise
             return OUT_OF_MEMORY
         return 0
-    report = measure(options)
+    with redirect_stdout(sys.stderr if options.json else sys.stdout):
+        report = measure(options)
     if options.json:
         print(json.dumps(report, indent=1))
     else:

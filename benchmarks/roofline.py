@@ -13,6 +13,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fused=not options.unfused,
     )
     device = ACCELERATORS[options.device]
-    found = predict(step, device)
+    with redirect_stdout(sys.stderr if options.json else sys.stdout):
+        found = predict(step, device)
     if options.json:
         print(json.dumps({key: found[key] for key in ("waits", "kernels", "gigabytes", "seconds", "mfu")}))
         return 0

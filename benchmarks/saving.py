@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -73,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the folder of temporary files")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+    with (
+        redirect_stdout(sys.stderr if options.json else sys.stdout),
+        tempfile.TemporaryDirectory(dir=options.folder) as folder,
+    ):
         found = measure(options.gigabytes, Path(folder))
     if options.json:
         print(json.dumps(found))

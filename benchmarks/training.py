@@ -19,9 +19,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import rich.box
 import transformers
@@ -193,6 +194,36 @@ def read_run(result: Path) -> Run:
     )
 
 
+class Result:
+    """All rounds of one trainer, compared with ours.
+
+    Args:
+        floor: CPU seconds that a step's needed operations would take at the measured matrix peak.
+    """
+
+    def __init__(self, runs: Sequence[Run], ours: Sequence[Run], threads: int, floor: float):
+        def seconds(run: Run) -> float:
+            return run.cpu_seconds if threads == 1 else run.wall_seconds
+
+        self.seconds = [seconds(run) for run in runs]
+        self.ratios = [seconds(run) / seconds(our) for run, our in zip(runs, ours, strict=True)]
+        self.cpu_seconds = statistics.median(run.cpu_seconds for run in runs)
+        self.wall_seconds = statistics.median(run.wall_seconds for run in runs)
+        self.mfu = floor / self.cpu_seconds
+        self.peak = statistics.median(run.peak for run in runs)
+        self.beyond_weights = statistics.median(run.beyond_weights for run in runs)
+        self.first = runs[0]
+
+
+class Measured(NamedTuple):
+    """All rounds of all trainers; `peak` in operations per second."""
+
+    bench: Bench
+    runs: dict[str, list[Run]]
+    results: dict[str, Result]
+    peak: float
+
+
 def main() -> int:
     options = parse()
     if options.folder is None:
@@ -241,8 +272,21 @@ def compare(folder: Path, options: argparse.Namespace) -> int:
     peers = [peer for peer in PEERS if options.only is None or peer in options.only]
     for peer in peers:
         python_of(peer, options.environments)
+    with redirect_stdout(sys.stderr if options.json else sys.stdout):  # libraries print there as well
+        measured = measure(folder, options, (OURS, *peers), console)
+    faults = loss_faults(measured.runs, options.precision)
+    if options.json:
+        print(json.dumps(as_json(measured.results)))
+    else:
+        show(console, measured.bench, measured.results, measured.peak)
+    for fault in faults:
+        console.print(fault, style="red")
+    return int(bool(faults))
+
+
+def measure(folder: Path, options: argparse.Namespace, trainers: Sequence[str], console: Console) -> Measured:
     bench = make_bench(folder, options)
-    runs: dict[str, list[Run]] = {trainer: [] for trainer in (OURS, *peers)}
+    runs: dict[str, list[Run]] = {trainer: [] for trainer in trainers}
     peaks = []
     for number in range(options.repeats):
         peaks.append(matrix_peak(options))
@@ -256,14 +300,7 @@ def compare(folder: Path, options: argparse.Namespace) -> int:
     results = {trainer: Result(done, runs[OURS], options.threads, floor) for trainer, done in runs.items()}
     if options.profile:
         bench.run(OURS, options.repeats, options.profile.absolute())
-    faults = loss_faults(runs, options.precision)
-    if options.json:
-        print(json.dumps(as_json(results)))
-    else:
-        show(console, bench, results, peak)
-    for fault in faults:
-        console.print(fault, style="red")
-    return int(bool(faults))
+    return Measured(bench, runs, results, peak)
 
 
 def make_bench(folder: Path, options: argparse.Namespace) -> Bench:
@@ -298,27 +335,6 @@ print(measure_matrix_peak(torch.{DTYPES[options.precision]}, "cpu", clock=time.p
     variables = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     run = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, env=variables)
     return float(run.stdout.split()[-1])
-
-
-class Result:
-    """All rounds of one trainer, compared with ours.
-
-    Args:
-        floor: CPU seconds that a step's needed operations would take at the measured matrix peak.
-    """
-
-    def __init__(self, runs: Sequence[Run], ours: Sequence[Run], threads: int, floor: float):
-        def seconds(run: Run) -> float:
-            return run.cpu_seconds if threads == 1 else run.wall_seconds
-
-        self.seconds = [seconds(run) for run in runs]
-        self.ratios = [seconds(run) / seconds(our) for run, our in zip(runs, ours, strict=True)]
-        self.cpu_seconds = statistics.median(run.cpu_seconds for run in runs)
-        self.wall_seconds = statistics.median(run.wall_seconds for run in runs)
-        self.mfu = floor / self.cpu_seconds
-        self.peak = statistics.median(run.peak for run in runs)
-        self.beyond_weights = statistics.median(run.beyond_weights for run in runs)
-        self.first = runs[0]
 
 
 def as_json(results: dict[str, Result]) -> dict[str, Any]:

@@ -55,6 +55,26 @@ def test_gpu_benchmark_trains_all_variants_alike(gpu, capsys, monkeypatch, tmp_p
     assert "needed EFLOP" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["gpu", "saving", "training"])
+def test_json_is_alone_on_stdout(name, capsys, monkeypatch):
+    """Whatever libraries print: importing DeepSpeed is enough for a line on stdout."""
+    monkeypatch.syspath_prepend(FOLDER)
+    benchmark = load(name)
+
+    def measure(*arguments, **options):
+        sys.stdout.write("[WARNING] Setting accelerator to CPU\n")
+        if name != "training":
+            return {"stages": {}, "failed": {}, "seconds": 1.0}
+        done = benchmark.Run(1.0, 1.0, 1, 1, [1.0], 1, 1, 1)
+        return benchmark.Measured(None, {"ours": [done]}, {}, 1.0)
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(benchmark.sys, "argv", [name, "--json", *(["--only", "ours"] if name == "training" else [])])
+    assert benchmark.main() == 0
+    said = capsys.readouterr()
+    assert isinstance(json.loads(said.out), dict) and "Setting accelerator" in said.err
+
+
 def test_gpu_benchmark_has_the_lengths_of_the_card(gpu):
     """At 8B size: about 2,340 tokens, 2,150 of them of the image, 135 supervised; captions 15 to 24."""
     rows = gpu.Workload(gpu.SHAPES["8b"], gpu.card_stage("instruct"), num_samples=200, samples_per_step=32)

@@ -93,7 +93,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def standing(run: Path) -> tuple[str, int]:
-    """Stage and step that a run has to go on from."""
+    """Stage and step from which a run has to resume."""
     for stage in sorted((run / "stages").iterdir()) if (run / "stages").is_dir() else []:
         if not is_whole(stage / "final"):
             whole = [step for step, folder in step_folders(stage) if is_whole(folder)]
@@ -152,7 +152,7 @@ def test_a_killed_run_loses_nothing_but_the_steps_since_its_last_checkpoint(star
     assert num_killed >= len(points) * 0.8
     where = ", ".join(f"{count} in {stage or 'the end'}" for stage, count in sorted(steps.items()))
     report(
-        "kill -9", f"{num_killed} kills over {last} file operations and at random ({where}): all went on, same bits"
+        "kill -9", f"{num_killed} kills over {last} file operations and at random ({where}): all resumed, same bits"
     )
 
 
