@@ -177,14 +177,30 @@ def test_questions_are_equal_by_their_words():
 
 
 def test_without_imagehash_the_extra_is_named(planted, monkeypatch, capsys):
+    from llava_llama31.trainer.data.check import check
     from llava_llama31.trainer.data.contamination import fingerprints
 
     def absent(name):
         raise fingerprints.PackageNotFoundError(name)
 
+    monkeypatch.setattr(check, "check_sources", None)  # it would take hours
     fingerprints.hash_version.cache_clear()
     monkeypatch.setattr(fingerprints, "version", absent)
     asked = str(planted / "asked" / "questions.jsonl")
     assert main(["check-data", str(planted / "rows" / "rows.json"), "--no-decode", "--against", asked]) == 2
     assert "llava-llama31[contamination]" in capsys.readouterr().err
     fingerprints.hash_version.cache_clear()
+
+
+@needs_imagehash
+def test_an_evaluation_that_cannot_be_read_ends_before_the_data_is_checked(planted, processor, monkeypatch, capsys):
+    from llava_llama31.trainer.data.batches import stage_rows
+    from llava_llama31.trainer.data.check import check
+
+    rows, asked = planted / "rows" / "rows.json", planted / "asked" / "absent.jsonl"
+    for module in (check, stage_rows):
+        monkeypatch.setattr(module, "check_sources", None)
+    assert main(["check-data", str(rows), "--no-decode", "--against", str(asked)]) == 2
+    assert str(asked) in capsys.readouterr().err
+    with pytest.raises(UserError, match="absent.jsonl"):
+        check_stage(stage_of(planted, {"default": "error"}, against=[str(asked)]), processor, None)

@@ -14,6 +14,7 @@ from llava_llama31.trainer.recipes.data_formats import DataFormat
 
 if TYPE_CHECKING:
     from llava_llama31.trainer.data.check.report import DataReport
+    from llava_llama31.trainer.data.contamination.search import Evaluation
     from llava_llama31.trainer.recipes.schema import DataSource
 
 
@@ -86,6 +87,7 @@ def _check_recipe(options: argparse.Namespace, output: Path) -> int:
     with folder.claimed(recipe, is_main=True):
         recipe = at_revisions(recipe, resolve_revisions(recipe, folder, console.print))
         prepare(recipe, folder, console)
+    evaluation = _evaluation(options)
     processor = LlavaLlama31Processor.from_pretrained(base_of(recipe, folder))
     reports = {
         name: check_sources(
@@ -97,7 +99,8 @@ def _check_recipe(options: argparse.Namespace, output: Path) -> int:
         )
         for name, stage in recipe.stages.items()
     }
-    found = _contamination(options, [(recipe.stages[name].data, report) for name, report in reports.items()])
+    checked = [(recipe.stages[name].data, report) for name, report in reports.items()]
+    found = _contamination(options, evaluation, checked)
     if options.json_output:
         stages = {name: report.to_dict() for name, report in reports.items()}
         ok = all(stage["ok"] for stage in stages.values())
@@ -133,6 +136,7 @@ def _check_files(options: argparse.Namespace) -> int:
         )
         for path in options.data
     ]
+    evaluation = _evaluation(options)
     processor = None
     if options.processor:
         from llava_llama31.processing import LlavaLlama31Processor
@@ -146,20 +150,35 @@ def _check_files(options: argparse.Namespace) -> int:
     )
     policy = parse_policy(options.on_bad) if options.on_bad else None
     report = check_sources(sources, check, policy=policy, rejects=Path(options.rejects) if options.rejects else None)
-    found = _contamination(options, [(sources, report)])
+    found = _contamination(options, evaluation, [(sources, report)])
     show_report(report, json_output=options.json_output, more=found)
     if not options.json_output:
         _print_contamination(found)
     return 0
 
 
-def _contamination(
-    options: argparse.Namespace, checked: "list[tuple[Sequence[DataSource], DataReport]]"
-) -> dict[str, Any]:
-    """What the usable rows hold of the evaluation of `--against`, as `{"contamination": ...}`; empty without it."""
+def _evaluation(options: argparse.Namespace) -> "Evaluation | None":
+    """That of `--against`; before the data is checked, which may take hours.
+
+    Raises:
+        UserError: it can't be read.
+    """
     if options.against is None:
+        return None
+    from llava_llama31.trainer.data.contamination.search import load_evaluation
+
+    return load_evaluation(options.against, options.against_images)
+
+
+def _contamination(
+    options: argparse.Namespace,
+    evaluation: "Evaluation | None",
+    checked: "list[tuple[Sequence[DataSource], DataReport]]",
+) -> dict[str, Any]:
+    """What the usable rows hold of an evaluation, as `{"contamination": ...}`; empty without one."""
+    if evaluation is None:
         return {}
-    from llava_llama31.trainer.data.contamination.search import NEAR_BITS, find_in_sources, load_evaluation
+    from llava_llama31.trainer.data.contamination.search import NEAR_BITS, find_in_sources
 
     sources: dict[tuple[str, ...], DataSource] = {}
     rows = {}
@@ -171,7 +190,6 @@ def _contamination(
                 name = source.name if source.name not in rows else f"{source.name} ({source.path})"
                 sources[key] = source.model_copy(update={"name": name})
                 rows[name] = found.rows
-    evaluation = load_evaluation(options.against, options.against_images)
     near_bits = NEAR_BITS if options.near_bits is None else options.near_bits
     found_all = find_in_sources(list(sources.values()), rows, evaluation, near_bits=near_bits)
     listed = Path(options.matches) if options.matches else checked[0][1].rejects.with_name("contamination.jsonl")

@@ -362,15 +362,17 @@ def find_in_sources(
 
 
 def contamination_check(stage: "Stage") -> Adjust | None:
-    """What a stage's `contamination` makes of the report of a source; None where the stage has none."""
+    """What a stage's `contamination` makes of the report of a source; None where the stage has none.
+
+    Raises:
+        UserError: an evaluation can't be read. Here, since checking the sources may take hours.
+    """
     spec = stage.contamination
     if spec is None:
         return None
-    evaluations: list[Evaluation] = []
+    evaluations = [load_evaluation(file, spec.image_root) for file in spec.against]
 
     def adjust(source: "DataSource", report: SourceReport) -> SourceReport:
-        if not evaluations:  # once for all sources
-            evaluations.extend(load_evaluation(file, spec.image_root) for file in spec.against)
         cache = CheckCache(default_cache_dir())
         matches: list[Match] = []
         found = []
