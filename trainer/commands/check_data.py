@@ -173,7 +173,7 @@ def _evaluation(options: argparse.Namespace) -> "Evaluation | None":
 def _contamination(
     options: argparse.Namespace,
     evaluation: "Evaluation | None",
-    checked: "list[tuple[Sequence[DataSource], DataReport]]",
+    checked: "Sequence[tuple[Sequence[DataSource], DataReport]]",
 ) -> dict[str, Any]:
     """What the usable rows hold of an evaluation, as `{"contamination": ...}`; empty without one."""
     if evaluation is None:
