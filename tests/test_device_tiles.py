@@ -113,4 +113,4 @@ def test_it_does_not_go_with_a_feature_cache(recipe_content, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_content))
     assert main(["train", str(recipe), "--output", str(tmp_path / "run")]) == 2
-    assert "stored features need no tiles on the device" in capsys.readouterr().err
+    assert "stored features make device_tiles pointless" in capsys.readouterr().err
