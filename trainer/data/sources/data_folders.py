@@ -273,7 +273,7 @@ def check_name_for_parquet(path: Path) -> None:
         UserError: the path is not UTF-8.
     """
     if _SURROGATE.search(str(path.absolute())):
-        raise UserError("the path is not UTF-8, and pyarrow opens no other", where=str(path), fix="rename it")
+        raise UserError("the path is not UTF-8, which pyarrow needs", where=str(path), fix="rename it")
 
 
 def parquet_folder(folder: Path) -> list[Path]:
@@ -325,7 +325,7 @@ def _check_visible(file: Path) -> None:
 def _check_entry(file: Path) -> None:
     _check_visible(file)
     if not file.is_file():
-        what = "leads to no file" if file.is_symlink() else "is not a file"
+        what = "points to no file" if file.is_symlink() else "is not a file"
         raise UserError(what, where=str(file), fix="fetch the data again, or remove it")
 
 
