@@ -98,7 +98,7 @@ def _dry_run(options: argparse.Namespace, recipe: "Recipe", output: Path) -> int
     dry_run(recipe, output, num_processes=devices, say=say)
     plan = plan_recipe(recipe, output, Machine(num_devices=devices), Assumptions({}, None))
     print_plan(plan | {"missing": missing_paths(recipe, output)})
-    say("everything that can be checked beforehand is right; only caches were written")
+    say("everything that can be checked beforehand is right; nothing was written but caches")
     return 0
 
 

@@ -251,7 +251,7 @@ def check_whole(files: Sequence[Path], where: Path | str) -> None:
         missing = next(number for number in range(start, start + len(shards) + 1) if number not in shards)
         name = f"{missing:0{width}}-of-{total:0{width}}"
         what = f"{len(shards)} of {total} shards are there, the one called {name} is missing beside {file.name}"
-        raise UserError(what, where=str(where), fix="fetch the missing shards, or name each file by itself")
+        raise UserError(what, where=str(where), fix="fetch the missing shards, or name each file separately")
 
 
 def check_name_for_datasets(path: Path) -> None:
@@ -361,7 +361,7 @@ def _of_split(folder: Path, files: list[Path], asked: str, where: str) -> list[P
         splits = " and ".join(sorted(named[unclear])) or "no split"
         what = f"{unclear.relative_to(folder)} names {splits}"
         what += f", but {clear.relative_to(folder)} names {min(named[clear])}"
-        fix = "give the files of each split a separate folder, or name each file by itself"
+        fix = "give the files of each split a separate folder, or name each file separately"
         raise UserError(what, where=where, fix=fix)
     chosen = [file for file, splits in named.items() if splits == {wanted}]
     if not chosen:

@@ -245,7 +245,7 @@ def _check_columns(files: Sequence[Path]) -> None:
         ]
         if parts:
             what = f"its columns are not those of {files[0].name}: {'; '.join(parts)}"
-            raise UserError(what, where=str(file), fix="write all files with the same columns, or name each by itself")
+            raise UserError(what, where=str(file), fix="write all files with the same columns, or name each one")
 
 
 def _features(files: Sequence[Path]) -> Any:

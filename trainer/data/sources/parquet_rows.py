@@ -393,7 +393,7 @@ def _checked_lengths(file: _File, first: Any) -> list[int]:
 def _check_columns(file: _File, first: Any) -> None:
     import pyarrow
 
-    where, fix = redacted(file.url), "write all files with the same columns and types, or name each by itself"
+    where, fix = redacted(file.url), "write all files with the same columns and types, or name each file separately"
     schema = _footer(file).schema.to_arrow_schema()
     if len(set(schema.names)) < len(schema.names):
         twice = next(name for name in schema.names if schema.names.count(name) > 1)
