@@ -48,7 +48,7 @@ class LlamaLicence:
 
     @property
     def tag(self) -> str:
-        """Of the card: `llama-3.1`."""
+        """The card's tag: `llama-3.1`."""
         return self.key.replace("llama", "llama-")
 
     @property

@@ -577,7 +577,7 @@ class LlavaLlama31ForConditionalGeneration(LlavaNextForConditionalGeneration):
             )
         if kwargs.get("save_original_format"):
             raise ValueError(
-                "save_original_format is not supported: folders have native keys, which every door opens; "
+                "save_original_format is not supported: folders have native keys, which stock classes open too; "
                 "`llava-llama31 export` writes the keys that vLLM and older versions of Transformers read"
             )
         kwargs["save_original_format"] = False  # Trainer restores native keys only (transformers #43701)

@@ -430,7 +430,7 @@ def test_search_looks_in_question_prediction_answers_and_ids(page):
     page.show("wrong")
     assert page.ids() == ["2", "3"]
     page.search("nowhere")
-    assert page.ids() == [] and page.text("#status") == "No question fits."
+    assert page.ids() == [] and page.text("#status") == "No question matches."
 
 
 def test_sorting(page):

@@ -143,7 +143,7 @@ def test_a_conversation_that_is_too_long_says_so(lively_model, processor):
     lively_model.config.text_config.max_position_embeddings = 40
     chat = Conversation(lively_model, processor, max_new_tokens=200)
     list(chat.ask("what?"))
-    with pytest.raises(UserError, match=r"the model's context 40 \(fix: start again with /reset"):
+    with pytest.raises(UserError, match=r"the model's context holds 40 \(fix: start again with /reset"):
         list(chat.ask("what? " * 40))
     assert len(chat.messages) == 2  # the question is not there
 

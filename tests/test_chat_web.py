@@ -108,7 +108,7 @@ def test_a_conversation_that_is_too_long_says_so(serve, lively_model, make_image
     lively_model.config.text_config.max_position_embeddings = 30
     server = serve()
     (line,) = ask(server, "what? " * 40, ("x.png", encoded(make_image(20, 20))))[1]
-    assert "the model's context 30" in line["error"] and server.begun[0].messages == []
+    assert "the model's context holds 30" in line["error"] and server.begun[0].messages == []
     assert "error" not in ask(server, "?")[1][0]
 
 

@@ -190,9 +190,9 @@ def test_help_is_plain_ascii(command, capsys):
 
 
 KEPT = {
-    "train": "no checkpoint is written yet: the same command starts from the beginning",
+    "train": "no checkpoint has been written yet: the same command starts from the beginning",
     "train, begun": "run the same command to resume from the last checkpoint",
-    "evaluate": "the batches that are answered are kept: run the same command to ask the others",
+    "evaluate": "answered batches are kept: run the same command to ask the others",
     "publish": "run the same command to continue: it does only what is missing on the Hub",
     "score": "",
 }

@@ -185,7 +185,7 @@ def test_a_link_to_nothing_is_named_and_a_link_to_a_folder_is_followed(tmp_path)
     (tmp_path / "disk" / "round").symlink_to(tmp_path / "set")
     assert ids(tmp_path / "set") == ["a", "b"]
     (tmp_path / "set" / "2.tar").symlink_to(tmp_path / "none")
-    assert "2.tar: leads to no file" in refusal(tmp_path / "set")
+    assert "2.tar: points to no file" in refusal(tmp_path / "set")
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.tar.gz", "x.parquet.zst"])

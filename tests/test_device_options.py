@@ -477,7 +477,7 @@ CONTRADICTIONS = [
     ({"compile": True, "deepspeed": "zero3"}, "compile under DeepSpeed"),
     ({"compile": True, "packing": False}, "compile is for packed rows"),
     ({"fp8": True}, "set compile: true"),
-    ({"fp8": True, "compile": True, "precision": "float32"}, "contradiction"),
+    ({"fp8": True, "compile": True, "precision": "float32"}, "contradict each other"),
     ({"fp8": True, "compile": True, "lora": {}}, "fp8 under lora"),
 ]
 

@@ -373,7 +373,7 @@ def test_a_run_with_a_cache_ends_with_the_bits_of_one_without(
     [
         ({"trainable": ["vision_tower"]}, "features of a trained vision_tower change"),
         ({"packing": False}, "feature_cache_gb is for packed rows"),
-        ({"deepspeed": "zero3"}, "under DeepSpeed is not there yet"),
+        ({"deepspeed": "zero3"}, "under DeepSpeed is not supported yet"),
     ],
 )
 def test_stages_that_can_not_have_it_are_refused(recipe_content, tmp_path, capsys, keys, message):

@@ -651,5 +651,5 @@ def test_parquet_questions_that_are_not_utf8_are_one_line(tmp_path):
     (tmp_path / "\udcff").mkdir()
     for path in (tmp_path / "\udcff.parquet", tmp_path / "\udcff" / "0.parquet"):
         os.link(written, path)
-        with pytest.raises(UserError, match=r"the path is not UTF-8, and pyarrow opens no other .fix: rename it"):
+        with pytest.raises(UserError, match=r"the path is not UTF-8, which pyarrow needs .fix: rename it"):
             load_questions(path)

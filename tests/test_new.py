@@ -31,7 +31,7 @@ def test_a_new_recipe_is_one_that_trains_on_the_rows(data_folder, base_folder, t
     assert main(["train", "signs.yaml", "--dry-run"]) == 0
     assert "44 of 44 records usable" in capsys.readouterr().err
     assert main(["new", "signs", *arguments]) == 2
-    assert "signs.yaml: is there already" in capsys.readouterr().err
+    assert "signs.yaml: already exists" in capsys.readouterr().err
 
 
 def test_a_new_recipe_is_for_the_gpus_of_the_machine(data_folder, base_folder, tmp_path, monkeypatch, capsys):
@@ -61,7 +61,7 @@ def test_what_no_option_says_is_asked_in_a_terminal(data_folder, base_folder, tm
     ("arguments", "message"),
     [
         (["a/b", "--data", "x"], "NAME: 'a/b' is not a name"),
-        (["a"], "--data: names no rows"),
+        (["a"], "--data: has no rows"),
         (["a", "--data", "gone.json"], "gone.json"),
         (["a", "--data", "{rows}", "--output", "no/a.yaml"], "no/a.yaml: No such file or directory"),
         (["a", "--data", "{rows}", "--model", "{model}"], "config.json: is not a LlavaNext model"),
@@ -92,7 +92,7 @@ def test_hostile_names_of_files_stay_text(data_folder, tmp_path, monkeypatch, ca
         (["trian"], "unknown command trian (fix: did you mean train?)"),
         (["zzz"], "unknown command zzz (fix: one of new, train, "),
         (["train", "--ouput", "x", "tiny"], "train has no option --ouput (fix: did you mean --output?)"),
-        (["plan", "tiny", "other"], "plan: one argument too many: other"),
+        (["plan", "tiny", "other"], "plan: unexpected argument: other"),
         (["plan", "tiny", "--mfu", "0"], "--mfu: '0' is not a number above 0"),
         (["evaluate", "x", "--data", "y", "--limit", "0"], "--limit: '0' is not a whole number from 1 on"),
         (["chat", "x", "--dtype", "flot32"], "--dtype: there is no 'flot32' (fix: did you mean float32?)"),

@@ -291,7 +291,7 @@ def test_without_a_token_or_online(hub, exported, capsys, monkeypatch):
     hub.calls.clear()
     assert cli.main(command) == 0
     shown = capsys.readouterr().out
-    assert "there is no token: not checked are your rights" in shown and "model.safetensors" in shown
+    assert "there is no token, so your rights" in shown and "model.safetensors" in shown
     assert not hub.calls  # what needs no token needs no Hub either
     assert cli.main(command[:-1]) == 2 and "set HF_TOKEN to a valid token" in capsys.readouterr().err
 

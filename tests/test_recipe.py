@@ -220,7 +220,7 @@ def test_a_key_given_twice_and_broken_yaml_are_named_with_their_line(tmp_path):
     [
         ("seed: " + "9" * 5000, r"mine\.yaml:\d+:7: not valid YAML: Exceeds the limit"),
         ("seed: 2026-13-45", r"mine\.yaml:\d+:7: not valid YAML: month must be in 1\.\.12"),
-        ("name: &a [*a]", "nested too deeply, or an anchor holds itself"),
+        ("name: &a [*a]", "nested too deeply, or an anchor contains itself"),
         ("name: " + "[" * 3000, "not valid YAML: nested too deeply"),
     ],
 )

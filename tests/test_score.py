@@ -447,7 +447,7 @@ def test_an_annotated_answer_is_never_scored(annotations, questions, tmp_path, c
     rows = [{"question_id": i, "answer": row["answers"][0]} for i, row in zip(IDS, ROWS, strict=True)]
     unclear = [row | {"text": text} for row, text in zip(rows, PREDICTIONS, strict=True)]
     path = write_lines(tmp_path / "t.jsonl", unclear)
-    with pytest.raises(UserError, match="text and answer: which of them the model said"):
+    with pytest.raises(UserError, match="the row does not tell which of text and answer the model said"):
         read_answers(path, questions)
     chosen = [path, "--columns", "id=question_id,answer=text"]
     assert accuracies(score(capsys, chosen, annotations["jsonl"])) == EXPECTED

@@ -137,13 +137,16 @@ def test_vllm_is_started_and_ended(lively_folder, data, tmp_path, monkeypatch, c
     assert "vllm ended with 1: out of memory (fix: read the log)" in capsys.readouterr().err
     monkeypatch.setenv("PATH", "")
     assert main(arguments) == 2
-    assert "there is no command vllm" in capsys.readouterr().err
+    assert "the command vllm is not on PATH" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--url", "http://x", "--engine", "vllm", "--data", "x"], "a server that runs, or one to start?"),
+        (
+            ["--url", "http://x", "--engine", "vllm", "--data", "x"],
+            "both a running server and an engine to start are named",
+        ),
         (["--url", "http://x", "--data", "x", "--ocr", "rapidocr"], "--ocr does not go with a server"),
         (["--url", "http://x", "--data", "x", "--engine-options=-x"], "the server runs already"),
         (["--url", "http://x"], "--data: no questions"),

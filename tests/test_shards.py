@@ -180,7 +180,7 @@ def test_one_name_for_two_folders_of_images_is_refused(rows_folder, tmp_path, ca
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(yaml.safe_dump({"name": "mine", "model": {"checkpoint": "base"}, "stages": stages}))
     assert main(["shards", str(recipe), "--to", str(tmp_path / "out")]) == 2
-    assert "two sources are called rows, which would be one folder" in capsys.readouterr().err
+    assert "two sources are called rows and would share one folder" in capsys.readouterr().err
 
 
 def test_files_of_a_sample_that_are_not_written_are_counted(tmp_path, caplog):
@@ -207,7 +207,7 @@ def test_bad_rows_stop_the_writing_or_are_listed_and_an_index_is_not_overwritten
         "number 0",
         "number 2",
     ]
-    assert main(command) == 2 and "there is an index of shards already" in capsys.readouterr().err
+    assert main(command) == 2 and "an index of shards already exists here" in capsys.readouterr().err
 
 
 def test_damage_is_found_when_it_is_read_or_before(sharded, tmp_path):

@@ -709,7 +709,7 @@ GOOD = {"question_id": 1, "image_id": "p0", "question": "?", "answers": ["a"]}
         ("x.jsonl", '{"question_id": 1, "question_id": 2}', "x.jsonl:1: not JSON: key 'question_id' is given twice"),
         ("x.json", '[{"answers": ["a"], "answers": ["b"]}]', "x.json: not JSON: key 'answers' is given twice"),
         ("x.tsv", "index\tquestion\tanswer\tanswer\n", "no questions"),
-        ("x.tsv", "index\tquestion\tanswer\tanswer\n1\t?\t['a']\t['b']\n", "x.tsv:2: column 'answer' is there twice"),
+        ("x.tsv", "index\tquestion\tanswer\tanswer\n1\t?\t['a']\t['b']\n", "x.tsv:2: column 'answer' occurs twice"),
         ("x.json", '{"rows": []}', "x.json: neither a list"),
         ("x.json", "[1]", r"x.json\[0\]: not an object"),
         ("x.parquet", "PAR1", "x.parquet: cannot be read"),

@@ -142,7 +142,7 @@ def test_the_best_weights_are_kept(recipe_path, tmp_path, monkeypatch, lora, sto
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eval_questions": 5}, "eval_questions are asked at no step (fix: set eval_steps)"),
+        ({"eval_questions": 5}, "eval_questions are never asked (fix: set eval_steps)"),
         ({"eval_steps": 2}, "eval_steps has nothing to evaluate"),
         (
             {"keep": "best_accuracy"},

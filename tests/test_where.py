@@ -90,5 +90,5 @@ def test_a_row_without_the_column_and_a_list_that_fits_no_turns_are_named(tmp_pa
         with pytest.raises(RecordError, match=f"filtered: `score` is {shown}"):
             store[row]
     assert turns(store[3]) == ["c"]
-    with pytest.raises(ValueError, match="it says nothing"):
+    with pytest.raises(ValueError, match="it has no condition"):
         Where()

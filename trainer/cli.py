@@ -133,7 +133,9 @@ def _run(given: list[str]) -> int:
         say(str(stopped) if stopped.agreed else _with_what_is_kept(str(stopped), options))
         return EXIT_INTERRUPTED
     except MemoryError:
-        return _say("the host has no memory left (fix: give this process more)", EXIT_MEMORY, debug=options.debug)
+        return _say(
+            "the host has no memory left (fix: give this process more memory)", EXIT_MEMORY, debug=options.debug
+        )
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             raise
@@ -198,7 +200,7 @@ def _parsed(given: list[str]) -> argparse.Namespace | int:
             return _say(f"{given[0]} has no option {name} (fix: {fix})", EXIT_USER, debug=False)
     if unknown:
         fix = f"llava-llama31 {given[0]} --help"
-        return _say(f"{given[0]}: one argument too many: {unknown[0]} (fix: {fix})", EXIT_USER, debug=False)
+        return _say(f"{given[0]}: unexpected argument: {unknown[0]} (fix: {fix})", EXIT_USER, debug=False)
     return options
 
 

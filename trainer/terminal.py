@@ -73,7 +73,7 @@ def without_bars() -> Iterator[None]:
 
 
 class Terminal:
-    """Prints lines and tables on stdout or stderr; the only one in the product that holds a console of rich.
+    """Prints lines and tables on stdout or stderr; the only class in the product that holds a rich console.
 
     Lines are never cut: the terminal wraps them, and in a pipe each stays one line, as does each row of a table.
 

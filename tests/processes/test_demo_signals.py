@@ -37,7 +37,7 @@ def test_a_signal_while_the_demo_prepares(tmp_path, number, code, line):
         job.kill()
     assert job.returncode == code, output
     assert output.strip().splitlines()[-1] == (
-        f"{line}; no checkpoint is written yet: the same command starts from the beginning"
+        f"{line}; no checkpoint has been written yet: the same command starts from the beginning"
     )
     assert "Traceback" not in output
     assert len(workers) >= 3 and not psutil.wait_procs(workers, timeout=5)[1]

@@ -149,7 +149,9 @@ class Conversation:
             raise UserError(str(error), where="the question", fix="word it differently") from error
         room = self._context - len(prompt.input_ids)
         if room < 1:
-            what = f"the conversation has {len(prompt.input_ids):,} tokens, the model's context {self._context:,}"
+            what = (
+                f"the conversation has {len(prompt.input_ids):,} tokens, the model's context holds {self._context:,}"
+            )
             raise UserError(what, fix="start again with /reset")
         self._shown, self._pending = shown, []
         self.messages.append(asked)
@@ -162,7 +164,7 @@ class Conversation:
             self.messages.append(_turn("assistant", "".join(pieces).strip()))
 
     def _pieces(self, token_ids: Iterator[int]) -> Iterator[str]:
-        """Text of ids as soon as it is settled: no piece ends within a character."""
+        """Text of ids once it is settled, so that no piece ends within a character."""
         decode = self._answerer.processor.tokenizer.decode
         ids: list[int] = []
         said = ""
@@ -206,5 +208,5 @@ def answer_to(conversation: Conversation, text: str, images: Sequence[str]) -> s
 
 
 def _fix_of(error: RecordError, usual: str) -> str:
-    """What to do about an image; of one that is too large, the error itself says it."""
+    """The fix for an image; for one that is too large, the error itself has it."""
     return "" if error.reason == "oversized_image" else usual

@@ -26,7 +26,7 @@ class Background:
 
     def start(self, work: Callable[[], None]) -> None:
         """Run `work`; what was started before must have been finished."""
-        assert self._work is None, "the former work was not waited for"
+        assert self._work is None, "the previous work has not been waited for"
         self._work = self._thread.submit(work)
         _running.add(self._work)
         self._work.add_done_callback(_running.discard)

@@ -214,7 +214,7 @@ class RunFolder:
                 _lock(lock)
             except BlockingIOError:
                 raise UserError(
-                    "another run works in this folder",
+                    "another run is using this folder",
                     where=str(self.path),
                     fix="wait for it, or choose another --output",
                 ) from None

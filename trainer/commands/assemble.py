@@ -4,7 +4,7 @@ import argparse
 import logging
 
 
-HELP = "vision tower + projector + Llama -> one checkpoint"
+HELP = "join a vision tower, a projector and a Llama into one checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,13 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", "bfloat16", "float32"),
         default="auto",
-        help="of the weights; default: auto, the language model's",
+        help="type of the weights; default: auto, the language model's",
     )
     parser.add_argument("--image-size", type=int, metavar="PX", help="side of a tile; default: the tower's own")
-    parser.add_argument("--max-tiles", type=int, metavar="N", help="grid of every shape of up to N tiles")
-    parser.add_argument("--vision-feature-layer", type=int, metavar="N", help="hidden state to project; default: -2")
-    parser.add_argument("--add-chat-tokens", action="store_true", help="make Llama 3.1's turn tokens if missing")
-    parser.add_argument("--seed", type=int, default=0, help="of a fresh projector")
+    parser.add_argument("--max-tiles", type=int, metavar="N", help="use every grid shape of up to N tiles")
+    parser.add_argument(
+        "--vision-feature-layer", type=int, metavar="N", help="hidden state that the projector reads; default: -2"
+    )
+    parser.add_argument("--add-chat-tokens", action="store_true", help="add Llama 3.1's turn tokens if missing")
+    parser.add_argument("--seed", type=int, default=0, help="seed of a fresh projector")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -15,23 +15,25 @@ if TYPE_CHECKING:
     from llava_llama31.trainer.evaluation.questions import Question
 
 
-HELP = "one HTML file with every question, image, answer and score; of two files side by side"
+HELP = "write one HTML file with every question, image, answer and score; two answer files side by side"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("predictions", metavar="PREDICTIONS", help="what `evaluate` wrote, or another tool's answers")
     parser.add_argument("other", nargs="?", metavar="OTHER", help="a second file, shown beside the first")
     parser.add_argument(
-        "--data", metavar="FILE", help="JSON lines, official JSON, or parquet; a task's may be a folder"
+        "--data", metavar="FILE", help="questions as JSON lines, official JSON or parquet; a task's may be a folder"
     )
     parser.add_argument("--task", metavar="NAME|FILE", help="a benchmark, or a task of your own; default: TextVQA")
-    parser.add_argument("--questions", metavar="FILE", help="LLaVA's questions of a task")
-    parser.add_argument("--image-root", metavar="DIR", help="default: the folder of FILE")
+    parser.add_argument("--questions", metavar="FILE", help="LLaVA's question file for a task")
+    parser.add_argument("--image-root", metavar="DIR", help="folder of the images; default: the folder of FILE")
     add_max_pixels(parser)
-    parser.add_argument("--output", metavar="FILE.html", help="default: beside PREDICTIONS, with its name")
+    parser.add_argument(
+        "--output", metavar="FILE.html", help="page to write; default: beside PREDICTIONS, with its name"
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="show only the first N questions")
     parser.add_argument("--image-side", type=positive, metavar="PX", help="longest side of an image; default: 512")
-    parser.add_argument("--open", action="store_true", help="open it in a browser")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -132,7 +134,7 @@ def _print_browser(browser: "Browser", files: "Sequence[Answers]") -> None:
         lines.append(f"without an answer: {browser.num_unanswered}")
     named = {
         "images not shown": [f"{image_id} ({reason})" for image_id, reason in browser.unreadable.items()],
-        "answers left out, as their questions are not in the data": browser.unknown,
+        "answers left out because their questions are not in the data": browser.unknown,
     }
     for what, ids in named.items():
         if ids:

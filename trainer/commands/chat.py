@@ -37,11 +37,15 @@ _HEAD_BYTES = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run, an export, adapters on their base, or a Hub id")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="show it first; may be repeated")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="image to show first; may be repeated"
+    )
     add_max_pixels(parser)
-    parser.add_argument("--ask", metavar="TEXT", help="print one answer and end")
+    parser.add_argument("--ask", metavar="TEXT", help="print one answer and exit")
     parser.add_argument("--system", default="", metavar="TEXT", help="text of the system turn")
-    parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default: 512")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=512, metavar="N", help="longest answer in tokens; default: 512"
+    )
     parser.add_argument("--temperature", type=above_zero, metavar="T", help="sample tokens; default: greedy")
     parser.add_argument(
         "--top-p",
@@ -49,20 +53,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="sample from the most likely tokens that together have this probability",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling; default: 0")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed for sampling; default: 0")
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="default: auto, the model's own, or float32 where a CPU emulates it",
+        help="type to compute in; default: auto, the model's own, or float32 where a CPU emulates it",
     )
-    parser.add_argument("--device", metavar="NAME", help="torch's name; default: the GPU where there is one")
+    parser.add_argument("--device", metavar="NAME", help="torch's name of a device; default: the GPU if there is one")
     web = parser.add_argument_group("in a browser")
     web.add_argument("--web", action="store_true", help="serve a page to this machine instead of using the terminal")
     web.add_argument("--compare", metavar="MODEL", help="a second model that answers beside the first")
     web.add_argument("--open", action="store_true", help="open the page in a browser")
-    web.add_argument("--port", type=int, default=0, metavar="N", help="default: a free one")
-    web.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen at; default: 127.0.0.1")
+    web.add_argument("--port", type=int, default=0, metavar="N", help="port of the page; default: a free one")
+    web.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; default: 127.0.0.1")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -181,7 +185,7 @@ def _read_line() -> str | None:
         except EOFError:
             return None
         except KeyboardInterrupt:
-            say("\nto leave: Ctrl-D or /exit")
+            say("\nleave with Ctrl-D or /exit")
 
 
 def _obey(conversation: "Conversation", line: str, options: argparse.Namespace) -> bool:

@@ -23,23 +23,33 @@ HELP = "check all records and images before training"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="+", metavar="RECIPE|FILE", help="one recipe, or data files")
-    parser.add_argument("--image-root", metavar="DIR", help="default: the folder of each file")
+    parser.add_argument("--image-root", metavar="DIR", help="folder of the images; default: the folder of each file")
     parser.add_argument("--processor", metavar="DIR", help="checkpoint whose processor counts the tokens of FILES")
     parser.add_argument(
         "--format",
         default="auto",
         choices=("auto", *get_args(DataFormat)),
-        help="of the rows; default: auto, by the first of them",
+        help="format of the rows; default: auto, by the first rows",
     )
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="longest record, image tokens counted")
     add_max_pixels(parser)
-    parser.add_argument("--on-bad", metavar="POLICY", help="error, skip or quarantine; or REASON=POLICY,...")
-    parser.add_argument("--rejects", metavar="FILE", help="where the unusable records are listed (JSON lines)")
+    parser.add_argument(
+        "--on-bad",
+        metavar="POLICY",
+        help="what to do with unusable records: error, skip or quarantine; or REASON=POLICY,...",
+    )
+    parser.add_argument("--rejects", metavar="FILE", help="list the unusable records here (JSON lines)")
     parser.add_argument("--no-decode", action="store_true", help="read image headers only")
     parser.add_argument("--against", metavar="FILE", help="questions of an evaluation to look for in the data")
-    parser.add_argument("--against-images", metavar="DIR", help="folder of their images; default: that of FILE")
-    parser.add_argument("--near-bits", type=int, metavar="N", help="of 256, in which near duplicates may differ")
-    parser.add_argument("--matches", metavar="FILE", help="where they are listed; default: contamination.jsonl")
+    parser.add_argument(
+        "--against-images", metavar="DIR", help="folder of that evaluation's images; default: the folder of FILE"
+    )
+    parser.add_argument(
+        "--near-bits", type=int, metavar="N", help="how many of 256 bits may differ in a near duplicate"
+    )
+    parser.add_argument(
+        "--matches", metavar="FILE", help="list what --against finds here; default: contamination.jsonl"
+    )
     parser.add_argument("--output", metavar="DIR", help="the recipe's run folder; default: runs/RECIPE")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="change a key of the recipe"

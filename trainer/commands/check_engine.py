@@ -7,18 +7,20 @@ from llava_llama31.trainer.commands.options import above_zero, add_json, positiv
 from llava_llama31.trainer.redaction import say
 
 
-HELP = "ask a server the questions that an exported folder has reference answers to"
+HELP = "ask a server the questions of an exported folder's reference, and compare the answers"
 EXIT_DIFFERENT = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="what `export` wrote: its reference.json is used")
     parser.add_argument(
-        "--url", required=True, help="of an OpenAI-compatible server; a key for it is read from OPENAI_API_KEY"
+        "--url", required=True, help="address of an OpenAI-compatible server; its key is read from OPENAI_API_KEY"
     )
-    parser.add_argument("--model", metavar="NAME", help="its name there; default: the only one that is served")
-    parser.add_argument("--concurrency", type=positive, default=8, metavar="N", help="questions at a time; default 8")
-    parser.add_argument("--timeout", type=above_zero, default=600, metavar="SECONDS", help="default 600")
+    parser.add_argument("--model", metavar="NAME", help="the model's name there; default: the only one that is served")
+    parser.add_argument("--concurrency", type=positive, default=8, metavar="N", help="questions at a time; default: 8")
+    parser.add_argument(
+        "--timeout", type=above_zero, default=600, metavar="SECONDS", help="longest wait for an answer; default: 600"
+    )
     add_json(parser)
 
 

@@ -6,7 +6,7 @@ import sys
 from llava_llama31.trainer.errors import UserError
 
 
-HELP = "print a script by which a shell completes commands and options"
+HELP = "print a script for a shell that completes commands and options"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llava_llama31.trainer.doctor.findings import DoctorFinding
 
 
-HELP = "what is missing on this machine, or in a launch, and how to fix it"
+HELP = "find what is missing on this machine, or in a launch, and how to fix it"
 EXIT_ERRORS = 1
 _RANKS_SECONDS = 180.0
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}

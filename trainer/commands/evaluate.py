@@ -40,7 +40,7 @@ HELP = "ask a model the questions of a TextVQA-format file, a benchmark or a fil
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder that stock Transformers opens as LlavaNext")
     parser.add_argument(
-        "--data", metavar="FILE", help="JSON lines, official JSON, or parquet; a task's may be a folder"
+        "--data", metavar="FILE", help="questions as JSON lines, official JSON or parquet; a task's may be a folder"
     )
     parser.add_argument(
         "--task",
@@ -50,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a benchmark, a task of your own, or a file of questions; default: TextVQA",
     )
     parser.add_argument("--questions", metavar="FILE", help="the questions that go with VQA-style annotations")
-    parser.add_argument("--image-root", metavar="DIR", help="default: the folder of FILE")
+    parser.add_argument("--image-root", metavar="DIR", help="folder of the images; default: the folder of FILE")
     add_max_pixels(parser)
     parser.add_argument(
-        "--preset", choices=(*PRESETS, "vlmevalkit"), default="card", help="whose prompt; default: card"
+        "--preset", choices=(*PRESETS, "vlmevalkit"), default="card", help="whose prompt to use; default: card"
     )
     parser.add_argument("--ocr", choices=("rapidocr",), help="read OCR tokens for --preset llava from the images")
     parser.add_argument(
@@ -66,47 +66,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="ask only the first N questions")
     parser.add_argument(
-        "--batch-size", type=_number_or_auto, metavar="N|auto", help="default: auto, by the device's memory"
+        "--batch-size",
+        type=_number_or_auto,
+        metavar="N|auto",
+        help="questions answered at once; default: auto, by the device's memory",
     )
     parser.add_argument(
         "--max-new-tokens",
         type=positive,
         metavar="N",
-        help=f"default: {EvaluationSettings.max_new_tokens}, or the task's",
+        help=f"longest answer in tokens; default: {EvaluationSettings.max_new_tokens}, or the task's",
     )
     parser.add_argument(
-        "--batch-invariant", action="store_true", help="bfloat16 answers that no batch size changes; slower"
+        "--batch-invariant", action="store_true", help="make bfloat16 answers independent of the batch size; slower"
     )
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="default: auto, the model's own, or float32 where a CPU emulates it",
+        help="type to compute in; default: auto, the model's own, or float32 where a CPU emulates it",
     )
-    parser.add_argument("--device", metavar="NAME", help="torch's name; default: the GPU where there is one")
+    parser.add_argument("--device", metavar="NAME", help="torch's name of a device; default: the GPU if there is one")
     _add_server(parser)
     parser.add_argument("--blind", action="store_true", help="shuffle the images between questions")
-    parser.add_argument("--output", metavar="DIR", help="default: a folder under runs/evaluate")
+    parser.add_argument("--output", metavar="DIR", help="folder of the results; default: one under runs/evaluate")
     parser.add_argument("--no-browser", action="store_true", help="write no HTML file to browse")
     add_json(parser)
 
 
 def _add_server(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", choices=("vllm",), help="serve MODEL with it and ask the server")
+    parser.add_argument("--engine", choices=("vllm",), help="serve MODEL with this engine and ask the server")
     parser.add_argument(
-        "--engine-options", default="", metavar="TEXT", help='further options of it: "--tensor-parallel-size 2"'
+        "--engine-options",
+        default="",
+        metavar="TEXT",
+        help='further options for the engine: "--tensor-parallel-size 2"',
     )
     parser.add_argument("--url", metavar="URL", help="ask an OpenAI-compatible server that serves MODEL already")
-    parser.add_argument("--served-model", metavar="NAME", help="its name there; default: the only one that is served")
     parser.add_argument(
-        "--concurrency", type=positive, default=16, metavar="N", help="questions at a time; default 16"
+        "--served-model", metavar="NAME", help="MODEL's name there; default: the only one that is served"
+    )
+    parser.add_argument(
+        "--concurrency", type=positive, default=16, metavar="N", help="questions at a time; default: 16"
     )
     parser.add_argument(
         "--compare",
         type=_number_or_none,
         default=16,
         metavar="N",
-        help="of a server's answers, how many to compare with this package's own; default 16 a task, 0: none",
+        help="how many of a server's answers to compare with this package's own; default: 16 per task, 0: none",
     )
 
 
@@ -188,7 +196,7 @@ def _run_tasks(options: argparse.Namespace) -> bool:
 
 def what_is_kept(options: argparse.Namespace) -> str:
     """Where the same command resumes after a signal."""
-    return "the batches that are answered are kept: run the same command to ask the others"
+    return "answered batches are kept: run the same command to ask the others"
 
 
 @dataclass(frozen=True)

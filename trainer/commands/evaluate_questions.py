@@ -35,7 +35,7 @@ def textvqa_questions(options: argparse.Namespace) -> "list[Question]":
 
 
 def task_questions(options: argparse.Namespace) -> "list[tuple[Task, str | None, Preset, list[Question]]]":
-    """Of each task: itself, its data, how it is worded, its questions."""
+    """Each task with its data, its wording and its questions."""
     from llava_llama31.trainer.evaluation.task_evaluation import preset_of, questions_to_ask
 
     read = []
@@ -86,7 +86,7 @@ def _tasks(options: argparse.Namespace) -> "list[tuple[Task, str | None]]":
     names = [task.name for task, _ in tasks]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"{twice} is there twice", where="--task", fix="give the tasks names of their own")
+        raise UserError(f"{twice} is named twice", where="--task", fix="give the tasks different names")
     return tasks
 
 

@@ -59,9 +59,11 @@ def _check(options: argparse.Namespace) -> None:
     from llava_llama31.trainer.errors import UserError
 
     if options.engine is not None and options.url is not None:
-        raise UserError("a server that runs, or one to start?", where="--engine", fix="pass --engine or --url")
+        raise UserError(
+            "both a running server and an engine to start are named", where="--engine", fix="pass --engine or --url"
+        )
     if options.ocr is not None:
-        fix = "read the tokens with this package's engine first, and give them with the data"
+        fix = "read the tokens with this package's engine first, and put them into the data"
         raise UserError("--ocr does not go with a server", where="--ocr", fix=fix)
     if options.url is not None and options.engine_options:
         raise UserError("the server runs already", where="--engine-options", fix="leave them out")

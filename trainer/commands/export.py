@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 EXIT_DIFFERENT = 3
-HELP = "write a finished run's two-door folder again, with its card"
+HELP = "write a finished run's model folder again, with its card, or its adapters or a quantised twin"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--output", metavar="DIR", help="default: RUN/export, or RUN/export-DIALECT")
+    parser.add_argument("--output", metavar="DIR", help="folder to write; default: RUN/export, or RUN/export-DIALECT")
     parser.add_argument(
         "--dialect",
         choices=DIALECTS,
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         metavar="OWNER/NAME@REVISION",
-        help="the model that the adapters belong to; default: what the recipe names",
+        help="the model that the adapters belong to; default: the one that the recipe names",
     )
     parser.add_argument(
         "--quantize",
@@ -41,14 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write a twin with the decoder in 8 or 4 bits into RUN/export-SCHEME, and score it again",
     )
     parser.add_argument(
-        "--check", action="store_true", help="open it in clean processes, and write the result into its card"
+        "--check", action="store_true", help="open the folder in clean processes, and write the result into its card"
     )
     parser.add_argument(
         "--check-with",
         action="append",
         default=[],
         metavar="PYTHON",
-        help="also with the Transformers, and the vLLM if there is one, of this interpreter; may be repeated",
+        help="also open it with the Transformers, and vLLM if there, of this interpreter; may be repeated",
     )
 
 
@@ -83,7 +83,7 @@ def _export_twin(run: "RunFolder", output: Path | None, options: argparse.Namesp
     from llava_llama31.trainer.runs.quantized_twin import export_twin
 
     if options.check or options.check_with or options.base or options.dialect != PORTABLE:
-        what = "a twin is asked as it is written, and has one layout"
+        what = "a twin is checked as it is written, and has one layout"
         raise UserError(what, where="--quantize", fix="leave out --check, --check-with, --base and --dialect")
     say(str(export_twin(run, options.quantize, output, say)), stdout=True)
     return 0

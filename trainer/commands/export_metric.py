@@ -9,7 +9,9 @@ HELP = "write the score as a Hugging Face `evaluate` metric"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="textvqa_accuracy", metavar="DIR", help="default: textvqa_accuracy")
+    parser.add_argument(
+        "--output", default="textvqa_accuracy", metavar="DIR", help="folder to write; default: textvqa_accuracy"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -24,16 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="RECIPE|DATASET", help="a recipe, or a name that --list shows", nargs="?")
     parser.add_argument("--list", action="store_true", dest="list_datasets", help="list the data sets of the registry")
     parser.add_argument("--to", metavar="DIR", help="the data root; default: the recipe's, or data")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be fetched, without a network")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be fetched, without a network")
     parser.add_argument(
         "--accept-licence",
         "--accept-license",
         action="append",
         default=[],
         metavar="NAME",
-        help="a data set or checkpoint whose licence you have read and accept; all: every one",
+        help="data set or checkpoint whose licence you have read and accept; all: every one",
     )
-    parser.add_argument("--keep-archives", action="store_true", help="leave archives beside what was unpacked")
+    parser.add_argument("--keep-archives", action="store_true", help="keep archives after unpacking")
     parser.add_argument("--registry", metavar="FILE", help="YAML with data sets of your own (docs/fetch.md)")
     parser.add_argument("--output", metavar="DIR", help="the recipe's run folder; default: runs/RECIPE")
     parser.add_argument(
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("nothing was named", where="fetch", fix="name a recipe or a data set, or --list")
     items, roots, unknown = _named(options, known)
     for line in unknown:
-        say(f"warning: {line} is not in the registry: put it there yourself")
+        say(f"warning: {line} is not in the registry: fetch it yourself")
     root = roots[0][1] if roots else Path(options.to or "data")
     if options.dry_run:
         _show(items, root, [], json_output=options.json_output)
@@ -141,7 +141,9 @@ def _show(items: list["Item"], root: Path, found: list["Closure"], *, json_outpu
         return
     terminal = Terminal()
     if not items:
-        terminal.print("nothing to fetch: the run makes its own parts and data, or all of them are named by path")
+        terminal.print(
+            "nothing to fetch: the run makes its own parts and data, or the recipe names all of them by path"
+        )
         return
     listed = []
     for item in items:
@@ -156,8 +158,10 @@ def _show(items: list["Item"], root: Path, found: list["Closure"], *, json_outpu
         f"to fetch: {size_text(missing)}; {needed} of disk while archives are unpacked, {size_text(free)} free"
     )
     for one in found:
-        reasons = ", ".join(f"{reason} {number:,}" for reason, number in one.missing.items()) or "none is missing"
-        terminal.print(f"{one.name}: images of {one.rows:,} rows looked at: {reasons} ({one.explained:,} known holes)")
+        reasons = ", ".join(f"{reason} {number:,}" for reason, number in one.missing.items()) or "none missing"
+        terminal.print(
+            f"{one.name}: checked the images of {one.rows:,} rows: {reasons} ({one.explained:,} known holes)"
+        )
 
 
 def _raise_for(found: list["Closure"]) -> None:
@@ -168,7 +172,7 @@ def _raise_for(found: list["Closure"]) -> None:
     """
     for one in found:
         if one.expected is not None and one.rows < one.expected:
-            what = f"{one.rows:,} rows, the published file has {one.expected:,}"
+            what = f"{one.rows:,} rows, but the published file has {one.expected:,}"
             raise UserError(what, where=one.name, fix="remove its file of rows and fetch it again")
         if one.unexplained:
             what = f"the images of {one.unexplained:,} rows are not there or can't be read: {'; '.join(one.first)}"

@@ -25,15 +25,15 @@ _SHOWN = 400  # characters of the first row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="of the recipe, which is written to NAME.yaml")
+    parser.add_argument("name", metavar="NAME", help="name of the recipe, which is written to NAME.yaml")
     parser.add_argument(
-        "--data", metavar="FILE", help="rows to train on; without it, it and the rest are asked for in a terminal"
+        "--data", metavar="FILE", help="rows to train on; without it the command asks for everything in a terminal"
     )
-    parser.add_argument("--image-root", metavar="DIR", help="default: the folder of FILE")
+    parser.add_argument("--image-root", metavar="DIR", help="folder of the images; default: the folder of FILE")
     parser.add_argument("--model", help=f"folder, run or Hub id to start from; default: {RELEASED}")
     parser.add_argument("--questions", metavar="FILE", help="questions that score the finished model")
     parser.add_argument("--lora", action="store_true", help="train adapters: less memory than the whole model")
-    parser.add_argument("--output", metavar="FILE.yaml", help="default: NAME.yaml")
+    parser.add_argument("--output", metavar="FILE.yaml", help="recipe to write; default: NAME.yaml")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -48,11 +48,11 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{options.name!r} is not a name", where="NAME", fix="use letters, digits, - and _")
     output = Path(options.output or f"{options.name}.yaml")
     if output.exists():
-        raise UserError("is there already", where=str(output), fix="name another --output")
+        raise UserError("already exists", where=str(output), fix="name another --output")
     if options.data is None and sys.stdin.isatty():
         _ask(options)
     if options.data is None:
-        raise UserError("names no rows", where="--data", fix="--data FILE")
+        raise UserError("has no rows", where="--data", fix="--data FILE")
     options.model = _start(options.model or RELEASED)
     num_rows = _look_at(options.data, options.image_root)
     device = _device()

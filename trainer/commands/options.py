@@ -21,14 +21,14 @@ def add_max_pixels(parser: argparse.ArgumentParser) -> None:
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add a recipe, its run folder and its overrides."""
     parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or a YAML file")
-    parser.add_argument("--output", metavar="DIR", help="folder of the run; default: runs/RECIPE")
+    parser.add_argument("--output", metavar="DIR", help="the run's folder; default: runs/RECIPE")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="e.g. stages.projector.epochs=2",
+        help="change a key of the recipe, e.g. stages.projector.epochs=2",
     )
 
 

@@ -16,35 +16,54 @@ if TYPE_CHECKING:
     from llava_llama31.trainer.terminal import Terminal
 
 
-HELP = "what a recipe will do, without doing it"
+HELP = "predict what a recipe will do, without running it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--devices", type=positive, default=1, metavar="N", help="of all machines; default: 1")
-    parser.add_argument("--devices-per-node", type=positive, metavar="M", help="default: all in one machine")
-    parser.add_argument("--device-memory", type=above_zero, metavar="GB", help="10^9 bytes: does each stage fit?")
+    parser.add_argument(
+        "--devices", type=positive, default=1, metavar="N", help="devices on all machines together; default: 1"
+    )
+    parser.add_argument(
+        "--devices-per-node", type=positive, metavar="M", help="devices per machine; default: all on one"
+    )
+    parser.add_argument(
+        "--device-memory",
+        type=above_zero,
+        metavar="GB",
+        help="memory of a device in 10^9 bytes: shows whether each stage fits",
+    )
     parser.add_argument(
         "--device", metavar="NAME", help=f"hours and the fastest settings on a GPU: {', '.join(ACCELERATORS)}"
     )
     parser.add_argument(
-        "--engine", metavar="NAME", help="ddp, zero1 to zero3, zero3-offload-params, zero3-offload, fsdp2"
+        "--engine",
+        metavar="NAME",
+        help="ddp, zero1 to zero3, zero3-offload-params, zero3-offload or fsdp2; default: as each stage says",
     )
-    parser.add_argument("--mfu", type=above_zero, metavar="X", help="share of the peak that training reaches: hours")
-    parser.add_argument("--peak-tflops", type=above_zero, metavar="X", help="of a device, in the stage's precision")
-    parser.add_argument("--price", type=above_zero, metavar="P", help="of a device for an hour: cost")
+    parser.add_argument(
+        "--mfu", type=above_zero, metavar="X", help="expected MFU, 0 to 1; with --peak-tflops shows hours"
+    )
+    parser.add_argument(
+        "--peak-tflops", type=above_zero, metavar="X", help="peak of a device in the stage's precision"
+    )
+    parser.add_argument("--price", type=above_zero, metavar="P", help="price per device-hour; shows cost")
     parser.add_argument(
         "--rows",
         action="append",
         default=[],
         metavar="NAME=N",
-        help="rows of data that this machine does not have",
+        help="number of rows of a source that isn't on this machine",
     )
-    parser.add_argument("--tokens-per-row", type=positive, metavar="N", help="of data that is not counted")
     parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="a new recipe with the fastest settings; with --device"
+        "--tokens-per-row", type=positive, metavar="N", help="length of rows that check-data has not counted"
     )
-    parser.add_argument("--image", metavar="HxW", help="size in pixels of its images; default: COCO's sizes")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="write a recipe with the fastest settings; needs --device"
+    )
+    parser.add_argument(
+        "--image", metavar="HxW", help="size in pixels of images that are not counted; default: COCO's sizes"
+    )
     add_json(parser)
 
 
@@ -128,9 +147,9 @@ def _machine(options: argparse.Namespace) -> "Machine":
         memory = ACCELERATORS[options.device].memory
     if (options.mfu is None) != (options.peak_tflops is None):
         raise UserError(
-            "an MFU is a share of a peak",
+            "an MFU is a share of a peak, so both are needed",
             where="--mfu" if options.peak_tflops is None else "--peak-tflops",
-            fix="give both, e.g. --mfu 0.4 --peak-tflops 989: a training log's `mfu` is of the peak that it measured",
+            fix="give both, e.g. --mfu 0.4 --peak-tflops 989; a training log's `mfu` is of the peak measured there",
         )
     return Machine(
         num_devices=options.devices,
@@ -236,22 +255,22 @@ def _notes(plan: dict[str, Any]) -> list[str]:
 
     notes = []
     if any(stage["sampled"] for stage in plan["stages"]):
-        notes.append("Tiles, FLOPs and the longest micro-batch are those of evenly chosen steps.")
+        notes.append("Tiles, FLOPs and the longest micro-batch come from evenly spaced steps.")
     if "fastest" in plan:
-        notes.append("Hours and cost of the fastest settings are those of a model of data sheets, not measured.")
+        notes.append("Hours and cost of the fastest settings come from a model of data sheets; they are not measured.")
     elif plan["hours_from"]:
-        notes.append(f"Hours: {plan['hours_from']}; evaluation and checkpoints not counted.")
+        notes.append(f"Hours: {plan['hours_from']}; evaluation and checkpoints are not counted.")
     else:
         notes.append("Add --device, or --mfu and --peak-tflops, to see hours.")
     if any(stage["memory"] for stage in plan["stages"]):
-        notes.append(f"Memory: the most at once, not the sum; it fits below {USABLE:.0%} of a device's memory.")
+        notes.append(f"Memory: the peak, not the sum; a stage fits below {USABLE:.0%} of a device's memory.")
     return notes
 
 
 def _fix_line(stage: dict[str, Any]) -> str:
     fix = stage["fix"]
     if fix is None:
-        return "no setting that was tried makes it fit: add devices, or lora"
+        return "no setting that was tried fits: add devices, or lora"
     launch = f" under accelerate launch --config_file {fix['accelerate']}" if fix["accelerate"] else ""
     return f"{fix['peak']:,.1f} GB with {fix['engine']}{launch}{': ' * bool(fix['set'])}{' '.join(fix['set'])}"
 

@@ -20,10 +20,13 @@ HELP = "check a model, upload it, check what was uploaded, and merge it"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN|FOLDER", help="a finished run, or an exported folder")
     parser.add_argument(
-        "--repo-id", required=True, metavar="OWNER/NAME", help="a model made from Llama: OWNER/Llama..."
+        "--repo-id",
+        required=True,
+        metavar="OWNER/NAME",
+        help="repository on the Hub; for a model made from Llama: OWNER/Llama...",
     )
     parser.add_argument("--private", action="store_true", help="leave the repository private")
-    parser.add_argument("--collection", metavar="SLUG", help="collection to put it into, as its address names it")
+    parser.add_argument("--collection", metavar="SLUG", help="collection to add the model to, as in its address")
     parser.add_argument("--dry-run", action="store_true", help="check and show what would be done; write nothing")
     add_json(parser)
 
@@ -70,7 +73,7 @@ def _print(result: Mapping[str, Any]) -> None:
         terminal.table(("question", "answer"), samples)
         terminal.print(f"published: {result['url']} ({result['tag']})")
         return
-    terminal.print(f"{result['repo']}: dry run, nothing was written; the steps would be")
+    terminal.print(f"{result['repo']}: dry run, nothing was written; these would be the steps")
     for number, step in enumerate(result["steps"], start=1):
         terminal.print(f"{number}. {step}")
     files = [(plain(name), shown_size(size)) for name, size in result["files"].items()]

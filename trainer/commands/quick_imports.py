@@ -1,4 +1,4 @@
-"""Imports without a search for garbage."""
+"""Imports without garbage collection."""
 
 import gc
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Context for the imports of torch and Transformers, a fifth of whose time is a search for garbage.
+    """Context for the imports of torch and Transformers, a fifth of whose time is garbage collection.
 
-    They make half a million objects that stay, and Python searches at every 700 new ones.
+    They make half a million objects that stay, and Python collects garbage at every 700 new ones.
     """
     if not gc.isenabled():
         yield

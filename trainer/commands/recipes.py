@@ -12,8 +12,8 @@ HELP = "list the shipped recipes, copy one out, check or compare recipes, or pri
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("copy", nargs="?", metavar="NAME", help="recipe to print as YAML")
-    what.add_argument("--check", metavar="FILE", help="say whether a recipe is one, and what is wrong")
-    what.add_argument("--diff", nargs=2, metavar=("A", "B"), help="keys that differ between two recipes")
+    what.add_argument("--check", metavar="FILE", help="check a recipe and say what is wrong")
+    what.add_argument("--diff", nargs=2, metavar=("A", "B"), help="list the keys that differ between two recipes")
     what.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
 
 

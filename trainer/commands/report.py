@@ -7,16 +7,20 @@ from pathlib import Path
 from llava_llama31.trainer.commands.options import positive
 
 
-HELP = "one HTML page about a run, or comparing several: curves, data, scores, samples"
+HELP = "write one HTML page about a run, or comparing several: curves, data, scores, samples"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, finished or not")
-    parser.add_argument("--output", metavar="FILE.html", help="default: report.html in the first RUN")
-    parser.add_argument("--open", action="store_true", help="open it in a browser")
-    parser.add_argument("--watch", action="store_true", help="serve it on this machine, up to date at each reload")
-    parser.add_argument("--port", type=int, default=0, metavar="N", help="of --watch; default: a free one")
-    parser.add_argument("--every", type=positive, default=10, metavar="S", help="seconds between reloads of --watch")
+    parser.add_argument("--output", metavar="FILE.html", help="page to write; default: report.html in the first RUN")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    parser.add_argument(
+        "--watch", action="store_true", help="serve the page on this machine, up to date at each reload"
+    )
+    parser.add_argument("--port", type=int, default=0, metavar="N", help="port for --watch; default: a free one")
+    parser.add_argument(
+        "--every", type=positive, default=10, metavar="S", help="seconds between reloads under --watch; default: 10"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

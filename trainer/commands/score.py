@@ -34,18 +34,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("other", nargs="?", metavar="OTHER", help="a second file, compared with the first")
     parser.add_argument("--task", metavar="NAME|FILE", help="a benchmark, or a task of your own; default: TextVQA")
-    parser.add_argument("--protocol", metavar="NAME", help="whose rules the task's headline follows")
+    parser.add_argument("--protocol", metavar="NAME", help="protocol of the task's headline score")
     parser.add_argument(
-        "--annotations", metavar="FILE", help="JSON lines, JSON, TSV or parquet; a task's may be a folder"
+        "--annotations",
+        metavar="FILE",
+        help="annotated questions as JSON lines, JSON, TSV or parquet; a task's may be a folder",
     )
     parser.add_argument(
-        "--questions", metavar="FILE", help="the questions that go with VQA-style annotations, or LLaVA's of a task"
+        "--questions",
+        metavar="FILE",
+        help="the questions that go with VQA-style annotations, or LLaVA's question file for a task",
     )
     parser.add_argument(
-        "--columns", metavar="PART=FIELD,...", type=_pairs, default={}, help="fields of id, answer, question and image"
+        "--columns",
+        metavar="PART=FIELD,...",
+        type=_pairs,
+        default={},
+        help="which fields hold id, answer, question and image",
     )
     parser.add_argument(
-        "--where", metavar="FIELD=VALUE,...", type=_pairs, default={}, help="read only the rows that say so"
+        "--where", metavar="FIELD=VALUE,...", type=_pairs, default={}, help="read only rows with these values"
     )
     parser.add_argument("--submission", metavar="FILE", help="write the answers for the task's server, in its format")
     add_json(parser)

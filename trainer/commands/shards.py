@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llava_llama31.trainer.recipes.schema import DataSource
 
 
-HELP = "write a recipe's data, or data files, as shards that open without being listed"
+HELP = "write a recipe's data, or data files, as shards with an index"
 
 # keys of a source that say which rows and images it has
 _OF_ROWS = ("path", "split", "where", "image_root", "format")
@@ -24,17 +24,27 @@ _OF_ROWS = ("path", "split", "where", "image_root", "format")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="+", metavar="RECIPE|FILE", help="one recipe, or data files")
-    parser.add_argument("--to", required=True, metavar="DIR|URL", help="each source gets a folder of its name there")
-    parser.add_argument("--shards", type=positive, metavar="N", help="of each source; default: of about 512 MB each")
     parser.add_argument(
-        "--on-bad", choices=("error", "skip"), default="error", help="what a row that can't be read does"
+        "--to",
+        required=True,
+        metavar="DIR|URL",
+        help="folder or URL to write to; each source gets a folder of its name there",
     )
-    parser.add_argument("--image-root", metavar="DIR", help="default: the folder of each file")
+    parser.add_argument(
+        "--shards", type=positive, metavar="N", help="number of shards per source; default: shards of about 512 MB"
+    )
+    parser.add_argument(
+        "--on-bad",
+        choices=("error", "skip"),
+        default="error",
+        help="what to do with a row that can't be read; default: error",
+    )
+    parser.add_argument("--image-root", metavar="DIR", help="folder of the images; default: the folder of each file")
     parser.add_argument(
         "--format",
         default="auto",
         choices=("auto", *get_args(DataFormat)),
-        help="of the rows; default: auto, by the first of them",
+        help="format of the rows; default: auto, by the first rows",
     )
     parser.add_argument("--output", metavar="DIR", help="the recipe's run folder; default: runs/RECIPE")
     parser.add_argument(
@@ -89,6 +99,6 @@ def _sources(options: argparse.Namespace) -> list["DataSource"]:
     for source in listed:
         other = sources.setdefault(source.name, source)
         if any(getattr(other, key) != getattr(source, key) for key in _OF_ROWS):
-            what = f"two sources are called {source.name}, which would be one folder"
+            what = f"two sources are called {source.name} and would share one folder"
             raise UserError(what, where=options.data[0], fix="rename one")
     return list(sources.values())

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from llava_llama31.trainer.recipes.schema import Recipe
 
 
-HELP = "run a recipe's stages, evaluate and export"
+HELP = "run a recipe: train its stages, evaluate and export"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument("--cpu", action="store_true", help="train on the CPU whatever else the machine has")
-    parser.add_argument("--devices", type=positive, metavar="N", help="start N processes on this machine, one a GPU")
+    parser.add_argument("--devices", type=positive, metavar="N", help="start N processes on this machine, one per GPU")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
 
 
@@ -98,7 +98,7 @@ def _dry_run(options: argparse.Namespace, recipe: "Recipe", output: Path) -> int
     dry_run(recipe, output, num_processes=devices, say=say)
     plan = plan_recipe(recipe, output, Machine(num_devices=devices), Assumptions({}, None))
     print_plan(plan | {"missing": missing_paths(recipe, output)})
-    say("all that can be checked beforehand is right; nothing was written but caches")
+    say("everything that can be checked beforehand is right; nothing was written but caches")
     return 0
 
 
@@ -108,7 +108,7 @@ def what_is_kept(options: argparse.Namespace) -> str:
 
     if RunFolder(run_folder(options, options.recipe)).has_begun():
         return "run the same command to resume from the last checkpoint"
-    return "no checkpoint is written yet: the same command starts from the beginning"
+    return "no checkpoint has been written yet: the same command starts from the beginning"
 
 
 def _says_finished(recipe: "Recipe", output: Path) -> bool:

@@ -1,4 +1,4 @@
-"""GPUs that people have, by their data sheets, and the shares of those figures that a step is assumed to reach.
+"""Common GPUs by their data sheets, and the shares of those figures that a step is assumed to reach.
 
 Nothing here has been measured by this project; `docs/plan.md` says what follows from it.
 """

@@ -621,7 +621,7 @@ class _Step:
 
     @cached_property
     def tied_gradients(self) -> float:
-        """Of a tied head: the embedding's own gradient, and its sum with the head's, which is another tensor."""
+        """A tied head's extra gradients: the embedding's own, and its sum with the head's, which is another tensor."""
         if not (self.setup.parameters.tied and self.setup.trains_decoder):
             return 0.0
         return float(2 * self.w * self.setup.parameters.embedding)

@@ -48,7 +48,7 @@ def as_launched(stage: Stage, where: str) -> Stage:
     """
     if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise UserError(
-            "context, sequence and tensor parallelism cut a row among devices, which breaks its images",
+            "context, sequence and tensor parallelism split a row across devices, which breaks its images",
             where=where,
             fix="remove parallelism_config from accelerate's file; max_row_tokens and ZeRO-3 save memory too",
         )
@@ -56,7 +56,7 @@ def as_launched(stage: Stage, where: str) -> Stage:
         _check_fsdp(stage, where)
     if is_asked_for_cpu() and (stage.deepspeed is not None or _is_set("ACCELERATE_USE_DEEPSPEED")):
         raise UserError(
-            "Accelerate trains without DeepSpeed where it is asked for the CPU",
+            "Accelerate trains without DeepSpeed when told to use the CPU",
             where=f"{where}.deepspeed",
             fix=f"add --set {where}.deepspeed=null, or instead of --cpu hide the GPUs: CUDA_VISIBLE_DEVICES=",
         )
@@ -96,7 +96,7 @@ def _check_fsdp(stage: Stage, where: str) -> None:
         )
     if _is_set("FSDP_ACTIVATION_CHECKPOINTING"):
         raise UserError(
-            "the recipe says what is recomputed, not accelerate's configuration",
+            "the recipe decides what is recomputed, not accelerate's configuration",
             where=where,
             fix=f"remove fsdp_activation_checkpointing there, and set {where}.activation_checkpointing",
         )

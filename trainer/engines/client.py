@@ -75,7 +75,7 @@ class EngineClient:
             counted = (content.get("usage") or {}).get("prompt_tokens")
             reason = content["choices"][0].get("finish_reason")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            what = f"answers with something else than a chat completion: {_shown(answer)}"
+            what = f"answers with something other than a chat completion: {_shown(answer)}"
             raise UserError(what, where=self.url, fix="name the address of an OpenAI-compatible server") from error
         return Served(text or "", counted if isinstance(counted, int) else None, finish_reason=str(reason or ""))
 

@@ -33,7 +33,7 @@ def vllm_server(folder: Path, log: Path, options: Sequence[str] = (), patience: 
     command = shutil.which("vllm")
     if command is None:
         fix = "install vLLM in an environment whose bin is on PATH, or start it elsewhere and name its --url"
-        raise UserError("there is no command vllm", where="--engine", fix=fix)
+        raise UserError("the command vllm is not on PATH", where="--engine", fix=fix)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -228,7 +228,7 @@ def _layout(row: dict[str, Any], where: str) -> str | None:
 
 
 def _ambiguous(names: Sequence[str], where: str, id_field: str) -> UserError:
-    what = f"{' and '.join(names)}: which of them the model said, and which is annotated, the row does not tell"
+    what = f"the row does not tell which of {' and '.join(names)} the model said, and which is annotated"
     return UserError(what, where=where, fix=f"say so: --columns id={id_field},answer={names[0]}")
 
 

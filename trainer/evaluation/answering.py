@@ -206,7 +206,7 @@ def _parts(
 
 
 def _contents(asked: Sequence[ToAsk]) -> list[dict[str, str] | None]:
-    """Of each set, image id -> what names the image's content in all of them; None where there is one set."""
+    """For each set, image id -> what names the image's content in all sets; None where there is one set."""
     if len(asked) == 1:
         return [None]
     digests: dict[str, str] = {}

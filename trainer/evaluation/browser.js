@@ -306,7 +306,7 @@ function update() {
   }
   shown = found.filter(FILTERS[state.filter][1]).sort(SORTS[state.sort][1]);
   byId("export").disabled = shown.length === 0;
-  byId("status").textContent = shown.length === 0 ? "No question fits." : `${counted(shown.length, "question")}, ${(compares ? meansOf : meanOf)(shown)}`;
+  byId("status").textContent = shown.length === 0 ? "No question matches." : `${counted(shown.length, "question")}, ${(compares ? meansOf : meanOf)(shown)}`;
   showPage(0);
 }
 

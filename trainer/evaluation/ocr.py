@@ -1,4 +1,4 @@
-"""OCR tokens for prompts that tell them to the model, where the annotations bring none; needs the `ocr` extra."""
+"""OCR tokens for prompts that contain them, where the annotations have none; needs the `ocr` extra."""
 
 import json
 from collections.abc import Callable, Sequence

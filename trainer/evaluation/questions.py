@@ -1,4 +1,4 @@
-"""Questions with annotated answers, read from the files in which TextVQA is handed around."""
+"""Questions with annotated answers, read from the files in which TextVQA is distributed."""
 
 import ast
 import os

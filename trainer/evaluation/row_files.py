@@ -1,4 +1,4 @@
-"""Rows of the files in which questions and answers are handed around, as they stand, each with its place."""
+"""Rows of question and answer files, unchanged, each with its place."""
 
 import csv
 import os
@@ -306,10 +306,10 @@ def _named(header: list[str], cells: list[Any], where: str) -> dict[str, Any]:
 
 
 def _check_header(names: list[str], where: str) -> None:
-    """Of two columns of one name neither is the right one."""
+    """Refuse two columns of one name: neither is the right one."""
     twice = next((name for name in names if name and names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"column {ascii(twice)[:80]} is there twice", where=where, fix="remove or rename one")
+        raise UserError(f"column {ascii(twice)[:80]} occurs twice", where=where, fix="remove or rename one")
 
 
 def any_rows(

@@ -183,7 +183,7 @@ class Task(_Frozen):
     layouts: list[Layout] = Field(min_length=1)
     units: Units | None = None
     unit: str = "%"
-    """Of the headline, for reports."""
+    """Unit of the headline, for reports."""
     only_with_image: bool = False
     """Questions without an image are left out."""
     prompts: dict[str, str] = {}

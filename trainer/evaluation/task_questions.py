@@ -1,4 +1,4 @@
-"""Questions of a task from the files in which its benchmark is handed around."""
+"""Questions of a task from the files in which its benchmark is distributed."""
 
 import json
 import re

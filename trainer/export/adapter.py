@@ -93,7 +93,7 @@ def largest_difference(
     second: LlavaNextForConditionalGeneration,
     processor: LlavaLlama31Processor,
 ) -> float:
-    """Of the logits for the fixed questions' prompts, in standard deviations of the first model's."""
+    """Largest difference of the logits for the fixed prompts, in standard deviations of the first model's."""
     grids = processor.image_processor.image_grid_pinpoints
     apart = 0.0
     for question in fixed_questions(grids, processor.tile_size):

@@ -124,7 +124,7 @@ class Peers:
 
         absent = _wait(lambda: _ranks(missing()), f"at {_meeting_place()}", seconds, says=self.rank == 0)
         if absent:
-            fix = "look at the output of their machines, then run again"
+            fix = "look at their machines' output, then run again"
             raise UserError(f"{absent} did not come within {seconds:,.0f} s", where=_meeting_place(), fix=fix)
         places = {rank: self.store.get(_process(rank)).decode().split(" ", 1) for rank in others}
         self._neighbours = {rank: int(pid) for rank, (pid, there) in places.items() if there == here}
@@ -336,14 +336,12 @@ def _await_store(address: str, port: int, seconds: float) -> None:
         return ""
 
     if _wait(silent, f"at {address}:{port}", seconds, says=os.environ.get("LOCAL_RANK", "0") == "0"):
-        fix = (
-            "look at the output of rank 0's machine; check the address, the port and the firewall between the machines"
-        )
+        fix = "look at rank 0's output; check the address, the port and the firewall between the machines"
         raise UserError(f"rank 0 did not answer within {seconds:,.0f} s: {why}", where=f"{address}:{port}", fix=fix)
 
 
 def _wait(absent: Callable[[], str], where: str, seconds: float, *, says: bool) -> str:
-    """Wait until nobody is absent, and return who is at the end. A signal is handled between two looks."""
+    """Wait until nobody is absent, and return who still is. A signal is handled between two looks."""
     began, who = time.monotonic(), absent()
     while who and (waited := time.monotonic() - began) < seconds:
         if says and waited > _ANNOUNCE_SECONDS:

@@ -210,9 +210,9 @@ def _verdict(
 ) -> str:
     where = f"{cases[0].machine.num_devices} x {gpu.name}"
     if lost := [name for name, found in stages.items() if found is None]:
-        return f"does not fit on {where}: {', '.join(lost)}, with adapters neither; take more devices"
+        return f"does not fit on {where}, not even with adapters: {', '.join(lost)}; use more devices"
     time = "" if hours is None else f" in {hours:,.1f} hours" + ("" if cost is None else f" for {cost:,.0f}")
     if unfit:
         kind = "QLoRA" if any(stages[name]["lora"].get("quantize") for name in unfit) else "LoRA"
         return f"does not fit on {where} whole: {', '.join(unfit)}; with {kind} it does{time}"
-    return f"fits on {where}{time} with the fastest settings, by a model and not by measurement"
+    return f"fits on {where}{time} with the fastest settings, by a model, not by measurement"

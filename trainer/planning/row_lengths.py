@@ -109,7 +109,7 @@ def _num_rows(source: DataSource, assumptions: Assumptions, notes: list[str]) ->
     if number is None:
         entry = published()["data"].get(source.name)
         if entry is None:
-            notes.append(f"{source.name} {reason}: how many rows it has is not known (--rows {source.name}=N)")
+            notes.append(f"{source.name} {reason}: its number of rows is not known (--rows {source.name}=N)")
             return None
         number = int(entry.get("images_only_rows", entry["rows"]) if source.images_only else entry["rows"])
         notes.append(f"{source.name} {reason}: {number:,} rows, as the published file has")
@@ -117,7 +117,7 @@ def _num_rows(source: DataSource, assumptions: Assumptions, notes: list[str]) ->
 
 
 def _num_rows_here(source: DataSource) -> tuple[int | None, str]:
-    """Of a file or folder, or why not; a name on the Hub is not opened, which would download it."""
+    """Number of rows of a file or folder, or why it is unknown; a Hub id is not opened, which would download it."""
     if not Path(source.path).expanduser().exists():
         return None, "is not here"
     try:
@@ -159,9 +159,9 @@ def _draw(
         tokens = image_tokens + text
         supervised = np.minimum(_lognormal(draw, entry["supervised_tokens"], number), text - 1)
         notes.append(
-            f"{source.name} is not counted: {_image_words(assumptions)} in tiles of {chance.grid.tile} px a row, and "
-            f"{entry['text_tokens'][1]} tokens of text in the median (check-data counts them where data and model are "
-            "here)"
+            f"{source.name} is not counted: a row has {_image_words(assumptions)} in tiles of {chance.grid.tile} px, "
+            f"and {entry['text_tokens'][1]} tokens of text in the median (check-data counts them where data and model "
+            "are here)"
         )
     group = np.arange(number) // entry["rows_per_image"]
     # rows about one image have one image
@@ -291,7 +291,7 @@ _TILES, _TOKENS, _KEYS = 0, 2, len(_FIELDS) - 1
 
 
 def _measure(micro_batches: list[list[int]], rows: StageRows, order: BatchOrder, packed: bool) -> np.ndarray:
-    """Of each micro-batch its Work, and its keys; supervised tokens are taken to be the last ones of their sample.
+    """Each micro-batch's Work, and its keys; supervised tokens are taken to be the last ones of their sample.
 
     A step's at once: a plan goes through a million micro-batches, and arrays of eight samples are slower than numbers.
     """

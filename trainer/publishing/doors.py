@@ -104,7 +104,9 @@ def open_doors(model: str | Path, cache: Path, *, revision: str = "", snippet_of
             fix="export again (llava-llama31 export RUN): the folder's code does not match its weights",
         )
     if stock["samples"] != remote["samples"]:
-        raise DoorError("the answers through both doors differ although the logits agree", where=str(model))
+        raise DoorError(
+            "the answers of stock classes and of remote code differ although the logits agree", where=str(model)
+        )
     texts = results["snippet"]["texts"] if snippet_of is not None else [None]
     if len(set(texts)) != 1:
         raise DoorError(f"the code on the card prints different texts: {texts}", where=str(snippet_of))

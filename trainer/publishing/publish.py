@@ -79,24 +79,26 @@ def publish(
     check_free_space(sum(file.size for file in release.files.values()))
     card = release.files[CARD].path.read_text(encoding="utf-8")
     if dry_run and get_token() is None:
-        unchecked = "there is no token: not checked are your rights, the card by the Hub, and what is there already"
+        unchecked = (
+            "there is no token, so your rights, the card (by the Hub) and what exists on the Hub are not checked"
+        )
         return {**_plan(release, None, {}), "not_checked": unchecked}
     info = check_target(api, release.repo_id, card, release.collection, resume=release.resume)
     tree = attempt("file list", lambda: tree_of(api, release, "main"), resume=release.resume) if info else {}
     if dry_run:
         return _plan(release, info, tree)
-    say(f"{len(release.files)} files pass {len(RULES)} rules; opening both doors")
+    say(f"{len(release.files)} files pass {len(RULES)} rules; opening the folder both ways")
     local = check_local(release.folder)
     attempt("repository", lambda: ensure_repo(api, release), resume=release.resume)
     published = attempt("file list", lambda: _published(api, release), resume=release.resume)
     pull_request = None
     if published is None:
         pull_request, head = attempt("upload", lambda: _ensure_pull_request(api, release), resume=release.resume)
-        say(f"pull request {pull_request} holds {head[:8]}; downloading it and opening both doors")
+        say(f"pull request {pull_request} holds {head[:8]}; downloading it and opening it both ways")
         checked = _compared(local, check_published(release, head), release, head)
         published = attempt("merge", lambda: _ensure_merged(api, release, pull_request), resume=release.resume)
     else:
-        say(f"{release.repo_id} has this content; downloading it and opening both doors")
+        say(f"{release.repo_id} has this content; downloading it and opening it both ways")
         checked = _compared(local, check_published(release, published), release, published)
     attempt("tag", lambda: ensure_tag(api, release, published, release.tag), resume=release.resume)
     attempt("visibility", lambda: _ensure_visibility(api, release), resume=release.resume)
@@ -173,12 +175,12 @@ def find_repo(api: HfApi, repo_id: str) -> ModelInfo | None:
 def _plan(release: Release, info: ModelInfo | None, tree: Mapping[str, RepoFile]) -> dict[str, Any]:
     files = {name: file.size for name, file in release.files.items()}
     same = info is not None and release.equals(tree)
-    steps = ["open both doors of the folder and compare their logits"]
+    steps = ["open the folder with stock classes and with remote code, and compare their logits"]
     if info is None:
         steps.append(f"create {release.repo_id}, private")
     if not same:
         steps.append(f"upload {len(files)} files, {shown_size(sum(files.values()))}, in one commit as a pull request")
-    steps.append("download that revision into an empty cache, check it, open both doors, compare logits and answers")
+    steps.append("download that revision into an empty cache, check it, open it both ways, compare logits and answers")
     if not same:
         steps.append("merge the pull request")
     steps += [f"tag it {release.tag}", f"leave the repository {'private' if release.private else 'public'}"]

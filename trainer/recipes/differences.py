@@ -10,7 +10,7 @@ _ABSENT = object()
 
 
 def _children(content: Any) -> dict[str, Any] | None:
-    """Of a mapping or a list of mappings what it holds, by name or position; None: a value."""
+    """What a mapping or a list of mappings holds, by name or position; None: it is a value."""
     if isinstance(content, Mapping) and content:
         return {str(name): value for name, value in content.items()}
     if isinstance(content, list) and content and all(isinstance(item, Mapping) for item in content):

@@ -16,7 +16,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of a recipe; what keys mean to each other is checked when a recipe is read."""
+    """JSON schema (draft 2020-12) of a recipe; rules that involve several keys are checked when a recipe is read."""
     content = schema.Recipe.model_json_schema()
     sentences = _sentences(Path(schema.__file__).read_text(encoding="utf-8"))
     for name, model in [("Recipe", content), *content["$defs"].items()]:

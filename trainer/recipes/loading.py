@@ -55,7 +55,7 @@ def load_recipe(name_or_path: str, *, output: Path | None = None, overrides: typ
     except ValidationError as error:
         raise _explain(error, where) from None
     except RecursionError:
-        what = "a value is nested too deeply, or an anchor holds itself"
+        what = "a value is nested too deeply, or an anchor contains itself"
         raise UserError(what, where=name_or_path, fix="write the value out") from None
 
 

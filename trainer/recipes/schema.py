@@ -78,7 +78,7 @@ FORMER_KEYS = {"licence": "license", "vision_tower_licence": "vision_tower_licen
 
 
 def with_present_keys(content: Any) -> Any:
-    """A mapping with its former keys under their present names; one that is given under both stays as it is."""
+    """A mapping with former keys renamed to their present names; a key given under both names stays as it is."""
     if not isinstance(content, dict):
         return content
     return {new if (new := FORMER_KEYS.get(key, key)) not in content else key: value for key, value in content.items()}
@@ -89,19 +89,19 @@ CHANGEABLE = ("on_nonfinite", "on_spike", "step_timeout", "loader_timeout")
 
 
 class Where(_Frozen):
-    """What a column of a row, or each turn's number in a list column, has to be; the row or turn is left out else."""
+    """A condition on a column of a row, or on each turn's number in a list column; what fails it is left out."""
 
     min: float | None = None
-    """Smallest number that is taken."""
+    """Smallest number to take."""
     max: float | None = None
-    """Largest number that is taken."""
+    """Largest number to take."""
     one_of: list[str | int | float | bool] | None = Field(None, min_length=1)
-    """Values that are taken."""
+    """Values to take."""
 
     @model_validator(mode="after")
     def _says_something(self) -> "Where":
         if self.min is None and self.max is None and self.one_of is None:
-            raise ValueError("it says nothing (fix: give min, max or one_of)")
+            raise ValueError("it has no condition (fix: give min, max or one_of)")
         return self
 
 
@@ -113,9 +113,9 @@ class Contamination(_Frozen):
     image_root: str | None = None
     """Folder of the questions' images; default: that of each file."""
     near_bits: Annotated[int, Field(ge=0, le=127)] = 40
-    """Of the perceptual hash's 256 bits, those in which near duplicates may differ."""
+    """How many of the perceptual hash's 256 bits may differ in a near duplicate."""
     reject: Literal["images", "images_and_questions", "nothing"] = "images"
-    """Rows to reject as `evaluation_image` and `evaluation_question`; `nothing`: state what was found, no more."""
+    """Rows to reject as `evaluation_image` and `evaluation_question`; `nothing`: only report them."""
 
 
 class DataSource(_Frozen):
@@ -124,13 +124,13 @@ class DataSource(_Frozen):
     name: str
     """What the source is called in reports; each name once in a stage."""
     path: str
-    """File, folder, pattern of shards, or a data set's Hub id."""
+    """File, folder, URL, or a data set's Hub id."""
     image_root: str | None = None
     """Folder that image paths are relative to and may not leave; default: the folder of `path`."""
     format: Literal["auto", DataFormat] = "auto"
-    """How rows say who speaks; `auto` looks at them."""
+    """Format of the rows; `auto` detects it."""
     split: str = "train"
-    """Of a saved data set or one of the Hub."""
+    """Split of a folder of parquet, a saved data set or a data set on the Hub."""
     sample: PositiveInt | None = None
     """Number of rows to draw, without replacement, seeded; default: all."""
     sample_when: Literal["before_filtering", "after_filtering"] = "after_filtering"
@@ -138,15 +138,15 @@ class DataSource(_Frozen):
     weight: PositiveFloat = 1.0
     """How often an epoch sees each training row: 2.5 is twice, and half of them, drawn by the seed, a third time."""
     images_only: bool = False
-    """Reject rows without an image, by the reason `text_only`."""
+    """Reject rows without an image, with the reason `text_only`."""
     max_pixels: PositiveInt | None = None
     """Largest image that is read, height x width; others are rejected by their headers; default: 40 million."""
     where: dict[str, Where] = {}
-    """Rows to take, by their columns; the others are left out and counted by the reason `filtered`."""
+    """Rows to take, by their columns; the others are left out and counted under the reason `filtered`."""
     license: str | None = None
     """Licence of the data, for the model card."""
     hub_id: str | None = None
-    """Dataset of the Hub that the rows are from, for the model card."""
+    """Data set on the Hub that the rows come from, for the model card."""
 
     _present_keys = model_validator(mode="before")(with_present_keys)
 
@@ -163,15 +163,15 @@ class Model(_Frozen):
     projector: str | None = None
     """Checkpoint to take the projector from; default: a fresh one, N(0, 0.02)."""
     vision_feature_layer: int = -2
-    """Layer of the tower that the projector gets; -2 is the last but one."""
+    """Layer of the tower whose output the projector gets; -2 is the second to last."""
     image_grid_pinpoints: list[list[PositiveInt]] | None = None
     """(height, width) in pixels; default: LLaVA-1.6's five shapes in units of the tile."""
     max_tiles: Annotated[int, Field(ge=2, le=64)] | None = None
-    """Every grid shape with at most this many tiles, for documents; replaces image_grid_pinpoints."""
+    """Use every grid shape with at most this many tiles, e.g. for documents; replaces image_grid_pinpoints."""
     add_chat_tokens: bool = False
     """Give a tokenizer that lacks them Llama 3.1's turn tokens, as new rows of the embedding."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """In which the base is assembled and the finished model is written."""
+    """Type in which the base is assembled and the finished model is written."""
     license: str | None = None
     """Licence of the language model, which the finished model inherits, as the Hub names it."""
     vision_tower_license: str | None = None
@@ -184,7 +184,7 @@ class Model(_Frozen):
         parts = self.vision_tower is not None and self.language_model is not None
         if (self.checkpoint is not None) == parts:
             raise ValueError(
-                "no clear origin of the model (fix: give either checkpoint, or both vision_tower and language_model)"
+                "the model's origin is unclear (fix: give either checkpoint, or both vision_tower and language_model)"
             )
         if self.max_tiles is not None and self.image_grid_pinpoints is not None:
             raise ValueError("max_tiles and image_grid_pinpoints both name the grid (fix: remove one of the two)")
@@ -235,29 +235,29 @@ class Stage(_Frozen):
     batch_by: Literal["samples", "supervised_tokens"] = "samples"
     """A fixed number of samples per step; or the same number of steps, balanced by supervised tokens."""
     micro_batch: PositiveInt = 1
-    """Samples that one device forwards at once."""
+    """Samples in one forward pass of one device."""
     epochs: PositiveFloat | None = None
     """Length in passes over the data; or give `max_steps`."""
     max_steps: PositiveInt | None = None
     """Length in optimizer steps."""
     last_batch: Literal["keep", "drop"] = "keep"
-    """What becomes of an epoch's incomplete last batch."""
+    """What to do with an epoch's incomplete last batch."""
     group_by_length: bool = False
-    """Bring samples of like length together within shuffled windows of 64 batches: for rows that are not packed."""
+    """Batch samples of similar length within shuffled windows of 64 batches, for rows that are not packed."""
     packing: bool = True
-    """One row of whole samples a micro-batch, without padding; the loss is the same."""
+    """One row of whole samples per micro-batch, without padding; the loss is the same."""
     share_prefix: PositiveInt = 8
-    """Conversations about one image come together, this many at most, and compute it once; 1: not at all."""
+    """Group up to this many conversations about one image, which is then computed once; 1: no groups."""
     max_row_tokens: PositiveInt | None = None
-    """Longest packed row, and so longest record; micro_batch becomes the largest that keeps within it."""
+    """Longest packed row, and so the longest record; micro_batch becomes the largest that fits."""
     init_from: str = "previous"
-    """`previous` (the former stage, or the model for the first) or a checkpoint."""
+    """`previous` (the previous stage, or `model` for the first stage) or a checkpoint."""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    """Of the learning rates, from the end of the warm-up on."""
+    """Schedule of the learning rates after the warm-up."""
     warmup_ratio: Fraction = 0.03
     """Share of the steps in which the learning rates rise from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Of AdamW; norms and biases are not decayed."""
+    """AdamW's weight decay; norms and biases are not decayed."""
     adam_beta1: Fraction = 0.9
     """Decay of AdamW's first moment."""
     adam_beta2: Fraction = 0.999
@@ -269,15 +269,15 @@ class Stage(_Frozen):
     precision: Literal["float32", "bfloat16", "bfloat16-weights"] = "bfloat16"
     """float32; bfloat16 autocast over float32 weights; or weights, gradients and optimizer in bfloat16 as well."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16"] = "adamw"
-    """Fused AdamW; its two moments in 8 bits (torchao or bitsandbytes); or in bfloat16, rounded stochastically."""
+    """Fused AdamW; with 8-bit moments (torchao or bitsandbytes); or with bfloat16 ones, rounded stochastically."""
     compile: bool = False
     """torch.compile for norms, projections and MLPs of the language model on packed rows."""
     fp8: bool = False
     """float8 products in the language model's layers (torchao), on GPUs that have them."""
     activation_checkpointing: bool | PositiveInt | Literal["selective"] = False
-    """Recompute activations in the backward pass; N: those of every Nth layer; selective: what takes no product."""
+    """Recompute activations in the backward pass; N: of every Nth layer; selective: only what needs no product."""
     deterministic: bool = False
-    """Only algorithms that give the same bits each time: slower on a GPU, where sums by atomics else differ."""
+    """Use only algorithms that give the same bits each time: slower on a GPU, where atomic sums otherwise differ."""
     lora: Lora | None = None
     """Train low-rank adapters on the language model, and on groups named here; they are merged at the stage's end."""
     deepspeed: str | None = None
@@ -299,25 +299,25 @@ class Stage(_Frozen):
     keep: Literal["last", "best_loss", "best_accuracy"] = "last"
     """The weights that the stage ends with: its last, or those of the evaluation with the best metric."""
     stop_on_plateau: PositiveInt | None = None
-    """End the stage after this many evaluations in a row without a better one (of `keep`, else validation loss)."""
+    """End the stage after this many evaluations in a row without a better one (by `keep`, else validation loss)."""
     save_steps: PositiveInt = 200
     """Steps between checkpoints."""
     save_total_limit: PositiveInt = 2
-    """Checkpoints that are kept; the best one is kept too."""
+    """Checkpoints to keep; the best one is kept too."""
     logging_steps: PositiveInt = 10
     """Steps between lines of the log."""
     dataloader_workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that read images and cut tiles, for each device."""
+    """Processes per device that read images and cut tiles."""
     device_tiles: bool = False
-    """Resize images and cut their tiles on the training device, with the bits of the workers' Pillow."""
+    """Resize images and cut their tiles on the training device, bit-identical to Pillow in the workers."""
     feature_cache_gb: PositiveFloat | None = None
     """Quota (10^9 bytes, per machine) for features of the frozen vision tower kept on disk; default: none are kept."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What becomes of a step whose loss or gradient norm is not finite; skipped: it changes no weight."""
+    """What to do with a step whose loss or gradient norm is not finite; a skipped step changes no weight."""
     on_spike: Literal["warn", "skip", "stop"] = "warn"
-    """And of one beyond mean + 6 sigma of the 128 steps before."""
+    """What to do with a step whose loss or norm exceeds mean + 6 sigma of the 128 steps before it."""
     step_timeout: PositiveFloat = 3600.0
-    """Seconds that a process may spend on a micro-batch, a save or a batch of an evaluation before it is ended."""
+    """Seconds that a process may spend on a micro-batch, a save or an evaluation batch before it is ended."""
     loader_timeout: Annotated[float, Field(ge=0)] = 600.0
     """Seconds that a data worker may take for a micro-batch; 0: no limit."""
     quirks: list[Literal["frozen_image_newline", "double_newline_after_image", "decay_all_parameters"]] = []
@@ -369,7 +369,9 @@ class Stage(_Frozen):
     def _check_lora(self, lora: Lora) -> None:
         if lora.quantize and (self.deepspeed is not None or self.compile):
             key = "compile" if self.compile else "deepspeed"
-            raise ValueError(f"quantized weights under {key} are not there yet (fix: remove {key} or lora.quantize)")
+            raise ValueError(
+                f"quantized weights under {key} are not supported yet (fix: remove {key} or lora.quantize)"
+            )
         for group, wanted in (
             ("vision_tower", lora.vision_tower),
             ("multi_modal_projector", lora.multi_modal_projector),
@@ -394,15 +396,15 @@ class Stage(_Frozen):
         if not self.packing:
             raise ValueError("feature_cache_gb is for packed rows (fix: remove it, or set packing: true)")
         if self.device_tiles:
-            raise ValueError("stored features need no tiles on the device (fix: remove device_tiles)")
+            raise ValueError("stored features make device_tiles pointless (fix: remove device_tiles)")
         if self.deepspeed is not None:
-            raise ValueError("feature_cache_gb under DeepSpeed is not there yet (fix: remove one of the two)")
+            raise ValueError("feature_cache_gb under DeepSpeed is not supported yet (fix: remove one of the two)")
 
     def _check_device_options(self) -> None:
         asked = {"optimizer": self.optimizer != "adamw", "compile": self.compile, "fp8": self.fp8}
         if self.deepspeed is not None and any(asked.values()):
             key = next(key for key, is_asked in asked.items() if is_asked)
-            raise ValueError(f"{key} under DeepSpeed is not there yet (fix: remove deepspeed or {key})")
+            raise ValueError(f"{key} under DeepSpeed is not supported yet (fix: remove deepspeed or {key})")
         if self.deepspeed is not None and self.precision == "bfloat16-weights":
             raise ValueError("DeepSpeed keeps trained weights in float32 (fix: set precision: bfloat16)")
         if self.compile and not self.packing:
@@ -414,20 +416,20 @@ class Stage(_Frozen):
         if self.deepspeed is not None and (self.on_nonfinite == "skip" or self.on_spike == "skip"):
             key = "on_nonfinite" if self.on_nonfinite == "skip" else "on_spike"
             raise ValueError(
-                f"DeepSpeed takes its step before anyone can look at it, so {key} can't be skip (fix: set {key}: stop)"
+                f"DeepSpeed takes its step before it can be inspected, so {key} can't be skip (fix: set {key}: stop)"
             )
         if not self.fp8:
             return
         if not self.compile:
             raise ValueError("fp8 without compile is slower than bfloat16 (fix: set compile: true)")
         if self.precision == "float32":
-            raise ValueError("fp8 products in a float32 stage are a contradiction (fix: set precision: bfloat16)")
+            raise ValueError("fp8 products and a float32 stage contradict each other (fix: set precision: bfloat16)")
         if self.lora is not None:
-            raise ValueError("fp8 under lora is not there yet (fix: remove fp8 or lora)")
+            raise ValueError("fp8 under lora is not supported yet (fix: remove fp8 or lora)")
 
     def _check_evaluations(self) -> None:
         if self.eval_questions is not None and self.eval_steps is None:
-            raise ValueError("eval_questions are asked at no step (fix: set eval_steps)")
+            raise ValueError("eval_questions are never asked (fix: set eval_steps)")
         if self.eval_steps is not None and self.validation_fraction == 0 and self.eval_questions is None:
             raise ValueError(
                 "eval_steps has nothing to evaluate (fix: set validation_fraction above 0, or eval_questions)"
@@ -488,9 +490,9 @@ class Evaluation(_Frozen):
     limit: PositiveInt | None = None
     """Ask only the first N questions."""
     preset: Literal["card", "llava", "lmms-eval", "vlmevalkit"] = "card"
-    """Whose prompt: docs/evaluation.md."""
+    """Whose prompt to use, see docs/evaluation.md."""
     batch_size: PositiveInt | None = None
-    """Default: by the device's memory."""
+    """Questions answered at once; default: by the device's memory."""
     max_new_tokens: PositiveInt | None = None
     """Length at which an answer is cut; default: 64, or the task's."""
     baselines: bool = False
@@ -527,7 +529,7 @@ Evaluations = Annotated[
 
 
 class TextQuestions(_Frozen):
-    """Text-only questions, asked before the first and after each stage: what training does to the language model."""
+    """Text-only questions asked before the first and after each stage: how training changes the language model."""
 
     data: str
     """A table (JSON lines, JSON, CSV, TSV, xlsx): question, answer, metric; optional id, group, options A, B, ..."""
@@ -536,9 +538,9 @@ class TextQuestions(_Frozen):
     max_new_tokens: PositiveInt = 64
     """Longest answer, in tokens."""
     batch_size: PositiveInt | None = None
-    """Questions that are answered at once; default: by the device's memory."""
+    """Questions answered at once; default: by the device's memory."""
     max_drop: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Accuracy that a run may lose; one that loses more stops after the stage. Default: it does not stop."""
+    """Accuracy that a run may lose; if it loses more, it stops after the stage; default: no limit."""
 
 
 class Publish(_Frozen):
@@ -547,28 +549,28 @@ class Publish(_Frozen):
     repo_id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     """OWNER/NAME; the name of a model made from Llama begins with Llama."""
     private: bool = False
-    """Leave the repository private; it is while the run trains and until the model has passed the gate."""
+    """Keep the repository private; until the model has passed the gate it is private anyway."""
     collection: str | None = None
-    """Slug of a collection to put it into."""
+    """Slug of a collection to add it to."""
     hub_strategy: Literal["end", "every_save", "checkpoint"] = "end"
-    """Also push each save as a revision that opens (`every_save`), with what resuming it needs (`checkpoint`)."""
+    """`every_save` also pushes each save as a revision that opens, `checkpoint` with its training state too."""
 
 
 class Recipe(_Frozen):
-    """All of a run; see `trainer/recipes/` for complete ones."""
+    """Everything about a run; see `trainer/recipes/` for complete ones."""
 
     name: str
-    """Of the run, its model card and its trackers."""
+    """Name of the run, its model card and its trackers."""
     description: str = ""
     """One line, for `llava-llama31 recipes`."""
     seed: Annotated[int, Field(ge=0)] = 42
-    """Of all random choices: rows, their order, fresh weights, dropout."""
+    """Seed of all random choices: rows, their order, fresh weights, dropout."""
     prepare: Literal["tiny", "tiny-siglip", "smol"] | None = None
-    """Parts and data that have to be made first: `tiny` and its SigLIP twin by the run, `smol` by its example."""
+    """Parts and data to make first: the run makes `tiny` and `tiny-siglip`, examples/prepare_smol.py makes `smol`."""
     model: Model
-    """Where the first stage starts."""
+    """The model that the first stage starts from."""
     stages: dict[str, Stage] = Field(min_length=1)
-    """By name, in the order in which they are trained."""
+    """The stages by name, in the order of training."""
     evaluation: Evaluations | None = None
     """What the finished model is scored on: one set of questions, or a list of them."""
     text_questions: TextQuestions | None = None
@@ -576,9 +578,9 @@ class Recipe(_Frozen):
     publish: Publish | None = None
     """Where the finished model is published."""
     report_to: list[str] = []
-    """Trackers of all stages, as TrainingArguments names them, e.g. tensorboard; each stage is a run there."""
+    """Trackers of all stages, as TrainingArguments names them, e.g. tensorboard; each stage is a run of its own."""
     device_watts: PositiveFloat | None = None
-    """Mean power of one device while it trains, as measured; the model card's energy follows from it."""
+    """Measured mean power of one device in training; the model card's energy is computed from it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -625,7 +627,7 @@ class Recipe(_Frozen):
 
 
 def slug(name: str) -> str:
-    """A name in characters that files and keys can have."""
+    """A name reduced to characters that are safe in file names and keys."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "evaluation"
 
 

@@ -272,7 +272,7 @@ def _data_uri(image: Image.Image) -> str:
 
 
 def _asked_folders(stage: StageFacts) -> list[Path]:
-    """Of the sets of questions that a stage asks; the first set's holds those of the others."""
+    """Answer folders of the sets of questions that a stage asks; the first set's holds those of the others."""
     folder = stage.folder.evaluation
     return [folder, *sorted(path for path in folder.glob("*") if path.is_dir())] if folder.is_dir() else []
 

@@ -70,7 +70,7 @@ class StageFacts:
 
     @property
     def seconds(self) -> float:
-        """Of training until the last log, over all starts."""
+        """Seconds of training until the last log, over all starts."""
         return max((entry["seconds"] for entry in self.logged if "seconds" in entry), default=0.0)
 
     @property
@@ -170,7 +170,7 @@ def _stage(name: str, folder: StageFolder, log: Sequence[Entry]) -> StageFacts:
 
 
 def _one_a_step(logged: Iterator[Entry]) -> Iterator[Entry]:
-    """Of several evaluations of one step the last: they are of the same weights."""
+    """The last of several evaluations at one step: they have the same weights."""
     kept: dict[tuple[int, bool], Entry] = {}
     for entry in logged:
         kept[(entry["step"], "loss" not in entry and any(key.startswith("eval_") for key in entry))] = entry

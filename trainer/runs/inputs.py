@@ -94,7 +94,7 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, where: 
         raise UserError(
             f"changed since this run began: {'; '.join(changed[:3])}{more}",
             where=where,
-            fix="bring back what it began with, or choose another --output",
+            fix="restore what it began with, or choose another --output",
         )
 
 

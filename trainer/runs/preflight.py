@@ -74,7 +74,7 @@ def check_stages(stages: Mapping[str, Stage], publish: Publish | None, num_proce
             folder = local_checkpoint(stage.init_from, where=f"{where}.init_from")
             if not is_ours(folder):
                 raise UserError(
-                    f"{folder} has another processor than ours",
+                    f"{folder} does not have this package's processor",
                     where=f"{where}.init_from",
                     fix="join its parts with `llava-llama31 assemble` first, or name it as model.checkpoint",
                 )

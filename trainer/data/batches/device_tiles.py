@@ -40,11 +40,11 @@ class DeviceTiles:
     def __init__(self, processor: LlavaLlama31Processor, dtype: torch.dtype = torch.float32, where: str = ""):
         resample = processor.image_processor.resample
         if resample != Image.Resampling.BICUBIC:
-            what = f"the processor resizes by Pillow's filter {resample}, device_tiles knows the bicubic one alone"
+            what = f"the processor resizes with Pillow's filter {resample}; device_tiles supports only the bicubic one"
             raise UserError(what, where=where, fix="remove it")
         if not _as_pillow():
-            what = f"Pillow {PIL.__version__} resizes otherwise than device_tiles"
-            raise UserError(what, where=where, fix="remove it, or take the Pillow of constraints.txt")
+            what = f"Pillow {PIL.__version__} resizes differently from device_tiles"
+            raise UserError(what, where=where, fix="remove it, or install the Pillow version of constraints.txt")
         self.processor = processor
         self._levels = torch.from_numpy(processor.pixel_levels).to(dtype)
         # where each channel's levels begin

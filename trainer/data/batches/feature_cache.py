@@ -133,7 +133,7 @@ class FeatureCache:
         for image_id, *numbers in _RECORD.iter_unpack(content[:whole]):
             entry = Entry(*numbers)
             if entry.offset + entry.num_tiles * self._tile_bytes > end:
-                logger.warning("%s: a damaged entry is ignored, it points behind the end of %s", self.index, end)
+                logger.warning("%s: a damaged entry is ignored, it points beyond the end of %s", self.index, end)
                 continue
             self._entries[image_id] = entry
             self._end = max(self._end, entry.offset + entry.num_tiles * self._tile_bytes)

@@ -1,4 +1,4 @@
-"""Images decoded in a process of their own: what kills, stalls or swells it is one record's fault, by name."""
+"""Images decoded in a process of their own: one that crashes, stalls or bloats it is its record's fault, by name."""
 
 import os
 import resource

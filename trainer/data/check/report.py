@@ -278,7 +278,9 @@ def print_report(report: DataReport) -> None:
                 what = f"{sharing['records']:,} records begin with the images and the turns of an earlier one"
                 terminal.print(f"{what}: sharing prefixes saves up to {sharing['tokens']:,} tokens ({saved:.0%}).")
         elif not source.counts:
-            terminal.print("Tokens were not counted: that takes a processor (check a recipe, or name one).")
+            terminal.print(
+                "Tokens were not counted: that needs a processor (check a recipe, or name one with --processor)."
+            )
     if report.dropped:
         terminal.print(f"rejects: {report.rejects}")
     if report.quarantine:

@@ -257,7 +257,7 @@ def check_rows(checker: RowChecker, num_workers: int | None = None) -> Iterator[
     try:
         yield from pool.map(_check_in_worker, chunks)
     except BrokenProcessPool:
-        what = "a worker process died, perhaps for want of memory; it was not decoding an image"
+        what = "a worker process died, perhaps because memory ran out; it was not decoding an image"
         raise UserError(what, where="check-data", fix="use fewer workers, or a machine with more memory") from None
     finally:
         pool.shutdown(cancel_futures=True)

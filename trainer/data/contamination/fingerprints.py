@@ -33,7 +33,7 @@ _SHORTEST = 3
 
 
 class Fingerprint(NamedTuple):
-    """Of an image: 16 bytes that only the same encoded image has, and the hash's bits, 0 or 1."""
+    """An image's digest, 16 bytes that only the same encoded image has, and its perceptual hash's bits, 0 or 1."""
 
     digest: bytes
     bits: np.ndarray  # bool (NUM_BITS,)
@@ -50,7 +50,7 @@ class EvaluationImage:
 
 
 def fingerprint(image: ImageRef) -> Fingerprint:
-    """Of an image that can be read.
+    """The fingerprint of an image.
 
     Raises:
         RecordError: it can't be read.

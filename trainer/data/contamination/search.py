@@ -191,7 +191,7 @@ def _image_of(question: Question) -> EvaluationImage | None:
 
 @dataclass
 class RowFingerprints:
-    """Of the rows of one source, along each other.
+    """Fingerprints of the rows of one source, as parallel arrays.
 
     Args:
         image_rows, digests, bits: int64 (N,), uint8 (N, 16) and bool (N, NUM_BITS) of each image of each row.
@@ -206,7 +206,7 @@ class RowFingerprints:
 
 
 def fingerprints_of(source: "DataSource", rows: np.ndarray, cache: CheckCache) -> RowFingerprints:
-    """Of a source's usable rows, from the cache where data and images are what they were."""
+    """Fingerprints of a source's usable rows, from the cache if data and images have not changed."""
     files = [file_signature(file) for file in data_files(source)]
     settings = {"contamination": [NUM_BITS, hash_version()], "source": what_is_read(source)}
     key = fingerprint(files, None, settings | {"rows": hashlib.sha256(rows.tobytes()).hexdigest()})

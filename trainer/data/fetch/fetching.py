@@ -141,7 +141,7 @@ def with_sizes_of_servers(items: Iterable[Item], client: httpx2.Client, say: Cal
         try:
             size = _size(item, client)
         except (UserError, httpx2.HTTPError) as error:
-            say(f"{item.name}: its size can't be asked for: {error}")
+            say(f"{item.name}: can't get its size: {error}")
             size = None
         if size is not None and item.exact and size != item.bytes:
             say(f"warning: {item.name}: the server has {size:,} bytes, the registry says {item.bytes:,}")

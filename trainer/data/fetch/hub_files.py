@@ -126,4 +126,4 @@ def _calls(where: str) -> Iterator[Any]:
     except (HfHubHTTPError, HTTPError, OSError) as error:
         what = redacted(str(error).strip().partition("\n")[0]) or type(error).__name__
         fix = "run the same command again: what has arrived is kept"
-        raise UserError(f"the Hub can't be asked: {what}", where=where, fix=fix) from error
+        raise UserError(f"the request to the Hub failed: {what}", where=where, fix=fix) from error

@@ -112,7 +112,7 @@ class _Archive:
             if kind != "file":
                 raise self._unsafe(name, f"is {kind}")
             if name in seen:
-                raise self._unsafe(name, "is there twice")
+                raise self._unsafe(name, "occurs twice")
             seen.add(name)
             yield _Member(name, size, entry)
 

@@ -228,7 +228,7 @@ def dataset_named(name: str, known: dict[str, Dataset]) -> Dataset:
     if dataset.subsets and not subset:
         raise UserError("is fetched by subset", where=name, fix=f"name one, as its page lists them: {base}:SUBSET")
     if subset and not dataset.subsets:
-        raise UserError("has no subsets", where=name, fix=f"name {base} alone")
+        raise UserError("has no subsets", where=name, fix=f"name {base} without a subset")
     if subset:
         update: dict[str, Any] = {"path": dataset.path.replace("{subset}", subset)}
         size = dataset.subset_bytes.get(subset)

@@ -233,8 +233,8 @@ class _Place:
             system, path = self._system()
             there = system.exists(f"{path.rstrip('/')}/{INDEX}")
         if there:
-            what = "there is an index of shards already"
-            raise UserError(what, where=redacted(self._to), fix="name another place, or remove what is there")
+            what = "an index of shards already exists here"
+            raise UserError(what, where=redacted(self._to), fix="name another place, or remove the shards")
 
     def put(self, file: str, name: str) -> tuple[int, str]:
         """Put a finished file there; its bytes and sha256."""

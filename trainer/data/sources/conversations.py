@@ -376,7 +376,9 @@ def _refuse_second_turn(speaker: object, text: object, others: dict) -> None:
     for name, said in (("from", speaker), ("role", speaker), ("value", text), ("content", text)):
         other = others.pop(name, said)
         if other != said and (_ROLES.get(str(other)) is None or _ROLES[str(other)] != _ROLES.get(str(said))):
-            raise RecordError("malformed_record", f"a turn has both kinds of fields, and `{name}` says something else")
+            raise RecordError(
+                "malformed_record", f"a turn has both kinds of fields, and `{name}` contradicts the other kind"
+            )
 
 
 def _list(raw: dict, *keys: str) -> tuple[list, str]:

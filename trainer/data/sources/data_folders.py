@@ -251,7 +251,7 @@ def check_whole(files: Sequence[Path], where: Path | str) -> None:
         missing = next(number for number in range(start, start + len(shards) + 1) if number not in shards)
         name = f"{missing:0{width}}-of-{total:0{width}}"
         what = f"{len(shards)} of {total} shards are there, the one called {name} is missing beside {file.name}"
-        raise UserError(what, where=str(where), fix="fetch the missing shards, or name each file by itself")
+        raise UserError(what, where=str(where), fix="fetch the missing shards, or name each file separately")
 
 
 def check_name_for_datasets(path: Path) -> None:
@@ -273,7 +273,7 @@ def check_name_for_parquet(path: Path) -> None:
         UserError: the path is not UTF-8.
     """
     if _SURROGATE.search(str(path.absolute())):
-        raise UserError("the path is not UTF-8, and pyarrow opens no other", where=str(path), fix="rename it")
+        raise UserError("the path is not UTF-8, which pyarrow needs", where=str(path), fix="rename it")
 
 
 def parquet_folder(folder: Path) -> list[Path]:
@@ -325,7 +325,7 @@ def _check_visible(file: Path) -> None:
 def _check_entry(file: Path) -> None:
     _check_visible(file)
     if not file.is_file():
-        what = "leads to no file" if file.is_symlink() else "is not a file"
+        what = "points to no file" if file.is_symlink() else "is not a file"
         raise UserError(what, where=str(file), fix="fetch the data again, or remove it")
 
 
@@ -361,7 +361,7 @@ def _of_split(folder: Path, files: list[Path], asked: str, where: str) -> list[P
         splits = " and ".join(sorted(named[unclear])) or "no split"
         what = f"{unclear.relative_to(folder)} names {splits}"
         what += f", but {clear.relative_to(folder)} names {min(named[clear])}"
-        fix = "give the files of each split a separate folder, or name each file by itself"
+        fix = "give the files of each split a separate folder, or name each file separately"
         raise UserError(what, where=where, fix=fix)
     chosen = [file for file, splits in named.items() if splits == {wanted}]
     if not chosen:

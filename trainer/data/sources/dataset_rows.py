@@ -234,7 +234,7 @@ def _check_columns(files: Sequence[Path]) -> None:
         schema = pyarrow.parquet.read_schema(file)
         if len(set(schema.names)) < len(schema.names):
             twice = next(name for name in schema.names if schema.names.count(name) > 1)
-            raise UserError(f"column {ascii(twice)} is there twice", where=str(file), fix="write the file again")
+            raise UserError(f"column {ascii(twice)} occurs twice", where=str(file), fix="write the file again")
         parts = [
             f"{word} {', '.join(map(ascii, names))}"
             for word, names in (
@@ -245,7 +245,7 @@ def _check_columns(files: Sequence[Path]) -> None:
         ]
         if parts:
             what = f"its columns are not those of {files[0].name}: {'; '.join(parts)}"
-            raise UserError(what, where=str(file), fix="write all files with the same columns, or name each by itself")
+            raise UserError(what, where=str(file), fix="write all files with the same columns, or name each one")
 
 
 def _features(files: Sequence[Path]) -> Any:

@@ -284,7 +284,7 @@ def _element_end(text: str, start: int) -> int | None:
 
 
 def _string_end(text: str, position: int) -> int:
-    """The place behind the quote that closes a string; the text's end where none does."""
+    """The place after the quote that closes a string; the text's end where none does."""
     while (match := _STRING_END.search(text, position)) and match.group() == "\\":
         position = match.end() + 1
     return match.end() if match else len(text)

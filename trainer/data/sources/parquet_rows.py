@@ -383,7 +383,7 @@ def _checked_lengths(file: _File, first: Any) -> list[int]:
         if size > MAX_GROUP_BYTES:
             what = (
                 f"row group {group} has {size:,} bytes in {rows:,} rows, and is read as a whole for each of them: "
-                f"more than {MAX_GROUP_BYTES:,}, which a data worker can hold"
+                f"more than the {MAX_GROUP_BYTES:,} that a data worker can hold"
             )
             fix = f"{_fix(file.url)}, or write the file with smaller row groups (pyarrow's `row_group_size`)"
             raise UserError(what, where=redacted(file.url), fix=fix)
@@ -393,11 +393,11 @@ def _checked_lengths(file: _File, first: Any) -> list[int]:
 def _check_columns(file: _File, first: Any) -> None:
     import pyarrow
 
-    where, fix = redacted(file.url), "write all files with the same columns and types, or name each by itself"
+    where, fix = redacted(file.url), "write all files with the same columns and types, or name each file separately"
     schema = _footer(file).schema.to_arrow_schema()
     if len(set(schema.names)) < len(schema.names):
         twice = next(name for name in schema.names if schema.names.count(name) > 1)
-        raise UserError(f"column {ascii(twice)} is there twice", where=where, fix=fix)
+        raise UserError(f"column {ascii(twice)} occurs twice", where=where, fix=fix)
     if set(schema.names) != set(first.names):
         names = ", ".join(map(ascii, sorted({*schema.names} ^ {*first.names})))
         raise UserError(f"not all files have the columns {names}", where=where, fix=fix)
@@ -486,7 +486,7 @@ def _batches(file: _File, group: int, view: _View) -> Iterator[Any]:
             num_rows -= batch.num_rows
             yield batch
         if num_rows:
-            raise UserError(f"row group {group} has {num_rows} rows fewer than it says", where=where)
+            raise UserError(f"row group {group} has {num_rows} fewer rows than it says", where=where)
     except (pyarrow.ArrowException, OSError) as error:
         what = f"row group {group} can't be read: {error}"
         raise UserError(what, where=where, fix="write or upload the file again") from error
