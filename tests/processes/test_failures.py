@@ -37,6 +37,7 @@ def recipe(tmp_path, recipe_content):
 CASES = {
     "nan,1,3": ([4, 4], "stages.projector, step 3: loss is nan, gradient norm is nan; rank 1: records r"),
     "kill,1,3": ([7, -9], r"the process of rank 1 \(pid \d+\) disappeared without an error"),
+    "kill,0,3": ([-9, 7], r"the process of rank 0 \(pid \d+\) disappeared without an error"),
     "user:_save_rng_state,1,1": ([2, 2], "error: planted"),
     "hang,1,3": ([5, 5], r"rank \d has made no progress for 3 s; it was training on micro-batch \d of step 3"),
 }

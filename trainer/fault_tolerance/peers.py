@@ -50,7 +50,6 @@ _GRACE_SECONDS, _REASON_SECONDS = 5.0, 3.0
 _MEETING_SECONDS, _ANNOUNCE_SECONDS = 1800.0, 60.0
 # of a collective: rank 0 may read images by OCR for hours while the others wait
 _COLLECTIVE_HOURS = 24
-_NO_STORE = "the process that keeps the shared store is gone"
 _LOOK = "look for kill -9, a crash, or the system's out-of-memory killer (dmesg); then run again"
 
 
@@ -216,7 +215,7 @@ class Peers:
             self._part(_GRACE_SECONDS)
         except dist.DistError:  # the store ended with its process
             if self._known is None:
-                raise ProcessLost(_NO_STORE, fix=_LOOK) from error
+                raise self._lost_with_the_store() from error
         if not first:
             failure = self._failure()
             raise EndedElsewhere(failure["exit_code"], self._untold(failure)) from error
@@ -253,7 +252,7 @@ class Peers:
             if self._stopped.is_set():
                 return
             if self._known is None:
-                _say(str(ProcessLost(_NO_STORE, fix=_LOOK)))
+                _say(str(self._lost_with_the_store()))
                 end_process(EXIT_LOST)
         failure = self._failure()
         if failure["exit_code"] == EXIT_HANG:
@@ -281,8 +280,17 @@ class Peers:
         assert self.store is not None
         for rank, pid in self._neighbours.items():
             if not _is_alive(pid) and not self.store.check([self._left(rank)]) and not self.store.check([_FAILED]):
-                return ProcessLost(f"the process of rank {rank} (pid {pid}) disappeared without an error", fix=_LOOK)
+                return _disappeared(rank, pid)
         return None
+
+    def _lost_with_the_store(self) -> ProcessLost:
+        """Rank 0 of this machine if it has disappeared; its connections close a while before the process is gone."""
+        deadline = time.monotonic() + _REASON_SECONDS
+        while (pid := self._neighbours.get(0)) is not None and time.monotonic() < deadline:
+            if not _is_alive(pid):
+                return _disappeared(0, pid)
+            time.sleep(0.02)
+        return ProcessLost("the process that keeps the shared store is gone", fix=_LOOK)
 
     @staticmethod
     def _left(rank: int) -> str:
@@ -393,6 +401,10 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, Interrupted):
         return EXIT_INTERRUPTED
     return EXIT_KEYBOARD if isinstance(error, KeyboardInterrupt) else EXIT_FAULT
+
+
+def _disappeared(rank: int, pid: int) -> ProcessLost:
+    return ProcessLost(f"the process of rank {rank} (pid {pid}) disappeared without an error", fix=_LOOK)
 
 
 def _is_alive(pid: int) -> bool:
