@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -348,6 +349,17 @@ def test_a_check_by_real_runs_fails_for_a_fault_in_the_product(run, gpu_check, m
         assert entry["passed"], entry
     else:
         assert not entry["passed"] and entry["detail"]["error"].startswith("Failed: "), entry
+
+
+def test_torchs_notice_of_what_it_misses_is_no_wait(gpu_check):
+    """`set_sync_debug_mode` gives it once a process, in words of its own, within the check."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+        warnings.warn(notice, UserWarning, stacklevel=1)
+        assert not gpu_check.steps.lines_that_wait(caught)
+        warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+    assert list(gpu_check.steps.lines_that_wait(caught).values()) == [1]
 
 
 def test_every_check_has_a_planted_fault_and_all_have_their_time(gpu_check):
