@@ -19,7 +19,9 @@ from llava_llama31.trainer.evaluation.asker import FAILED_ALIKE, Asker
 from llava_llama31.trainer.model import flash_attention
 from llava_llama31.trainer.model.device_options import numerical_settings
 from llava_llama31.trainer.model.stage_model import check_attention
+from llava_llama31.trainer.recipes.derived import derive
 from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.training.training_args import training_arguments
 
 
 SIGNATURE = inspect.signature(varlen.varlen_attn)
@@ -261,6 +263,23 @@ def test_a_float32_stage_uses_no_tf32(precision):
     with numerical_settings(Stage.model_validate(STAGE | {"precision": precision})):
         assert torch.backends.cudnn.allow_tf32 == (precision != "float32")
     assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_stage_has_the_tf32_that_it_asks_for_and_the_next_one_has_not(precision, monkeypatch, tmp_path):
+    """TrainingArguments set it for the whole process, when the first stage's were made to be checked."""
+    monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
+    now = lambda: (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)  # noqa: E731
+    before = now()
+    derived = derive(Stage.model_validate(STAGE), 100, 1, where="stages.one")
+    for given, expected in ((True, "tf32"), (False, "ieee"), (True, "tf32")):
+        stage = Stage.model_validate(STAGE | {"precision": precision, "trainer_args": {"tf32": given}})
+        training_arguments(stage, derived, output_dir=tmp_path, seed=0, where="stages.one")
+        assert now() == before
+        with numerical_settings(stage):
+            assert now() == (expected, expected)
+        assert now() == before
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 # evaluation

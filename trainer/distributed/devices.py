@@ -63,7 +63,9 @@ def is_first_process() -> bool:
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """The type for sums on a device; Apple's GPUs have no float64."""
+    """The type for sums on a device; Apple's GPUs and some of Intel's have no float64."""
+    if device.type == "xpu":
+        return torch.float64 if torch.xpu.get_device_properties(device).has_fp64 else torch.float32
     return torch.float32 if device.type == "mps" else torch.float64
 
 
