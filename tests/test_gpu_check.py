@@ -355,7 +355,9 @@ def test_torchs_notice_of_what_it_misses_is_no_wait(gpu_check):
     """`set_sync_debug_mode` gives it once a process, in words of its own, within the check."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+        notice = (
+            "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+        )
         warnings.warn(notice, UserWarning, stacklevel=1)
         assert not gpu_check.steps.lines_that_wait(caught)
         warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils.environment import get_cpu_distributed_information
 
+from llava_llama31.trainer.distributed.engine import COLLECTIVE_TIMEOUT
 from llava_llama31.trainer.errors import (
     EXIT_FAULT,
     EXIT_HANG,
@@ -48,8 +49,6 @@ _LOOK_SECONDS = 0.2
 _GRACE_SECONDS, _REASON_SECONDS = 5.0, 3.0
 # how long processes wait for each other at the start, as torch's default; when to say for whom
 _MEETING_SECONDS, _ANNOUNCE_SECONDS = 1800.0, 60.0
-# of a collective: rank 0 may read images by OCR for hours while the others wait
-_COLLECTIVE_HOURS = 24
 _NO_STORE = "the process that keeps the shared store is gone"
 _LOOK = "look for kill -9, a crash, or the system's out-of-memory killer (dmesg); then run again"
 
@@ -310,7 +309,7 @@ def launched_processes(*, cpu: bool) -> Iterator[tuple[PartialState, Peers]]:
     try:
         with peers.together():  # at once: a signal from here on does not make this process lost to the others
             peers.meet()
-            yield PartialState(cpu=cpu, timeout=timedelta(hours=_COLLECTIVE_HOURS)), peers
+            yield PartialState(cpu=cpu, timeout=COLLECTIVE_TIMEOUT), peers
     finally:
         # threads of the process group that outlive the interpreter abort it: another exit code, and a core dump
         if dist.is_initialized():

@@ -14,10 +14,12 @@ from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.distributed.devices import refuse_unused_gpus, uses_cpu
 from llava_llama31.trainer.distributed.engine import as_launched, forget_deepspeed
+from llava_llama31.trainer.distributed.rank import is_launched
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.fault_tolerance.peers import launched_processes
 from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.fault_tolerance.watchdog import start_fork_server
+from llava_llama31.trainer.model.device_options import prepare_cublas
 from llava_llama31.trainer.model.locating import local_checkpoint
 from llava_llama31.trainer.publishing.publish_run import publish_run
 from llava_llama31.trainer.publishing.pusher import pushing
@@ -51,11 +53,9 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) 
         EndedElsewhere: another process of the run failed first.
     """
     refuse_unused_gpus()
-    if not uses_cpu() and torch.accelerator.device_count() > 1 and "RANK" not in os.environ:
-        raise UserError(
-            f"{torch.accelerator.device_count()} GPUs are visible to one process",
-            fix="add --devices N, start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES",
-        )
+    prepare_cublas(recipe.stages.values())
+    if not uses_cpu() and not is_launched(cpu=False):
+        _refuse_other_places()
     if any(stage.dataloader_workers for stage in recipe.stages.values()):
         start_fork_server(["llava_llama31.trainer.runs.worker_imports"])
     with launched_processes(cpu=uses_cpu()) as (state, peers):
@@ -72,6 +72,24 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) 
         )
         with run.folder.claimed(recipe, is_main=run.is_main):
             return _run(run, state)
+
+
+def _refuse_other_places() -> None:
+    """Refuse to train in one process what is meant for several.
+
+    Raises:
+        UserError: naming what to start instead.
+    """
+    if (number := torch.accelerator.device_count()) > 1:  # Transformers would share each micro-batch among them
+        raise UserError(
+            f"{number} GPUs are visible to one process",
+            fix="add --devices N, start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES",
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each would train by itself, into the same folder
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but LOCAL_RANK is not set",
+            fix="start it on every machine with `accelerate launch` or torchrun, or unset WORLD_SIZE",
+        )
 
 
 def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
