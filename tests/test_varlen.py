@@ -18,6 +18,7 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.asker import FAILED_ALIKE, Asker
 from llava_llama31.trainer.model import flash_attention
 from llava_llama31.trainer.model.device_options import numerical_settings
+from llava_llama31.trainer.model.opening import open_model
 from llava_llama31.trainer.model.stage_model import check_attention
 from llava_llama31.trainer.recipes.derived import derive
 from llava_llama31.trainer.recipes.schema import Stage
@@ -243,6 +244,28 @@ def test_a_faulty_implementation_is_left_before_the_first_step(
     warnings = warnings_of(caplog)
     expected = "the tower's attention is off by 1 of the largest number" if fault == "tower" else fault
     assert warnings == ([f"FA3 isn't used: {expected}"] if fault else [])
+
+
+@pytest.fixture
+def by_cudnn():
+    """As PyTorch begins."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_no_stage_attends_by_cudnn(by_cudnn):
+    """Its gradients may be NaN on an H100 (pytorch #196678), where PyTorch prefers it."""
+    with pytest.raises(KeyError), flash_attention.faster_attention(CPU):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        raise KeyError
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_no_answer_is_made_by_cudnn(by_cudnn, base_folder):
+    """On a B200 it generates wrong tokens (pytorch #193893)."""
+    open_model(base_folder, device="cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("is_deterministic", [True, False])

@@ -114,6 +114,15 @@ def keep_freed_memory() -> None:
             set_option(option, value)
 
 
+def leave_out_cudnn_attention() -> None:
+    """Compute no scaled dot products by cuDNN, for the whole process.
+
+    On Hopper and Blackwell PyTorch prefers it since 2.11. Its gradients may be NaN where rows have a mask, and on a
+    B200 generated tokens were wrong (pytorch #196678, #193893); PyTorch's other kernels are right, and about as fast.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def release_cached_memory() -> None:
     """Give back to the device what torch's allocator keeps."""
     if not uses_cpu():
