@@ -367,6 +367,9 @@ APIS = {
     "torchao.float8.convert_to_float8_training": ("module_filter_fn", "config"),
     "bitsandbytes.optim.AdamW": ("optim_bits",),
     "peft.LoraConfig": ("r", "lora_alpha", "lora_dropout", "target_modules", "use_dora"),
+    "torch.distributed.distributed_c10d._set_pg_timeout": ("timeout", "group"),
+    "torch.backends.cuda.enable_cudnn_sdp": (),
+    "deepspeed.utils.groups._get_data_parallel_group": (),
     "deepspeed.utils.safe_get_full_fp32_param": (),
     "deepspeed.runtime.zero.GatheredParameters": ("modifier_rank",),
 }
@@ -391,3 +394,17 @@ def test_the_lower_bound_of_torch_has_the_varlen_call():
     required = [Requirement(line) for line in config["options"]["install_requires"].split()]
     [(bound,)] = [requirement.specifier for requirement in required if requirement.name == "torch"]
     assert bound.operator == ">=" and Version(bound.version) >= Version("2.12")
+
+
+def test_the_lower_bound_of_deepspeed_waits_for_gradients():
+    """Weights turn NaN otherwise, with `overlap_comm`, which all shipped files have.
+
+    Up to 0.18.7 ZeRO-3 waits for another stream than theirs, which shows under PyTorch 2.10 and newer (#7898); up to
+    0.18.9 ZeRO-1 and ZeRO-2 let go of buffers too soon (#7965), and up to 0.19.2 they wait for one stream of several,
+    which shows with torch.compile (#8080).
+    """
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    [line] = config["options.extras_require"]["deepspeed"].split()
+    [bound] = Requirement(line).specifier
+    assert bound.operator == ">=" and Version(bound.version) >= Version("0.19.3")
