@@ -18,6 +18,7 @@ from llava_llama31.trainer.commands import doctor, train
 from llava_llama31.trainer.distributed import devices, engine
 from llava_llama31.trainer.doctor import gathering
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.fault_tolerance import peers
 from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.fault_tolerance.step_health import summed
 from llava_llama31.trainer.recipes.schema import Recipe
@@ -127,7 +128,6 @@ class Started(Exception):
         (1, {}, None),
         (8, {}, "8 GPUs are visible to one process"),
         (8, {"RANK": "0", "WORLD_SIZE": "1"}, "8 GPUs are visible to one process"),
-        (1, {"RANK": "1", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but LOCAL_RANK is not set"),
         (8, {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}, None),
     ],
 )
@@ -146,6 +146,23 @@ def test_a_machines_rank_is_no_launched_process(
     recipe = Recipe.model_validate(recipe_content)
     with pytest.raises(UserError, match=refusal) if refusal else pytest.raises(Started):
         run.run_recipe(recipe, tmp_path, command="", signals=Signals())
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "1", "WORLD_SIZE": "2"}, {"PMI_RANK": "1", "PMI_SIZE": "2"}], ids=str)
+def test_processes_without_a_place_on_their_machine_are_refused(gpus, monkeypatch, variables):
+    """Each would train by itself, all into the same folder."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refused = pytest.raises(UserError, match="a launcher speaks of 2 processes, but LOCAL_RANK is not set")
+    with refused, peers.launched_processes(cpu=False):
+        pass
+
+
+def test_one_machine_of_several_starts_no_run_of_its_own(gpus, monkeypatch, capsys):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "tiny", "--devices", "2"]) == 2
+    assert "starts processes on one machine, and WORLD_SIZE is 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("variables", "launches"), [({"RANK": "0"}, True), ({"RANK": "0", "LOCAL_RANK": "0"}, False)])

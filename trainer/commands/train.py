@@ -73,10 +73,13 @@ def _launch(options: argparse.Namespace) -> NoReturn:
     """Become the launcher.
 
     Raises:
-        UserError: the machine has fewer GPUs.
+        UserError: the machine has fewer GPUs, or is one of several.
     """
     import torch
 
+    if int(size := os.environ.get("WORLD_SIZE", "1")) > 1:
+        fix = "start it on every machine with `accelerate launch` or torchrun"
+        raise UserError(f"starts processes on one machine, and WORLD_SIZE is {size}", where="--devices", fix=fix)
     found = 0 if options.cpu else torch.accelerator.device_count()
     if not options.cpu and found < options.devices:
         fix = "name fewer, or add --cpu" if found else "add --cpu"

@@ -26,6 +26,7 @@ from accelerate import PartialState
 from accelerate.utils.environment import get_cpu_distributed_information
 
 from llava_llama31.trainer.distributed.engine import COLLECTIVE_TIMEOUT
+from llava_llama31.trainer.distributed.rank import is_launched
 from llava_llama31.trainer.errors import (
     EXIT_FAULT,
     EXIT_HANG,
@@ -297,11 +298,14 @@ def launched_processes(*, cpu: bool) -> Iterator[tuple[PartialState, Peers]]:
 
     Raises:
         EndedElsewhere, ProcessLost: see `Peers.together`.
-        UserError: the processes do not meet.
+        UserError: the processes do not meet, or have no place on their machine.
     """
     launched = get_cpu_distributed_information()
     # accelerate reads MPI's variables on CPUs only
-    num_processes = launched.world_size if cpu or "LOCAL_RANK" in os.environ else 1
+    if launched.world_size > 1 and not cpu and not is_launched(cpu=False):  # each would work by itself
+        fix = "start it on every machine with `accelerate launch` or torchrun"
+        raise UserError(f"a launcher speaks of {launched.world_size} processes, but LOCAL_RANK is not set", fix=fix)
+    num_processes = launched.world_size
     if 1 < num_processes == launched.local_world_size:  # MPI names no place; accelerate's for one machine
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")

@@ -1,6 +1,5 @@
 """A recipe from its parts to an evaluated, exported model: every stage in turn, resumed where it stopped."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,8 +53,11 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) 
     """
     refuse_unused_gpus()
     prepare_cublas(recipe.stages.values())
-    if not uses_cpu() and not is_launched(cpu=False):
-        _refuse_other_places()
+    if not uses_cpu() and torch.accelerator.device_count() > 1 and not is_launched(cpu=False):
+        raise UserError(  # Transformers would share each micro-batch among them
+            f"{torch.accelerator.device_count()} GPUs are visible to one process",
+            fix="add --devices N, start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES",
+        )
     if any(stage.dataloader_workers for stage in recipe.stages.values()):
         start_fork_server(["llava_llama31.trainer.runs.worker_imports"])
     with launched_processes(cpu=uses_cpu()) as (state, peers):
@@ -72,24 +74,6 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) 
         )
         with run.folder.claimed(recipe, is_main=run.is_main):
             return _run(run, state)
-
-
-def _refuse_other_places() -> None:
-    """Refuse to train in one process what is meant for several.
-
-    Raises:
-        UserError: naming what to start instead.
-    """
-    if (number := torch.accelerator.device_count()) > 1:  # Transformers would share each micro-batch among them
-        raise UserError(
-            f"{number} GPUs are visible to one process",
-            fix="add --devices N, start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES",
-        )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each would train by itself, into the same folder
-        raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but LOCAL_RANK is not set",
-            fix="start it on every machine with `accelerate launch` or torchrun, or unset WORLD_SIZE",
-        )
 
 
 def _run(run: RunContext, state: PartialState) -> dict[str, Any] | None:
