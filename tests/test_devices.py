@@ -158,6 +158,23 @@ def test_processes_without_a_place_on_their_machine_are_refused(gpus, monkeypatc
         pass
 
 
+@pytest.mark.parametrize(("number", "local_rank", "refused"), [(1, 3, True), (4, 4, True), (4, 3, False)])
+def test_each_process_has_a_gpu_of_its_own(gpus, monkeypatch, number, local_rank, refused):
+    """Accelerate takes ranks modulo the GPUs, but waits at barriers on the GPU of the rank's own number."""
+    gpus(number)
+    for name, value in {"RANK": local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+
+    def connect(*arguments):
+        raise Started
+
+    monkeypatch.setattr(peers.Peers, "connect", connect)
+    what = f"LOCAL_RANK is {local_rank}, but this process sees {number} GPU"
+    ended = pytest.raises(UserError if refused else Started, match=what if refused else "")
+    with ended, peers.launched_processes(cpu=False):
+        pass
+
+
 def test_one_machine_of_several_starts_no_run_of_its_own(gpus, monkeypatch, capsys):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)

@@ -21,6 +21,7 @@ from datetime import timedelta
 from typing import Any
 
 import psutil
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils.environment import get_cpu_distributed_information
@@ -302,10 +303,9 @@ def launched_processes(*, cpu: bool) -> Iterator[tuple[PartialState, Peers]]:
     """
     launched = get_cpu_distributed_information()
     # accelerate reads MPI's variables on CPUs only
-    if launched.world_size > 1 and not cpu and not is_launched(cpu=False):  # each would work by itself
-        fix = "start it on every machine with `accelerate launch` or torchrun"
-        raise UserError(f"a launcher speaks of {launched.world_size} processes, but LOCAL_RANK is not set", fix=fix)
     num_processes = launched.world_size
+    if num_processes > 1 and not cpu:
+        _check_place(num_processes, launched.local_rank)
     if 1 < num_processes == launched.local_world_size:  # MPI names no place; accelerate's for one machine
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
@@ -319,6 +319,20 @@ def launched_processes(*, cpu: bool) -> Iterator[tuple[PartialState, Peers]]:
         if dist.is_initialized():
             PartialState().destroy_process_group()
         peers.close()
+
+
+def _check_place(num_processes: int, local_rank: int) -> None:
+    """Check that this process has a device of its own.
+
+    Raises:
+        UserError: it would work by itself, or share a device, or wait at a barrier on one that it doesn't see.
+    """
+    if not is_launched(cpu=False):
+        fix = "start it on every machine with `accelerate launch` or torchrun"
+        raise UserError(f"a launcher speaks of {num_processes} processes, but LOCAL_RANK is not set", fix=fix)
+    if local_rank >= (number := torch.accelerator.device_count()):
+        fix = "start one process for each GPU, and let each see all GPUs of its machine"
+        raise UserError(f"LOCAL_RANK is {local_rank}, but this process sees {number} GPU(s)", fix=fix)
 
 
 def _await_store(address: str, port: int, seconds: float) -> None:
