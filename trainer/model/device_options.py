@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import transformers
@@ -21,6 +22,8 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.schema import Recomputed, Stage
 
 
+# whose type does not declare what is set there
+_BACKENDS: Any = torch.backends
 # when Transformers gave `gradient_checkpointing_enable` another name
 _RENAMED = Version("5.23")
 LOW_BIT = "pip install 'llava-llama31[low-bit]'"
@@ -138,19 +141,19 @@ def numerical_settings(stage: Stage) -> Iterator[None]:
     gets what these say, and the next one does not: TrainingArguments would set it once for the whole process.
     """
     before, narrows = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
-    others, tf32 = torch.backends.fp32_precision, stage.trainer_args.get("tf32")
+    others, tf32 = _BACKENDS.fp32_precision, stage.trainer_args.get("tf32")
     # torch narrows no product of matrices by itself, but a GPU's convolutions
     if stage.precision == "float32" or tf32 is False:
         torch.backends.cudnn.allow_tf32 = False
     if tf32 is not None:
-        torch.backends.fp32_precision = "tf32" if tf32 else "ieee"
+        _BACKENDS.fp32_precision = "tf32" if tf32 else "ieee"
     if stage.deterministic:
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.backends.fp32_precision = others
+        _BACKENDS.fp32_precision = others
         torch.backends.cudnn.allow_tf32 = narrows
 
 

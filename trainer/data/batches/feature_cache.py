@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 
 _RECORD = struct.Struct("<16sQIIII")  # image, offset, tiles, height, width, checksum of these and of the features
 _PACKAGES = ("numpy", "pillow", "torch", "transformers")
-# whose products and convolutions of float32 numbers may be narrower
-_PRODUCTS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+# whose products and convolutions of float32 numbers may be narrower; their types don't declare it
+_BACKENDS: Any = torch.backends
+_PRODUCTS = (_BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv, _BACKENDS.mkldnn.matmul)
 
 
 class Entry(NamedTuple):
