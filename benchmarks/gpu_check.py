@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,12 @@ from gpu_checks import full_size, kernels, runs, shards, steps
 from gpu_checks.place import Detail, NotHere, Place
 
 from llava_llama31.trainer.checkpoint.atomic_folders import write_json
-from llava_llama31.trainer.distributed.devices import default_device
+from llava_llama31.trainer.distributed.devices import default_device, refuse_unused_gpus
+from llava_llama31.trainer.errors import UserError
+
+
+# how the line begins that a check's process prints
+_ENTRY = '{"name": '
 
 
 @dataclass(frozen=True)
@@ -87,22 +92,22 @@ def run_check(check: Check, place: Place) -> dict[str, Any]:
 def in_own_process(check: Check, place: Place, seconds: float) -> dict[str, Any]:
     """`run_check` in a fresh process, ended after `seconds`."""
     started = time.monotonic()
-    run = [sys.executable, __file__, "--device", str(place.device), "--check", check.name]
-    # small sizes are no faster with threads, which wait for each other's cores
-    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, __file__, "--device", place.device.type, "--check", check.name]
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaints:
         process = subprocess.Popen(
             run,
             stdout=said,
             stderr=complaints,
-            env=os.environ | (on_cpu if place.small else {}),
+            env=os.environ | own_variables(place, os.environ),
             start_new_session=True,
         )
         try:
             code = process.wait(seconds)
             said.seek(0), complaints.seek(0)
-            if code == 0:
-                return json.loads(said.read().splitlines()[-1])
+            # a library may say something as the process ends, as NCCL does with NCCL_DEBUG
+            entries = [line for line in said.read().splitlines() if line.startswith(_ENTRY)]
+            if code == 0 and entries:
+                return json.loads(entries[-1])
             error = f"the process ended with {code}: {complaints.read()[-500:]}"
         except subprocess.TimeoutExpired:
             error = f"no end in {seconds:.0f} s"
@@ -110,6 +115,16 @@ def in_own_process(check: Check, place: Place, seconds: float) -> dict[str, Any]
             end_with_children(process)
     spent = round(time.monotonic() - started, 2)
     return {"name": check.name, "passed": False, "seconds": spent, "detail": {"error": error}}
+
+
+def own_variables(place: Place, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables of a check's process: it sees one GPU, for `train` refuses several in one process."""
+    if place.small:  # small sizes are no faster with threads, which wait for each other's cores
+        return {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    if place.device.type != "cuda":
+        return {}
+    index, visible = place.device.index or 0, environment.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[index] if visible else str(index)}
 
 
 def end_with_children(process: subprocess.Popen) -> None:
@@ -152,6 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="written after each check")
     parser.add_argument("--check", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.device is None:
+        try:
+            refuse_unused_gpus()  # else a driver that is too old for this torch would end in a small run on the CPU
+        except UserError as error:
+            parser.error(f"{error}; here: --device cpu")
     device = options.device or default_device()
     place = Place(device, small=device.type == "cpu")
     if options.check:

@@ -599,6 +599,24 @@ def test_fp8_wants_a_gpu_that_has_it(machine):
         device_options.check_device_options(eight, "here")
 
 
+@pytest.mark.parametrize(("make", "has_it"), [("cpu", True), ("cuda", True), ("mps", False), ("xpu", False)])
+def test_tiles_are_made_on_devices_with_float64(monkeypatch, make, has_it):
+    monkeypatch.setattr(device_options, "default_device", lambda: torch.device(make))
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: types.SimpleNamespace(has_fp64=False))
+    with nullcontext() if has_it else pytest.raises(UserError, match=rf"here\.device_tiles: .*float64.*\({make}\)"):
+        device_options.check_device_options(stage(device_tiles=True), "here")
+
+
+def test_tf32_is_for_gpus_that_have_it(machine, monkeypatch):
+    machine(capability=(7, 5))
+    narrow = stage(trainer_args={"tf32": True})
+    with pytest.raises(UserError, match=r"here\.trainer_args\.tf32: needs an NVIDIA GPU, Ampere or newer"):
+        device_options.check_device_options(narrow, "here")
+    device_options.check_device_options(stage(trainer_args={"tf32": False}), "here")
+    monkeypatch.setattr(device_options, "is_torch_tf32_available", lambda: True)
+    device_options.check_device_options(narrow, "here")
+
+
 @pytest.mark.parametrize(("name", "has_it"), [("gfx90a:sramecc+:xnack-", False), ("gfx942:sramecc+", True)])
 def test_amds_capability_says_nothing_of_float8(machine, monkeypatch, name, has_it):
     machine(["torchao"], (9, 0))

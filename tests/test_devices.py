@@ -4,19 +4,25 @@ import ast
 import os
 import platform
 import resource
+import sys
 import types
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from llava_llama31.trainer.cli import main
-from llava_llama31.trainer.commands import doctor
-from llava_llama31.trainer.distributed import devices
+from llava_llama31.trainer.cli import _parsed, main
+from llava_llama31.trainer.commands import doctor, train
+from llava_llama31.trainer.distributed import devices, engine
 from llava_llama31.trainer.doctor import gathering
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.fault_tolerance import peers
+from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.fault_tolerance.step_health import summed
+from llava_llama31.trainer.recipes.schema import Recipe
+from llava_llama31.trainer.runs import run
 
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +97,141 @@ def test_nothing_else_asks_for_cuda():
             if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda":
                 found.add(str(path.relative_to(ROOT)))
     assert found <= OF_CUDA
+
+
+@pytest.mark.parametrize("has_it", [False, True])
+def test_intels_gpus_sum_in_a_type_that_they_have(monkeypatch, has_it):
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: types.SimpleNamespace(has_fp64=has_it))
+    assert devices.widest_float(torch.device("xpu", 0)) == (torch.float64 if has_it else torch.float32)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with so many GPUs, in a process that nobody launched."""
+
+    def pretend(number):
+        monkeypatch.setattr(run, "uses_cpu", lambda: False)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: number)
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return pretend
+
+
+class Started(Exception):
+    """A run has begun."""
+
+
+@pytest.mark.parametrize(
+    ("number", "variables", "refusal"),
+    [
+        (1, {}, None),
+        (8, {}, "8 GPUs are visible to one process"),
+        (8, {"RANK": "0", "WORLD_SIZE": "1"}, "8 GPUs are visible to one process"),
+        (8, {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}, None),
+    ],
+)
+def test_a_machines_rank_is_no_launched_process(
+    gpus, monkeypatch, recipe_content, tmp_path, number, variables, refusal
+):
+    """Kubeflow sets it for a machine: Transformers would share micro-batches among the GPUs of one process."""
+    gpus(number)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    def launched_processes(cpu):
+        raise Started
+
+    monkeypatch.setattr(run, "launched_processes", launched_processes)
+    recipe = Recipe.model_validate(recipe_content)
+    with pytest.raises(UserError, match=refusal) if refusal else pytest.raises(Started):
+        run.run_recipe(recipe, tmp_path, command="", signals=Signals())
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "1", "WORLD_SIZE": "2"}, {"PMI_RANK": "1", "PMI_SIZE": "2"}], ids=str)
+def test_processes_without_a_place_on_their_machine_are_refused(gpus, monkeypatch, variables):
+    """Each would train by itself, all into the same folder."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refused = pytest.raises(UserError, match="a launcher speaks of 2 processes, but LOCAL_RANK is not set")
+    with refused, peers.launched_processes(cpu=False):
+        pass
+
+
+@pytest.mark.parametrize(("number", "local_rank", "refused"), [(1, 3, True), (4, 4, True), (4, 3, False)])
+def test_each_process_has_a_gpu_of_its_own(gpus, monkeypatch, number, local_rank, refused):
+    """Accelerate takes ranks modulo the GPUs, but waits at barriers on the GPU of the rank's own number."""
+    gpus(number)
+    for name, value in {"RANK": local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+
+    def connect(*arguments):
+        raise Started
+
+    monkeypatch.setattr(peers.Peers, "connect", connect)
+    what = f"LOCAL_RANK is {local_rank}, but this process sees {number} GPU"
+    ended = pytest.raises(UserError if refused else Started, match=what if refused else "")
+    with ended, peers.launched_processes(cpu=False):
+        pass
+
+
+def test_one_machine_of_several_starts_no_run_of_its_own(gpus, monkeypatch, capsys):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "tiny", "--devices", "2"]) == 2
+    assert "starts processes on one machine, and WORLD_SIZE is 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("variables", "launches"), [({"RANK": "0"}, True), ({"RANK": "0", "LOCAL_RANK": "0"}, False)])
+def test_devices_are_started_on_a_machine_with_a_rank(gpus, monkeypatch, tmp_path, variables, launches):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    def started(*others, **more):
+        raise Started
+
+    monkeypatch.setattr(train, "_launch", started)
+    monkeypatch.setattr(run, "run_recipe", lambda *others, **more: None)
+    command = ["train", "tiny", "--devices", "2", "--output", str(tmp_path)]
+    with pytest.raises(Started) if launches else nullcontext():
+        assert train.run(_parsed(command)) == 0
+
+
+@pytest.mark.parametrize("keys", [{"deterministic": True}, {"trainer_args": {"full_determinism": True}}])
+def test_cublas_is_told_of_a_later_stage_before_any_product(gpus, monkeypatch, recipe_content, tmp_path, keys):
+    """Torch reads the variable at the first product only, and refuses those of a deterministic stage after it."""
+    gpus(1)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # undone behind the test
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    recipe_content["stages"]["instruct"] |= keys
+    told = []
+
+    def launched_processes(cpu):
+        told.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        raise Started
+
+    monkeypatch.setattr(run, "launched_processes", launched_processes)
+    with pytest.raises(Started):
+        run.run_recipe(Recipe.model_validate(recipe_content), tmp_path, command="", signals=Signals())
+    assert told == [":4096:8"]
+
+
+def test_deepspeeds_own_group_waits_as_long_as_the_others(monkeypatch):
+    """Its default ends every process after 10 minutes under NCCL, while `loader_timeout` and `step_timeout` last."""
+    groups = pytest.importorskip("deepspeed.utils.groups")
+    # its own reduction for CPUs, which it would compile
+    monkeypatch.setattr(sys.modules["deepspeed.comm.torch"], "build_shm_op", lambda: None)
+    monkeypatch.setattr(sys.modules["deepspeed.comm.comm"], "cdb", None)
+    monkeypatch.setattr(groups, "_WORLD_GROUP", None)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        engine.join_deepspeed(types.SimpleNamespace(deepspeed="zero3"))
+        backend = groups._get_data_parallel_group()._get_backend(torch.device("cpu"))
+        assert backend.options._timeout == engine.COLLECTIVE_TIMEOUT
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_apples_gpus_sum_in_a_type_that_they_have(monkeypatch):

@@ -44,6 +44,7 @@ MACHINE = Machine("node1", "Linux", "3.11.7", 64, 512 * GB, None, 250 * GB, 6553
 TORCH = Package("torch", ">=2.12", "", "2.13.0+cu130", "2.13.0+cpu")
 PEFT = Package("peft", ">=0.18", "peft", None, "0.21.2")
 H100 = Gpu("NVIDIA H100", (9, 0), 85 * GB, 84 * GB)
+MI300X = Gpu("AMD Instinct MI300X", (9, 4), 206 * GB, 205 * GB, "gfx942")
 GPUS = Gpus((H100, H100), "12.8", ("sm_80", "sm_90"), None, "570.86.15", (12, 8), 2)
 FOLDER = Folder("output", "/runs", "ext4", 900 * GB, None, None, None)
 COMPILERS = Compilers("0.19.8", "/usr/bin/c++", "/usr/bin/ninja", "/usr/local/cuda/bin/nvcc", "12.8", ())
@@ -132,6 +133,8 @@ CASES = [
         "has no bfloat16 matrix products",
     ),
     (checks.check_gpus, (gpus(devices=(replace(H100, capability=(8, 6)),)),), "ok", "8.6, bfloat16"),
+    (checks.check_gpus, (Gpus((MI300X,), architectures=("gfx90a", "gfx942")),), "ok", "MI300X, 206 GB, gfx942"),
+    (checks.check_gpus, (Gpus((MI300X,), architectures=("gfx90a",)),), "warning", "torch is not built for gfx942"),
     (checks.check_gpus, (gpus(**NO_DEVICE, torch_cuda="13.0"),), "error", "torch is built for CUDA 13.0, the driver"),
     (checks.check_gpus, (gpus(**NO_DEVICE, torch_cuda="12.9", error="broken"),), "error", "can't use them: broken"),
     (checks.check_gpus, (gpus(**NO_DEVICE, torch_cuda=None),), "error", "2 GPU(s) here, but torch is a CPU build"),

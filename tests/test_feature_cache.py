@@ -180,6 +180,13 @@ def test_other_tiles_towers_and_arithmetic_have_other_keys(tiny_model, processor
         weight[3, 4] += 1e-6
     found.add(key())
     assert len(found) == 8
+    wide = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"  # as `tf32` of a stage's trainer_args does
+        found.add(key())
+    finally:
+        torch.backends.fp32_precision = wide
+    assert len(found) == 9
     before = key()
     with torch.no_grad():
         tiny_model.model.multi_modal_projector.linear_1.weight.zero_()

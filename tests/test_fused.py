@@ -206,14 +206,18 @@ def refuses(*arguments):
     raise RuntimeError("ptxas is missing\nand more")
 
 
+@pytest.mark.parametrize("least", [0, 1000], ids=["always", "for many rows"])
 @pytest.mark.parametrize("name", packed.Arithmetic._fields)
-def test_a_compiler_that_is_wrong_or_missing_is_found(tiny_model, name):
+def test_a_compiler_that_is_wrong_or_missing_is_found(tiny_model, name, least):
+    """What is compiled for the first number of rows is not what a stage's other rows run."""
     language_model = tiny_model.model.language_model
     assert fused_layers.fused_fault(language_model, torch.device("cpu"), plain) is None
 
     def off(function):
         def wrong(*arguments):
             made = function(*arguments)
+            if arguments[0].shape[1] < least:
+                return made
             return tuple(1.1 * x for x in made) if isinstance(made, tuple) else 1.1 * made
 
         return wrong if function.__name__ == name else function

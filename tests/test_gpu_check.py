@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch.compiler import set_stance
 
 from llava_llama31.trainer.costs.matrix_peak import CpuSpeed
+from llava_llama31.trainer.distributed import devices
 from llava_llama31.trainer.distributed.parameters import gathered, unsharded
 from llava_llama31.trainer.evaluation.asker import Asker
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer
@@ -350,6 +352,19 @@ def test_a_check_by_real_runs_fails_for_a_fault_in_the_product(run, gpu_check, m
         assert not entry["passed"] and entry["detail"]["error"].startswith("Failed: "), entry
 
 
+def test_torchs_notice_of_what_it_misses_is_no_wait(gpu_check):
+    """`set_sync_debug_mode` gives it once a process, in words of its own, within the check."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        notice = (
+            "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+        )
+        warnings.warn(notice, UserWarning, stacklevel=1)
+        assert not gpu_check.steps.lines_that_wait(caught)
+        warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+    assert list(gpu_check.steps.lines_that_wait(caught).values()) == [1]
+
+
 def test_every_check_has_a_planted_fault_and_all_have_their_time(gpu_check):
     assert {check.name for check in gpu_check.CHECKS} == set(PLANTED)
     assert sum(check.estimate for check in gpu_check.CHECKS) <= 600
@@ -387,6 +402,37 @@ def test_the_report_is_useful_wherever_it_ends(gpu_check, tmp_path, capsys):
     late = gpu_check.run_all(gpu_check.CHECKS[:3], place, file, -1, run)
     assert late["checks"] == [] and late["not_run"] == ["facts", "attention", "step"]
     assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "expected"),
+    [("cuda", None, "0"), ("cuda:3", None, "3"), ("cuda", "4,5", "4"), ("cuda:1", "GPU-a,GPU-b", "GPU-b")],
+)
+def test_a_check_sees_one_gpu_of_a_machine(gpu_check, device, visible, expected):
+    """`train`, which some of them start, refuses several in one process."""
+    place = gpu_check.Place(torch.device(device), small=False)
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert gpu_check.own_variables(place, environment) == {"CUDA_VISIBLE_DEVICES": expected}
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_small_run_on_the_cpu(gpu_check, monkeypatch, capsys):
+    monkeypatch.setattr(devices, "num_installed_gpus", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(gpu_check, "run_all", lambda *_: {"checks": [], "not_run": []})
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main([])
+    assert ended.value.code == 2 and "1 NVIDIA GPU(s), but torch" in capsys.readouterr().err
+    assert gpu_check.main(["--device", "cpu"]) == 0
+
+
+def test_what_a_library_says_at_the_end_is_no_entry(gpu_check, monkeypatch, tmp_path):
+    place = gpu_check.Place(torch.device("cpu"), small=True)
+    monkeypatch.setattr(gpu_check, "__file__", str(tmp_path / "check.py"))
+    entry = {"name": "facts", "passed": True, "seconds": 1.0, "detail": {}}
+    (tmp_path / "check.py").write_text(f"print({json.dumps(entry)!r})\nprint('NCCL INFO comm destroyed')")
+    assert gpu_check.in_own_process(gpu_check.CHECKS[0], place, 60) == entry
+    (tmp_path / "check.py").write_text("print('NCCL INFO comm destroyed')")
+    assert gpu_check.in_own_process(gpu_check.CHECKS[0], place, 60)["passed"] is False
 
 
 def test_a_check_that_breaks_its_process_or_hangs_is_its_own_failure(gpu_check, monkeypatch, tmp_path):

@@ -18,8 +18,11 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.asker import FAILED_ALIKE, Asker
 from llava_llama31.trainer.model import flash_attention
 from llava_llama31.trainer.model.device_options import numerical_settings
+from llava_llama31.trainer.model.opening import open_model
 from llava_llama31.trainer.model.stage_model import check_attention
+from llava_llama31.trainer.recipes.derived import derive
 from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.training.training_args import training_arguments
 
 
 SIGNATURE = inspect.signature(varlen.varlen_attn)
@@ -243,6 +246,28 @@ def test_a_faulty_implementation_is_left_before_the_first_step(
     assert warnings == ([f"FA3 isn't used: {expected}"] if fault else [])
 
 
+@pytest.fixture
+def by_cudnn():
+    """As PyTorch begins."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_no_stage_attends_by_cudnn(by_cudnn):
+    """Its gradients may be NaN on an H100 (pytorch #196678), where PyTorch prefers it."""
+    with pytest.raises(KeyError), flash_attention.faster_attention(CPU):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        raise KeyError
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_no_answer_is_made_by_cudnn(by_cudnn, base_folder):
+    """On a B200 it generates wrong tokens (pytorch #193893)."""
+    open_model(base_folder, device="cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize("is_deterministic", [True, False])
 def test_a_deterministic_stage_runs_under_torchs_own_rule(is_deterministic, tiny_model, samples, collate):
     stage = Stage.model_validate(STAGE | {"deterministic": is_deterministic})
@@ -261,6 +286,23 @@ def test_a_float32_stage_uses_no_tf32(precision):
     with numerical_settings(Stage.model_validate(STAGE | {"precision": precision})):
         assert torch.backends.cudnn.allow_tf32 == (precision != "float32")
     assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_stage_has_the_tf32_that_it_asks_for_and_the_next_one_has_not(precision, monkeypatch, tmp_path):
+    """TrainingArguments set it for the whole process, when the first stage's were made to be checked."""
+    monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
+    now = lambda: (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)  # noqa: E731
+    before = now()
+    derived = derive(Stage.model_validate(STAGE), 100, 1, where="stages.one")
+    for given, expected in ((True, "tf32"), (False, "ieee"), (True, "tf32")):
+        stage = Stage.model_validate(STAGE | {"precision": precision, "trainer_args": {"tf32": given}})
+        training_arguments(stage, derived, output_dir=tmp_path, seed=0, where="stages.one")
+        assert now() == before
+        with numerical_settings(stage):
+            assert now() == (expected, expected)
+        assert now() == before
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 # evaluation
@@ -325,6 +367,9 @@ APIS = {
     "torchao.float8.convert_to_float8_training": ("module_filter_fn", "config"),
     "bitsandbytes.optim.AdamW": ("optim_bits",),
     "peft.LoraConfig": ("r", "lora_alpha", "lora_dropout", "target_modules", "use_dora"),
+    "torch.distributed.distributed_c10d._set_pg_timeout": ("timeout", "group"),
+    "torch.backends.cuda.enable_cudnn_sdp": (),
+    "deepspeed.utils.groups._get_data_parallel_group": (),
     "deepspeed.utils.safe_get_full_fp32_param": (),
     "deepspeed.runtime.zero.GatheredParameters": ("modifier_rank",),
 }
@@ -349,3 +394,17 @@ def test_the_lower_bound_of_torch_has_the_varlen_call():
     required = [Requirement(line) for line in config["options"]["install_requires"].split()]
     [(bound,)] = [requirement.specifier for requirement in required if requirement.name == "torch"]
     assert bound.operator == ">=" and Version(bound.version) >= Version("2.12")
+
+
+def test_the_lower_bound_of_deepspeed_waits_for_gradients():
+    """Weights turn NaN otherwise, with `overlap_comm`, which all shipped files have.
+
+    Up to 0.18.7 ZeRO-3 waits for another stream than theirs, which shows under PyTorch 2.10 and newer (#7898); up to
+    0.18.9 ZeRO-1 and ZeRO-2 let go of buffers too soon (#7965), and up to 0.19.2 they wait for one stream of several,
+    which shows with torch.compile (#8080).
+    """
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    [line] = config["options.extras_require"]["deepspeed"].split()
+    [bound] = Requirement(line).specifier
+    assert bound.operator == ">=" and Version(bound.version) >= Version("0.19.3")

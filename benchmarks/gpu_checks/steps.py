@@ -3,7 +3,7 @@
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +68,10 @@ def step(place: Place) -> Detail:
     return {"cpu": found[0], "float32": found[1], "bfloat16": found[2]}
 
 
+# how torch warns of a wait; that it may miss some is another warning, of every process's first question for them
+_WAITED = "called a synchronizing"
+
+
 class _Asked(TorchDispatchMode):
     """Counts numbers that the host asks a step for."""
 
@@ -96,9 +100,14 @@ def waits(place: Place) -> Detail:
         finally:
             if place.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+    lines = lines_that_wait(caught)
     expect(not lines and not asked.count, f"the host waits {lines.total() or asked.count} times: {dict(lines)}")
     return {"waits": 0}
+
+
+def lines_that_wait(caught: Sequence[warnings.WarningMessage]) -> Counter[str]:
+    """Lines at which torch's warnings say that the host waited, with their numbers."""
+    return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if _WAITED in str(w.message))
 
 
 def _optimizers(place: Place) -> dict[str, Callable[[list[Any]], torch.optim.Optimizer]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from llava_llama31.trainer.commands.options import add_recipe, positive, run_folder
 from llava_llama31.trainer.commands.quick_imports import quick_imports
+from llava_llama31.trainer.distributed.rank import is_launched
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.redaction import say
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
             check_paths(recipe, output)
         if options.dry_run:
             return _dry_run(options, recipe, output)
-        if options.devices and options.devices > 1 and "RANK" not in os.environ:
+        if options.devices and options.devices > 1 and not is_launched(cpu=options.cpu):
             _launch(options)
         sets = [argument for override in options.overrides for argument in ("--set", override)]
         command = shlex.join(["llava-llama31", "train", options.recipe, *sets, *["--cpu"] * options.cpu])
@@ -72,10 +73,13 @@ def _launch(options: argparse.Namespace) -> NoReturn:
     """Become the launcher.
 
     Raises:
-        UserError: the machine has fewer GPUs.
+        UserError: the machine has fewer GPUs, or is one of several.
     """
     import torch
 
+    if int(size := os.environ.get("WORLD_SIZE", "1")) > 1:
+        fix = "start it on every machine with `accelerate launch` or torchrun"
+        raise UserError(f"starts processes on one machine, and WORLD_SIZE is {size}", where="--devices", fix=fix)
     found = 0 if options.cpu else torch.accelerator.device_count()
     if not options.cpu and found < options.devices:
         fix = "name fewer, or add --cpu" if found else "add --cpu"

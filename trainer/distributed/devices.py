@@ -63,7 +63,9 @@ def is_first_process() -> bool:
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """The type for sums on a device; Apple's GPUs have no float64."""
+    """The type for sums on a device; Apple's GPUs and some of Intel's have no float64."""
+    if device.type == "xpu":
+        return torch.float64 if torch.xpu.get_device_properties(device).has_fp64 else torch.float32
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -110,6 +112,15 @@ def keep_freed_memory() -> None:
         set_option = ctypes.CDLL(None).mallopt
         for option, value in _KEEPING.items():
             set_option(option, value)
+
+
+def leave_out_cudnn_attention() -> None:
+    """Compute no scaled dot products by cuDNN, for the whole process.
+
+    On Hopper and Blackwell PyTorch prefers it since 2.11. Its gradients may be NaN where rows have a mask, and on a
+    B200 generated tokens were wrong (pytorch #196678, #193893); PyTorch's other kernels are right, and about as fast.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def release_cached_memory() -> None:

@@ -8,6 +8,7 @@ number of processes. DeepSpeed has a format of its own, with one file per proces
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from llava_llama31.trainer.distributed.devices import default_device, is_asked_for_cpu
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.schema import Stage
+
+
+# how long a collective may take: rank 0 may read images by OCR for hours while the others wait
+COLLECTIVE_TIMEOUT = timedelta(hours=24)
 
 
 def uses_fsdp() -> bool:
@@ -137,6 +142,19 @@ def join_deepspeed(stage: Stage) -> None:
     if not deepspeed.comm.is_initialized():
         backend = torch.distributed.get_default_backend_for_device(default_device())
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    _allow_waiting()
+
+
+def _allow_waiting() -> None:
+    """Give DeepSpeed's own group of all processes the time that the others have.
+
+    It is made with PyTorch's default, 10 minutes under NCCL, which then aborts every process; a data worker or a step
+    may take longer (`loader_timeout`, `step_timeout`).
+    """
+    from deepspeed.utils import groups
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    _set_pg_timeout(COLLECTIVE_TIMEOUT, groups._get_data_parallel_group())
 
 
 def forget_deepspeed() -> None:

@@ -194,15 +194,13 @@ def check_gpus(gpus: Gpus) -> list[DoctorFinding]:
 
 
 def _check_gpu(name: str, device: Gpu, architectures: Sequence[str]) -> list[DoctorFinding]:
+    if device.architecture is not None:
+        return _check_amds(name, device, architectures)
     major, minor = device.capability
     able = [kind for kind, least in (("bfloat16", BFLOAT16), ("float8", FLOAT8)) if device.capability >= least]
     what = f"{name}: {device.name}, {device.memory / GB:.0f} GB, capability {major}.{minor}"
     found = [DoctorFinding("GPUs", "ok", f"{what}, {' and '.join(able) or 'neither bfloat16 nor float8'}")]
-    if device.memory - device.free > _USED_BY_OTHERS:
-        what = f"{name}: other processes hold {(device.memory - device.free) / GB:.0f} GB"
-        why = "a run that fits according to `plan` runs out of memory"
-        fix = "find them with nvidia-smi and end them, or choose GPUs with CUDA_VISIBLE_DEVICES"
-        found.append(DoctorFinding("GPU memory", "warning", what, why, fix))
+    found += _check_free(name, device, "nvidia-smi")
     if not able:
         why = "precision: bfloat16 is emulated, and packed rows are read segment by segment; both are slow"
         fix = "use an Ampere GPU or newer, or set precision: float32"
@@ -213,6 +211,27 @@ def _check_gpu(name: str, device: Gpu, architectures: Sequence[str]) -> list[Doc
         fix = "install the torch build that lists this GPU, by the selector on pytorch.org"
         found.append(DoctorFinding("GPUs", "error", what, why, fix))
     return found
+
+
+def _check_amds(name: str, device: Gpu, architectures: Sequence[str]) -> list[DoctorFinding]:
+    """A GPU of AMD, whose capability says nothing of what it can do and is built for."""
+    what = f"{name}: {device.name}, {device.memory / GB:.0f} GB, {device.architecture}"
+    found = [DoctorFinding("GPUs", "ok", what), *_check_free(name, device, "rocm-smi")]
+    if architectures and device.architecture not in architectures:
+        what = f"torch is not built for {device.architecture} of {name}: {', '.join(architectures)}"
+        why = "the first kernel may fail with 'invalid device function'"
+        fix = "install the torch build that lists this GPU, by the selector on pytorch.org"
+        found.append(DoctorFinding("GPUs", "warning", what, why, fix))
+    return found
+
+
+def _check_free(name: str, device: Gpu, command: str) -> list[DoctorFinding]:
+    if device.memory - device.free <= _USED_BY_OTHERS:
+        return []
+    what = f"{name}: other processes hold {(device.memory - device.free) / GB:.0f} GB"
+    why = "a run that fits according to `plan` runs out of memory"
+    fix = f"find them with {command} and end them, or choose GPUs with CUDA_VISIBLE_DEVICES"
+    return [DoctorFinding("GPU memory", "warning", what, why, fix)]
 
 
 def _is_built_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:

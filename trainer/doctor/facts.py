@@ -152,12 +152,13 @@ def installations() -> Installations:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU; memory in bytes, `free` measured before we use any."""
+    """A GPU; memory in bytes, `free` measured before we use any. AMD's name an architecture, e.g. gfx942."""
 
     name: str
     capability: tuple[int, int]
     memory: int
     free: int
+    architecture: str | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Gpus:
     Args:
         devices: visible to torch.
         torch_cuda: version that torch is built for; None for a CPU build.
-        architectures: that torch is built for, e.g. sm_90.
+        architectures: that torch is built for, e.g. sm_90 or gfx942.
         error: why torch sees none although it is built for CUDA.
         driver: the driver's own version.
         driver_cuda: newest CUDA that the driver supports, as (major, minor).
@@ -198,7 +199,10 @@ def gpus() -> Gpus:
         for index in range(torch.cuda.device_count()):
             free, memory = torch.cuda.mem_get_info(index)
             name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-            devices.append(Gpu(name, capability, memory, free))
+            architecture = None
+            if torch.version.hip is not None:
+                architecture = torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
+            devices.append(Gpu(name, capability, memory, free, architecture))
     elif torch.version.cuda is not None:
         try:
             torch.cuda.init()

@@ -21,10 +21,13 @@ from datetime import timedelta
 from typing import Any
 
 import psutil
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils.environment import get_cpu_distributed_information
 
+from llava_llama31.trainer.distributed.engine import COLLECTIVE_TIMEOUT
+from llava_llama31.trainer.distributed.rank import is_launched
 from llava_llama31.trainer.errors import (
     EXIT_FAULT,
     EXIT_HANG,
@@ -48,8 +51,6 @@ _LOOK_SECONDS = 0.2
 _GRACE_SECONDS, _REASON_SECONDS = 5.0, 3.0
 # how long processes wait for each other at the start, as torch's default; when to say for whom
 _MEETING_SECONDS, _ANNOUNCE_SECONDS = 1800.0, 60.0
-# of a collective: rank 0 may read images by OCR for hours while the others wait
-_COLLECTIVE_HOURS = 24
 _LOOK = "look for kill -9, a crash, or the system's out-of-memory killer (dmesg); then run again"
 
 
@@ -306,11 +307,13 @@ def launched_processes(*, cpu: bool) -> Iterator[tuple[PartialState, Peers]]:
 
     Raises:
         EndedElsewhere, ProcessLost: see `Peers.together`.
-        UserError: the processes do not meet.
+        UserError: the processes do not meet, or have no place on their machine.
     """
     launched = get_cpu_distributed_information()
     # accelerate reads MPI's variables on CPUs only
-    num_processes = launched.world_size if cpu or "LOCAL_RANK" in os.environ else 1
+    num_processes = launched.world_size
+    if num_processes > 1 and not cpu:
+        _check_place(num_processes, launched.local_rank)
     if 1 < num_processes == launched.local_world_size:  # MPI names no place; accelerate's for one machine
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
@@ -318,12 +321,26 @@ def launched_processes(*, cpu: bool) -> Iterator[tuple[PartialState, Peers]]:
     try:
         with peers.together():  # at once: a signal from here on does not make this process lost to the others
             peers.meet()
-            yield PartialState(cpu=cpu, timeout=timedelta(hours=_COLLECTIVE_HOURS)), peers
+            yield PartialState(cpu=cpu, timeout=COLLECTIVE_TIMEOUT), peers
     finally:
         # threads of the process group that outlive the interpreter abort it: another exit code, and a core dump
         if dist.is_initialized():
             PartialState().destroy_process_group()
         peers.close()
+
+
+def _check_place(num_processes: int, local_rank: int) -> None:
+    """Check that this process has a device of its own.
+
+    Raises:
+        UserError: it would work by itself, or share a device, or wait at a barrier on one that it doesn't see.
+    """
+    if not is_launched(cpu=False):
+        fix = "start it on every machine with `accelerate launch` or torchrun"
+        raise UserError(f"a launcher speaks of {num_processes} processes, but LOCAL_RANK is not set", fix=fix)
+    if local_rank >= (number := torch.accelerator.device_count()):
+        fix = "start one process for each GPU, and let each see all GPUs of its machine"
+        raise UserError(f"LOCAL_RANK is {local_rank}, but this process sees {number} GPU(s)", fix=fix)
 
 
 def _await_store(address: str, port: int, seconds: float) -> None:

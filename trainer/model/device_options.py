@@ -4,22 +4,26 @@
 """
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import nn
+from transformers.utils import is_torch_tf32_available
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
-from llava_llama31.trainer.distributed.devices import default_device, uses_cpu
+from llava_llama31.trainer.distributed.devices import default_device, uses_cpu, widest_float
 from llava_llama31.trainer.distributed.engine import uses_fsdp
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.recipes.schema import Recomputed, Stage
 
 
+# whose type does not declare what is set there
+_BACKENDS: Any = torch.backends
 # when Transformers gave `gradient_checkpointing_enable` another name
 _RENAMED = Version("5.23")
 LOW_BIT = "pip install 'llava-llama31[low-bit]'"
@@ -42,6 +46,13 @@ def check_device_options(stage: Stage, where: str) -> None:
         raise UserError("needs bitsandbytes", where=f"{where}.lora.quantize", fix=f"run {LOW_BIT}")
     if stage.fp8:
         _check_fp8(where)
+    device = default_device()
+    if stage.device_tiles and device.type != "cpu" and widest_float(device) != torch.float64:
+        what = f"tiles are made in float64, and this device ({device.type}) has none"
+        raise UserError(what, where=f"{where}.device_tiles", fix="set device_tiles: false")
+    if stage.trainer_args.get("tf32") and not is_torch_tf32_available():
+        fix = "remove it"
+        raise UserError("needs an NVIDIA GPU, Ampere or newer", where=f"{where}.trainer_args.tf32", fix=fix)
     if stage.compile:
         _check_compiler(f"{where}.compile", "set compile: false")
     elif optim == "adamw_torch_8bit":
@@ -111,23 +122,38 @@ def _check_fp8(where: str) -> None:
         raise UserError("fp8 needs torchao", where=f"{where}.fp8", fix=f"run {LOW_BIT}")
 
 
+def prepare_cublas(stages: Iterable[Stage]) -> None:
+    """Let cuBLAS compute the same bits each time, where a stage is `deterministic`. Call it before any product.
+
+    torch looks at this variable once, at a process's first product on a GPU, and refuses those of a deterministic
+    stage if it was not set then: an earlier stage's product, or one of the questions before the first stage.
+    """
+    if any(stage.deterministic or stage.trainer_args.get("full_determinism") for stage in stages):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @contextmanager
 def numerical_settings(stage: Stage) -> Iterator[None]:
     """Context with PyTorch's settings for a stage.
 
     One with `deterministic` computes the same bits each time; an operation that can't fails. One in float32 computes
-    in float32: cuDNN's convolutions, the patch embedding, use no TF32 in it.
+    in float32: cuDNN's convolutions, the patch embedding, use no TF32 in it. One whose `trainer_args` have `tf32`
+    gets what these say, and the next one does not: TrainingArguments would set it once for the whole process.
     """
     before, narrows = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
-    if stage.precision == "float32":  # torch narrows no product of matrices by itself, but a GPU's convolutions
+    others, tf32 = _BACKENDS.fp32_precision, stage.trainer_args.get("tf32")
+    # torch narrows no product of matrices by itself, but a GPU's convolutions
+    if stage.precision == "float32" or tf32 is False:
         torch.backends.cudnn.allow_tf32 = False
+    if tf32 is not None:
+        _BACKENDS.fp32_precision = "tf32" if tf32 else "ieee"
     if stage.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        _BACKENDS.fp32_precision = others
         torch.backends.cudnn.allow_tf32 = narrows
 
 

@@ -22,7 +22,7 @@ from torch.nn.attention import (
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.packed_llama_llava_llama31 import varlen_fault
-from llava_llama31.trainer.distributed.devices import is_first_process
+from llava_llama31.trainer.distributed.devices import is_first_process, leave_out_cudnn_attention
 
 
 logger = logging.getLogger(__name__)
@@ -44,11 +44,17 @@ def installed_implementations(device: torch.device) -> list[str]:
 
 @contextmanager
 def faster_attention(device: torch.device) -> Iterator[None]:
-    """Context with the best installed implementation, or the one that the user has activated already."""
+    """Context with the best installed implementation, or the one that the user has activated already.
+
+    Without cuDNN's, whose gradients are wrong on some GPUs.
+    """
     active = None if current_flash_attention_impl() is not None else _activated(device)
+    by_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    leave_out_cudnn_attention()
     try:
         yield
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(by_cudnn)
         if active is not None and current_flash_attention_impl() == active:
             restore_flash_attention_impl()
 

@@ -18,8 +18,9 @@ from llava_llama31.trainer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# rows of a trial, and how far a result may be off as a share of its largest number: bfloat16 rounds to a 256th
-_TRIAL_ROWS, _TOLERANCE = 48, 2**-5
+# rows of the trials, the second so many that a sum over them is split as in a step, and how far a result may be off as
+# a share of its largest number: bfloat16 rounds to a 256th
+_TRIAL_ROWS, _TOLERANCE = (48, 3001), 2**-5
 
 
 def fuse_layers(model: LlavaLlama31ForConditionalGeneration, device: torch.device, *, remakes: bool = False) -> None:
@@ -61,43 +62,62 @@ def fused_fault(
 ) -> str | None:
     """Why compiled arithmetic can't be used on this device; None: it can. Waits for the device.
 
-    Every function is compiled and compared with its plain form.
+    Every function is compiled and compared with its plain form, for two numbers of rows: from the second on the code
+    is that for any number, which a stage runs.
 
     Args:
         compiled: default: torch.compile.
     """
     fused = Arithmetic(*map(compiled or torch.compile, PLAIN))
+    for num_rows in _TRIAL_ROWS:
+        for name, arguments in _trials(language_model, device, num_rows).items():
+            fault = _differs(name, getattr(fused, name), getattr(PLAIN, name), arguments)
+            if fault is not None:
+                return fault
+    return None
+
+
+def _trials(language_model: LlavaLlama31TextModel, device: torch.device, num_rows: int) -> dict[str, tuple[Any, ...]]:
+    """Arguments for each of the functions, in the types of a step: weights and sums of layers may be wider."""
     config = language_model.config
     size = config.head_dim or config.hidden_size // config.num_attention_heads
     generator = torch.Generator().manual_seed(0)
+    exact = language_model.norm.weight.dtype
 
-    def drawn(*shape: int) -> torch.Tensor:
-        return torch.randn(1, _TRIAL_ROWS, *shape, generator=generator).to(device, torch.bfloat16)
+    def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(1, num_rows, *shape, generator=generator).to(device, dtype)
 
-    x, added, grad = (drawn(config.hidden_size) for _ in range(3))
+    x, passed = (drawn(config.hidden_size, dtype=exact) for _ in range(2))
+    grad, added = (drawn(config.hidden_size) for _ in range(2))
     gate, up, product = (drawn(config.intermediate_size) for _ in range(3))
     heads, cos, sin = drawn(config.num_attention_heads, size), drawn(size), drawn(size)
-    weight, eps = drawn(config.hidden_size)[0, 0].clone(), config.rms_norm_eps
+    weight, eps, narrow = drawn(config.hidden_size, dtype=exact)[0, 0].clone(), config.rms_norm_eps, torch.bfloat16
     with torch.no_grad():
-        scale = PLAIN.norm(x, weight, eps, x.dtype)[1]
-        trials: dict[str, tuple[Any, ...]] = {
-            "norm": (x, weight, eps, x.dtype),
-            "sum_norm": (x, added, weight, eps, x.dtype),
-            "norm_again": (x, weight, scale, x.dtype),
-            "norm_gradient": (grad, added, x, weight, scale, True),
-            "rotate": (heads, cos, sin),
-            "rotate_back": (heads, cos, sin),
-            "gated": (gate, up),
-            "gated_gradient": (product, gate, up),
-        }
-        for name, arguments in trials.items():
-            try:
-                mine, wanted = getattr(fused, name)(*arguments), getattr(PLAIN, name)(*arguments)
-            except Exception as error:  # compilers and drivers raise what they like, and the stage can do without
-                return f"torch.compile does not work here: {str(error).strip().partition(chr(10))[0]}"
-            pairs = zip(mine, wanted, strict=True) if isinstance(mine, tuple) else [(mine, wanted)]
-            for one, other in pairs:
-                off = ((one.float() - other.float()).abs().max() / other.float().abs().max()).item()
-                if not off <= _TOLERANCE:  # NaN neither
-                    return f"compiled {name} is off by {off:.2g} of the largest number"
+        scale = PLAIN.norm(x, weight, eps, narrow)[1]
+    return {
+        "norm": (x, weight, eps, narrow),
+        "sum_norm": (x, added, weight, eps, narrow),
+        "norm_again": (x, weight, scale, narrow),
+        "norm_gradient": (grad, passed, x, weight, scale, True),
+        "rotate": (heads, cos, sin),
+        "rotate_back": (heads, cos, sin),
+        "gated": (gate, up),
+        "gated_gradient": (product, gate, up),
+    }
+
+
+@torch.no_grad()
+def _differs(
+    name: str, fused: Callable[..., Any], plain: Callable[..., Any], arguments: tuple[Any, ...]
+) -> str | None:
+    """How a compiled function fails, or is off from the plain one."""
+    try:
+        mine, wanted = fused(*arguments), plain(*arguments)
+    except Exception as error:  # compilers and drivers raise what they like, and the stage can do without
+        return f"torch.compile does not work here: {str(error).strip().partition(chr(10))[0]}"
+    pairs = zip(mine, wanted, strict=True) if isinstance(mine, tuple) else [(mine, wanted)]
+    for one, other in pairs:
+        off = ((one.float() - other.float()).abs().max() / other.float().abs().max()).item()
+        if not off <= _TOLERANCE:  # NaN neither
+            return f"compiled {name} is off by {off:.2g} of the largest number"
     return None

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
-from llava_llama31.trainer.distributed.devices import default_device
+from llava_llama31.trainer.distributed.devices import default_device, leave_out_cudnn_attention
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.locating import hub_id, local_checkpoint
 from llava_llama31.trainer.terminal import without_bars
@@ -35,6 +35,7 @@ def open_model(
         UserError: there is no such model, it is not a LlavaNext, or it lacks weights.
     """
     device = device or default_device()
+    leave_out_cudnn_attention()
     if not Path(folder, ADAPTER_CONFIG).is_file():
         model = _load_whole(folder, dtype)
         processor_folder = Path(folder)

@@ -1,6 +1,5 @@
 """A recipe from its parts to an evaluated, exported model: every stage in turn, resumed where it stopped."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,12 @@ from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.distributed.devices import refuse_unused_gpus, uses_cpu
 from llava_llama31.trainer.distributed.engine import as_launched, forget_deepspeed
+from llava_llama31.trainer.distributed.rank import is_launched
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.fault_tolerance.peers import launched_processes
 from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.fault_tolerance.watchdog import start_fork_server
+from llava_llama31.trainer.model.device_options import prepare_cublas
 from llava_llama31.trainer.model.locating import local_checkpoint
 from llava_llama31.trainer.publishing.publish_run import publish_run
 from llava_llama31.trainer.publishing.pusher import pushing
@@ -51,8 +52,9 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) 
         EndedElsewhere: another process of the run failed first.
     """
     refuse_unused_gpus()
-    if not uses_cpu() and torch.accelerator.device_count() > 1 and "RANK" not in os.environ:
-        raise UserError(
+    prepare_cublas(recipe.stages.values())
+    if not uses_cpu() and torch.accelerator.device_count() > 1 and not is_launched(cpu=False):
+        raise UserError(  # Transformers would share each micro-batch among them
             f"{torch.accelerator.device_count()} GPUs are visible to one process",
             fix="add --devices N, start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES",
         )

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from llava_llama31.processing import IGNORE_INDEX
 from llava_llama31.trainer.costs.flops import ModelShape, Work, needed_flops
 from llava_llama31.trainer.costs.matrix_peak import measure_beside_other_work, measure_matrix_peak
-from llava_llama31.trainer.distributed.devices import forget_peak, peak_allocated
+from llava_llama31.trainer.distributed.devices import forget_peak, peak_allocated, widest_float
 
 
 _GIB = 2**30
@@ -111,7 +111,7 @@ class Meter:
         sums, num_devices = self._sums, 1
         if dist.is_available() and dist.is_initialized():
             num_devices = dist.get_world_size()
-            sums = sums.to(self.device)
+            sums = sums.to(self.device, widest_float(self.device))
             dist.all_reduce(sums)
         needed, hardware, positions, padding, waited = sums.tolist()
         peak = matrix_peak(self.dtype, self.device) * num_devices

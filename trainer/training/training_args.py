@@ -196,7 +196,8 @@ def training_arguments(
             label_names=["labels"],
             logging_nan_inf_filter=False,
             use_cpu=uses_cpu(),
-            **{"disable_tqdm": True, "ddp_find_unused_parameters": False, **stage.trainer_args},
+            # `tf32` is for `numerical_settings`
+            **{"disable_tqdm": True, "ddp_find_unused_parameters": False, **stage.trainer_args, "tf32": None},
         )
     except (TypeError, ValueError) as error:
         fix = "see Transformers' TrainingArguments"

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from llava_llama31.trainer.data.batches.dataset import StageDataset
+from llava_llama31.trainer.distributed.devices import widest_float
 from llava_llama31.trainer.errors import Unhealthy
 from llava_llama31.trainer.training.batch_loading import BatchLoader, num_supervised
 
@@ -32,7 +33,7 @@ def validation_loss(
         count = num_supervised(batch)
         totals += torch.tensor([loss_of(batch), count], dtype=torch.float64)
     if loader.args.world_size > 1:
-        totals = totals.to(loader.args.device)
+        totals = totals.to(loader.args.device, widest_float(loader.args.device))
         dist.all_reduce(totals)
     model.train(was_training)
     return (totals[0] / totals[1]).item()

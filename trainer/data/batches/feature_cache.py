@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 _RECORD = struct.Struct("<16sQIIII")  # image, offset, tiles, height, width, checksum of these and of the features
 _PACKAGES = ("numpy", "pillow", "torch", "transformers")
+# whose products and convolutions of float32 numbers may be narrower; their types don't declare it
+_BACKENDS: Any = torch.backends
+_PRODUCTS = (_BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv, _BACKENDS.mkldnn.matmul)
 
 
 class Entry(NamedTuple):
@@ -206,7 +209,8 @@ def cache_key(
         config.vision_feature_select_strategy,
         processor.image_processor.to_json_string(),
         device_name(device),
-        [str(pixel_dtype), autocast, torch.get_float32_matmul_precision()],
+        # not get_float32_matmul_precision(), which fails where tf32 was set by its new name
+        [str(pixel_dtype), autocast, *(part.fp32_precision for part in _PRODUCTS)],
         [version(package) for package in _PACKAGES],
     ]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
