@@ -135,16 +135,37 @@ def test_relaxed_accuracy(prediction, answer, pix2struct, paper):
     assert relaxed_accuracy(prediction, [answer]) == pix2struct
     assert relaxed_accuracy(prediction, [answer], "paper") == paper
     assert relaxed_accuracy(prediction, ["?", answer], "paper") == paper
-    assert [relaxed_accuracy(prediction, [answer], name) for name in ("vlmevalkit", "lmms-eval")] == [pix2struct] * 2
+    assert [relaxed_accuracy(prediction, [answer], name) for name in ("vlmevalkit-2025", "lmms-eval")] == [pix2struct] * 2
+    # it passed the two texts in the wrong order
+    assert relaxed_accuracy(prediction, [answer], "vlmevalkit") == relaxed_accuracy(answer, [prediction])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "until_2025", "since"),
+    [
+        ("19", ["20"], 0, 1),  # answers of VILA-1.5-13B to ChartQA
+        ("10.4", ["10.94"], 0, 1),
+        ("50.18", ["47.68"], 1, 0),
+        ("0", ["0.0"], 0, 0),
+        ("0.0", ["0"], 0, 0),
+        ("0%", ["0"], 0, 0),
+        ("100", ["1", "105"], 1, 1),
+        ("blue ", ["blue"], 1, 1),
+        ("blue", ["blue "], 0, 0),
+    ],
+)
+def test_vlmevalkit_took_five_percent_of_the_prediction_until_september_2025(prediction, answers, until_2025, since):
+    assert relaxed_accuracy(prediction, answers, "vlmevalkit") == until_2025
+    assert relaxed_accuracy(prediction, answers, "vlmevalkit-2025") == since
 
 
 @pytest.mark.parametrize(
     ("prediction", "answer", "equal_under"),
     [
-        ("Blue\n", "blue", ["pix2struct", "vlmevalkit", "paper"]),
+        ("Blue\n", "blue", ["pix2struct", "vlmevalkit", "vlmevalkit-2025", "paper"]),
         ("blue", "blue ", ["pix2struct", "paper"]),
         ("blue ", "blue ", ["pix2struct", "lmms-eval", "paper"]),
-        (" 14\n", "14 ", ["pix2struct", "vlmevalkit", "lmms-eval", "paper"]),  # Python's numbers have none
+        (" 14\n", "14 ", list(numbers.PROTOCOLS)),  # Python's numbers have none
     ],
 )
 def test_white_space_around_relaxed_answers(prediction, answer, equal_under):
