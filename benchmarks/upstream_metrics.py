@@ -10,6 +10,7 @@ import argparse
 import ast
 import random
 import re
+import statistics
 import string
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
 from llava_llama31.trainer.evaluation.metrics.open_answers import open_match
 from llava_llama31.trainer.evaluation.metrics.text import anls, contains_answer, exact_match
 from llava_llama31.trainer.evaluation.metrics.yes_no import yes_or_no
+from llava_llama31.trainer.evaluation.vqa_accuracy import vqa_accuracy
 
 
 WORDS = [
@@ -49,20 +51,43 @@ WORDS += ["DNA", "C.1", "is ", "the answer is", "=", "2.4e1", "24", "1,024", "we
 FORMULA = "HME100k"
 
 
-def functions(path: Path, *names: str) -> dict[str, Any]:
-    """Functions of a Python file by name, with nothing around them."""
+def functions(path: Path, *names: str, **used: Any) -> dict[str, Any]:
+    """Functions and classes of a Python file by name, with nothing around them but what they use."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    wanted = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
+    wanted = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in names]
     missing = set(names) - {node.name for node in wanted}
     if missing:
-        sys.exit(f"{path} has no function {', '.join(sorted(missing))}")
+        sys.exit(f"{path} has no function or class {', '.join(sorted(missing))}")
     for node in wanted:
         node.decorator_list = []  # they register a metric
     # where MMMU's rule finds no letter it draws one; here such an answer chooses none
     draw = SimpleNamespace(choice=lambda letters: "")
-    space: dict[str, Any] = {"re": re, "string": string, "Optional": Optional, "np": np, "random": draw}
+    space: dict[str, Any] = {"re": re, "string": string, "Optional": Optional, "np": np, "random": draw, **used}
     exec(compile(ast.Module(body=list(wanted), type_ignores=[]), str(path), "exec"), space)
     return space
+
+
+def vqa_pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., float]]]:
+    """VQA accuracy of each task that has it, of ten annotators; VQAv2 is compared by another rule than the others."""
+    processor = functions(root / "tasks/_task_utils/vqa_eval_metric.py", "EvalAIAnswerProcessor")["EvalAIAnswerProcessor"]
+    used = {"EvalAIAnswerProcessor": processor, "statistics": statistics}
+
+    def ten(answers: list[str]) -> list[str]:
+        return (answers * 10)[:10]
+
+    def pair(task: str, rule: str) -> tuple[Callable[..., float], Callable[..., float]]:
+        score = functions(root / f"tasks/{task}/utils.py", f"{task}_process_results", **used)[f"{task}_process_results"]
+
+        def theirs(prediction: str, answers: list[str]) -> float:
+            given: list[Any] = ten(answers)
+            if task == "vqav2":
+                given = [{"answer": answer, "answer_id": number} for number, answer in enumerate(given)]
+            return float(score({"question_id": 0, "answers": given}, [prediction])["exact_match"])
+
+        return theirs, lambda prediction, answers: vqa_accuracy(prediction, ten(answers), rule)
+
+    rules = {"textvqa": "m4c", "vizwiz_vqa": "m4c", "vqav2": "vlmevalkit-2024"}
+    return {f"VQA accuracy, {task}": pair(task, rule) for task, rule in rules.items()}
 
 
 def pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., float]]]:
@@ -92,7 +117,7 @@ def pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., flo
     def ocr_doc(answers: list[str], dataset: str) -> dict[str, Any]:
         return {"answer": answers, "dataset": dataset, "question_type": ""}
 
-    return {
+    return vqa_pairs(root) | {
         "ANLS": (lambda p, a: text["anls"](a, [p])["anls"], lambda p, a: anls(p, a, "lmms-eval")),
         "relaxed accuracy": (
             lambda p, a: float(chart["relaxed_correctness"](p, a[0])),

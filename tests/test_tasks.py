@@ -478,6 +478,23 @@ def test_hallusionbench_counts_figures_and_questions(tmp_path, capsys):
     assert result["metrics"] == pytest.approx({"aAcc": 500 / 6, "fAcc": 200 / 3, "qAcc": 50})
 
 
+@pytest.mark.parametrize(("name", "protocol", "value"), [("vqav2", "vlmevalkit-2024", 50), ("textvqa", "m4c", 100)])
+def test_samples_of_lmms_eval_are_scored_by_its_rule_of_the_task(tmp_path, capsys, name, protocol, value):
+    """Its VQAv2 does not set `'s` apart and turns `a,b` into `b`, where TextVQA's rule makes `ab`."""
+    rows = [
+        {
+            "doc": {"question_id": i, "question": "What is it?", "image_id": i, "answers": [gold] * 10},
+            "filtered_resps": [said],
+        }
+        for i, (said, gold) in enumerate([("Red.", "red"), ("a,b", "ab")])
+    ]
+    if name == "vqav2":
+        for row in rows:
+            row["doc"]["answers"] = [{"answer": text, "answer_id": i} for i, text in enumerate(row["doc"]["answers"])]
+    result = score(capsys, write_lines(tmp_path / f"{name}.jsonl", rows), "--task", name)
+    assert (result["protocol"], result["metrics"]["accuracy"]) == (protocol, value)
+
+
 # --- layouts of answers
 
 ROWS = [
