@@ -69,14 +69,18 @@ def functions(path: Path, *names: str, **used: Any) -> dict[str, Any]:
 
 def vqa_pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., float]]]:
     """VQA accuracy of each task that has it, of ten annotators; VQAv2 is compared by another rule than the others."""
-    processor = functions(root / "tasks/_task_utils/vqa_eval_metric.py", "EvalAIAnswerProcessor")["EvalAIAnswerProcessor"]
+    processor = functions(root / "tasks/_task_utils/vqa_eval_metric.py", "EvalAIAnswerProcessor")[
+        "EvalAIAnswerProcessor"
+    ]
     used = {"EvalAIAnswerProcessor": processor, "statistics": statistics}
 
     def ten(answers: list[str]) -> list[str]:
         return (answers * 10)[:10]
 
     def pair(task: str, rule: str) -> tuple[Callable[..., float], Callable[..., float]]:
-        score = functions(root / f"tasks/{task}/utils.py", f"{task}_process_results", **used)[f"{task}_process_results"]
+        score = functions(root / f"tasks/{task}/utils.py", f"{task}_process_results", **used)[
+            f"{task}_process_results"
+        ]
 
         def theirs(prediction: str, answers: list[str]) -> float:
             given: list[Any] = ten(answers)

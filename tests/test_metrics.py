@@ -135,7 +135,9 @@ def test_relaxed_accuracy(prediction, answer, pix2struct, paper):
     assert relaxed_accuracy(prediction, [answer]) == pix2struct
     assert relaxed_accuracy(prediction, [answer], "paper") == paper
     assert relaxed_accuracy(prediction, ["?", answer], "paper") == paper
-    assert [relaxed_accuracy(prediction, [answer], name) for name in ("vlmevalkit-2025", "lmms-eval")] == [pix2struct] * 2
+    assert [relaxed_accuracy(prediction, [answer], name) for name in ("vlmevalkit-2025", "lmms-eval")] == [
+        pix2struct
+    ] * 2
     # it passed the two texts in the wrong order
     assert relaxed_accuracy(prediction, [answer], "vlmevalkit") == relaxed_accuracy(answer, [prediction])
 

@@ -1,6 +1,7 @@
 """Tasks: every shipped one is sound, and answers in every layout score what the same answers score in any other."""
 
 import csv
+import datetime
 import json
 import math
 import os
@@ -397,6 +398,70 @@ def test_letters_and_option_texts(tmp_path, capsys):
     texts = [row | {"answer": "blue"} for row in CHOICES]
     assert main(["score", write_xlsx(tmp_path / "t.xlsx", texts), "--task", "mmstar"]) == 2
     assert "answer is 'blue', and 5 of 5 are not a letter" in capsys.readouterr().err
+
+
+def test_mmmu_counts_the_validation_questions_of_vlmevalkits_two_splits(tmp_path, capsys):
+    rows = [row | {"split": "validation" if i else "dev"} for i, row in enumerate(CHOICES[:3])]
+    result = score(capsys, write_xlsx(tmp_path / "m_MMMU_DEV_VAL.xlsx", rows), "--task", "mmmu")
+    assert (result["num_questions"], result["left_out"], result["missing"]) == (2, 1, 0)
+    assert result["metrics"]["accuracy"] == 50
+
+
+def test_a_part_of_a_file_that_holds_its_questions_is_not_taken_for_the_whole(tmp_path, capsys):
+    result = score(capsys, write_xlsx(tmp_path / "m.xlsx", CHOICES[:3]), "--task", "mmstar")
+    assert "the file has 3 of mmstar's 1,500 questions; those it lacks are not counted as missing" in result["note"]
+
+
+@pytest.mark.parametrize("name", ["chartqa", "docvqa", "gqa", "ocrbench", "pope", "textvqa"])
+def test_multiple_choice_rows_are_not_scored_as_texts(tmp_path, capsys, name):
+    assert main(["score", write_xlsx(tmp_path / "m_MMStar.xlsx", CHOICES), "--task", name]) == 2
+    assert f"the rows have options A, B, and questions of {name} have none" in capsys.readouterr().err
+
+
+def test_questions_outside_the_categories_that_a_figure_adds_are_refused(tmp_path, capsys):
+    """They counted for nothing: perception was 0."""
+    rows = [
+        {"index": i, "image_path": f"{i // 2}.jpg", "question": f"Is {i}?", "answer": "Yes", "prediction": "Yes"}
+        for i in range(4)
+    ]
+    for name, category, message in [
+        (
+            "mme",
+            "random",
+            "question 0 is of category 'random', and mme's perception by llava needs one of existence, ",
+        ),
+        ("mme", None, "question 0 is of category 'none'"),
+        ("pope", None, "question 0 is of category 'none', and pope's f1 by llava needs a category"),
+    ]:
+        path = write_lines(tmp_path / "c.jsonl", [row | ({"category": category} if category else {}) for row in rows])
+        assert main(["score", path, "--task", name]) == 2
+        assert message in capsys.readouterr().err
+    path = write_lines(tmp_path / "c.jsonl", [row | {"category": "OCR"} for row in rows])
+    result = score(capsys, path, "--task", "mme")
+    assert result["metrics"]["perception"] == 200
+    assert "no question is of existence, count" in result["note"] and "so the sums lack them" in result["note"]
+
+
+def test_nan_in_json_is_an_empty_cell(tmp_path, capsys):
+    """Pandas writes it so; as a text it is a part of `banana`."""
+    rows = [row | {"C": math.nan, "D": math.nan, "category": math.nan} for row in CHOICES]
+    rows[0] |= {"answer": "A", "A": "a banana", "prediction": "banana, or rather a banana"}
+    result = score(capsys, write_lines(tmp_path / "n.jsonl", rows[:1]), "--task", "mmstar")
+    assert result["metrics"]["accuracy"] == 100 and "nan" not in result["groups"]
+    assert (
+        main(["score", write_lines(tmp_path / "n.jsonl", [rows[0] | {"answer": math.nan}]), "--task", "mmstar"]) == 2
+    )
+    assert "answer is None (fix: give the annotated answer" in capsys.readouterr().err
+
+
+def test_dates_are_not_scored_as_texts(tmp_path, capsys):
+    """Excel makes them of `3/4`."""
+    date = datetime.date(2026, 3, 4)
+    chart = {"index": 1, "question": "When?", "answer": date, "prediction": "3/4", "split": "test_human"}
+    said = chart | {"answer": "3/4", "prediction": date}
+    for row, name in [(chart, "chartqa"), (said, "chartqa"), (CHOICES[0] | {"B": date}, "mmstar")]:
+        assert main(["score", write_xlsx(tmp_path / "d.xlsx", [row]), "--task", name]) == 2
+        assert "is datetime.datetime(2026, 3, 4, 0, 0) (fix: give" in capsys.readouterr().err
 
 
 def test_open_questions_of_mmmu(tmp_path, capsys):

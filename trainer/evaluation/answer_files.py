@@ -158,7 +158,8 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
         UserError: it cannot be read, or is none that `read_answers` knows.
     """
     path = Path(path)
-    read = mme_results(path) if holds_mme_results(path) else any_rows(path, keyed=("question_id", "prediction"))
+    keyed = ("question_id", "prediction")
+    read = mme_results(path) if holds_mme_results(path) else any_rows(path, keyed=keyed, formulas=True)
     rows = _kept(list(read), reading, path)
     if not rows:
         raise UserError("no answers", where=str(path), fix="name a file with at least one answer")

@@ -2,14 +2,15 @@
 
 Definition: Methani et al., 2020 (PlotQA), as ChartQA (Masry et al., 2022, section 5.1) applies it. Evaluators:
 
-| protocol          | definition read from                                                                             |
-|-------------------|--------------------------------------------------------------------------------------------------|
-| `pix2struct`      | `pix2struct/metrics.py`, taken over by Qwen-VL; white space around both texts is removed         |
-| `vlmevalkit`      | VLMEvalKit's `vqa_eval.py` until September 2025, which passed the two texts in the wrong order:  |
-|                   | within 5 % of the prediction, and a prediction of 0 is a text                                    |
-| `vlmevalkit-2025` | the same file since its commit 677e30a5: as pix2struct, and the answer keeps its white space     |
-| `lmms-eval`       | lmms-eval's `tasks/chartqa/utils.py`: as pix2struct, and both texts keep their white space       |
-| `paper`           | as the definition says: a percent sign changes nothing on both sides, separators of thousands go |
+| protocol          | definition read from                                                                        |
+|-------------------|---------------------------------------------------------------------------------------------|
+| `pix2struct`      | `pix2struct/metrics.py`, taken over by Qwen-VL; white space around both texts is removed    |
+| `vlmevalkit`      | VLMEvalKit's `vqa_eval.py` until September 2025, which took the two texts in the wrong      |
+|                   | order: within 5 % of the prediction, and a prediction of 0 is a text                        |
+| `vlmevalkit-2025` | the same since its commit 677e30a5: as pix2struct, and the answer keeps its white space     |
+| `lmms-eval`       | lmms-eval's `tasks/chartqa/utils.py`: as pix2struct, and both texts keep their white space  |
+| `paper`           | as the definition says: a percent sign changes nothing on both sides, nor do separators of  |
+|                   | thousands                                                                                   |
 """
 
 import math
