@@ -52,18 +52,24 @@ FORMULA = "HME100k"
 
 
 def functions(path: Path, *names: str, **used: Any) -> dict[str, Any]:
-    """Functions and classes of a Python file by name, with nothing around them but what they use."""
+    """Functions, classes and values of a Python file by name, with nothing around them but what they use."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    wanted = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in names]
-    missing = set(names) - {node.name for node in wanted}
+    found: dict[str, ast.stmt] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            node.decorator_list = []  # they register a metric
+            found[node.name] = node
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = node
+    missing = set(names) - found.keys()
     if missing:
-        sys.exit(f"{path} has no function or class {', '.join(sorted(missing))}")
-    for node in wanted:
-        node.decorator_list = []  # they register a metric
+        sys.exit(f"{path} has no {', '.join(sorted(missing))}")
+    wanted = [found[name] for name in names]
     # where MMMU's rule finds no letter it draws one; here such an answer chooses none
     draw = SimpleNamespace(choice=lambda letters: "")
-    space: dict[str, Any] = {"re": re, "string": string, "Optional": Optional, "np": np, "random": draw, **used}
-    exec(compile(ast.Module(body=list(wanted), type_ignores=[]), str(path), "exec"), space)
+    space: dict[str, Any] = {"re": re, "string": string, "np": np, "random": draw, **used}
+    space |= {"Optional": Optional, "List": list}
+    exec(compile(ast.Module(body=wanted, type_ignores=[]), str(path), "exec"), space)
     return space
 
 
@@ -106,6 +112,9 @@ def pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., flo
     letters = functions(root / "tasks/_task_utils/mmmu_mcq_utils.py", "parse_mmmu_multi_choice_response")
     parsers = ("parse_open_response", "eval_open", "normalize_str", "check_is_number", "extract_numbers")
     openly = functions(root / "tasks/mmmu/utils.py", *parsers)
+    tables = ("_DEFAULT_CHOICES", "_ANSWER_PHRASES", "_FORMAT_PRIORITY")
+    extract = functions(root / "tasks/_task_utils/mcq_extract.py", *tables, "extract_mcq_answer")["extract_mcq_answer"]
+    ai2d = functions(root / "tasks/ai2d/utils.py", "MultiChoiceRegexFilter", ExtendedRegexFilter=object)
     options = dict(zip("ABCD", ["red", "blue", "hello", "10"], strict=True))
     doc = {"choices": list(options.values()), "answer": 1}
 
@@ -143,6 +152,14 @@ def pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., flo
         "SEED-Bench": (
             lambda p, a: seed["seed_process_result"](seed_doc, [p])["seed_all"]["pred"].lower() == "b",
             lambda p, a: chosen_letter(p, options, "first-letter") == "B",
+        ),
+        "MMStar and RealWorldQA": (
+            lambda p, a: extract(p, choices=list(options)) == "B",
+            lambda p, a: chosen_letter(p, options, "lmms-eval-2026") == "B",
+        ),
+        "AI2D": (
+            lambda p, a: by_exact_match(ai2d["MultiChoiceRegexFilter"]().apply([[p]], [{}])[0], "B"),
+            lambda p, a: float(chosen_letter(p, options, "lmms-eval-ai2d") == "B"),
         ),
         "MMMU": (
             lambda p, a: letters["parse_mmmu_multi_choice_response"](p, list(options), options) == "B",

@@ -393,7 +393,7 @@ def test_letters_and_option_texts(tmp_path, capsys):
     result = score(capsys, tmp_path / "m_MMStar.xlsx", "--task", "mmstar", "--protocol", "letter", code=3)
     assert result["protocol"] == "letter" and result["metrics"]["accuracy"] == 25
     assert main(["score", str(tmp_path / "m_MMStar.xlsx"), "--task", "mmstar", "--protocol", "x"]) == 2
-    fix = "one of vlmevalkit, letter, vlmevalkit-2025, vlmevalkit-2026"
+    fix = "one of vlmevalkit, letter, vlmevalkit-2025, vlmevalkit-2026, lmms-eval, lmms-eval-2026"
     assert f"mmstar has no protocol 'x' (fix: {fix})" in capsys.readouterr().err
     texts = [row | {"answer": "blue"} for row in CHOICES]
     assert main(["score", write_xlsx(tmp_path / "t.xlsx", texts), "--task", "mmstar"]) == 2
@@ -440,6 +440,27 @@ def test_questions_outside_the_categories_that_a_figure_adds_are_refused(tmp_pat
     result = score(capsys, path, "--task", "mme")
     assert result["metrics"]["perception"] == 200
     assert "no question is of existence, count" in result["note"] and "so the sums lack them" in result["note"]
+
+
+def test_lmms_eval_averages_the_finer_categories_of_mmstar(tmp_path, capsys):
+    question = {"question": "Which?\nA: red, B: blue", "answer": "B"}
+    rows = [
+        {"doc": question | {"index": i, "category": "math", "l2_category": finer}, "filtered_resps": [said]}
+        for i, (finer, said) in enumerate(
+            [("geometry", "B"), ("geometry", "b) blue"), ("geometry", "A"), ("recognition", "B")]
+        )
+    ]
+    result = score(capsys, write_lines(tmp_path / "s.jsonl", rows), "--task", "mmstar")
+    assert result["protocol"] == "lmms-eval" and result["metrics"]["accuracy"] == pytest.approx((200 / 3 + 100) / 2)
+    assert result["protocols"]["lmms-eval-2026"]["metrics"]["accuracy"] == pytest.approx((100 / 3 + 100) / 2)
+    assert result["protocols"]["letter"]["metrics"]["accuracy"] == 50
+    for row in rows:
+        del row["doc"]["l2_category"]
+    result = score(capsys, write_lines(tmp_path / "s.jsonl", rows), "--task", "mmstar")
+    assert (
+        result["metrics"]["accuracy"] == 75
+        and "no question is of a category that lmms-eval averages" in result["note"]
+    )
 
 
 def test_nan_in_json_is_an_empty_cell(tmp_path, capsys):

@@ -108,9 +108,11 @@ def _size_note(task: Task, file: AnswerRows, questions: Sequence[Question]) -> s
 
 
 def _categories_note(task: Task, questions: Sequence[Question]) -> str:
-    """That a sum of categories lacks some."""
+    """That a sum of categories lacks some, or that there is none of those that are averaged."""
     there = {group for question in questions for group in question.groups}
-    for protocol in task.protocols.values():
+    for name, protocol in task.protocols.items():
+        if protocol.averaged and not there & set(protocol.averaged):
+            return f"no question is of a category that {name} averages, so its figure is that of all questions"
         if protocol.headline in protocol.sums:
             missing = [part for parts in protocol.sums.values() for part in parts if part not in there]
             return f"no question is of {', '.join(missing)}, so the sums lack them" if missing else ""

@@ -93,7 +93,8 @@ class Layout(_Frozen):
 class ProtocolOf(_Frozen):
     """How one evaluator scores the answers of a task.
 
-    `over: groups` averages the groups' scores; `weighted: groups` counts a question once for each of its groups.
+    `over: groups` averages the groups' scores, if `averaged` names some of these (of all questions if there is none of
+    them); `weighted: groups` counts a question once for each of its groups.
     """
 
     source: str
@@ -103,6 +104,7 @@ class ProtocolOf(_Frozen):
     called: str = "accuracy"
     headline: str
     over: Literal["questions", "groups"] = "questions"
+    averaged: list[str] = []
     weighted: Literal["questions", "groups"] = "questions"
     unclear: Literal["no", "left_out"] = "no"
     """What precision and recall make of an answer that says neither yes nor no."""

@@ -112,7 +112,8 @@ def _refuse_without_category(task: Task, questions: Sequence[Question], where: s
             if protocol.headline in protocol.sums
             else None
         )
-        if added is None and "groups" not in (protocol.over, protocol.weighted):
+        needs_any = "groups" in (protocol.over, protocol.weighted) and not protocol.averaged
+        if added is None and not needs_any:
             continue
         for question in questions:
             if not question.groups or (added is not None and not set(added) & set(question.groups)):
