@@ -748,6 +748,33 @@ def test_evalscopes_numbers_tell_questions_of_the_same_words_apart(own, capsys):
     assert "8 annotated questions could be meant" in capsys.readouterr().err
 
 
+def test_columns_lead_into_rows_as_servers_log_them(own, capsys):
+    folder, arguments = own
+
+    def logged(said):
+        return {"status_code": 200, "body": {"choices": [{"message": {"role": "assistant", "content": said}}]}}
+
+    rows = [{"custom_id": row["id"], "response": logged(said)} for row, said in zip(ROWS, SAID, strict=True)]
+    columns = ["--columns", "id=custom_id,answer=response.body.choices.0.message.content"]
+    path = write_lines(folder / "batch.jsonl", rows)
+    assert score(capsys, path, *arguments, *columns)["metrics"] == {"accuracy": 75.0}
+    rows[3]["response"] = {"status_code": 500, "body": {"error": "?"}}
+    assert main(["score", write_lines(folder / "batch.jsonl", rows), *arguments, *columns]) == 2
+    assert "batch.jsonl:4: no response.body.choices.0.message.content: the row has" in capsys.readouterr().err
+    rows[3]["response"] = logged(None)
+    result = score(capsys, write_lines(folder / "batch.jsonl", rows), *arguments, *columns, code=3)
+    assert result["failed_ids"] == {"q3": "no answer"}
+
+
+def test_samples_of_a_benchmark_that_lmms_eval_scores_otherwise_say_so(tmp_path, capsys):
+    doc = {"question": "Is it?", "gt_answer": "1", "category": "VD", "subcategory": "chart", "visual_input": "1"}
+    rows = [
+        {"doc": doc | {"set_id": "0", "figure_id": "1", "question_id": i}, "filtered_resps": ["Yes"]} for i in "01"
+    ]
+    result = score(capsys, write_lines(tmp_path / "h.jsonl", rows), "--task", "hallusionbench")
+    assert "lmms-eval scores hallusionbench by a rule that is none of these protocols" in result["note"]
+
+
 def test_rows_without_ids_and_images_are_taken_by_place_if_each_asks_what_is_asked_there(own, capsys):
     """POPE's own answers: a question and an answer a row, in the order of the labels, most questions several times."""
     folder, arguments = own

@@ -15,7 +15,13 @@ from llava_llama31.trainer.evaluation.answer_matching import (
     refuse_questions,
 )
 from llava_llama31.trainer.evaluation.questions import Question
-from llava_llama31.trainer.evaluation.row_files import Row, any_rows, holds_mme_results, mme_results
+from llava_llama31.trainer.evaluation.row_files import (
+    Row,
+    any_rows,
+    holds_mme_results,
+    mme_results,
+    value_at,
+)
 from llava_llama31.trainer.evaluation.vqa_accuracy import is_normalized
 
 
@@ -50,6 +56,7 @@ WORDS_FIELDS = ("prediction", "response", "pred_answer", "pred", "text")
 _ASKED_FIELDS, _IMAGE_FIELDS = ("question", "prompt"), ("image_id", "image", "image_path")
 _MME_FIELDS = {"category", "image", "question", "answer", "prediction"}
 _PARTS = ("id", "answer", "question", "image")
+_ABSENT = object()
 # rows of servers' files, which hold no annotated answers; the last is DocVQA's
 _ID_AND_ANSWER, _IMAGE_AND_ANSWER, _DOCVQA = {"question_id", "answer"}, {"image", "answer"}, {"questionId", "answer"}
 
@@ -94,7 +101,7 @@ class Reading:
     """What the user says about an answer file.
 
     Args:
-        columns: id, answer, question or image -> the field of the rows that has it.
+        columns: id, answer, question or image -> the field of the rows that has it, or the way into them.
         where: field -> the value that rows have to have to be read.
     """
 
@@ -267,13 +274,14 @@ def _called(reading: Reading) -> str:
 
 def _by_columns(row: dict[str, Any], where: str, reading: Reading, empty: str | None) -> Answer:
     columns = reading.columns
-    lacking = [name for name in columns.values() if name not in row]
+    said = {part: value_at(row, name, _ABSENT) for part, name in columns.items()}
+    lacking = [name for part, name in columns.items() if said[part] is _ABSENT]
     if lacking:
         what = f"no {', '.join(lacking)}: the row has {', '.join(map(str, row)) or 'nothing'}"
         raise UserError(what, where=where, fix="name fields of the rows in --columns")
-    words = _words(row[columns["answer"]], where, empty)
-    question_id = _id(row[columns["id"]], where) if "id" in columns else None
-    asked, image = (str(row[columns[part]]) if part in columns else None for part in ("question", "image"))
+    words = _words(said["answer"], where, empty)
+    question_id = _id(said["id"], where) if "id" in columns else None
+    asked, image = (str(said[part]) if part in columns else None for part in ("question", "image"))
     return Answer(where, question_id, words, asked=asked, image=image)
 
 

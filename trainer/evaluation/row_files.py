@@ -138,6 +138,21 @@ def _headless_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             yield where, _named(list(columns), line.rstrip("\r\n").split("\t"), where)
 
 
+def value_at(row: Mapping[str, Any], name: str, absent: Any = None) -> Any:
+    """What a field, or a way into the row (`choices.0.message`), says; `absent` where there is none."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return absent
+    return value
+
+
 def holds_mme_results(path: Path) -> bool:
     """Whether a `.txt`, or the first of a folder, begins as MME's results do."""
     file = next(iter(_texts(path)), None) if path.is_dir() else path

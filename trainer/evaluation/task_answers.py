@@ -70,7 +70,7 @@ def read_task_answers(
     elif questions is not None and annotations is None and task.submission is not None:
         annotations, questions = questions, None  # those of a split whose answers are not public
     annotations = annotations or task.data
-    notes = [file.note]
+    notes = [file.note, _protocol_note(task, file)]
     if annotations is None and questions is None:
         annotated = load_task_questions(task, _held(task, file), with_images=False)
         pairs = zip(file.answers, annotated, strict=True)
@@ -95,6 +95,13 @@ def _labels_note(questions: Sequence[Question]) -> str:
         return ""
     first = f"question {wrong[0].question_id}: {wrong[0].answers[0]!r:.40}"
     return f"{len(wrong)} annotated answers are not the letter of an option, so no answer to them is right ({first})"
+
+
+def _protocol_note(task: Task, file: AnswerRows) -> str:
+    """That a benchmark's protocols have lmms-eval's not among them."""
+    named = [layout for protocol in task.protocols.values() for layout in protocol.layouts]
+    is_strange = file.layout == SAMPLES and task.dataset is not None and SAMPLES not in named
+    return f"lmms-eval scores {task.name} by a rule that is none of these protocols" if is_strange else ""
 
 
 def _size_note(task: Task, file: AnswerRows, questions: Sequence[Question]) -> str:

@@ -23,7 +23,7 @@ from llava_llama31.trainer.evaluation.questions import (
     python_list,
     shared_image,
 )
-from llava_llama31.trainer.evaluation.row_files import Row, any_rows
+from llava_llama31.trainer.evaluation.row_files import Row, any_rows, value_at
 from llava_llama31.trainer.evaluation.task_files import PER_QUESTION, Layout, Task
 from llava_llama31.trainer.recipes.data_formats import MAX_PIXELS
 
@@ -277,17 +277,7 @@ def _field(row: Mapping[str, Any], spec: str) -> Any:
     """What a field, a way into the row, or a text with fields in braces says; `{name:012}` pads a number."""
     if _PLACEHOLDER.search(spec):
         return _PLACEHOLDER.sub(lambda found: str(_field(row, found[1])).zfill(int(found[2] or 0)), spec)
-    if spec in row:
-        return _said(row[spec])
-    value: Any = row
-    for part in spec.split("."):
-        if isinstance(value, Mapping):
-            value = value.get(part)
-        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
-            value = value[int(part)]
-        else:
-            return None
-    return _said(value)
+    return _said(value_at(row, spec))
 
 
 def _said(value: Any) -> Any:
