@@ -201,6 +201,17 @@ def test_labels_of_another_revision_are_refused(pope, capsys):
     assert "1 of 42 answers are to questions that are not annotated" in error and "AoiDragon/POPE@e3e39262" in error
 
 
+def test_folders_of_other_files_are_named(pope, capsys):
+    folder, _, _ = pope
+    (folder / "other").mkdir()
+    (folder / "other" / "color.txt").write_text("a.jpg\tIs it red?\tYes\n")
+    answers = str(folder / "labels" / "answers.jsonl")
+    assert main(["score", answers, "--task", "pope", "--annotations", str(folder / "other")]) == 2
+    assert "other: no coco_pope_{category}.json and no parquet file there" in capsys.readouterr().err
+    assert main(["score", str(folder / "other"), "--task", "mme"]) == 2
+    assert "other: a folder of neither MME's results" in capsys.readouterr().err
+
+
 def test_prompts_of_other_questions_are_refused(pope, capsys):
     folder, answers, _ = pope
     answers[7] = answers[7] | {"prompt": "Is there a zebra in the image?"}
@@ -405,6 +416,13 @@ def test_mmmu_counts_the_validation_questions_of_vlmevalkits_two_splits(tmp_path
     result = score(capsys, write_xlsx(tmp_path / "m_MMMU_DEV_VAL.xlsx", rows), "--task", "mmmu")
     assert (result["num_questions"], result["left_out"], result["missing"]) == (2, 1, 0)
     assert result["metrics"]["accuracy"] == 50
+    assert main(["score", write_xlsx(tmp_path / "m.xlsx", rows[:1]), "--task", "mmmu"]) == 2
+    assert "all rows are of split dev, which mmmu leaves out" in capsys.readouterr().err
+    test = [{**row, "split": "test", "answer": "?"} for row in rows]
+    table = write_table(tmp_path / "MMMU_TEST.tsv", [{**row, "prediction": ""} for row in test])
+    answers = write_lines(tmp_path / "a.jsonl", [{"index": row["index"], "prediction": "A"} for row in test])
+    arguments = ["score", answers, "--task", "mmmu", "--annotations", table, "--submission", str(tmp_path / "s.json")]
+    assert main(arguments) == 0 and len(json.loads((tmp_path / "s.json").read_text())) == 3
 
 
 def test_a_part_of_a_file_that_holds_its_questions_is_not_taken_for_the_whole(tmp_path, capsys):

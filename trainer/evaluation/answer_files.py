@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from llava_llama31.trainer.data.sources.data_folders import parquet_folder
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.answer_matching import (
     NO_ANSWER,
@@ -165,6 +166,9 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
         UserError: it cannot be read, or is none that `read_answers` knows.
     """
     path = Path(path)
+    if path.is_dir() and not holds_mme_results(path) and not parquet_folder(path):
+        what = "a folder of neither MME's results (texts of image, question, answer and prediction) nor parquet files"
+        raise UserError(what, where=str(path), fix="name the file of answers")
     keyed = ("question_id", "prediction")
     read = mme_results(path) if holds_mme_results(path) else any_rows(path, keyed=keyed, formulas=True)
     rows = _kept(list(read), reading, path)

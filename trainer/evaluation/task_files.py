@@ -84,8 +84,8 @@ class Layout(_Frozen):
     separator: str | None = None
     """What parts several groups of one field."""
     metric: str | None = None
-    only: dict[str, str] = {}
-    """Field -> what it has to say for a question to count, in files that have the field."""
+    leave_out: dict[str, str] = {}
+    """Field -> what it says in rows that do not count, as those of another split."""
     size: int | None = None
     """Questions of a whole file, where answers come with their questions and a part could not be told from it."""
 

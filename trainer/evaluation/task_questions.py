@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from llava_llama31.trainer.data.sources.data_folders import parquet_folder
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.data.sources.remote_files import check_is_path
 from llava_llama31.trainer.errors import UserError
@@ -78,6 +79,11 @@ def load_task_questions(
         questions.append(question)
     if not questions:
         raise UserError("no questions", where=str(path), fix="name a file with at least one question")
+    if all(question.left_out for question in questions):
+        left_out = ", ".join(f"{name} {value}" for name, value in layout.leave_out.items())
+        raise UserError(
+            f"all rows are of {left_out}, which {task.name} leaves out", where=rows[0][0], fix="name another"
+        )
     _all_or_none_annotated(questions, str(path))
     _refuse_without_category(task, questions, rows[0][0])
     wrong = without_right_option(questions)
@@ -148,6 +154,10 @@ def _rows_of(task: Task, source: str | Path | Sequence[Row], with_images: bool) 
         named = _named_rows(path, layout) if layout.files else []
         if named:
             return layout, named
+    named_files = [layout.files for layout in task.layouts if layout.files]
+    if named_files and path.is_dir() and not parquet_folder(path):
+        what = f"no {' or '.join(named_files)} and no parquet file there"
+        raise UserError(what, where=str(path), fix=f"pass the annotations of {task.name}")
     # without an id the image names a question, and it may decide whether one is asked
     needed = {layout.image for layout in task.layouts if with_images or task.only_with_image or layout.id is None}
     unused = [layout.image for layout in task.layouts if layout.image is not None and layout.image not in needed]
@@ -266,7 +276,7 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
         options=options,
         context="" if context is None else str(context).strip(),
         groups=_groups(layout, row),
-        left_out=any(row.get(name, value) != value for name, value in layout.only.items()),
+        left_out=any(row.get(name) == value for name, value in layout.leave_out.items()),
         units=_units(task, question_id, image_id, row),
         metric=str(metric or ""),
         ocr_tokens=tuple(map(str, row["ocr_tokens"])) if isinstance(row.get("ocr_tokens"), list) else None,
