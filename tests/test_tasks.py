@@ -89,6 +89,18 @@ def test_a_shipped_task_says_what_it_is(name):
             "protocols: {own: {source: s, metric: function, rule: f, headline: accuracy}}",
             "rule has to be module:function",
         ),
+        (
+            "protocols: {own: {source: s, metric: exact, rule: verbatim, headline: f1}}",
+            "headline is 'f1'; there are accuracy",
+        ),
+        (
+            "protocols: {own: {source: s, metric: exact, rule: verbatim, summary: fields, headline: f1}}",
+            "summary fields is of metric fields, not exact",
+        ),
+        (
+            "protocols: {own: {source: s, metric: exact, rule: verbatim, summary: circular, headline: accuracy}}",
+            "summary circular of own needs units: circular",
+        ),
     ],
 )
 def test_a_bad_task_is_named(tmp_path, text, message):
@@ -423,6 +435,30 @@ def test_mmmu_counts_the_validation_questions_of_vlmevalkits_two_splits(tmp_path
     answers = write_lines(tmp_path / "a.jsonl", [{"index": row["index"], "prediction": "A"} for row in test])
     arguments = ["score", answers, "--task", "mmmu", "--annotations", table, "--submission", str(tmp_path / "s.json")]
     assert main(arguments) == 0 and len(json.loads((tmp_path / "s.json").read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"metric": "yes_no", "answer": "maybe"}, "answer is 'maybe', and the metric is yes_no (fix: give yes or no)"),
+        ({"metric": "yes_no", "answer": "['yes', 'no']"}, "answer is 'yes', 'no', and the metric is yes_no"),
+        (
+            {"metric": "fields", "answer": "total 9.50"},
+            "answer is 'total 9.50', and the metric is fields (fix: give one",
+        ),
+        ({"metric": "fields", "answer": '{"a": 1, "a": 2}'}, "and the metric is fields"),
+        ({"metric": "fields", "answer": "[1, 2]"}, "and the metric is fields"),
+        ({"metric": "contains", "answer": " "}, "answer is ' ': every answer contains an empty text"),
+        ({"metric": "choice", "answer": "B"}, "the metric is choice, and the question has no options (fix: give the"),
+    ],
+)
+def test_own_answers_that_a_metric_cannot_compare_are_refused(tmp_path, capsys, row, message):
+    """Some ended in a traceback after all questions were asked, others were always right or always wrong."""
+    rows = [{"image": "a.png", "question": "What?", **row}]
+    answers = write_lines(tmp_path / "a.jsonl", [{"id": "a.png#1", "response": "B"}])
+    assert main(["score", answers, "--task", write_table(tmp_path / "q.csv", rows, ",")]) == 2
+    error = capsys.readouterr().err
+    assert "q.csv:2: " in error and message in error and error.count("\n") == 1
 
 
 def test_a_part_of_a_file_that_holds_its_questions_is_not_taken_for_the_whole(tmp_path, capsys):

@@ -14,6 +14,7 @@ from llava_llama31.trainer.data.sources.data_folders import parquet_folder
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.data.sources.remote_files import check_is_path
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.annotated import check_annotated
 from llava_llama31.trainer.evaluation.metrics.choices import LETTERS, inline_options
 from llava_llama31.trainer.evaluation.questions import (
     LONGEST_IMAGE_INDEX,
@@ -71,6 +72,7 @@ def load_task_questions(
     holders = {str(row.get(layout.id or "")): row for _, row in rows}
     for where, row in rows if limit is None else rows[:limit]:
         question = _question(task, layout, row, where, numbers)
+        check_annotated(task, layout, question, where)
         only_once(str(question.question_id), layout.id or "question", where, seen)
         if with_images and question.image_id:
             shown = {"image": _image(layout, row, holders, where)}
