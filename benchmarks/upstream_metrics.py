@@ -100,55 +100,36 @@ def vqa_pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[...,
     return {f"VQA accuracy, {task}": pair(task, rule) for task, rule in rules.items()}
 
 
-def pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., float]]]:
-    """Metric -> (theirs, ours), each of (prediction, answers)."""
-    text = functions(root / "api/metrics.py", "levenshtein_distance", "anls", "exact_match_hf_evaluate")
-    chart = functions(root / "tasks/chartqa/utils.py", "relaxed_correctness")
-    mme = functions(root / "tasks/mme/utils.py", "parse_pred_ans")
-    science = functions(root / "tasks/scienceqa/utils.py", "sqa_doc_to_target", "sqa_process_results")
-    pope = functions(root / "tasks/pope/utils.py", "pope_process_results")
-    ocr = functions(root / "tasks/ocrbench/utils.py", "_fold_fullwidth_ascii", "ocrbench_process_results")
-    seed = functions(root / "tasks/seedbench/utils.py", "seed_process_result")
-    letters = functions(root / "tasks/_task_utils/mmmu_mcq_utils.py", "parse_mmmu_multi_choice_response")
-    parsers = ("parse_open_response", "eval_open", "normalize_str", "check_is_number", "extract_numbers")
-    openly = functions(root / "tasks/mmmu/utils.py", *parsers)
-    tables = ("_DEFAULT_CHOICES", "_ANSWER_PHRASES", "_FORMAT_PRIORITY")
-    extract = functions(root / "tasks/_task_utils/mcq_extract.py", *tables, "extract_mcq_answer")["extract_mcq_answer"]
-    ai2d = functions(root / "tasks/ai2d/utils.py", "MultiChoiceRegexFilter", ExtendedRegexFilter=object)
-    options = dict(zip("ABCD", ["red", "blue", "hello", "10"], strict=True))
-    doc = {"choices": list(options.values()), "answer": 1}
+def by_exact_match(root: Path) -> Callable[[str, str], float]:
+    """lmms-eval's `exact_match` as its tasks use it, of a prediction and an answer."""
+    text = functions(root / "api/metrics.py", "exact_match_hf_evaluate")
 
-    def pope_doc(answers: list[str]) -> dict[str, Any]:
-        return {"answer": "yes" if len(answers) % 2 else "no", "question_id": 0}
-
-    seed_doc = {"answer": "B", "data_type": "", "question_id": 0}
-
-    def by_exact_match(prediction: str, answer: str) -> float:
+    def score(prediction: str, answer: str) -> float:
         found = text["exact_match_hf_evaluate"]([prediction], [answer], ignore_case=True, ignore_punctuation=True)
         return float(found["exact_match"])
 
-    def ocr_doc(answers: list[str], dataset: str) -> dict[str, Any]:
-        return {"answer": answers, "dataset": dataset, "question_type": ""}
+    return score
 
-    return vqa_pairs(root) | {
-        "ANLS": (lambda p, a: text["anls"](a, [p])["anls"], lambda p, a: anls(p, a, "lmms-eval")),
-        "relaxed accuracy": (
-            lambda p, a: float(chart["relaxed_correctness"](p, a[0])),
-            lambda p, a: relaxed_accuracy(p, a[:1], "lmms-eval"),
-        ),
-        "MME": (
-            lambda p, a: mme["parse_pred_ans"](p) == "yes",
-            lambda p, a: yes_or_no(p, "lmms-eval-mme") == "yes",
-        ),
+
+def choice_pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., float]]]:
+    """Whether B is chosen, by each task with options."""
+    science = functions(root / "tasks/scienceqa/utils.py", "sqa_doc_to_target", "sqa_process_results")
+    seed = functions(root / "tasks/seedbench/utils.py", "seed_process_result")
+    letters = functions(root / "tasks/_task_utils/mmmu_mcq_utils.py", "parse_mmmu_multi_choice_response")
+    tables = ("_DEFAULT_CHOICES", "_ANSWER_PHRASES", "_FORMAT_PRIORITY")
+    extract = functions(root / "tasks/_task_utils/mcq_extract.py", *tables, "extract_mcq_answer")["extract_mcq_answer"]
+    ai2d = functions(root / "tasks/ai2d/utils.py", "MultiChoiceRegexFilter", ExtendedRegexFilter=object)
+    exact = by_exact_match(root)
+    options = dict(zip("ABCD", ["red", "blue", "hello", "10"], strict=True))
+    doc = {"choices": list(options.values()), "answer": 1}
+
+    seed_doc = {"answer": "B", "data_type": "", "question_id": 0}
+
+    return {
         "ScienceQA": (
             lambda p, a: science["sqa_process_results"](doc, [p])["exact_match"],
             lambda p, a: float(chosen_letter(p, options, "lmms-eval-scienceqa") == "B"),
         ),
-        "POPE": (
-            lambda p, a: pope["pope_process_results"](pope_doc(a), [p])["pope_accuracy"]["score"],
-            lambda p, a: float(yes_or_no(p, "exact") == pope_doc(a)["answer"]),
-        ),
-        "exact match": (lambda p, a: by_exact_match(p, a[0]), lambda p, a: exact_match(p, a[:1], "lmms-eval")),
         "SEED-Bench": (
             lambda p, a: seed["seed_process_result"](seed_doc, [p])["seed_all"]["pred"].lower() == "b",
             lambda p, a: chosen_letter(p, options, "first-letter") == "B",
@@ -158,26 +139,65 @@ def pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., flo
             lambda p, a: chosen_letter(p, options, "lmms-eval-2026") == "B",
         ),
         "AI2D": (
-            lambda p, a: by_exact_match(ai2d["MultiChoiceRegexFilter"]().apply([[p]], [{}])[0], "B"),
+            lambda p, a: exact(ai2d["MultiChoiceRegexFilter"]().apply([[p]], [{}])[0], "B"),
             lambda p, a: float(chosen_letter(p, options, "lmms-eval-ai2d") == "B"),
         ),
         "MMMU": (
             lambda p, a: letters["parse_mmmu_multi_choice_response"](p, list(options), options) == "B",
             lambda p, a: chosen_letter(p, options, "lmms-eval-mmmu") == "B",
         ),
-        "MMMU, open": (
-            lambda p, a: float(openly["eval_open"](a[0], openly["parse_open_response"](p))),
-            lambda p, a: open_match(p, a[0]),
-        ),
-        "OCRBench": (
-            lambda p, a: ocr["ocrbench_process_results"](ocr_doc(a, ""), [p])["ocrbench_accuracy"]["score"],
-            contains_answer,
-        ),
-        "OCRBench, formulas": (
-            lambda p, a: ocr["ocrbench_process_results"](ocr_doc(a, FORMULA), [p])["ocrbench_accuracy"]["score"],
-            lambda p, a: contains_answer(p, a, formula=True),
-        ),
     }
+
+
+def pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., float]]]:
+    """Metric -> (theirs, ours), each of (prediction, answers)."""
+    text = functions(root / "api/metrics.py", "levenshtein_distance", "anls")
+    exact = by_exact_match(root)
+    chart = functions(root / "tasks/chartqa/utils.py", "relaxed_correctness")
+    mme = functions(root / "tasks/mme/utils.py", "parse_pred_ans")
+    pope = functions(root / "tasks/pope/utils.py", "pope_process_results")
+    ocr = functions(root / "tasks/ocrbench/utils.py", "_fold_fullwidth_ascii", "ocrbench_process_results")
+    parsers = ("parse_open_response", "eval_open", "normalize_str", "check_is_number", "extract_numbers")
+    openly = functions(root / "tasks/mmmu/utils.py", *parsers)
+
+    def pope_doc(answers: list[str]) -> dict[str, Any]:
+        return {"answer": "yes" if len(answers) % 2 else "no", "question_id": 0}
+
+    def ocr_doc(answers: list[str], dataset: str) -> dict[str, Any]:
+        return {"answer": answers, "dataset": dataset, "question_type": ""}
+
+    return (
+        vqa_pairs(root)
+        | choice_pairs(root)
+        | {
+            "ANLS": (lambda p, a: text["anls"](a, [p])["anls"], lambda p, a: anls(p, a, "lmms-eval")),
+            "relaxed accuracy": (
+                lambda p, a: float(chart["relaxed_correctness"](p, a[0])),
+                lambda p, a: relaxed_accuracy(p, a[:1], "lmms-eval"),
+            ),
+            "MME": (
+                lambda p, a: mme["parse_pred_ans"](p) == "yes",
+                lambda p, a: yes_or_no(p, "lmms-eval-mme") == "yes",
+            ),
+            "POPE": (
+                lambda p, a: pope["pope_process_results"](pope_doc(a), [p])["pope_accuracy"]["score"],
+                lambda p, a: float(yes_or_no(p, "exact") == pope_doc(a)["answer"]),
+            ),
+            "exact match": (lambda p, a: exact(p, a[0]), lambda p, a: exact_match(p, a[:1], "lmms-eval")),
+            "MMMU, open": (
+                lambda p, a: float(openly["eval_open"](a[0], openly["parse_open_response"](p))),
+                lambda p, a: open_match(p, a[0]),
+            ),
+            "OCRBench": (
+                lambda p, a: ocr["ocrbench_process_results"](ocr_doc(a, ""), [p])["ocrbench_accuracy"]["score"],
+                contains_answer,
+            ),
+            "OCRBench, formulas": (
+                lambda p, a: ocr["ocrbench_process_results"](ocr_doc(a, FORMULA), [p])["ocrbench_accuracy"]["score"],
+                lambda p, a: contains_answer(p, a, formula=True),
+            ),
+        }
+    )
 
 
 def main() -> int:

@@ -545,6 +545,17 @@ def test_excel_files_that_cannot_be_read_in_full(questions, tmp_path):
     book.save(tmp_path / "merged.xlsx")
     with pytest.raises(UserError, match=r"merged.xlsx: the cells C4:C5 are merged \(fix: unmerge them"):
         read_answers(tmp_path / "merged.xlsx", questions)
+    # in a long sheet, across the end of a block that is read at once
+    with zipfile.ZipFile(tmp_path / "merged.xlsx") as old, zipfile.ZipFile(tmp_path / "long.xlsx", "w") as new:
+        for part in old.namelist():
+            data = old.read(part)
+            if "sheet1" in part:
+                start = data.index(b"<mergeCells")
+                spaces = (1 << 20) - data.index(b"<mergeCell ref") - 5
+                data = data[:start] + b" " * spaces + data[start:]
+            new.writestr(part, data)
+    with pytest.raises(UserError, match="long.xlsx: the cells C4:C5 are merged"):
+        read_answers(tmp_path / "long.xlsx", questions)
     for name, change in [
         ("cut", lambda data: data[: len(data) // 2]),
         ("empty", lambda data: b""),

@@ -449,6 +449,7 @@ def test_mmmu_counts_the_validation_questions_of_vlmevalkits_two_splits(tmp_path
         ({"metric": "fields", "answer": '{"a": 1, "a": 2}'}, "and the metric is fields"),
         ({"metric": "fields", "answer": "[1, 2]"}, "and the metric is fields"),
         ({"metric": "contains", "answer": " "}, "answer is ' ': every answer contains an empty text"),
+        ({"metric": "contains", "answer": "['x', '']"}, "answer is 'x', '': every answer contains an empty text"),
         ({"metric": "choice", "answer": "B"}, "the metric is choice, and the question has no options (fix: give the"),
     ],
 )
