@@ -315,6 +315,11 @@ def test_open_questions_of_realworldqa(prediction, answer, until_2026, since):
     assert open_answer_is_right(prediction, answer, "lmms-eval-2026") == since
 
 
+def test_options_whose_texts_are_equal_or_begin_alike():
+    options = {"A": "red", "B": "red", "C": "blue", "D": "blue sky"}
+    assert [chosen_letter(said, options, "lmms-eval-realworldqa") for said in ("red", "blue sky")] == ["B", "C"]
+
+
 def test_a_letter_without_an_option_is_not_chosen():
     assert chosen_letter("D", {"A": "x", "B": "y"}, "llava-scienceqa") == ""
     assert chosen_letter("The answer is D.", {"A": "x"}, "llava-scienceqa") == ""

@@ -61,8 +61,10 @@ def chosen_letter_of_lmms_eval(prediction: str, options: Mapping[str, str], rule
         said = found[1] if found else prediction
     else:
         said = plain_answer(prediction)
-        places = [(said.find(text), letter) for letter, text in options.items() if text and text in said]
-        said = min(places, key=lambda place: place[0])[1] if places else said
+        # of two texts at one place the first option's counts, and of two options of one text the last
+        letters = {text: letter for letter, text in sorted(options.items())}
+        places = [(said.find(text), number, text) for number, text in enumerate(letters) if text and text in said]
+        said = letters[min(places)[2]] if places else said
     form = said.lower().translate(WITHOUT_PUNCTUATION)
     return next((letter for letter in options if letter.lower() == form), "")
 
