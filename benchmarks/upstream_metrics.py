@@ -10,6 +10,7 @@ import argparse
 import ast
 import random
 import re
+import statistics
 import string
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
 from llava_llama31.trainer.evaluation.metrics.open_answers import open_match
 from llava_llama31.trainer.evaluation.metrics.text import anls, contains_answer, exact_match
 from llava_llama31.trainer.evaluation.metrics.yes_no import yes_or_no
+from llava_llama31.trainer.evaluation.vqa_accuracy import vqa_accuracy
 
 
 WORDS = [
@@ -49,89 +51,153 @@ WORDS += ["DNA", "C.1", "is ", "the answer is", "=", "2.4e1", "24", "1,024", "we
 FORMULA = "HME100k"
 
 
-def functions(path: Path, *names: str) -> dict[str, Any]:
-    """Functions of a Python file by name, with nothing around them."""
+def functions(path: Path, *names: str, **used: Any) -> dict[str, Any]:
+    """Functions, classes and values of a Python file by name, with nothing around them but what they use."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    wanted = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
-    missing = set(names) - {node.name for node in wanted}
+    found: dict[str, ast.stmt] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            node.decorator_list = []  # they register a metric
+            found[node.name] = node
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = node
+    missing = set(names) - found.keys()
     if missing:
-        sys.exit(f"{path} has no function {', '.join(sorted(missing))}")
-    for node in wanted:
-        node.decorator_list = []  # they register a metric
+        sys.exit(f"{path} has no {', '.join(sorted(missing))}")
+    wanted = [found[name] for name in names]
     # where MMMU's rule finds no letter it draws one; here such an answer chooses none
     draw = SimpleNamespace(choice=lambda letters: "")
-    space: dict[str, Any] = {"re": re, "string": string, "Optional": Optional, "np": np, "random": draw}
-    exec(compile(ast.Module(body=list(wanted), type_ignores=[]), str(path), "exec"), space)
+    space: dict[str, Any] = {"re": re, "string": string, "np": np, "random": draw, **used}
+    space |= {"Optional": Optional, "List": list}
+    exec(compile(ast.Module(body=wanted, type_ignores=[]), str(path), "exec"), space)
     return space
 
 
-def pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., float]]]:
-    """Metric -> (theirs, ours), each of (prediction, answers)."""
-    text = functions(root / "api/metrics.py", "levenshtein_distance", "anls", "exact_match_hf_evaluate")
-    chart = functions(root / "tasks/chartqa/utils.py", "relaxed_correctness")
-    mme = functions(root / "tasks/mme/utils.py", "parse_pred_ans")
-    science = functions(root / "tasks/scienceqa/utils.py", "sqa_doc_to_target", "sqa_process_results")
-    pope = functions(root / "tasks/pope/utils.py", "pope_process_results")
-    ocr = functions(root / "tasks/ocrbench/utils.py", "_fold_fullwidth_ascii", "ocrbench_process_results")
-    seed = functions(root / "tasks/seedbench/utils.py", "seed_process_result")
-    letters = functions(root / "tasks/_task_utils/mmmu_mcq_utils.py", "parse_mmmu_multi_choice_response")
-    parsers = ("parse_open_response", "eval_open", "normalize_str", "check_is_number", "extract_numbers")
-    openly = functions(root / "tasks/mmmu/utils.py", *parsers)
-    options = dict(zip("ABCD", ["red", "blue", "hello", "10"], strict=True))
-    doc = {"choices": list(options.values()), "answer": 1}
+def vqa_pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., float]]]:
+    """VQA accuracy of each task that has it, of ten annotators; VQAv2 is compared by another rule than the others."""
+    processor = functions(root / "tasks/_task_utils/vqa_eval_metric.py", "EvalAIAnswerProcessor")[
+        "EvalAIAnswerProcessor"
+    ]
+    used = {"EvalAIAnswerProcessor": processor, "statistics": statistics}
 
-    def pope_doc(answers: list[str]) -> dict[str, Any]:
-        return {"answer": "yes" if len(answers) % 2 else "no", "question_id": 0}
+    def ten(answers: list[str]) -> list[str]:
+        return (answers * 10)[:10]
 
-    seed_doc = {"answer": "B", "data_type": "", "question_id": 0}
+    def pair(task: str, rule: str) -> tuple[Callable[..., float], Callable[..., float]]:
+        score = functions(root / f"tasks/{task}/utils.py", f"{task}_process_results", **used)[
+            f"{task}_process_results"
+        ]
 
-    def by_exact_match(prediction: str, answer: str) -> float:
+        def theirs(prediction: str, answers: list[str]) -> float:
+            given: list[Any] = ten(answers)
+            if task == "vqav2":
+                given = [{"answer": answer, "answer_id": number} for number, answer in enumerate(given)]
+            return float(score({"question_id": 0, "answers": given}, [prediction])["exact_match"])
+
+        return theirs, lambda prediction, answers: vqa_accuracy(prediction, ten(answers), rule)
+
+    rules = {"textvqa": "m4c", "vizwiz_vqa": "m4c", "vqav2": "vlmevalkit-2024"}
+    return {f"VQA accuracy, {task}": pair(task, rule) for task, rule in rules.items()}
+
+
+def by_exact_match(root: Path) -> Callable[[str, str], float]:
+    """lmms-eval's `exact_match` as its tasks use it, of a prediction and an answer."""
+    text = functions(root / "api/metrics.py", "exact_match_hf_evaluate")
+
+    def score(prediction: str, answer: str) -> float:
         found = text["exact_match_hf_evaluate"]([prediction], [answer], ignore_case=True, ignore_punctuation=True)
         return float(found["exact_match"])
 
-    def ocr_doc(answers: list[str], dataset: str) -> dict[str, Any]:
-        return {"answer": answers, "dataset": dataset, "question_type": ""}
+    return score
+
+
+def choice_pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., float]]]:
+    """Whether B is chosen, by each task with options."""
+    science = functions(root / "tasks/scienceqa/utils.py", "sqa_doc_to_target", "sqa_process_results")
+    seed = functions(root / "tasks/seedbench/utils.py", "seed_process_result")
+    letters = functions(root / "tasks/_task_utils/mmmu_mcq_utils.py", "parse_mmmu_multi_choice_response")
+    tables = ("_DEFAULT_CHOICES", "_ANSWER_PHRASES", "_FORMAT_PRIORITY")
+    extract = functions(root / "tasks/_task_utils/mcq_extract.py", *tables, "extract_mcq_answer")["extract_mcq_answer"]
+    ai2d = functions(root / "tasks/ai2d/utils.py", "MultiChoiceRegexFilter", ExtendedRegexFilter=object)
+    exact = by_exact_match(root)
+    options = dict(zip("ABCD", ["red", "blue", "hello", "10"], strict=True))
+    doc = {"choices": list(options.values()), "answer": 1}
+
+    seed_doc = {"answer": "B", "data_type": "", "question_id": 0}
 
     return {
-        "ANLS": (lambda p, a: text["anls"](a, [p])["anls"], lambda p, a: anls(p, a, "lmms-eval")),
-        "relaxed accuracy": (
-            lambda p, a: float(chart["relaxed_correctness"](p, a[0])),
-            lambda p, a: relaxed_accuracy(p, a[:1], "lmms-eval"),
-        ),
-        "MME": (
-            lambda p, a: mme["parse_pred_ans"](p) == "yes",
-            lambda p, a: yes_or_no(p, "lmms-eval-mme") == "yes",
-        ),
         "ScienceQA": (
             lambda p, a: science["sqa_process_results"](doc, [p])["exact_match"],
             lambda p, a: float(chosen_letter(p, options, "lmms-eval-scienceqa") == "B"),
         ),
-        "POPE": (
-            lambda p, a: pope["pope_process_results"](pope_doc(a), [p])["pope_accuracy"]["score"],
-            lambda p, a: float(yes_or_no(p, "exact") == pope_doc(a)["answer"]),
-        ),
-        "exact match": (lambda p, a: by_exact_match(p, a[0]), lambda p, a: exact_match(p, a[:1], "lmms-eval")),
         "SEED-Bench": (
             lambda p, a: seed["seed_process_result"](seed_doc, [p])["seed_all"]["pred"].lower() == "b",
             lambda p, a: chosen_letter(p, options, "first-letter") == "B",
+        ),
+        "MMStar and RealWorldQA": (
+            lambda p, a: extract(p, choices=list(options)) == "B",
+            lambda p, a: chosen_letter(p, options, "lmms-eval-2026") == "B",
+        ),
+        "AI2D": (
+            lambda p, a: exact(ai2d["MultiChoiceRegexFilter"]().apply([[p]], [{}])[0], "B"),
+            lambda p, a: float(chosen_letter(p, options, "lmms-eval-ai2d") == "B"),
         ),
         "MMMU": (
             lambda p, a: letters["parse_mmmu_multi_choice_response"](p, list(options), options) == "B",
             lambda p, a: chosen_letter(p, options, "lmms-eval-mmmu") == "B",
         ),
-        "MMMU, open": (
-            lambda p, a: float(openly["eval_open"](a[0], openly["parse_open_response"](p))),
-            lambda p, a: open_match(p, a[0]),
-        ),
-        "OCRBench": (
-            lambda p, a: ocr["ocrbench_process_results"](ocr_doc(a, ""), [p])["ocrbench_accuracy"]["score"],
-            contains_answer,
-        ),
-        "OCRBench, formulas": (
-            lambda p, a: ocr["ocrbench_process_results"](ocr_doc(a, FORMULA), [p])["ocrbench_accuracy"]["score"],
-            lambda p, a: contains_answer(p, a, formula=True),
-        ),
     }
+
+
+def pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., float]]]:
+    """Metric -> (theirs, ours), each of (prediction, answers)."""
+    text = functions(root / "api/metrics.py", "levenshtein_distance", "anls")
+    exact = by_exact_match(root)
+    chart = functions(root / "tasks/chartqa/utils.py", "relaxed_correctness")
+    mme = functions(root / "tasks/mme/utils.py", "parse_pred_ans")
+    pope = functions(root / "tasks/pope/utils.py", "pope_process_results")
+    ocr = functions(root / "tasks/ocrbench/utils.py", "_fold_fullwidth_ascii", "ocrbench_process_results")
+    parsers = ("parse_open_response", "eval_open", "normalize_str", "check_is_number", "extract_numbers")
+    openly = functions(root / "tasks/mmmu/utils.py", *parsers)
+
+    def pope_doc(answers: list[str]) -> dict[str, Any]:
+        return {"answer": "yes" if len(answers) % 2 else "no", "question_id": 0}
+
+    def ocr_doc(answers: list[str], dataset: str) -> dict[str, Any]:
+        return {"answer": answers, "dataset": dataset, "question_type": ""}
+
+    return (
+        vqa_pairs(root)
+        | choice_pairs(root)
+        | {
+            "ANLS": (lambda p, a: text["anls"](a, [p])["anls"], lambda p, a: anls(p, a, "lmms-eval")),
+            "relaxed accuracy": (
+                lambda p, a: float(chart["relaxed_correctness"](p, a[0])),
+                lambda p, a: relaxed_accuracy(p, a[:1], "lmms-eval"),
+            ),
+            "MME": (
+                lambda p, a: mme["parse_pred_ans"](p) == "yes",
+                lambda p, a: yes_or_no(p, "lmms-eval-mme") == "yes",
+            ),
+            "POPE": (
+                lambda p, a: pope["pope_process_results"](pope_doc(a), [p])["pope_accuracy"]["score"],
+                lambda p, a: float(yes_or_no(p, "exact") == pope_doc(a)["answer"]),
+            ),
+            "exact match": (lambda p, a: exact(p, a[0]), lambda p, a: exact_match(p, a[:1], "lmms-eval")),
+            "MMMU, open": (
+                lambda p, a: float(openly["eval_open"](a[0], openly["parse_open_response"](p))),
+                lambda p, a: open_match(p, a[0]),
+            ),
+            "OCRBench": (
+                lambda p, a: ocr["ocrbench_process_results"](ocr_doc(a, ""), [p])["ocrbench_accuracy"]["score"],
+                contains_answer,
+            ),
+            "OCRBench, formulas": (
+                lambda p, a: ocr["ocrbench_process_results"](ocr_doc(a, FORMULA), [p])["ocrbench_accuracy"]["score"],
+                lambda p, a: contains_answer(p, a, formula=True),
+            ),
+        }
+    )
 
 
 def main() -> int:

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_llama31.trainer.evaluation.metrics import choices, numbers, text, yes_no
+from llava_llama31.trainer.evaluation.metrics import choices, lmms_eval_choices, numbers, text, yes_no
 from llava_llama31.trainer.evaluation.metrics.choices import chosen_letter, multiple_choice
 from llava_llama31.trainer.evaluation.metrics.fields import field_counts, field_f1, first_object
+from llava_llama31.trainer.evaluation.metrics.lmms_eval_choices import open_answer_is_right
 from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
 from llava_llama31.trainer.evaluation.metrics.open_answers import open_as_choice, open_match
 from llava_llama31.trainer.evaluation.metrics.text import (
@@ -135,16 +136,39 @@ def test_relaxed_accuracy(prediction, answer, pix2struct, paper):
     assert relaxed_accuracy(prediction, [answer]) == pix2struct
     assert relaxed_accuracy(prediction, [answer], "paper") == paper
     assert relaxed_accuracy(prediction, ["?", answer], "paper") == paper
-    assert [relaxed_accuracy(prediction, [answer], name) for name in ("vlmevalkit", "lmms-eval")] == [pix2struct] * 2
+    assert [relaxed_accuracy(prediction, [answer], name) for name in ("vlmevalkit-2025", "lmms-eval")] == [
+        pix2struct
+    ] * 2
+    # it passed the two texts in the wrong order
+    assert relaxed_accuracy(prediction, [answer], "vlmevalkit") == relaxed_accuracy(answer, [prediction])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "until_2025", "since"),
+    [
+        ("19", ["20"], 0, 1),  # answers of VILA-1.5-13B to ChartQA
+        ("10.4", ["10.94"], 0, 1),
+        ("50.18", ["47.68"], 1, 0),
+        ("0", ["0.0"], 0, 0),
+        ("0.0", ["0"], 0, 0),
+        ("0%", ["0"], 0, 0),
+        ("100", ["1", "105"], 1, 1),
+        ("blue ", ["blue"], 1, 1),
+        ("blue", ["blue "], 0, 0),
+    ],
+)
+def test_vlmevalkit_took_five_percent_of_the_prediction_until_september_2025(prediction, answers, until_2025, since):
+    assert relaxed_accuracy(prediction, answers, "vlmevalkit") == until_2025
+    assert relaxed_accuracy(prediction, answers, "vlmevalkit-2025") == since
 
 
 @pytest.mark.parametrize(
     ("prediction", "answer", "equal_under"),
     [
-        ("Blue\n", "blue", ["pix2struct", "vlmevalkit", "paper"]),
+        ("Blue\n", "blue", ["pix2struct", "vlmevalkit", "vlmevalkit-2025", "paper"]),
         ("blue", "blue ", ["pix2struct", "paper"]),
         ("blue ", "blue ", ["pix2struct", "lmms-eval", "paper"]),
-        (" 14\n", "14 ", ["pix2struct", "vlmevalkit", "lmms-eval", "paper"]),  # Python's numbers have none
+        (" 14\n", "14 ", list(numbers.PROTOCOLS)),  # Python's numbers have none
     ],
 )
 def test_white_space_around_relaxed_answers(prediction, answer, equal_under):
@@ -180,7 +204,8 @@ def test_white_space_around_relaxed_answers(prediction, answer, equal_under):
 def test_which_option_is_chosen(prediction, chosen):
     rules = ("llava-scienceqa", "lmms-eval-scienceqa", "first-letter", "letter", "letter-or-text", "mmmu")
     rules += ("lmms-eval-mmmu", "verbatim")
-    assert set(rules) | {"letter-or-text-2025", "letter-or-text-2026"} == set(choices.RULES)
+    others = {"letter-or-text-2025", "letter-or-text-2026", *lmms_eval_choices.RULES}
+    assert set(rules) | others == set(choices.RULES)
     assert "".join(chosen_letter(prediction, OPTIONS, rule) or "." for rule in rules) == chosen
     letters = zip(rules, chosen, strict=True)
     assert all(multiple_choice(prediction, OPTIONS, "B", rule) == (letter == "B") for rule, letter in letters)
@@ -235,6 +260,64 @@ def test_vlmevalkit_chooses_otherwise_since_august_2025_and_june_2026(prediction
 def test_open_questions_among_multiple_choice(prediction, answer, as_options, by_mmmu):
     assert open_as_choice(prediction, answer, "letter-or-text") == as_options
     assert open_match(prediction, answer) == by_mmmu
+
+
+@pytest.mark.parametrize(
+    ("prediction", "chosen"),  # by mmstar, lmms-eval-ai2d, lmms-eval-realworldqa and lmms-eval-2026
+    [
+        ("B", "BBBB"),
+        ("b", "BBB."),
+        ("B.", "BBBB"),
+        (" B. blue", "BBCB"),
+        ("(B)", "BBBB"),
+        ("(b) or so", "B..."),
+        ("Option B", "B..B"),
+        ("The answer is B", "B..B"),
+        ("the answer is (B)", ".  B".replace(" ", ".")),
+        ("blue", "B.C."),
+        ("a blue one", "A.C."),
+        ("The correct answer is red", "..A."),
+        ("two", "..D."),
+        ("Blue!", "B.BB"),  # a capital B anywhere, if there is no better sign
+        ("B is wrong, the answer is C because D", "B..B"),
+        ("I choose C, not the D here", "...D"),
+        ("It may be (A) or C: yes", "...A"),
+        ("Zebra A) or B: no", "...B"),
+        ("CAT A", "C..A"),
+        ("\nC\n", "C.CC"),
+        ("Blue or red", "B.BB"),
+        ("Xb (", "...."),
+        ("(A) is not XB", "A..A"),
+        ("the answer is C, not (A) but D1", "C..D"),
+        ("(A) (B) (A) x", "A..A"),
+        ("", "...."),
+        ("?!", "...."),
+    ],
+)
+def test_how_lmms_eval_finds_a_letter(prediction, chosen):
+    options = {"A": "red", "B": "Blue", "C": "blue", "D": "2"}
+    rules = ("mmstar", "lmms-eval-ai2d", "lmms-eval-realworldqa", "lmms-eval-2026")
+    assert "".join(chosen_letter(prediction, options, rule) or "." for rule in rules) == chosen
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "until_2026", "since"),
+    [
+        ("Two", "2", True, False),
+        ("None", "0", False, False),
+        ("2.", "2", True, True),
+        ("Uphill!", "uphill", True, False),
+        ("up", "down", False, False),
+    ],
+)
+def test_open_questions_of_realworldqa(prediction, answer, until_2026, since):
+    assert open_answer_is_right(prediction, answer, "lmms-eval-realworldqa") == until_2026
+    assert open_answer_is_right(prediction, answer, "lmms-eval-2026") == since
+
+
+def test_options_whose_texts_are_equal_or_begin_alike():
+    options = {"A": "red", "B": "red", "C": "blue", "D": "blue sky"}
+    assert [chosen_letter(said, options, "lmms-eval-realworldqa") for said in ("red", "blue sky")] == ["B", "C"]
 
 
 def test_a_letter_without_an_option_is_not_chosen():

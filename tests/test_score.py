@@ -6,6 +6,7 @@ import json
 import math
 import random
 import sys
+import zipfile
 from base64 import b64encode
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,14 @@ import pyarrow.parquet
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from openpyxl.worksheet.formula import ArrayFormula
 from tables import write_xlsx
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.answer_files import read_answers
 from llava_llama31.trainer.evaluation.questions import load_questions
+from llava_llama31.trainer.evaluation.row_files import any_rows
 from llava_llama31.trainer.evaluation.scoring import compare_answers, score_answers
 from llava_llama31.trainer.evaluation.task_files import load_task
 from llava_llama31.trainer.evaluation.task_questions import load_task_questions
@@ -532,6 +535,76 @@ def test_excel_files(questions, tmp_path, monkeypatch, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "openpyxl is needed" in error and "pip install" in error and error.count("\n") == 1
+
+
+def test_excel_files_that_cannot_be_read_in_full(questions, tmp_path):
+    """Merged cells hold one value for several rows, which were read as empty answers."""
+    whole = write_xlsx(tmp_path / "p.xlsx", predictions_of(PREDICTIONS))
+    book = openpyxl.load_workbook(whole)
+    book.active.merge_cells("C4:C5")
+    book.save(tmp_path / "merged.xlsx")
+    with pytest.raises(UserError, match=r"merged.xlsx: the cells C4:C5 are merged \(fix: unmerge them"):
+        read_answers(tmp_path / "merged.xlsx", questions)
+    # in a long sheet, across the end of a block that is read at once
+    with zipfile.ZipFile(tmp_path / "merged.xlsx") as old, zipfile.ZipFile(tmp_path / "long.xlsx", "w") as new:
+        for part in old.namelist():
+            data = old.read(part)
+            if "sheet1" in part:
+                start = data.index(b"<mergeCells")
+                spaces = (1 << 20) - data.index(b"<mergeCell ref") - 5
+                data = data[:start] + b" " * spaces + data[start:]
+            new.writestr(part, data)
+    with pytest.raises(UserError, match="long.xlsx: the cells C4:C5 are merged"):
+        read_answers(tmp_path / "long.xlsx", questions)
+    for name, change in [
+        ("cut", lambda data: data[: len(data) // 2]),
+        ("empty", lambda data: b""),
+        ("words", lambda data: data.replace(b'<c r="A2"', b'<c r="?"')),
+    ]:
+        with zipfile.ZipFile(whole) as old, zipfile.ZipFile(tmp_path / f"{name}.xlsx", "w") as new:
+            for part in old.namelist():
+                new.writestr(part, change(old.read(part)) if "sheet1" in part else old.read(part))
+        with pytest.raises(UserError, match=f"{name}.xlsx: (not an Excel file|no answers)"):
+            read_answers(tmp_path / f"{name}.xlsx", questions)
+    data = (tmp_path / "p.xlsx").read_bytes()
+    with zipfile.ZipFile(whole) as archive:
+        sheet = next(info for info in archive.infolist() if "sheet1" in info.filename)
+    start = sheet.header_offset + 60
+    (tmp_path / "bits.xlsx").write_bytes(
+        data[:start] + bytes(255 - byte for byte in data[start : start + 40]) + data[start + 40 :]
+    )
+    with pytest.raises(UserError, match="bits.xlsx: not an Excel file"):
+        read_answers(tmp_path / "bits.xlsx", questions)
+
+
+def test_formulas_are_words_of_a_model_and_no_annotated_answers(questions, tmp_path):
+    """A program that writes tables makes a formula of an answer that begins with an equals sign."""
+    rows = [row | {"prediction": "=8"} for row in predictions_of(PREDICTIONS)]
+    path = write_xlsx(tmp_path / "f.xlsx", rows)
+    assert read_answers(path, questions).rows[0]["answer"] == "=8"
+    book = openpyxl.load_workbook(path)
+    cell = next(cell for cell in book.active[2] if cell.value == "=8")
+    cell.value = ArrayFormula(cell.coordinate, "=SUM(1,2)")
+    book.save(path)
+    assert read_answers(path, questions).rows[0]["answer"] == "=SUM(1,2)"
+    with pytest.raises(
+        UserError, match=r"f.xlsx, row 2: a cell is the formula '=SUM\(1,2\)', whose value is not read"
+    ):
+        list(any_rows(Path(path)))
+
+
+def test_columns_without_a_name_do_no_harm(questions, tmp_path):
+    rows = [row | {None: "", "": "x"} for row in predictions_of(PREDICTIONS)]
+    assert len(read_answers(write_xlsx(tmp_path / "u.xlsx", rows), questions).rows) == len(rows)
+
+
+@pytest.mark.parametrize("row", ['1\t?\t"5 pipe', '1\t"5" pipe\ta'])
+def test_a_quotation_mark_that_is_not_closed_takes_in_no_rows(questions, tmp_path, row):
+    """Two rows below it were lost, and the rest was scored."""
+    lines = ["index\tquestion\tprediction", row, "2\t?\ta", "3\t?\ta"]
+    (tmp_path / "q.tsv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"q.tsv:\d: not a table of tab-separated cells: .*quote every cell"):
+        read_answers(tmp_path / "q.tsv", questions)
 
 
 # --- two files

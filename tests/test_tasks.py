@@ -1,6 +1,7 @@
 """Tasks: every shipped one is sound, and answers in every layout score what the same answers score in any other."""
 
 import csv
+import datetime
 import json
 import math
 import os
@@ -87,6 +88,18 @@ def test_a_shipped_task_says_what_it_is(name):
         (
             "protocols: {own: {source: s, metric: function, rule: f, headline: accuracy}}",
             "rule has to be module:function",
+        ),
+        (
+            "protocols: {own: {source: s, metric: exact, rule: verbatim, headline: f1}}",
+            "headline is 'f1'; there are accuracy",
+        ),
+        (
+            "protocols: {own: {source: s, metric: exact, rule: verbatim, summary: fields, headline: f1}}",
+            "summary fields is of metric fields, not exact",
+        ),
+        (
+            "protocols: {own: {source: s, metric: exact, rule: verbatim, summary: circular, headline: accuracy}}",
+            "summary circular of own needs units: circular",
         ),
     ],
 )
@@ -198,6 +211,17 @@ def test_labels_of_another_revision_are_refused(pope, capsys):
     assert main(["score", answers, *map(str, pope_arguments(folder))]) == 2
     error = capsys.readouterr().err
     assert "1 of 42 answers are to questions that are not annotated" in error and "AoiDragon/POPE@e3e39262" in error
+
+
+def test_folders_of_other_files_are_named(pope, capsys):
+    folder, _, _ = pope
+    (folder / "other").mkdir()
+    (folder / "other" / "color.txt").write_text("a.jpg\tIs it red?\tYes\n")
+    answers = str(folder / "labels" / "answers.jsonl")
+    assert main(["score", answers, "--task", "pope", "--annotations", str(folder / "other")]) == 2
+    assert "other: no coco_pope_{category}.json and no parquet file there" in capsys.readouterr().err
+    assert main(["score", str(folder / "other"), "--task", "mme"]) == 2
+    assert "other: a folder of neither MME's results" in capsys.readouterr().err
 
 
 def test_prompts_of_other_questions_are_refused(pope, capsys):
@@ -392,11 +416,128 @@ def test_letters_and_option_texts(tmp_path, capsys):
     result = score(capsys, tmp_path / "m_MMStar.xlsx", "--task", "mmstar", "--protocol", "letter", code=3)
     assert result["protocol"] == "letter" and result["metrics"]["accuracy"] == 25
     assert main(["score", str(tmp_path / "m_MMStar.xlsx"), "--task", "mmstar", "--protocol", "x"]) == 2
-    fix = "one of vlmevalkit, letter, vlmevalkit-2025, vlmevalkit-2026"
+    fix = "one of vlmevalkit, letter, vlmevalkit-2025, vlmevalkit-2026, lmms-eval, lmms-eval-2026"
     assert f"mmstar has no protocol 'x' (fix: {fix})" in capsys.readouterr().err
     texts = [row | {"answer": "blue"} for row in CHOICES]
     assert main(["score", write_xlsx(tmp_path / "t.xlsx", texts), "--task", "mmstar"]) == 2
     assert "answer is 'blue', and 5 of 5 are not a letter" in capsys.readouterr().err
+
+
+def test_mmmu_counts_the_validation_questions_of_vlmevalkits_two_splits(tmp_path, capsys):
+    rows = [row | {"split": "validation" if i else "dev"} for i, row in enumerate(CHOICES[:3])]
+    result = score(capsys, write_xlsx(tmp_path / "m_MMMU_DEV_VAL.xlsx", rows), "--task", "mmmu")
+    assert (result["num_questions"], result["left_out"], result["missing"]) == (2, 1, 0)
+    assert result["metrics"]["accuracy"] == 50
+    assert main(["score", write_xlsx(tmp_path / "m.xlsx", rows[:1]), "--task", "mmmu"]) == 2
+    assert "all rows are of split dev, which mmmu leaves out" in capsys.readouterr().err
+    test = [{**row, "split": "test", "answer": "?"} for row in rows]
+    table = write_table(tmp_path / "MMMU_TEST.tsv", [{**row, "prediction": ""} for row in test])
+    answers = write_lines(tmp_path / "a.jsonl", [{"index": row["index"], "prediction": "A"} for row in test])
+    arguments = ["score", answers, "--task", "mmmu", "--annotations", table, "--submission", str(tmp_path / "s.json")]
+    assert main(arguments) == 0 and len(json.loads((tmp_path / "s.json").read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"metric": "yes_no", "answer": "maybe"}, "answer is 'maybe', and the metric is yes_no (fix: give yes or no)"),
+        ({"metric": "yes_no", "answer": "['yes', 'no']"}, "answer is 'yes', 'no', and the metric is yes_no"),
+        (
+            {"metric": "fields", "answer": "total 9.50"},
+            "answer is 'total 9.50', and the metric is fields (fix: give one",
+        ),
+        ({"metric": "fields", "answer": '{"a": 1, "a": 2}'}, "and the metric is fields"),
+        ({"metric": "fields", "answer": "[1, 2]"}, "and the metric is fields"),
+        ({"metric": "contains", "answer": " "}, "answer is ' ': every answer contains an empty text"),
+        ({"metric": "contains", "answer": "['x', '']"}, "answer is 'x', '': every answer contains an empty text"),
+        ({"metric": "choice", "answer": "B"}, "the metric is choice, and the question has no options (fix: give the"),
+    ],
+)
+def test_own_answers_that_a_metric_cannot_compare_are_refused(tmp_path, capsys, row, message):
+    """Some ended in a traceback after all questions were asked, others were always right or always wrong."""
+    rows = [{"image": "a.png", "question": "What?", **row}]
+    answers = write_lines(tmp_path / "a.jsonl", [{"id": "a.png#1", "response": "B"}])
+    assert main(["score", answers, "--task", write_table(tmp_path / "q.csv", rows, ",")]) == 2
+    error = capsys.readouterr().err
+    assert "q.csv:2: " in error and message in error and error.count("\n") == 1
+
+
+def test_a_part_of_a_file_that_holds_its_questions_is_not_taken_for_the_whole(tmp_path, capsys):
+    result = score(capsys, write_xlsx(tmp_path / "m.xlsx", CHOICES[:3]), "--task", "mmstar")
+    assert "the file has 3 of mmstar's 1,500 questions; those it lacks are not counted as missing" in result["note"]
+
+
+@pytest.mark.parametrize("name", ["chartqa", "docvqa", "gqa", "ocrbench", "pope", "textvqa"])
+def test_multiple_choice_rows_are_not_scored_as_texts(tmp_path, capsys, name):
+    assert main(["score", write_xlsx(tmp_path / "m_MMStar.xlsx", CHOICES), "--task", name]) == 2
+    assert f"the rows have options A, B, and questions of {name} have none" in capsys.readouterr().err
+
+
+def test_questions_outside_the_categories_that_a_figure_adds_are_refused(tmp_path, capsys):
+    """They counted for nothing: perception was 0."""
+    rows = [
+        {"index": i, "image_path": f"{i // 2}.jpg", "question": f"Is {i}?", "answer": "Yes", "prediction": "Yes"}
+        for i in range(4)
+    ]
+    for name, category, message in [
+        (
+            "mme",
+            "random",
+            "question 0 is of category 'random', and mme's perception by llava needs one of existence, ",
+        ),
+        ("mme", None, "question 0 is of category 'none'"),
+        ("pope", None, "question 0 is of category 'none', and pope's f1 by llava needs a category"),
+    ]:
+        path = write_lines(tmp_path / "c.jsonl", [row | ({"category": category} if category else {}) for row in rows])
+        assert main(["score", path, "--task", name]) == 2
+        assert message in capsys.readouterr().err
+    path = write_lines(tmp_path / "c.jsonl", [row | {"category": "OCR"} for row in rows])
+    result = score(capsys, path, "--task", "mme")
+    assert result["metrics"]["perception"] == 200
+    assert "no question is of existence, count" in result["note"] and "so the sums lack them" in result["note"]
+
+
+def test_lmms_eval_averages_the_finer_categories_of_mmstar(tmp_path, capsys):
+    question = {"question": "Which?\nA: red, B: blue", "answer": "B"}
+    rows = [
+        {"doc": question | {"index": i, "category": "math", "l2_category": finer}, "filtered_resps": [said]}
+        for i, (finer, said) in enumerate(
+            [("geometry", "B"), ("geometry", "b) blue"), ("geometry", "A"), ("recognition", "B")]
+        )
+    ]
+    result = score(capsys, write_lines(tmp_path / "s.jsonl", rows), "--task", "mmstar")
+    assert result["protocol"] == "lmms-eval" and result["metrics"]["accuracy"] == pytest.approx((200 / 3 + 100) / 2)
+    assert result["protocols"]["lmms-eval-2026"]["metrics"]["accuracy"] == pytest.approx((100 / 3 + 100) / 2)
+    assert result["protocols"]["letter"]["metrics"]["accuracy"] == 50
+    for row in rows:
+        del row["doc"]["l2_category"]
+    result = score(capsys, write_lines(tmp_path / "s.jsonl", rows), "--task", "mmstar")
+    assert (
+        result["metrics"]["accuracy"] == 75
+        and "no question is of a category that lmms-eval averages" in result["note"]
+    )
+
+
+def test_nan_in_json_is_an_empty_cell(tmp_path, capsys):
+    """Pandas writes it so; as a text it is a part of `banana`."""
+    rows = [row | {"C": math.nan, "D": math.nan, "category": math.nan} for row in CHOICES]
+    rows[0] |= {"answer": "A", "A": "a banana", "prediction": "banana, or rather a banana"}
+    result = score(capsys, write_lines(tmp_path / "n.jsonl", rows[:1]), "--task", "mmstar")
+    assert result["metrics"]["accuracy"] == 100 and "nan" not in result["groups"]
+    assert (
+        main(["score", write_lines(tmp_path / "n.jsonl", [rows[0] | {"answer": math.nan}]), "--task", "mmstar"]) == 2
+    )
+    assert "answer is None (fix: give the annotated answer" in capsys.readouterr().err
+
+
+def test_dates_are_not_scored_as_texts(tmp_path, capsys):
+    """Excel makes them of `3/4`."""
+    date = datetime.date(2026, 3, 4)
+    chart = {"index": 1, "question": "When?", "answer": date, "prediction": "3/4", "split": "test_human"}
+    said = chart | {"answer": "3/4", "prediction": date}
+    for row, name in [(chart, "chartqa"), (said, "chartqa"), (CHOICES[0] | {"B": date}, "mmstar")]:
+        assert main(["score", write_xlsx(tmp_path / "d.xlsx", [row]), "--task", name]) == 2
+        assert "is datetime.datetime(2026, 3, 4, 0, 0) (fix: give" in capsys.readouterr().err
 
 
 def test_open_questions_of_mmmu(tmp_path, capsys):
@@ -476,6 +617,23 @@ def test_hallusionbench_counts_figures_and_questions(tmp_path, capsys):
     ]
     result = score(capsys, write_xlsx(tmp_path / "h.xlsx", rows), "--task", "hallusionbench")
     assert result["metrics"] == pytest.approx({"aAcc": 500 / 6, "fAcc": 200 / 3, "qAcc": 50})
+
+
+@pytest.mark.parametrize(("name", "protocol", "value"), [("vqav2", "vlmevalkit-2024", 50), ("textvqa", "m4c", 100)])
+def test_samples_of_lmms_eval_are_scored_by_its_rule_of_the_task(tmp_path, capsys, name, protocol, value):
+    """Its VQAv2 does not set `'s` apart and turns `a,b` into `b`, where TextVQA's rule makes `ab`."""
+    rows = [
+        {
+            "doc": {"question_id": i, "question": "What is it?", "image_id": i, "answers": [gold] * 10},
+            "filtered_resps": [said],
+        }
+        for i, (said, gold) in enumerate([("Red.", "red"), ("a,b", "ab")])
+    ]
+    if name == "vqav2":
+        for row in rows:
+            row["doc"]["answers"] = [{"answer": text, "answer_id": i} for i, text in enumerate(row["doc"]["answers"])]
+    result = score(capsys, write_lines(tmp_path / f"{name}.jsonl", rows), "--task", name)
+    assert (result["protocol"], result["metrics"]["accuracy"]) == (protocol, value)
 
 
 # --- layouts of answers
@@ -643,6 +801,33 @@ def test_evalscopes_numbers_tell_questions_of_the_same_words_apart(own, capsys):
     rows[2]["messages"][1]["content"][1]["text"] = "Who is it?"
     assert main(["score", write_lines(path, rows), *arguments]) == 2
     assert "8 annotated questions could be meant" in capsys.readouterr().err
+
+
+def test_columns_lead_into_rows_as_servers_log_them(own, capsys):
+    folder, arguments = own
+
+    def logged(said):
+        return {"status_code": 200, "body": {"choices": [{"message": {"role": "assistant", "content": said}}]}}
+
+    rows = [{"custom_id": row["id"], "response": logged(said)} for row, said in zip(ROWS, SAID, strict=True)]
+    columns = ["--columns", "id=custom_id,answer=response.body.choices.0.message.content"]
+    path = write_lines(folder / "batch.jsonl", rows)
+    assert score(capsys, path, *arguments, *columns)["metrics"] == {"accuracy": 75.0}
+    rows[3]["response"] = {"status_code": 500, "body": {"error": "?"}}
+    assert main(["score", write_lines(folder / "batch.jsonl", rows), *arguments, *columns]) == 2
+    assert "batch.jsonl:4: no response.body.choices.0.message.content: the row has" in capsys.readouterr().err
+    rows[3]["response"] = logged(None)
+    result = score(capsys, write_lines(folder / "batch.jsonl", rows), *arguments, *columns, code=3)
+    assert result["failed_ids"] == {"q3": "no answer"}
+
+
+def test_samples_of_a_benchmark_that_lmms_eval_scores_otherwise_say_so(tmp_path, capsys):
+    doc = {"question": "Is it?", "gt_answer": "1", "category": "VD", "subcategory": "chart", "visual_input": "1"}
+    rows = [
+        {"doc": doc | {"set_id": "0", "figure_id": "1", "question_id": i}, "filtered_resps": ["Yes"]} for i in "01"
+    ]
+    result = score(capsys, write_lines(tmp_path / "h.jsonl", rows), "--task", "hallusionbench")
+    assert "lmms-eval scores hallusionbench by a rule that is none of these protocols" in result["note"]
 
 
 def test_rows_without_ids_and_images_are_taken_by_place_if_each_asks_what_is_asked_there(own, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from llava_llama31.trainer.data.sources.data_folders import parquet_folder
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.answer_matching import (
     NO_ANSWER,
@@ -15,7 +16,13 @@ from llava_llama31.trainer.evaluation.answer_matching import (
     refuse_questions,
 )
 from llava_llama31.trainer.evaluation.questions import Question
-from llava_llama31.trainer.evaluation.row_files import Row, any_rows, holds_mme_results, mme_results
+from llava_llama31.trainer.evaluation.row_files import (
+    Row,
+    any_rows,
+    holds_mme_results,
+    mme_results,
+    value_at,
+)
 from llava_llama31.trainer.evaluation.vqa_accuracy import is_normalized
 
 
@@ -50,6 +57,7 @@ WORDS_FIELDS = ("prediction", "response", "pred_answer", "pred", "text")
 _ASKED_FIELDS, _IMAGE_FIELDS = ("question", "prompt"), ("image_id", "image", "image_path")
 _MME_FIELDS = {"category", "image", "question", "answer", "prediction"}
 _PARTS = ("id", "answer", "question", "image")
+_ABSENT = object()
 # rows of servers' files, which hold no annotated answers; the last is DocVQA's
 _ID_AND_ANSWER, _IMAGE_AND_ANSWER, _DOCVQA = {"question_id", "answer"}, {"image", "answer"}, {"questionId", "answer"}
 
@@ -94,7 +102,7 @@ class Reading:
     """What the user says about an answer file.
 
     Args:
-        columns: id, answer, question or image -> the field of the rows that has it.
+        columns: id, answer, question or image -> the field of the rows that has it, or the way into them.
         where: field -> the value that rows have to have to be read.
     """
 
@@ -158,7 +166,11 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
         UserError: it cannot be read, or is none that `read_answers` knows.
     """
     path = Path(path)
-    read = mme_results(path) if holds_mme_results(path) else any_rows(path, keyed=("question_id", "prediction"))
+    if path.is_dir() and not holds_mme_results(path) and not parquet_folder(path):
+        what = "a folder of neither MME's results (texts of image, question, answer and prediction) nor parquet files"
+        raise UserError(what, where=str(path), fix="name the file of answers")
+    keyed = ("question_id", "prediction")
+    read = mme_results(path) if holds_mme_results(path) else any_rows(path, keyed=keyed, formulas=True)
     rows = _kept(list(read), reading, path)
     if not rows:
         raise UserError("no answers", where=str(path), fix="name a file with at least one answer")
@@ -266,13 +278,14 @@ def _called(reading: Reading) -> str:
 
 def _by_columns(row: dict[str, Any], where: str, reading: Reading, empty: str | None) -> Answer:
     columns = reading.columns
-    lacking = [name for name in columns.values() if name not in row]
+    said = {part: value_at(row, name, _ABSENT) for part, name in columns.items()}
+    lacking = [name for part, name in columns.items() if said[part] is _ABSENT]
     if lacking:
         what = f"no {', '.join(lacking)}: the row has {', '.join(map(str, row)) or 'nothing'}"
         raise UserError(what, where=where, fix="name fields of the rows in --columns")
-    words = _words(row[columns["answer"]], where, empty)
-    question_id = _id(row[columns["id"]], where) if "id" in columns else None
-    asked, image = (str(row[columns[part]]) if part in columns else None for part in ("question", "image"))
+    words = _words(said["answer"], where, empty)
+    question_id = _id(said["id"], where) if "id" in columns else None
+    asked, image = (str(said[part]) if part in columns else None for part in ("question", "image"))
     return Answer(where, question_id, words, asked=asked, image=image)
 
 

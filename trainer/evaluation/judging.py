@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.metrics import lmms_eval_choices
 from llava_llama31.trainer.evaluation.metrics.choices import chosen_letter
 from llava_llama31.trainer.evaluation.metrics.fields import field_counts
 from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
@@ -97,6 +98,8 @@ def _choice(rule: str, question: Question, answer: str | None) -> Judgement:
 def _open_value(rule: str, answer: str, answers: tuple[str, ...]) -> float:
     if rule.startswith("letter"):
         return open_as_choice(answer, answers[0], rule)
+    if rule in lmms_eval_choices.RULES:
+        return float(lmms_eval_choices.open_answer_is_right(answer, answers[0], rule))
     return open_match(answer, answers[0]) if rule.endswith("mmmu") else exact_match(answer, answers, "lmms-eval")
 
 

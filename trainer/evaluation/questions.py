@@ -51,6 +51,7 @@ class Question:
         groups: categories that a task reports by.
         units: what is right only as a whole, e.g. all turns of a circular question; the task says what for.
         metric: how this question is scored, where each says so itself.
+        left_out: the file has it and the task does not count it, as MMMU's of another split.
     """
 
     question_id: int | str
@@ -64,6 +65,7 @@ class Question:
     groups: tuple[str, ...] = ()
     units: tuple[str, ...] = ()
     metric: str = ""
+    left_out: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llava_llama31.trainer.data.sources.data_folders import (
     check_name_for_parquet,
@@ -28,6 +28,8 @@ PICKLES = (".pkl", ".pickle")
 # keys under which a JSON file holds its rows: the official files; lmms-eval's logs before 0.2.4; LLaVA's ScienceQA;
 # VQA's questions
 _ROWS_UNDER = (("data",), ("logs",), ("correct", "incorrect"), ("questions",))
+# how an Excel sheet's XML names a range of merged cells
+_MERGED = re.compile(rb'<mergeCell\s[^>]*?ref="([^"]{1,40})"')
 _MME_RESULTS = ("image", "question", "answer", "prediction")
 # what XML, and so a cell of an Excel table, cannot hold
 _NOT_IN_CELLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
@@ -113,14 +115,17 @@ def csv_rows(path: Path) -> Iterator[Row]:
 def _table(path: Path, delimiter: str, called: str) -> Iterator[Row]:
     limit = csv.field_size_limit(LARGEST_CELL)
     try:
-        reader = csv.reader(_lines(path), delimiter=delimiter)
+        # strict: a quotation mark that is not closed would take in the rows below it
+        reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
         header = next(reader, [])
         for cells in reader:
             if cells:
                 where = f"{path}:{reader.line_num}"
                 yield where, _named(header, cells, where)
     except csv.Error as error:
-        raise UserError(f"not a table of {called} cells: {error}", where=str(path), fix="write it again") from error
+        what = f"not a table of {called} cells: {error}"
+        fix = 'quote every cell, and write a quotation mark in it twice: "5"" pipe"'
+        raise UserError(what, where=f"{path}:{reader.line_num}", fix=fix) from error
     finally:
         csv.field_size_limit(limit)
 
@@ -131,6 +136,21 @@ def _headless_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         if line.strip():
             where = f"{path}:{number}"
             yield where, _named(list(columns), line.rstrip("\r\n").split("\t"), where)
+
+
+def value_at(row: Mapping[str, Any], name: str, absent: Any = None) -> Any:
+    """What a field, or a way into the row (`choices.0.message`), says; `absent` where there is none."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return absent
+    return value
 
 
 def holds_mme_results(path: Path) -> bool:
@@ -162,32 +182,77 @@ def _texts(folder: Path) -> list[Path]:
     return sorted(path for path in files if not path.name.startswith("."))
 
 
-def xlsx_rows(path: Path) -> Iterator[Row]:
-    """Rows of the one sheet of an Excel file, with the columns' names in the first line.
+def xlsx_rows(path: Path, *, formulas: bool = False) -> Iterator[Row]:
+    """Rows of the one sheet of an Excel file, with the columns' names in the first line; a column may have none.
+
+    Args:
+        path: the file.
+        formulas: a formula is a text, as programs make formulas of answers that begin with an equals sign; else it is
+            refused, since its value is not read.
 
     Raises:
-        UserError: openpyxl is not installed, the file cannot be read, or it has several sheets.
+        UserError: openpyxl is not installed, or the file cannot be read or has several sheets, merged cells or a
+            formula.
     """
     openpyxl = _openpyxl(path)
+    from xml.etree.ElementTree import ParseError
     from zipfile import BadZipFile
+    from zlib import error as DeflateError
 
+    book = None
     try:
+        _refuse_merged(path)
         book = openpyxl.load_workbook(path, read_only=True)
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix="check the path") from error
-    except (BadZipFile, KeyError, ValueError) as error:
-        raise UserError(f"not an Excel file: {error}", where=str(path), fix="check the file") from error
-    try:
         if len(book.sheetnames) != 1:
             what = f"has {len(book.sheetnames)} sheets ({', '.join(book.sheetnames)})"
             raise UserError(what, where=str(path), fix="keep the one with the answers")
-        table = enumerate(book[book.sheetnames[0]].iter_rows(values_only=True), 1)
-        header = [str(cell) for cell in next(table, (0, ()))[1]]
-        for number, cells in table:
+        table = enumerate(book[book.sheetnames[0]].iter_rows(), 1)
+        header = ["" if cell.value is None else str(cell.value) for cell in next(table, (0, ()))[1]]
+        for number, row in table:
+            where = f"{path}, row {number}"
+            cells = [_cell_value(cell, where, formulas=formulas) for cell in row]
             if any(cell is not None for cell in cells):
-                yield f"{path}, row {number}", _named(header, list(cells), f"{path}, row {number}")
+                yield where, _named(header, cells, where)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or error}", where=str(path), fix="check the path") from error
+    except (BadZipFile, DeflateError, EOFError, ParseError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"not an Excel file: {error}", where=str(path), fix="check the file") from error
     finally:
-        book.close()
+        if book is not None:
+            book.close()
+
+
+def _cell_value(cell: Any, where: str, *, formulas: bool) -> Any:
+    if cell.data_type != "f":
+        return cell.value
+    text = str(getattr(cell.value, "text", cell.value))
+    if not formulas:
+        what = f"a cell is the formula {text!r:.60}, whose value is not read"
+        raise UserError(what, where=where, fix="copy the table and paste its values")
+    return text
+
+
+def _refuse_merged(path: Path) -> None:
+    """Of merged cells only the first holds the value, and the others would be read as empty."""
+    from zipfile import ZipFile
+
+    with ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.startswith("xl/worksheets/") and name.endswith(".xml"):
+                with archive.open(name) as sheet:
+                    _refuse_merged_sheet(sheet, path)
+
+
+def _refuse_merged_sheet(sheet: IO[bytes], path: Path) -> None:
+    tail = b""
+    while block := sheet.read(1 << 20):
+        found = _MERGED.search(tail + block)
+        if found is not None:
+            what = f"the cells {found[1].decode('ascii', 'replace')} are merged"
+            raise UserError(what, where=str(path), fix="unmerge them, and give each row its own value")
+        tail = (tail + block)[-200:]
 
 
 def _openpyxl(path: Path) -> Any:
@@ -313,7 +378,12 @@ def _check_header(names: list[str], where: str) -> None:
 
 
 def any_rows(
-    path: Path, *, columns: Sequence[str] = (), leave_out: Sequence[str] = (), keyed: Sequence[str] = ()
+    path: Path,
+    *,
+    columns: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
+    keyed: Sequence[str] = (),
+    formulas: bool = False,
 ) -> Iterator[Row]:
     """Rows of any file that holds rows, by its suffix; `.txt` is a table without a header.
 
@@ -323,6 +393,7 @@ def any_rows(
         columns: names of a table's columns, where it has no header.
         leave_out: columns of parquet files that are not read.
         keyed: as that of `listed_rows`.
+        formulas: as that of `xlsx_rows`.
 
     Raises:
         UserError: the file cannot be read, or is of another kind.
@@ -338,7 +409,7 @@ def any_rows(
     elif suffix in (".tsv", ".csv"):
         yield from tsv_rows(path) if suffix == ".tsv" else csv_rows(path)
     elif suffix == ".xlsx":
-        yield from xlsx_rows(path)
+        yield from xlsx_rows(path, formulas=formulas)
     elif suffix == ".txt" and columns:
         yield from _headless_rows(path, columns)
     else:

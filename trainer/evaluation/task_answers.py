@@ -20,6 +20,7 @@ from llava_llama31.trainer.evaluation.task_files import Task
 from llava_llama31.trainer.evaluation.task_questions import (
     DOC_ID,
     holds_questions,
+    layout_size,
     load_task_questions,
     without_right_option,
 )
@@ -69,12 +70,13 @@ def read_task_answers(
     elif questions is not None and annotations is None and task.submission is not None:
         annotations, questions = questions, None  # those of a split whose answers are not public
     annotations = annotations or task.data
-    notes = [file.note]
+    notes = [file.note, _protocol_note(task, file)]
     if annotations is None and questions is None:
         annotated = load_task_questions(task, _held(task, file), with_images=False)
         pairs = zip(file.answers, annotated, strict=True)
         rows = [answer.under(question.question_id) for answer, question in pairs]
         notes += [IMAGES_NOTE] if task.only_with_image and file.layout == SAMPLES else []
+        notes.append(_size_note(task, file, annotated))
     else:
         annotated = load_task_questions(
             task, annotations if annotations is not None else _held(task, file), with_images=False
@@ -83,7 +85,7 @@ def read_task_answers(
         running = in_order(file) and questions is None
         rows = match_answers(answers, annotated, file.path, in_order=running, labels=task.labels)
         refuse_questions(file.answers, rows, annotated, file.path)
-    notes.append(_labels_note(annotated))
+    notes += [_labels_note(annotated), _categories_note(task, annotated)]
     return TaskAnswers(file.layout, rows, "; ".join(note for note in notes if note), annotated)
 
 
@@ -93,6 +95,35 @@ def _labels_note(questions: Sequence[Question]) -> str:
         return ""
     first = f"question {wrong[0].question_id}: {wrong[0].answers[0]!r:.40}"
     return f"{len(wrong)} annotated answers are not the letter of an option, so no answer to them is right ({first})"
+
+
+def _protocol_note(task: Task, file: AnswerRows) -> str:
+    """That a benchmark's protocols have lmms-eval's not among them."""
+    named = [layout for protocol in task.protocols.values() for layout in protocol.layouts]
+    is_strange = file.layout == SAMPLES and task.dataset is not None and SAMPLES not in named
+    return f"lmms-eval scores {task.name} by a rule that is none of these protocols" if is_strange else ""
+
+
+def _size_note(task: Task, file: AnswerRows, questions: Sequence[Question]) -> str:
+    """That a file whose rows are the only questions is not of the benchmark's length."""
+    size, count = layout_size(task, _held(task, file)), sum(not question.left_out for question in questions)
+    if size is None or count == size or (task.only_with_image and file.layout == SAMPLES):
+        return ""
+    if count < size:
+        return f"the file has {count:,} of {task.name}'s {size:,} questions; those it lacks are not counted as missing"
+    return f"the file has {count:,} questions, and {task.name} has {size:,}"
+
+
+def _categories_note(task: Task, questions: Sequence[Question]) -> str:
+    """That a sum of categories lacks some, or that there is none of those that are averaged."""
+    there = {group for question in questions for group in question.groups}
+    for name, protocol in task.protocols.items():
+        if protocol.averaged and not there & set(protocol.averaged):
+            return f"no question is of a category that {name} averages, so its figure is that of all questions"
+        if protocol.headline in protocol.sums:
+            missing = [part for parts in protocol.sums.values() for part in parts if part not in there]
+            return f"no question is of {', '.join(missing)}, so the sums lack them" if missing else ""
+    return ""
 
 
 def _held(task: Task, file: AnswerRows) -> Sequence[Row]:

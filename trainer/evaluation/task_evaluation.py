@@ -47,7 +47,8 @@ def questions_to_ask(
     source = data if data is not None else task.data
     if source is None:
         raise UserError(f"no questions of {task.name}", where="--data", fix="name their file: --data FILE")
-    questions = load_task_questions(task, source, image_root=image_root, max_pixels=max_pixels)
+    loaded = load_task_questions(task, source, image_root=image_root, max_pixels=max_pixels)
+    questions = [question for question in loaded if not question.left_out]
     without = [question.question_id for question in questions if not question.image_id]
     if without and not task.only_with_image:
         what = f"{len(without)} questions of {task.name} have no image, the first {without[0]}"

@@ -51,6 +51,19 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+# summary -> the metrics that it sums, where these are not all; the names of its figures beside sums, where it does not
+# go by `called`; the units that it needs
+_SUMMED: dict[str, tuple[str, ...]] = {"yes_no": ("yes_no",), "fields": ("fields",), "error_rate": ("cer", "wer")}
+_FIGURES: dict[str, tuple[str, ...]] = {
+    "yes_no": ("accuracy", "precision", "recall", "f1", "yes_ratio"),
+    "pairs": ("accuracy", "accuracy_of_pairs"),
+    "hallusionbench": ("aAcc", "fAcc", "qAcc"),
+    "circular": ("accuracy", "accuracy_of_turns"),
+    "fields": ("f1", "exact"),
+}
+_UNITS = {"pairs": "image", "circular": "circular", "hallusionbench": "hallusionbench"}
+
+
 class Layout(_Frozen):
     """Where a question's parts are in the rows of one kind of file.
 
@@ -84,12 +97,17 @@ class Layout(_Frozen):
     separator: str | None = None
     """What parts several groups of one field."""
     metric: str | None = None
+    leave_out: dict[str, str] = {}
+    """Field -> what it says in rows that do not count, as those of another split."""
+    size: int | None = None
+    """Questions of a whole file, where answers come with their questions and a part could not be told from it."""
 
 
 class ProtocolOf(_Frozen):
     """How one evaluator scores the answers of a task.
 
-    `over: groups` averages the groups' scores; `weighted: groups` counts a question once for each of its groups.
+    `over: groups` averages the groups' scores, if `averaged` names some of these (of all questions if there is none of
+    them); `weighted: groups` counts a question once for each of its groups.
     """
 
     source: str
@@ -99,6 +117,7 @@ class ProtocolOf(_Frozen):
     called: str = "accuracy"
     headline: str
     over: Literal["questions", "groups"] = "questions"
+    averaged: list[str] = []
     weighted: Literal["questions", "groups"] = "questions"
     unclear: Literal["no", "left_out"] = "no"
     """What precision and recall make of an answer that says neither yes nor no."""
@@ -118,6 +137,17 @@ class ProtocolOf(_Frozen):
             raise ValueError(f"rule is {self.rule!r}; {self.metric} has {', '.join(rules)}")
         if self.metric == "function" and self.rule.count(":") != 1:
             raise ValueError("rule has to be module:function")
+        return self
+
+    @model_validator(mode="after")
+    def _known_figures(self) -> "ProtocolOf":
+        summed = _SUMMED.get(self.summary, (self.metric,))
+        if self.metric not in summed:
+            raise ValueError(f"summary {self.summary} is of metric {' or '.join(summed)}, not {self.metric}")
+        figures = [*_FIGURES.get(self.summary, (self.called,)), *self.sums]
+        figures += ["exact"] if self.summary == "error_rate" else []
+        if self.headline not in figures:
+            raise ValueError(f"headline is {self.headline!r}; there are {', '.join(figures)}")
         return self
 
 
@@ -208,6 +238,10 @@ class Task(_Frozen):
         unknown = sorted(named - self.protocols.keys())
         if unknown:
             raise ValueError(f"no protocol is named {unknown[0]!r}; there are {', '.join(self.protocols)}")
+        for name, protocol in self.protocols.items():
+            units = _UNITS.get(protocol.summary, self.units)
+            if self.units != units:
+                raise ValueError(f"summary {protocol.summary} of {name} needs units: {units}")
         lacking = [preset for preset, prompt in self.prompts.items() if "{question}" not in prompt]
         if lacking:
             raise ValueError(f"the prompt of {lacking[0]} has no {{question}}")

@@ -1,6 +1,7 @@
 """Questions of a task from the files in which its benchmark is distributed."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,9 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from llava_llama31.trainer.data.sources.data_folders import parquet_folder
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.data.sources.remote_files import check_is_path
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.annotated import check_annotated
 from llava_llama31.trainer.evaluation.metrics.choices import LETTERS, inline_options
 from llava_llama31.trainer.evaluation.questions import (
     LONGEST_IMAGE_INDEX,
@@ -22,7 +25,7 @@ from llava_llama31.trainer.evaluation.questions import (
     python_list,
     shared_image,
 )
-from llava_llama31.trainer.evaluation.row_files import Row, any_rows
+from llava_llama31.trainer.evaluation.row_files import Row, any_rows, value_at
 from llava_llama31.trainer.evaluation.task_files import PER_QUESTION, Layout, Task
 from llava_llama31.trainer.recipes.data_formats import MAX_PIXELS
 
@@ -69,6 +72,7 @@ def load_task_questions(
     holders = {str(row.get(layout.id or "")): row for _, row in rows}
     for where, row in rows if limit is None else rows[:limit]:
         question = _question(task, layout, row, where, numbers)
+        check_annotated(task, layout, question, where)
         only_once(str(question.question_id), layout.id or "question", where, seen)
         if with_images and question.image_id:
             shown = {"image": _image(layout, row, holders, where)}
@@ -77,7 +81,13 @@ def load_task_questions(
         questions.append(question)
     if not questions:
         raise UserError("no questions", where=str(path), fix="name a file with at least one question")
+    if all(question.left_out for question in questions):
+        left_out = ", ".join(f"{name} {value}" for name, value in layout.leave_out.items())
+        raise UserError(
+            f"all rows are of {left_out}, which {task.name} leaves out", where=rows[0][0], fix="name another"
+        )
     _all_or_none_annotated(questions, str(path))
+    _refuse_without_category(task, questions, rows[0][0])
     wrong = without_right_option(questions)
     if 2 * len(wrong) > len(questions):
         what = f"{layout.answer} is {wrong[0].answers[0]!r:.80}, and {len(wrong)} of {len(questions)} are not a letter"
@@ -102,6 +112,30 @@ def _all_or_none_annotated(questions: Sequence[Question], where: str) -> None:
         raise UserError(what, where=where, fix="give all of them one, or none")
 
 
+def _refuse_without_category(task: Task, questions: Sequence[Question], where: str) -> None:
+    """Refuse questions outside the categories that a protocol averages or adds, which would count for nothing."""
+    for name, protocol in task.protocols.items():
+        added = (
+            [part for parts in protocol.sums.values() for part in parts]
+            if protocol.headline in protocol.sums
+            else None
+        )
+        needs_any = "groups" in (protocol.over, protocol.weighted) and not protocol.averaged
+        if added is None and not needs_any:
+            continue
+        for question in questions:
+            if not question.groups or (added is not None and not set(added) & set(question.groups)):
+                what = f"question {question.question_id} is of category {', '.join(question.groups) or 'none'!r}"
+                known = f"one of {', '.join(added)}" if added is not None else "a category"
+                what = f"{what}, and {task.name}'s {protocol.headline} by {name} needs {known}"
+                raise UserError(what, where=where, fix="pass the benchmark's own file, with its column of categories")
+
+
+def layout_size(task: Task, rows: Sequence[Row]) -> int | None:
+    """How many questions the whole file has that these rows are of, where the task knows it."""
+    return _layout_of(task, rows, "the answer file").size
+
+
 def holds_questions(task: Task, rows: Sequence[Row], *, annotated: bool = True) -> bool:
     """Whether rows of an answer file hold the questions, as VLMEvalKit's do.
 
@@ -122,6 +156,10 @@ def _rows_of(task: Task, source: str | Path | Sequence[Row], with_images: bool) 
         named = _named_rows(path, layout) if layout.files else []
         if named:
             return layout, named
+    named_files = [layout.files for layout in task.layouts if layout.files]
+    if named_files and path.is_dir() and not parquet_folder(path):
+        what = f"no {' or '.join(named_files)} and no parquet file there"
+        raise UserError(what, where=str(path), fix=f"pass the annotations of {task.name}")
     # without an id the image names a question, and it may decide whether one is asked
     needed = {layout.image for layout in task.layouts if with_images or task.only_with_image or layout.id is None}
     unused = [layout.image for layout in task.layouts if layout.image is not None and layout.image not in needed]
@@ -133,6 +171,7 @@ def _layout_of(task: Task, rows: Sequence[Row], where: str) -> Layout:
     first = rows[0][1] if rows else {}
     for layout in task.layouts:
         if layout.files is None and _fits(layout, first):
+            _refuse_options(task, layout, first, where)
             return layout
     for layout in task.layouts if task.submission is not None else ():
         # of a split whose answers are not public
@@ -142,6 +181,17 @@ def _layout_of(task: Task, rows: Sequence[Row], where: str) -> Layout:
     needed = "; ".join(f"{layout.name} has {', '.join(sorted(_names(layout)))}" for layout in task.layouts)
     what = f"these are not questions of {task.name}: the rows have {', '.join(map(str, first)) or 'nothing'}; {needed}"
     raise UserError(what, where=where, fix="pass the task's annotations")
+
+
+def _refuse_options(task: Task, layout: Layout, row: Mapping[str, Any], where: str) -> None:
+    """Refuse multiple-choice rows for a benchmark without options, of which it would compare letters as texts."""
+    if (
+        task.folder is None
+        and layout.options is None
+        and all(_field(row, letter) not in (None, "") for letter in "AB")
+    ):
+        what = f"the rows have options A, B, and questions of {task.name} have none"
+        raise UserError(what, where=where, fix="name the task that these questions are of with --task")
 
 
 def _fits(layout: Layout, row: Mapping[str, Any]) -> bool:
@@ -228,6 +278,7 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
         options=options,
         context="" if context is None else str(context).strip(),
         groups=_groups(layout, row),
+        left_out=any(row.get(name) == value for name, value in layout.leave_out.items()),
         units=_units(task, question_id, image_id, row),
         metric=str(metric or ""),
         ocr_tokens=tuple(map(str, row["ocr_tokens"])) if isinstance(row.get("ocr_tokens"), list) else None,
@@ -238,17 +289,12 @@ def _field(row: Mapping[str, Any], spec: str) -> Any:
     """What a field, a way into the row, or a text with fields in braces says; `{name:012}` pads a number."""
     if _PLACEHOLDER.search(spec):
         return _PLACEHOLDER.sub(lambda found: str(_field(row, found[1])).zfill(int(found[2] or 0)), spec)
-    if spec in row:
-        return row[spec]
-    value: Any = row
-    for part in spec.split("."):
-        if isinstance(value, Mapping):
-            value = value.get(part)
-        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
-            value = value[int(part)]
-        else:
-            return None
-    return value
+    return _said(value_at(row, spec))
+
+
+def _said(value: Any) -> Any:
+    """A value, or None for the NaN that pandas writes into JSON where a cell is empty."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _id(value: Any, where: str, name: str) -> int | str:
@@ -280,7 +326,8 @@ def _options(layout: Layout, row: Mapping[str, Any], question: str, where: str) 
     if layout.options == "inline":
         return inline_options(question)
     if layout.options == "columns":
-        return tuple((letter, str(row[letter])) for letter in LETTERS if row.get(letter) not in (None, ""))
+        texts = ((letter, _field(row, letter)) for letter in LETTERS)
+        return tuple((letter, _option(text, where)) for letter, text in texts if text not in (None, ""))
     names = layout.options if isinstance(layout.options, list) else None
     values = [_field(row, name) for name in names] if names else _listed(_field(row, str(layout.options)))
     if len(values) > len(LETTERS):
@@ -288,7 +335,13 @@ def _options(layout: Layout, row: Mapping[str, Any], question: str, where: str) 
         raise UserError(what, where=where, fix="ask with fewer options")
     # an empty option keeps its letter: the right answer names the letter by its column
     lettered = zip(LETTERS, values, strict=False)
-    return tuple((letter, str(value)) for letter, value in lettered if value not in (None, ""))
+    return tuple((letter, _option(value, where)) for letter, value in lettered if _said(value) not in (None, ""))
+
+
+def _option(value: Any, where: str) -> str:
+    if not isinstance(value, str | int | float):
+        raise UserError(f"an option is {value!r:.80}", where=where, fix="give a text; format dates in a table as text")
+    return str(value)
 
 
 def _answers(task: Task, layout: Layout, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
@@ -301,8 +354,8 @@ def _answers(task: Task, layout: Layout, row: Mapping[str, Any], where: str) -> 
         return (value if isinstance(value, str) else json.dumps(value),)
     answers = [] if value is None else _listed(value) if layout.answer_is == "texts" else [value]
     answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
-    if not answers or any(isinstance(answer, bool | dict | list) or answer is None for answer in answers):
-        fix = "give the annotated answer, or a list of them"
+    if not answers or any(isinstance(answer, bool) or not isinstance(answer, str | int | float) for answer in answers):
+        fix = "give the annotated answer, or a list of them; format dates in a table as text"
         raise UserError(f"{layout.answer} is {value!r:.80}", where=where, fix=fix)
     texts = [str(answer) for answer in answers]
     if layout.answer_is == "letter":

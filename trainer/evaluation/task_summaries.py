@@ -73,8 +73,10 @@ def metrics_of(sums: Mapping[tuple[str, str], float], protocol: ProtocolOf, grou
         groups: all categories.
     """
     if protocol.over == "groups":
-        each = [found for group in groups if (found := group_metrics(sums, protocol, group))]
-        return {name: sum(found[name] for found in each) / len(each) for name in each[0]} if each else {}
+        parts = protocol.averaged or groups
+        each = [found for group in parts if (found := group_metrics(sums, protocol, group))]
+        if each or not protocol.averaged:
+            return {name: sum(found[name] for found in each) / len(each) for name in each[0]} if each else {}
     metrics = group_metrics(sums, protocol, ALL)
     added = PAIR_SCORE if protocol.summary == "pairs" else protocol.called
     for name, parts in protocol.sums.items():

@@ -13,6 +13,7 @@
 | `letter-or-text-2026` | VLMEvalKit since June 2026: as 2025, and an answer that says `answer is X`                |
 | `mmmu`                | MMMU: `mmmu/utils/eval_utils.py`, without its random guess where nothing is found         |
 | `lmms-eval-mmmu`      | lmms-eval: `lmms_eval/tasks/_task_utils/mmmu_mcq_utils.py`, without its random guess      |
+| others                | `lmms_eval_choices.py`                                                                    |
 
 VLMEvalKit asks a language model where its rules find nothing; here such an answer chooses nothing.
 """
@@ -20,6 +21,8 @@ VLMEvalKit asks a language model where its rules find nothing; here such an answ
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
+
+from llava_llama31.trainer.evaluation.metrics import lmms_eval_choices
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -53,6 +56,7 @@ RULES: Mapping[str, str] = MappingProxyType(
         "letter-or-text-2026": "as letter-or-text-2025, and where no letter is found, the first 'answer is X'",
         "mmmu": "the last '(X)', else the last 'X' alone, else the last option text of an answer of over five words",
         "lmms-eval-mmmu": "as mmmu, but the 'X' alone may be the end of a word, or be followed by a period",
+        **lmms_eval_choices.RULES,
     }
 )
 
@@ -86,6 +90,8 @@ def chosen_letter(prediction: str, options: Mapping[str, str], rule: str) -> str
         if not letter and rule == "letter-or-text-2026":
             letter = _letter_of_sentence(prediction, options)
         return letter or _only_text_of_short(prediction, options)
+    if rule in lmms_eval_choices.RULES:
+        return lmms_eval_choices.chosen_letter_of_lmms_eval(prediction, options, rule)
     if rule in ("mmmu", "lmms-eval-mmmu"):
         return _mmmu(prediction, options, of_lmms_eval=rule == "lmms-eval-mmmu")
     raise ValueError(f"no rule is named {rule!r}; there are {', '.join(RULES)}")

@@ -2,12 +2,15 @@
 
 Definition: Methani et al., 2020 (PlotQA), as ChartQA (Masry et al., 2022, section 5.1) applies it. Evaluators:
 
-| protocol     | definition read from                                                                             |
-|--------------|--------------------------------------------------------------------------------------------------|
-| `pix2struct` | `pix2struct/metrics.py`, taken over by Qwen-VL; white space around both texts is removed         |
-| `vlmevalkit` | VLMEvalKit's `vlmeval/dataset/utils/vqa_eval.py`: the same, and the answer keeps its white space |
-| `lmms-eval`  | lmms-eval's `tasks/chartqa/utils.py`: the same, and both texts keep their white space            |
-| `paper`      | as the definition says: a percent sign changes nothing on both sides, separators of thousands go |
+| protocol          | definition read from                                                                        |
+|-------------------|---------------------------------------------------------------------------------------------|
+| `pix2struct`      | `pix2struct/metrics.py`, taken over by Qwen-VL; white space around both texts is removed    |
+| `vlmevalkit`      | VLMEvalKit's `vqa_eval.py` until September 2025, which took the two texts in the wrong      |
+|                   | order: within 5 % of the prediction, and a prediction of 0 is a text                        |
+| `vlmevalkit-2025` | the same since its commit 677e30a5: as pix2struct, and the answer keeps its white space     |
+| `lmms-eval`       | lmms-eval's `tasks/chartqa/utils.py`: as pix2struct, and both texts keep their white space  |
+| `paper`           | as the definition says: a percent sign changes nothing on both sides, nor do separators of  |
+|                   | thousands                                                                                   |
 """
 
 import math
@@ -15,14 +18,14 @@ from collections.abc import Sequence
 
 
 TOLERANCE = 0.05
-PROTOCOLS = ("pix2struct", "vlmevalkit", "lmms-eval", "paper")
+PROTOCOLS = ("pix2struct", "vlmevalkit", "vlmevalkit-2025", "lmms-eval", "paper")
 
 
 def relaxed_accuracy(prediction: str, answers: Sequence[str], protocol: str = "pix2struct") -> float:
     """1 if the prediction is near enough to one of the answers, else 0.
 
-    An answer of 0 has no 5 %: it is compared as a number by `paper`, as a text by the others. `nan` and `inf` are
-    texts by `paper`, and numbers that nothing is near to by the others.
+    An answer of 0 (for `vlmevalkit` a prediction) has no 5 %: it is compared as a number by `paper`, as a text by the
+    others. `nan` and `inf` are texts by `paper`, and numbers that nothing is near to by the others.
 
     Raises:
         ValueError: no protocol has that name.
@@ -33,7 +36,10 @@ def relaxed_accuracy(prediction: str, answers: Sequence[str], protocol: str = "p
         prediction = prediction.strip()
     if protocol in ("pix2struct", "paper"):
         answers = [answer.strip() for answer in answers]
-    return float(any(_is_near(prediction, answer, is_paper=protocol == "paper") for answer in answers))
+    pairs = [(prediction, answer) for answer in answers]
+    if protocol == "vlmevalkit":
+        pairs = [(answer, prediction) for answer in answers]
+    return float(any(_is_near(said, wanted, is_paper=protocol == "paper") for said, wanted in pairs))
 
 
 def _is_near(prediction: str, answer: str, *, is_paper: bool) -> bool:
