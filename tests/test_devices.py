@@ -170,7 +170,7 @@ def test_each_process_has_a_gpu_of_its_own(gpus, monkeypatch, number, local_rank
 
     monkeypatch.setattr(peers.Peers, "connect", connect)
     what = f"LOCAL_RANK is {local_rank}, but this process sees {number} GPU"
-    ended = pytest.raises(UserError if refused else Started, match=what if refused else "")
+    ended = pytest.raises(UserError, match=what) if refused else pytest.raises(Started)
     with ended, peers.launched_processes(cpu=False):
         pass
 
