@@ -21,6 +21,7 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.fault_tolerance import peers
 from llava_llama31.trainer.fault_tolerance.signals import Signals
 from llava_llama31.trainer.fault_tolerance.step_health import summed
+from llava_llama31.trainer.model import opening
 from llava_llama31.trainer.recipes.schema import Recipe
 from llava_llama31.trainer.runs import run
 
@@ -78,6 +79,30 @@ def test_a_container_is_given_device_nodes(unused_gpus, monkeypatch, tmp_path):
     assert devices.num_installed_gpus() == 2
     with pytest.raises(UserError, match="2 NVIDIA GPU"):
         devices.refuse_unused_gpus()
+
+
+@pytest.mark.parametrize(("capability", "has_kernels"), [((7, 0), False), ((7, 5), True), ((8, 9), True)])
+def test_a_gpu_that_torch_has_no_kernels_for_is_named(monkeypatch, capability, has_kernels):
+    """A V100 under builds for CUDA 13: its first kernel would end the run in a traceback."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_86", "sm_90"])
+    refused = pytest.raises(UserError, match=r"no kernels for Tesla, capability 7\.0: it is built for sm_75, sm_80")
+    with nullcontext() if has_kernels else refused:
+        devices.refuse_unbuilt_gpu(torch.device("cuda", 0))
+
+
+def test_no_model_and_no_run_begins_on_such_a_gpu(monkeypatch, base_folder, recipe_content, tmp_path):
+    def refuse(device):
+        raise UserError("no kernels", fix=str(device))
+
+    monkeypatch.setattr(opening, "refuse_unbuilt_gpu", refuse)
+    monkeypatch.setattr(run, "refuse_unbuilt_gpu", refuse)
+    with pytest.raises(UserError, match="no kernels.*cpu"):
+        opening.open_model(base_folder)
+    with pytest.raises(UserError, match="no kernels.*cpu"):
+        run.run_recipe(Recipe.model_validate(recipe_content), tmp_path / "run", command="", signals=Signals())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("make", ["mps", "xpu", "hpu", "cuda"])

@@ -9,6 +9,7 @@ import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache
 
+from llava_llama31.trainer.distributed.gpu_architectures import is_built_for
 from llava_llama31.trainer.errors import UserError
 
 
@@ -54,6 +55,24 @@ def refuse_unused_gpus() -> None:
             f"this machine has {number} NVIDIA GPU(s), but torch {torch.__version__} can't use them, and the CPU is "
             "hundreds of times slower",
             fix="see what `llava-llama31 doctor` finds, or choose the CPU: train --cpu, evaluate --device cpu",
+        )
+
+
+def refuse_unbuilt_gpu(device: torch.device) -> None:
+    """Refuse a GPU for which this torch has no kernels: its first one would fail.
+
+    Raises:
+        UserError: naming the GPU and what torch is built for.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return
+    (major, minor), built = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    if built and not is_built_for((major, minor), built):
+        raise UserError(
+            f"torch {torch.__version__} has no kernels for {device_name(device)}, capability {major}.{minor}: it is "
+            f"built for {', '.join(built)}",
+            fix="install a torch build that lists it, by the selector on pytorch.org, or choose the CPU: train --cpu, "
+            "evaluate --device cpu",
         )
 
 

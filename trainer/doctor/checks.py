@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from llava_llama31.trainer.distributed.gpu_architectures import is_built_for
 from llava_llama31.trainer.doctor.facts import (
     AccelerateConfig,
     Compilers,
@@ -205,7 +206,7 @@ def _check_gpu(name: str, device: Gpu, architectures: Sequence[str]) -> list[Doc
         why = "precision: bfloat16 is emulated, and packed rows are read segment by segment; both are slow"
         fix = "use an Ampere GPU or newer, or set precision: float32"
         found.append(DoctorFinding("GPUs", "warning", f"{name} has no bfloat16 matrix products", why, fix))
-    if architectures and not _is_built_for(device.capability, architectures):
+    if architectures and not is_built_for(device.capability, architectures):
         what = f"torch is not built for capability {major}.{minor} of {name}: {', '.join(architectures)}"
         why = "the first kernel fails with 'no kernel image is available'"
         fix = "install the torch build that lists this GPU, by the selector on pytorch.org"
@@ -232,23 +233,6 @@ def _check_free(name: str, device: Gpu, command: str) -> list[DoctorFinding]:
     why = "a run that fits according to `plan` runs out of memory"
     fix = f"find them with {command} and end them, or choose GPUs with CUDA_VISIBLE_DEVICES"
     return [DoctorFinding("GPU memory", "warning", what, why, fix)]
-
-
-def _is_built_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """Machine code runs on the same major version from its minor version on, PTX on everything newer."""
-    for architecture in architectures:
-        kind, _, number = architecture.partition("_")
-        digits = number.rstrip("af")
-        built = (int(digits[:-1]), int(digits[-1]))
-        if number.endswith("a"):  # for exactly one GPU model
-            fits = capability == built
-        elif kind == "sm":
-            fits = capability[0] == built[0] and capability >= built
-        else:
-            fits = capability >= built
-        if fits:
-            return True
-    return False
 
 
 def _check_driver(gpus: Gpus) -> list[DoctorFinding]:

@@ -10,7 +10,11 @@ from transformers import PreTrainedConfig
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
-from llava_llama31.trainer.distributed.devices import default_device, leave_out_cudnn_attention
+from llava_llama31.trainer.distributed.devices import (
+    default_device,
+    leave_out_cudnn_attention,
+    refuse_unbuilt_gpu,
+)
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.model.locating import hub_id, local_checkpoint
 from llava_llama31.trainer.terminal import without_bars
@@ -32,7 +36,7 @@ def open_model(
         device: torch's name of a device; by default the accelerator where there is one.
 
     Raises:
-        UserError: there is no such model, it is not a LlavaNext, or it lacks weights.
+        UserError: there is no such model, it is not a LlavaNext, it lacks weights, or the device can't compute it.
     """
     device = device or default_device()
     leave_out_cudnn_attention()
@@ -50,12 +54,14 @@ def open_model(
         raise UserError(what, where=str(processor_folder), fix="export it again") from error
     placed: Any = model  # the decorator of `to` hides its arguments
     try:
-        return placed.to(device).eval(), processor
+        opened = placed.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"cannot go to device {device}: {reason}", where=str(folder), fix="pass --device cpu"
         ) from error
+    refuse_unbuilt_gpu(model.device)
+    return opened, processor
 
 
 def _load_whole(folder: str | Path, dtype: str) -> LlavaLlama31ForConditionalGeneration:

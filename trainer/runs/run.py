@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
-from llava_llama31.trainer.distributed.devices import refuse_unused_gpus, uses_cpu
+from llava_llama31.trainer.distributed.devices import refuse_unbuilt_gpu, refuse_unused_gpus, uses_cpu
 from llava_llama31.trainer.distributed.engine import as_launched, forget_deepspeed
 from llava_llama31.trainer.distributed.rank import is_launched
 from llava_llama31.trainer.errors import UserError
@@ -62,6 +62,7 @@ def run_recipe(recipe: Recipe, output: Path, *, command: str, signals: Signals) 
         start_fork_server(["llava_llama31.trainer.runs.worker_imports"])
     with launched_processes(cpu=uses_cpu()) as (state, peers):
         transformers.utils.logging.disable_progress_bar()
+        refuse_unbuilt_gpu(state.device)
         run = RunContext(
             recipe=recipe,
             folder=RunFolder(output),
