@@ -315,6 +315,7 @@ def losses_of(run: Path) -> list[float]:
 
 
 @pytest.mark.torture
+@pytest.mark.usefixtures("fast_bfloat16")
 def test_float8_under_fsdp2_trains_as_in_one_process(start, forks, recipe_content, tmp_path, monkeypatch):
     """Products in wider types, on float8's numbers: a CPU has none in float8. Not compiled, which takes minutes."""
     pytest.importorskip("torchao")
@@ -367,6 +368,7 @@ SET = {
 }
 
 
+@pytest.mark.usefixtures("fast_bfloat16")
 @pytest.mark.parametrize("engine", at_length(*SET))
 def test_an_engine_has_the_settings_of_its_file_and_trains_as_one_process(forks, recipe_content, tmp_path, engine):
     """In bfloat16, whose gradients add up in float32 where the file says so."""
