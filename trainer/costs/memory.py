@@ -662,11 +662,16 @@ class _Step:
     def within(self, num_outputs: int, *, again: bool) -> float:
         """Temporary memory of a layer's backward pass.
 
-        Two gradients of the MLP beyond what is freed by then, and one for the layer's own weights where those keep
-        theirs. A layer that runs `again` ends with its last adapter.
+        Three gradients of the MLP, of which the input of its last product makes room for one where that was kept for
+        the weights' gradient; and this gradient, as it is computed and in the weights' type. A layer that runs `again`
+        ends with its last adapter.
         """
-        number = 2 if self.setup.lora_rank or self.zero is not None else 3
-        gradients = float(number * self.a * num_outputs * self.setup.model.intermediate_size)
+        model, setup = self.setup.model, self.setup
+        number = 2 if self.zero is not None or setup.lora_rank or setup.trains_decoder else 3
+        gradients = float(number * self.a * num_outputs * model.intermediate_size)
+        if setup.trains_decoder and self.zero is None:
+            types = self.a if self.w == self.a else self.a + self.w
+            gradients += types * model.hidden_size * model.intermediate_size
         if not (again and self.setup.lora_rank):
             return gradients
         return max(gradients, self.last_adapter(num_outputs))
