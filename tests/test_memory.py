@@ -205,7 +205,7 @@ EVERYTHING = ("--set", "trainable=[vision_tower,multi_modal_projector,language_m
         at_length(("--stage", "projector")),
         at_length(("--set", "precision=float32")),
         at_length(WIDE),
-        ("--set", "micro_batch=4", "--set", "activation_checkpointing=2", *WIDE),
+        ("--set", "micro_batch=8", "--set", "activation_checkpointing=2", *WIDE),
         at_length(EVERYTHING),  # with SigLIP below
     ],
     ids=lambda arguments: " ".join(arguments).replace("--set ", "") or "card",

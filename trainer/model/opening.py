@@ -28,7 +28,8 @@ def open_model(
 ) -> tuple[LlavaLlama31ForConditionalGeneration, LlavaLlama31Processor]:
     """Open any folder that stock Transformers opens as LlavaNext, or a folder of PEFT adapters for one.
 
-    Adapters stay unmerged beside the weights: merging rounds in half precision.
+    Adapters stay unmerged beside the weights: merging rounds in half precision. From here on this process
+    attends without cuDNN, whose answers are wrong on some GPUs.
 
     Args:
         folder: what `save_pretrained` wrote, here or elsewhere.
