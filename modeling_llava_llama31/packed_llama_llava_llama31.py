@@ -41,8 +41,9 @@ Positions = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (1, S, head 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys, values
 
 
-# on a CPU: queries per block, and the number of keys up to which blocks beat the fused kernel
-_BLOCK_QUERIES = 256
+# on a CPU: queries per block, also in types whose segments are padded, and the number of keys up to which blocks beat
+# the fused kernel
+_BLOCK_QUERIES, _FILLED_BLOCK_QUERIES = 128, 256
 _MAX_BLOCK_KEYS = 1024
 # types that a GPU's varlen kernel takes, the first NVIDIA GPUs with it (Ampere), and a row that shows whether it is
 # right: a trunk with two branches and a sample alone; rounding is within a share of the largest number
@@ -344,8 +345,10 @@ class _BlockAttention(torch.autograd.Function):
         if aligned is not None:
             query = query.index_select(0, aligned.queries)
             key, value = key.index_select(0, aligned.keys), value.index_select(0, aligned.keys)
-        segments = plan.segments if aligned is None else aligned.segments
-        ctx.blocks = [block for segment in segments for block in segment.blocks(_BLOCK_QUERIES)]
+        segments, size = (
+            (plan.segments, _BLOCK_QUERIES) if aligned is None else (aligned.segments, _FILLED_BLOCK_QUERIES)
+        )
+        ctx.blocks = [block for segment in segments for block in segment.blocks(size)]
         output = query.new_empty(query.shape)
         query, key, value = (query * scaling).transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         weights = []

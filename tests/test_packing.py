@@ -53,7 +53,7 @@ def filled(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(packed_llama, "_FILLED_DTYPES", (torch.float32, torch.float64))
         monkeypatch.setattr(packed_llama, "_SEGMENT_MULTIPLE", 8)
-        monkeypatch.setattr(packed_llama, "_BLOCK_QUERIES", 16)
+        monkeypatch.setattr(packed_llama, "_FILLED_BLOCK_QUERIES", 16)
 
 
 OPTIONS = [

@@ -182,7 +182,7 @@ def test_the_host_waits_for_a_gpu_once_in_four_tokens(lively_model, processor, q
     reads = {}
     for steps_between_syncs in (1, generation.STEPS_BETWEEN_SYNCS):
         answerer._steps_between_syncs = steps_between_syncs  # 4 on a GPU
-        prefixes = [answerer._prefix(answerer._prefix_key(prompt), prompt) for prompt in prompts]
+        prefixes = answerer._read(prompts)
         with HostReads() as counted:
             assert answerer._branches(prompts, prefixes) == expected
         reads[steps_between_syncs] = counted.num_reads
@@ -190,10 +190,14 @@ def test_the_host_waits_for_a_gpu_once_in_four_tokens(lively_model, processor, q
 
 
 def test_each_image_is_encoded_once(lively_model, processor, questions, tmp_path):
-    calls = []
-    handle = lively_model.model.vision_tower.embeddings.register_forward_hook(lambda *_: calls.append(1))
+    num_tiles = []
+    handle = lively_model.model.vision_tower.embeddings.register_forward_hook(
+        lambda module, inputs, output: num_tiles.append(len(output))
+    )
+    images = {question.image_id: question.image for question in questions}
+    expected = sum(len(processor.tiles(image.open())) for image in images.values())
     for batch_size in (1, 4, 16):
-        calls.clear()
+        num_tiles.clear()
         folder = tmp_path / str(batch_size)
         evaluate(
             lively_model,
@@ -202,8 +206,50 @@ def test_each_image_is_encoded_once(lively_model, processor, questions, tmp_path
             folder,
             EvaluationSettings(revision="r", batch_size=batch_size, max_new_tokens=3),
         )
-        assert len(calls) == 25  # 40 questions
+        assert sum(num_tiles) == expected  # 25 images of 40 questions
     handle.remove()
+
+
+def test_prefixes_of_one_row_are_those_read_alone(lively_model, processor, questions, monkeypatch):
+    monkeypatch.setattr(generation, "POSITIONS_OF_A_ROW", 64)
+    answerer = GreedyAnswerer(lively_model, processor)
+    prompts = [prompt_for(answerer, question) for question in questions[:12]]
+    with torch.no_grad():
+        alone = [cache for prompt in prompts for cache in answerer._read([prompt])]
+    num_positions = [cache.get_seq_length() for cache in alone]
+    packings = []
+    handle = lively_model.register_forward_pre_hook(
+        lambda module, args, kwargs: packings.append(kwargs["packing"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        together = GreedyAnswerer(lively_model, processor)._read(prompts)
+        one_by_one = GreedyAnswerer(lively_model, processor, batch_invariant=True)._read(prompts)
+    handle.remove()
+    rows_read, alone_again = packings[: -len(prompts)], packings[-len(prompts) :]
+    assert [length for row in rows_read for (length,) in row] == num_positions
+    lengths = [sum(length for (length,) in row) for row in rows_read]
+    assert len(rows_read) > 1 and max(lengths) <= generation.POSITIONS_OF_A_ROW
+    # a further prefix would not have found room
+    for length, (following, *_) in zip(lengths, rows_read[1:], strict=False):
+        assert length + following[0] > generation.POSITIONS_OF_A_ROW
+    assert alone_again == [[[length]] for length in num_positions]
+    for expected, *others in zip(alone, together, one_by_one, strict=True):
+        for layer, packed, single in zip(expected.layers, *(other.layers for other in others), strict=True):
+            torch.testing.assert_close((packed.keys, packed.values), (layer.keys, layer.values), rtol=1e-5, atol=1e-5)
+            assert single.keys.equal(layer.keys) and single.values.equal(layer.values)
+            assert packed.keys.untyped_storage().nbytes() == packed.keys.nbytes  # the row's others can be freed
+
+
+@pytest.mark.parametrize(("num_rows", "expected"), [(1000, 16), (4, 4), (0, 1)])
+def test_a_batch_fits_the_memory_of_a_cpu(lively_model, processor, num_rows, expected, monkeypatch):
+    answerer = GreedyAnswerer(lively_model, processor, max_new_tokens=44)
+    text = lively_model.config.get_text_config()
+    # keys and values in float32 of 2,700 positions of an image, 256 of its question and 44 of the answer
+    row = 3000 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
+    # each beside its prefix, in half of what the weights leave
+    memory = lively_model.get_memory_footprint() + num_rows * row * 2 * 2
+    monkeypatch.setattr(generation, "total_memory", lambda device: memory)
+    assert answerer.auto_batch_size(2700) == expected
 
 
 def test_rows_that_stay_fill_the_places_of_those_that_leave():

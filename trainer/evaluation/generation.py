@@ -1,9 +1,9 @@
 """Greedy answers to questions about images: each image read once, its questions as branches of one prefix.
 
 A prompt is cut behind its last image placeholder. What is before, the prefix, is the same for all questions about an
-image: it goes through the vision tower and the language model once, by itself, so its keys and values depend on the
-image alone. The questions then continue from copies of them in batches. Exact: every position sees what it would in
-a row of its own, and masked positions weigh zero.
+image: it goes through the vision tower and the language model once. Short prefixes share a packed row, in which none
+sees another. The questions then continue from copies of their keys and values in batches. Exact: every position sees
+what it would in a row of its own, and masked positions weigh zero.
 
 Shapes: B rows, P positions of the longest prefix, S of the longest question, N new tokens, T tiles, H W a tile in
 pixels.
@@ -29,11 +29,17 @@ from llava_llama31.trainer.errors import UserError
 
 
 STEPS_BETWEEN_SYNCS = 4
-BATCH_SIZE_ON_CPU, LARGEST_BATCH_SIZE, POSITIONS_OF_A_QUESTION = 16, 64, 256
+# prefixes are read together up to so many positions: products of few rows wait for the weights
+POSITIONS_OF_A_ROW = 2048
+LARGEST_BATCH_SIZE_ON_CPU, LARGEST_BATCH_SIZE, POSITIONS_OF_A_QUESTION = 16, 64, 256
 
 
 # picks the next ids (B,) from logits (B, vocabulary) in float32
 Choice = Callable[[torch.Tensor], torch.Tensor]
+
+
+# what a prefix is kept under: its tiles' ids in memory, and its token ids
+_PrefixKey = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def most_likely(logits: torch.Tensor) -> torch.Tensor:
@@ -75,13 +81,14 @@ class Prefixes:
         self._kept[key] = self._kept.pop(key)  # the youngest now
         return self._kept[key][1]
 
-    def make_room(self) -> None:
-        """Free what a further prefix takes the place of, before it is read."""
-        while len(self._kept) >= self.most:
+    def make_room(self, num_prefixes: int = 1) -> None:
+        """Free what further prefixes take the place of, before they are read."""
+        while self._kept and len(self._kept) + num_prefixes > self.most:
             del self._kept[next(iter(self._kept))]
 
     def put(self, key: Hashable, prompt: Prompt, cache: DynamicCache) -> None:
         """Keep a prefix."""
+        self.make_room()
         self._kept[key] = prompt, cache
 
     def release(self, tiles: np.ndarray) -> None:
@@ -98,7 +105,7 @@ class GreedyAnswerer:
         model: LlavaNext in eval mode (see `undisturbed`), on one device.
         processor: for prompts with Llama-3.1's special tokens its own ids; other tokenizers go by their chat template.
         max_new_tokens: length at which an answer is cut.
-        batch_invariant: answer the rows one by one, so that no sum depends on what stands beside a row.
+        batch_invariant: read and answer one by one, so that no sum depends on what stands beside a prompt.
         forward: what to call instead of `model`: its sharded form, whose ranks must all answer the same prompts.
         prefixes: where several answerers of one model keep what they have read. Default: the last prefix alone.
 
@@ -157,9 +164,11 @@ class GreedyAnswerer:
         return Prompt(encode(messages, sizes), tuple(tiles), sizes)
 
     def auto_batch_size(self, num_image_tokens: int) -> int:
-        """Prompts to answer at once: what half the memory beside the weights holds of keys and values, 64 at most."""
-        if self.model.device.type == "cpu":
-            return BATCH_SIZE_ON_CPU
+        """Prompts to answer at once: what half the memory beside the weights holds of keys and values.
+
+        64 at most, and 16 on a CPU, where more gain nothing.
+        """
+        largest = LARGEST_BATCH_SIZE_ON_CPU if self.model.device.type == "cpu" else LARGEST_BATCH_SIZE
         text = self.model.config.get_text_config()
         positions = num_image_tokens + POSITIONS_OF_A_QUESTION + self.max_new_tokens
         per_position = (
@@ -168,17 +177,12 @@ class GreedyAnswerer:
         # twice: the prefix of an image and its copy in the batch
         row = 2 * positions * per_position
         free = total_memory(self.model.device) - self.model.get_memory_footprint()
-        return max(1, min(LARGEST_BATCH_SIZE, int(free / 2 / row)))
+        return max(1, min(largest, int(free / 2 / row)))
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Generated ids of each prompt, the stop id included where one was reached."""
-        prefixes: dict[Hashable, DynamicCache] = {}
-        for prompt in prompts:
-            key = self._prefix_key(prompt)
-            if key not in prefixes:
-                prefixes[key] = self._prefix(key, prompt)
-        caches = [prefixes[self._prefix_key(prompt)] for prompt in prompts]
+        caches = self._read(prompts)
         rows = 1 if self.batch_invariant else len(prompts)
         answers: list[list[int]] = []
         for start in range(0, len(prompts), rows):
@@ -196,35 +200,58 @@ class GreedyAnswerer:
             return len(prompt.input_ids) - 1
         return len(prompt.input_ids) - prompt.input_ids[::-1].index(self.processor.image_token_id)
 
-    def _prefix_key(self, prompt: Prompt) -> Hashable:
+    def _prefix_key(self, prompt: Prompt) -> _PrefixKey:
         return tuple(map(id, prompt.tiles)), tuple(prompt.input_ids[: self._prefix_length(prompt)])
 
-    def _prefix(self, key: Hashable, prompt: Prompt) -> DynamicCache:
-        """Keys and values of the prefix; the last one is kept, for the questions of an image that fills a batch."""
-        kept = self._prefixes.get(key)
-        if kept is not None:
-            return kept
-        self._prefixes.make_room()
+    def _read(self, prompts: Sequence[Prompt]) -> list[DynamicCache]:
+        """Keys and values of each prompt's prefix, which prompts may share."""
+        keys = [self._prefix_key(prompt) for prompt in prompts]
+        caches = {key: kept for key in keys if (kept := self._prefixes.get(key)) is not None}
+        unread = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in caches}
+        for row in self._rows(list(unread)):
+            self._prefixes.make_room(len(row))
+            for key, cache in zip(row, self._read_row([unread[key] for key in row]), strict=True):
+                caches[key] = cache
+                self._prefixes.put(key, unread[key], cache)
+        return [caches[key] for key in keys]
+
+    def _rows(self, keys: Sequence[_PrefixKey]) -> Iterator[list[_PrefixKey]]:
+        """The prefixes of each row."""
+        row: list[_PrefixKey] = []
+        for key in keys:
+            num_positions = sum(len(ids) for _, ids in (*row, key))
+            if row and (not self._reads_packed or self.batch_invariant or num_positions > POSITIONS_OF_A_ROW):
+                yield row
+                row = []
+            row.append(key)
+        if row:
+            yield row
+
+    def _read_row(self, prompts: Sequence[Prompt]) -> list[DynamicCache]:
+        """Keys and values of the prefixes of one row."""
         device = self.model.device
+        lengths = list(map(self._prefix_length, prompts))
+        ids = torch.tensor([[i for prompt, n in zip(prompts, lengths, strict=True) for i in prompt.input_ids[:n]]])
+        tiles = [tile for prompt in prompts for tile in prompt.tiles]
+        sizes = [size for prompt in prompts for size in prompt.image_sizes]
         images: dict[str, Any] = {}
-        if prompt.tiles:
-            tiles = torch.from_numpy(np.concatenate(prompt.tiles))
+        if tiles:
+            pixel_values = torch.from_numpy(np.concatenate(tiles)).to(self.model.dtype)
             images = {
-                "pixel_values": to_device(tiles.to(self.model.dtype), device),
-                "image_sizes": torch.tensor(prompt.image_sizes),  # on the CPU: the model reads its numbers one by one
+                "pixel_values": to_device(pixel_values, device),
+                "image_sizes": torch.tensor(sizes),  # on the CPU: the model reads its numbers one by one
             }
         cache = DynamicCache()
-        ids = torch.tensor([prompt.input_ids[: self._prefix_length(prompt)]])
         if self._reads_packed:  # the last layer then gives its keys and values alone
-            images |= {"packing": [[ids.shape[1]]], "position_ids": torch.arange(ids.shape[1], device=device)[None]}
-            images["image_sizes"] = prompt.image_sizes
+            images |= {"packing": [[n] for n in lengths]}
+            images["position_ids"] = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+            images["image_sizes"] = sizes
             placeholders = (ids[0] == self.processor.image_token_id).nonzero()[:, 0]
             images["image_positions"] = to_device(placeholders, device)
         else:
             images |= {"use_cache": True, "logits_to_keep": 1}
         self._forward(input_ids=to_device(ids, device), **{CACHE_NAME: cache}, **images)
-        self._prefixes.put(key, prompt, cache)
-        return cache
+        return [cache] if len(lengths) == 1 else _split(cache, lengths)
 
     @torch.no_grad()
     def stream(self, prompt: Prompt, choose: Choice = most_likely) -> Iterator[int]:
@@ -233,8 +260,7 @@ class GreedyAnswerer:
         Args:
             choose: picks the next ids (B,) from logits (B, vocabulary); by default those of `answer`.
         """
-        cache = self._prefix(self._prefix_key(prompt), prompt)
-        for (token_id,) in self._steps([prompt], [cache], choose):
+        for (token_id,) in self._steps([prompt], self._read([prompt]), choose):
             if int(token_id) in self.stop_ids:
                 return
             yield int(token_id)
@@ -347,10 +373,11 @@ class _BranchLayer(DynamicLayer):
         super().__init__()
         first = prefixes[0][0]
         shape = (len(prefixes), first.shape[1], num_past + room, first.shape[3])
-        # zeros: a masked key weighs zero only if it is finite
-        self._keys, self._values = first.new_zeros(shape), first.new_zeros(shape)
-        for row, (keys, values) in enumerate(prefixes):
-            self._keys[row, :, : keys.shape[2]], self._values[row, :, : keys.shape[2]] = keys[0], values[0]
+        self._keys, self._values = first.new_empty(shape), first.new_empty(shape)
+        for row, both in enumerate(prefixes):
+            for kept, read in zip((self._keys, self._values), both, strict=True):
+                kept[row, :, : read.shape[2]] = read[0]
+                kept[row, :, read.shape[2] : num_past] = 0  # a masked key weighs zero only if it is finite
         self.dtype, self.device, self.is_initialized = first.dtype, first.device, True
         self._grow_to(num_past)
 
@@ -390,6 +417,17 @@ class _BranchCache(Cache):
         """Keep these rows, in this order, as `_close_gaps` names them."""
         for layer in self._branches:
             layer.keep(rows)
+
+
+def _split(cache: DynamicCache, lengths: Sequence[int]) -> list[DynamicCache]:
+    """A cache for each sample of a packed row, copied, so that each can be freed."""
+    layers: list[Any] = cache.layers
+    parts = [DynamicCache() for _ in lengths]
+    for number, layer in enumerate(layers):
+        both = (x.split(list(lengths), dim=2) for x in (layer.keys, layer.values))
+        for part, keys, values in zip(parts, *both, strict=True):
+            part.update(keys, values, number)
+    return parts
 
 
 def _close_gaps(kept: Sequence[bool]) -> list[int]:
