@@ -38,6 +38,8 @@ LARGEST_BATCH_SIZE_ON_CPU, LARGEST_BATCH_SIZE, POSITIONS_OF_A_QUESTION = 16, 64,
 Choice = Callable[[torch.Tensor], torch.Tensor]
 
 
+# keys and values (1, heads, P, head size) of each layer
+Prefix = Sequence[tuple[torch.Tensor, torch.Tensor]]
 # what a prefix is kept under: its tiles' ids in memory, and its token ids
 _PrefixKey = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -72,9 +74,9 @@ class Prefixes:
     def __init__(self, most: int = 1):
         self.most = most
         # with the prompts: an array that is freed may give its id to another
-        self._kept: dict[Hashable, tuple[Prompt, DynamicCache]] = {}
+        self._kept: dict[Hashable, tuple[Prompt, Prefix]] = {}
 
-    def get(self, key: Hashable) -> DynamicCache | None:
+    def get(self, key: Hashable) -> Prefix | None:
         """What is kept under a key."""
         if key not in self._kept:
             return None
@@ -86,10 +88,10 @@ class Prefixes:
         while self._kept and len(self._kept) + num_prefixes > self.most:
             del self._kept[next(iter(self._kept))]
 
-    def put(self, key: Hashable, prompt: Prompt, cache: DynamicCache) -> None:
-        """Keep a prefix."""
+    def put(self, key: Hashable, prompt: Prompt, prefix: Prefix) -> None:
+        """Keep a prefix; those that were read in one row are freed together."""
         self.make_room()
-        self._kept[key] = prompt, cache
+        self._kept[key] = prompt, prefix
 
     def release(self, tiles: np.ndarray) -> None:
         """Free the prefixes that show these tiles."""
@@ -182,11 +184,11 @@ class GreedyAnswerer:
     @torch.no_grad()
     def answer(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Generated ids of each prompt, the stop id included where one was reached."""
-        caches = self._read(prompts)
+        prefixes = self._read(prompts)
         rows = 1 if self.batch_invariant else len(prompts)
         answers: list[list[int]] = []
         for start in range(0, len(prompts), rows):
-            answers += self._branches(prompts[start : start + rows], caches[start : start + rows])
+            answers += self._branches(prompts[start : start + rows], prefixes[start : start + rows])
         return answers
 
     def text(self, token_ids: Sequence[int]) -> str:
@@ -203,17 +205,17 @@ class GreedyAnswerer:
     def _prefix_key(self, prompt: Prompt) -> _PrefixKey:
         return tuple(map(id, prompt.tiles)), tuple(prompt.input_ids[: self._prefix_length(prompt)])
 
-    def _read(self, prompts: Sequence[Prompt]) -> list[DynamicCache]:
-        """Keys and values of each prompt's prefix, which prompts may share."""
+    def _read(self, prompts: Sequence[Prompt]) -> list[Prefix]:
+        """The prefix of each prompt; prompts may share it."""
         keys = [self._prefix_key(prompt) for prompt in prompts]
-        caches = {key: kept for key in keys if (kept := self._prefixes.get(key)) is not None}
-        unread = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in caches}
+        prefixes = {key: kept for key in keys if (kept := self._prefixes.get(key)) is not None}
+        unread = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in prefixes}
         for row in self._rows(list(unread)):
             self._prefixes.make_room(len(row))
-            for key, cache in zip(row, self._read_row([unread[key] for key in row]), strict=True):
-                caches[key] = cache
-                self._prefixes.put(key, unread[key], cache)
-        return [caches[key] for key in keys]
+            for key, prefix in zip(row, self._read_row([unread[key] for key in row]), strict=True):
+                prefixes[key] = prefix
+                self._prefixes.put(key, unread[key], prefix)
+        return [prefixes[key] for key in keys]
 
     def _rows(self, keys: Sequence[_PrefixKey]) -> Iterator[list[_PrefixKey]]:
         """The prefixes of each row."""
@@ -227,8 +229,8 @@ class GreedyAnswerer:
         if row:
             yield row
 
-    def _read_row(self, prompts: Sequence[Prompt]) -> list[DynamicCache]:
-        """Keys and values of the prefixes of one row."""
+    def _read_row(self, prompts: Sequence[Prompt]) -> list[Prefix]:
+        """The prefixes of one row."""
         device = self.model.device
         lengths = list(map(self._prefix_length, prompts))
         ids = torch.tensor([[i for prompt, n in zip(prompts, lengths, strict=True) for i in prompt.input_ids[:n]]])
@@ -251,7 +253,9 @@ class GreedyAnswerer:
         else:
             images |= {"use_cache": True, "logits_to_keep": 1}
         self._forward(input_ids=to_device(ids, device), **{CACHE_NAME: cache}, **images)
-        return [cache] if len(lengths) == 1 else _split(cache, lengths)
+        layers: list[Any] = cache.layers
+        parts = [zip(*(x.split(lengths, dim=2) for x in (layer.keys, layer.values)), strict=True) for layer in layers]
+        return list(zip(*parts, strict=True))
 
     @torch.no_grad()
     def stream(self, prompt: Prompt, choose: Choice = most_likely) -> Iterator[int]:
@@ -265,7 +269,7 @@ class GreedyAnswerer:
                 return
             yield int(token_id)
 
-    def _branches(self, prompts: Sequence[Prompt], prefixes: Sequence[DynamicCache]) -> list[list[int]]:
+    def _branches(self, prompts: Sequence[Prompt], prefixes: Sequence[Prefix]) -> list[list[int]]:
         """Answers of prompts whose prefixes have been read; a row whose answer has ended leaves the batch."""
         answers: list[list[int]] = [[] for _ in prompts]
         rows = list(range(len(prompts)))  # the prompt of each row
@@ -287,14 +291,14 @@ class GreedyAnswerer:
         return answers
 
     def _steps(
-        self, prompts: Sequence[Prompt], prefixes: Sequence[DynamicCache], choose: Choice
+        self, prompts: Sequence[Prompt], prefixes: Sequence[Prefix], choose: Choice
     ) -> Generator[torch.Tensor, list[int] | None, None]:
         """The next ids (B,) of every row, N times: columns of P prefix, S question and N new positions.
 
         Sent the places of rows, it continues with these, in their order.
         """
         device = self.model.device
-        past = [cache.get_seq_length() for cache in prefixes]
+        past = [prefix[0][0].shape[2] for prefix in prefixes]
         questions = [prompt.input_ids[length:] for prompt, length in zip(prompts, past, strict=True)]
         num_past, num_asked = max(past), max(map(len, questions))
         input_ids = torch.zeros((len(prompts), num_asked), dtype=torch.long)
@@ -406,28 +410,14 @@ class _BranchLayer(DynamicLayer):
 class _BranchCache(Cache):
     """One row per prefix, each padded on the right to `num_past` positions, with room for more."""
 
-    def __init__(self, prefixes: Sequence[DynamicCache], num_past: int, room: int):
-        layers: Any = zip(*(cache.layers for cache in prefixes), strict=True)
-        self._branches = [
-            _BranchLayer([(layer.keys, layer.values) for layer in row], num_past, room) for row in layers
-        ]
+    def __init__(self, prefixes: Sequence[Prefix], num_past: int, room: int):
+        self._branches = [_BranchLayer(layer, num_past, room) for layer in zip(*prefixes, strict=True)]
         super().__init__(layers=[*self._branches])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order, as `_close_gaps` names them."""
         for layer in self._branches:
             layer.keep(rows)
-
-
-def _split(cache: DynamicCache, lengths: Sequence[int]) -> list[DynamicCache]:
-    """A cache for each sample of a packed row, copied, so that each can be freed."""
-    layers: list[Any] = cache.layers
-    parts = [DynamicCache() for _ in lengths]
-    for number, layer in enumerate(layers):
-        both = (x.split(list(lengths), dim=2) for x in (layer.keys, layer.values))
-        for part, keys, values in zip(parts, *both, strict=True):
-            part.update(keys, values, number)
-    return parts
 
 
 def _close_gaps(kept: Sequence[bool]) -> list[int]:
