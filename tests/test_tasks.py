@@ -894,6 +894,91 @@ def test_samples_of_lmms_eval_hold_their_labels_where_their_questions_have_no_na
     assert f"{name}: question 1 is " in capsys.readouterr().err
 
 
+CHOOSE = "Which?\nA. x\nB. y\nAnswer with the option's letter from the given choices directly."
+# task -> what lmms-eval's metrics keep of a question, its prompt, its annotated answer and a wrong one
+KEPT = {
+    "ai2d": ({"exact_match": 1.0}, CHOOSE, "A", "B"),
+    "chartqa": ({"relaxed_overall": 1.0}, "How many?\nAnswer the question with a single word.", "0", "7"),
+    "docvqa": ({"anls": {"questionId": 9, "answer": "0"}}, "Who?" + PROMPT, "['word', 'other']", "12"),
+    "gqa": ({"exact_match": 1.0}, "Who?" + PROMPT, "man", "woman"),
+    "infovqa": ({"anls": 1.0}, "Who?" + PROMPT, "['word']", "12"),
+    "mme": ({"mme_perception_score": {"question_id": "OCR/1.png", "category": "OCR"}}, "Is it?", "Yes", "No"),
+    "mmmu": ({"mmmu_acc": {"id": "validation_Art_1", "subdomain": "Art"}}, "<image> " + CHOOSE, "A", "B"),
+    "mmstar": ({"average": {"question_id": 1, "l2_category": "geometry"}}, "Which?\nOptions: A: x, B: y", "A", "B"),
+    "ocrbench": (
+        {"ocrbench_accuracy": {"question_type": "Handwritten Mathematical Expression Recognition"}},
+        "Read.",
+        "['x y']",
+        "X y",
+    ),
+    "pope": ({"pope_accuracy": {"question_id": "1", "score": 1.0}}, "Is there a cat?", "yes", "no"),
+    "realworldqa": ({"exact_match": 1.0}, CHOOSE, "A", "B"),
+    "scienceqa-img": ({"exact_match": 1.0}, "Context: none\n" + CHOOSE, "A", "B"),
+    "seed-img": ({"seed_image": {"question_id": "1"}, "seed_all": {"question_id": "1"}}, CHOOSE, "A", "B"),
+}
+
+
+def kept_rows(name, count=4):
+    """Samples without `doc`, as lmms-eval writes them since its 0.4; the last is wrong."""
+    metrics, asked, answer, wrong = KEPT[name]
+    right = answer.strip("[]'").split("', '")[0]
+    rows = [{"doc_id": i, "target": answer, "filtered_resps": right, "input": asked, **metrics} for i in range(count)]
+    rows[-1]["filtered_resps"] = [wrong]
+    return rows
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_samples_of_lmms_eval_hold_prompt_and_target_in_the_place_of_the_question(tmp_path, capsys, name):
+    """Since its 0.4 lmms-eval drops the question; these files were refused as none that it writes."""
+    result = score(capsys, write_lines(tmp_path / "s.jsonl", kept_rows(name)), "--task", name)
+    expected = 3 if name == "ocrbench" else 75  # MME: 75 and 0, as the one image has a wrong answer
+    assert result["layout"] == "lmms-eval's samples" and result["num_questions"] == 4
+    if name == "pope":
+        assert result["metrics"] == pytest.approx(
+            {"accuracy": 75, "precision": 100, "recall": 75, "f1": 600 / 7, "yes_ratio": 75}
+        )
+        assert list(result["protocols"]) == ["lmms-eval"]
+        assert "do not say the categories, which llava, vlmevalkit need" in result["note"]
+    else:
+        assert result["metrics"][result["headline"]] == expected
+
+
+def test_samples_without_categories_are_not_scored_by_protocols_that_need_them(tmp_path, capsys):
+    path = write_lines(tmp_path / "s.jsonl", kept_rows("pope"))
+    assert main(["score", path, "--task", "pope", "--protocol", "llava"]) == 2
+    assert "llava needs categories, which the answers do not say (fix: pass the annotations" in capsys.readouterr().err
+    # the Hub's rows have them, and a question's number there is its sample's
+    labels = [{"id": str(i), "question": "Is there a cat?", "image_source": f"{i}.jpg"} for i in range(4)]
+    labels = [row | {"answer": "yes", "category": "random"} for row in labels]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(labels), tmp_path / "test-00000-of-00001.parquet")
+    options = ["--task", "pope", "--annotations", tmp_path / "test-00000-of-00001.parquet"]
+    result = score(capsys, path, *options, "--protocol", "llava")
+    assert result["metrics"]["f1"] == pytest.approx(600 / 7) and result["groups"].keys() == {"random"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(labels[:3]), tmp_path / "test-00000-of-00001.parquet")
+    assert main(["score", path, *map(str, options)]) == 2
+    assert "annotated questions could be meant" in capsys.readouterr().err
+
+
+def test_samples_without_questions_are_told_from_another_benchmark(tmp_path, capsys):
+    choices = write_lines(tmp_path / "c.jsonl", kept_rows("scienceqa-img"))
+    for name, message in [
+        ("gqa", "the rows have options A, B, and questions of gqa have none"),
+        ("mmstar", "the rows hold no annotated answers of mmstar"),
+        ("seed-img", "the rows hold no annotated answers of seed-img"),
+    ]:
+        assert main(["score", choices, "--task", name]) == 2
+        assert message in capsys.readouterr().err
+    videos = kept_rows("seed-img", 5)
+    del videos[0]["seed_image"]
+    videos[0]["seed_video"] = {"question_id": "v1"}
+    result = score(capsys, write_lines(tmp_path / "v.jsonl", videos), "--task", "seed-img")
+    assert result["num_questions"] == 4 and result["left_out"] == 1 and result["metrics"]["accuracy"] == 75
+    # a test split has no answers, and lmms-eval writes None
+    hidden = write_lines(tmp_path / "h.jsonl", [row | {"target": "None"} for row in kept_rows("docvqa")])
+    assert main(["score", hidden, "--task", "docvqa"]) == 2
+    assert "these questions have no annotated answers" in capsys.readouterr().err
+
+
 def test_two_files_are_compared_on_what_both_answer(own, capsys):
     folder, arguments = own
     first = write_lines(folder / "a.jsonl", [{"id": r["id"], "response": s} for r, s in zip(ROWS, SAID, strict=True)])

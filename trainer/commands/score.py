@@ -124,6 +124,7 @@ def _compare(options: argparse.Namespace, questions: list["Question"], reading: 
 
 
 def _score_task(options: argparse.Namespace, reading: "Reading") -> int:
+    from llava_llama31.trainer.errors import UserError
     from llava_llama31.trainer.evaluation.scoring import EXIT_INCOMPLETE
     from llava_llama31.trainer.evaluation.task_answers import read_task_answers
     from llava_llama31.trainer.evaluation.task_files import load_task
@@ -135,6 +136,10 @@ def _score_task(options: argparse.Namespace, reading: "Reading") -> int:
         read_task_answers(task, path, annotations=options.annotations, questions=options.questions, reading=reading)
         for path in paths
     ]
+    whole, task = task, min((file.task for file in files), key=lambda part: len(part.protocols))
+    if options.protocol in whole.protocols and options.protocol not in task.protocols:
+        what = f"{options.protocol} needs categories, which the answers do not say"
+        raise UserError(what, where="--protocol", fix=f"pass the annotations of {task.name} with --annotations")
     protocol = protocol_for(task, files[0].layout, options.protocol)
     sets = [answered(task, file.questions, file.rows) for file in files]
     submitted = _submit(options, task, sets)

@@ -296,12 +296,22 @@ def _sample(row: dict[str, Any], where: str) -> Answer:
     holders = [value for value in row.values() if isinstance(value, dict)]
     named = [holder[name] for holder in holders for name in ID_FIELDS if name in holder]
     doc = row.get("doc")
-    asked = doc.get("question") if isinstance(doc, dict) else None
+    # since its 0.4 lmms-eval keeps the prompt (input) and drops the question (doc)
+    is_bare = not isinstance(doc, dict) and "submission" not in row
+    asked = doc.get("question") if isinstance(doc, dict) else row.get("input") if is_bare else None
     if ("submission" in row and not named) or not isinstance(answer, str) or not (named or asked):
         fix = "pass the samples of a generation task, as --log_samples writes them"
         raise UserError("no question_id in submission, or not one text in filtered_resps", where=where, fix=fix)
     question_id = _id(named[0], where) if named else None
-    return Answer(where, question_id, answer, asked=asked if isinstance(asked, str) else None)
+    number = row.get("doc_id")
+    return Answer(
+        where,
+        question_id,
+        answer,
+        asked=asked if isinstance(asked, str) else None,
+        id_may_be_image=is_bare and Path(str(question_id)).suffix != "",  # MME's is
+        number=number if is_bare and isinstance(number, int) else None,
+    )
 
 
 def _evalscope(row: dict[str, Any], where: str) -> Answer:
@@ -313,7 +323,9 @@ def _evalscope(row: dict[str, Any], where: str) -> Answer:
         ]
     except (KeyError, IndexError, TypeError) as error:
         raise UserError("no text of the model in choices", where=where, fix="pass EvalScope's predictions") from error
-    return Answer(where, _id(row["index"], where), said, asked=asked[0] if asked else None, id_may_be_number=True)
+    index = _id(row["index"], where)
+    number = index if isinstance(index, int) else None
+    return Answer(where, index, said, asked=asked[0] if asked else None, number=number)
 
 
 def _message_text(content: Any) -> str:

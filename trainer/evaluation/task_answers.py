@@ -1,6 +1,6 @@
 """Answers and questions of a task from its files: whatever program wrote them, and wherever the labels are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from llava_llama31.trainer.evaluation.task_files import Task
 from llava_llama31.trainer.evaluation.task_questions import (
     DOC_ID,
     holds_questions,
-    layout_size,
+    layout_of,
     load_task_questions,
+    needs_categories,
     without_right_option,
 )
 
@@ -34,12 +35,14 @@ class TaskAnswers:
     """An answer file of a task.
 
     Args:
+        task: the task, without the protocols that need categories where the file has none.
         layout: what it was recognised as.
         rows: {question_id, answer} or {question_id, answer: None, error}.
         note: what has to be known about its score.
         questions: all annotated questions.
     """
 
+    task: Task
     layout: str
     rows: list[dict[str, Any]]
     note: str
@@ -72,6 +75,8 @@ def read_task_answers(
     annotations = annotations or task.data
     notes = [file.note, _protocol_note(task, file)]
     if annotations is None and questions is None:
+        task, left_out = _without_categories(task, file)
+        notes.append(left_out)
         annotated = load_task_questions(task, _held(task, file), with_images=False)
         pairs = zip(file.answers, annotated, strict=True)
         rows = [answer.under(question.question_id) for answer, question in pairs]
@@ -86,7 +91,17 @@ def read_task_answers(
         rows = match_answers(answers, annotated, file.path, in_order=running, labels=task.labels)
         refuse_questions(file.answers, rows, annotated, file.path)
     notes += [_labels_note(annotated), _categories_note(task, annotated)]
-    return TaskAnswers(file.layout, rows, "; ".join(note for note in notes if note), annotated)
+    return TaskAnswers(task, file.layout, rows, "; ".join(note for note in notes if note), annotated)
+
+
+def _without_categories(task: Task, file: AnswerRows) -> tuple[Task, str]:
+    """The task without protocols that need categories, which lmms-eval's samples of POPE do not say, and a note."""
+    left_out = [name for name, protocol in task.protocols.items() if needs_categories(protocol)]
+    if file.layout != SAMPLES or not left_out or layout_of(task, _held(task, file)).groups:
+        return task, ""
+    kept = {name: protocol for name, protocol in task.protocols.items() if name not in left_out}
+    what = f"lmms-eval's samples do not say the categories, which {', '.join(left_out)} need"
+    return task.model_copy(update={"protocols": kept}), f"{what}: pass the Hub's files with --annotations for these"
 
 
 def _labels_note(questions: Sequence[Question]) -> str:
@@ -106,7 +121,7 @@ def _protocol_note(task: Task, file: AnswerRows) -> str:
 
 def _size_note(task: Task, file: AnswerRows, questions: Sequence[Question]) -> str:
     """That a file whose rows are the only questions is not of the benchmark's length."""
-    size, count = layout_size(task, _held(task, file)), sum(not question.left_out for question in questions)
+    size, count = layout_of(task, _held(task, file)).size, sum(not question.left_out for question in questions)
     if size is None or count == size or (task.only_with_image and file.layout == SAMPLES):
         return ""
     if count < size:
@@ -126,12 +141,29 @@ def _categories_note(task: Task, questions: Sequence[Question]) -> str:
     return ""
 
 
+def _document(row: Mapping[str, Any], *, unscored: bool) -> dict[str, Any] | None:
+    """The question that a row of lmms-eval's samples holds; None if it holds none.
+
+    Since its 0.4 that is the prompt (`input`), the annotated answer (`target`) and what the metrics keep of the
+    question, as MME's its category. A target is a text, also where there is none and the task is `unscored`.
+    """
+    doc, number = row.get("doc"), row.get("doc_id")
+    if isinstance(doc, dict):
+        return {DOC_ID: number, **doc}
+    if number is None or not {"input", "target"} <= row.keys():
+        return None
+    metrics = {name: value for name, value in row.items() if isinstance(value, dict)}
+    kept = {name: value for held in metrics.values() for name, value in held.items()}
+    target = None if unscored and row["target"] == "None" else row["target"]
+    return {**row, **kept, "metrics": ", ".join(sorted(metrics)), DOC_ID: number, "target": target}
+
+
 def _held(task: Task, file: AnswerRows) -> Sequence[Row]:
     """Questions that the answers' rows hold, one a row."""
     rows = file.source
     if file.layout == SAMPLES:
-        docs = [(where, row.get("doc"), row.get("doc_id")) for where, row in rows]
-        rows = [(where, {DOC_ID: doc_id, **doc}) for where, doc, doc_id in docs if isinstance(doc, dict)]
+        docs = [(where, _document(row, unscored=task.submission is not None)) for where, row in rows]
+        rows = [(where, doc) for where, doc in docs if doc is not None]
     if len(rows) < len(file.source) or not holds_questions(task, rows, annotated=task.submission is None):
         what = f"the rows hold no annotated answers of {task.name}"
         raise UserError(what, where=str(file.path), fix="pass the task's annotations with --annotations")

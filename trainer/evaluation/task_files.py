@@ -76,6 +76,8 @@ class Layout(_Frozen):
     """Names of a folder's files, with the name of one field in braces (`{category}.txt`)."""
     columns: list[str] = []
     """Names of the columns of files that have no header; tab-separated."""
+    needs: list[str] = []
+    """Further fields of its rows, by which they are told from another benchmark's."""
     id: str | None = None
     """Default: the image's key and a running number."""
     question: str = "question"

@@ -26,7 +26,7 @@ from llava_llama31.trainer.evaluation.questions import (
     shared_image,
 )
 from llava_llama31.trainer.evaluation.row_files import Row, any_rows, value_at
-from llava_llama31.trainer.evaluation.task_files import PER_QUESTION, Layout, Task
+from llava_llama31.trainer.evaluation.task_files import PER_QUESTION, Layout, ProtocolOf, Task
 from llava_llama31.trainer.recipes.data_formats import MAX_PIXELS
 
 
@@ -115,14 +115,13 @@ def _all_or_none_annotated(questions: Sequence[Question], where: str) -> None:
 def _refuse_without_category(task: Task, questions: Sequence[Question], where: str) -> None:
     """Refuse questions outside the categories that a protocol averages or adds, which would count for nothing."""
     for name, protocol in task.protocols.items():
+        if not needs_categories(protocol):
+            continue
         added = (
             [part for parts in protocol.sums.values() for part in parts]
             if protocol.headline in protocol.sums
             else None
         )
-        needs_any = "groups" in (protocol.over, protocol.weighted) and not protocol.averaged
-        if added is None and not needs_any:
-            continue
         for question in questions:
             if not question.groups or (added is not None and not set(added) & set(question.groups)):
                 what = f"question {question.question_id} is of category {', '.join(question.groups) or 'none'!r}"
@@ -131,9 +130,19 @@ def _refuse_without_category(task: Task, questions: Sequence[Question], where: s
                 raise UserError(what, where=where, fix="pass the benchmark's own file, with its column of categories")
 
 
-def layout_size(task: Task, rows: Sequence[Row]) -> int | None:
-    """How many questions the whole file has that these rows are of, where the task knows it."""
-    return _layout_of(task, rows, "the answer file").size
+def needs_categories(protocol: ProtocolOf) -> bool:
+    """Whether a protocol's headline averages or adds categories, so that a question without one counts for nothing."""
+    averages = "groups" in (protocol.over, protocol.weighted) and not protocol.averaged
+    return averages or protocol.headline in protocol.sums
+
+
+def layout_of(task: Task, rows: Sequence[Row]) -> Layout:
+    """The layout that an answer file's rows have.
+
+    Raises:
+        UserError: they have none of the task's.
+    """
+    return _layout_of(task, rows, "the answer file")
 
 
 def holds_questions(task: Task, rows: Sequence[Row], *, annotated: bool = True) -> bool:
@@ -185,11 +194,11 @@ def _layout_of(task: Task, rows: Sequence[Row], where: str) -> Layout:
 
 def _refuse_options(task: Task, layout: Layout, row: Mapping[str, Any], where: str) -> None:
     """Refuse multiple-choice rows for a benchmark without options, of which it would compare letters as texts."""
-    if (
-        task.folder is None
-        and layout.options is None
-        and all(_field(row, letter) not in (None, "") for letter in "AB")
-    ):
+    if task.folder is not None or layout.options is not None:
+        return
+    # lmms-eval's prompts hold them
+    letters = [letter for letter, _ in inline_options(str(row["input"]))] if layout.question == "input" else []
+    if all(letter in letters or _field(row, letter) not in (None, "") for letter in "AB"):
         what = f"the rows have options A, B, and questions of {task.name} have none"
         raise UserError(what, where=where, fix="name the task that these questions are of with --task")
 
@@ -203,7 +212,7 @@ def _names(layout: Layout) -> set[str]:
     options = [layout.options] if isinstance(layout.options, str) else layout.options or []
     if layout.options in ("columns", "inline"):
         options = [LETTERS[0]] if layout.options == "columns" else []
-    specs = [layout.id, layout.question, layout.answer, *options]
+    specs = [layout.id, layout.question, layout.answer, *options, *layout.needs]
     return {name for spec in specs if spec for name in ([found[0] for found in _PLACEHOLDER.findall(spec)] or [spec])}
 
 
