@@ -866,6 +866,49 @@ def test_bad_columns_are_named(own, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+MMMU_LABELS = {
+    "validation_Art_1": {"question_type": "multiple-choice", "ground_truth": "B"},
+    "validation_Art_2": {"question_type": "multiple-choice", "ground_truth": "A"},
+    "validation_Math_1": {"question_type": "short-answer", "ground_truth": ["$6,000", "6000 dollars"]},
+    "validation_Math_2": {"question_type": "short-answer", "ground_truth": "C"},
+}
+MMMU_SAID = ["B", "It is none of all those that are shown", "so it is 6000 Dollars", "C chord"]
+
+
+def test_labels_and_predictions_of_mmmu_are_read_as_its_evaluator_takes_them(tmp_path, capsys):
+    """Its labels are an object of ids, without questions and options; some open questions have several answers."""
+    labels, said = tmp_path / "answer_dict_val.json", tmp_path / "total_val_output.json"
+    labels.write_text(json.dumps(MMMU_LABELS))
+    said.write_text(json.dumps(dict(zip(MMMU_LABELS, MMMU_SAID, strict=True))))
+    result = score(capsys, said, "--task", "mmmu", "--annotations", labels)
+    assert result["protocol"] == "mmmu" and result["num_questions"] == 4 and result["metrics"]["accuracy"] == 75
+    said.write_text(json.dumps(dict(zip(list(MMMU_LABELS)[:2], MMMU_SAID, strict=False))))
+    assert score(capsys, said, "--task", "mmmu", "--annotations", labels, code=3)["missing"] == 2
+    # they cannot be asked, and are no answers
+    with pytest.raises(UserError, match="answers without questions"):
+        load_task_questions(load_task("mmmu"), labels)
+    assert main(["score", str(labels), "--task", "mmmu", "--annotations", str(labels)]) == 2
+    assert "no question_id, or no answer" in capsys.readouterr().err
+
+
+def test_outputs_of_mmmu_are_read_by_subject(tmp_path, capsys):
+    options = {"A": "black", "B": "green", "C": "blue"}
+    rows = [
+        {"id": name, "answer": label["ground_truth"], "question_type": label["question_type"], "response": said}
+        | ({"all_choices": list(options), "index2ans": options} if label["question_type"] != "short-answer" else {})
+        for (name, label), said in zip(MMMU_LABELS.items(), MMMU_SAID, strict=True)
+    ]
+    rows[1]["response"] = "I would say that this one is black"
+    for subject, part in (("Art", rows[:2]), ("Math", rows[2:])):
+        (tmp_path / subject).mkdir()
+        (tmp_path / subject / "output.json").write_text(json.dumps(part))
+    result = score(capsys, tmp_path, "--task", "mmmu")
+    assert result["protocol"] == "mmmu" and result["metrics"]["accuracy"] == 100
+    assert result["groups"].keys() == {"Art", "Math"}
+    one = score(capsys, tmp_path / "Art" / "output.json", "--task", "mmmu")
+    assert one["num_questions"] == 2 and "2 of mmmu's 900 questions" in one["note"]
+
+
 DOCS = {
     "chartqa": {"type": "human_test", "question": "How many?", "answer": "0"},
     "ocrbench": {"dataset": "IIIT5K", "question_type": "Regular Text Recognition", "question": "?", "answer": ["0"]},

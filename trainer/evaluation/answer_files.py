@@ -20,7 +20,9 @@ from llava_llama31.trainer.evaluation.row_files import (
     Row,
     any_rows,
     holds_mme_results,
+    holds_mmmu_outputs,
     mme_results,
+    mmmu_outputs,
     value_at,
 )
 from llava_llama31.trainer.evaluation.vqa_accuracy import is_normalized
@@ -135,7 +137,7 @@ def read_answers(path: str | Path, questions: Sequence[Question], reading: Readi
     |            | words; before 0.2.4 a `.json` with such rows under `logs`                                        |
     | VLMEvalKit | `.xlsx`, `.tsv` or `.json` with {index, question, prediction}; the index is TextVQA's            |
     |            | question_id, or else the rows have to ask the annotated questions in their order                 |
-    | MMMU       | `.json`, one object {question id: answer}                                                        |
+    | MMMU       | `.json`, one object {question id: answer}; or a folder of SUBJECT/output.json                    |
     | EvalScope  | `.jsonl` of predictions: {index, model_output, messages}                                         |
     | MME        | a folder of `.txt`, one a category: image, question, annotated answer and prediction between tabs |
     | others     | rows with one of ID_FIELDS and one of WORDS_FIELDS, or as `reading` says                         |
@@ -166,11 +168,18 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
         UserError: it cannot be read, or is none that `read_answers` knows.
     """
     path = Path(path)
-    if path.is_dir() and not holds_mme_results(path) and not parquet_folder(path):
-        what = "a folder of neither MME's results (texts of image, question, answer and prediction) nor parquet files"
+    is_outputs = holds_mmmu_outputs(path)
+    if path.is_dir() and not is_outputs and not holds_mme_results(path) and not parquet_folder(path):
+        what = (
+            "a folder of neither MME's results (texts of image, question, answer and prediction), MMMU's outputs "
+            "(a folder a subject with an output.json) nor parquet files"
+        )
         raise UserError(what, where=str(path), fix="name the file of answers")
     keyed = ("question_id", "prediction")
-    read = mme_results(path) if holds_mme_results(path) else any_rows(path, keyed=keyed, formulas=True)
+    if is_outputs:
+        read = mmmu_outputs(path)
+    else:
+        read = mme_results(path) if holds_mme_results(path) else any_rows(path, keyed=keyed, formulas=True)
     rows = _kept(list(read), reading, path)
     if not rows:
         raise UserError("no answers", where=str(path), fix="name a file with at least one answer")

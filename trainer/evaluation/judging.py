@@ -92,7 +92,7 @@ def _choice(rule: str, question: Question, answer: str | None) -> Judgement:
     if not question.options:  # an open question among the others
         return Judgement(_open_value(rule, answer, question.answers))
     letter = chosen_letter(answer, dict(question.options), rule)
-    return Judgement(float(letter == question.answers[0]), letter)
+    return Judgement(float(letter in question.answers), letter)
 
 
 def _open_value(rule: str, answer: str, answers: tuple[str, ...]) -> float:
@@ -100,7 +100,9 @@ def _open_value(rule: str, answer: str, answers: tuple[str, ...]) -> float:
         return open_as_choice(answer, answers[0], rule)
     if rule in lmms_eval_choices.RULES:
         return float(lmms_eval_choices.open_answer_is_right(answer, answers[0], rule))
-    return open_match(answer, answers[0]) if rule.endswith("mmmu") else exact_match(answer, answers, "lmms-eval")
+    if rule.endswith("mmmu"):
+        return max(open_match(answer, wanted) for wanted in answers)
+    return exact_match(answer, answers, "lmms-eval")
 
 
 def _yes_no(protocol: ProtocolOf, question: Question, answer: str | None) -> Judgement:

@@ -80,7 +80,8 @@ class Layout(_Frozen):
     """Further fields of its rows, by which they are told from another benchmark's."""
     id: str | None = None
     """Default: the image's key and a running number."""
-    question: str = "question"
+    question: str | None = "question"
+    """None: the file has the answers alone, and cannot be asked."""
     first_line: bool = False
     """The field's first line alone is the question; LLaVA's files have a prompt below it."""
     image: str | None = None
@@ -92,8 +93,11 @@ class Layout(_Frozen):
     answer: str | None = "answer"
     """None: the file has none, and the answers go to a server."""
     answer_is: AnswerKind = "text"
-    options: Literal["columns", "inline"] | str | list[str] | None = None
-    """`columns` A, B, ...; `inline`, in the question's text; one field with a list; or one field an option."""
+    options: Literal["columns", "inline", "letters"] | str | list[str] | None = None
+    """`columns` A, B, ...; `inline`, in the question's text; `letters`, A to I without texts; one field with a list or
+    an object of letters; or one field an option."""
+    without_options: dict[str, str] = {}
+    """Field -> what it says in rows of open questions."""
     context: str | None = None
     groups: list[str] = []
     separator: str | None = None

@@ -35,6 +35,8 @@ _PLACEHOLDER = re.compile(r"\{([^{}:]+)(?::0(\d+))?\}")
 DOC_ID = "doc_id"
 # VLMEvalKit counts the turns of a circular question in millions
 _TURNS = 10**6
+# MMMU's questions have at most nine
+_MOST_OPTIONS = 9
 
 
 def load_task_questions(
@@ -62,6 +64,9 @@ def load_task_questions(
     for given in (source, image_root):
         check_is_path(given)
     layout, rows = _rows_of(task, source, with_images)
+    if with_images and layout.question is None:
+        what = f"{layout.name} has answers without questions"
+        raise UserError(what, where=str(source), fix=f"pass the questions of {task.name}")
     path = Path(source) if isinstance(source, str | Path) else Path()
     root = Path(path if path.is_dir() else path.parent) if image_root is None else Path(image_root)
     images: dict[str, tuple[ImageRef, str]] = {}
@@ -210,7 +215,7 @@ def _fits(layout: Layout, row: Mapping[str, Any]) -> bool:
 def _names(layout: Layout) -> set[str]:
     """Fields that a row of a layout has, apart from images and categories, which files may leave out."""
     options = [layout.options] if isinstance(layout.options, str) else layout.options or []
-    if layout.options in ("columns", "inline"):
+    if layout.options in ("columns", "inline", "letters"):
         options = [LETTERS[0]] if layout.options == "columns" else []
     specs = [layout.id, layout.question, layout.answer, *options, *layout.needs]
     return {name for spec in specs if spec for name in ([found[0] for found in _PLACEHOLDER.findall(spec)] or [spec])}
@@ -255,8 +260,8 @@ def _is_base64(text: str) -> bool:
 
 
 def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbers: Counter[str]) -> Question:
-    text = _field(row, layout.question)
-    if not isinstance(text, str) or not text.strip():
+    text = _field(row, layout.question) if layout.question else ""
+    if layout.question and (not isinstance(text, str) or not text.strip()):
         raise UserError(f"{layout.question} is {text!r:.80}", where=where, fix="give each question a text")
     text = text.replace("<image>", "").strip()
     if layout.first_line:
@@ -330,14 +335,18 @@ def _image_id(layout: Layout, row: Mapping[str, Any]) -> str:
 
 
 def _options(layout: Layout, row: Mapping[str, Any], question: str, where: str) -> tuple[tuple[str, str], ...]:
-    if layout.options is None:
+    if layout.options is None or any(row.get(name) == value for name, value in layout.without_options.items()):
         return ()
+    if layout.options == "letters":
+        return tuple((letter, "") for letter in LETTERS[:_MOST_OPTIONS])
     if layout.options == "inline":
         return inline_options(question)
     if layout.options == "columns":
         texts = ((letter, _field(row, letter)) for letter in LETTERS)
         return tuple((letter, _option(text, where)) for letter, text in texts if text not in (None, ""))
     names = layout.options if isinstance(layout.options, list) else None
+    if names is None and isinstance(lettered := _field(row, str(layout.options)), dict):
+        return tuple((str(letter), _option(text, where)) for letter, text in lettered.items())
     values = [_field(row, name) for name in names] if names else _listed(_field(row, str(layout.options)))
     if len(values) > len(LETTERS):
         what = f"{len(values)} options, and {len(LETTERS)} letters"
@@ -361,14 +370,16 @@ def _answers(task: Task, layout: Layout, row: Mapping[str, Any], where: str) -> 
         return ()
     if layout.answer_is == "json" or (layout.metric and isinstance(value, dict)):
         return (value if isinstance(value, str) else json.dumps(value),)
-    answers = [] if value is None else _listed(value) if layout.answer_is == "texts" else [value]
+    # MMMU's own labels list several right answers; a text that looks like a list is one answer there
+    is_list = layout.answer_is == "texts" or (layout.answer_is == "letter" and isinstance(value, list))
+    answers = [] if value is None else _listed(value) if is_list else [value]
     answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
     if not answers or any(isinstance(answer, bool) or not isinstance(answer, str | int | float) for answer in answers):
         fix = "give the annotated answer, or a list of them; format dates in a table as text"
         raise UserError(f"{layout.answer} is {value!r:.80}", where=where, fix=fix)
     texts = [str(answer) for answer in answers]
     if layout.answer_is == "letter":
-        return (texts[0].strip(),)
+        return tuple(text.strip() for text in texts)
     if layout.answer_is == "index":
         return (_letter_at(texts[0], layout.answer, where),)
     if layout.answer_is in ("yes_no", "binary"):

@@ -162,7 +162,7 @@ def _mmmu(prediction: str, options: Mapping[str, str], *, of_lmms_eval: bool) ->
         if alone:
             return max(alone, key=lambda letter: said.rfind(f" {letter} "))
     lower, texts = said.lower(), {letter: text.lower() for letter, text in options.items()}
-    found = [letter for letter, text in texts.items() if text in lower] if len(said.split()) > 5 else []
+    found = [letter for letter, text in texts.items() if text and text in lower] if len(said.split()) > 5 else []
     return max(found, key=lambda letter: lower.rfind(texts[letter]), default="")
 
 
