@@ -909,6 +909,51 @@ def test_outputs_of_mmmu_are_read_by_subject(tmp_path, capsys):
     assert one["num_questions"] == 2 and "2 of mmmu's 900 questions" in one["note"]
 
 
+def seed_rows():
+    """SEED-Bench.json has videos too, and question 49914 twice."""
+    row = {"choice_a": "red", "choice_b": "blue", "choice_c": "green", "choice_d": "None", "data_type": "image"}
+    rows = [row | {"question_id": name, "question": f"Which {name}?", "answer": "D"} for name in ("1", "49914", "2")]
+    rows.append(dict(rows[1]))
+    return [*rows, rows[0] | {"question_id": "v1", "data_type": "video"}]
+
+
+def test_seed_bench_is_read_as_llavas_script_reads_it(tmp_path, capsys):
+    """The published upload has the doubled question twice, and was refused; videos counted with the images."""
+    labels = tmp_path / "SEED-Bench.json"
+    labels.write_text(json.dumps({"question_type": {"Scene Understanding": 1}, "questions": seed_rows()}))
+    said = [{"question_id": row["question_id"], "prediction": "D"} for row in seed_rows()]
+    said[0]["prediction"] = "A"
+    upload = write_lines(tmp_path / "upload.jsonl", said)
+    result = score(capsys, upload, "--task", "seed-img", "--annotations", labels)
+    assert result["num_questions"] == 4 and result["left_out"] == 1 and result["metrics"]["accuracy"] == 75
+    # as in LLaVA's script the last answer is that of both rows
+    last = write_lines(tmp_path / "last.jsonl", [*said[:3], said[3] | {"prediction": "B"}])
+    assert score(capsys, last, "--task", "seed-img", "--annotations", labels)["metrics"]["accuracy"] == 25
+    once = write_lines(tmp_path / "once.jsonl", said[:3])
+    assert score(capsys, once, "--task", "seed-img", "--annotations", labels)["metrics"]["accuracy"] == 75
+    # another question's second answer is refused
+    twice = write_lines(tmp_path / "twice.jsonl", [*said, said[0]])
+    assert main(["score", twice, "--task", "seed-img", "--annotations", str(labels)]) == 2
+    assert "question 1 has several answers" in capsys.readouterr().err
+
+
+def test_a_letter_is_right_where_vlmevalkits_table_lost_the_option(tmp_path, capsys):
+    """Pandas reads the option `None` as an empty cell; LLaVA's script and lmms-eval compare letters alone."""
+    table = [
+        {"index": int(row["question_id"]), "question": row["question"], "answer": right, "A": "red", "B": "blue"}
+        for row, right in zip(seed_rows()[:3], "ADB", strict=True)
+    ]
+    # the table has the doubled question once
+    said = [{"question_id": row["question_id"], "prediction": "D"} for row in seed_rows()[:4]]
+    answers = write_lines(tmp_path / "a.jsonl", said)
+    options = ["--task", "seed-img", "--annotations", write_xlsx(tmp_path / "t.xlsx", table)]
+    result = score(capsys, answers, *options)
+    assert result["num_questions"] == 3 and result["metrics"]["accuracy"] == pytest.approx(100 / 3)
+    assert result["protocols"]["lmms-eval"]["metrics"]["accuracy"] == pytest.approx(100 / 3)
+    assert result["protocols"]["vlmevalkit"]["metrics"]["accuracy"] == 0
+    assert "so no answer to them is right by a rule that looks for options" in result["note"]
+
+
 DOCS = {
     "chartqa": {"type": "human_test", "question": "How many?", "answer": "0"},
     "ocrbench": {"dataset": "IIIT5K", "question_type": "Regular Text Recognition", "question": "?", "answer": ["0"]},

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.metrics import lmms_eval_choices
-from llava_llama31.trainer.evaluation.metrics.choices import chosen_letter
+from llava_llama31.trainer.evaluation.metrics.choices import LETTER_ALONE, chosen_letter
 from llava_llama31.trainer.evaluation.metrics.fields import field_counts
 from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
 from llava_llama31.trainer.evaluation.metrics.open_answers import open_as_choice, open_match
@@ -91,7 +91,10 @@ def _choice(rule: str, question: Question, answer: str | None) -> Judgement:
         return Judgement(0.0)
     if not question.options:  # an open question among the others
         return Judgement(_open_value(rule, answer, question.answers))
-    letter = chosen_letter(answer, dict(question.options), rule)
+    options = dict(question.options)
+    if rule in LETTER_ALONE:  # right also where the table lost the option, as pandas loses `None`
+        options.setdefault(question.answers[0], "")
+    letter = chosen_letter(answer, options, rule)
     return Judgement(float(letter in question.answers), letter)
 
 

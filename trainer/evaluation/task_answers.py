@@ -23,6 +23,7 @@ from llava_llama31.trainer.evaluation.task_questions import (
     layout_of,
     load_task_questions,
     needs_categories,
+    second_id,
     without_right_option,
 )
 
@@ -90,8 +91,18 @@ def read_task_answers(
         running = in_order(file) and questions is None
         rows = match_answers(answers, annotated, file.path, in_order=running, labels=task.labels)
         refuse_questions(file.answers, rows, annotated, file.path)
+    rows = _listed_twice(task, rows, annotated)
     notes += [_labels_note(annotated), _categories_note(task, annotated)]
     return TaskAnswers(task, file.layout, rows, "; ".join(note for note in notes if note), annotated)
+
+
+def _listed_twice(task: Task, rows: list[dict[str, Any]], questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """The rows with one answer, the last, for each row of a question that the benchmark lists twice."""
+    last = {str(row["question_id"]): row for row in rows if str(row["question_id"]) in task.listed_twice}
+    seconds = {second_id(key): row for key, row in last.items()}
+    annotated = {str(question.question_id) for question in questions}
+    kept = [row for row in rows if last.get(str(row["question_id"]), row) is row]
+    return kept + [row | {"question_id": key} for key, row in seconds.items() if key in annotated]
 
 
 def _without_categories(task: Task, file: AnswerRows) -> tuple[Task, str]:
@@ -109,7 +120,8 @@ def _labels_note(questions: Sequence[Question]) -> str:
     if not wrong:
         return ""
     first = f"question {wrong[0].question_id}: {wrong[0].answers[0]!r:.40}"
-    return f"{len(wrong)} annotated answers are not the letter of an option, so no answer to them is right ({first})"
+    what = f"{len(wrong)} annotated answers are not the letter of an option ({first})"
+    return f"{what}, so no answer to them is right by a rule that looks for options"
 
 
 def _protocol_note(task: Task, file: AnswerRows) -> str:

@@ -222,6 +222,8 @@ class Task(_Frozen):
     """Unit of the headline, for reports."""
     only_with_image: bool = False
     """Questions without an image are left out."""
+    listed_twice: list[str] = []
+    """Ids of questions that the benchmark's own file has twice: each counts, and the last answer is that of both."""
     prompts: dict[str, str] = {}
     """Preset -> the words after the image."""
     capitalized: list[str] = []

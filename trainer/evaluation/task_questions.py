@@ -78,6 +78,8 @@ def load_task_questions(
     for where, row in rows if limit is None else rows[:limit]:
         question = _question(task, layout, row, where, numbers)
         check_annotated(task, layout, question, where)
+        if str(question.question_id) in task.listed_twice and str(question.question_id) in seen:
+            question = replace(question, question_id=second_id(question.question_id))
         only_once(str(question.question_id), layout.id or "question", where, seen)
         if with_images and question.image_id:
             shown = {"image": _image(layout, row, holders, where)}
@@ -98,6 +100,11 @@ def load_task_questions(
         what = f"{layout.answer} is {wrong[0].answers[0]!r:.80}, and {len(wrong)} of {len(questions)} are not a letter"
         raise UserError(what, where=rows[0][0], fix="give the letter of the right option")
     return questions
+
+
+def second_id(question_id: int | str) -> str:
+    """What the second row of a question is called that the benchmark lists twice."""
+    return f"{question_id}#2"
 
 
 def without_right_option(questions: Sequence[Question]) -> list[Question]:

@@ -61,6 +61,10 @@ RULES: Mapping[str, str] = MappingProxyType(
 )
 
 
+# rules that compare the letter with the right one, whatever the options are
+LETTER_ALONE = ("verbatim", "first-letter")
+
+
 def chosen_letter(prediction: str, options: Mapping[str, str], rule: str) -> str:
     """The letter of the option that a prediction chooses; empty where it chooses none or more than one.
 
