@@ -954,6 +954,62 @@ def test_a_letter_is_right_where_vlmevalkits_table_lost_the_option(tmp_path, cap
     assert "so no answer to them is right by a rule that looks for options" in result["note"]
 
 
+def test_benchmarks_own_label_files_are_read(tmp_path, capsys):
+    """GQA's and ScienceQA's are objects of ids, which were refused; ChartQA's and OCRBench's have their own fields."""
+
+    def scored(task, labels, answers, name="labels.json"):
+        (tmp_path / name).write_text(json.dumps(labels))
+        path = write_lines(tmp_path / "answers.jsonl", answers)
+        return score(capsys, path, "--task", task, "--annotations", tmp_path / name)
+
+    gqa = {
+        str(i): {"question": f"Is it {i}?", "imageId": f"n{i}", "answer": "no", "fullAnswer": "No, it is not"}
+        for i in range(3)
+    }
+    said = [{"question_id": str(i), "prompt": f"Is it {i}?" + PROMPT, "text": text} for i, text in enumerate("abc")]
+    said[1]["text"] = "No."
+    assert scored("gqa", gqa, said)["metrics"]["accuracy"] == pytest.approx(100 / 3)
+
+    problem = {"choices": ["x", "y"], "answer": 1, "hint": "", "image": "image.png", "subject": "s", "split": "test"}
+    problems = {str(i): problem | {"question": f"Which {i}?"} for i in range(4)}
+    problems["0"]["split"], problems["1"]["split"], problems["2"]["image"] = "train", "val", None
+    said = [{"question_id": i, "prompt": f"Which {i}?\nA. x\nB. y", "text": "B"} for i in "23"]
+    assert scored("scienceqa", problems, said)["metrics"]["accuracy"] == 100
+    result = scored("scienceqa-img", problems, said)
+    assert result["num_questions"] == 1 and result["left_out"] == 1
+
+    chart = [{"imgname": f"{i}.png", "query": "How many?", "label": "4"} for i in range(2)]
+    said = [{"question_id": f"{i}.png", "prompt": "How many?" + PROMPT, "text": "4.1"} for i in range(2)]
+    result = scored("chartqa", chart, said, "test_human.json")
+    assert result["metrics"]["relaxed_accuracy"] == 100 and result["groups"].keys() == {"human"}
+
+    # OCRBench's own script keeps the labels beside what the model said
+    kind = "Handwritten Mathematical Expression Recognition"
+    row = {"dataset_name": "HME100k", "question": "Write it.", "type": kind}
+    rows = [
+        row | {"id": i, "image_path": f"{i}.png", "answers": "x y", "predict": said} for i, said in enumerate("xy")
+    ]
+    rows[0] |= {"answers": ["a", "x"], "result": 0}
+    result = score(capsys, write_lines(tmp_path / "o.jsonl", rows), "--task", "ocrbench")
+    assert result["metrics"]["points"] == 1 and "2 of ocrbench's 1,000 questions" in result["note"]
+
+
+def test_vqas_pair_of_files_annotates_a_task(tmp_path, capsys):
+    """The two files went with TextVQA alone, where no task is named."""
+    annotations = [{"question_id": i, "image_id": 7, "answers": [{"answer": "net"}] * 10} for i in range(2)]
+    questions = [{"question_id": i, "image_id": 7, "question": f"What is {i}?"} for i in range(2)]
+    (tmp_path / "a.json").write_text(json.dumps({"info": {}, "annotations": annotations}))
+    (tmp_path / "q.json").write_text(json.dumps({"info": {}, "questions": questions}))
+    said = [
+        {"question_id": i, "prompt": f"What is {i}?" + PROMPT, "text": text} for i, text in enumerate(["net", "a"])
+    ]
+    path, pair = write_lines(tmp_path / "s.jsonl", said), ["--task", "vqav2", "--annotations", tmp_path / "a.json"]
+    result = score(capsys, path, *pair, "--questions", tmp_path / "q.json")
+    assert result["protocol"] == "m4c" and result["metrics"]["accuracy"] == 50
+    assert main(["score", path, *map(str, pair)]) == 2
+    assert "annotations without their questions (fix: name the file with --questions)" in capsys.readouterr().err
+
+
 DOCS = {
     "chartqa": {"type": "human_test", "question": "How many?", "answer": "0"},
     "ocrbench": {"dataset": "IIIT5K", "question_type": "Regular Text Recognition", "question": "?", "answer": ["0"]},

@@ -55,7 +55,7 @@ JUDGED_NOTE = (
 
 ID_FIELDS = ("question_id", "questionId", "index", "id")
 # a model's words; an `answer` beside one of them is the annotators'
-WORDS_FIELDS = ("prediction", "response", "pred_answer", "pred", "text")
+WORDS_FIELDS = ("prediction", "response", "pred_answer", "pred", "predict", "text")
 _ASKED_FIELDS, _IMAGE_FIELDS = ("question", "prompt"), ("image_id", "image", "image_path")
 _MME_FIELDS = {"category", "image", "question", "answer", "prediction"}
 _PARTS = ("id", "answer", "question", "image")

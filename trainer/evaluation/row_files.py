@@ -28,6 +28,12 @@ PICKLES = (".pkl", ".pickle")
 # keys under which a JSON file holds its rows: the official files; lmms-eval's logs before 0.2.4; LLaVA's ScienceQA;
 # VQA's questions
 _ROWS_UNDER = (("data",), ("logs",), ("correct", "incorrect"), ("questions",))
+# fields of labels that are an object of question ids: MMMU's, GQA's and ScienceQA's
+_LABELS_UNDER_IDS = (
+    {"question_type", "ground_truth"},
+    {"question", "answer", "imageId"},
+    {"question", "answer", "choices", "split"},
+)
 # how an Excel sheet's XML names a range of merged cells
 _MERGED = re.compile(rb'<mergeCell\s[^>]*?ref="([^"]{1,40})"')
 _MMMU_OUTPUT = "output.json"
@@ -88,8 +94,8 @@ def listed_rows(content: Any, path: Path, keyed: Sequence[str] = ()) -> list[Any
 
 
 def _is_label(value: Any) -> bool:
-    """Whether this is one of MMMU's labels (`answer_dict_val.json`), which are an object of question ids."""
-    return isinstance(value, dict) and {"question_type", "ground_truth"} <= value.keys()
+    """Whether this is one of the labels of a benchmark whose file is an object of question ids."""
+    return isinstance(value, dict) and any(names <= value.keys() for names in _LABELS_UNDER_IDS)
 
 
 def json_objects(values: list[Any], path: Path) -> Iterator[Row]:

@@ -14,7 +14,7 @@ from llava_llama31.trainer.evaluation.answer_files import (
     read_answer_rows,
 )
 from llava_llama31.trainer.evaluation.answer_matching import match_answers, place_answers, refuse_questions
-from llava_llama31.trainer.evaluation.questions import Question
+from llava_llama31.trainer.evaluation.questions import Question, vqa_pair
 from llava_llama31.trainer.evaluation.row_files import Row, any_rows
 from llava_llama31.trainer.evaluation.task_files import Task
 from llava_llama31.trainer.evaluation.task_questions import (
@@ -59,7 +59,8 @@ def read_task_answers(
         task: what was asked.
         path: the answers.
         annotations: file or folder of the annotated questions; not needed where the answers' rows hold them.
-        questions: LLaVA's question file, which says image and category of its ids; or a file that has the answers too.
+        questions: LLaVA's question file, which says image and category of its ids; the questions of VQA's annotations;
+            or a file that has the answers too.
         reading: which fields and rows of `path` count.
 
     Raises:
@@ -74,8 +75,12 @@ def read_task_answers(
     elif questions is not None and annotations is None and task.submission is not None:
         annotations, questions = questions, None  # those of a split whose answers are not public
     annotations = annotations or task.data
+    source: str | Sequence[Row] | None = annotations
+    if annotations is not None and any(protocol.metric == "vqa" for protocol in task.protocols.values()):
+        pair = vqa_pair(annotations, questions)
+        source, questions = (pair, None) if pair else (annotations, questions)
     notes = [file.note, _protocol_note(task, file)]
-    if annotations is None and questions is None:
+    if source is None and questions is None:
         task, left_out = _without_categories(task, file)
         notes.append(left_out)
         annotated = load_task_questions(task, _held(task, file), with_images=False)
@@ -84,9 +89,7 @@ def read_task_answers(
         notes += [IMAGES_NOTE] if task.only_with_image and file.layout == SAMPLES else []
         notes.append(_size_note(task, file, annotated))
     else:
-        annotated = load_task_questions(
-            task, annotations if annotations is not None else _held(task, file), with_images=False
-        )
+        annotated = load_task_questions(task, _held(task, file) if source is None else source, with_images=False)
         answers = file.answers if questions is None else place_answers(file.answers, questions)
         running = in_order(file) and questions is None
         rows = match_answers(answers, annotated, file.path, in_order=running, labels=task.labels)

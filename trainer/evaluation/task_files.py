@@ -103,8 +103,8 @@ class Layout(_Frozen):
     separator: str | None = None
     """What parts several groups of one field."""
     metric: str | None = None
-    leave_out: dict[str, str] = {}
-    """Field -> what it says in rows that do not count, as those of another split."""
+    leave_out: dict[str, str | list[str]] = {}
+    """Field -> what it says in rows that do not count, as those of another split; one text or several."""
     size: int | None = None
     """Questions of a whole file, where answers come with their questions and a part could not be told from it."""
 

@@ -89,7 +89,7 @@ def load_task_questions(
     if not questions:
         raise UserError("no questions", where=str(path), fix="name a file with at least one question")
     if all(question.left_out for question in questions):
-        left_out = ", ".join(f"{name} {value}" for name, value in layout.leave_out.items())
+        left_out = ", ".join(f"{name} {' or '.join(_texts(value))}" for name, value in layout.leave_out.items())
         raise UserError(
             f"all rows are of {left_out}, which {task.name} leaves out", where=rows[0][0], fix="name another"
         )
@@ -215,6 +215,10 @@ def _refuse_options(task: Task, layout: Layout, row: Mapping[str, Any], where: s
         raise UserError(what, where=where, fix="name the task that these questions are of with --task")
 
 
+def _texts(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
 def _fits(layout: Layout, row: Mapping[str, Any]) -> bool:
     return all(name.split(".")[0] in row for name in _names(layout))
 
@@ -299,7 +303,7 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
         options=options,
         context="" if context is None else str(context).strip(),
         groups=_groups(layout, row),
-        left_out=any(row.get(name) == value for name, value in layout.leave_out.items()),
+        left_out=any(row.get(name) in _texts(value) for name, value in layout.leave_out.items()),
         units=_units(task, question_id, image_id, row),
         metric=str(metric or ""),
         ocr_tokens=tuple(map(str, row["ocr_tokens"])) if isinstance(row.get("ocr_tokens"), list) else None,
