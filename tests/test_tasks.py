@@ -991,7 +991,7 @@ def test_benchmarks_own_label_files_are_read(tmp_path, capsys):
     ]
     rows[0] |= {"answers": ["a", "x"], "result": 0}
     result = score(capsys, write_lines(tmp_path / "o.jsonl", rows), "--task", "ocrbench")
-    assert result["metrics"]["points"] == 1 and "2 of ocrbench's 1,000 questions" in result["note"]
+    assert result["metrics"]["points"] == 2 and "2 of ocrbench's 1,000 questions" in result["note"]
 
 
 def test_vqas_pair_of_files_annotates_a_task(tmp_path, capsys):
