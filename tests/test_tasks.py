@@ -987,7 +987,8 @@ def test_benchmarks_own_label_files_are_read(tmp_path, capsys):
     kind = "Handwritten Mathematical Expression Recognition"
     row = {"dataset_name": "HME100k", "question": "Write it.", "type": kind}
     rows = [
-        row | {"id": i, "image_path": f"{i}.png", "answers": "x y", "predict": said} for i, said in enumerate("xy")
+        row | {"id": i, "image_path": f"{i}.png", "answers": "x y", "predict": said}
+        for i, said in enumerate(["x", "xy"])
     ]
     rows[0] |= {"answers": ["a", "x"], "result": 0}
     result = score(capsys, write_lines(tmp_path / "o.jsonl", rows), "--task", "ocrbench")
@@ -1008,6 +1009,22 @@ def test_vqas_pair_of_files_annotates_a_task(tmp_path, capsys):
     assert result["protocol"] == "m4c" and result["metrics"]["accuracy"] == 50
     assert main(["score", path, *map(str, pair)]) == 2
     assert "annotations without their questions (fix: name the file with --questions)" in capsys.readouterr().err
+
+
+def test_answers_that_vlmevalkit_gives_to_a_judge_are_counted(tmp_path, capsys):
+    """Its figure with a judge differs by them; without the count nobody saw why."""
+    rows = [row | {"prediction": "['A']"} for row in CHOICES]
+    result = score(capsys, write_xlsx(tmp_path / "m_MMStar.xlsx", rows), "--task", "mmstar")
+    num_unclear = result["unclear"]
+    assert num_unclear == result["protocols"]["letter"]["unclear"] == len(rows) and result["metrics"]["accuracy"] == 0
+    assert f"{num_unclear} answers choose nothing by vlmevalkit and are wrong here; where VLMEvalKit" in result["note"]
+    rows = [row | {"prediction": row["answer"]} for row in CHOICES]
+    result = score(capsys, write_xlsx(tmp_path / "m_MMStar.xlsx", rows), "--task", "mmstar")
+    assert result["unclear"] == 0 and "a language model" not in result.get("note", "")
+    pairs = [{"index": i, "question": "Is it?", "answer": "Yes", "category": "OCR"} for i in range(2)]
+    pairs = [row | {"image_path": "a", "prediction": said} for row, said in zip(pairs, ["Yes", "Maybe"], strict=True)]
+    result = score(capsys, write_lines(tmp_path / "m.jsonl", pairs), "--task", "mme")
+    assert result["unclear"] == 1 and "1 answers choose nothing by vlmevalkit" in result["note"]
 
 
 DOCS = {

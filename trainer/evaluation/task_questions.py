@@ -95,11 +95,15 @@ def load_task_questions(
         )
     _all_or_none_annotated(questions, str(path))
     _refuse_without_category(task, questions, rows[0][0])
+    _refuse_without_letters(layout, questions, rows[0][0])
+    return questions
+
+
+def _refuse_without_letters(layout: Layout, questions: Sequence[Question], where: str) -> None:
     wrong = without_right_option(questions)
     if 2 * len(wrong) > len(questions):
         what = f"{layout.answer} is {wrong[0].answers[0]!r:.80}, and {len(wrong)} of {len(questions)} are not a letter"
-        raise UserError(what, where=rows[0][0], fix="give the letter of the right option")
-    return questions
+        raise UserError(what, where=where, fix="give the letter of the right option")
 
 
 def second_id(question_id: int | str) -> str:
