@@ -1027,6 +1027,17 @@ def test_answers_that_vlmevalkit_gives_to_a_judge_are_counted(tmp_path, capsys):
     assert result["unclear"] == 1 and "1 answers choose nothing by vlmevalkit" in result["note"]
 
 
+def test_a_refusal_names_the_file_that_is_missing_or_half_annotated(tmp_path, capsys):
+    labels = [{"question_id": i, "image": f"image{i}.jpg", "text": "Is it?", "label": "yes"} for i in range(2)]
+    write_lines(tmp_path / "coco_pope_random.json", labels)
+    said = write_lines(tmp_path / "a.jsonl", [{"question_id": 1, "prompt": "Is it?" + PROMPT, "text": "Yes"}])
+    assert main(["score", said, "--task", "pope", "--annotations", str(tmp_path / "coco_pope_random.json")]) == 2
+    assert "(fix: pass the questions that LLaVA's scripts asked as --questions" in capsys.readouterr().err
+    rows = [{"index": i, "question": "?", "A": "x", "answer": "A" if i else None, "prediction": "A"} for i in range(2)]
+    assert main(["score", write_lines(tmp_path / "m.jsonl", rows), "--task", "mmmu"]) == 2
+    assert "m.jsonl:1: 1 of 2 questions have no annotated answer" in capsys.readouterr().err
+
+
 DOCS = {
     "chartqa": {"type": "human_test", "question": "How many?", "answer": "0"},
     "ocrbench": {"dataset": "IIIT5K", "question_type": "Regular Text Recognition", "question": "?", "answer": ["0"]},

@@ -93,7 +93,7 @@ def load_task_questions(
         raise UserError(
             f"all rows are of {left_out}, which {task.name} leaves out", where=rows[0][0], fix="name another"
         )
-    _all_or_none_annotated(questions, str(path))
+    _all_or_none_annotated(questions, rows[0][0])
     _refuse_without_category(task, questions, rows[0][0])
     _refuse_without_letters(layout, questions, rows[0][0])
     return questions
