@@ -1033,6 +1033,12 @@ def test_a_refusal_names_the_file_that_is_missing_or_half_annotated(tmp_path, ca
     said = write_lines(tmp_path / "a.jsonl", [{"question_id": 1, "prompt": "Is it?" + PROMPT, "text": "Yes"}])
     assert main(["score", said, "--task", "pope", "--annotations", str(tmp_path / "coco_pope_random.json")]) == 2
     assert "(fix: pass the questions that LLaVA's scripts asked as --questions" in capsys.readouterr().err
+    write_lines(tmp_path / "coco_pope_popular.json", labels)
+    said = write_lines(
+        tmp_path / "a.jsonl", [{"question_id": 1, "image": "image0.jpg", "prompt": "Is it?", "text": "no"}]
+    )
+    assert main(["score", said, "--task", "pope", "--annotations", str(tmp_path)]) == 2
+    assert "category: pass the annotations of popular or random alone" in capsys.readouterr().err
     rows = [{"index": i, "question": "?", "A": "x", "answer": "A" if i else None, "prediction": "A"} for i in range(2)]
     assert main(["score", write_lines(tmp_path / "m.jsonl", rows), "--task", "mmmu"]) == 2
     assert "m.jsonl:1: 1 of 2 questions have no annotated answer" in capsys.readouterr().err

@@ -263,7 +263,10 @@ def _ids_by_content(answers: Sequence[Answer], questions: Sequence[Question], la
         if len(found) > 1:
             what = f"{len(found)} annotated questions could be meant by {_said(answer)}"
             fix = "give the rows question_ids, or the prompt and the image"
-            if answer.id_may_be_image and answer.image is None:
+            groups = list(dict.fromkeys(group for question in found for group in question.groups))
+            if answer.image is not None and answer.asked is not None and len(groups) == len(found):
+                fix = f"the answers do not say the category: pass the annotations of {' or '.join(groups)} alone"
+            elif answer.id_may_be_image and answer.image is None:
                 fix = "pass the questions that LLaVA's scripts asked as --questions: they say the image"
             raise UserError(what, where=answer.where, fix=fix)
         if found:
