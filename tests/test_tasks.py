@@ -1044,6 +1044,21 @@ def test_a_refusal_names_the_file_that_is_missing_or_half_annotated(tmp_path, ca
     assert "m.jsonl:1: 1 of 2 questions have no annotated answer" in capsys.readouterr().err
 
 
+def test_labels_are_not_scored_as_answers(tmp_path, capsys):
+    """MME's, POPE's and SEED-Bench's call the right answer `answer`, and scored 100."""
+    rows = [{"question_id": i, "question": f"Is it {i}?", "answer": "Yes", "category": "OCR"} for i in range(4)]
+    labels = write_lines(tmp_path / "labels.jsonl", rows)
+    for arguments in (["--annotations", labels], []):
+        assert main(["score", labels, "--task", "mme", *arguments]) == 2
+        assert "these are labels: the answer of each of 4 rows is the annotated one" in capsys.readouterr().err
+    # one that differs is a model's, and so is what `evaluate` wrote, be it all right
+    said = [row | {"answer": "no"} if i == 3 else row for i, row in enumerate(rows)]
+    path = write_lines(tmp_path / "a.jsonl", said)
+    assert score(capsys, path, "--task", "mme", "--annotations", labels)["metrics"]["accuracy"] == 75
+    path = write_lines(tmp_path / "p.jsonl", [row | {"ended": "stop"} for row in rows])
+    assert score(capsys, path, "--task", "mme", "--annotations", labels)["metrics"]["accuracy"] == 100
+
+
 DOCS = {
     "chartqa": {"type": "human_test", "question": "How many?", "answer": "0"},
     "ocrbench": {"dataset": "IIIT5K", "question_type": "Regular Text Recognition", "question": "?", "answer": ["0"]},

@@ -7,6 +7,7 @@ from typing import Any
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.answer_files import (
+    ANSWERS,
     SAMPLES,
     AnswerRows,
     Reading,
@@ -28,6 +29,8 @@ from llava_llama31.trainer.evaluation.task_questions import (
 )
 
 
+# what `evaluate` keeps of an answer beside it
+_ENDED = "ended"
 IMAGES_NOTE = "lmms-eval's samples do not say which questions have an image; all of them count"
 
 
@@ -94,9 +97,24 @@ def read_task_answers(
         running = in_order(file) and questions is None
         rows = match_answers(answers, annotated, file.path, in_order=running, labels=task.labels)
         refuse_questions(file.answers, rows, annotated, file.path)
+    _refuse_labels(task, file, rows, annotated)
     rows = _listed_twice(task, rows, annotated)
     notes += [_labels_note(annotated), _categories_note(task, annotated)]
     return TaskAnswers(task, file.layout, rows, "; ".join(note for note in notes if note), annotated)
+
+
+def _refuse_labels(
+    task: Task, file: AnswerRows, rows: Sequence[Mapping[str, Any]], questions: Sequence[Question]
+) -> None:
+    """Refuse a benchmark's own rows, whose `answer` is the annotators' and would be right in every row."""
+    if file.layout != ANSWERS or _ENDED in file.source[0][1] or not holds_questions(task, file.source):
+        return
+    annotated = {str(question.question_id): question.answers for question in questions}
+    said = [(str(row["answer"]).strip().casefold(), annotated.get(str(row["question_id"]), ())) for row in rows]
+    if all(answer in [wanted.strip().casefold() for wanted in answers] for answer, answers in said):
+        what = f"these are labels: the answer of each of {len(rows)} rows is the annotated one"
+        fix = "pass the model's answers; if these are, call the field prediction in the place of answer"
+        raise UserError(what, where=str(file.path), fix=fix)
 
 
 def _listed_twice(task: Task, rows: list[dict[str, Any]], questions: Sequence[Question]) -> list[dict[str, Any]]:
