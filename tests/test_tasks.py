@@ -866,6 +866,199 @@ def test_bad_columns_are_named(own, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+MMMU_LABELS = {
+    "validation_Art_1": {"question_type": "multiple-choice", "ground_truth": "B"},
+    "validation_Art_2": {"question_type": "multiple-choice", "ground_truth": "A"},
+    "validation_Math_1": {"question_type": "short-answer", "ground_truth": ["$6,000", "6000 dollars"]},
+    "validation_Math_2": {"question_type": "short-answer", "ground_truth": "C"},
+}
+MMMU_SAID = ["B", "It is none of all those that are shown", "so it is 6000 Dollars", "C chord"]
+
+
+def test_labels_and_predictions_of_mmmu_are_read_as_its_evaluator_takes_them(tmp_path, capsys):
+    """Its labels are an object of ids, without questions and options; some open questions have several answers."""
+    labels, said = tmp_path / "answer_dict_val.json", tmp_path / "total_val_output.json"
+    labels.write_text(json.dumps(MMMU_LABELS))
+    said.write_text(json.dumps(dict(zip(MMMU_LABELS, MMMU_SAID, strict=True))))
+    result = score(capsys, said, "--task", "mmmu", "--annotations", labels)
+    assert result["protocol"] == "mmmu" and result["num_questions"] == 4 and result["metrics"]["accuracy"] == 75
+    said.write_text(json.dumps(dict(zip(list(MMMU_LABELS)[:2], MMMU_SAID, strict=False))))
+    assert score(capsys, said, "--task", "mmmu", "--annotations", labels, code=3)["missing"] == 2
+    # they cannot be asked, and are no answers
+    with pytest.raises(UserError, match="answers without questions"):
+        load_task_questions(load_task("mmmu"), labels)
+    assert main(["score", str(labels), "--task", "mmmu", "--annotations", str(labels)]) == 2
+    assert "no question_id, or no answer" in capsys.readouterr().err
+
+
+def test_outputs_of_mmmu_are_read_by_subject(tmp_path, capsys):
+    options = {"A": "black", "B": "green", "C": "blue"}
+    rows = [
+        {"id": name, "answer": label["ground_truth"], "question_type": label["question_type"], "response": said}
+        | ({"all_choices": list(options), "index2ans": options} if label["question_type"] != "short-answer" else {})
+        for (name, label), said in zip(MMMU_LABELS.items(), MMMU_SAID, strict=True)
+    ]
+    rows[1]["response"] = "I would say that this one is black"
+    for subject, part in (("Art", rows[:2]), ("Math", rows[2:])):
+        (tmp_path / subject).mkdir()
+        (tmp_path / subject / "output.json").write_text(json.dumps(part))
+    result = score(capsys, tmp_path, "--task", "mmmu")
+    assert result["protocol"] == "mmmu" and result["metrics"]["accuracy"] == 100
+    assert result["groups"].keys() == {"Art", "Math"}
+    one = score(capsys, tmp_path / "Art" / "output.json", "--task", "mmmu")
+    assert one["num_questions"] == 2 and "2 of mmmu's 900 questions" in one["note"]
+
+
+def seed_rows():
+    """SEED-Bench.json has videos too, and question 49914 twice."""
+    row = {"choice_a": "red", "choice_b": "blue", "choice_c": "green", "choice_d": "None", "data_type": "image"}
+    rows = [row | {"question_id": name, "question": f"Which {name}?", "answer": "D"} for name in ("1", "49914", "2")]
+    rows.append(dict(rows[1]))
+    return [*rows, rows[0] | {"question_id": "v1", "data_type": "video"}]
+
+
+def test_seed_bench_is_read_as_llavas_script_reads_it(tmp_path, capsys):
+    """The published upload has the doubled question twice, and was refused; videos counted with the images."""
+    labels = tmp_path / "SEED-Bench.json"
+    labels.write_text(json.dumps({"question_type": {"Scene Understanding": 1}, "questions": seed_rows()}))
+    said = [{"question_id": row["question_id"], "prediction": "D"} for row in seed_rows()]
+    said[0]["prediction"] = "A"
+    upload = write_lines(tmp_path / "upload.jsonl", said)
+    result = score(capsys, upload, "--task", "seed-img", "--annotations", labels)
+    assert result["num_questions"] == 4 and result["left_out"] == 1 and result["metrics"]["accuracy"] == 75
+    # as in LLaVA's script the last answer is that of both rows
+    last = write_lines(tmp_path / "last.jsonl", [*said[:3], said[3] | {"prediction": "B"}])
+    assert score(capsys, last, "--task", "seed-img", "--annotations", labels)["metrics"]["accuracy"] == 25
+    once = write_lines(tmp_path / "once.jsonl", said[:3])
+    assert score(capsys, once, "--task", "seed-img", "--annotations", labels)["metrics"]["accuracy"] == 75
+    # another question's second answer is refused
+    twice = write_lines(tmp_path / "twice.jsonl", [*said, said[0]])
+    assert main(["score", twice, "--task", "seed-img", "--annotations", str(labels)]) == 2
+    assert "question 1 has several answers" in capsys.readouterr().err
+
+
+def test_a_letter_is_right_where_vlmevalkits_table_lost_the_option(tmp_path, capsys):
+    """Pandas reads the option `None` as an empty cell; LLaVA's script and lmms-eval compare letters alone."""
+    table = [
+        {"index": int(row["question_id"]), "question": row["question"], "answer": right, "A": "red", "B": "blue"}
+        for row, right in zip(seed_rows()[:3], "ADB", strict=True)
+    ]
+    # the table has the doubled question once
+    said = [{"question_id": row["question_id"], "prediction": "D"} for row in seed_rows()[:4]]
+    answers = write_lines(tmp_path / "a.jsonl", said)
+    options = ["--task", "seed-img", "--annotations", write_xlsx(tmp_path / "t.xlsx", table)]
+    result = score(capsys, answers, *options)
+    assert result["num_questions"] == 3 and result["metrics"]["accuracy"] == pytest.approx(100 / 3)
+    assert result["protocols"]["lmms-eval"]["metrics"]["accuracy"] == pytest.approx(100 / 3)
+    assert result["protocols"]["vlmevalkit"]["metrics"]["accuracy"] == 0
+    assert "so no answer to them is right by a rule that looks for options" in result["note"]
+
+
+def test_benchmarks_own_label_files_are_read(tmp_path, capsys):
+    """GQA's and ScienceQA's are objects of ids, which were refused; ChartQA's and OCRBench's have their own fields."""
+
+    def scored(task, labels, answers, name="labels.json"):
+        (tmp_path / name).write_text(json.dumps(labels))
+        path = write_lines(tmp_path / "answers.jsonl", answers)
+        return score(capsys, path, "--task", task, "--annotations", tmp_path / name)
+
+    gqa = {
+        str(i): {"question": f"Is it {i}?", "imageId": f"n{i}", "answer": "no", "fullAnswer": "No, it is not"}
+        for i in range(3)
+    }
+    said = [{"question_id": str(i), "prompt": f"Is it {i}?" + PROMPT, "text": text} for i, text in enumerate("abc")]
+    said[1]["text"] = "No."
+    assert scored("gqa", gqa, said)["metrics"]["accuracy"] == pytest.approx(100 / 3)
+
+    problem = {"choices": ["x", "y"], "answer": 1, "hint": "", "image": "image.png", "subject": "s", "split": "test"}
+    problems = {str(i): problem | {"question": f"Which {i}?"} for i in range(4)}
+    problems["0"]["split"], problems["1"]["split"], problems["2"]["image"] = "train", "val", None
+    said = [{"question_id": i, "prompt": f"Which {i}?\nA. x\nB. y", "text": "B"} for i in "23"]
+    assert scored("scienceqa", problems, said)["metrics"]["accuracy"] == 100
+    result = scored("scienceqa-img", problems, said)
+    assert result["num_questions"] == 1 and result["left_out"] == 1
+
+    chart = [{"imgname": f"{i}.png", "query": "How many?", "label": "4"} for i in range(2)]
+    said = [{"question_id": f"{i}.png", "prompt": "How many?" + PROMPT, "text": "4.1"} for i in range(2)]
+    result = scored("chartqa", chart, said, "test_human.json")
+    assert result["metrics"]["relaxed_accuracy"] == 100 and result["groups"].keys() == {"human"}
+
+    # OCRBench's own script keeps the labels beside what the model said
+    kind = "Handwritten Mathematical Expression Recognition"
+    row = {"dataset_name": "HME100k", "question": "Write it.", "type": kind}
+    rows = [
+        row | {"id": i, "image_path": f"{i}.png", "answers": "x y", "predict": said}
+        for i, said in enumerate(["x", "xy"])
+    ]
+    rows[0] |= {"answers": ["a", "x"], "result": 0}
+    result = score(capsys, write_lines(tmp_path / "o.jsonl", rows), "--task", "ocrbench")
+    assert result["metrics"]["points"] == 2 and "2 of ocrbench's 1,000 questions" in result["note"]
+
+
+def test_vqas_pair_of_files_annotates_a_task(tmp_path, capsys):
+    """The two files went with TextVQA alone, where no task is named."""
+    annotations = [{"question_id": i, "image_id": 7, "answers": [{"answer": "net"}] * 10} for i in range(2)]
+    questions = [{"question_id": i, "image_id": 7, "question": f"What is {i}?"} for i in range(2)]
+    (tmp_path / "a.json").write_text(json.dumps({"info": {}, "annotations": annotations}))
+    (tmp_path / "q.json").write_text(json.dumps({"info": {}, "questions": questions}))
+    said = [
+        {"question_id": i, "prompt": f"What is {i}?" + PROMPT, "text": text} for i, text in enumerate(["net", "a"])
+    ]
+    path, pair = write_lines(tmp_path / "s.jsonl", said), ["--task", "vqav2", "--annotations", tmp_path / "a.json"]
+    result = score(capsys, path, *pair, "--questions", tmp_path / "q.json")
+    assert result["protocol"] == "m4c" and result["metrics"]["accuracy"] == 50
+    assert main(["score", path, *map(str, pair)]) == 2
+    assert "annotations without their questions (fix: name the file with --questions)" in capsys.readouterr().err
+
+
+def test_answers_that_vlmevalkit_gives_to_a_judge_are_counted(tmp_path, capsys):
+    """Its figure with a judge differs by them; without the count nobody saw why."""
+    rows = [row | {"prediction": "['A']"} for row in CHOICES]
+    result = score(capsys, write_xlsx(tmp_path / "m_MMStar.xlsx", rows), "--task", "mmstar")
+    num_unclear = result["unclear"]
+    assert num_unclear == result["protocols"]["letter"]["unclear"] == len(rows) and result["metrics"]["accuracy"] == 0
+    assert f"{num_unclear} answers choose nothing by vlmevalkit and are wrong here; where VLMEvalKit" in result["note"]
+    rows = [row | {"prediction": row["answer"]} for row in CHOICES]
+    result = score(capsys, write_xlsx(tmp_path / "m_MMStar.xlsx", rows), "--task", "mmstar")
+    assert result["unclear"] == 0 and "a language model" not in result.get("note", "")
+    pairs = [{"index": i, "question": "Is it?", "answer": "Yes", "category": "OCR"} for i in range(2)]
+    pairs = [row | {"image_path": "a", "prediction": said} for row, said in zip(pairs, ["Yes", "Maybe"], strict=True)]
+    result = score(capsys, write_lines(tmp_path / "m.jsonl", pairs), "--task", "mme")
+    assert result["unclear"] == 1 and "1 answers choose nothing by vlmevalkit" in result["note"]
+
+
+def test_a_refusal_names_the_file_that_is_missing_or_half_annotated(tmp_path, capsys):
+    labels = [{"question_id": i, "image": f"image{i}.jpg", "text": "Is it?", "label": "yes"} for i in range(2)]
+    write_lines(tmp_path / "coco_pope_random.json", labels)
+    said = write_lines(tmp_path / "a.jsonl", [{"question_id": 1, "prompt": "Is it?" + PROMPT, "text": "Yes"}])
+    assert main(["score", said, "--task", "pope", "--annotations", str(tmp_path / "coco_pope_random.json")]) == 2
+    assert "(fix: pass the questions that LLaVA's scripts asked as --questions" in capsys.readouterr().err
+    write_lines(tmp_path / "coco_pope_popular.json", labels)
+    said = write_lines(
+        tmp_path / "a.jsonl", [{"question_id": 1, "image": "image0.jpg", "prompt": "Is it?", "text": "no"}]
+    )
+    assert main(["score", said, "--task", "pope", "--annotations", str(tmp_path)]) == 2
+    assert "category: pass the annotations of popular or random alone" in capsys.readouterr().err
+    rows = [{"index": i, "question": "?", "A": "x", "answer": "A" if i else None, "prediction": "A"} for i in range(2)]
+    assert main(["score", write_lines(tmp_path / "m.jsonl", rows), "--task", "mmmu"]) == 2
+    assert "m.jsonl:1: 1 of 2 questions have no annotated answer" in capsys.readouterr().err
+
+
+def test_labels_are_not_scored_as_answers(tmp_path, capsys):
+    """MME's, POPE's and SEED-Bench's call the right answer `answer`, and scored 100."""
+    rows = [{"question_id": i, "question": f"Is it {i}?", "answer": "Yes", "category": "OCR"} for i in range(4)]
+    labels = write_lines(tmp_path / "labels.jsonl", rows)
+    for arguments in (["--annotations", labels], []):
+        assert main(["score", labels, "--task", "mme", *arguments]) == 2
+        assert "these are labels: the answer of each of 4 rows is the annotated one" in capsys.readouterr().err
+    # one that differs is a model's, and so is what `evaluate` wrote, be it all right
+    said = [row | {"answer": "no"} if i == 3 else row for i, row in enumerate(rows)]
+    path = write_lines(tmp_path / "a.jsonl", said)
+    assert score(capsys, path, "--task", "mme", "--annotations", labels)["metrics"]["accuracy"] == 75
+    path = write_lines(tmp_path / "p.jsonl", [row | {"ended": "stop"} for row in rows])
+    assert score(capsys, path, "--task", "mme", "--annotations", labels)["metrics"]["accuracy"] == 100
+
+
 DOCS = {
     "chartqa": {"type": "human_test", "question": "How many?", "answer": "0"},
     "ocrbench": {"dataset": "IIIT5K", "question_type": "Regular Text Recognition", "question": "?", "answer": ["0"]},
@@ -892,6 +1085,91 @@ def test_samples_of_lmms_eval_hold_their_labels_where_their_questions_have_no_na
     other = write_lines(tmp_path / "c.jsonl", [row | {"doc_id": 3 - row["doc_id"]} for row in rows])
     assert main(["score", path, other, "--task", name]) == 2
     assert f"{name}: question 1 is " in capsys.readouterr().err
+
+
+CHOOSE = "Which?\nA. x\nB. y\nAnswer with the option's letter from the given choices directly."
+# task -> what lmms-eval's metrics keep of a question, its prompt, its annotated answer and a wrong one
+KEPT = {
+    "ai2d": ({"exact_match": 1.0}, CHOOSE, "A", "B"),
+    "chartqa": ({"relaxed_overall": 1.0}, "How many?\nAnswer the question with a single word.", "0", "7"),
+    "docvqa": ({"anls": {"questionId": 9, "answer": "0"}}, "Who?" + PROMPT, "['word', 'other']", "12"),
+    "gqa": ({"exact_match": 1.0}, "Who?" + PROMPT, "man", "woman"),
+    "infovqa": ({"anls": 1.0}, "Who?" + PROMPT, "['word']", "12"),
+    "mme": ({"mme_perception_score": {"question_id": "OCR/1.png", "category": "OCR"}}, "Is it?", "Yes", "No"),
+    "mmmu": ({"mmmu_acc": {"id": "validation_Art_1", "subdomain": "Art"}}, "<image> " + CHOOSE, "A", "B"),
+    "mmstar": ({"average": {"question_id": 1, "l2_category": "geometry"}}, "Which?\nOptions: A: x, B: y", "A", "B"),
+    "ocrbench": (
+        {"ocrbench_accuracy": {"question_type": "Handwritten Mathematical Expression Recognition"}},
+        "Read.",
+        "['x y']",
+        "X y",
+    ),
+    "pope": ({"pope_accuracy": {"question_id": "1", "score": 1.0}}, "Is there a cat?", "yes", "no"),
+    "realworldqa": ({"exact_match": 1.0}, CHOOSE, "A", "B"),
+    "scienceqa-img": ({"exact_match": 1.0}, "Context: none\n" + CHOOSE, "A", "B"),
+    "seed-img": ({"seed_image": {"question_id": "1"}, "seed_all": {"question_id": "1"}}, CHOOSE, "A", "B"),
+}
+
+
+def kept_rows(name, count=4):
+    """Samples without `doc`, as lmms-eval writes them since its 0.4; the last is wrong."""
+    metrics, asked, answer, wrong = KEPT[name]
+    right = answer.strip("[]'").split("', '")[0]
+    rows = [{"doc_id": i, "target": answer, "filtered_resps": right, "input": asked, **metrics} for i in range(count)]
+    rows[-1]["filtered_resps"] = [wrong]
+    return rows
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_samples_of_lmms_eval_hold_prompt_and_target_in_the_place_of_the_question(tmp_path, capsys, name):
+    """Since its 0.4 lmms-eval drops the question; these files were refused as none that it writes."""
+    result = score(capsys, write_lines(tmp_path / "s.jsonl", kept_rows(name)), "--task", name)
+    expected = 3 if name == "ocrbench" else 75  # MME: 75 and 0, as the one image has a wrong answer
+    assert result["layout"] == "lmms-eval's samples" and result["num_questions"] == 4
+    if name == "pope":
+        assert result["metrics"] == pytest.approx(
+            {"accuracy": 75, "precision": 100, "recall": 75, "f1": 600 / 7, "yes_ratio": 75}
+        )
+        assert list(result["protocols"]) == ["lmms-eval"]
+        assert "do not say the categories, which llava, vlmevalkit need" in result["note"]
+    else:
+        assert result["metrics"][result["headline"]] == expected
+
+
+def test_samples_without_categories_are_not_scored_by_protocols_that_need_them(tmp_path, capsys):
+    path = write_lines(tmp_path / "s.jsonl", kept_rows("pope"))
+    assert main(["score", path, "--task", "pope", "--protocol", "llava"]) == 2
+    assert "llava needs categories, which the answers do not say (fix: pass the annotations" in capsys.readouterr().err
+    # the Hub's rows have them, and a question's number there is its sample's
+    labels = [{"id": str(i), "question": "Is there a cat?", "image_source": f"{i}.jpg"} for i in range(4)]
+    labels = [row | {"answer": "yes", "category": "random"} for row in labels]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(labels), tmp_path / "test-00000-of-00001.parquet")
+    options = ["--task", "pope", "--annotations", tmp_path / "test-00000-of-00001.parquet"]
+    result = score(capsys, path, *options, "--protocol", "llava")
+    assert result["metrics"]["f1"] == pytest.approx(600 / 7) and result["groups"].keys() == {"random"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(labels[:3]), tmp_path / "test-00000-of-00001.parquet")
+    assert main(["score", path, *map(str, options)]) == 2
+    assert "annotated questions could be meant" in capsys.readouterr().err
+
+
+def test_samples_without_questions_are_told_from_another_benchmark(tmp_path, capsys):
+    choices = write_lines(tmp_path / "c.jsonl", kept_rows("scienceqa-img"))
+    for name, message in [
+        ("gqa", "the rows have options A, B, and questions of gqa have none"),
+        ("mmstar", "the rows hold no annotated answers of mmstar"),
+        ("seed-img", "the rows hold no annotated answers of seed-img"),
+    ]:
+        assert main(["score", choices, "--task", name]) == 2
+        assert message in capsys.readouterr().err
+    videos = kept_rows("seed-img", 5)
+    del videos[0]["seed_image"]
+    videos[0]["seed_video"] = {"question_id": "v1"}
+    result = score(capsys, write_lines(tmp_path / "v.jsonl", videos), "--task", "seed-img")
+    assert result["num_questions"] == 4 and result["left_out"] == 1 and result["metrics"]["accuracy"] == 75
+    # a test split has no answers, and lmms-eval writes None
+    hidden = write_lines(tmp_path / "h.jsonl", [row | {"target": "None"} for row in kept_rows("docvqa")])
+    assert main(["score", hidden, "--task", "docvqa"]) == 2
+    assert "these questions have no annotated answers" in capsys.readouterr().err
 
 
 def test_two_files_are_compared_on_what_both_answer(own, capsys):

@@ -1,6 +1,7 @@
 """`llava-llama31 score`."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from llava_llama31.trainer.evaluation.questions import Question
     from llava_llama31.trainer.evaluation.task_answers import TaskAnswers
     from llava_llama31.trainer.evaluation.task_files import Task
-    from llava_llama31.trainer.evaluation.task_scoring import Answered
+    from llava_llama31.trainer.evaluation.task_scoring import Answered, TaskReport
 
 
 HELP = "score a predictions file, or compare two; no model needed"
@@ -124,6 +125,7 @@ def _compare(options: argparse.Namespace, questions: list["Question"], reading: 
 
 
 def _score_task(options: argparse.Namespace, reading: "Reading") -> int:
+    from llava_llama31.trainer.errors import UserError
     from llava_llama31.trainer.evaluation.scoring import EXIT_INCOMPLETE
     from llava_llama31.trainer.evaluation.task_answers import read_task_answers
     from llava_llama31.trainer.evaluation.task_files import load_task
@@ -135,29 +137,49 @@ def _score_task(options: argparse.Namespace, reading: "Reading") -> int:
         read_task_answers(task, path, annotations=options.annotations, questions=options.questions, reading=reading)
         for path in paths
     ]
+    whole, task = task, min((file.task for file in files), key=lambda part: len(part.protocols))
+    if options.protocol in whole.protocols and options.protocol not in task.protocols:
+        what = f"{options.protocol} needs categories, which the answers do not say"
+        raise UserError(what, where="--protocol", fix=f"pass the annotations of {task.name} with --annotations")
     protocol = protocol_for(task, files[0].layout, options.protocol)
     sets = [answered(task, file.questions, file.rows) for file in files]
     submitted = _submit(options, task, sets)
     names = [f"{name} ({file.layout})" for name, file in zip(told_apart(paths), files, strict=True)]
-    origins = [_origin(path, file) for path, file in zip(paths, files, strict=True)]
     if len(sets) == 2:
         comparison = compare_task(task, sets[0], sets[1], protocol)
         value = comparison.to_json()
-        value["first"] |= origins[0]
-        value["second"] |= origins[1]
         reports = [comparison.first, comparison.second]
         if not options.json_output:
             print_task_comparison(comparison, f"{task.title}: B = {names[1]} against A = {names[0]}")
     else:
         reports = [score_task(task, sets[0], protocol)]
-        value = reports[0].to_json() | origins[0] | submitted
+        value = reports[0].to_json() | submitted
         if not options.json_output:
             print_task_report(reports[0], f"{task.title}: {names[0]}")
+    files = [_with_unclear(file, report) for file, report in zip(files, reports, strict=True)]
+    origins = [_origin(path, file) for path, file in zip(paths, files, strict=True)]
+    if len(sets) == 2:
+        value["first"] |= origins[0]
+        value["second"] |= origins[1]
+    else:
+        value |= origins[0]
     if options.json_output:
         print_json(value)
     else:
         print_notes([*(file.note for file in files), *submitted.values()])
     return 0 if all(report.complete for report in reports) else EXIT_INCOMPLETE
+
+
+def _with_unclear(file: "TaskAnswers", report: "TaskReport") -> "TaskAnswers":
+    """The file with a note on answers that VLMEvalKit gives to a language model, where it has one."""
+    from llava_llama31.trainer.evaluation.answer_files import VLMEVALKIT
+
+    num_unclear = report.protocols[report.protocol].num_unclear if report.protocols else 0
+    if file.layout != VLMEVALKIT or not num_unclear:
+        return file
+    what = f"{num_unclear} answers choose nothing by {report.protocol} and are wrong here"
+    note = f"{what}; where VLMEvalKit ran with a judge, a language model read them, and its figure differs"
+    return replace(file, note="; ".join(part for part in (file.note, note) if part))
 
 
 def _submit(options: argparse.Namespace, task: "Task", sets: "list[Answered]") -> dict[str, str]:

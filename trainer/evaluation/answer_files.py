@@ -20,7 +20,9 @@ from llava_llama31.trainer.evaluation.row_files import (
     Row,
     any_rows,
     holds_mme_results,
+    holds_mmmu_outputs,
     mme_results,
+    mmmu_outputs,
     value_at,
 )
 from llava_llama31.trainer.evaluation.vqa_accuracy import is_normalized
@@ -53,7 +55,7 @@ JUDGED_NOTE = (
 
 ID_FIELDS = ("question_id", "questionId", "index", "id")
 # a model's words; an `answer` beside one of them is the annotators'
-WORDS_FIELDS = ("prediction", "response", "pred_answer", "pred", "text")
+WORDS_FIELDS = ("prediction", "response", "pred_answer", "pred", "predict", "text")
 _ASKED_FIELDS, _IMAGE_FIELDS = ("question", "prompt"), ("image_id", "image", "image_path")
 _MME_FIELDS = {"category", "image", "question", "answer", "prediction"}
 _PARTS = ("id", "answer", "question", "image")
@@ -135,7 +137,7 @@ def read_answers(path: str | Path, questions: Sequence[Question], reading: Readi
     |            | words; before 0.2.4 a `.json` with such rows under `logs`                                        |
     | VLMEvalKit | `.xlsx`, `.tsv` or `.json` with {index, question, prediction}; the index is TextVQA's            |
     |            | question_id, or else the rows have to ask the annotated questions in their order                 |
-    | MMMU       | `.json`, one object {question id: answer}                                                        |
+    | MMMU       | `.json`, one object {question id: answer}; or a folder of SUBJECT/output.json                    |
     | EvalScope  | `.jsonl` of predictions: {index, model_output, messages}                                         |
     | MME        | a folder of `.txt`, one a category: image, question, annotated answer and prediction between tabs |
     | others     | rows with one of ID_FIELDS and one of WORDS_FIELDS, or as `reading` says                         |
@@ -166,11 +168,18 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
         UserError: it cannot be read, or is none that `read_answers` knows.
     """
     path = Path(path)
-    if path.is_dir() and not holds_mme_results(path) and not parquet_folder(path):
-        what = "a folder of neither MME's results (texts of image, question, answer and prediction) nor parquet files"
+    is_outputs = holds_mmmu_outputs(path)
+    if path.is_dir() and not is_outputs and not holds_mme_results(path) and not parquet_folder(path):
+        what = (
+            "a folder of neither MME's results (texts of image, question, answer and prediction), MMMU's outputs "
+            "(a folder a subject with an output.json) nor parquet files"
+        )
         raise UserError(what, where=str(path), fix="name the file of answers")
     keyed = ("question_id", "prediction")
-    read = mme_results(path) if holds_mme_results(path) else any_rows(path, keyed=keyed, formulas=True)
+    if is_outputs:
+        read = mmmu_outputs(path)
+    else:
+        read = mme_results(path) if holds_mme_results(path) else any_rows(path, keyed=keyed, formulas=True)
     rows = _kept(list(read), reading, path)
     if not rows:
         raise UserError("no answers", where=str(path), fix="name a file with at least one answer")
@@ -296,12 +305,22 @@ def _sample(row: dict[str, Any], where: str) -> Answer:
     holders = [value for value in row.values() if isinstance(value, dict)]
     named = [holder[name] for holder in holders for name in ID_FIELDS if name in holder]
     doc = row.get("doc")
-    asked = doc.get("question") if isinstance(doc, dict) else None
+    # since its 0.4 lmms-eval keeps the prompt (input) and drops the question (doc)
+    is_bare = not isinstance(doc, dict) and "submission" not in row
+    asked = doc.get("question") if isinstance(doc, dict) else row.get("input") if is_bare else None
     if ("submission" in row and not named) or not isinstance(answer, str) or not (named or asked):
         fix = "pass the samples of a generation task, as --log_samples writes them"
         raise UserError("no question_id in submission, or not one text in filtered_resps", where=where, fix=fix)
     question_id = _id(named[0], where) if named else None
-    return Answer(where, question_id, answer, asked=asked if isinstance(asked, str) else None)
+    number = row.get("doc_id")
+    return Answer(
+        where,
+        question_id,
+        answer,
+        asked=asked if isinstance(asked, str) else None,
+        id_may_be_image=is_bare and Path(str(question_id)).suffix != "",  # MME's is
+        number=number if is_bare and isinstance(number, int) else None,
+    )
 
 
 def _evalscope(row: dict[str, Any], where: str) -> Answer:
@@ -313,7 +332,9 @@ def _evalscope(row: dict[str, Any], where: str) -> Answer:
         ]
     except (KeyError, IndexError, TypeError) as error:
         raise UserError("no text of the model in choices", where=where, fix="pass EvalScope's predictions") from error
-    return Answer(where, _id(row["index"], where), said, asked=asked[0] if asked else None, id_may_be_number=True)
+    index = _id(row["index"], where)
+    number = index if isinstance(index, int) else None
+    return Answer(where, index, said, asked=asked[0] if asked else None, number=number)
 
 
 def _message_text(content: Any) -> str:

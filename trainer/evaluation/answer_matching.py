@@ -37,7 +37,7 @@ class Answer:
         image: the image's name, where the row says it.
         group: the question's category, where it is known.
         id_may_be_image: the id is the question's or the image's, as in LLaVA's files.
-        id_may_be_number: the id is the question's or its number in the data set, from 0, as in EvalScope's files.
+        number: the question's in the data set, from 0, as in EvalScope's and lmms-eval's files.
         row: what else of the row is kept.
     """
 
@@ -49,7 +49,7 @@ class Answer:
     image: str | None = None
     group: str | None = None
     id_may_be_image: bool = False
-    id_may_be_number: bool = False
+    number: int | None = None
     row: Mapping[str, Any] = field(default_factory=dict)
 
     def with_row(self, more: Mapping[str, Any]) -> "Answer":
@@ -68,7 +68,7 @@ def match_answers(
     """Rows {question_id, answer} in the order of the file; an id that is not annotated stays as it is.
 
     1. By id, if the rows that name an annotated one ask what it asks.
-    2. By the number in the data set, if it may be that and every row asks the question with its number.
+    2. By the number in the data set, if every row has one and asks the question with it.
     3. By position, if the rows name neither id nor image, are as many as the questions, and each asks the question at
        its position (POPE's own answers).
     4. By image and prompt, or by the text alone where one question only asks it.
@@ -184,6 +184,9 @@ def _ids_fit(answers: Sequence[Answer], questions: Sequence[Question], *, runnin
     """Whether the ids are those of the questions; `running` ones may happen to be those of others."""
     if all(answer.question_id is None for answer in answers):
         return False
+    # POPE's ids begin anew in each category; the numbers do not
+    if all(answer.number is not None for answer in answers) and _repeats(answers):
+        return False
     annotated = {str(question.question_id): question for question in questions}
     pairs = [(annotated.get(str(answer.question_id)), answer) for answer in answers]
     known = [question is not None for question, _ in pairs]
@@ -191,6 +194,10 @@ def _ids_fit(answers: Sequence[Answer], questions: Sequence[Question], *, runnin
         images = {image_key(question.image_id) for question in questions}
         return any(known) or not any(_image(answer) in images for answer in answers)
     return any(known) and all(_fits(answer, question, unsaid=all(known)) for question, answer in pairs)
+
+
+def _repeats(answers: Sequence[Answer]) -> bool:
+    return len({str(answer.question_id) for answer in answers}) < len(answers)
 
 
 def _fits(answer: Answer, question: Question | None, *, unsaid: bool) -> bool:
@@ -203,12 +210,9 @@ def _fits(answer: Answer, question: Question | None, *, unsaid: bool) -> bool:
 def _ids_by_number(answers: Sequence[Answer], questions: Sequence[Question]) -> list[int | str]:
     """The ids of the questions with the rows' numbers; none if a row does not ask the one with its number."""
     numbered = dict(enumerate(questions))
-    found = [numbered.get(answer.question_id) if isinstance(answer.question_id, int) else None for answer in answers]
+    found = [None if answer.number is None else numbered.get(answer.number) for answer in answers]
     pairs = zip(answers, found, strict=True)
-    fit = all(
-        answer.id_may_be_number and question is not None and asks(answer.asked or "", question.question)
-        for answer, question in pairs
-    )
+    fit = all(question is not None and asks(answer.asked or "", question.question) for answer, question in pairs)
     return [question.question_id for question in found if question is not None] if fit else []
 
 
@@ -259,6 +263,11 @@ def _ids_by_content(answers: Sequence[Answer], questions: Sequence[Question], la
         if len(found) > 1:
             what = f"{len(found)} annotated questions could be meant by {_said(answer)}"
             fix = "give the rows question_ids, or the prompt and the image"
+            groups = list(dict.fromkeys(group for question in found for group in question.groups))
+            if answer.image is not None and answer.asked is not None and len(groups) == len(found):
+                fix = f"the answers do not say the category: pass the annotations of {' or '.join(groups)} alone"
+            elif answer.id_may_be_image and answer.image is None:
+                fix = "pass the questions that LLaVA's scripts asked as --questions: they say the image"
             raise UserError(what, where=answer.where, fix=fix)
         if found:
             ids.append(found[0].question_id)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.metrics import lmms_eval_choices
-from llava_llama31.trainer.evaluation.metrics.choices import chosen_letter
+from llava_llama31.trainer.evaluation.metrics.choices import LETTER_ALONE, chosen_letter
 from llava_llama31.trainer.evaluation.metrics.fields import field_counts
 from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
 from llava_llama31.trainer.evaluation.metrics.open_answers import open_as_choice, open_match
@@ -91,8 +91,11 @@ def _choice(rule: str, question: Question, answer: str | None) -> Judgement:
         return Judgement(0.0)
     if not question.options:  # an open question among the others
         return Judgement(_open_value(rule, answer, question.answers))
-    letter = chosen_letter(answer, dict(question.options), rule)
-    return Judgement(float(letter == question.answers[0]), letter)
+    options = dict(question.options)
+    if rule in LETTER_ALONE:  # right also where the table lost the option, as pandas loses `None`
+        options.setdefault(question.answers[0], "")
+    letter = chosen_letter(answer, options, rule)
+    return Judgement(float(letter in question.answers), letter)
 
 
 def _open_value(rule: str, answer: str, answers: tuple[str, ...]) -> float:
@@ -100,7 +103,9 @@ def _open_value(rule: str, answer: str, answers: tuple[str, ...]) -> float:
         return open_as_choice(answer, answers[0], rule)
     if rule in lmms_eval_choices.RULES:
         return float(lmms_eval_choices.open_answer_is_right(answer, answers[0], rule))
-    return open_match(answer, answers[0]) if rule.endswith("mmmu") else exact_match(answer, answers, "lmms-eval")
+    if rule.endswith("mmmu"):
+        return max(open_match(answer, wanted) for wanted in answers)
+    return exact_match(answer, answers, "lmms-eval")
 
 
 def _yes_no(protocol: ProtocolOf, question: Question, answer: str | None) -> Judgement:

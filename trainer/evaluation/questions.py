@@ -131,6 +131,18 @@ def load_questions(
     return loaded
 
 
+def vqa_pair(annotations: str | Path, questions: str | Path | None) -> list[Row]:
+    """Rows {question_id, image_id, question, answers} of VQA's pair of files; none if `annotations` is not one of it.
+
+    Raises:
+        UserError: the two files are not of one split, or the questions are not given.
+    """
+    path = Path(annotations)
+    content = json_value(path) if path.suffix.lower() == ".json" else None
+    is_pair = isinstance(content, dict) and isinstance(content.get("annotations"), list)
+    return list(_vqa_rows(content["annotations"], path, questions)) if is_pair else []
+
+
 def _rows(path: Path, questions: str | Path | None, with_images: bool) -> Iterator[Row]:
     suffix = path.suffix.lower()
     content = json_value(path) if suffix == ".json" else None

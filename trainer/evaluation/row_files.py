@@ -28,8 +28,15 @@ PICKLES = (".pkl", ".pickle")
 # keys under which a JSON file holds its rows: the official files; lmms-eval's logs before 0.2.4; LLaVA's ScienceQA;
 # VQA's questions
 _ROWS_UNDER = (("data",), ("logs",), ("correct", "incorrect"), ("questions",))
+# fields of labels that are an object of question ids: MMMU's, GQA's and ScienceQA's
+_LABELS_UNDER_IDS = (
+    {"question_type", "ground_truth"},
+    {"question", "answer", "imageId"},
+    {"question", "answer", "choices", "split"},
+)
 # how an Excel sheet's XML names a range of merged cells
 _MERGED = re.compile(rb'<mergeCell\s[^>]*?ref="([^"]{1,40})"')
+_MMMU_OUTPUT = "output.json"
 _MME_RESULTS = ("image", "question", "answer", "prediction")
 # what XML, and so a cell of an Excel table, cannot hold
 _NOT_IN_CELLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
@@ -73,15 +80,22 @@ def listed_rows(content: Any, path: Path, keyed: Sequence[str] = ()) -> list[Any
             return [row for key in keys for row in content[key]]
     if keyed and isinstance(content, dict) and {"acc", "outputs"} <= content.keys():
         content = content["outputs"]  # LLaVA's results of ScienceQA
+    if isinstance(content, dict) and content and all(_is_label(value) for value in content.values()):
+        return [{"id": key, **label} for key, label in content.items()]
     is_keyed = bool(keyed) and isinstance(content, dict) and bool(content) and not set(keyed) & content.keys()
     if is_keyed and all(isinstance(value, str) for value in content.values()):
         return [dict(zip(keyed, pair, strict=True)) for pair in content.items()]
-    found = f"; it has {', '.join(content)}" if isinstance(content, dict) and content else ""
+    found = f"; it has {', '.join(islice(content, 10))}" if isinstance(content, dict) and content else ""
     raise UserError(
         f"not a list of answers or questions{found}",
         where=str(path),
         fix="docs/evaluation.md lists the files that are read",
     )
+
+
+def _is_label(value: Any) -> bool:
+    """Whether this is one of the labels of a benchmark whose file is an object of question ids."""
+    return isinstance(value, dict) and any(names <= value.keys() for names in _LABELS_UNDER_IDS)
 
 
 def json_objects(values: list[Any], path: Path) -> Iterator[Row]:
@@ -175,6 +189,22 @@ def mme_results(path: Path) -> Iterator[Row]:
     for file in _texts(path) if path.is_dir() else [path]:
         for where, row in _headless_rows(file, _MME_RESULTS):
             yield where, row | {"category": file.stem, "image": f"{file.stem}/{row['image']}"}
+
+
+def holds_mmmu_outputs(path: Path) -> bool:
+    """Whether a folder has a folder a subject with an `output.json`, as MMMU's evaluator takes them."""
+    return path.is_dir() and next(path.glob(f"*/{_MMMU_OUTPUT}"), None) is not None
+
+
+def mmmu_outputs(path: Path) -> Iterator[Row]:
+    """Rows of the outputs that MMMU's `main_parse_and_eval.py` takes, with the subject.
+
+    Raises:
+        UserError: a file cannot be read, or is not a list of objects.
+    """
+    for file in sorted(path.glob(f"*/{_MMMU_OUTPUT}")):
+        for where, row in json_objects(listed_rows(json_value(file), file), file):
+            yield where, row | {"subject": file.parent.name}
 
 
 def _texts(folder: Path) -> list[Path]:

@@ -1,12 +1,13 @@
 """Answers and questions of a task from its files: whatever program wrote them, and wherever the labels are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.answer_files import (
+    ANSWERS,
     SAMPLES,
     AnswerRows,
     Reading,
@@ -14,18 +15,22 @@ from llava_llama31.trainer.evaluation.answer_files import (
     read_answer_rows,
 )
 from llava_llama31.trainer.evaluation.answer_matching import match_answers, place_answers, refuse_questions
-from llava_llama31.trainer.evaluation.questions import Question
+from llava_llama31.trainer.evaluation.questions import Question, vqa_pair
 from llava_llama31.trainer.evaluation.row_files import Row, any_rows
 from llava_llama31.trainer.evaluation.task_files import Task
 from llava_llama31.trainer.evaluation.task_questions import (
     DOC_ID,
     holds_questions,
-    layout_size,
+    layout_of,
     load_task_questions,
+    needs_categories,
+    second_id,
     without_right_option,
 )
 
 
+# what `evaluate` keeps of an answer beside it
+_ENDED = "ended"
 IMAGES_NOTE = "lmms-eval's samples do not say which questions have an image; all of them count"
 
 
@@ -34,12 +39,14 @@ class TaskAnswers:
     """An answer file of a task.
 
     Args:
+        task: the task, without the protocols that need categories where the file has none.
         layout: what it was recognised as.
         rows: {question_id, answer} or {question_id, answer: None, error}.
         note: what has to be known about its score.
         questions: all annotated questions.
     """
 
+    task: Task
     layout: str
     rows: list[dict[str, Any]]
     note: str
@@ -55,7 +62,8 @@ def read_task_answers(
         task: what was asked.
         path: the answers.
         annotations: file or folder of the annotated questions; not needed where the answers' rows hold them.
-        questions: LLaVA's question file, which says image and category of its ids; or a file that has the answers too.
+        questions: LLaVA's question file, which says image and category of its ids; the questions of VQA's annotations;
+            or a file that has the answers too.
         reading: which fields and rows of `path` count.
 
     Raises:
@@ -70,23 +78,62 @@ def read_task_answers(
     elif questions is not None and annotations is None and task.submission is not None:
         annotations, questions = questions, None  # those of a split whose answers are not public
     annotations = annotations or task.data
+    source: str | Sequence[Row] | None = annotations
+    if annotations is not None and any(protocol.metric == "vqa" for protocol in task.protocols.values()):
+        pair = vqa_pair(annotations, questions)
+        source, questions = (pair, None) if pair else (annotations, questions)
     notes = [file.note, _protocol_note(task, file)]
-    if annotations is None and questions is None:
+    if source is None and questions is None:
+        task, left_out = _without_categories(task, file)
+        notes.append(left_out)
         annotated = load_task_questions(task, _held(task, file), with_images=False)
         pairs = zip(file.answers, annotated, strict=True)
         rows = [answer.under(question.question_id) for answer, question in pairs]
         notes += [IMAGES_NOTE] if task.only_with_image and file.layout == SAMPLES else []
         notes.append(_size_note(task, file, annotated))
     else:
-        annotated = load_task_questions(
-            task, annotations if annotations is not None else _held(task, file), with_images=False
-        )
+        annotated = load_task_questions(task, _held(task, file) if source is None else source, with_images=False)
         answers = file.answers if questions is None else place_answers(file.answers, questions)
         running = in_order(file) and questions is None
         rows = match_answers(answers, annotated, file.path, in_order=running, labels=task.labels)
         refuse_questions(file.answers, rows, annotated, file.path)
+    _refuse_labels(task, file, rows, annotated)
+    rows = _listed_twice(task, rows, annotated)
     notes += [_labels_note(annotated), _categories_note(task, annotated)]
-    return TaskAnswers(file.layout, rows, "; ".join(note for note in notes if note), annotated)
+    return TaskAnswers(task, file.layout, rows, "; ".join(note for note in notes if note), annotated)
+
+
+def _refuse_labels(
+    task: Task, file: AnswerRows, rows: Sequence[Mapping[str, Any]], questions: Sequence[Question]
+) -> None:
+    """Refuse a benchmark's own rows, whose `answer` is the annotators' and would be right in every row."""
+    if file.layout != ANSWERS or _ENDED in file.source[0][1] or not holds_questions(task, file.source):
+        return
+    annotated = {str(question.question_id): question.answers for question in questions}
+    said = [(str(row["answer"]).strip().casefold(), annotated.get(str(row["question_id"]), ())) for row in rows]
+    if all(answer in [wanted.strip().casefold() for wanted in answers] for answer, answers in said):
+        what = f"these are labels: the answer of each of {len(rows)} rows is the annotated one"
+        fix = "pass the model's answers; if these are, call the field prediction in the place of answer"
+        raise UserError(what, where=str(file.path), fix=fix)
+
+
+def _listed_twice(task: Task, rows: list[dict[str, Any]], questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """The rows with one answer, the last, for each row of a question that the benchmark lists twice."""
+    last = {str(row["question_id"]): row for row in rows if str(row["question_id"]) in task.listed_twice}
+    seconds = {second_id(key): row for key, row in last.items()}
+    annotated = {str(question.question_id) for question in questions}
+    kept = [row for row in rows if last.get(str(row["question_id"]), row) is row]
+    return kept + [row | {"question_id": key} for key, row in seconds.items() if key in annotated]
+
+
+def _without_categories(task: Task, file: AnswerRows) -> tuple[Task, str]:
+    """The task without protocols that need categories, which lmms-eval's samples of POPE do not say, and a note."""
+    left_out = [name for name, protocol in task.protocols.items() if needs_categories(protocol)]
+    if file.layout != SAMPLES or not left_out or layout_of(task, _held(task, file)).groups:
+        return task, ""
+    kept = {name: protocol for name, protocol in task.protocols.items() if name not in left_out}
+    what = f"lmms-eval's samples do not say the categories, which {', '.join(left_out)} need"
+    return task.model_copy(update={"protocols": kept}), f"{what}: pass the Hub's files with --annotations for these"
 
 
 def _labels_note(questions: Sequence[Question]) -> str:
@@ -94,7 +141,8 @@ def _labels_note(questions: Sequence[Question]) -> str:
     if not wrong:
         return ""
     first = f"question {wrong[0].question_id}: {wrong[0].answers[0]!r:.40}"
-    return f"{len(wrong)} annotated answers are not the letter of an option, so no answer to them is right ({first})"
+    what = f"{len(wrong)} annotated answers are not the letter of an option ({first})"
+    return f"{what}, so no answer to them is right by a rule that looks for options"
 
 
 def _protocol_note(task: Task, file: AnswerRows) -> str:
@@ -106,7 +154,7 @@ def _protocol_note(task: Task, file: AnswerRows) -> str:
 
 def _size_note(task: Task, file: AnswerRows, questions: Sequence[Question]) -> str:
     """That a file whose rows are the only questions is not of the benchmark's length."""
-    size, count = layout_size(task, _held(task, file)), sum(not question.left_out for question in questions)
+    size, count = layout_of(task, _held(task, file)).size, sum(not question.left_out for question in questions)
     if size is None or count == size or (task.only_with_image and file.layout == SAMPLES):
         return ""
     if count < size:
@@ -126,12 +174,29 @@ def _categories_note(task: Task, questions: Sequence[Question]) -> str:
     return ""
 
 
+def _document(row: Mapping[str, Any], *, unscored: bool) -> dict[str, Any] | None:
+    """The question that a row of lmms-eval's samples holds; None if it holds none.
+
+    Since its 0.4 that is the prompt (`input`), the annotated answer (`target`) and what the metrics keep of the
+    question, as MME's its category. A target is a text, also where there is none and the task is `unscored`.
+    """
+    doc, number = row.get("doc"), row.get("doc_id")
+    if isinstance(doc, dict):
+        return {DOC_ID: number, **doc}
+    if number is None or not {"input", "target"} <= row.keys():
+        return None
+    metrics = {name: value for name, value in row.items() if isinstance(value, dict)}
+    kept = {name: value for held in metrics.values() for name, value in held.items()}
+    target = None if unscored and row["target"] == "None" else row["target"]
+    return {**row, **kept, "metrics": ", ".join(sorted(metrics)), DOC_ID: number, "target": target}
+
+
 def _held(task: Task, file: AnswerRows) -> Sequence[Row]:
     """Questions that the answers' rows hold, one a row."""
     rows = file.source
     if file.layout == SAMPLES:
-        docs = [(where, row.get("doc"), row.get("doc_id")) for where, row in rows]
-        rows = [(where, {DOC_ID: doc_id, **doc}) for where, doc, doc_id in docs if isinstance(doc, dict)]
+        docs = [(where, _document(row, unscored=task.submission is not None)) for where, row in rows]
+        rows = [(where, doc) for where, doc in docs if doc is not None]
     if len(rows) < len(file.source) or not holds_questions(task, rows, annotated=task.submission is None):
         what = f"the rows hold no annotated answers of {task.name}"
         raise UserError(what, where=str(file.path), fix="pass the task's annotations with --annotations")

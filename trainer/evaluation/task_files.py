@@ -76,9 +76,12 @@ class Layout(_Frozen):
     """Names of a folder's files, with the name of one field in braces (`{category}.txt`)."""
     columns: list[str] = []
     """Names of the columns of files that have no header; tab-separated."""
+    needs: list[str] = []
+    """Further fields of its rows, by which they are told from another benchmark's."""
     id: str | None = None
     """Default: the image's key and a running number."""
-    question: str = "question"
+    question: str | None = "question"
+    """None: the file has the answers alone, and cannot be asked."""
     first_line: bool = False
     """The field's first line alone is the question; LLaVA's files have a prompt below it."""
     image: str | None = None
@@ -90,15 +93,18 @@ class Layout(_Frozen):
     answer: str | None = "answer"
     """None: the file has none, and the answers go to a server."""
     answer_is: AnswerKind = "text"
-    options: Literal["columns", "inline"] | str | list[str] | None = None
-    """`columns` A, B, ...; `inline`, in the question's text; one field with a list; or one field an option."""
+    options: Literal["columns", "inline", "letters"] | str | list[str] | None = None
+    """`columns` A, B, ...; `inline`, in the question's text; `letters`, A to I without texts; one field with a list or
+    an object of letters; or one field an option."""
+    without_options: dict[str, str] = {}
+    """Field -> what it says in rows of open questions."""
     context: str | None = None
     groups: list[str] = []
     separator: str | None = None
     """What parts several groups of one field."""
     metric: str | None = None
-    leave_out: dict[str, str] = {}
-    """Field -> what it says in rows that do not count, as those of another split."""
+    leave_out: dict[str, str | list[str]] = {}
+    """Field -> what it says in rows that do not count, as those of another split; one text or several."""
     size: int | None = None
     """Questions of a whole file, where answers come with their questions and a part could not be told from it."""
 
@@ -216,6 +222,8 @@ class Task(_Frozen):
     """Unit of the headline, for reports."""
     only_with_image: bool = False
     """Questions without an image are left out."""
+    listed_twice: list[str] = []
+    """Ids of questions that the benchmark's own file has twice: each counts, and the last answer is that of both."""
     prompts: dict[str, str] = {}
     """Preset -> the words after the image."""
     capitalized: list[str] = []

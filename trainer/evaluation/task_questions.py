@@ -26,7 +26,7 @@ from llava_llama31.trainer.evaluation.questions import (
     shared_image,
 )
 from llava_llama31.trainer.evaluation.row_files import Row, any_rows, value_at
-from llava_llama31.trainer.evaluation.task_files import PER_QUESTION, Layout, Task
+from llava_llama31.trainer.evaluation.task_files import PER_QUESTION, Layout, ProtocolOf, Task
 from llava_llama31.trainer.recipes.data_formats import MAX_PIXELS
 
 
@@ -35,6 +35,8 @@ _PLACEHOLDER = re.compile(r"\{([^{}:]+)(?::0(\d+))?\}")
 DOC_ID = "doc_id"
 # VLMEvalKit counts the turns of a circular question in millions
 _TURNS = 10**6
+# MMMU's questions have at most nine
+_MOST_OPTIONS = 9
 
 
 def load_task_questions(
@@ -62,6 +64,9 @@ def load_task_questions(
     for given in (source, image_root):
         check_is_path(given)
     layout, rows = _rows_of(task, source, with_images)
+    if with_images and layout.question is None:
+        what = f"{layout.name} has answers without questions"
+        raise UserError(what, where=str(source), fix=f"pass the questions of {task.name}")
     path = Path(source) if isinstance(source, str | Path) else Path()
     root = Path(path if path.is_dir() else path.parent) if image_root is None else Path(image_root)
     images: dict[str, tuple[ImageRef, str]] = {}
@@ -73,6 +78,8 @@ def load_task_questions(
     for where, row in rows if limit is None else rows[:limit]:
         question = _question(task, layout, row, where, numbers)
         check_annotated(task, layout, question, where)
+        if str(question.question_id) in task.listed_twice and str(question.question_id) in seen:
+            question = replace(question, question_id=second_id(question.question_id))
         only_once(str(question.question_id), layout.id or "question", where, seen)
         if with_images and question.image_id:
             shown = {"image": _image(layout, row, holders, where)}
@@ -82,17 +89,26 @@ def load_task_questions(
     if not questions:
         raise UserError("no questions", where=str(path), fix="name a file with at least one question")
     if all(question.left_out for question in questions):
-        left_out = ", ".join(f"{name} {value}" for name, value in layout.leave_out.items())
+        left_out = ", ".join(f"{name} {' or '.join(_texts(value))}" for name, value in layout.leave_out.items())
         raise UserError(
             f"all rows are of {left_out}, which {task.name} leaves out", where=rows[0][0], fix="name another"
         )
-    _all_or_none_annotated(questions, str(path))
+    _all_or_none_annotated(questions, rows[0][0])
     _refuse_without_category(task, questions, rows[0][0])
+    _refuse_without_letters(layout, questions, rows[0][0])
+    return questions
+
+
+def _refuse_without_letters(layout: Layout, questions: Sequence[Question], where: str) -> None:
     wrong = without_right_option(questions)
     if 2 * len(wrong) > len(questions):
         what = f"{layout.answer} is {wrong[0].answers[0]!r:.80}, and {len(wrong)} of {len(questions)} are not a letter"
-        raise UserError(what, where=rows[0][0], fix="give the letter of the right option")
-    return questions
+        raise UserError(what, where=where, fix="give the letter of the right option")
+
+
+def second_id(question_id: int | str) -> str:
+    """What the second row of a question is called that the benchmark lists twice."""
+    return f"{question_id}#2"
 
 
 def without_right_option(questions: Sequence[Question]) -> list[Question]:
@@ -115,14 +131,13 @@ def _all_or_none_annotated(questions: Sequence[Question], where: str) -> None:
 def _refuse_without_category(task: Task, questions: Sequence[Question], where: str) -> None:
     """Refuse questions outside the categories that a protocol averages or adds, which would count for nothing."""
     for name, protocol in task.protocols.items():
+        if not needs_categories(protocol):
+            continue
         added = (
             [part for parts in protocol.sums.values() for part in parts]
             if protocol.headline in protocol.sums
             else None
         )
-        needs_any = "groups" in (protocol.over, protocol.weighted) and not protocol.averaged
-        if added is None and not needs_any:
-            continue
         for question in questions:
             if not question.groups or (added is not None and not set(added) & set(question.groups)):
                 what = f"question {question.question_id} is of category {', '.join(question.groups) or 'none'!r}"
@@ -131,9 +146,19 @@ def _refuse_without_category(task: Task, questions: Sequence[Question], where: s
                 raise UserError(what, where=where, fix="pass the benchmark's own file, with its column of categories")
 
 
-def layout_size(task: Task, rows: Sequence[Row]) -> int | None:
-    """How many questions the whole file has that these rows are of, where the task knows it."""
-    return _layout_of(task, rows, "the answer file").size
+def needs_categories(protocol: ProtocolOf) -> bool:
+    """Whether a protocol's headline averages or adds categories, so that a question without one counts for nothing."""
+    averages = "groups" in (protocol.over, protocol.weighted) and not protocol.averaged
+    return averages or protocol.headline in protocol.sums
+
+
+def layout_of(task: Task, rows: Sequence[Row]) -> Layout:
+    """The layout that an answer file's rows have.
+
+    Raises:
+        UserError: they have none of the task's.
+    """
+    return _layout_of(task, rows, "the answer file")
 
 
 def holds_questions(task: Task, rows: Sequence[Row], *, annotated: bool = True) -> bool:
@@ -185,13 +210,17 @@ def _layout_of(task: Task, rows: Sequence[Row], where: str) -> Layout:
 
 def _refuse_options(task: Task, layout: Layout, row: Mapping[str, Any], where: str) -> None:
     """Refuse multiple-choice rows for a benchmark without options, of which it would compare letters as texts."""
-    if (
-        task.folder is None
-        and layout.options is None
-        and all(_field(row, letter) not in (None, "") for letter in "AB")
-    ):
+    if task.folder is not None or layout.options is not None:
+        return
+    # lmms-eval's prompts hold them
+    letters = [letter for letter, _ in inline_options(str(row["input"]))] if layout.question == "input" else []
+    if all(letter in letters or _field(row, letter) not in (None, "") for letter in "AB"):
         what = f"the rows have options A, B, and questions of {task.name} have none"
         raise UserError(what, where=where, fix="name the task that these questions are of with --task")
+
+
+def _texts(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 def _fits(layout: Layout, row: Mapping[str, Any]) -> bool:
@@ -201,9 +230,9 @@ def _fits(layout: Layout, row: Mapping[str, Any]) -> bool:
 def _names(layout: Layout) -> set[str]:
     """Fields that a row of a layout has, apart from images and categories, which files may leave out."""
     options = [layout.options] if isinstance(layout.options, str) else layout.options or []
-    if layout.options in ("columns", "inline"):
+    if layout.options in ("columns", "inline", "letters"):
         options = [LETTERS[0]] if layout.options == "columns" else []
-    specs = [layout.id, layout.question, layout.answer, *options]
+    specs = [layout.id, layout.question, layout.answer, *options, *layout.needs]
     return {name for spec in specs if spec for name in ([found[0] for found in _PLACEHOLDER.findall(spec)] or [spec])}
 
 
@@ -246,8 +275,8 @@ def _is_base64(text: str) -> bool:
 
 
 def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbers: Counter[str]) -> Question:
-    text = _field(row, layout.question)
-    if not isinstance(text, str) or not text.strip():
+    text = _field(row, layout.question) if layout.question else ""
+    if layout.question and (not isinstance(text, str) or not text.strip()):
         raise UserError(f"{layout.question} is {text!r:.80}", where=where, fix="give each question a text")
     text = text.replace("<image>", "").strip()
     if layout.first_line:
@@ -278,7 +307,7 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
         options=options,
         context="" if context is None else str(context).strip(),
         groups=_groups(layout, row),
-        left_out=any(row.get(name) == value for name, value in layout.leave_out.items()),
+        left_out=any(row.get(name) in _texts(value) for name, value in layout.leave_out.items()),
         units=_units(task, question_id, image_id, row),
         metric=str(metric or ""),
         ocr_tokens=tuple(map(str, row["ocr_tokens"])) if isinstance(row.get("ocr_tokens"), list) else None,
@@ -321,14 +350,18 @@ def _image_id(layout: Layout, row: Mapping[str, Any]) -> str:
 
 
 def _options(layout: Layout, row: Mapping[str, Any], question: str, where: str) -> tuple[tuple[str, str], ...]:
-    if layout.options is None:
+    if layout.options is None or any(row.get(name) == value for name, value in layout.without_options.items()):
         return ()
+    if layout.options == "letters":
+        return tuple((letter, "") for letter in LETTERS[:_MOST_OPTIONS])
     if layout.options == "inline":
         return inline_options(question)
     if layout.options == "columns":
         texts = ((letter, _field(row, letter)) for letter in LETTERS)
         return tuple((letter, _option(text, where)) for letter, text in texts if text not in (None, ""))
     names = layout.options if isinstance(layout.options, list) else None
+    if names is None and isinstance(lettered := _field(row, str(layout.options)), dict):
+        return tuple((str(letter), _option(text, where)) for letter, text in lettered.items())
     values = [_field(row, name) for name in names] if names else _listed(_field(row, str(layout.options)))
     if len(values) > len(LETTERS):
         what = f"{len(values)} options, and {len(LETTERS)} letters"
@@ -352,14 +385,16 @@ def _answers(task: Task, layout: Layout, row: Mapping[str, Any], where: str) -> 
         return ()
     if layout.answer_is == "json" or (layout.metric and isinstance(value, dict)):
         return (value if isinstance(value, str) else json.dumps(value),)
-    answers = [] if value is None else _listed(value) if layout.answer_is == "texts" else [value]
+    # MMMU's own labels list several right answers; a text that looks like a list is one answer there
+    is_list = layout.answer_is == "texts" or (layout.answer_is == "letter" and isinstance(value, list))
+    answers = [] if value is None else _listed(value) if is_list else [value]
     answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
     if not answers or any(isinstance(answer, bool) or not isinstance(answer, str | int | float) for answer in answers):
         fix = "give the annotated answer, or a list of them; format dates in a table as text"
         raise UserError(f"{layout.answer} is {value!r:.80}", where=where, fix=fix)
     texts = [str(answer) for answer in answers]
     if layout.answer_is == "letter":
-        return (texts[0].strip(),)
+        return tuple(text.strip() for text in texts)
     if layout.answer_is == "index":
         return (_letter_at(texts[0], layout.answer, where),)
     if layout.answer_is in ("yes_no", "binary"):

@@ -29,6 +29,7 @@ class ProtocolScores:
         high: upper end; the interval resamples images, with all their questions.
         unanswered_as_wrong: over all questions, where a missing or failed answer is wrong.
         groups: category -> its metrics.
+        num_unclear: answers out of which the rule reads neither an option nor yes or no.
     """
 
     metrics: dict[str, float]
@@ -37,6 +38,7 @@ class ProtocolScores:
     high: float
     unanswered_as_wrong: dict[str, float]
     groups: dict[str, dict[str, float]]
+    num_unclear: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Metrics and headline first."""
@@ -45,6 +47,7 @@ class ProtocolScores:
             "headline": self.headline,
             "low": self.low,
             "high": self.high,
+            "unclear": self.num_unclear,
             "metrics_unanswered_as_wrong": self.unanswered_as_wrong,
             "groups": self.groups,
         }
@@ -303,7 +306,8 @@ def mean_value(task: Task, found: Answered, protocol: str) -> float:
 def _scores(task: Task, protocol: ProtocolOf, found: Answered, intervals: bool) -> ProtocolScores:
     questions = [question for question in found.questions if str(question.question_id) in found.answers]
     groups = _groups(found.questions)
-    sums = sums_of(questions, _judgements(task, protocol, questions, found), protocol)
+    judged = _judgements(task, protocol, questions, found)
+    sums = sums_of(questions, judged, protocol)
     total = _total(sums.values())
     metrics = metrics_of(total, protocol, groups)
     as_wrong = metrics
@@ -313,7 +317,9 @@ def _scores(task: Task, protocol: ProtocolOf, found: Answered, intervals: bool) 
     value = metrics[protocol.headline]
     low, high = _middle(_resampled(sums, protocol, groups)) if intervals else (value, value)
     by_group = {group: scores for group in groups if (scores := group_metrics(total, protocol, group))}
-    return ProtocolScores(metrics, protocol.headline, low, high, as_wrong, by_group)
+    reads = [protocol.metric == "yes_no" or (protocol.metric == "choice" and bool(q.options)) for q in questions]
+    num_unclear = sum(read and not judgement.said for read, judgement in zip(reads, judged, strict=True))
+    return ProtocolScores(metrics, protocol.headline, low, high, as_wrong, by_group, num_unclear)
 
 
 def _judgements(task: Task, protocol: ProtocolOf, questions: Sequence[Question], found: Answered) -> list[Judgement]:

@@ -61,6 +61,10 @@ RULES: Mapping[str, str] = MappingProxyType(
 )
 
 
+# rules that compare the letter with the right one, whatever the options are
+LETTER_ALONE = ("verbatim", "first-letter")
+
+
 def chosen_letter(prediction: str, options: Mapping[str, str], rule: str) -> str:
     """The letter of the option that a prediction chooses; empty where it chooses none or more than one.
 
@@ -162,7 +166,7 @@ def _mmmu(prediction: str, options: Mapping[str, str], *, of_lmms_eval: bool) ->
         if alone:
             return max(alone, key=lambda letter: said.rfind(f" {letter} "))
     lower, texts = said.lower(), {letter: text.lower() for letter, text in options.items()}
-    found = [letter for letter, text in texts.items() if text in lower] if len(said.split()) > 5 else []
+    found = [letter for letter, text in texts.items() if text and text in lower] if len(said.split()) > 5 else []
     return max(found, key=lambda letter: lower.rfind(texts[letter]), default="")
 
 
