@@ -139,8 +139,9 @@ def vqa_pair(annotations: str | Path, questions: str | Path | None) -> list[Row]
     """
     path = Path(annotations)
     content = json_value(path) if path.suffix.lower() == ".json" else None
-    is_pair = isinstance(content, dict) and isinstance(content.get("annotations"), list)
-    return list(_vqa_rows(content["annotations"], path, questions)) if is_pair else []
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        return list(_vqa_rows(content["annotations"], path, questions))
+    return []
 
 
 def _rows(path: Path, questions: str | Path | None, with_images: bool) -> Iterator[Row]:
