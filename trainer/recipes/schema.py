@@ -549,7 +549,7 @@ class Publish(_Frozen):
     repo_id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     """OWNER/NAME; the name of a model made from Llama begins with Llama."""
     private: bool = False
-    """Keep the repository private; until the model has passed the gate it is private anyway."""
+    """Keep the repository private. A new one is private until the model has passed the gate."""
     collection: str | None = None
     """Slug of a collection to add it to."""
     hub_strategy: Literal["end", "every_save", "checkpoint"] = "end"
