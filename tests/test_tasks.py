@@ -77,9 +77,9 @@ def test_a_shipped_task_says_what_it_is(name):
         ("- a", "t.yaml: not a mapping"),
         ("a: [", "t.yaml: not YAML"),
         ("a: 1\na: 2\n", "t.yaml: not YAML: key .a. is given twice"),
-        ("name: x", "t.yaml: title: Field required"),
+        ("name: x", "t.yaml: title: this key is missing"),
         ("protocol: other", "no protocol is named 'other'; there are own"),
-        ("speed: 1", "speed: Extra inputs are not permitted"),
+        ("speed: 1", "speed: no such key"),
         ("prompts: {card: ask}", "the prompt of card has no {question}"),
         (
             "protocols: {own: {source: s, metric: choice, rule: guess, headline: accuracy}}",

@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _pairs(text: str) -> dict[str, str]:
     pairs = [part.split("=", 1) for part in text.split(",")]
     if not all(len(pair) == 2 and all(pair) for pair in pairs):
-        raise ValueError
-    return {name: value for name, value in pairs}
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE,...")
+    return {name.strip(): value.strip() for name, value in pairs}
 
 
 def run(options: argparse.Namespace) -> int:

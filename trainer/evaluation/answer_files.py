@@ -168,7 +168,10 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
     path = Path(path)
     if path.is_dir() and not holds_mme_results(path) and not parquet_folder(path):
         what = "a folder of neither MME's results (texts of image, question, answer and prediction) nor parquet files"
-        raise UserError(what, where=str(path), fix="name the file of answers")
+        from llava_llama31.trainer.checkpoint.run_folder import PREDICTIONS
+
+        fix = f"name its {PREDICTIONS}" if (path / PREDICTIONS).is_file() else "name the file of answers"
+        raise UserError(what, where=str(path), fix=fix)
     keyed = ("question_id", "prediction")
     read = mme_results(path) if holds_mme_results(path) else any_rows(path, keyed=keyed, formulas=True)
     rows = _kept(list(read), reading, path)

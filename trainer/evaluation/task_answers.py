@@ -7,6 +7,7 @@ from typing import Any
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.answer_files import (
+    NORMALIZED_NOTE,
     SAMPLES,
     AnswerRows,
     Reading,
@@ -20,9 +21,9 @@ from llava_llama31.trainer.evaluation.task_files import Task
 from llava_llama31.trainer.evaluation.task_questions import (
     DOC_ID,
     holds_questions,
+    labels_note,
     layout_size,
     load_task_questions,
-    without_right_option,
 )
 
 
@@ -70,7 +71,9 @@ def read_task_answers(
     elif questions is not None and annotations is None and task.submission is not None:
         annotations, questions = questions, None  # those of a split whose answers are not public
     annotations = annotations or task.data
-    notes = [file.note, _protocol_note(task, file)]
+    normalizes = any(protocol.metric == "vqa" for protocol in task.protocols.values())
+    is_about_others = file.note == NORMALIZED_NOTE and not (normalizes or task.submission is not None)
+    notes = ["" if is_about_others else file.note, _protocol_note(task, file)]
     if annotations is None and questions is None:
         annotated = load_task_questions(task, _held(task, file), with_images=False)
         pairs = zip(file.answers, annotated, strict=True)
@@ -85,16 +88,8 @@ def read_task_answers(
         running = in_order(file) and questions is None
         rows = match_answers(answers, annotated, file.path, in_order=running, labels=task.labels)
         refuse_questions(file.answers, rows, annotated, file.path)
-    notes += [_labels_note(annotated), _categories_note(task, annotated)]
+    notes += [labels_note(annotated), _categories_note(task, annotated)]
     return TaskAnswers(file.layout, rows, "; ".join(note for note in notes if note), annotated)
-
-
-def _labels_note(questions: Sequence[Question]) -> str:
-    wrong = without_right_option(questions)
-    if not wrong:
-        return ""
-    first = f"question {wrong[0].question_id}: {wrong[0].answers[0]!r:.40}"
-    return f"{len(wrong)} annotated answers are not the letter of an option, so no answer to them is right ({first})"
 
 
 def _protocol_note(task: Task, file: AnswerRows) -> str:
