@@ -437,6 +437,28 @@ def test_mmmu_counts_the_validation_questions_of_vlmevalkits_two_splits(tmp_path
     assert main(arguments) == 0 and len(json.loads((tmp_path / "s.json").read_text())) == 3
 
 
+@pytest.mark.parametrize("name", ["mmmu", "scienceqa-img"])
+def test_a_page_shows_the_questions_that_count(tmp_path, capsys, name):
+    """Its mean would be another one than that of `score`."""
+    rows = [row | {"split": "validation" if i else "dev"} for i, row in enumerate(CHOICES[:3])]
+    if name == "scienceqa-img":
+        values = [{"value": "Which?\nA. red\nB. blue"}, {"value": "A"}]
+        rows = [{"id": str(i), "conversations": values} | ({"image": "1.png"} if i else {}) for i in range(3)]
+    ids = [str(row.get("id", row.get("index"))) for row in rows]
+    data = write_lines(tmp_path / "data.json", rows)
+    answers = write_lines(tmp_path / "a.jsonl", [{"question_id": key, "answer": "A"} for key in ids])
+    result = score(capsys, answers, "--task", name, "--annotations", data)
+    assert main(["score", answers, "--task", name, "--annotations", data]) == 0
+    assert f"2 of 2 questions answered, and 1 that {name} leaves out" in capsys.readouterr().out
+    assert main(["browse", answers, "--task", name, "--data", data, "--output", str(tmp_path / "b.html")]) == 0
+    page = (tmp_path / "b.html").read_text()
+    shown = json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    assert [entry["id"] for entry in shown["questions"]] == ids[1:] and shown["unknown"] == []
+    place = shown["protocols"].index(result["protocol"])
+    mean = sum(entry["scores"][place] for entry in shown["questions"]) / 2
+    assert 100 * mean == pytest.approx(result["metrics"]["accuracy"])
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

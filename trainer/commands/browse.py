@@ -109,6 +109,7 @@ def _task_answers(options: argparse.Namespace) -> "tuple[list[Question], list[An
     from llava_llama31.trainer.evaluation.task_answers import read_task_answers
     from llava_llama31.trainer.evaluation.task_browser import marking_of
     from llava_llama31.trainer.evaluation.task_files import load_task
+    from llava_llama31.trainer.evaluation.task_questions import counted as counted_of
     from llava_llama31.trainer.evaluation.task_questions import load_task_questions
 
     task = load_task(options.task)
@@ -120,8 +121,14 @@ def _task_answers(options: argparse.Namespace) -> "tuple[list[Question], list[An
     read = [
         read_task_answers(task, path, annotations=data, questions=options.questions, reading=nothing) for path in paths
     ]
-    files = [Answers(file.rows, name, file.note) for name, file in zip(told_apart(paths), read, strict=True)]
-    return questions, files, task.title, marking_of(task)
+    shown = counted_of(task, questions)
+    known = {str(question.question_id) for question in shown}
+    others = {str(question.question_id) for question in questions} - known
+    files = []
+    for name, file in zip(told_apart(paths), read, strict=True):
+        rows = [row for row in file.rows if str(row["question_id"]) not in others]
+        files.append(Answers(rows, name, file.note))
+    return shown, files, task.title, marking_of(task)
 
 
 def _print_browser(browser: "Browser", files: "Sequence[Answers]") -> None:

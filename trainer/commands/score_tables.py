@@ -105,7 +105,7 @@ def print_task_report(report: "TaskReport", title: str) -> None:
 
     terminal = Terminal()
     num_answered = report.num_questions - len(report.failed) - len(report.missing)
-    left_out = f", {report.num_left_out} answers to questions without an image left out" if report.num_left_out else ""
+    left_out = f", and {report.num_left_out} that {report.task} leaves out" if report.num_left_out else ""
     terminal.print(plain(f"{title}: {num_answered} of {report.num_questions} questions answered{left_out}"))
     if report.protocols:
         _print_scores(terminal, report, partly=num_answered < report.num_questions)

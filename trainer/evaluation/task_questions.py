@@ -100,6 +100,12 @@ def without_right_option(questions: Sequence[Question]) -> list[Question]:
     return [q for q in questions if q.options and q.answers and q.answers[0] not in dict(q.options)]
 
 
+def counted(task: Task, questions: Sequence[Question]) -> list[Question]:
+    """The questions that a task counts: not those of another split, nor those without an image where it needs one."""
+    asked = [question for question in questions if not question.left_out]
+    return [question for question in asked if question.image_id or not task.only_with_image]
+
+
 def labels_note(questions: Sequence[Question]) -> str:
     """That some annotated answers are not the letter of an option; empty where all are."""
     wrong = without_right_option(questions)
