@@ -137,6 +137,23 @@ def test_braces_around_other_than_a_name_are_the_prompts_own(tmp_path):
     assert task.prompts["card"] == prompt and len(load_task_questions(task, task.data, with_images=False)) == 1
 
 
+def test_figures_of_several_metrics_are_named_each(tmp_path, capsys):
+    """An error rate would stand under `f1`."""
+    rate = {"source": "guide", "metric": "cer", "summary": "error_rate", "called": "cer", "headline": "cer"}
+    task = write_task(tmp_path, protocols=TASK["protocols"] | {"cer": rate})
+    for name, said in (("a", '{"a": "1"}'), ("b", "")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"id": "1.png#1", "response": said}) + "\n")
+    paths = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    assert main(["score", paths[0], "--task", str(task)]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["protocol", "metric", "value", "95", "%", "interval"] in table
+    assert ["own", "*", "accuracy", "100.000", "100.00", "to", "100.00"] in table
+    assert ["cer", "cer", "0.000", "0.00", "to", "0.00"] in table
+    assert main(["score", *paths, "--task", str(task)]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["cer", "cer", "0.000", "100.000", "+100.000", "+100.00", "to", "+100.00"] in table
+
+
 @pytest.mark.parametrize("asked", [["--task", "q.csv"], ["--data", "q.jsonl"]])
 def test_another_folder_than_that_of_the_images_is_named_before_the_model_is_opened(
     tmp_path, monkeypatch, capsys, asked
