@@ -96,8 +96,8 @@ class EngineClient:
         num_prompt_tokens = counted if isinstance(counted, int) else None
         if text is None or reason in BROKEN_OFF:
             # e.g. a reasoning parser that took all words: an empty answer would be the model's own
-            error = f"the server gave no answer in content; finish_reason is {reason or 'not given'}"
-            return Served(None, num_prompt_tokens, error, reason)
+            why = f"the server gave no answer in content; finish_reason is {reason or 'not given'}"
+            return Served(None, num_prompt_tokens, why, reason)
         return Served(text, num_prompt_tokens, finish_reason=reason)
 
     def _ask_patiently(self, body: dict[str, Any]) -> httpx2.Response:

@@ -367,7 +367,7 @@ def _explained(error: ValidationError, where: str) -> UserError:
     key, fix = ".".join(map(str, first["loc"])), "docs/evaluation.md says what a task has"
     message, _, advice = first["msg"].removeprefix("Value error, ").partition(" (fix: ")
     if first["type"] == "extra_forbidden":
-        part = _PARTS[str(first["loc"][0])] if len(first["loc"]) > 1 else Task
+        part: type[BaseModel] = _PARTS[str(first["loc"][0])] if len(first["loc"]) > 1 else Task
         known = [name for name in part.model_fields if name != "folder"]
         message, fix = "no such key", _nearest(str(first["loc"][-1]), known)
     elif first["type"] == "missing":
@@ -379,7 +379,12 @@ def _explained(error: ValidationError, where: str) -> UserError:
     return UserError(f"{key}: {message}" if key else message, where=where, fix=advice.removesuffix(")") or fix)
 
 
-_PARTS = {"protocols": ProtocolOf, "layouts": Layout, "reproduced": Reproduced, "submission": Submission}
+_PARTS: dict[str, type[BaseModel]] = {
+    "protocols": ProtocolOf,
+    "layouts": Layout,
+    "reproduced": Reproduced,
+    "submission": Submission,
+}
 
 
 def _nearest(name: str, known: list[str]) -> str:
