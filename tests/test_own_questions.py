@@ -154,6 +154,42 @@ def test_figures_of_several_metrics_are_named_each(tmp_path, capsys):
     assert ["cer", "cer", "0.000", "100.000", "+100.000", "+100.00", "to", "+100.00"] in table
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "def near(answer, answers):\n    return float(answer)\n",
+            "question 1: the function fails on 'b': ValueError",
+        ),
+        ("def near(answer):\n    return 1\n", "near cannot be called with an answer and the annotated ones: too many"),
+    ],
+)
+def test_a_function_that_fails_is_named(tmp_path, capsys, body, message):
+    tmp_path.chmod(0o700)
+    (tmp_path / "mine.py").write_text(body)
+    (tmp_path / "mine.py").chmod(0o600)
+    protocol = {"source": "guide", "metric": "function", "rule": "mine:near", "headline": "accuracy"}
+    layouts = [{"name": "rows", "id": "id", "image": "image"}]
+    task = write_task(tmp_path, protocols={"own": protocol}, layouts=layouts)
+    (tmp_path / "q.jsonl").write_text('{"id": 1, "image": "1.png", "question": "a?", "answer": "1"}\n')
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "response": "b"}\n')
+    assert main(["score", str(tmp_path / "a.jsonl"), "--task", str(task)]) == 2
+    assert message in capsys.readouterr().err
+    if "too many" in message:  # before anything is asked
+        assert main(["evaluate", "nowhere", "--task", str(task)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_annotations_are_not_scored_as_answers(tmp_path, capsys):
+    """Every one of them would be right."""
+    rule = {"source": "guide", "metric": "exact", "rule": "verbatim", "headline": "accuracy"}
+    layouts = [{"name": "rows", "id": "question_id", "image": "image"}]
+    task = write_task(tmp_path, protocols={"own": rule}, layouts=layouts)
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "image": "1.png", "question": "a?", "answer": "1"}\n')
+    assert main(["score", str(tmp_path / "q.jsonl"), "--task", str(task)]) == 2
+    assert "these are the annotated questions themselves" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("asked", [["--task", "q.csv"], ["--data", "q.jsonl"]])
 def test_another_folder_than_that_of_the_images_is_named_before_the_model_is_opened(
     tmp_path, monkeypatch, capsys, asked

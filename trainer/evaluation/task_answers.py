@@ -7,6 +7,7 @@ from typing import Any
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.answer_files import (
+    ANSWERS,
     NORMALIZED_NOTE,
     SAMPLES,
     AnswerRows,
@@ -63,6 +64,7 @@ def read_task_answers(
         UserError: a file cannot be read, there are no annotations, or answers and annotations are not of one revision.
     """
     file = read_answer_rows(path, reading)
+    _refuse_annotations(file, annotations or questions or task.data)
     if task.units == "circular" and "hit" in file.source[0][1]:
         what = "this is VLMEvalKit's result file, whose rows are whole questions; its turns are in the prediction file"
         raise UserError(what, where=str(path), fix="pass the .xlsx without _result in its name")
@@ -90,6 +92,15 @@ def read_task_answers(
         refuse_questions(file.answers, rows, annotated, file.path)
     notes += [labels_note(annotated), _categories_note(task, annotated)]
     return TaskAnswers(file.layout, rows, "; ".join(note for note in notes if note), annotated)
+
+
+def _refuse_annotations(file: AnswerRows, annotations: str | None) -> None:
+    """Refuse the annotated questions as answers: their `answer` is right everywhere."""
+    if annotations is None or file.layout != ANSWERS:
+        return
+    if file.path.exists() and Path(annotations).exists() and file.path.samefile(annotations):
+        fix = "pass the model's answers, or name their field: --columns id=FIELD,answer=FIELD"
+        raise UserError("these are the annotated questions themselves", where=str(file.path), fix=fix)
 
 
 def _protocol_note(task: Task, file: AnswerRows) -> str:
