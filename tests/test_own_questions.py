@@ -264,3 +264,21 @@ def test_a_list_of_answers_to_own_questions_is_not_taken_for_normalised_ones(tmp
     (tmp_path / "a.json").write_text('[{"question_id": 1, "answer": "yes"}]')
     assert main(["score", str(tmp_path / "a.json"), "--task", str(tmp_path / "q.csv"), "--json"]) == 0
     assert "note" not in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("questions", [["--task", "q.csv"], ["--data", "q.jsonl"]])
+def test_a_page_takes_the_answer_files_that_score_takes(tmp_path, monkeypatch, capsys, questions):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.csv").write_text("id," + HEADER + "1,1.png,a?,x,exact\n")
+    row = {"question_id": 1, "image_id": "1", "question": "a?", "answers": ["x"]}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
+    rows = [{"key": 1, "words": said, "method": said} for said in "xy"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["browse", "a.jsonl", *questions, "--columns", "id=key,answer=words"]
+    assert main([*arguments, "--where", "method=y"]) == 0
+    assert "a.html: 1 question" in capsys.readouterr().out
+    page = (tmp_path / "a.html").read_text()
+    shown = json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    assert [entry["prediction"] for entry in shown["questions"]] == ["y"] and shown["unknown"] == []
+    assert main([*arguments, "--where", "method=z"]) == 2
+    assert "no row has method=z" in capsys.readouterr().err
