@@ -411,6 +411,7 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
     """The template's context, as plain strings and rows."""
     stages = record.get("stages") or []
     evaluation = record.get("evaluation") or {}
+    shown = (*EVALUATION_FACTS, "missing", "cut")  # records before had no other count than that of the failed
     # only a plain repository name or folder may reach Python code
     model_id = record.get("model_id") or record["name"]
     model_id = model_id if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) else "path/to/this/model"
@@ -452,7 +453,7 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         "cost": _cost_rows(record),
         "energy_formula": ENERGY_FORMULA if _energy_kwh(record) is not None else None,
         "accuracy_protocol": evaluation.get("accuracy_protocol"),
-        "evaluation": {key: evaluation[key] for key in EVALUATION_FACTS if evaluation.get(key) is not None},
+        "evaluation": {key: evaluation[key] for key in shown if evaluation.get(key) is not None},
         "scores": [
             [name, f"{100 * score['accuracy']:.3f} %", f"{_percent(score['low'])} to {_percent(score['high'])}"]
             for name, score in (evaluation.get("protocols") or {}).items()
@@ -722,7 +723,7 @@ def _task_results(record: Mapping[str, Any], task: Mapping[str, Any]) -> list[Ev
 
 
 def _textvqa_results(record: Mapping[str, Any], evaluation: Mapping[str, Any], dataset: str) -> list[EvalResult]:
-    counts, source = _counts_and_source(record, evaluation, ("num_questions", "failed"))
+    counts, source = _counts_and_source(record, evaluation, ("num_questions", "failed", "missing", "cut"))
     return [
         EvalResult(
             task_type="image-text-to-text",

@@ -91,6 +91,8 @@ RECORD = {
         "dataset": "TextVQA val",
         "num_questions": 5000,
         "failed": 2,
+        "missing": 0,
+        "cut": 1204,
         "prompt": "{question}\nAnswer the question using a single word or phrase.",
         "decoding": "greedy, at most 16 new tokens",
         "protocols": {
@@ -191,6 +193,7 @@ def test_every_fact_stands_in_its_place():
     for line in (
         "- questions: 5,000",
         "- failed questions, left out of the scores: 2",
+        "- answers cut at the limit of new tokens: 1,204",
         "- decoding: greedy, at most 16 new tokens",
         "- accuracy before training (m4c): 1.31 %",
         "- accuracy with the images shuffled between the questions (blind) (m4c): 8.42 %",
@@ -235,6 +238,8 @@ def test_metadata_is_what_the_hub_reads():
         "interval_95": [59.64, 62.34],
         "num_questions": 5000,
         "failed": 2,
+        "missing": 0,
+        "cut": 1204,
         "predictions": "predictions.jsonl",
         "predictions_sha256": "9a" * 32,
     }

@@ -204,6 +204,7 @@ def test_a_finished_run_has_its_score_and_a_link_to_the_wrong_answers(make_run, 
     sample = {"question": "what?", "prediction": "red", "answers": ["red", "blue", "red"], "image": "samples/1.png"}
     pope = {"headline": "f1", "metrics": {"f1": 81.25}, "low": 80.0, "high": 82.5}
     task = {"title": "POPE", "name": "pope", "num_questions": 9, "decoding": "greedy", "protocols": {"llava": pope}}
+    task |= {"failed": 2, "missing": 0, "cut": 3}
     (run / "predictions-pope.html").write_text("")
     record = {
         "tasks": [task | {"predictions": {"file": "predictions-pope.jsonl"}}],
@@ -221,6 +222,7 @@ def test_a_finished_run_has_its_score_and_a_link_to_the_wrong_answers(make_run, 
     assert page.tables["test: score"][1] == ["m4c", "50.0%", "25.0% to 75.0%"]
     assert page.tables["test: score of POPE"][1] == ["llava", "f1", "81.2", "80.0 to 82.5"]
     assert 'href="predictions-pope.html"' in page.text
+    assert "pope, 9 questions, 2 failed, 3 answers cut at the limit; greedy" in page.text
     assert 'href="predictions.html#filter=wrong"' in page.text and "red x 2, blue" in page.text
     assert ["commit", "abc"] in page.tables["test: command, commit, environment"]
     elsewhere = page_of(capsys, run, "--output", tmp_path / "deep/page.html")

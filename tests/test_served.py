@@ -5,6 +5,9 @@ import json
 import os
 import random
 import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from engine_server import Engine, serving
 
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.engines import client
 from llava_llama31.trainer.model.opening import open_model
 
 
@@ -117,6 +121,144 @@ def test_what_a_server_refuses_is_named_and_asked_again(served, lively_folder, d
         assert main(arguments) == 0
         assert engine.asked == before + 2  # one of each task
     assert "sample" not in json.loads(capsys.readouterr().out)["tasks"][0]
+
+
+@contextmanager
+def scripted(replies, models=("m",), port=0):
+    """A server that answers the n-th question as `replies(n)` says: (status, content), or None to hang up."""
+    asked, lock = [0], threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+        def _send(self, status, content):
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self):
+            self._send(*((401, {}) if models is None else (200, {"data": [{"id": name} for name in models]})))
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            with lock:
+                asked[0] += 1
+                reply = replies(asked[0])
+            if reply is not None:
+                self._send(*reply)
+            else:
+                self.close_connection = True
+
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def said(content, reason="stop"):
+    return 200, {"choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": reason}]}
+
+
+def ask(lively_folder, data, url, *more):
+    options = ["--url", url, "--compare", "0", "--concurrency", "1", "--output", "out", *more]
+    return main(["evaluate", str(lively_folder), "--data", str(data / "textvqa.jsonl"), *options])
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (said(None, "length"), "the server gave no answer in content; finish_reason is length"),
+        (said("", "content_filter"), "the server gave no answer in content; finish_reason is content_filter"),
+        (said([{"type": "text", "text": "red"}]), "answers with something other than a chat completion"),
+        (said(5), "answers with something other than a chat completion"),
+        ((500, {"error": "boom"}), 'HTTP 500: {"error": "boom"}'),
+    ],
+)
+def test_what_is_no_answer_is_not_scored_as_an_empty_one(lively_folder, data, capsys, reply, reason):
+    with scripted(lambda number: reply if number == 2 else said("red")) as (url, _):
+        assert ask(lively_folder, data, url, "--json") == 3
+        report = json.loads(capsys.readouterr().out)
+        assert (
+            report["failed"] == 1 and reason in report["failed_ids"]["1"] and "(fix" not in report["failed_ids"]["1"]
+        )
+        assert report["protocols"]["m4c"]["accuracy"] == 1.0
+        assert ask(lively_folder, data, url) == 0  # it is asked again
+
+
+def test_a_busy_server_is_asked_again(lively_folder, data, capsys, monkeypatch):
+    monkeypatch.setattr(client, "WAITS", (0.0, 0.0))
+    busy = {1: (429, {}), 2: (503, {}), 4: None}
+    with scripted(lambda number: busy.get(number, said("red"))) as (url, asked):
+        assert ask(lively_folder, data, url) == 0
+        assert asked[0] == 4 + len(busy)
+    with scripted(lambda number: (429, {"error": "slower"})) as (url, asked):
+        assert ask(lively_folder, data, url, "--output", "other") == 2
+        assert asked[0] == 4 * 3
+    assert "question 0: HTTP 429" in capsys.readouterr().err
+
+
+def test_a_server_that_is_gone_ends_the_evaluation_and_another_one_resumes_it(
+    lively_folder, data, capsys, monkeypatch
+):
+    monkeypatch.setattr(client, "WAITS", (0.0, 0.0))
+    with scripted(lambda number: said("red")) as (url, _):
+        port = int(url.rpartition(":")[2])
+    send = client.EngineClient._send
+    asked = []
+
+    def send_two(self, method, path, body=None):
+        asked.append(path)
+        if len(asked) <= 3:  # the models and two questions
+            with scripted(lambda number: said("red"), port=port):
+                return send(self, method, path, body)
+        return send(self, method, path, body)
+
+    monkeypatch.setattr(client.EngineClient, "_send", send_two)
+    assert ask(lively_folder, data, url) == 2
+    error = capsys.readouterr().err
+    assert "does not answer: ConnectError" in error
+    assert "fix: start it again, and run the same command: what is answered is kept" in error
+    assert len(Path("out/predictions.jsonl").read_text().splitlines()) == 2
+    monkeypatch.setattr(client.EngineClient, "_send", send)
+    with scripted(lambda number: said("red")) as (url, counted):
+        assert ask(lively_folder, data, url) == 0
+        assert counted[0] == 2
+
+
+def test_a_servers_answers_have_a_page_and_their_sample_in_the_scores(served, lively_folder, data, capsys):
+    with serving(Engine(*served)) as url:
+        arguments = ["evaluate", str(lively_folder), "--url", url, *tasks(data), "--output", "out"]
+        assert main(arguments) == 0
+        printed = json.loads(capsys.readouterr().out)["tasks"]
+        for report, name in zip(printed, ("pope", "mmstar"), strict=True):
+            assert Path("out", name, "predictions.html").is_file()
+            written = json.loads(Path("out", name, "scores.json").read_text())
+            assert written | {"predictions": report["predictions"]} == report and written["sample"]["compared"] == 8
+        assert main([*arguments[:-3], "--output", "out", "--no-browser"]) == 0
+    assert "out/pope/predictions.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        (("a", "b"), "serves 2 models: a, b (fix: name one with --served-model)"),
+        ((), "serves 0 models (fix: name one with --served-model)"),
+        (None, "HTTP 401: {} (fix: set OPENAI_API_KEY to a key that it takes)"),
+    ],
+)
+def test_a_model_is_named_by_the_commands_own_option(lively_folder, data, capsys, models, message):
+    with scripted(lambda number: said("red"), models) as (url, _):
+        assert ask(lively_folder, data, url) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_vllm_is_started_and_ended(lively_folder, data, tmp_path, monkeypatch, capsys):

@@ -77,9 +77,9 @@ def test_a_shipped_task_says_what_it_is(name):
         ("- a", "t.yaml: not a mapping"),
         ("a: [", "t.yaml: not YAML"),
         ("a: 1\na: 2\n", "t.yaml: not YAML: key .a. is given twice"),
-        ("name: x", "t.yaml: title: Field required"),
+        ("name: x", "t.yaml: title: this key is missing"),
         ("protocol: other", "no protocol is named 'other'; there are own"),
-        ("speed: 1", "speed: Extra inputs are not permitted"),
+        ("speed: 1", "speed: no such key"),
         ("prompts: {card: ask}", "the prompt of card has no {question}"),
         (
             "protocols: {own: {source: s, metric: choice, rule: guess, headline: accuracy}}",
@@ -435,6 +435,28 @@ def test_mmmu_counts_the_validation_questions_of_vlmevalkits_two_splits(tmp_path
     answers = write_lines(tmp_path / "a.jsonl", [{"index": row["index"], "prediction": "A"} for row in test])
     arguments = ["score", answers, "--task", "mmmu", "--annotations", table, "--submission", str(tmp_path / "s.json")]
     assert main(arguments) == 0 and len(json.loads((tmp_path / "s.json").read_text())) == 3
+
+
+@pytest.mark.parametrize("name", ["mmmu", "scienceqa-img"])
+def test_a_page_shows_the_questions_that_count(tmp_path, capsys, name):
+    """Its mean would be another one than that of `score`."""
+    rows = [row | {"split": "validation" if i else "dev"} for i, row in enumerate(CHOICES[:3])]
+    if name == "scienceqa-img":
+        values = [{"value": "Which?\nA. red\nB. blue"}, {"value": "A"}]
+        rows = [{"id": str(i), "conversations": values} | ({"image": "1.png"} if i else {}) for i in range(3)]
+    ids = [str(row.get("id", row.get("index"))) for row in rows]
+    data = write_lines(tmp_path / "data.json", rows)
+    answers = write_lines(tmp_path / "a.jsonl", [{"question_id": key, "answer": "A"} for key in ids])
+    result = score(capsys, answers, "--task", name, "--annotations", data)
+    assert main(["score", answers, "--task", name, "--annotations", data]) == 0
+    assert f"2 of 2 questions answered, and 1 that {name} leaves out" in capsys.readouterr().out
+    assert main(["browse", answers, "--task", name, "--data", data, "--output", str(tmp_path / "b.html")]) == 0
+    page = (tmp_path / "b.html").read_text()
+    shown = json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    assert [entry["id"] for entry in shown["questions"]] == ids[1:] and shown["unknown"] == []
+    place = shown["protocols"].index(result["protocol"])
+    mean = sum(entry["scores"][place] for entry in shown["questions"]) / 2
+    assert 100 * mean == pytest.approx(result["metrics"]["accuracy"])
 
 
 @pytest.mark.parametrize(

@@ -746,7 +746,7 @@ GOOD = {"question_id": 1, "image_id": "p0", "question": "?", "answers": ["a"]}
         ("x.jsonl", json.dumps(GOOD | {"ocr_tokens": "OPEN"}), "x.jsonl:1: ocr_tokens is not a list of texts"),
         ("x.jsonl", json.dumps(GOOD | {"ocr_tokens": [8]}), "x.jsonl:1: ocr_tokens is not a list of texts"),
         ("x.jsonl", json.dumps(GOOD | {"question": 5}), "x.jsonl:1: question_id or question of a wrong type"),
-        ("x.jsonl", json.dumps(GOOD | {"image": 5}), "x.jsonl:1: image is a int"),
+        ("x.jsonl", json.dumps(GOOD | {"image": 5}), "x.jsonl:1: image is 5"),
         ("x.jsonl", json.dumps(GOOD | {"image": "../../etc/passwd"}), "x.jsonl:1: .*outside"),
         ("x.jsonl", json.dumps(GOOD | {"image": "https://x.org/a.png"}), "x.jsonl:1: .*URLs are not fetched"),
         ("x.jsonl", f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}", "x.jsonl:2: question_id 1 occurs twice, .*x.jsonl:1"),

@@ -198,6 +198,9 @@ def _parsed(given: list[str]) -> argparse.Namespace | int:
             near = difflib.get_close_matches(name, options.known, 1)
             fix = f"did you mean {near[0]}?" if near else f"llava-llama31 {given[0]} --help"
             return _say(f"{given[0]} has no option {name} (fix: {fix})", EXIT_USER, debug=False)
+    for name in options.optional:  # argparse gives an argument to none of them where an option came before it
+        if unknown and vars(options)[name] is None:
+            setattr(options, name, unknown.pop(0))
     if unknown:
         fix = f"llava-llama31 {given[0]} --help"
         return _say(f"{given[0]}: unexpected argument: {unknown[0]} (fix: {fix})", EXIT_USER, debug=False)
@@ -243,6 +246,8 @@ def command_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=module.run, kept=_KEPT.get(name))
         module.add_arguments(command)
         command.set_defaults(known=[name for action in command._actions for name in action.option_strings])
+        optional = [action.dest for action in command._actions if not action.option_strings and action.nargs == "?"]
+        command.set_defaults(optional=optional)
     return parser
 
 

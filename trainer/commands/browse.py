@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_llama31.trainer.commands.options import add_max_pixels, counted, positive, told_apart
+from llava_llama31.trainer.commands.options import add_max_pixels, add_reading, counted, positive, told_apart
 from llava_llama31.trainer.redaction import plain
 
 
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="FILE.html", help="page to write; default: beside PREDICTIONS, with its name"
     )
+    add_reading(parser)
     parser.add_argument("--limit", type=positive, metavar="N", help="show only the first N questions")
     parser.add_argument("--image-side", type=positive, metavar="PX", help="longest side of an image; default: 512")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
@@ -89,13 +90,13 @@ def _paths(options: argparse.Namespace) -> list[str]:
 
 def _answers(options: argparse.Namespace) -> "tuple[list[Question], list[Answers], str, Marking | None]":
     """Questions as TextVQA's, the files of answers, the page's title, and how answers are marked."""
-    from llava_llama31.trainer.evaluation.answer_files import read_answers
+    from llava_llama31.trainer.evaluation.answer_files import Reading, read_answers
     from llava_llama31.trainer.evaluation.browser import Answers
     from llava_llama31.trainer.evaluation.questions import load_questions
 
     questions = load_questions(options.data, image_root=options.image_root, max_pixels=options.max_pixels)
-    paths = _paths(options)
-    read = [read_answers(path, questions) for path in paths]
+    paths, reading = _paths(options), Reading(options.columns, options.where)
+    read = [read_answers(path, questions, reading) for path in paths]
     files = [Answers(file.rows, name, file.note) for name, file in zip(told_apart(paths), read, strict=True)]
     what = Path(options.predictions).name if len(files) == 1 else "Two files of answers"
     return questions, files, f"{what} on {Path(options.data).name}", None
@@ -109,6 +110,7 @@ def _task_answers(options: argparse.Namespace) -> "tuple[list[Question], list[An
     from llava_llama31.trainer.evaluation.task_answers import read_task_answers
     from llava_llama31.trainer.evaluation.task_browser import marking_of
     from llava_llama31.trainer.evaluation.task_files import load_task
+    from llava_llama31.trainer.evaluation.task_questions import counted as counted_of
     from llava_llama31.trainer.evaluation.task_questions import load_task_questions
 
     task = load_task(options.task)
@@ -116,12 +118,18 @@ def _task_answers(options: argparse.Namespace) -> "tuple[list[Question], list[An
     if data is None:
         raise UserError(f"no questions of {task.name}", where="--data", fix="name their file, with the images")
     questions = load_task_questions(task, data, image_root=options.image_root, max_pixels=options.max_pixels)
-    paths, nothing = _paths(options), Reading({}, {})
+    paths, reading = _paths(options), Reading(options.columns, options.where)
     read = [
-        read_task_answers(task, path, annotations=data, questions=options.questions, reading=nothing) for path in paths
+        read_task_answers(task, path, annotations=data, questions=options.questions, reading=reading) for path in paths
     ]
-    files = [Answers(file.rows, name, file.note) for name, file in zip(told_apart(paths), read, strict=True)]
-    return questions, files, task.title, marking_of(task)
+    shown = counted_of(task, questions)
+    known = {str(question.question_id) for question in shown}
+    others = {str(question.question_id) for question in questions} - known
+    files = []
+    for name, file in zip(told_apart(paths), read, strict=True):
+        rows = [row for row in file.rows if str(row["question_id"]) not in others]
+        files.append(Answers(rows, name, file.note))
+    return shown, files, task.title, marking_of(task)
 
 
 def _print_browser(browser: "Browser", files: "Sequence[Answers]") -> None:

@@ -1,7 +1,6 @@
 """`llava-llama31 evaluate`: a model folder and a question file to answers, scores and a page to browse them."""
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_llama31.trainer.commands.evaluate_pages import print_files, write_page, write_task_pages
 from llava_llama31.trainer.commands.evaluate_questions import (
     task_questions,
     tasks_to_ask,
@@ -18,7 +18,7 @@ from llava_llama31.trainer.commands.evaluate_questions import (
 from llava_llama31.trainer.commands.options import add_json, add_max_pixels, positive
 from llava_llama31.trainer.commands.quick_imports import quick_imports
 from llava_llama31.trainer.commands.score_tables import print_json, print_report, print_task_report
-from llava_llama31.trainer.evaluation.presets import PRESETS
+from llava_llama31.trainer.evaluation.presets import PRESET_NAMES, PRESETS
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 
 
@@ -52,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", metavar="FILE", help="the questions that go with VQA-style annotations")
     parser.add_argument("--image-root", metavar="DIR", help="folder of the images; default: the folder of FILE")
     add_max_pixels(parser)
-    parser.add_argument(
-        "--preset", choices=(*PRESETS, "vlmevalkit"), default="card", help="whose prompt to use; default: card"
-    )
+    parser.add_argument("--preset", choices=PRESET_NAMES, default="card", help="whose prompt to use; default: card")
     parser.add_argument("--ocr", choices=("rapidocr",), help="read OCR tokens for --preset llava from the images")
     parser.add_argument(
         "--jpeg-rounds",
@@ -123,10 +121,9 @@ def _number_or_auto(text: str) -> int | None:
 
 
 def _number_or_none(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError
-    return number
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -186,7 +183,7 @@ def _run_tasks(options: argparse.Namespace) -> bool:
             evaluations = evaluate_tasks(
                 opened.model, opened.processor, asked, processes=processes, on_progress=advance
             )
-            pages = _write_pages(asked, evaluations, progress) if is_main and not options.no_browser else []
+            pages = write_task_pages(asked, evaluations, progress) if is_main and not options.no_browser else []
         if is_main:
             _print_tasks(options, asked, evaluations, pages)
         if processes is not None:
@@ -270,21 +267,16 @@ def _evaluate(
             processes=processes,
             on_progress=lambda done, _: progress.update(task, completed=done),
         )
-        return evaluation, _write_browser(evaluation, questions, progress) if is_main and browser else None
+        return evaluation, write_page(evaluation, questions, progress) if is_main and browser else None
 
 
 def _print(options: argparse.Namespace, evaluation: "Evaluation[Report]", page: Path | None) -> None:
-    from llava_llama31.trainer.terminal import Terminal
-
     if options.json_output:
         print_json(evaluation.to_json())
         return
     title = f"{Path(options.model).name} on {Path(options.data).name}, prompt {options.preset}"
     print_report(evaluation.report, f"{title}, images shuffled" if options.blind else title)
-    terminal = Terminal()
-    terminal.print(f"answers: {evaluation.predictions} ({evaluation.seconds:.1f} s)")
-    if page is not None:
-        terminal.print(f"to browse: {page}")
+    print_files(evaluation, None, [] if page is None else [page])
 
 
 def _print_tasks(
@@ -293,8 +285,6 @@ def _print_tasks(
     evaluations: "Sequence[TaskEvaluation]",
     pages: Sequence[Path],
 ) -> None:
-    from llava_llama31.trainer.terminal import Terminal
-
     if options.json_output:
         values = [evaluation.to_json() for evaluation in evaluations]
         print_json(values[0] if len(values) == 1 else {"tasks": values})
@@ -303,39 +293,7 @@ def _print_tasks(
         shuffled = ", images shuffled" if options.blind else ""
         title = f"{Path(options.model).name}, {part.task.title}, prompt {options.preset}{shuffled}"
         print_task_report(evaluation.report, title)
-        Terminal().print(f"answers: {evaluation.predictions} ({evaluation.seconds:.1f} s)")
-        if evaluation.submission is not None and part.task.submission is not None:
-            Terminal().print(f"for {part.task.submission.server}: {evaluation.submission}")
-        for page in pages[number : number + 1]:
-            Terminal().print(f"to browse: {page}")
-
-
-def _write_pages(
-    asked: "Sequence[TaskToAsk]", evaluations: "Sequence[TaskEvaluation]", progress: "Progress"
-) -> list[Path]:
-    from llava_llama31.trainer.evaluation.task_browser import write_task_browser
-
-    pages = []
-    for part, evaluation in zip(asked, evaluations, strict=True):
-        pages.append(evaluation.predictions.with_suffix(".html"))
-        progress.add_task(f"writing the browser of {part.task.name}")
-        with evaluation.predictions.open(encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-        write_task_browser(part.task, part.to_ask.questions, rows, pages[-1])
-    return pages
-
-
-def _write_browser(evaluation: "Evaluation[Report]", questions: Sequence["Question"], progress: "Progress") -> Path:
-    from llava_llama31.trainer.evaluation.browser import write_browser
-
-    with evaluation.predictions.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    page = evaluation.predictions.with_suffix(".html")
-    task = progress.add_task("writing the browser")
-    write_browser(
-        questions, rows, page, on_progress=lambda done, total: progress.update(task, completed=done, total=total)
-    )
-    return page
+        print_files(evaluation, part, pages[number : number + 1])
 
 
 @contextmanager

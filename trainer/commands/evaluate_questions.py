@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def textvqa_questions(options: argparse.Namespace) -> "list[Question]":
     """The questions of --data, checked for what the preset needs."""
     from llava_llama31.trainer.errors import UserError
-    from llava_llama31.trainer.evaluation.questions import load_questions
+    from llava_llama31.trainer.evaluation.questions import load_questions, refuse_without_images
 
     if options.preset not in PRESETS:
         raise UserError("TextVQA's prompt there is that of card", where="--preset", fix="pass --preset card")
@@ -29,6 +29,7 @@ def textvqa_questions(options: argparse.Namespace) -> "list[Question]":
         max_pixels=options.max_pixels,
         limit=options.limit,
     )
+    refuse_without_images(questions, options.data)
     if options.ocr is None:
         check_ocr(PRESETS[options.preset], questions)
     return questions
@@ -36,6 +37,7 @@ def textvqa_questions(options: argparse.Namespace) -> "list[Question]":
 
 def task_questions(options: argparse.Namespace) -> "list[tuple[Task, str | None, Preset, list[Question]]]":
     """Each task with its data, its wording and its questions."""
+    from llava_llama31.trainer.evaluation.questions import refuse_without_images
     from llava_llama31.trainer.evaluation.task_evaluation import preset_of, questions_to_ask
 
     read = []
@@ -44,6 +46,7 @@ def task_questions(options: argparse.Namespace) -> "list[tuple[Task, str | None,
         questions = questions_to_ask(
             task, data, image_root=options.image_root, max_pixels=options.max_pixels, limit=options.limit
         )
+        refuse_without_images(questions, data or str(task.data))
         check_ocr(preset, questions)
         read.append((task, data or task.data, preset, questions))
     return read

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_llama31.trainer.commands.evaluate_pages import print_files, write_page, write_task_pages
 from llava_llama31.trainer.commands.evaluate_questions import (
     task_questions,
     tasks_to_ask,
@@ -19,6 +20,8 @@ from llava_llama31.trainer.evaluation.presets import PRESETS
 
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from llava_llama31.trainer.evaluation.answering import Answers, ToAsk
     from llava_llama31.trainer.evaluation.served import Sampled, Server
     from llava_llama31.trainer.evaluation.task_evaluation import TaskToAsk
@@ -49,9 +52,17 @@ def run_served(options: argparse.Namespace) -> bool:
         found = answer_by_server(
             server, asked, on_progress=lambda done, total: progress.update(bar, completed=done, total=total)
         )
+        evaluations = [_scored(part, ask, answers) for part, ask, answers in zip(tasks, asked, found, strict=True)]
+        pages = [] if options.no_browser else _pages(tasks, asked, evaluations, progress)
     samples = _samples(options, folder, asked, found)
-    evaluations = [_scored(part, ask, answers) for part, ask, answers in zip(tasks, asked, found, strict=True)]
-    _print(options, tasks, evaluations, samples)
+    values = [evaluation.to_json() for evaluation in evaluations]
+    for value, answers, sample in zip(values, found, samples, strict=False):
+        value["sample"] = sample.to_json()
+        answers.write_scores(value)
+    if options.json_output:
+        print_json(values[0] if len(values) == 1 else {"tasks": values})
+    else:
+        _print(options, tasks, evaluations, pages, samples)
     return all(evaluation.report.complete for evaluation in evaluations)
 
 
@@ -78,7 +89,7 @@ def _server(options: argparse.Namespace, folder: Path, asked: "Sequence[ToAsk]")
     from llava_llama31.trainer.evaluation.served import Server
 
     if options.url is not None:
-        with EngineClient(options.url, options.served_model) as client:
+        with EngineClient(options.url, options.served_model, named_by="--served-model") as client:
             yield Server(client, f"OpenAI-compatible server, model {client.model}", options.concurrency)
         return
     dtype = [] if options.dtype == "auto" else ["--dtype", options.dtype]
@@ -115,26 +126,31 @@ def _scored(part: "TaskToAsk | None", ask: "ToAsk", found: "Answers") -> "Evalua
     return evaluation
 
 
+def _pages(
+    tasks: "Sequence[TaskToAsk | None]",
+    asked: "Sequence[ToAsk]",
+    evaluations: "Sequence[Any]",
+    progress: "Progress",
+) -> list[Path]:
+    named = [part for part in tasks if part is not None]
+    if named:
+        return write_task_pages(named, evaluations, progress)
+    return [write_page(evaluations[0], asked[0].questions, progress)]
+
+
 def _print(
     options: argparse.Namespace,
     tasks: "Sequence[TaskToAsk | None]",
     evaluations: "Sequence[Evaluation[Any]]",
+    pages: Sequence[Path],
     samples: "Sequence[Sampled]",
 ) -> None:
-    from llava_llama31.trainer.terminal import Terminal
-
-    values = [evaluation.to_json() for evaluation in evaluations]
-    for value, sample in zip(values, samples, strict=False):
-        value["sample"] = sample.to_json()
-    if options.json_output:
-        print_json(values[0] if len(values) == 1 else {"tasks": values})
-        return
     for number, (part, evaluation) in enumerate(zip(tasks, evaluations, strict=True)):
         name = Path(options.data).name if part is None else part.task.title
         title = f"{Path(options.model).name}, {name}, prompt {options.preset}"
         title = f"{title}, images shuffled" if options.blind else title
         (print_report if part is None else print_task_report)(evaluation.report, title)
-        Terminal().print(f"answers: {evaluation.predictions} ({evaluation.seconds:.1f} s)")
+        print_files(evaluation, part, pages[number : number + 1])
         for sample in samples[number : number + 1]:
             _print_sample(sample)
 
@@ -150,7 +166,7 @@ def _print_sample(sample: "Sampled") -> None:
         Terminal().print(f"{line}; `check-engine` looks for the cause")
 
 
-def _progress() -> Any:
+def _progress() -> "Progress":
     from llava_llama31.trainer.terminal import Terminal
 
     return Terminal(stderr=True).progress(counted=True)

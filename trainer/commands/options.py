@@ -37,6 +37,27 @@ def run_folder(options: argparse.Namespace, recipe: str) -> Path:
     return Path(options.output) if options.output else Path("runs", Path(recipe).stem)
 
 
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Which fields and rows of an answer file are read."""
+    parser.add_argument(
+        "--columns",
+        metavar="PART=FIELD,...",
+        type=_pairs,
+        default={},
+        help="which fields hold id, answer, question and image",
+    )
+    parser.add_argument(
+        "--where", metavar="FIELD=VALUE,...", type=_pairs, default={}, help="read only rows with these values"
+    )
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [part.split("=", 1) for part in text.split(",")]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE,...")
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
 def positive(text: str) -> int:
     """An integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:

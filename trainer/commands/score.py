@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_llama31.trainer.commands.options import add_json, told_apart
+from llava_llama31.trainer.commands.options import add_json, add_reading, told_apart
 from llava_llama31.trainer.commands.score_tables import (
     print_comparison,
     print_json,
@@ -46,25 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the questions that go with VQA-style annotations, or LLaVA's question file for a task",
     )
-    parser.add_argument(
-        "--columns",
-        metavar="PART=FIELD,...",
-        type=_pairs,
-        default={},
-        help="which fields hold id, answer, question and image",
-    )
-    parser.add_argument(
-        "--where", metavar="FIELD=VALUE,...", type=_pairs, default={}, help="read only rows with these values"
-    )
+    add_reading(parser)
     parser.add_argument("--submission", metavar="FILE", help="write the answers for the task's server, in its format")
     add_json(parser)
-
-
-def _pairs(text: str) -> dict[str, str]:
-    pairs = [part.split("=", 1) for part in text.split(",")]
-    if not all(len(pair) == 2 and all(pair) for pair in pairs):
-        raise ValueError
-    return {name: value for name, value in pairs}
 
 
 def run(options: argparse.Namespace) -> int:

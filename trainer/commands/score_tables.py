@@ -105,7 +105,7 @@ def print_task_report(report: "TaskReport", title: str) -> None:
 
     terminal = Terminal()
     num_answered = report.num_questions - len(report.failed) - len(report.missing)
-    left_out = f", {report.num_left_out} answers to questions that do not count" if report.num_left_out else ""
+    left_out = f", and {report.num_left_out} that {report.task} leaves out" if report.num_left_out else ""
     terminal.print(plain(f"{title}: {num_answered} of {report.num_questions} questions answered{left_out}"))
     if report.protocols:
         _print_scores(terminal, report, partly=num_answered < report.num_questions)
@@ -117,13 +117,16 @@ def print_task_report(report: "TaskReport", title: str) -> None:
 def _print_scores(terminal: "Terminal", report: "TaskReport", *, partly: bool) -> None:
     """The headline under every protocol, then metrics and groups of the report's one."""
     chosen = report.protocols[report.protocol]
-    columns = ["protocol", chosen.headline, "95 % interval", *(["unanswered as wrong"] if partly else [])]
+    # of several figures, each row names its own
+    measures = {name: scores.headline for name, scores in report.protocols.items()}
+    is_one = len(set(measures.values())) == 1
+    columns = [chosen.headline if is_one else "value", "95 % interval", *(["unanswered as wrong"] if partly else [])]
     headlines = []
     for name, scores in report.protocols.items():
-        cells = [f"{name} *" if name == report.protocol else name, f"{scores.metrics[scores.headline]:.3f}"]
-        cells.append(f"{scores.low:.2f} to {scores.high:.2f}")
+        cells = [f"{name} *" if name == report.protocol else name, *([] if is_one else [measures[name]])]
+        cells += [f"{scores.metrics[scores.headline]:.3f}", f"{scores.low:.2f} to {scores.high:.2f}"]
         headlines.append([*cells, *([f"{scores.unanswered_as_wrong[scores.headline]:.3f}"] if partly else [])])
-    terminal.table(columns, headlines, numbers=columns[1:])
+    terminal.table(["protocol", *([] if is_one else ["metric"]), *columns], headlines, numbers=columns)
     rows = {f"all ({report.protocol})": chosen.metrics, **chosen.groups}
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     details = [
@@ -139,14 +142,16 @@ def print_task_comparison(comparison: "TaskComparison", title: str) -> None:
 
     terminal = Terminal()
     num_questions = comparison.first.num_questions
-    counted = f"{comparison.num_compared} of {num_questions} questions answered by both, {comparison.headline}"
-    terminal.print(plain(f"{title}: {counted}"))
-    columns = ("protocol", "A", "B", "B - A", "95 % interval")
-    rows = [
-        (name, f"{first:.3f}", f"{second:.3f}", f"{difference:+.3f}", f"{low:+.2f} to {high:+.2f}")
-        for name, (first, second, difference, low, high) in comparison.differences.items()
-    ]
-    terminal.table(columns, rows, numbers=columns[1:])
+    counted = f"{comparison.num_compared} of {num_questions} questions answered by both"
+    measures = {name: scores.headline for name, scores in comparison.first.protocols.items()}
+    is_one = len(set(measures.values())) == 1
+    terminal.print(plain(f"{title}: {counted}{f', {comparison.headline}' if is_one else ''}"))
+    columns = ("A", "B", "B - A", "95 % interval")
+    rows = []
+    for name, (first, second, difference, low, high) in comparison.differences.items():
+        cells = [name, *([] if is_one else [measures[name]]), f"{first:.3f}", f"{second:.3f}", f"{difference:+.3f}"]
+        rows.append([*cells, f"{low:+.2f} to {high:+.2f}"])
+    terminal.table(["protocol", *([] if is_one else ["metric"]), *columns], rows, numbers=columns)
     _print_ids({"gained": comparison.gained, "lost": comparison.lost, "not answered by both": comparison.left_out})
     for side, report in (("A", comparison.first), ("B", comparison.second)):
         _print_ids({f"{side}, {what}": ids for what, ids in _unaccounted_of_task(report).items()})

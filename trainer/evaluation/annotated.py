@@ -21,6 +21,8 @@ def check_annotated(task: Task, layout: Layout, question: Question, where: str) 
     """
     if not question.answers:
         return
+    if question.metric:
+        _check_own(layout, question, where)
     metrics = {question.metric} if question.metric else {protocol.metric for protocol in task.protocols.values()}
     answers = question.answers
     shown = f"{layout.answer} is {', '.join(map(repr, answers)):.80}"
@@ -34,6 +36,17 @@ def check_annotated(task: Task, layout: Layout, question: Question, where: str) 
     if "choice" in metrics and not question.options and (question.metric or layout.options is None):
         fix = "give the options in columns A, B, ..., or in a task file as its layout's options"
         raise UserError("the metric is choice, and the question has no options", where=where, fix=fix)
+
+
+def _check_own(layout: Layout, question: Question, where: str) -> None:
+    """Refuse what no answer could be right for, in questions that name their metric themselves."""
+    answers, letters = question.answers, [letter for letter, _ in question.options]
+    shown = f"{layout.answer} is {', '.join(map(repr, answers)):.80}"
+    if question.metric != "contains" and not any(answer.strip() for answer in answers):
+        raise UserError(f"{shown}: the question has no answer", where=where, fix="give one, or remove the row")
+    if question.metric == "choice" and letters and not (len(answers) == 1 and answers[0] in letters):
+        what = f"{shown}, and the options are {', '.join(letters)}"
+        raise UserError(what, where=where, fix="give the letter of the right option")
 
 
 def _is_object(text: str) -> bool:

@@ -174,7 +174,10 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
             "a folder of neither MME's results (texts of image, question, answer and prediction), MMMU's outputs "
             "(a folder a subject with an output.json) nor parquet files"
         )
-        raise UserError(what, where=str(path), fix="name the file of answers")
+        from llava_llama31.trainer.checkpoint.run_folder import PREDICTIONS
+
+        fix = f"name its {PREDICTIONS}" if (path / PREDICTIONS).is_file() else "name the file of answers"
+        raise UserError(what, where=str(path), fix=fix)
     keyed = ("question_id", "prediction")
     if is_outputs:
         read = mmmu_outputs(path)

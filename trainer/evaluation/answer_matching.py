@@ -278,6 +278,8 @@ def _ids_by_content(answers: Sequence[Answer], questions: Sequence[Question], la
         what = f"{len(strangers)} of {len(answers)} answers are to questions that are not annotated"
         what = f"{what}, the first {_said(first)}"
         fix = f"pass the annotations that the answers were made for{f': {labels}' if labels else ''}"
+        if first.question_id is None and first.image is None and first.asked is None:
+            what, fix = "the row does not say which question it answers", "name a field that does: --columns id=FIELD"
         raise UserError(what, where=first.where, fix=fix)
     return ids
 

@@ -128,7 +128,13 @@ def _by_function(function: Callable[[str, list[str]], float]) -> Judge:
     def judge(question: Question, answer: str | None, normalized: bool) -> Judgement:
         if answer is None:
             return Judgement(0.0)
-        value = function(answer, list(question.answers))
+        try:
+            value = function(answer, list(question.answers))
+        except Exception as error:  # whatever the user's code raises
+            what = f"the function fails on {answer!r:.60}: {type(error).__name__}: {error}"
+            raise UserError(
+                what, where=f"question {question.question_id}", fix="repair it; answers are kept"
+            ) from error
         if isinstance(value, bool):
             value = float(value)
         if not isinstance(value, int | float) or not 0 <= value <= 1:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 SETTINGS = "settings.json"
+_DAMAGED = "remove that line, or this folder, or pass another --output"
 
 
 class PredictionsFile:
@@ -58,7 +59,7 @@ class PredictionsFile:
             answered = {key: row for key, row in self._rows().items() if row["answer"] is not None}
             if check is not None:
                 for row in answered.values():
-                    check(row)
+                    self._check_row(check, row)
             whole = [batch for batch in batches if all(question_id in answered for question_id in batch)]
             self._write([answered[question_id] for batch in whole for question_id in batch])
         self._wait()
@@ -73,8 +74,11 @@ class PredictionsFile:
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write one batch of rows, out of the process before the next batch begins."""
-        self._file.write(_lines(rows))
-        self._file.flush()
+        try:
+            self._file.write(_lines(rows))
+            self._file.flush()
+        except OSError as error:  # of a full disk, Python does not say which file
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         self.num_answered += len(rows)
 
     def finish(self, question_ids: Sequence[int | str]) -> list[dict[str, Any]]:
@@ -95,9 +99,14 @@ class PredictionsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
-        if self._lock is not None:
-            self._lock.close()
+        try:
+            self._file.close()
+        except OSError:  # of a full disk: what could not be written then cannot be now
+            if error is None:
+                raise
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
     def _claim(self) -> IO[str]:
         """A lock that this process holds until it ends."""
@@ -114,14 +123,26 @@ class PredictionsFile:
         rows = {}
         for path in (self.path, *self.path.parent.glob("predictions.*.jsonl")):
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            for row in (json.loads(line) for line in lines if line.endswith(b"\n")):
-                rows[row["question_id"]] = row
+            for number, line in enumerate(lines, 1):
+                if line.endswith(b"\n"):
+                    row = _parsed(line, f"{path}:{number}")
+                    rows[row["question_id"]] = row
         return rows
+
+    def _check_row(self, check: Callable[[dict[str, Any]], None], row: dict[str, Any]) -> None:
+        try:
+            check(row)
+        except UserError as error:
+            raise UserError(error.what, where=str(self.path), fix=error.fix) from error
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Make `rows` all there is; whenever it is killed, nothing that was there is lost."""
         partial = self.path.with_suffix(".partial")
-        partial.write_text(_lines(rows), encoding="utf-8", errors="backslashreplace")
+        try:
+            partial.write_text(_lines(rows), encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(partial)) from error
         os.replace(partial, self.path)
         for path in self.path.parent.glob("predictions.*.jsonl"):
             path.unlink()
@@ -133,7 +154,7 @@ class PredictionsFile:
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.path.with_name(SETTINGS)
         if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = _object(path.read_bytes(), str(path))
             differing = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
             if differing:
                 what = f"holds answers made with another {', '.join(differing)}"
@@ -144,6 +165,24 @@ class PredictionsFile:
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             os.replace(partial, path)
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    """A row of an earlier run."""
+    row = _object(line, where)
+    if not isinstance(row.get("question_id"), int | str) or "answer" not in row:
+        raise UserError("not a row of an evaluation", where=where, fix=_DAMAGED)
+    return row
+
+
+def _object(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", where=where, fix=_DAMAGED) from error
+    if not isinstance(value, dict):
+        raise UserError("not a JSON object", where=where, fix=_DAMAGED)
+    return value
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> str:

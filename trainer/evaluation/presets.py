@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from llava_llama31.trainer.evaluation.questions import Question
 
 
+PLACEHOLDERS = ("question", "ocr_tokens", "options", "context")
+
+
 @dataclass(frozen=True)
 class Preset:
     """How a published evaluator words its prompt.
@@ -55,7 +58,7 @@ class Preset:
             "context": f"{question.context}\n" if question.context else "",
         }
         # one pass: a question that says {ocr_tokens} stays what it is
-        return re.sub(r"\{(question|ocr_tokens|options|context)\}", lambda match: values[match[1]], self.prompt)
+        return re.sub(rf"\{{({'|'.join(PLACEHOLDERS)})\}}", lambda match: values[match[1]], self.prompt)
 
 
 PRESETS: Mapping[str, "Preset"] = MappingProxyType(
@@ -71,6 +74,10 @@ PRESETS: Mapping[str, "Preset"] = MappingProxyType(
         )
     }
 )
+
+
+# whose prompts --preset and a recipe's preset name; VLMEvalKit's own of TextVQA is that of the card
+PRESET_NAMES = (*PRESETS, "vlmevalkit")
 
 
 def check_ocr(preset: Preset, questions: "Sequence[Question]") -> None:

@@ -5,7 +5,7 @@ import os
 import re
 from base64 import b64decode
 from binascii import Error as Base64Error
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,9 @@ def _rows(path: Path, questions: str | Path | None, with_images: bool) -> Iterat
         yield from parquet_rows(path, (*_REQUIRED, "ocr_tokens", *(["image"] if with_images else [])))
     elif suffix == ".tsv":
         yield from _vlmevalkit_rows(path, with_images)
+    elif suffix in (".csv", ".xlsx"):
+        what = "TextVQA's questions are not in such a table"
+        raise UserError(what, where=str(path), fix=f"questions of your own go with --task: --task {path}")
     else:
         yield from json_lines(path)
 
@@ -349,6 +352,27 @@ def shared_image(
     return first
 
 
+def refuse_without_images(questions: Sequence[Question], where: str) -> None:
+    """Refuse questions of which not one has its image: their folder is another one.
+
+    Raises:
+        UserError: no image is there.
+    """
+    images = {question.image.key(): question.image for question in questions if question.image is not None}
+    if images and not any(map(_may_be_there, images.values())):
+        first = next(iter(images.values()))
+        try:
+            first.size()
+        except RecordError as error:
+            what = f"not one of {len(images)} images is there; the first: {error}"
+            fix = "name the images' folder: --image-root, or image_root of a recipe's evaluation"
+            raise UserError(what, where=where, fix=fix) from error
+
+
+def _may_be_there(image: ImageRef) -> bool:
+    return image.path is None or image.is_remote or os.path.lexists(image.path)
+
+
 def _is_same(image: ImageRef, other: ImageRef) -> bool:
     if image.key() == other.key():
         return True
@@ -388,7 +412,9 @@ def _image_of(image: Any, image_id: str, place: ImagePlace, where: str) -> Image
     name = image.get("path") if isinstance(image, dict) else image
     names = [name] if name else [image_id + suffix for suffix in IMAGE_SUFFIXES]
     if not all(isinstance(name, str) for name in names):
-        raise UserError(f"image is a {type(name).__name__}", where=where, fix="give a path relative to the image root")
+        what = f"image lists {len(name)} images" if isinstance(name, list) else f"image is {name!r:.80}"
+        fix = "give the one of the question" if isinstance(name, list) else "give a path relative to the image root"
+        raise UserError(what, where=where, fix=fix)
     try:
         images = [image_at(name, place.root, place.max_pixels) for name in names]
     except RecordError as error:

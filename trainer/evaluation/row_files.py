@@ -132,6 +132,7 @@ def _table(path: Path, delimiter: str, called: str) -> Iterator[Row]:
         # strict: a quotation mark that is not closed would take in the rows below it
         reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
         header = next(reader, [])
+        _refuse_other_delimiter(header, delimiter, called, path)
         for cells in reader:
             if cells:
                 where = f"{path}:{reader.line_num}"
@@ -142,6 +143,15 @@ def _table(path: Path, delimiter: str, called: str) -> Iterator[Row]:
         raise UserError(what, where=f"{path}:{reader.line_num}", fix=fix) from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _refuse_other_delimiter(header: list[str], delimiter: str, called: str, path: Path) -> None:
+    """Refuse a header of one cell that another delimiter parts, as Excel writes `;` where the comma is decimal."""
+    other = next((mark for mark in ";\t,|" if mark != delimiter and len(header) == 1 and mark in header[0]), None)
+    if other is not None:
+        suffix = {"\t": "name it .tsv, or ", ",": "name it .csv, or "}.get(other, "")
+        what = f"the first line has one {called} cell, and {other!r} in it"
+        raise UserError(what, where=f"{path}:1", fix=f"{suffix}save it again with {called} cells")
 
 
 def _headless_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -235,7 +245,7 @@ def xlsx_rows(path: Path, *, formulas: bool = False) -> Iterator[Row]:
         book = openpyxl.load_workbook(path, read_only=True)
         if len(book.sheetnames) != 1:
             what = f"has {len(book.sheetnames)} sheets ({', '.join(book.sheetnames)})"
-            raise UserError(what, where=str(path), fix="keep the one with the answers")
+            raise UserError(what, where=str(path), fix="keep the one with the rows")
         table = enumerate(book[book.sheetnames[0]].iter_rows(), 1)
         header = ["" if cell.value is None else str(cell.value) for cell in next(table, (0, ()))[1]]
         for number, row in table:
@@ -255,6 +265,9 @@ def xlsx_rows(path: Path, *, formulas: bool = False) -> Iterator[Row]:
 
 
 def _cell_value(cell: Any, where: str, *, formulas: bool) -> Any:
+    if cell.data_type == "e" and not formulas:
+        what = f"a cell is Excel's error {cell.value}"
+        raise UserError(what, where=where, fix="correct the cell, or write it as a text")
     if cell.data_type != "f":
         return cell.value
     text = str(getattr(cell.value, "text", cell.value))
@@ -375,9 +388,8 @@ def _lines(path: Path) -> Iterator[str]:
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix="check the path") from error
     except UnicodeDecodeError as error:
-        raise UserError(
-            "not UTF-8 text", where=str(path), fix="check the file, and that its suffix is right"
-        ) from error
+        fix = "save it as UTF-8 (Excel calls it CSV UTF-8), or check that its suffix is right"
+        raise UserError("not UTF-8 text", where=str(path), fix=fix) from error
 
 
 def _json(text: str, where: str) -> Any:

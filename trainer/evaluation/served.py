@@ -13,8 +13,9 @@ from transformers import LlavaNextForConditionalGeneration
 from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
-from llava_llama31.trainer.engines.client import EngineClient
+from llava_llama31.trainer.engines.client import EngineClient, Unreachable
 from llava_llama31.trainer.engines.questions import data_uri
+from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.answering import Answers, ToAsk, derangement
 from llava_llama31.trainer.evaluation.asker import Asker, check_image, through_jpeg
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, undisturbed
@@ -143,6 +144,11 @@ class _Asking:
                 raise RecordError("missing_image", "the question has no image")
             uri, sha256 = self._encoded(shown)
             answer = self._answer(prompt, uri)
+        except Unreachable as error:  # the other questions would fail like this one
+            fix = "start it again, and run the same command: what is answered is kept"
+            raise Unreachable(error.what, where=error.where, fix=fix) from error
+        except UserError as error:
+            answer = {"answer": None, "error": f"{error.where}: {error.what}"}
         except (RecordError, OSError, ValueError) as error:
             answer = {"answer": None, "error": str(error)}
         else:

@@ -8,6 +8,7 @@ from typing import Any
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.answer_files import (
     ANSWERS,
+    NORMALIZED_NOTE,
     SAMPLES,
     AnswerRows,
     Reading,
@@ -21,11 +22,11 @@ from llava_llama31.trainer.evaluation.task_files import Task
 from llava_llama31.trainer.evaluation.task_questions import (
     DOC_ID,
     holds_questions,
+    labels_note,
     layout_of,
     load_task_questions,
     needs_categories,
     second_id,
-    without_right_option,
 )
 
 
@@ -79,10 +80,12 @@ def read_task_answers(
         annotations, questions = questions, None  # those of a split whose answers are not public
     annotations = annotations or task.data
     source: str | Sequence[Row] | None = annotations
-    if annotations is not None and any(protocol.metric == "vqa" for protocol in task.protocols.values()):
+    normalizes = any(protocol.metric == "vqa" for protocol in task.protocols.values())
+    if annotations is not None and normalizes:
         pair = vqa_pair(annotations, questions)
         source, questions = (pair, None) if pair else (annotations, questions)
-    notes = [file.note, _protocol_note(task, file)]
+    is_about_others = file.note == NORMALIZED_NOTE and not (normalizes or task.submission is not None)
+    notes = ["" if is_about_others else file.note, _protocol_note(task, file)]
     if source is None and questions is None:
         task, left_out = _without_categories(task, file)
         notes.append(left_out)
@@ -99,7 +102,7 @@ def read_task_answers(
         refuse_questions(file.answers, rows, annotated, file.path)
     _refuse_labels(task, file, rows, annotated)
     rows = _listed_twice(task, rows, annotated)
-    notes += [_labels_note(annotated), _categories_note(task, annotated)]
+    notes += [labels_note(annotated), _categories_note(task, annotated)]
     return TaskAnswers(task, file.layout, rows, "; ".join(note for note in notes if note), annotated)
 
 
@@ -113,7 +116,7 @@ def _refuse_labels(
     said = [(str(row["answer"]).strip().casefold(), annotated.get(str(row["question_id"]), ())) for row in rows]
     if all(answer in [wanted.strip().casefold() for wanted in answers] for answer, answers in said):
         what = f"these are labels: the answer of each of {len(rows)} rows is the annotated one"
-        fix = "pass the model's answers; if these are, call the field prediction in the place of answer"
+        fix = "pass the model's answers; if these are, call the field prediction instead of answer"
         raise UserError(what, where=str(file.path), fix=fix)
 
 
@@ -134,15 +137,6 @@ def _without_categories(task: Task, file: AnswerRows) -> tuple[Task, str]:
     kept = {name: protocol for name, protocol in task.protocols.items() if name not in left_out}
     what = f"lmms-eval's samples do not say the categories, which {', '.join(left_out)} need"
     return task.model_copy(update={"protocols": kept}), f"{what}: pass the Hub's files with --annotations for these"
-
-
-def _labels_note(questions: Sequence[Question]) -> str:
-    wrong = without_right_option(questions)
-    if not wrong:
-        return ""
-    first = f"question {wrong[0].question_id}: {wrong[0].answers[0]!r:.40}"
-    what = f"{len(wrong)} annotated answers are not the letter of an option ({first})"
-    return f"{what}, so no answer to them is right by a rule that looks for options"
 
 
 def _protocol_note(task: Task, file: AnswerRows) -> str:

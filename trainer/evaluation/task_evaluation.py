@@ -17,7 +17,7 @@ from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 from llava_llama31.trainer.evaluation.submissions import submission_file, write_submission
 from llava_llama31.trainer.evaluation.task_files import Task
-from llava_llama31.trainer.evaluation.task_questions import is_scored, load_task_questions
+from llava_llama31.trainer.evaluation.task_questions import is_scored, labels_note, load_task_questions
 from llava_llama31.trainer.evaluation.task_scoring import TaskReport, answered, protocol_for, score_task
 from llava_llama31.trainer.evaluation.textvqa import Evaluation
 
@@ -49,10 +49,15 @@ def questions_to_ask(
         raise UserError(f"no questions of {task.name}", where="--data", fix="name their file: --data FILE")
     loaded = load_task_questions(task, source, image_root=image_root, max_pixels=max_pixels)
     questions = [question for question in loaded if not question.left_out]
-    without = [question.question_id for question in questions if not question.image_id]
+    without = [question for question in questions if not question.image_id]
     if without and not task.only_with_image:
-        what = f"{len(without)} questions of {task.name} have no image, the first {without[0]}"
-        raise UserError(what, where=source, fix="ask only those with one: only_with_image, as scienceqa-img")
+        first = f"{without[0].question_id} ({without[0].question!r:.60})"
+        fields = ", ".join(dict.fromkeys(layout.image for layout in task.layouts if layout.image))
+        fix = f"give each question one, in {fields or 'a field that a layout names as image'}"
+        if task.folder is None and task.dataset is not None:
+            fix = "ask only those with one: only_with_image, as scienceqa-img"
+        what = f"{len(without)} questions of {task.name} have no image, the first {first}"
+        raise UserError(what, where=source, fix=fix)
     return [question for question in questions if question.image_id][:limit]
 
 
@@ -78,13 +83,15 @@ class TaskToAsk:
 
 @dataclass(frozen=True)
 class TaskEvaluation(Evaluation[TaskReport]):
-    """A finished evaluation of a task, and the file for its server where the answers are not public."""
+    """A finished evaluation of a task, the file for its server where the answers are not public, and its note."""
 
     submission: Path | None = None
+    note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The report's numbers, then files, seconds and settings."""
-        return super().to_json() | ({"submission": str(self.submission)} if self.submission else {})
+        """The report's numbers, then files, seconds, settings and note."""
+        more = {"submission": str(self.submission) if self.submission else "", "note": self.note}
+        return super().to_json() | {name: value for name, value in more.items() if value}
 
 
 def evaluate_tasks(
@@ -130,9 +137,8 @@ def score_found(asked: TaskToAsk, found: Answers, *, writes: bool) -> TaskEvalua
     protocol = protocol_for(task, "", name if name in task.protocols else None)
     answers = answered(task, questions, found.rows)
     submission = None if is_scored(task, questions) else submission_file(task, found.path.parent)
-    evaluation = TaskEvaluation(
-        score_task(task, answers, protocol), found.path, found.seconds, found.settings, submission
-    )
+    report, note = score_task(task, answers, protocol), labels_note(questions)
+    evaluation = TaskEvaluation(report, found.path, found.seconds, found.settings, submission, note)
     if writes:
         if submission is not None:
             write_submission(task, answers, submission)

@@ -1,5 +1,7 @@
 """Tasks: what a benchmark asks, where its answers are, and how published evaluators score it; one YAML file a task."""
 
+import difflib
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -9,12 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.metrics import choices, numbers, text, yes_no
+from llava_llama31.trainer.evaluation.presets import PLACEHOLDERS, PRESET_NAMES
 from llava_llama31.trainer.evaluation.row_files import any_rows
 from llava_llama31.trainer.evaluation.vqa_accuracy import PROTOCOLS as VQA_PROTOCOLS
 from llava_llama31.trainer.strict_yaml import parse_yaml
 
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xlsx")
+_NAME_IN_BRACES = re.compile(r"\{([A-Za-z_]\w*)\}")
 _PACKAGE, _FOLDER, _SUFFIX = "llava_llama31.trainer.evaluation", "tasks", ".yaml"
 
 Metric = Literal[
@@ -206,6 +210,7 @@ class Task(_Frozen):
     """A benchmark, or a set of your own questions."""
 
     name: str
+    """Also that of the folder of its answers, where several tasks are asked together."""
     title: str
     dataset: str | None = None
     """Its name on the Hub."""
@@ -228,7 +233,7 @@ class Task(_Frozen):
     """Preset -> the words after the image."""
     capitalized: list[str] = []
     """Presets that make the question's first letter upper case and all others lower."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = Field(default=64, gt=0)
     submission: Submission | None = None
     reproduced: list[Reproduced] = []
     not_reproduced: str | None = None
@@ -240,6 +245,10 @@ class Task(_Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Task":
+        if not self.name.strip(".") or set(self.name) & {"/", "\\"}:
+            raise ValueError(
+                f"name is {self.name!r}, which no folder can be called (fix: give it one without slashes)"
+            )
         if not self.protocols and (self.submission is None or self.protocol):
             raise ValueError("no protocols (fix: give one, or a submission for those who grade the answers)")
         named = {*([self.protocol] if self.protocols else []), *(figure.protocol for figure in self.reproduced)}
@@ -250,9 +259,26 @@ class Task(_Frozen):
             units = _UNITS.get(protocol.summary, self.units)
             if self.units != units:
                 raise ValueError(f"summary {protocol.summary} of {name} needs units: {units}")
-        lacking = [preset for preset, prompt in self.prompts.items() if "{question}" not in prompt]
-        if lacking:
-            raise ValueError(f"the prompt of {lacking[0]} has no {{question}}")
+        return self
+
+    @model_validator(mode="after")
+    def _usable_prompts(self) -> "Task":
+        """No word of a prompt is lost: what a name in braces does not mean would be shown to the model as it is."""
+        strange = sorted({*self.prompts, *self.capitalized} - set(PRESET_NAMES))
+        if strange:
+            raise ValueError(f"no preset is named {strange[0]!r}; there are {', '.join(PRESET_NAMES)}")
+        has_options = any(layout.options not in (None, "inline") for layout in self.layouts)
+        for preset, prompt in self.prompts.items():
+            named = _NAME_IN_BRACES.findall(prompt)
+            unknown = [name for name in named if name not in PLACEHOLDERS]
+            if unknown:
+                fix = _nearest(unknown[0], [f"{{{name}}}" for name in PLACEHOLDERS])
+                raise ValueError(f"the prompt of {preset} has {{{unknown[0]}}}, which stands for nothing (fix: {fix})")
+            if "question" not in named:
+                raise ValueError(f"the prompt of {preset} has no {{question}}")
+            if has_options and "options" not in named:
+                fix = "add {options}, or say options: inline where the question's text lists them"
+                raise ValueError(f"the prompt of {preset} does not show the options (fix: {fix})")
         return self
 
 
@@ -276,10 +302,10 @@ def load_task(name: str | Path) -> Task:
     if path.suffix.lower() in TABLES:
         return table_task(path)
     if path.suffix not in (".yaml", ".yml"):
+        near = difflib.get_close_matches(str(name).lower(), shipped, 1)
         what = f"no task is named {str(name)!r}; there are {', '.join(shipped)}"
-        raise UserError(
-            what, where="--task", fix=f"name one of them, a .yaml file, or questions in {', '.join(TABLES)}"
-        )
+        fix = f"name one of them, a .yaml file, or questions in {', '.join(TABLES)}"
+        raise UserError(what, where="--task", fix=f"did you mean {near[0]}?" if near else fix)
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -300,14 +326,17 @@ def table_task(path: Path, *, with_images: bool = True) -> Task:
     Raises:
         UserError: the file cannot be read, or has no rows with these columns.
     """
-    _, first = next(any_rows(path), ("", {}))
+    where, first = next(any_rows(path), ("", {}))
+    if not where:
+        raise UserError("has no row of a question", where=str(path), fix="give it at least one")
     if "image" in first and not with_images:
         fix = "remove the column, or ask these questions as the evaluation"
         raise UserError("text-only questions have no image", where=str(path), fix=fix)
     needed = ("image", "question", "answer", "metric")[not with_images :]
     lacking = [name for name in needed if name not in first]
     if lacking:
-        what = f"no {', '.join(lacking)}: the rows have {', '.join(map(str, first)) or 'nothing'}"
+        there = ", ".join(name if name == name.strip() else repr(name) for name in map(str, first) if name)
+        what = f"no {', '.join(lacking)}: the rows have {there or 'nothing'}"
         raise UserError(what, where=str(path), fix=f"give each row {', '.join(needed)} ({', '.join(PER_QUESTION)})")
     layout = Layout(
         name="rows",
@@ -336,7 +365,36 @@ def _task(content: str, where: str) -> Task:
     try:
         return Task.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        what = f"{key}: {first['msg']}" if key else first["msg"]
-        raise UserError(what, where=where, fix="docs/evaluation.md says what a task has") from error
+        raise _explained(error, where) from error
+
+
+def _explained(error: ValidationError, where: str) -> UserError:
+    """One fault of a task as one line; an unknown key first, as another one lacks because of it."""
+    errors = error.errors(include_url=False)
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+    key, fix = ".".join(map(str, first["loc"])), "docs/evaluation.md says what a task has"
+    message, _, advice = first["msg"].removeprefix("Value error, ").partition(" (fix: ")
+    if first["type"] == "extra_forbidden":
+        part: type[BaseModel] = _PARTS[str(first["loc"][0])] if len(first["loc"]) > 1 else Task
+        known = [name for name in part.model_fields if name != "folder"]
+        message, fix = "no such key", _nearest(str(first["loc"][-1]), known)
+    elif first["type"] == "missing":
+        message, fix = "this key is missing", "add it"
+    elif first["type"] != "value_error":
+        message = f"{message}, not {first['input']!r:.60}"
+        if first["type"] == "literal_error":
+            fix = _nearest(str(first["input"]), re.findall(r"'([^']*)'", first["ctx"]["expected"]))
+    return UserError(f"{key}: {message}" if key else message, where=where, fix=advice.removesuffix(")") or fix)
+
+
+_PARTS: dict[str, type[BaseModel]] = {
+    "protocols": ProtocolOf,
+    "layouts": Layout,
+    "reproduced": Reproduced,
+    "submission": Submission,
+}
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"

@@ -116,6 +116,22 @@ def without_right_option(questions: Sequence[Question]) -> list[Question]:
     return [q for q in questions if q.options and q.answers and q.answers[0] not in dict(q.options)]
 
 
+def counted(task: Task, questions: Sequence[Question]) -> list[Question]:
+    """The questions that a task counts: not those of another split, nor those without an image where it needs one."""
+    asked = [question for question in questions if not question.left_out]
+    return [question for question in asked if question.image_id or not task.only_with_image]
+
+
+def labels_note(questions: Sequence[Question]) -> str:
+    """That some annotated answers are not the letter of an option; empty where all are."""
+    wrong = without_right_option(questions)
+    if not wrong:
+        return ""
+    first = f"question {wrong[0].question_id}: {wrong[0].answers[0]!r:.40}"
+    what = f"{len(wrong)} annotated answers are not the letter of an option ({first})"
+    return f"{what}, so no answer to them is right by a rule that looks for options"
+
+
 def is_scored(task: Task, questions: Sequence[Question]) -> bool:
     """Whether answers to these questions can be scored: the task has protocols, and the right answers are known."""
     return bool(task.protocols) and any(question.answers for question in questions)
@@ -298,6 +314,11 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
     metric = _field(row, layout.metric) if layout.metric else None
     if layout.metric and metric not in PER_QUESTION:
         raise UserError(f"{layout.metric} is {metric!r:.80}", where=where, fix=f"one of {', '.join(PER_QUESTION)}")
+    groups = _groups(layout, row)
+    named = [group for group in groups if group != metric and group in PER_QUESTION]
+    if layout.metric and named:
+        what = f"the group {named[0]!r} has the name of a metric, whose questions it would join"
+        raise UserError(what, where=where, fix="give the group another name")
     return Question(
         question_id,
         image_id,
@@ -306,7 +327,7 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
         answers,
         options=options,
         context="" if context is None else str(context).strip(),
-        groups=_groups(layout, row),
+        groups=groups,
         left_out=any(row.get(name) in _texts(value) for name, value in layout.leave_out.items()),
         units=_units(task, question_id, image_id, row),
         metric=str(metric or ""),
@@ -391,9 +412,10 @@ def _answers(task: Task, layout: Layout, row: Mapping[str, Any], where: str) -> 
     answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
     if not answers or any(isinstance(answer, bool) or not isinstance(answer, str | int | float) for answer in answers):
         fix = "give the annotated answer, or a list of them; format dates in a table as text"
+        fix = "write it as a text, such as yes or no" if any(isinstance(a, bool) for a in answers) else fix
         raise UserError(f"{layout.answer} is {value!r:.80}", where=where, fix=fix)
     texts = [str(answer) for answer in answers]
-    if layout.answer_is == "letter":
+    if layout.answer_is == "letter" or (layout.metric and _field(row, layout.metric) == "choice"):
         return tuple(text.strip() for text in texts)
     if layout.answer_is == "index":
         return (_letter_at(texts[0], layout.answer, where),)

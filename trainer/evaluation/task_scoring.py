@@ -12,6 +12,7 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.judging import Judgement, judge_of
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.task_files import ProtocolOf, Task
+from llava_llama31.trainer.evaluation.task_questions import counted
 from llava_llama31.trainer.evaluation.task_summaries import Sums, group_metrics, metrics_of, sums_of
 
 
@@ -176,9 +177,8 @@ def answered(task: Task, questions: Sequence[Question], rows: Iterable[Mapping[s
     Raises:
         UserError: a question has several answers, or none has one.
     """
-    asked = [question for question in questions if not question.left_out]
-    counted = [question for question in asked if question.image_id or not task.only_with_image]
-    known = {str(question.question_id): question for question in counted}
+    asked = counted(task, questions)
+    known = {str(question.question_id): question for question in asked}
     others = {str(question.question_id) for question in questions} - known.keys()
     answers: dict[str, str] = {}
     normalized: dict[str, str] = {}
@@ -207,12 +207,12 @@ def answered(task: Task, questions: Sequence[Question], rows: Iterable[Mapping[s
                 cut.append(known[key].question_id)
     if not answers:
         reason = "".join(f"; question {name}: {why}" for name, why in list(failed.items())[:1])
-        if unknown and counted:
-            reason += f"; the first row is of {unknown[0]!r:.60}, the first question is {counted[0].question_id!r:.60}"
-        fix = "check how the answers were made" if failed else "check that both files have the same questions"
-        raise UserError(f"not one of {len(counted)} questions is answered{reason}", where=task.name, fix=fix)
+        if unknown and asked:
+            reason += f"; the first row is of {unknown[0]!r:.60}, the first question is {asked[0].question_id!r:.60}"
+        fix = "repair what it says, and ask again" if failed else "check that both files have the same questions"
+        raise UserError(f"not one of {len(asked)} questions is answered{reason}", where=task.name, fix=fix)
     missing = tuple(question.question_id for key, question in known.items() if key not in seen)
-    return Answered(counted, answers, normalized, failed, missing, tuple(unknown), num_left_out, tuple(cut))
+    return Answered(asked, answers, normalized, failed, missing, tuple(unknown), num_left_out, tuple(cut))
 
 
 def score_task(task: Task, found: Answered, protocol: str, *, intervals: bool = True) -> TaskReport:

@@ -5,6 +5,7 @@ where nobody else could have written it; a module that is installed is not taken
 """
 
 import importlib.util
+import inspect
 import os
 import stat
 from collections.abc import Callable
@@ -43,6 +44,11 @@ def user_function(name: str, folder: str | None, task: str) -> Callable[[str, li
     function = vars(module).get(function_name)
     if not callable(function):
         raise UserError(f"{path} has no function {function_name}", where=task, fix="check the name")
+    try:
+        inspect.signature(function).bind("answer", ["annotated"])
+    except TypeError as error:
+        what = f"{path}: {function_name} cannot be called with an answer and the annotated ones: {error}"
+        raise UserError(what, where=task, fix=f"def {function_name}(answer, answers)") from error
     return function
 
 

@@ -216,14 +216,21 @@ def _task(run: RunFacts, task: Mapping[str, Any], address: Callable[[Path], str]
         for name, score in task["protocols"].items()
         if score["low"] is not None
     ]
-    note = f"{task['name']}, {task['num_questions']:,} questions; {task['decoding']}"
+    note = f"{task['name']}, {_counts(task)}; {task['decoding']}"
     return {"title": task["title"], "note": note, "rows": rows, "browser": address(page) if page.is_file() else None}
 
 
 def _score_note(scores: Mapping[str, Any]) -> str:
     if not scores:
         return ""
-    return f"{scores['dataset']}, {scores['num_questions']:,} questions; {scores['decoding']}"
+    return f"{scores['dataset']}, {_counts(scores)}; {scores['decoding']}"
+
+
+def _counts(scores: Mapping[str, Any]) -> str:
+    """How many questions, and how many of them the score leaves out or has cut answers of."""
+    named = [("failed", "failed"), ("missing", "unanswered"), ("cut", "answers cut at the limit")]
+    counts = [f"{scores[key]:,} {name}" for key, name in named if scores.get(key)]
+    return ", ".join([f"{scores['num_questions']:,} questions", *counts])
 
 
 def _scores(scores: Mapping[str, Any]) -> Iterator[Row]:

@@ -21,7 +21,7 @@ from llava_llama31.trainer.evaluation.answering import Answers, ToAsk, answer_to
 from llava_llama31.trainer.evaluation.browser import write_browser
 from llava_llama31.trainer.evaluation.precision import answers_in_float32
 from llava_llama31.trainer.evaluation.presets import PRESETS, Preset, check_ocr
-from llava_llama31.trainer.evaluation.questions import Question, load_questions
+from llava_llama31.trainer.evaluation.questions import Question, load_questions, refuse_without_images
 from llava_llama31.trainer.evaluation.scoring import score_answers
 from llava_llama31.trainer.evaluation.settings import EvaluationSettings
 from llava_llama31.trainer.evaluation.task_browser import write_task_browser
@@ -85,6 +85,7 @@ def question_set(spec: Evaluation, *, where: str, limit: int | None = None) -> Q
         if not is_scored(task, questions):
             what = f"the answers to these questions of {task.name} are not public, so nothing can be scored"
             raise UserError(what, where=where, fix="give annotated questions; `evaluate` writes files for servers")
+    refuse_without_images(questions, where)
     check_ocr(preset, questions)
     return QuestionSet(spec, task, preset, questions)
 
