@@ -8,6 +8,7 @@ import yaml
 
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.evaluation.metrics.choices import BY_TEXT
 from llava_llama31.trainer.evaluation.task_files import load_task
 from llava_llama31.trainer.evaluation.task_questions import load_task_questions
 
@@ -129,6 +130,15 @@ def write_task(folder, **changes):
 def test_what_is_wrong_in_a_task_is_named(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         load_task(write_task(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("rule", BY_TEXT)
+def test_options_may_be_hidden_where_a_rule_finds_them_by_text(tmp_path, rule):
+    own = {"source": "guide", "metric": "choice", "rule": rule, "headline": "accuracy"}
+    changes = {"protocols": {"own": own}, "layouts": OPTIONS}
+    assert load_task(write_task(tmp_path, **changes)).hides_options("card")
+    with pytest.raises(UserError, match="the prompt of card does not show the options"):
+        load_task(write_task(tmp_path, **changes | {"protocols": {"own": own | {"rule": "letter"}}}))
 
 
 def test_braces_around_other_than_a_name_are_the_prompts_own(tmp_path):

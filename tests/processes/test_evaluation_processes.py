@@ -248,6 +248,7 @@ def test_adapters_without_their_base_are_named(tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "nowhere"}')
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"question_id": 1, "image_id": "a", "question": "?", "answers": ["a"]}')
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     assert main(["evaluate", str(tmp_path), "--data", str(questions)]) == 2
     assert "base_model_name_or_path: no folder 'nowhere'" in capsys.readouterr().err
 

@@ -137,7 +137,10 @@ def score_found(asked: TaskToAsk, found: Answers, *, writes: bool) -> TaskEvalua
     protocol = protocol_for(task, "", name if name in task.protocols else None)
     answers = answered(task, questions, found.rows)
     submission = None if is_scored(task, questions) else submission_file(task, found.path.parent)
-    report, note = score_task(task, answers, protocol), labels_note(questions)
+    report, notes = score_task(task, answers, protocol), [labels_note(questions)]
+    if task.hides_options(name):
+        notes.append("the prompt does not show the options: the one that an answer names is its choice")
+    note = "; ".join(filter(None, notes))
     evaluation = TaskEvaluation(report, found.path, found.seconds, found.settings, submission, note)
     if writes:
         if submission is not None:

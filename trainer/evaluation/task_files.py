@@ -261,13 +261,20 @@ class Task(_Frozen):
                 raise ValueError(f"summary {protocol.summary} of {name} needs units: {units}")
         return self
 
+    def hides_options(self, preset: str) -> bool:
+        """Whether the model is not shown the options that the questions have."""
+        has_options = any(layout.options not in (None, "inline") for layout in self.layouts)
+        return has_options and "{options}" not in self.prompts[preset]
+
     @model_validator(mode="after")
     def _usable_prompts(self) -> "Task":
         """No word of a prompt is lost: what a name in braces does not mean would be shown to the model as it is."""
         strange = sorted({*self.prompts, *self.capitalized} - set(PRESET_NAMES))
         if strange:
             raise ValueError(f"no preset is named {strange[0]!r}; there are {', '.join(PRESET_NAMES)}")
-        has_options = any(layout.options not in (None, "inline") for layout in self.layouts)
+        is_by_text = any(
+            protocol.metric == "choice" and protocol.rule in choices.BY_TEXT for protocol in self.protocols.values()
+        )
         for preset, prompt in self.prompts.items():
             named = _NAME_IN_BRACES.findall(prompt)
             unknown = [name for name in named if name not in PLACEHOLDERS]
@@ -276,7 +283,7 @@ class Task(_Frozen):
                 raise ValueError(f"the prompt of {preset} has {{{unknown[0]}}}, which stands for nothing (fix: {fix})")
             if "question" not in named:
                 raise ValueError(f"the prompt of {preset} has no {{question}}")
-            if has_options and "options" not in named:
+            if self.hides_options(preset) and not is_by_text:
                 fix = "add {options}, or say options: inline where the question's text lists them"
                 raise ValueError(f"the prompt of {preset} does not show the options (fix: {fix})")
         return self

@@ -63,6 +63,8 @@ RULES: Mapping[str, str] = MappingProxyType(
 
 # rules that compare the letter with the right one, whatever the options are
 LETTER_ALONE = ("verbatim", "first-letter")
+# rules that find an option by its text too, so that a model need not see the letters
+BY_TEXT = ("letter-or-text", "letter-or-text-2025", "letter-or-text-2026")
 
 
 def chosen_letter(prediction: str, options: Mapping[str, str], rule: str) -> str:
