@@ -121,12 +121,15 @@ def _refuse_labels(
 
 
 def _listed_twice(task: Task, rows: list[dict[str, Any]], questions: Sequence[Question]) -> list[dict[str, Any]]:
-    """The rows with one answer, the last, for each row of a question that the benchmark lists twice."""
+    """The rows, where a question that the benchmark lists twice has one answer: its last, for both.
+
+    Rows that name the second one themselves keep both answers, as those of `evaluate` do.
+    """
     last = {str(row["question_id"]): row for row in rows if str(row["question_id"]) in task.listed_twice}
     seconds = {second_id(key): row for key, row in last.items()}
-    annotated = {str(question.question_id) for question in questions}
+    lacking = {str(question.question_id) for question in questions} - {str(row["question_id"]) for row in rows}
     kept = [row for row in rows if last.get(str(row["question_id"]), row) is row]
-    return kept + [row | {"question_id": key} for key, row in seconds.items() if key in annotated]
+    return kept + [row | {"question_id": key} for key, row in seconds.items() if key in lacking]
 
 
 def _without_categories(task: Task, file: AnswerRows) -> tuple[Task, str]:
