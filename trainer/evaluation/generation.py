@@ -173,9 +173,9 @@ class GreedyAnswerer:
         largest = LARGEST_BATCH_SIZE_ON_CPU if self.model.device.type == "cpu" else LARGEST_BATCH_SIZE
         text = self.model.config.get_text_config()
         positions = num_image_tokens + POSITIONS_OF_A_QUESTION + self.max_new_tokens
-        per_position = (
-            2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * self.model.dtype.itemsize
-        )
+        # Qwen2's configurations have no head_dim
+        head_size = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
+        per_position = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * self.model.dtype.itemsize
         # twice: the prefix of an image and its copy in the batch
         row = 2 * positions * per_position
         free = total_memory(self.model.device) - self.model.get_memory_footprint()
