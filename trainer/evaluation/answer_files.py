@@ -38,7 +38,7 @@ ANSWERS, LLAVA, SAMPLES, SUBMISSION, BY_IMAGE, VLMEVALKIT, EVALSCOPE, MME = (
     "EvalScope's predictions",
     "MME's results",
 )
-# what VLMEvalKit writes in the place of an answer (`INFER_FAIL_MSG` in its vlmeval/smp/file.py)
+# what VLMEvalKit writes instead of an answer (`INFER_FAIL_MSG` in its vlmeval/smp/file.py)
 VLMEVALKIT_FAILED = "Failed to obtain answer"
 NORMALIZED_NOTE = (
     "these answers are in m4c's normal form already, as LLaVA and lmms-eval submit them: m4c compares them as they "

@@ -175,7 +175,7 @@ def _document(row: Mapping[str, Any], *, unscored: bool) -> dict[str, Any] | Non
     """The question that a row of lmms-eval's samples holds; None if it holds none.
 
     Since its 0.4 that is the prompt (`input`), the annotated answer (`target`) and what the metrics keep of the
-    question, as MME's its category. A target is a text, also where there is none and the task is `unscored`.
+    question, such as MME's category. A target is always a text: `None` where the answers are not public (`unscored`).
     """
     doc, number = row.get("doc"), row.get("doc_id")
     if isinstance(doc, dict):

@@ -81,7 +81,7 @@ class Layout(_Frozen):
     columns: list[str] = []
     """Names of the columns of files that have no header; tab-separated."""
     needs: list[str] = []
-    """Further fields of its rows, by which they are told from another benchmark's."""
+    """Further fields that its rows have, and another benchmark's lack."""
     id: str | None = None
     """Default: the image's key and a running number."""
     question: str | None = "question"

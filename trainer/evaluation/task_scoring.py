@@ -209,7 +209,7 @@ def answered(task: Task, questions: Sequence[Question], rows: Iterable[Mapping[s
         reason = "".join(f"; question {name}: {why}" for name, why in list(failed.items())[:1])
         if unknown and asked:
             reason += f"; the first row is of {unknown[0]!r:.60}, the first question is {asked[0].question_id!r:.60}"
-        fix = "repair what it says, and ask again" if failed else "check that both files have the same questions"
+        fix = "remove the cause, and ask again" if failed else "check that both files have the same questions"
         raise UserError(f"not one of {len(asked)} questions is answered{reason}", where=task.name, fix=fix)
     missing = tuple(question.question_id for key, question in known.items() if key not in seen)
     return Answered(asked, answers, normalized, failed, missing, tuple(unknown), num_left_out, tuple(cut))
