@@ -123,6 +123,7 @@ def write_task(folder, **changes):
         # folders of answers are called so
         ({"name": "../x"}, "name is '../x', which no folder can be called"),
         ({"name": ""}, "name is '', which no folder can be called"),
+        ({"name": " "}, "name is ' ', which no folder can be called"),
         ({"name": ".."}, r"name is '\.\.', which no folder can be called"),
     ],
 )

@@ -245,7 +245,7 @@ class Task(_Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Task":
-        if not self.name.strip(".") or set(self.name) & {"/", "\\"}:
+        if not self.name.strip(" .") or set(self.name) & {"/", "\\"}:
             raise ValueError(
                 f"name is {self.name!r}, which no folder can be called (fix: give it one without slashes)"
             )
