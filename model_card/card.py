@@ -411,7 +411,7 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
     """The template's context, as plain strings and rows."""
     stages = record.get("stages") or []
     evaluation = record.get("evaluation") or {}
-    shown = (*EVALUATION_FACTS, "missing", "cut")  # records before had no other count than that of the failed
+    shown = (*EVALUATION_FACTS, "missing", "cut")  # older records lack these two, which is no gap
     # only a plain repository name or folder may reach Python code
     model_id = record.get("model_id") or record["name"]
     model_id = model_id if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) else "path/to/this/model"

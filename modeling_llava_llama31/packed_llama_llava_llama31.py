@@ -345,9 +345,9 @@ class _BlockAttention(torch.autograd.Function):
         if aligned is not None:
             query = query.index_select(0, aligned.queries)
             key, value = key.index_select(0, aligned.keys), value.index_select(0, aligned.keys)
-        segments, size = (
-            (plan.segments, _BLOCK_QUERIES) if aligned is None else (aligned.segments, _FILLED_BLOCK_QUERIES)
-        )
+        segments, size = plan.segments, _BLOCK_QUERIES
+        if aligned is not None:
+            segments, size = aligned.segments, _FILLED_BLOCK_QUERIES
         ctx.blocks = [block for segment in segments for block in segment.blocks(size)]
         output = query.new_empty(query.shape)
         query, key, value = (query * scaling).transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)

@@ -214,6 +214,15 @@ def test_every_fact_stands_in_its_place():
     assert NOTICE in card and "https://llama.meta.com/llama3_1/use-policy" in card
 
 
+def test_older_records_count_failed_questions_alone():
+    evaluation = {key: value for key, value in RECORD["evaluation"].items() if key not in ("missing", "cut")}
+    card = render_card(RECORD | {"evaluation": evaluation})
+    assert "- failed questions, left out of the scores: 2" in card and "Not recorded" not in card
+    assert "limit of new tokens" not in card and "without an answer" not in card
+    card = render_card(RECORD | {"evaluation": evaluation | {"missing": 7}})
+    assert "- questions without an answer, left out of the scores: 7" in card
+
+
 def test_no_path_of_the_machine_is_published():
     card = render_card(RECORD)
     assert "llava-llama31 train llama31-8b --output one --set a=y.json" in card

@@ -124,6 +124,7 @@ def write_task(folder, **changes):
         # folders of answers are called so
         ({"name": "../x"}, "name is '../x', which no folder can be called"),
         ({"name": ""}, "name is '', which no folder can be called"),
+        ({"name": " "}, "name is ' ', which no folder can be called"),
         ({"name": ".."}, r"name is '\.\.', which no folder can be called"),
     ],
 )
@@ -172,6 +173,7 @@ def test_figures_of_several_metrics_are_named_each(tmp_path, capsys):
             "question 1: the function fails on 'b': ValueError",
         ),
         ("def near(answer):\n    return 1\n", "near cannot be called with an answer and the annotated ones: too many"),
+        ("near = max\n", "question 1: the function fails on 'b': TypeError"),  # Python cannot say what max takes
     ],
 )
 def test_a_function_that_fails_is_named(tmp_path, capsys, body, message):
@@ -267,6 +269,17 @@ def test_options_may_stand_between_two_files(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["protocols"]["own"]["first"] == 50
     assert main(["score", paths[0], "--task", str(tmp_path / "q.csv"), *paths, *columns]) == 2
     assert "unexpected argument" in capsys.readouterr().err
+
+
+def test_answers_that_choose_nothing_are_counted_whatever_metric_a_row_names(tmp_path, capsys):
+    """The count was 0 for own questions."""
+    rows = "1,1.png,a?,red,blue,A,choice\n2,1.png,b?,,,yes,yes_no\n3,1.png,c?,,,x,exact\n"
+    (tmp_path / "q.csv").write_text(f"id,image,question,A,B,answer,metric\n{rows}4,1.png,d?,red,blue,B,choice\n")
+    said = dict(zip("1234", ("neither", "perhaps", "y", "B"), strict=True))
+    with open(tmp_path / "a.jsonl", "w") as file:
+        file.write("".join(json.dumps({"id": key, "response": words}) + "\n" for key, words in said.items()))
+    assert main(["score", str(tmp_path / "a.jsonl"), "--task", str(tmp_path / "q.csv"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unclear"] == 2
 
 
 def test_a_list_of_answers_to_own_questions_is_not_taken_for_normalised_ones(tmp_path, capsys):

@@ -50,10 +50,11 @@ def assert_equal(got, expected, tolerance, relative=0.0):
 @pytest.fixture(params=[False, True], ids=["as they are", "filled up"])
 def filled(request, monkeypatch):
     """Segments as in float32 and wider, or filled up as in bfloat16, in several blocks each."""
+    for name in ("_BLOCK_QUERIES", "_FILLED_BLOCK_QUERIES"):
+        monkeypatch.setattr(packed_llama, name, 16)
     if request.param:
         monkeypatch.setattr(packed_llama, "_FILLED_DTYPES", (torch.float32, torch.float64))
         monkeypatch.setattr(packed_llama, "_SEGMENT_MULTIPLE", 8)
-        monkeypatch.setattr(packed_llama, "_FILLED_BLOCK_QUERIES", 16)
 
 
 OPTIONS = [

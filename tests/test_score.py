@@ -493,7 +493,7 @@ ROW = {"index": 1, "question": "?", "prediction": "a"}
         ("p.json", [{"image": None, "answer": "a"}], r"p.json\[0\]: the image is None"),
         ("p.json", ["a"], r"p.json\[0\]: not an object"),
         ("p.tsv", [{"index": 1, "answer": "a"}], "p.tsv:2: no question_id, or no answer: the row has index, answer"),
-        ("p.tsv", [ROW], r"p.tsv:2: the indices are not .* in order: '\?' in the place of 'what brand\?'"),
+        ("p.tsv", [ROW], r"p.tsv:2: the indices are not .* in order: '\?' instead of 'what brand\?'"),
         ("p.tsv", [{"index": 1, "prediction": "a"}], "p.tsv:2: the indices are not the annotated question_ids"),
         ("p.tsv", [{"index": i, "prediction": "a"} for i in (34602, 1)], "p.tsv:2: the indices are not the annotated"),
         ("p.tsv", [ROW | {"index": i} for i in range(11)], "p.tsv: the indices .* in order: 11 rows for 10 questions"),

@@ -953,6 +953,16 @@ def test_seed_bench_is_read_as_llavas_script_reads_it(tmp_path, capsys):
     assert score(capsys, last, "--task", "seed-img", "--annotations", labels)["metrics"]["accuracy"] == 25
     once = write_lines(tmp_path / "once.jsonl", said[:3])
     assert score(capsys, once, "--task", "seed-img", "--annotations", labels)["metrics"]["accuracy"] == 75
+    # `evaluate` asks both rows, and names the second one
+    own = [{"question_id": key, "answer": "D", "ended": "stop"} for key in ("1", "49914", "2")]
+    own = write_lines(tmp_path / "own.jsonl", [*own, own[1] | {"question_id": "49914#2", "answer": "A"}])
+    assert score(capsys, own, "--task", "seed-img", "--annotations", labels)["metrics"]["accuracy"] == 75
+    # so do answers whose rows hold the questions
+    held = write_lines(tmp_path / "held.jsonl", [row | {"prediction": "D"} for row in seed_rows()])
+    assert score(capsys, held, "--task", "seed-img")["num_questions"] == 4
+    docs = [{"doc_id": i, "doc": row, "target": "D", "filtered_resps": ["D"]} for i, row in enumerate(seed_rows())]
+    result = score(capsys, write_lines(tmp_path / "docs.jsonl", docs), "--task", "seed-img")
+    assert result["num_questions"] == 4 and result["metrics"]["accuracy"] == 100
     # another question's second answer is refused
     twice = write_lines(tmp_path / "twice.jsonl", [*said, said[0]])
     assert main(["score", twice, "--task", "seed-img", "--annotations", str(labels)]) == 2

@@ -21,7 +21,13 @@ from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch.overrides import TorchFunctionMode
-from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedTokenizerFast
+from transformers import (
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from llava_llama31.trainer.cli import command_parser
 from llava_llama31.trainer.commands.evaluate_questions import task_questions, textvqa_questions
@@ -248,6 +254,15 @@ def test_a_batch_fits_the_memory_of_a_cpu(lively_model, processor, num_rows, exp
     memory = lively_model.get_memory_footprint() + num_rows * row * 2 * 2
     monkeypatch.setattr(generation, "total_memory", lambda device: memory)
     assert answerer.auto_batch_size(2700) == expected
+
+
+def test_a_batch_is_chosen_for_a_stock_model_whose_configuration_lacks_the_head_size(lively_model, processor):
+    """Qwen2's; `evaluate` on a CPU ended in an AttributeError."""
+    text = Qwen2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = LlavaNextConfig(vision_config=lively_model.config.vision_config, text_config=text)
+    model = LlavaNextForConditionalGeneration(config)
+    model.generation_config.eos_token_id = 0
+    assert GreedyAnswerer(model, processor).auto_batch_size(2700) == 16
 
 
 def test_rows_that_stay_fill_the_places_of_those_that_leave():

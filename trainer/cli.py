@@ -198,7 +198,8 @@ def _parsed(given: list[str]) -> argparse.Namespace | int:
             near = difflib.get_close_matches(name, options.known, 1)
             fix = f"did you mean {near[0]}?" if near else f"llava-llama31 {given[0]} --help"
             return _say(f"{given[0]} has no option {name} (fix: {fix})", EXIT_USER, debug=False)
-    for name in options.optional:  # argparse gives an argument to none of them where an option came before it
+    # argparse leaves an optional argument empty where an option stands before it
+    for name in options.optional:
         if unknown and vars(options)[name] is None:
             setattr(options, name, unknown.pop(0))
     if unknown:

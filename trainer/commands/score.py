@@ -132,21 +132,18 @@ def _score_task(options: argparse.Namespace, reading: "Reading") -> int:
     if len(sets) == 2:
         comparison = compare_task(task, sets[0], sets[1], protocol)
         value = comparison.to_json()
-        reports = [comparison.first, comparison.second]
+        reports, parts = [comparison.first, comparison.second], [value["first"], value["second"]]
         if not options.json_output:
             print_task_comparison(comparison, f"{task.title}: B = {names[1]} against A = {names[0]}")
     else:
         reports = [score_task(task, sets[0], protocol)]
         value = reports[0].to_json() | submitted
+        parts = [value]
         if not options.json_output:
             print_task_report(reports[0], f"{task.title}: {names[0]}")
     files = [_with_unclear(file, report) for file, report in zip(files, reports, strict=True)]
-    origins = [_origin(path, file) for path, file in zip(paths, files, strict=True)]
-    if len(sets) == 2:
-        value["first"] |= origins[0]
-        value["second"] |= origins[1]
-    else:
-        value |= origins[0]
+    for part, path, file in zip(parts, paths, files, strict=True):
+        part.update(_origin(path, file))
     if options.json_output:
         print_json(value)
     else:

@@ -141,7 +141,7 @@ class EngineClient:
 def _seconds_to_wait(answer: httpx2.Response, default: float) -> float:
     """How long a busy server asks to wait, at most LONGEST_WAIT."""
     said = answer.headers.get("Retry-After", "")
-    return min(float(said), LONGEST_WAIT) if said.isdigit() else default
+    return min(float(said), LONGEST_WAIT) if said.isdecimal() else default
 
 
 def _shown(answer: httpx2.Response) -> str:

@@ -38,7 +38,7 @@ ANSWERS, LLAVA, SAMPLES, SUBMISSION, BY_IMAGE, VLMEVALKIT, EVALSCOPE, MME = (
     "EvalScope's predictions",
     "MME's results",
 )
-# what VLMEvalKit writes in the place of an answer (`INFER_FAIL_MSG` in its vlmeval/smp/file.py)
+# what VLMEvalKit writes instead of an answer (`INFER_FAIL_MSG` in its vlmeval/smp/file.py)
 VLMEVALKIT_FAILED = "Failed to obtain answer"
 NORMALIZED_NOTE = (
     "these answers are in m4c's normal form already, as LLaVA and lmms-eval submit them: m4c compares them as they "
@@ -170,12 +170,13 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
     path = Path(path)
     is_outputs = holds_mmmu_outputs(path)
     if path.is_dir() and not is_outputs and not holds_mme_results(path) and not parquet_folder(path):
-        what = (
-            "a folder of neither MME's results (texts of image, question, answer and prediction), MMMU's outputs "
-            "(a folder a subject with an output.json) nor parquet files"
-        )
+        # not above: it builds the schema of recipes, which `score` otherwise does without
         from llava_llama31.trainer.checkpoint.run_folder import PREDICTIONS
 
+        what = (
+            "a folder of neither MME's results (texts of image, question, answer and prediction), MMMU's outputs "
+            "(one folder per subject, each with an output.json) nor parquet files"
+        )
         fix = f"name its {PREDICTIONS}" if (path / PREDICTIONS).is_file() else "name the file of answers"
         raise UserError(what, where=str(path), fix=fix)
     keyed = ("question_id", "prediction")

@@ -237,7 +237,7 @@ def _ids_by_order(answers: Sequence[Answer], questions: Sequence[Question], path
         raise UserError(f"{what}: {len(answers)} rows for {len(questions)} questions", where=str(path), fix=fix)
     for question, answer in zip(questions, answers, strict=False):
         if answer.asked is None or question_key(answer.asked) != question_key(question.question):
-            asked = f"{answer.asked!r:.80} in the place of {question.question!r:.80}"
+            asked = f"{answer.asked!r:.80} instead of {question.question!r:.80}"
             raise UserError(f"{what}: {asked}", where=answer.where, fix=fix)
     return [question.question_id for question in questions[: len(answers)]]
 

@@ -40,7 +40,7 @@ Choice = Callable[[torch.Tensor], torch.Tensor]
 
 # keys and values (1, heads, P, head size) of each layer
 Prefix = Sequence[tuple[torch.Tensor, torch.Tensor]]
-# what a prefix is kept under: its tiles' ids in memory, and its token ids
+# what a prefix is kept under: the `id` of each array of tiles, and its token ids
 _PrefixKey = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -84,12 +84,12 @@ class Prefixes:
         return self._kept[key][1]
 
     def make_room(self, num_prefixes: int = 1) -> None:
-        """Free what further prefixes take the place of, before they are read."""
+        """Free the oldest prefixes, to make room for further ones before these are read."""
         while self._kept and len(self._kept) + num_prefixes > self.most:
             del self._kept[next(iter(self._kept))]
 
     def put(self, key: Hashable, prompt: Prompt, prefix: Prefix) -> None:
-        """Keep a prefix; those that were read in one row are freed together."""
+        """Keep a prefix. It is a view: a row's memory is freed with the last of the prefixes read in it."""
         self.make_room()
         self._kept[key] = prompt, prefix
 
@@ -173,9 +173,9 @@ class GreedyAnswerer:
         largest = LARGEST_BATCH_SIZE_ON_CPU if self.model.device.type == "cpu" else LARGEST_BATCH_SIZE
         text = self.model.config.get_text_config()
         positions = num_image_tokens + POSITIONS_OF_A_QUESTION + self.max_new_tokens
-        per_position = (
-            2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * self.model.dtype.itemsize
-        )
+        # Qwen2's configurations have no head_dim
+        head_size = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
+        per_position = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * self.model.dtype.itemsize
         # twice: the prefix of an image and its copy in the batch
         row = 2 * positions * per_position
         free = total_memory(self.model.device) - self.model.get_memory_footprint()
@@ -218,7 +218,7 @@ class GreedyAnswerer:
         return [prefixes[key] for key in keys]
 
     def _rows(self, keys: Sequence[_PrefixKey]) -> Iterator[list[_PrefixKey]]:
-        """The prefixes of each row."""
+        """Prefixes to read together: as many as fit into POSITIONS_OF_A_ROW, or a longer one by itself."""
         row: list[_PrefixKey] = []
         for key in keys:
             num_positions = sum(len(ids) for _, ids in (*row, key))
@@ -230,7 +230,7 @@ class GreedyAnswerer:
             yield row
 
     def _read_row(self, prompts: Sequence[Prompt]) -> list[Prefix]:
-        """The prefixes of one row."""
+        """The prefixes of these prompts, read in one packed row, as views of its keys and values."""
         device = self.model.device
         lengths = list(map(self._prefix_length, prompts))
         ids = torch.tensor([[i for prompt, n in zip(prompts, lengths, strict=True) for i in prompt.input_ids[:n]]])

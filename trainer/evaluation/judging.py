@@ -132,9 +132,8 @@ def _by_function(function: Callable[[str, list[str]], float]) -> Judge:
             value = function(answer, list(question.answers))
         except Exception as error:  # whatever the user's code raises
             what = f"the function fails on {answer!r:.60}: {type(error).__name__}: {error}"
-            raise UserError(
-                what, where=f"question {question.question_id}", fix="repair it; answers are kept"
-            ) from error
+            fix = "fix the function; the answers are kept"
+            raise UserError(what, where=f"question {question.question_id}", fix=fix) from error
         if isinstance(value, bool):
             value = float(value)
         if not isinstance(value, int | float) or not 0 <= value <= 1:

@@ -364,7 +364,7 @@ def refuse_without_images(questions: Sequence[Question], where: str) -> None:
         try:
             first.size()
         except RecordError as error:
-            what = f"not one of {len(images)} images is there; the first: {error}"
+            what = f"none of the {len(images)} images is there; the first: {error}"
             fix = "name the images' folder: --image-root, or image_root of a recipe's evaluation"
             raise UserError(what, where=where, fix=fix) from error
 

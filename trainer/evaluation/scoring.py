@@ -220,7 +220,7 @@ def _report(matched: _Matched) -> Report:
             f"; question {question_id}: {reason}" for question_id, reason in list(matched.failed.items())[:1]
         )
         same = "check that both files have the same question ids"
-        fix = "repair what it says, and ask again" if matched.failed else same
+        fix = "remove the cause, and ask again" if matched.failed else same
         raise UserError(f"not one of {len(annotated)} questions is answered{what}", fix=fix)
     protocols, as_zero = {}, {}
     unanswered = [0.0] * (len(annotated) - len(matched.answered))

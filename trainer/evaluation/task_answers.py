@@ -121,12 +121,15 @@ def _refuse_labels(
 
 
 def _listed_twice(task: Task, rows: list[dict[str, Any]], questions: Sequence[Question]) -> list[dict[str, Any]]:
-    """The rows with one answer, the last, for each row of a question that the benchmark lists twice."""
+    """The rows, where a question that the benchmark lists twice has one answer: its last, for both.
+
+    Rows that name the second one themselves keep both answers, as those of `evaluate` do.
+    """
     last = {str(row["question_id"]): row for row in rows if str(row["question_id"]) in task.listed_twice}
     seconds = {second_id(key): row for key, row in last.items()}
-    annotated = {str(question.question_id) for question in questions}
+    lacking = {str(question.question_id) for question in questions} - {str(row["question_id"]) for row in rows}
     kept = [row for row in rows if last.get(str(row["question_id"]), row) is row]
-    return kept + [row | {"question_id": key} for key, row in seconds.items() if key in annotated]
+    return kept + [row | {"question_id": key} for key, row in seconds.items() if key in lacking]
 
 
 def _without_categories(task: Task, file: AnswerRows) -> tuple[Task, str]:
@@ -172,7 +175,7 @@ def _document(row: Mapping[str, Any], *, unscored: bool) -> dict[str, Any] | Non
     """The question that a row of lmms-eval's samples holds; None if it holds none.
 
     Since its 0.4 that is the prompt (`input`), the annotated answer (`target`) and what the metrics keep of the
-    question, as MME's its category. A target is a text, also where there is none and the task is `unscored`.
+    question, such as MME's category. A target is always a text: `None` where the answers are not public (`unscored`).
     """
     doc, number = row.get("doc"), row.get("doc_id")
     if isinstance(doc, dict):

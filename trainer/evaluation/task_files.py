@@ -81,7 +81,7 @@ class Layout(_Frozen):
     columns: list[str] = []
     """Names of the columns of files that have no header; tab-separated."""
     needs: list[str] = []
-    """Further fields of its rows, by which they are told from another benchmark's."""
+    """Further fields that its rows have, and another benchmark's lack."""
     id: str | None = None
     """Default: the image's key and a running number."""
     question: str | None = "question"
@@ -245,7 +245,7 @@ class Task(_Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Task":
-        if not self.name.strip(".") or set(self.name) & {"/", "\\"}:
+        if not self.name.strip(" .") or set(self.name) & {"/", "\\"}:
             raise ValueError(
                 f"name is {self.name!r}, which no folder can be called (fix: give it one without slashes)"
             )

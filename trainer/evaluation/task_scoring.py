@@ -209,7 +209,7 @@ def answered(task: Task, questions: Sequence[Question], rows: Iterable[Mapping[s
         reason = "".join(f"; question {name}: {why}" for name, why in list(failed.items())[:1])
         if unknown and asked:
             reason += f"; the first row is of {unknown[0]!r:.60}, the first question is {asked[0].question_id!r:.60}"
-        fix = "repair what it says, and ask again" if failed else "check that both files have the same questions"
+        fix = "remove the cause, and ask again" if failed else "check that both files have the same questions"
         raise UserError(f"not one of {len(asked)} questions is answered{reason}", where=task.name, fix=fix)
     missing = tuple(question.question_id for key, question in known.items() if key not in seen)
     return Answered(asked, answers, normalized, failed, missing, tuple(unknown), num_left_out, tuple(cut))
@@ -317,9 +317,15 @@ def _scores(task: Task, protocol: ProtocolOf, found: Answered, intervals: bool) 
     value = metrics[protocol.headline]
     low, high = _middle(_resampled(sums, protocol, groups)) if intervals else (value, value)
     by_group = {group: scores for group in groups if (scores := group_metrics(total, protocol, group))}
-    reads = [protocol.metric == "yes_no" or (protocol.metric == "choice" and bool(q.options)) for q in questions]
-    num_unclear = sum(read and not judgement.said for read, judgement in zip(reads, judged, strict=True))
+    pairs = zip(questions, judged, strict=True)
+    num_unclear = sum(_has_to_choose(protocol, question) and not judgement.said for question, judgement in pairs)
     return ProtocolScores(metrics, protocol.headline, low, high, as_wrong, by_group, num_unclear)
+
+
+def _has_to_choose(protocol: ProtocolOf, question: Question) -> bool:
+    """Whether the answer to a question is one of its options, or yes or no."""
+    metric = question.metric if protocol.metric == "per_question" else protocol.metric
+    return metric == "yes_no" or (metric == "choice" and bool(question.options))
 
 
 def _judgements(task: Task, protocol: ProtocolOf, questions: Sequence[Question], found: Answered) -> list[Judgement]:

@@ -49,6 +49,8 @@ def user_function(name: str, folder: str | None, task: str) -> Callable[[str, li
     except TypeError as error:
         what = f"{path}: {function_name} cannot be called with an answer and the annotated ones: {error}"
         raise UserError(what, where=task, fix=f"def {function_name}(answer, answers)") from error
+    except ValueError:  # a function written in C, which does not name its arguments
+        pass
     return function
 
 
