@@ -1087,7 +1087,7 @@ def test_labels_are_not_scored_as_answers(tmp_path, capsys):
     said = [row | {"answer": "no"} if i == 3 else row for i, row in enumerate(rows)]
     path = write_lines(tmp_path / "a.jsonl", said)
     assert score(capsys, path, "--task", "mme", "--annotations", labels)["metrics"]["accuracy"] == 75
-    path = write_lines(tmp_path / "p.jsonl", [row | {"ended": "stop"} for row in rows])
+    path = write_lines(tmp_path / "p.jsonl", [row | {"model": "r"} for row in rows])
     assert score(capsys, path, "--task", "mme", "--annotations", labels)["metrics"]["accuracy"] == 100
 
 

@@ -30,8 +30,8 @@ from llava_llama31.trainer.evaluation.task_questions import (
 )
 
 
-# what `evaluate` keeps of an answer beside it
-_ENDED = "ended"
+# what `evaluate` writes beside every answer
+_MODEL = "model"
 IMAGES_NOTE = "lmms-eval's samples do not say which questions have an image; all of them count"
 
 
@@ -110,7 +110,7 @@ def _refuse_labels(
     task: Task, file: AnswerRows, rows: Sequence[Mapping[str, Any]], questions: Sequence[Question]
 ) -> None:
     """Refuse a benchmark's own rows, whose `answer` is the annotators' and would be right in every row."""
-    if file.layout != ANSWERS or _ENDED in file.source[0][1] or not holds_questions(task, file.source):
+    if file.layout != ANSWERS or _MODEL in file.source[0][1] or not holds_questions(task, file.source):
         return
     annotated = {str(question.question_id): question.answers for question in questions}
     said = [(str(row["answer"]).strip().casefold(), annotated.get(str(row["question_id"]), ())) for row in rows]
