@@ -229,6 +229,9 @@ def _layout(row: dict[str, Any], where: str) -> str | None:
         return SAMPLES
     if "index" in fields and ("model_output" in fields or ({"choices", "raw_input"} <= fields)):
         return EVALSCOPE
+    if {"index", "sample_score"} <= fields:
+        fix = "pass the file of the same name under predictions"
+        raise UserError("the row is of EvalScope's reviews, which are scored already", where=where, fix=fix)
     if fields == _MME_FIELDS:
         return MME
     if fields == _IMAGE_AND_ANSWER:

@@ -15,7 +15,7 @@ from llava_llama31.trainer.evaluation.row_files import any_rows
 
 # what evaluators put around a question; a prompt with it asks the same
 _INSTRUCTIONS = re.compile(
-    r"<image>|answer the question using a single word or phrase\.?|answer the question with a single word\.?"
+    r"<image(?: \d+)?>|answer the question using a single word or phrase\.?|answer the question with a single word\.?"
     r"|answer with the option's letter from the given choices directly\.?|please answer yes or no\.?",
     re.IGNORECASE,
 )
@@ -68,7 +68,7 @@ def match_answers(
     """Rows {question_id, answer} in the order of the file; an id that is not annotated stays as it is.
 
     1. By id, if the rows that name an annotated one ask what it asks.
-    2. By the number in the data set, if every row has one and asks the question with it.
+    2. By the number in the data set or in one of its categories, if every row has one and asks the question with it.
     3. By position, if the rows name neither id nor image, are as many as the questions, and each asks the question at
        its position (POPE's own answers).
     4. By image and prompt, or by the text alone where one question only asks it.
@@ -208,12 +208,32 @@ def _fits(answer: Answer, question: Question | None, *, unsaid: bool) -> bool:
 
 
 def _ids_by_number(answers: Sequence[Answer], questions: Sequence[Question]) -> list[int | str]:
-    """The ids of the questions with the rows' numbers; none if a row does not ask the one with its number."""
-    numbered = dict(enumerate(questions))
-    found = [None if answer.number is None else numbered.get(answer.number) for answer in answers]
-    pairs = zip(answers, found, strict=True)
-    fit = all(question is not None and asks(answer.asked or "", question.question) for answer, question in pairs)
-    return [question.question_id for question in found if question is not None] if fit else []
+    """The ids of the questions with the rows' numbers, in the data set or, as EvalScope counts, in one category.
+
+    None if a row does not ask the one with its number, or if categories fit whose questions are not the same.
+    """
+    if any(answer.number is None for answer in answers):
+        return []
+    parts: dict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        for group in question.groups:
+            parts[group].append(question)
+    found = [fitting for part in (questions, *parts.values()) if (fitting := _numbered(answers, part))]
+    same = {
+        tuple((question.question, question.image_id, question.answers) for question in fitting) for fitting in found
+    }
+    return [question.question_id for question in found[0]] if len(same) == 1 else []
+
+
+def _numbered(answers: Sequence[Answer], part: Sequence[Question]) -> list[Question]:
+    numbered = dict(enumerate(part))
+    found = []
+    for answer in answers:
+        question = None if answer.number is None else numbered.get(answer.number)
+        if question is None or not asks(answer.asked or "", question.question):
+            return []
+        found.append(question)
+    return found
 
 
 def _ids_by_place(answers: Sequence[Answer], questions: Sequence[Question]) -> list[int | str]:
