@@ -559,6 +559,17 @@ def test_open_questions_of_mmmu(tmp_path, capsys):
     assert result["protocol"] == "vlmevalkit"
 
 
+@pytest.mark.parametrize("write", [write_xlsx, write_table])
+def test_a_table_without_a_single_answer_is_refused(tmp_path, capsys, write):
+    suffix = "xlsx" if write is write_xlsx else "tsv"
+    rows = [row | {"prediction": ""} for row in CHOICES[:3]]
+    assert main(["score", str(write(tmp_path / f"m_MMStar.{suffix}", rows)), "--task", "mmstar"]) == 2
+    assert "the prediction of each of 3 rows is empty (fix: " in capsys.readouterr().err
+    said = [*rows[:2], rows[2] | {"prediction": "A"}]  # an empty answer among others is one, and wrong
+    result = score(capsys, write(tmp_path / f"n_MMStar.{suffix}", said), "--task", "mmstar")
+    assert result["num_questions"] == 3 and result["missing"] == 0
+
+
 def test_earlier_and_judged_files_are_distinguished(tmp_path, capsys):
     rows = CHOICES[:3]
     result = score(capsys, write_xlsx(tmp_path / "m_MMStar_PREV.xlsx", rows), "--task", "mmstar")

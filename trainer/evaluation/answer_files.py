@@ -197,6 +197,9 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
             expected = f", the first row those of {layout}" if layout is not None else ""
             raise UserError(f"no question_id, or no answer: the row has {found}{expected}", where=where, fix=fix)
     answers = [_answer(row, where, str(layout), empty) for where, row in rows]
+    if layout == VLMEVALKIT and all(answer.text == "" for answer in answers):
+        what = f"the prediction of each of {len(answers)} rows is empty"
+        raise UserError(what, where=str(path), fix="pass the file that the model's answers were written to")
     # only a server's file is a list of bare pairs; whether it is normalised is seen in the answers themselves
     bare = path.suffix.lower() == ".json" and all(row.keys() in (_ID_AND_ANSWER, _IMAGE_AND_ANSWER) for _, row in rows)
     if bare and all(answer.text is not None and is_normalized(answer.text, "m4c") for answer in answers):
