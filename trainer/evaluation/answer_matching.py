@@ -38,6 +38,7 @@ class Answer:
         group: the question's category, where it is known.
         id_may_be_image: the id is the question's or the image's, as in LLaVA's files.
         number: the question's in the data set, from 0, as in EvalScope's and lmms-eval's files.
+        counts_anew: the number may count in one category alone, and is no id, as in EvalScope's files.
         row: what else of the row is kept.
     """
 
@@ -50,6 +51,7 @@ class Answer:
     group: str | None = None
     id_may_be_image: bool = False
     number: int | None = None
+    counts_anew: bool = False
     row: Mapping[str, Any] = field(default_factory=dict)
 
     def with_row(self, more: Mapping[str, Any]) -> "Answer":
@@ -86,7 +88,7 @@ def match_answers(
     """
     if _ids_fit(answers, questions, running=in_order):
         return [answer.under("" if answer.question_id is None else answer.question_id) for answer in answers]
-    ids = _ids_by_number(answers, questions) or _ids_by_place(answers, questions)
+    ids = _ids_by_number(answers, questions, path) or _ids_by_place(answers, questions)
     if not ids:
         ids = _ids_by_order(answers, questions, path) if in_order else _ids_by_content(answers, questions, labels)
     return [answer.under(question_id) for answer, question_id in zip(answers, ids, strict=True)]
@@ -182,7 +184,7 @@ def image_key(image: str) -> str:
 
 def _ids_fit(answers: Sequence[Answer], questions: Sequence[Question], *, running: bool) -> bool:
     """Whether the ids are those of the questions; `running` ones may happen to be those of others."""
-    if all(answer.question_id is None for answer in answers):
+    if all(answer.question_id is None or answer.counts_anew for answer in answers):
         return False
     # POPE's ids begin anew in each category; the numbers do not
     if all(answer.number is not None for answer in answers) and _repeats(answers):
@@ -207,26 +209,41 @@ def _fits(answer: Answer, question: Question | None, *, unsaid: bool) -> bool:
     return question is None or asks(answer.asked, question.question)
 
 
-def _ids_by_number(answers: Sequence[Answer], questions: Sequence[Question]) -> list[int | str]:
+def _ids_by_number(answers: Sequence[Answer], questions: Sequence[Question], path: Path) -> list[int | str]:
     """The ids of the questions with the rows' numbers, in the data set or, as EvalScope counts, in one category.
 
-    None if a row does not ask the one with its number, or if categories fit whose questions are not the same.
+    None if a row does not ask the one with its number. Where several categories ask the same, the file's name decides,
+    which EvalScope ends with the category's.
+
+    Raises:
+        UserError: it does not.
     """
     if any(answer.number is None for answer in answers):
         return []
-    parts: dict[str, list[Question]] = defaultdict(list)
-    for question in questions:
-        for group in question.groups:
-            parts[group].append(question)
-    found = [fitting for part in (questions, *parts.values()) if (fitting := _numbered(answers, part))]
+    found = [fitting] if (fitting := _numbered(answers, dict(enumerate(questions)))) else []
+    if all(answer.counts_anew for answer in answers):
+        parts: dict[str, list[Question]] = defaultdict(list)
+        for question in questions:
+            for group in question.groups:
+                parts[group].append(question)
+        by_group = {group: _numbered(answers, dict(enumerate(part))) for group, part in parts.items()}
+        by_id = {question.question_id: question for question in questions if isinstance(question.question_id, int)}
+        found += [fitting for fitting in (_numbered(answers, by_id), *by_group.values()) if fitting]
+        named = [fitting for group, fitting in by_group.items() if fitting and path.stem.endswith(f"_{group}")]
+        found = named or found
     same = {
         tuple((question.question, question.image_id, question.answers) for question in fitting) for fitting in found
     }
-    return [question.question_id for question in found[0]] if len(same) == 1 else []
+    if len(same) > 1:
+        what = "several categories ask what the rows ask, in the same order"
+        fix = (
+            "name the file as EvalScope does, with the category at its end, or pass that category's annotations alone"
+        )
+        raise UserError(what, where=str(path), fix=fix)
+    return [question.question_id for question in found[0]] if found else []
 
 
-def _numbered(answers: Sequence[Answer], part: Sequence[Question]) -> list[Question]:
-    numbered = dict(enumerate(part))
+def _numbered(answers: Sequence[Answer], numbered: Mapping[int | str, Question]) -> list[Question]:
     found = []
     for answer in answers:
         question = None if answer.number is None else numbered.get(answer.number)
