@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llava_llama31.trainer.evaluation.metrics import choices, lmms_eval_choices, numbers, text, yes_no
 from llava_llama31.trainer.evaluation.metrics.choices import chosen_letter, multiple_choice
+from llava_llama31.trainer.evaluation.metrics.evalscope import FOUR_LABELS, LABEL, answer_line, answer_line_or_all
 from llava_llama31.trainer.evaluation.metrics.fields import field_counts, field_f1, first_object
 from llava_llama31.trainer.evaluation.metrics.lmms_eval_choices import open_answer_is_right
 from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
@@ -165,7 +166,7 @@ def test_vlmevalkit_took_five_percent_of_the_prediction_until_september_2025(pre
 @pytest.mark.parametrize(
     ("prediction", "answer", "equal_under"),
     [
-        ("Blue\n", "blue", ["pix2struct", "vlmevalkit", "vlmevalkit-2025", "paper"]),
+        ("Blue\n", "blue", ["pix2struct", "vlmevalkit", "vlmevalkit-2025", "evalscope", "paper"]),
         ("blue", "blue ", ["pix2struct", "paper"]),
         ("blue ", "blue ", ["pix2struct", "lmms-eval", "paper"]),
         (" 14\n", "14 ", list(numbers.PROTOCOLS)),  # Python's numbers have none
@@ -204,7 +205,7 @@ def test_white_space_around_relaxed_answers(prediction, answer, equal_under):
 def test_which_option_is_chosen(prediction, chosen):
     rules = ("llava-scienceqa", "lmms-eval-scienceqa", "first-letter", "letter", "letter-or-text", "mmmu")
     rules += ("lmms-eval-mmmu", "verbatim")
-    others = {"letter-or-text-2025", "letter-or-text-2026", *lmms_eval_choices.RULES}
+    others = {"letter-or-text-2025", "letter-or-text-2026", LABEL, FOUR_LABELS, *lmms_eval_choices.RULES}
     assert set(rules) | others == set(choices.RULES)
     assert "".join(chosen_letter(prediction, OPTIONS, rule) or "." for rule in rules) == chosen
     letters = zip(rules, chosen, strict=True)
@@ -315,6 +316,53 @@ def test_open_questions_of_realworldqa(prediction, answer, until_2026, since):
     assert open_answer_is_right(prediction, answer, "lmms-eval-2026") == since
 
 
+@pytest.mark.parametrize(
+    ("prediction", "chosen"),  # by evalscope and evalscope-four; there are A, B and C
+    [
+        ("ANSWER: B", "BB"),
+        ("First A, then C.\n**Answer: B**", "BB"),
+        ("answer:**(B)** since C", "BB"),
+        ("ANSWER: [LETTER]\nANSWER: B\nANSWER: unsure", "BB"),  # the last one that letters follow
+        ("ANSWER: B, not C", "BB"),
+        ("ANSWER: B and that is all", "BB"),
+        ("ANSWER: A and B", ".."),
+        ("ANSWER: (A/B)", ".."),
+        ("ANSWER: AB", ".."),
+        ("ANSWER: $\\boxed{\\text{B}}$", "BB"),
+        ("ANSWER: D", ".."),
+        ("ANSWER: DA\nso C", "C."),
+        ("B", "BB"),
+        ("b", ".."),
+        ("It is B, as The text says", ".."),  # the last capital is T
+        ("Not A but C, I see", ".."),
+        ("the first is A, the other C", "CC"),
+        ("", ".."),
+    ],
+)
+def test_how_evalscope_finds_a_letter(prediction, chosen):
+    options = {"A": "red", "B": "Blue", "C": "blue"}
+    rules = (LABEL, FOUR_LABELS)
+    assert "".join(chosen_letter(prediction, options, rule) or "." for rule in rules) == chosen
+
+
+@pytest.mark.parametrize(
+    ("prediction", "line", "line_or_all"),
+    [
+        ("It grows.\nANSWER: 45 %\nDone.", "45 %", "45 %"),
+        ("ANSWER: 1\n**Answer: two**", "two", "two"),
+        ("ANSWER:", "", ""),
+        (" forty \n", None, "forty"),
+    ],
+)
+def test_the_line_that_evalscope_compares(prediction, line, line_or_all):
+    assert answer_line(prediction) == line and answer_line_or_all(prediction) == line_or_all
+
+
+def test_what_evalscope_makes_of_zero_and_of_white_space():
+    assert [relaxed_accuracy(said, ["0"], "evalscope") for said in ("0.0", "0%", "0.01", "zero")] == [1, 1, 0, 0]
+    assert anls("ab  d", ["abxd"], "evalscope") == 0.75 and anls("abcdef", ["abcxyz"], "evalscope") == 0.5
+
+
 def test_options_whose_texts_are_equal_or_begin_alike():
     options = {"A": "red", "B": "red", "C": "blue", "D": "blue sky"}
     assert [chosen_letter(said, options, "lmms-eval-realworldqa") for said in ("red", "blue sky")] == ["B", "C"]
@@ -328,24 +376,28 @@ def test_a_letter_without_an_option_is_not_chosen():
 @pytest.mark.parametrize(
     ("prediction", "said"),
     [
-        ("Yes", "yyyyy"),
-        ("no", "nnnnn"),
-        ("No, there is no dog.", "nnnn."),
-        ("Yes, there is.", "yyyy."),
-        ("There is not.", "n...."),
-        ("A dog. No cat.", "y..n."),
-        ("Yes and no", "nyy.."),
-        ("know", "ynn.."),  # within the first four characters
-        ("y", "y.y.."),
-        ("Y.", "y.y.."),
-        (" Yes", "yyyyy"),
-        ("", "y...."),
-        ("unsure", "y...."),
-        ("NO", "ynnnn"),
+        ("Yes", "yyyyyy"),
+        ("no", "nnnnnn"),
+        ("No, there is no dog.", "nnnn.n"),
+        ("Yes, there is.", "yyyy.y"),
+        ("There is not.", "n....."),
+        ("A dog. No cat.", "y..n.n"),
+        ("Yes and no", "nyy..y"),
+        ("know", "ynn..."),  # within the first four characters
+        ("y", "y.y..."),
+        ("Y.", "y.y..."),
+        (" Yes", "yyyyyy"),
+        ("", "y....."),
+        ("unsure", "y....."),
+        ("NO", "ynnnnn"),
+        ("yes!", "yyyy.y"),
+        ("It says yes", "y..y.."),
+        ("YES, not NO", "nyy..."),
+        ("Note: Yes", "ynny.y"),
     ],
 )
 def test_what_a_prediction_says(prediction, said):
-    rules = ("llava-pope", "mme", "lmms-eval-mme", "words", "exact")
+    rules = ("llava-pope", "mme", "lmms-eval-mme", "words", "exact", "evalscope")
     assert set(rules) == set(yes_no.RULES)
     assert "".join(yes_or_no(prediction, rule)[:1] or "." for rule in rules) == said
 

@@ -319,11 +319,19 @@ def test_two_tasks_at_once_agree_with_score(model_folder, data, tmp_path, monkey
     predictions = tmp_path / evaluated["mmstar"]["predictions"]
     page = predictions.with_suffix(".html").read_text(encoding="utf-8")
     shown = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    protocols = ["vlmevalkit", "letter", "vlmevalkit-2025", "vlmevalkit-2026", "lmms-eval", "lmms-eval-2026"]
+    protocols = [
+        "vlmevalkit",
+        "letter",
+        "vlmevalkit-2025",
+        "vlmevalkit-2026",
+        "lmms-eval",
+        "lmms-eval-2026",
+        "evalscope",
+    ]
     assert shown["protocols"] == protocols
     assert len(shown["questions"]) == 12
     first = shown["questions"][0]
-    assert first["options"][0] == ["A", "red 0"] and first["groups"] == ["kind 0"] and len(first["scores"]) == 6
+    assert first["options"][0] == ["A", "red 0"] and first["groups"] == ["kind 0"] and len(first["scores"]) == 7
     browse = ["browse", str(predictions), "--task", "mmstar", "--data", str(data / "mmstar.jsonl")]
     assert main([*browse, "--image-root", str(data), "--output", "b.html"]) == 0
     again = json.loads((tmp_path / "b.html").read_text("utf-8").split('id="data">')[1].split("</script>")[0])

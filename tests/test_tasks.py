@@ -416,7 +416,7 @@ def test_letters_and_option_texts(tmp_path, capsys):
     result = score(capsys, tmp_path / "m_MMStar.xlsx", "--task", "mmstar", "--protocol", "letter", code=3)
     assert result["protocol"] == "letter" and result["metrics"]["accuracy"] == 25
     assert main(["score", str(tmp_path / "m_MMStar.xlsx"), "--task", "mmstar", "--protocol", "x"]) == 2
-    fix = "one of vlmevalkit, letter, vlmevalkit-2025, vlmevalkit-2026, lmms-eval, lmms-eval-2026"
+    fix = "one of vlmevalkit, letter, vlmevalkit-2025, vlmevalkit-2026, lmms-eval, lmms-eval-2026, evalscope"
     assert f"mmstar has no protocol 'x' (fix: {fix})" in capsys.readouterr().err
     texts = [row | {"answer": "blue"} for row in CHOICES]
     assert main(["score", write_xlsx(tmp_path / "t.xlsx", texts), "--task", "mmstar"]) == 2
@@ -576,8 +576,20 @@ def test_open_questions_of_mmmu(tmp_path, capsys):
     assert found == {"vlmevalkit": 75, "letter": 50, "vlmevalkit-2025": 75, "vlmevalkit-2026": 75} | {
         "mmmu": 75,
         "lmms-eval": 75,
+        "evalscope": 75,
     }
     assert result["protocol"] == "vlmevalkit"
+
+
+@pytest.mark.parametrize("write", [write_xlsx, write_table])
+def test_a_table_without_a_single_answer_is_refused(tmp_path, capsys, write):
+    suffix = "xlsx" if write is write_xlsx else "tsv"
+    rows = [row | {"prediction": ""} for row in CHOICES[:3]]
+    assert main(["score", str(write(tmp_path / f"m_MMStar.{suffix}", rows)), "--task", "mmstar"]) == 2
+    assert "the prediction of each of 3 rows is empty (fix: " in capsys.readouterr().err
+    said = [*rows[:2], rows[2] | {"prediction": "A"}]  # an empty answer among others is one, and wrong
+    result = score(capsys, write(tmp_path / f"n_MMStar.{suffix}", said), "--task", "mmstar")
+    assert result["num_questions"] == 3 and result["missing"] == 0
 
 
 def test_earlier_and_judged_files_are_distinguished(tmp_path, capsys):
@@ -823,6 +835,110 @@ def test_evalscopes_numbers_tell_questions_of_the_same_words_apart(own, capsys):
     rows[2]["messages"][1]["content"][1]["text"] = "Who is it?"
     assert main(["score", write_lines(path, rows), *arguments]) == 2
     assert "8 annotated questions could be meant" in capsys.readouterr().err
+
+
+def evalscope_rows(asked, said):
+    """EvalScope's predictions: its prompt around each question, numbered from 0."""
+    prompt = 'Answer the question.\n{}\nThe last line of your response should be of the form "ANSWER: [ANSWER]".'
+    return [
+        {
+            "index": number,
+            "model_output": {"choices": [{"message": {"content": answer}}]},
+            "messages": [{"role": "user", "content": [{"type": "text", "text": prompt.format(question)}]}],
+        }
+        for number, (question, answer) in enumerate(zip(asked, said, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "said", "scores"),  # under evalscope and another protocol
+    [
+        ("docvqa", [["A cat"], ["dog"]], ["I see it.\nANSWER: a cat", "dog"], ("anls", 100, "vlmevalkit", 50)),
+        ("chartqa", ["45", "red"], ["It grows.\n**Answer: 44**", "red"], ("relaxed_accuracy", 50, "lmms-eval", 50)),
+        ("realworldqa", ["B", "7"], ["ANSWER: b", "7"], ("accuracy", 50, "letter", 0)),
+        ("mmstar", ["B", "A"], ["A is blue, so\nANSWER: B", "ANSWER: A, B"], ("accuracy", 50, "letter", 0)),
+        ("pope", ["yes", "no"], ["YES", "no dog"], ("accuracy", 50, "vlmevalkit", 100)),
+    ],
+)
+def test_evalscopes_answers_are_scored_by_its_own_rules(tmp_path, capsys, task, labels, said, scores):
+    asked = [f"What is {i}?" + ("\nOptions: A: red, B: blue" if task == "mmstar" else "") for i in range(2)]
+    rows = [
+        {"image": f"{i}.png", "question": question, "answers" if task == "docvqa" else "answer": label}
+        | {"questionId": str(60 + i), "question_types": ["form"], "type": "human", "image_path": f"{i}.png"}
+        | {"index": i, "id": str(i), "image_source": f"{i}", "category": "math", "l2_category": "geometry"}
+        for i, (question, label) in enumerate(zip(asked, labels, strict=True))
+    ]
+    fields = {"docvqa": ("questionId", "question_types"), "chartqa": ("type",), "realworldqa": ("image_path",)}
+    fields |= {"mmstar": ("index", "category", "l2_category"), "pope": ("id", "image_source", "category")}
+    kept = {"image", "question", "answer", "answers", *fields[task]}
+    labels = write_lines(tmp_path / "q.jsonl", [{name: row[name] for name in row if name in kept} for row in rows])
+    path = write_lines(tmp_path / f"{task}_default.jsonl", evalscope_rows(asked, said))
+    result = score(capsys, path, "--task", task, "--annotations", labels)
+    name, value, other, under_it = scores
+    assert result["protocol"] == "evalscope" and result["metrics"][name] == value
+    assert result["protocols"][other]["metrics"][name] == under_it and not result.get("note")
+
+
+def test_evalscopes_numbers_begin_anew_in_each_category(own, capsys):
+    folder, arguments = own
+    rows = [row | {"question": f"What is {i // 2 % 3}{row['kind']}?"} for i, row in enumerate(ROWS)]
+    write_lines(folder / "q.jsonl", rows)
+    asked = [row["question"] for row in rows if row["kind"] == "b"]
+    predictions = evalscope_rows(asked, ["word 1", "wrong", "word 5", "word 7"])
+    path = folder / "answers.jsonl"
+    result = score(capsys, write_lines(path, predictions[::-1]), *arguments, code=3)
+    assert result["groups"] == {"b": {"accuracy": 75.0}} and result["missing"] == 4
+    predictions[2]["messages"][0]["content"][0]["text"] = "What is 9?"
+    assert main(["score", write_lines(path, predictions), *arguments]) == 2
+    assert "are to questions that are not annotated" in capsys.readouterr().err
+
+
+def test_evalscopes_categories_that_ask_the_same_are_told_apart_by_the_files_name(tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text(TASK)
+    rows = [row | {"id": i, "question": "What is it?", "kind": "ab"[i // 4]} for i, row in enumerate(ROWS)]
+    arguments = ["--task", tmp_path / "own.yaml", "--annotations", write_lines(tmp_path / "q.jsonl", rows)]
+    predictions = evalscope_rows(["What is it?"] * 4, ["word 4", "word 5", "wrong", "word 7"])
+    result = score(capsys, write_lines(tmp_path / "own_b.jsonl", predictions), *arguments, code=3)
+    assert result["metrics"] == {"accuracy": 75.0} and set(result["missing_ids"]) == {0, 1, 2, 3}
+    # the numbers are ids of questions of a, which are asked in the same words
+    path = write_lines(tmp_path / "renamed.jsonl", predictions)
+    assert main(["score", path, *map(str, arguments)]) == 2
+    said = capsys.readouterr().err
+    assert "several categories ask what the rows ask, in the same order (fix: name the file as EvalScope does" in said
+
+
+def test_evalscope_shows_images_in_the_place_of_their_names(own, capsys):
+    folder, arguments = own
+    write_lines(folder / "q.jsonl", [ROWS[0] | {"question": "Which of <image 1>, and (<image 2>) is it?"}])
+    predictions = evalscope_rows([""], ["word 0"])
+    parts = [{"type": "text", "text": text} for text in ("Solve it.\nWhich of ", ", and (", ") is it?\nA) this")]
+    image = {"type": "image", "image": "data:"}
+    predictions[0]["messages"][0]["content"] = [parts[0], image, parts[1], image, parts[2]]
+    path = folder / "own.jsonl"
+    assert score(capsys, write_lines(path, predictions), *arguments)["metrics"] == {"accuracy": 100.0}
+    parts[1]["text"] = ", or ("
+    assert main(["score", write_lines(path, predictions), *arguments]) == 2
+    assert "not annotated" in capsys.readouterr().err
+
+
+def test_evalscopes_reviews_are_refused_by_name(own, capsys):
+    folder, arguments = own
+    review = {
+        "index": 0,
+        "input": "What is 0?",
+        "target": "word 0",
+        "sample_score": {"score": {"value": {"acc": 1.0}}},
+    }
+    assert main(["score", write_lines(folder / "own_default.jsonl", [review]), *arguments]) == 2
+    assert "EvalScope's reviews, which are scored already (fix: pass the file of the same" in capsys.readouterr().err
+
+
+def test_a_benchmark_that_evalscope_scores_otherwise_says_so(tmp_path, capsys):
+    row = {"index": "VD_illusion_1_0_0_0", "question": "Is it?", "answer": "yes", "image": "a.png", "category": "VD"}
+    labels = write_lines(tmp_path / "h.jsonl", [row | {"l2-category": "illusion", "image_path": "a.png"}])
+    path = write_lines(tmp_path / "p.jsonl", evalscope_rows(["Is it?"], ["YES"]))
+    result = score(capsys, path, "--task", "hallusionbench", "--annotations", labels)
+    assert result["metrics"]["aAcc"] == 100 and result["note"] == "none of these protocols is EvalScope's"
 
 
 def test_columns_lead_into_rows_as_servers_log_them(own, capsys):
@@ -1162,7 +1278,7 @@ def test_samples_of_lmms_eval_hold_prompt_and_target_in_the_place_of_the_questio
         assert result["metrics"] == pytest.approx(
             {"accuracy": 75, "precision": 100, "recall": 75, "f1": 600 / 7, "yes_ratio": 75}
         )
-        assert list(result["protocols"]) == ["lmms-eval"]
+        assert list(result["protocols"]) == ["lmms-eval", "evalscope"]
         assert "do not say the categories, which llava, vlmevalkit need" in result["note"]
     else:
         assert result["metrics"][result["headline"]] == expected

@@ -201,6 +201,9 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
             expected = f", the first row those of {layout}" if layout is not None else ""
             raise UserError(f"no question_id, or no answer: the row has {found}{expected}", where=where, fix=fix)
     answers = [_answer(row, where, str(layout), empty) for where, row in rows]
+    if layout == VLMEVALKIT and all(answer.text == "" for answer in answers):
+        what = f"the prediction of each of {len(answers)} rows is empty"
+        raise UserError(what, where=str(path), fix="pass the file that the model's answers were written to")
     # only a server's file is a list of bare pairs; whether it is normalised is seen in the answers themselves
     bare = path.suffix.lower() == ".json" and all(row.keys() in (_ID_AND_ANSWER, _IMAGE_AND_ANSWER) for _, row in rows)
     if bare and all(answer.text is not None and is_normalized(answer.text, "m4c") for answer in answers):
@@ -233,6 +236,9 @@ def _layout(row: dict[str, Any], where: str) -> str | None:
         return SAMPLES
     if "index" in fields and ("model_output" in fields or ({"choices", "raw_input"} <= fields)):
         return EVALSCOPE
+    if {"index", "sample_score"} <= fields:
+        fix = "pass the file of the same name under predictions"
+        raise UserError("the row is of EvalScope's reviews, which are scored already", where=where, fix=fix)
     if fields == _MME_FIELDS:
         return MME
     if fields == _IMAGE_AND_ANSWER:
@@ -338,7 +344,7 @@ def _evalscope(row: dict[str, Any], where: str) -> Answer:
         raise UserError("no text of the model in choices", where=where, fix="pass EvalScope's predictions") from error
     index = _id(row["index"], where)
     number = index if isinstance(index, int) else None
-    return Answer(where, index, said, asked=asked[0] if asked else None, number=number)
+    return Answer(where, index, said, asked=asked[0] if asked else None, number=number, counts_anew=number is not None)
 
 
 def _message_text(content: Any) -> str:

@@ -15,7 +15,7 @@ from llava_llama31.trainer.evaluation.row_files import any_rows
 
 # what evaluators put around a question; a prompt with it asks the same
 _INSTRUCTIONS = re.compile(
-    r"<image>|answer the question using a single word or phrase\.?|answer the question with a single word\.?"
+    r"<image(?: \d+)?>|answer the question using a single word or phrase\.?|answer the question with a single word\.?"
     r"|answer with the option's letter from the given choices directly\.?|please answer yes or no\.?",
     re.IGNORECASE,
 )
@@ -38,6 +38,7 @@ class Answer:
         group: the question's category, where it is known.
         id_may_be_image: the id is the question's or the image's, as in LLaVA's files.
         number: the question's in the data set, from 0, as in EvalScope's and lmms-eval's files.
+        counts_anew: the number may count in one category alone, and is no id, as in EvalScope's files.
         row: what else of the row is kept.
     """
 
@@ -50,6 +51,7 @@ class Answer:
     group: str | None = None
     id_may_be_image: bool = False
     number: int | None = None
+    counts_anew: bool = False
     row: Mapping[str, Any] = field(default_factory=dict)
 
     def with_row(self, more: Mapping[str, Any]) -> "Answer":
@@ -68,7 +70,7 @@ def match_answers(
     """Rows {question_id, answer} in the order of the file; an id that is not annotated stays as it is.
 
     1. By id, if the rows that name an annotated one ask what it asks.
-    2. By the number in the data set, if every row has one and asks the question with it.
+    2. By the number in the data set or in one of its categories, if every row has one and asks the question with it.
     3. By position, if the rows name neither id nor image, are as many as the questions, and each asks the question at
        its position (POPE's own answers).
     4. By image and prompt, or by the text alone where one question only asks it.
@@ -86,7 +88,7 @@ def match_answers(
     """
     if _ids_fit(answers, questions, running=in_order):
         return [answer.under("" if answer.question_id is None else answer.question_id) for answer in answers]
-    ids = _ids_by_number(answers, questions) or _ids_by_place(answers, questions)
+    ids = _ids_by_number(answers, questions, path) or _ids_by_place(answers, questions)
     if not ids:
         ids = _ids_by_order(answers, questions, path) if in_order else _ids_by_content(answers, questions, labels)
     return [answer.under(question_id) for answer, question_id in zip(answers, ids, strict=True)]
@@ -182,7 +184,7 @@ def image_key(image: str) -> str:
 
 def _ids_fit(answers: Sequence[Answer], questions: Sequence[Question], *, running: bool) -> bool:
     """Whether the ids are those of the questions; `running` ones may happen to be those of others."""
-    if all(answer.question_id is None for answer in answers):
+    if all(answer.question_id is None or answer.counts_anew for answer in answers):
         return False
     # POPE's ids begin anew in each category; the numbers do not
     if all(answer.number is not None for answer in answers) and _repeats(answers):
@@ -207,13 +209,48 @@ def _fits(answer: Answer, question: Question | None, *, unsaid: bool) -> bool:
     return question is None or asks(answer.asked, question.question)
 
 
-def _ids_by_number(answers: Sequence[Answer], questions: Sequence[Question]) -> list[int | str]:
-    """The ids of the questions with the rows' numbers; none if a row does not ask the one with its number."""
-    numbered = dict(enumerate(questions))
-    found = [None if answer.number is None else numbered.get(answer.number) for answer in answers]
-    pairs = zip(answers, found, strict=True)
-    fit = all(question is not None and asks(answer.asked or "", question.question) for answer, question in pairs)
-    return [question.question_id for question in found if question is not None] if fit else []
+def _ids_by_number(answers: Sequence[Answer], questions: Sequence[Question], path: Path) -> list[int | str]:
+    """The ids of the questions with the rows' numbers, in the data set or, as EvalScope counts, in one category.
+
+    None if a row does not ask the one with its number. Where several categories ask the same, the file's name decides,
+    which EvalScope ends with the category's.
+
+    Raises:
+        UserError: it does not.
+    """
+    if any(answer.number is None for answer in answers):
+        return []
+    found = [fitting] if (fitting := _numbered(answers, dict(enumerate(questions)))) else []
+    if all(answer.counts_anew for answer in answers):
+        parts: dict[str, list[Question]] = defaultdict(list)
+        for question in questions:
+            for group in question.groups:
+                parts[group].append(question)
+        by_group = {group: _numbered(answers, dict(enumerate(part))) for group, part in parts.items()}
+        by_id = {question.question_id: question for question in questions if isinstance(question.question_id, int)}
+        found += [fitting for fitting in (_numbered(answers, by_id), *by_group.values()) if fitting]
+        named = [fitting for group, fitting in by_group.items() if fitting and path.stem.endswith(f"_{group}")]
+        found = named or found
+    same = {
+        tuple((question.question, question.image_id, question.answers) for question in fitting) for fitting in found
+    }
+    if len(same) > 1:
+        what = "several categories ask what the rows ask, in the same order"
+        fix = (
+            "name the file as EvalScope does, with the category at its end, or pass that category's annotations alone"
+        )
+        raise UserError(what, where=str(path), fix=fix)
+    return [question.question_id for question in found[0]] if found else []
+
+
+def _numbered(answers: Sequence[Answer], numbered: Mapping[int, Question]) -> list[Question]:
+    found = []
+    for answer in answers:
+        question = None if answer.number is None else numbered.get(answer.number)
+        if question is None or not asks(answer.asked or "", question.question):
+            return []
+        found.append(question)
+    return found
 
 
 def _ids_by_place(answers: Sequence[Answer], questions: Sequence[Question]) -> list[int | str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.metrics import lmms_eval_choices
 from llava_llama31.trainer.evaluation.metrics.choices import LETTER_ALONE, chosen_letter
+from llava_llama31.trainer.evaluation.metrics.evalscope import LABEL, answer_line, answer_line_or_all
 from llava_llama31.trainer.evaluation.metrics.fields import field_counts
 from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
 from llava_llama31.trainer.evaluation.metrics.open_answers import open_as_choice, open_match
@@ -66,7 +67,12 @@ def _judged(protocol: ProtocolOf, question: Question, answer: str | None, normal
         counts = field_counts(answer or "", question.answers[0], ignore_case=protocol.rule == "ignore-case")
         summed = {"matched": counts.matched, "unmatched": counts.missing + counts.extra, "exact": counts.exact}
         return Judgement(counts.f1 if answer is not None else 0.0, counts=summed)
-    return Judgement(0.0 if answer is None else _text_value(protocol, question, answer, normalized))
+    if answer is None:
+        return Judgement(0.0)
+    if protocol.reads == "all":
+        return Judgement(_text_value(protocol, question, answer, normalized))
+    said = answer_line_or_all(answer) if protocol.reads == "answer_line_or_all" else answer_line(answer) or ""
+    return Judgement(_text_value(protocol, question, said, normalized), said)
 
 
 def _text_value(protocol: ProtocolOf, question: Question, answer: str, normalized: bool) -> float:
@@ -103,7 +109,9 @@ def _open_value(rule: str, answer: str, answers: tuple[str, ...]) -> float:
         return open_as_choice(answer, answers[0], rule)
     if rule in lmms_eval_choices.RULES:
         return float(lmms_eval_choices.open_answer_is_right(answer, answers[0], rule))
-    if rule.endswith("mmmu"):
+    if rule == LABEL:
+        answer = answer_line_or_all(answer)
+    if rule.endswith("mmmu") or rule == LABEL:
         return max(open_match(answer, wanted) for wanted in answers)
     return exact_match(answer, answers, "lmms-eval")
 

@@ -8,6 +8,7 @@ from typing import Any
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.answer_files import (
     ANSWERS,
+    EVALSCOPE,
     NORMALIZED_NOTE,
     SAMPLES,
     AnswerRows,
@@ -143,10 +144,13 @@ def _without_categories(task: Task, file: AnswerRows) -> tuple[Task, str]:
 
 
 def _protocol_note(task: Task, file: AnswerRows) -> str:
-    """That a benchmark's protocols have lmms-eval's not among them."""
+    """That a benchmark's protocols have lmms-eval's or EvalScope's not among them."""
     named = [layout for protocol in task.protocols.values() for layout in protocol.layouts]
-    is_strange = file.layout == SAMPLES and task.dataset is not None and SAMPLES not in named
-    return f"lmms-eval scores {task.name} by a rule that is none of these protocols" if is_strange else ""
+    if task.dataset is None or file.layout in named:
+        return ""
+    if file.layout == SAMPLES:
+        return f"lmms-eval scores {task.name} by a rule that is none of these protocols"
+    return "none of these protocols is EvalScope's" if file.layout == EVALSCOPE else ""
 
 
 def _size_note(task: Task, file: AnswerRows, questions: Sequence[Question]) -> str:

@@ -137,6 +137,8 @@ class ProtocolOf(_Frozen):
     """Groups whose answers are formulas."""
     sums: dict[str, list[str]] = {}
     """Name of a sum -> the groups whose scores it adds."""
+    reads: Literal["all", "answer_line", "answer_line_or_all"] = "all"
+    """What of an answer is compared with a text: what follows its last `ANSWER:`, nothing or all where it has none."""
     layouts: list[str] = []
     """Answer files that are scored by this protocol unless --protocol names another one."""
 

@@ -13,6 +13,8 @@
 | `letter-or-text-2026` | VLMEvalKit since June 2026: as 2025, and an answer that says `answer is X`                |
 | `mmmu`                | MMMU: `mmmu/utils/eval_utils.py`, without its random guess where nothing is found         |
 | `lmms-eval-mmmu`      | lmms-eval: `lmms_eval/tasks/_task_utils/mmmu_mcq_utils.py`, without its random guess      |
+| `evalscope`           | EvalScope: `parse_answers` of `utils/multi_choices.py`; see `evalscope.py`                |
+| `evalscope-four`      | the same with the letters A to D, as for MMStar, however many options there are           |
 | others                | `lmms_eval_choices.py`                                                                    |
 
 VLMEvalKit asks a language model where its rules find nothing; here such an answer chooses nothing.
@@ -23,6 +25,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from llava_llama31.trainer.evaluation.metrics import lmms_eval_choices
+from llava_llama31.trainer.evaluation.metrics.evalscope import FOUR_LABELS, LABEL, chosen_label
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -56,6 +59,8 @@ RULES: Mapping[str, str] = MappingProxyType(
         "letter-or-text-2026": "as letter-or-text-2025, and where no letter is found, the first 'answer is X'",
         "mmmu": "the last '(X)', else the last 'X' alone, else the last option text of an answer of over five words",
         "lmms-eval-mmmu": "as mmmu, but the 'X' alone may be the end of a word, or be followed by a period",
+        LABEL: "the letter after the last 'ANSWER:' that letters of options follow, else the last capital letter",
+        FOUR_LABELS: "as evalscope with the letters A to D",
         **lmms_eval_choices.RULES,
     }
 )
@@ -96,6 +101,9 @@ def chosen_letter(prediction: str, options: Mapping[str, str], rule: str) -> str
         if not letter and rule == "letter-or-text-2026":
             letter = _letter_of_sentence(prediction, options)
         return letter or _only_text_of_short(prediction, options)
+    if rule in (LABEL, FOUR_LABELS):
+        letter = chosen_label(prediction, options if rule == LABEL else LETTERS[:4])
+        return letter if letter in options else ""
     if rule in lmms_eval_choices.RULES:
         return lmms_eval_choices.chosen_letter_of_lmms_eval(prediction, options, rule)
     if rule in ("mmmu", "lmms-eval-mmmu"):

@@ -32,6 +32,8 @@ ANLS_PROTOCOLS: Mapping[str, str] = MappingProxyType(
         "vlmevalkit": "VLMEvalKit's vlmeval/dataset/utils/vqa_eval.py: a similarity of exactly 0.5 counts too, and "
         "the distance is divided by the length before white space is collapsed, in upper case",
         "lmms-eval": "lmms-eval's api/metrics.py, after Qwen-VL: the same",
+        "evalscope": "EvalScope's metrics/nlp/metrics.py: a similarity of exactly 0.5 counts; divided by the length "
+        "after white space is collapsed",
     }
 )
 
@@ -96,7 +98,7 @@ def anls(prediction: str, answers: Sequence[str], protocol: str = "vlmevalkit") 
 def _normalized_distance(prediction: str, answer: str, protocol: str) -> float:
     said, wanted = (" ".join(text.lower().split()) for text in (prediction, answer))
     length = max(len(said), len(wanted))
-    if protocol != "paper":
+    if protocol in ("vlmevalkit", "lmms-eval"):
         length = max(len(prediction.upper()), len(answer.upper()))
     if abs(len(said) - len(wanted)) > length * ANLS_THRESHOLD:
         return 1.0  # it is no less than the difference of the lengths, and then the score is 0

@@ -7,11 +7,13 @@
 | `lmms-eval-mme`    | lmms-eval: `lmms_eval/tasks/mme/utils.py`: as mme, without periods, and y and n alone count |
 | `words`            | VLMEvalKit: `YOrN_Extraction` of `vlmeval/dataset/utils/yorn.py`                           |
 | `exact`            | lmms-eval: `lmms_eval/tasks/pope/utils.py`                                                 |
+| `evalscope`        | EvalScope: `utils/yes_no.py`; see `evalscope.py`                                           |
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from llava_llama31.trainer.evaluation.metrics.evalscope import verdict
 from llava_llama31.trainer.evaluation.vqa_accuracy import without_punctuation
 
 
@@ -24,6 +26,7 @@ RULES: Mapping[str, str] = MappingProxyType(
         "lmms-eval-mme": "as mme after deleting periods; a single y or n counts",
         "words": "yes if yes is a word and no is not, no if it is the other way round",
         "exact": "the whole answer, in any case",
+        "evalscope": "the only one of Yes, YES, No and NO that is a word of the answer, or the lower-case word alone",
     }
 )
 
@@ -43,6 +46,8 @@ def yes_or_no(prediction: str, rule: str) -> str:
     if rule == "words":
         words = without_punctuation(prediction.lower(), "vlmevalkit-2024").split()
         return NEITHER if (YES in words) == (NO in words) else YES if YES in words else NO
+    if rule == "evalscope":
+        return verdict(prediction)
     if rule in ("mme", "lmms-eval-mme"):
         return _by_prefix(prediction, deletes_periods=rule == "lmms-eval-mme")
     raise ValueError(f"no rule is named {rule!r}; there are {', '.join(RULES)}")
