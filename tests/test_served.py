@@ -20,7 +20,7 @@ from llava_llama31.trainer.model.opening import open_model
 
 
 SIZES = [(28, 28), (20, 90), (90, 20), (60, 50)]
-# in the place of `vllm serve`: says A to everything, and what it was started with
+# instead of `vllm serve`: says A to everything, and what it was started with
 VLLM = """#!{python}
 import json, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
