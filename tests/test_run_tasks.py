@@ -59,7 +59,7 @@ def test_every_task_of_a_recipe_is_reported(recipe, run_recipe, tmp_path, capsys
     datasets = [result["dataset"] for result in results]
     assert {"name": "POPE, COCO", "type": "lmms-lab/POPE"} in datasets
     assert {"name": "own table.csv", "type": "our-choices"} in datasets
-    assert [len(result["metrics"]) for result in results] == [3, 3, 1]
+    assert [len(result["metrics"]) for result in results] == [3, 4, 1]
     (headline,) = [
         metric
         for result in results
