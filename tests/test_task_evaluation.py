@@ -88,6 +88,17 @@ def test_batches_and_order_change_no_answer_of_other_tasks(lively_model, process
             assert metrics == pytest.approx(found[0][1])
 
 
+def test_a_note_says_that_the_options_were_not_shown(lively_model, processor, data, tmp_path):
+    _, (task, questions) = tasks(data)
+    hidden = task.model_copy(update={"prompts": {"card": "{question}"}})
+    for asked, is_noted in ((task, False), (hidden, True)):
+        settings = EvaluationSettings(revision="r", preset=preset_of(asked, "card"), max_new_tokens=2)
+        folder = tmp_path / str(is_noted)
+        evaluation = evaluate_task(asked, lively_model, processor, questions[:4], folder, settings)
+        note = json.loads((folder / "scores.json").read_text()).get("note", "")
+        assert ("the prompt does not show the options" in note) == is_noted and evaluation.note == note
+
+
 def test_a_killed_task_resumes_and_ends_the_same(lively_model, processor, data, tmp_path):
     for task, questions in tasks(data):
         settings = EvaluationSettings(revision="r", preset=preset_of(task, "card"), max_new_tokens=3, batch_size=4)

@@ -879,7 +879,7 @@ def test_evalscopes_answers_are_scored_by_its_own_rules(tmp_path, capsys, task, 
     assert result["protocols"][other]["metrics"][name] == under_it and not result.get("note")
 
 
-def test_evalscopes_numbers_begin_anew_in_each_category(own, capsys):
+def test_evalscopes_numbers_start_again_in_each_category(own, capsys):
     folder, arguments = own
     rows = [row | {"question": f"What is {i // 2 % 3}{row['kind']}?"} for i, row in enumerate(ROWS)]
     write_lines(folder / "q.jsonl", rows)

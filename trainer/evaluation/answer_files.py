@@ -344,7 +344,14 @@ def _evalscope(row: dict[str, Any], where: str) -> Answer:
         raise UserError("no text of the model in choices", where=where, fix="pass EvalScope's predictions") from error
     index = _id(row["index"], where)
     number = index if isinstance(index, int) else None
-    return Answer(where, index, said, asked=asked[0] if asked else None, number=number, counts_anew=number is not None)
+    return Answer(
+        where,
+        index,
+        said,
+        asked=asked[0] if asked else None,
+        number=number,
+        number_may_be_in_category=number is not None,
+    )
 
 
 def _message_text(content: Any) -> str:

@@ -38,7 +38,7 @@ class Answer:
         group: the question's category, where it is known.
         id_may_be_image: the id is the question's or the image's, as in LLaVA's files.
         number: the question's in the data set, from 0, as in EvalScope's and lmms-eval's files.
-        counts_anew: the number may count in one category alone, and is no id, as in EvalScope's files.
+        number_may_be_in_category: it is that in the data set or in one category, as in EvalScope's files.
         row: what else of the row is kept.
     """
 
@@ -51,7 +51,7 @@ class Answer:
     group: str | None = None
     id_may_be_image: bool = False
     number: int | None = None
-    counts_anew: bool = False
+    number_may_be_in_category: bool = False
     row: Mapping[str, Any] = field(default_factory=dict)
 
     def with_row(self, more: Mapping[str, Any]) -> "Answer":
@@ -184,9 +184,9 @@ def image_key(image: str) -> str:
 
 def _ids_fit(answers: Sequence[Answer], questions: Sequence[Question], *, running: bool) -> bool:
     """Whether the ids are those of the questions; `running` ones may happen to be those of others."""
-    if all(answer.question_id is None or answer.counts_anew for answer in answers):
+    if all(answer.question_id is None or answer.number_may_be_in_category for answer in answers):
         return False
-    # POPE's ids begin anew in each category; the numbers do not
+    # POPE's ids start again in each category; the numbers do not
     if all(answer.number is not None for answer in answers) and _repeats(answers):
         return False
     annotated = {str(question.question_id): question for question in questions}
@@ -221,7 +221,7 @@ def _ids_by_number(answers: Sequence[Answer], questions: Sequence[Question], pat
     if any(answer.number is None for answer in answers):
         return []
     found = [fitting] if (fitting := _numbered(answers, dict(enumerate(questions)))) else []
-    if all(answer.counts_anew for answer in answers):
+    if all(answer.number_may_be_in_category for answer in answers):
         parts: dict[str, list[Question]] = defaultdict(list)
         for question in questions:
             for group in question.groups:
