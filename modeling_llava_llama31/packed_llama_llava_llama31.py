@@ -353,10 +353,10 @@ class _BlockAttention(torch.autograd.Function):
         query, key, value = (query * scaling).transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         weights = []
         for block in ctx.blocks:
-            scores = torch.bmm(_fold(query[:, block.queries], groups), block.keys(key).transpose(1, 2))
+            scores = _bmm(_fold(query[:, block.queries], groups), block.keys(key).transpose(1, 2))
             _unfold(scores, groups)[..., -block.num_queries :] += plan.diagonal(block.num_queries, query)
             weights.append(torch.softmax(scores, dim=-1, out=scores))
-            output[block.queries] = _unfold(torch.bmm(scores, block.keys(value)), groups).transpose(0, 1)
+            output[block.queries] = _unfold(_bmm(scores, block.keys(value)), groups).transpose(0, 1)
         if aligned is not None:
             output = output.index_select(0, aligned.query_places)
         ctx.save_for_backward(query, key, value, output, *weights)
@@ -378,11 +378,11 @@ class _BlockAttention(torch.autograd.Function):
         key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
         for block, weight in zip(ctx.blocks, weights, strict=True):
             grads, mean = (_fold(x[block.queries].transpose(0, 1), groups) for x in (grad, along))
-            block.add(value_grad, torch.bmm(weight.transpose(1, 2), grads))
-            scores = torch.bmm(grads, block.keys(value).transpose(1, 2))
+            block.add(value_grad, _bmm(weight.transpose(1, 2), grads))
+            scores = _bmm(grads, block.keys(value).transpose(1, 2))
             scores.sub_(mean).mul_(weight)
-            query_grad[:, block.queries] = _unfold(torch.bmm(scores, block.keys(key)), groups)
-            block.add(key_grad, torch.bmm(scores.transpose(1, 2), _fold(query[:, block.queries], groups)))
+            query_grad[:, block.queries] = _unfold(_bmm(scores, block.keys(key)), groups)
+            block.add(key_grad, _bmm(scores.transpose(1, 2), _fold(query[:, block.queries], groups)))
         query_grad, key_grad, value_grad = (x.transpose(0, 1) for x in (query_grad, key_grad, value_grad))
         if aligned is not None:
             query_grad = query_grad.index_select(0, aligned.query_places)
@@ -396,6 +396,18 @@ class _BlockAttention(torch.autograd.Function):
             x.transpose(0, 1)[None] for x in (query_grad.mul_(ctx.scaling), key_grad, value_grad)
         )
         return query_grad, key_grad, value_grad, None, None
+
+
+def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`torch.bmm`, which gives each of a CPU's threads whole matrices: what is left over keeps all threads busy."""
+    num_even = len(a) - len(a) % torch.get_num_threads()
+    if num_even in (0, len(a)) or a.dtype in _FILLED_DTYPES:
+        return torch.bmm(a, b)
+    product = a.new_empty(len(a), a.shape[1], b.shape[2])
+    torch.bmm(a[:num_even], b[:num_even], out=product[:num_even])
+    for i in range(num_even, len(a)):
+        torch.mm(a[i], b[i], out=product[i])
+    return product
 
 
 def _fold(x: torch.Tensor, groups: int) -> torch.Tensor:

@@ -86,6 +86,29 @@ def test_in_float32(tiny_config, samples, collate, make_stock, options):
     assert_equal((got[0].double(), {n: g.double() for n, g in got[1].items()}), exact, 0.0, relative=1e-6)
 
 
+def test_heads_that_the_threads_do_not_share_evenly(monkeypatch):
+    """Three heads of keys for two threads: the first two in one batched product, the third by itself."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(packed_llama, "_BLOCK_QUERIES", 16)
+    batch_sizes = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, *others, **out: batch_sizes.append(len(a)) or bmm(a, *others, **out))
+    generator = torch.Generator().manual_seed(0)
+    plan = packed_llama.plan_row([(37, 5, 19), (21,)])
+    results = []
+    for attend in (packed_llama.packed_attention, packed_llama._segment_attention):
+        inputs = [
+            torch.randn(1, heads, 82, 8, generator=generator.manual_seed(heads), dtype=torch.float64)
+            for heads in (9, 3, 3)
+        ]
+        for x in inputs:
+            x.requires_grad_()
+        output = attend(*inputs, plan, 8**-0.5)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    assert set(batch_sizes) == {2}
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 def test_conversations_about_an_image_share_its_trunk(samples, collate):
     row = collate(samples, packed=True, share_prefix=True)
     branches = [len(tree) - 1 for tree in row["packing"]]

@@ -7,8 +7,10 @@ import json
 import random
 import re
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -36,6 +38,7 @@ from llava_llama31.trainer.data.sources.reject_reasons import RecordError
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation import generation, textvqa
 from llava_llama31.trainer.evaluation.answering import derangement
+from llava_llama31.trainer.evaluation.asker import take_turns
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, undisturbed
 from llava_llama31.trainer.evaluation.presets import PRESETS, Preset
 from llava_llama31.trainer.evaluation.questions import Question, load_questions
@@ -214,6 +217,55 @@ def test_each_image_is_encoded_once(lively_model, processor, questions, tmp_path
         )
         assert sum(num_tiles) == expected  # 25 images of 40 questions
     handle.remove()
+
+
+def test_a_cpu_takes_a_few_tiles_at_once_through_the_vision_tower(lively_model, processor, questions, monkeypatch):
+    vision = lively_model.config.vision_config
+    monkeypatch.setattr(generation, "TOWER_POSITIONS_ON_CPU", 2 * (vision.image_size // vision.patch_size) ** 2)
+    num_tiles = []
+    handle = lively_model.model.vision_tower.embeddings.register_forward_hook(
+        lambda module, inputs, output: num_tiles.append(len(output))
+    )
+    answerer = GreedyAnswerer(lively_model, processor)
+    prompts = [prompt_for(answerer, question) for question in questions[:8]]
+    with torch.no_grad():
+        answerer._read(prompts)
+    handle.remove()
+    images = {id(tiles): len(tiles) for prompt in prompts for tiles in prompt.tiles}
+    assert max(num_tiles) == 2 < max(images.values()) and sum(num_tiles) == sum(images.values())
+
+
+class OneImageATurn:
+    """Stands for an asker of a model on a device: notes what it opens and asks."""
+
+    def __init__(self, device):
+        self.answerer = SimpleNamespace(model=SimpleNamespace(device=torch.device(device)))
+        self.opened = {name: threading.Event() for name in "abc"}
+        self.events = []
+
+    def shows(self, batch):
+        return {batch: batch}
+
+    def open(self, image_id):
+        self.events.append(f"open {image_id}")
+        self.opened[image_id].set()
+        return "not an image"
+
+    def ask(self, batch, images):
+        if self.answerer.model.device.type != "cpu":
+            assert all(opened.wait(60) for opened in self.opened.values())
+        self.events.append(f"ask {batch}")
+        return [batch]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_images_are_decoded_while_a_gpu_computes_and_before_a_cpu_does(device):
+    one = OneImageATurn(device)
+    assert list(take_turns([(one, batch) for batch in "abc"])) == [["a"], ["b"], ["c"]]
+    if device == "cpu":
+        assert one.events == ["open a", "ask a", "open b", "ask b", "open c", "ask c"]
+    else:
+        assert sorted(one.events[:3]) == ["open a", "open b", "open c"]
 
 
 def test_prefixes_of_one_row_are_those_read_alone(lively_model, processor, questions, monkeypatch):

@@ -1,4 +1,4 @@
-"""From questions to prediction rows: images decoded ahead, whole images to a batch, every failure named.
+"""From questions to prediction rows: images decoded by threads, whole images to a batch, every failure named.
 
 Several askers of one model take turns: an image that they share is decoded and read once.
 """
@@ -92,7 +92,7 @@ class Asker:
         return {image_id: (self.contents[image_id], self.settings.jpeg_rounds) for image_id in shown}
 
     def ask_all(self, batches: Sequence[Sequence[Question]]) -> Iterator[list[dict[str, Any]]]:
-        """Prediction rows batch by batch, while threads decode the images of the batches ahead."""
+        """Prediction rows batch by batch; see `take_turns`."""
         return take_turns([(self, batch) for batch in batches])
 
     def open(self, image_id: str) -> "_Tiled | str":
@@ -212,16 +212,23 @@ def check_image(row: Mapping[str, Any], images: Mapping[str, ImageRef]) -> None:
 
 
 def take_turns(turns: Sequence[Turn], prefixes: Prefixes | None = None) -> Iterator[list[dict[str, Any]]]:
-    """Prediction rows of each turn's batch, in order, while threads decode the images of the turns ahead.
+    """Prediction rows of each turn's batch, in order.
+
+    While a GPU computes, threads decode the images of the turns ahead. A CPU's threads all compute: there each turn's
+    images are decoded when it comes, by as many threads.
 
     Args:
+        turns: of one model.
         prefixes: those that the askers' answerers share; an image that no later turn shows is freed there.
     """
     last = {key: number for number, (asker, batch) in enumerate(turns) for key in asker.shows(batch).values()}
-    with ThreadPoolExecutor(NUM_BATCHES_AHEAD) as pool:
+    num_ahead, num_threads = NUM_BATCHES_AHEAD, NUM_BATCHES_AHEAD
+    if turns and turns[0][0].answerer.model.device.type == "cpu":
+        num_ahead, num_threads = 0, torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads) as pool:
         opened: dict[Hashable, Future[_Tiled | str]] = {}
         for number, (asker, batch) in enumerate(turns):
-            for other, later in turns[number : number + 1 + NUM_BATCHES_AHEAD]:
+            for other, later in turns[number : number + 1 + num_ahead]:
                 for image_id, key in other.shows(later).items():
                     if key not in opened:
                         opened[key] = pool.submit(other.open, image_id)

@@ -31,6 +31,8 @@ from llava_llama31.trainer.errors import UserError
 STEPS_BETWEEN_SYNCS = 4
 # prefixes are read together up to so many positions: products of few rows wait for the weights
 POSITIONS_OF_A_ROW = 2048
+# positions that a CPU takes through the vision tower at once: more do not stay in its cache between two operations
+TOWER_POSITIONS_ON_CPU = 1024
 LARGEST_BATCH_SIZE_ON_CPU, LARGEST_BATCH_SIZE, POSITIONS_OF_A_QUESTION = 16, 64, 256
 
 
@@ -250,12 +252,20 @@ class GreedyAnswerer:
             images["image_sizes"] = sizes
             placeholders = (ids[0] == self.processor.image_token_id).nonzero()[:, 0]
             images["image_positions"] = to_device(placeholders, device)
+            if tiles and device.type == "cpu" and not self.in_step:
+                images["image_features"] = self._tower_features(images.pop("pixel_values"))
+                images["has_features"] = [True] * len(sizes)
         else:
             images |= {"use_cache": True, "logits_to_keep": 1}
         self._forward(input_ids=to_device(ids, device), **{CACHE_NAME: cache}, **images)
         layers: list[Any] = cache.layers
         parts = [zip(*(x.split(lengths, dim=2) for x in (layer.keys, layer.values)), strict=True) for layer in layers]
         return list(zip(*parts, strict=True))
+
+    def _tower_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The projector's input for tiles (T, 3, H, W), a few tiles at a time."""
+        num_tiles = TOWER_POSITIONS_ON_CPU // (self.processor.tile_size // self.processor.patch_size) ** 2
+        return torch.cat([self.model.model.tile_features(part) for part in pixel_values.split(max(1, num_tiles))])
 
     @torch.no_grad()
     def stream(self, prompt: Prompt, choose: Choice = most_likely) -> Iterator[int]:
