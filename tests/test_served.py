@@ -194,6 +194,23 @@ def test_what_is_no_answer_is_not_scored_as_an_empty_one(lively_folder, data, ca
         assert ask(lively_folder, data, url) == 0  # it is asked again
 
 
+def test_a_server_that_answers_with_another_model_is_named(lively_folder, data, capsys):
+    """LM Studio, for one, answers with whatever model it has loaded."""
+
+    def said_by(number):
+        status, content = said("red")
+        return status, content | {"model": ["m", "llama-3", None][number % 3]}
+
+    with scripted(said_by) as (url, _):
+        assert ask(lively_folder, data, url, "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["answered_by"] == {"llama-3": 2}
+    assert json.loads(Path("out/scores.json").read_text())["answered_by"] == {"llama-3": 2}
+    assert "the server says that another model than m has answered: llama-3 (2 questions)" in err
+    rows = [json.loads(line) for line in Path("out/predictions.jsonl").read_text().splitlines()]
+    assert [row.get("served_model") for row in rows] == ["llama-3", None, None, "llama-3"]
+
+
 def test_a_busy_server_is_asked_again(lively_folder, data, capsys, monkeypatch):
     monkeypatch.setattr(client, "WAITS", (0.0, 0.0))
     busy = {1: (429, {}), 2: (503, {}), 4: None}

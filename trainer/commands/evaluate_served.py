@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def run_served(options: argparse.Namespace) -> bool:
     """Ask a server all questions; whether every one is answered."""
     from llava_llama31.trainer.evaluation.answering import ToAsk
-    from llava_llama31.trainer.evaluation.served import answer_by_server
+    from llava_llama31.trainer.evaluation.served import answer_by_server, other_models
     from llava_llama31.trainer.evaluation.textvqa import weights_revision
     from llava_llama31.trainer.model.locating import model_folder
 
@@ -56,9 +56,14 @@ def run_served(options: argparse.Namespace) -> bool:
         pages = [] if options.no_browser else _pages(tasks, asked, evaluations, progress)
     samples = _samples(options, folder, asked, found)
     values = [evaluation.to_json() for evaluation in evaluations]
-    for value, answers, sample in zip(values, found, samples, strict=False):
-        value["sample"] = sample.to_json()
-        answers.write_scores(value)
+    for number, (value, answers) in enumerate(zip(values, found, strict=True)):
+        more: dict[str, Any] = {"sample": samples[number].to_json()} if samples else {}
+        if others := other_models(answers.rows):
+            more["answered_by"] = others
+            _say_who_answered(others, server.client.model)
+        if more:
+            value |= more
+            answers.write_scores(value)
     if options.json_output:
         print_json(values[0] if len(values) == 1 else {"tasks": values})
     else:
@@ -153,6 +158,14 @@ def _print(
         print_files(evaluation, part, pages[number : number + 1])
         for sample in samples[number : number + 1]:
             _print_sample(sample)
+
+
+def _say_who_answered(others: dict[str, int], asked: str) -> None:
+    """A warning on stderr: some servers answer with whatever model they have."""
+    from llava_llama31.trainer.terminal import Terminal
+
+    named = ", ".join(f"{name} ({count} questions)" for name, count in others.items())
+    Terminal(stderr=True).print(f"the server says that another model than {asked} has answered: {named}")
 
 
 def _print_sample(sample: "Sampled") -> None:

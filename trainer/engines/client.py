@@ -35,12 +35,14 @@ class Served:
         num_prompt_tokens: that it counted in the prompt; None if it does not say.
         error: why it refused, else empty.
         finish_reason: what it says of the answer's end: `stop`, `length`; empty if nothing.
+        model: that it says has answered; empty if it does not say.
     """
 
     text: str | None
     num_prompt_tokens: int | None = None
     error: str = ""
     finish_reason: str = ""
+    model: str = ""
 
 
 class EngineClient:
@@ -88,6 +90,7 @@ class EngineClient:
             text = content["choices"][0]["message"]["content"]
             counted = (content.get("usage") or {}).get("prompt_tokens")
             reason = str(content["choices"][0].get("finish_reason") or "")
+            model = str(content.get("model") or "")
             if not isinstance(text, str | None):
                 raise TypeError(f"content is a {type(text).__name__}")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -98,7 +101,7 @@ class EngineClient:
             # e.g. a reasoning parser that took all words: an empty answer would be the model's own
             why = f"the server gave no answer in content; finish_reason is {reason or 'not given'}"
             return Served(None, num_prompt_tokens, why, reason)
-        return Served(text, num_prompt_tokens, finish_reason=reason)
+        return Served(text, num_prompt_tokens, finish_reason=reason, model=model)
 
     def _ask_patiently(self, body: dict[str, Any]) -> httpx2.Response:
         """The answer to a request; a busy server and one that closes the connection are asked again."""

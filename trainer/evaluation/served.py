@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -166,6 +167,8 @@ class _Asking:
             facts["ended"] = "length" if served.finish_reason == "length" else "stop"
         if served.num_prompt_tokens is not None:
             facts["num_prompt_tokens"] = served.num_prompt_tokens
+        if served.model not in ("", self.server.client.model):
+            facts["served_model"] = served.model
         return facts
 
     def _encoded(self, image_id: str) -> tuple[str, str]:
@@ -182,6 +185,11 @@ class _Asking:
             while len(self._recent) > self.server.concurrency:
                 del self._recent[next(iter(self._recent))]
         return encoded
+
+
+def other_models(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Models other than the one asked for that a server says have answered -> how many questions."""
+    return dict(Counter(row["served_model"] for row in rows if "served_model" in row))
 
 
 def sample_of(questions: Sequence[Question], number: int) -> list[Question]:
