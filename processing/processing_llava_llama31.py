@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from transformers import LlavaNextImageProcessor, LlavaNextProcessor, PreTrainedTokenizerBase
+from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor, PreTrainedTokenizerBase
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_transforms import normalize, rescale
 from transformers.image_utils import ChannelDimension
@@ -153,8 +153,19 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         """Stock `from_pretrained`; where a folder does not name a padding side, batches are padded on the left.
 
         A tokenizer that adds its own bos to the template's, as folders of earlier versions have it, no longer does.
+        Images are resized by PIL as in training, also where torchvision is installed, which gives other pixels.
+
+        Raises:
+            ValueError: `backend` asks for other pixels.
         """
+        if kwargs.get("backend") not in (None, "pil"):
+            raise ValueError(
+                f"backend={kwargs['backend']!r} gives other pixels than training: leave it out, or open the folder "
+                "with LlavaNextProcessor"
+            )
         processor = super().from_pretrained(*args, **kwargs)
+        if not isinstance(processor.image_processor, LlavaNextImageProcessorPil):
+            processor.image_processor = LlavaNextImageProcessorPil.from_dict(processor.image_processor.to_dict())
         tokenizer = processor.tokenizer
         if "padding_side" not in tokenizer.init_kwargs:
             tokenizer.padding_side = "left"
@@ -469,7 +480,7 @@ def build_processor(
     if tokenizer.num_special_tokens_to_add():
         _add_nothing(tokenizer)
     tokenizer.padding_side = "left"  # a batch is generated from at its right end
-    image_processor = LlavaNextImageProcessor(
+    image_processor = LlavaNextImageProcessorPil(
         size={"shortest_edge": image_size},
         crop_size={"height": image_size, "width": image_size},
         image_mean=list(image_mean),

@@ -1,9 +1,13 @@
 """What Transformers makes of an image of any mode: the tests' reference for ours."""
 
+from functools import partial
+
 import numpy as np
+import pytest
 import transformers
 from packaging.version import Version
 from PIL import Image
+from transformers import AutoImageProcessor, LlavaNextImageProcessorPil, LlavaNextProcessor
 from transformers.image_transforms import convert_to_rgb
 
 
@@ -18,3 +22,15 @@ def on_white(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
+
+
+def resizing_by_pil(processor: LlavaNextProcessor) -> LlavaNextProcessor:
+    """A stock processor, with PIL's image processor where an installed torchvision gave it another one."""
+    processor.image_processor = LlavaNextImageProcessorPil.from_dict(processor.image_processor.to_dict())
+    return processor
+
+
+def resize_by_pil(patch: pytest.MonkeyPatch) -> None:
+    """Stock processors that are opened from here on resize by PIL, also where torchvision is installed."""
+    by_pil = partial(AutoImageProcessor.from_pretrained, backend="pil")
+    patch.setattr(AutoImageProcessor, "from_pretrained", by_pil)

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from stock_pixels import resize_by_pil
 from transformers import LlavaNextForConditionalGeneration
 
 from llava_llama31 import LlavaLlama31ForConditionalGeneration
@@ -293,6 +294,7 @@ def test_what_adapters_can_not_hold_is_refused(run_adapters, base_folder, tmp_pa
 @pytest.mark.slow
 def test_adapters_are_published_for_a_base_at_a_revision(adapted_run, base_folder, monkeypatch, tmp_path):
     """Of a base in the Hub's cache; the gate takes the folder, and both doors open it on that base."""
+    resize_by_pil(monkeypatch)
     revision = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub/models--me--base"
     shutil.copytree(base_folder, repository / "snapshots" / revision)

@@ -281,7 +281,7 @@ def test_two_doors_open_in_clean_processes_with_equal_logits(tiny_model, process
         "HF_HUB_OFFLINE": "1",
         "PATH": "",
         "OMP_NUM_THREADS": "1",
-        "HIDDEN_PACKAGES": "bitsandbytes,torchao",
+        "HIDDEN_PACKAGES": "bitsandbytes,torchao,torchvision",  # torchvision resizes otherwise
     }
     quick = Path(__file__).parent / "quick_start/sitecustomize.py"
     command = [sys.executable, "-I", str(script), str(folder), str(quick)]

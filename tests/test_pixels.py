@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from stock_pixels import DROPS_TRANSPARENCY, on_white
+from stock_pixels import DROPS_TRANSPARENCY, on_white, resizing_by_pil
 from transformers import AutoProcessor, LlavaNextProcessor
 
 from llava_llama31.processing.pixels_llava_llama31 import upright_rgb
@@ -128,7 +128,7 @@ def remote(folder):
 def stock(folder):
     loaded = AutoProcessor.from_pretrained(folder)
     assert type(loaded) is LlavaNextProcessor
-    return loaded
+    return resizing_by_pil(loaded)
 
 
 def check_all_doors(data: bytes, processor, remote, path: Path) -> np.ndarray:

@@ -18,7 +18,15 @@ from jinja2.exceptions import TemplateError
 from packaging.version import Version
 from PIL import Image
 from tokenizers import Tokenizer, models, processors
-from transformers import AddedToken, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AddedToken,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    PreTrainedTokenizerFast,
+)
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
@@ -325,6 +333,28 @@ def test_a_tokenizer_without_llamas_tokens_is_refused():
         build_processor(
             bare, image_size=28, patch_size=14, image_mean=[0], image_std=[1], image_grid_pinpoints=[[28, 28]]
         )
+
+
+class Torchvisions(CLIPImageProcessorPil):
+    """Stands for the image processor that Transformers gives where torchvision is installed: the same settings."""
+
+    valid_kwargs = LlavaNextImageProcessorPil.valid_kwargs
+
+
+def test_images_are_resized_by_pil_also_where_torchvision_is_installed(processor, make_image, tmp_path, monkeypatch):
+    """Its pixels differ by 1 of 255 in most values of a resized image; training knows PIL's alone."""
+    processor.save_pretrained(tmp_path)
+    by_torchvision = Torchvisions.from_pretrained(tmp_path)
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", lambda *args, **kwargs: by_torchvision)
+    for opened in (
+        LlavaLlama31Processor.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True),
+    ):
+        assert type(opened.image_processor) is type(processor.image_processor) is LlavaNextImageProcessorPil
+        given = opened(images=make_image(40, 61), text="<image>", return_tensors="np")
+        assert np.array_equal(given["pixel_values"][0], processor.tiles(make_image(40, 61)))
+    with pytest.raises(ValueError, match="backend='torchvision' gives other pixels than training"):
+        LlavaLlama31Processor.from_pretrained(tmp_path, backend="torchvision")
 
 
 def test_a_saved_folder_names_stock_classes_and_round_trips(processor, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stock_pixels import resize_by_pil
 from transformers import LlavaNextForConditionalGeneration
 
 from llava_llama31.trainer.checkpoint import atomic_folders
@@ -134,7 +135,8 @@ def test_what_is_quantised_already_or_too_narrow_is_refused(twins, run, tmp_path
 
 
 @pytest.mark.slow
-def test_a_twin_is_scored_shown_and_limited(run, data_folder, tmp_path, capsys):
+def test_a_twin_is_scored_shown_and_limited(run, data_folder, tmp_path, capsys, monkeypatch):
+    resize_by_pil(monkeypatch)
     assert main(["export", str(run), "--quantize", "int8"]) == 0
     folder = run / "export-int8"
     assert capsys.readouterr().out.strip() == str(folder)

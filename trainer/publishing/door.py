@@ -138,6 +138,9 @@ def open_all(model_id: str, revision: str, folder: str, code_file: str = "") -> 
     """What each process found; of one that failed, the last line of its error, and nothing of those after it."""
     gc.disable()  # a fifth of the imports' time; this process and its forks soon end
     atexit.register(gc.freeze)  # and a search in all of them at its end
+    # stock classes would resize with it, which gives other pixels than training: the doors differ by their code alone
+    hidden: dict[str, Any] = {"torchvision": None}
+    sys.modules.update(hidden)
     import torch  # noqa: F401  # before the forks, which then share it
     from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextForConditionalGeneration  # noqa: F401
 
