@@ -158,10 +158,11 @@ class LlavaLlama31Processor(LlavaNextProcessor):
         Raises:
             ValueError: `backend` asks for other pixels.
         """
-        if kwargs.get("backend") not in (None, "pil"):
+        backend = kwargs.pop("backend", None)  # or a tokenizer would keep it among its own settings
+        if backend not in (None, "pil"):
             raise ValueError(
-                f"backend={kwargs['backend']!r} gives other pixels than training: leave it out, or open the folder "
-                "with LlavaNextProcessor"
+                f"backend={backend!r} gives other pixels than training: leave it out, or open the folder with "
+                "LlavaNextProcessor"
             )
         processor = super().from_pretrained(*args, **kwargs)
         if not isinstance(processor.image_processor, LlavaNextImageProcessorPil):

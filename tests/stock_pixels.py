@@ -7,7 +7,7 @@ import pytest
 import transformers
 from packaging.version import Version
 from PIL import Image
-from transformers import AutoImageProcessor, LlavaNextImageProcessorPil, LlavaNextProcessor
+from transformers import AutoImageProcessor
 from transformers.image_transforms import convert_to_rgb
 
 
@@ -22,12 +22,6 @@ def on_white(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
-
-
-def resizing_by_pil(processor: LlavaNextProcessor) -> LlavaNextProcessor:
-    """A stock processor, with PIL's image processor where an installed torchvision gave it another one."""
-    processor.image_processor = LlavaNextImageProcessorPil.from_dict(processor.image_processor.to_dict())
-    return processor
 
 
 def resize_by_pil(patch: pytest.MonkeyPatch) -> None:

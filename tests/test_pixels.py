@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from stock_pixels import DROPS_TRANSPARENCY, on_white, resizing_by_pil
+from stock_pixels import DROPS_TRANSPARENCY, on_white, resize_by_pil
 from transformers import AutoProcessor, LlavaNextProcessor
 
 from llava_llama31.processing.pixels_llava_llama31 import upright_rgb
@@ -126,9 +126,11 @@ def remote(folder):
 
 @pytest.fixture(scope="session")
 def stock(folder):
-    loaded = AutoProcessor.from_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        resize_by_pil(patch)
+        loaded = AutoProcessor.from_pretrained(folder)
     assert type(loaded) is LlavaNextProcessor
-    return resizing_by_pil(loaded)
+    return loaded
 
 
 def check_all_doors(data: bytes, processor, remote, path: Path) -> np.ndarray:

@@ -353,6 +353,8 @@ def test_images_are_resized_by_pil_also_where_torchvision_is_installed(processor
         assert type(opened.image_processor) is type(processor.image_processor) is LlavaNextImageProcessorPil
         given = opened(images=make_image(40, 61), text="<image>", return_tensors="np")
         assert np.array_equal(given["pixel_values"][0], processor.tiles(make_image(40, 61)))
+    named = LlavaLlama31Processor.from_pretrained(tmp_path, backend="pil")
+    assert named.tokenizer.init_kwargs.get("backend") != "pil"
     with pytest.raises(ValueError, match="backend='torchvision' gives other pixels than training"):
         LlavaLlama31Processor.from_pretrained(tmp_path, backend="torchvision")
 

@@ -1,23 +1,30 @@
 """The gate: a whole folder passes, and a folder that breaks one rule is refused by that rule with file and fix."""
 
+import atexit
 import base64
+import gc
+import importlib.util
 import json
 import os
 import pickle
 import shutil
+import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from stock_pixels import resize_by_pil
 
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.export.export import write_export
 from llava_llama31.trainer.model.opening import open_model
+from llava_llama31.trainer.publishing import door as door_process
 from llava_llama31.trainer.publishing import doors
 from llava_llama31.trainer.publishing.door import open_door
 from llava_llama31.trainer.publishing.doors import empty_cache, open_doors
@@ -463,6 +470,7 @@ def test_doors_that_do_not_fit(folder, change, message):
 )
 def test_doors_whose_logits_do_not_fit(folder, change, message, monkeypatch):
     """The doors' own code in this process, which is clean enough for what is compared."""
+    resize_by_pil(monkeypatch)
 
     def both(arguments: list[str], cache: Path, *, online: bool) -> dict[str, dict]:
         opened = {door: open_door(door, str(folder), "", f"{cache}/{door}.safetensors") for door in doors.DOORS}
@@ -472,3 +480,16 @@ def test_doors_whose_logits_do_not_fit(folder, change, message, monkeypatch):
     change(folder)
     with empty_cache() as cache, pytest.raises(UserError, match=message):
         open_doors(folder, cache)
+
+
+def test_both_doors_open_without_torchvision(tmp_path, monkeypatch):
+    """Stock classes would resize with it, and the doors would differ by their pixels."""
+    found = []
+    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+    monkeypatch.setattr(gc, "disable", lambda: None)
+    monkeypatch.setattr(atexit, "register", lambda *arguments: None)
+    monkeypatch.setattr(
+        door_process, "_forked", lambda job, file: {"found": found.append(importlib.util.find_spec("torchvision"))}
+    )
+    door_process.open_all("model", "", str(tmp_path))
+    assert found == [None, None]

@@ -206,7 +206,7 @@ def test_a_server_that_answers_with_another_model_is_named(lively_folder, data, 
     out, err = capsys.readouterr()
     assert json.loads(out)["answered_by"] == {"llama-3": 2}
     assert json.loads(Path("out/scores.json").read_text())["answered_by"] == {"llama-3": 2}
-    assert "the server says that another model than m has answered: llama-3 (2 questions)" in err
+    assert "the server was asked for m and names what has answered: llama-3 (2 questions)" in err
     rows = [json.loads(line) for line in Path("out/predictions.jsonl").read_text().splitlines()]
     assert [row.get("served_model") for row in rows] == ["llama-3", None, None, "llama-3"]
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import ROWS, make_tokenizer
 from safetensors.torch import load_file, save_file
-from stock_pixels import resizing_by_pil
+from stock_pixels import resize_by_pil
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPVisionConfig,
@@ -147,10 +147,11 @@ def test_an_assembled_folder_is_stocks_and_holds_the_towers_own_weights(parts, a
     assert (list(statistics) == [0.5] * 3) == (tower != "mlcd")
 
 
-def test_logits_are_stocks_and_so_are_the_processors_pixels_and_ids(assembled, tower, opened, make_image):
+def test_logits_are_stocks_and_so_are_the_processors_pixels_and_ids(assembled, tower, opened, make_image, monkeypatch):
+    resize_by_pil(monkeypatch)
     model, processor = opened
     stock = LlavaNextForConditionalGeneration.from_pretrained(assembled / tower)
-    stock_processor = resizing_by_pil(LlavaNextProcessor.from_pretrained(assembled / tower))
+    stock_processor = LlavaNextProcessor.from_pretrained(assembled / tower)
     for size in ((40, 60), (20, 90), (130, 25), (61, 33)):
         image = make_image(*size, seed=sum(size))
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]

@@ -165,7 +165,7 @@ def _say_who_answered(others: dict[str, int], asked: str) -> None:
     from llava_llama31.trainer.terminal import Terminal
 
     named = ", ".join(f"{name} ({count} questions)" for name, count in others.items())
-    Terminal(stderr=True).print(f"the server says that another model than {asked} has answered: {named}")
+    Terminal(stderr=True).print(f"the server was asked for {asked} and names what has answered: {named}")
 
 
 def _print_sample(sample: "Sampled") -> None:
