@@ -28,6 +28,7 @@ from transformers import TrainerState
 
 from llava_llama31.assembly import staged_folder
 from llava_llama31.trainer.checkpoint import atomic_folders
+from llava_llama31.trainer.checkpoint.background import wait_for_background
 from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import EndedElsewhere, OutOfMemory, Unhealthy, UserError
 from llava_llama31.trainer.fault_tolerance import peers
@@ -35,6 +36,7 @@ from llava_llama31.trainer.fault_tolerance.out_of_memory import advising
 from llava_llama31.trainer.fault_tolerance.stage_guard import StopRequests
 from llava_llama31.trainer.fault_tolerance.step_health import ENOUGH, MOST_SKIPPED_IN_A_ROW, WINDOW, Health
 from llava_llama31.trainer.recipes.schema import Stage
+from llava_llama31.trainer.runs import stage_parts
 from llava_llama31.trainer.training import stage_checkpoints
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
@@ -333,6 +335,7 @@ def test_a_disk_that_gets_full_in_a_save_leaves_the_former_checkpoint(train, mon
 
     def save_checkpoint(self, *arguments):
         if self.state.global_step == 3:
+            wait_for_background(20)  # the former checkpoint's commit
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         original(self, *arguments)
 
@@ -348,6 +351,35 @@ def test_a_disk_that_gets_full_in_a_save_leaves_the_former_checkpoint(train, mon
     assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
     assert not list(folder.glob(".*")) and all(atomic_folders.verify(path) is None for path in folder.glob("c*"))
     assert train()[0] == 0
+
+
+def test_a_disk_that_is_full_for_the_log_is_reported_with_its_name(train, monkeypatch, capsys):
+    """The line of the save is cut off, and the next start begins one of its own."""
+    limits, original = resource.getrlimit(resource.RLIMIT_FSIZE), stage_parts.append_save
+
+    def append_save(path, stage, step):
+        if step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 9, limits[1]))
+        original(path, stage, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_parts, "append_save", append_save)
+        try:
+            code, run = train()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and capsys.readouterr().err.splitlines()[-1] == f"error: {run / 'log.jsonl'}: File too large"
+    assert (run / "log.jsonl").read_bytes().splitlines()[-1] == b'{"time": '
+    assert steps(run) == [1, 2] and train()[0] == 0 and steps(run) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_device_is_reported_with_the_file_and_the_fix(train, tmp_path, capsys):
+    log = tmp_path / "run/log.jsonl"
+    log.parent.mkdir()
+    log.symlink_to("/dev/full")
+    assert train()[0] == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: {log}: No space left on device (fix: free space there and run again)"
 
 
 @pytest.fixture
@@ -524,3 +556,21 @@ def test_a_failure_of_rank_0_ends_the_wait():
     with pytest.raises(EndedElsewhere) as ended:
         peers.Peers(1, 2, store).await_main("checked")
     assert (ended.value.exit_code, ended.value.untold) == (2, "rank 0, on another machine: no data")
+
+
+@pytest.mark.parametrize("parts_late", [False, True])
+def test_a_process_that_fails_first_ends_with_its_message_however_long_the_others_are_stuck(
+    monkeypatch, capsys, parts_late
+):
+    """Its watching thread ends a process that does not end by itself; the main thread had not printed by then."""
+    monkeypatch.setattr(peers, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(peers, "_GRACE_SECONDS", 1.0)
+    ended = []
+    monkeypatch.setattr(peers, "end_process", ended.append)
+    watched = peers.Peers(0, 2, dist.HashStore())  # whose rank 1 never signs off
+    with pytest.raises(UserError, match="planted"), watched.together():
+        raise UserError("planted")
+    time.sleep(0.1 + 1.5 * parts_late)  # such as the process group's own end
+    watched.close()
+    assert ended == [2] * parts_late
+    assert capsys.readouterr().err.splitlines() == ["error: planted"] * parts_late

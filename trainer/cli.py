@@ -7,6 +7,7 @@ llava-llama31 train tiny
 import argparse
 import atexit
 import difflib
+import errno
 import gc
 import io
 import logging
@@ -139,7 +140,9 @@ def _run(given: list[str]) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             raise
-        return _say(f"{error.filename or 'a file'}: {error.strerror or error}", EXIT_USER, debug=options.debug)
+        fix = " (fix: free space there and run again)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        what = f"{error.filename or 'a file'}: {error.strerror or error}{fix}"
+        return _say(what, EXIT_USER, debug=options.debug)
     except KeyboardInterrupt:
         say(_with_what_is_kept("stopped", options))
         return EXIT_KEYBOARD

@@ -1,5 +1,10 @@
 """Errors addressed to the user, and the commands' exit codes (docs/recipes.md)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
 EXIT_FAULT = 1  # a bug of ours, with its traceback
 EXIT_USER = 2
 # 3: evaluate and score found questions without an answer
@@ -85,3 +90,18 @@ class EndedElsewhere(Exception):
     def __init__(self, exit_code: int, untold: str = ""):
         super().__init__(f"another process of the run failed with exit code {exit_code}")
         self.exit_code, self.untold = exit_code, untold
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Context that puts `path` into an OSError that names no file, as on a full disk: an open file's write raises it.
+
+    Raises:
+        OSError: the same, with `path` as its filename.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from llava_llama31.trainer.checkpoint.package_versions import package_version
-from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.errors import UserError, naming
 
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def _decode(value: Any, tensors: "dict[str, torch.Tensor]") -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON durably and atomically; NaN is refused."""
     staging = staged(path)
-    with staging.open("w", encoding="utf-8") as file:
+    with naming(staging), staging.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, allow_nan=False, ensure_ascii=False)
         file.write("\n")
         file.flush()

@@ -18,7 +18,7 @@ from llava_llama31.processing import LlavaLlama31Processor
 from llava_llama31.trainer.checkpoint.run_folder import PREDICTIONS
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
-from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.errors import UserError, naming
 from llava_llama31.trainer.evaluation.asker import Asker, take_turns
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, Prefixes, undisturbed
 from llava_llama31.trainer.evaluation.predictions import PredictionsFile
@@ -50,7 +50,9 @@ class Answers:
     def write_scores(self, scores: dict[str, Any]) -> None:
         """Write scores.json beside the answers."""
         text = json.dumps(scores | {"predictions": PREDICTIONS}, indent=2)
-        self.path.with_name("scores.json").write_text(text + "\n", encoding="utf-8")
+        file = self.path.with_name("scores.json")
+        with naming(file):
+            file.write_text(text + "\n", encoding="utf-8")
 
 
 def answer_questions(

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from transformers import LlavaNextForConditionalGeneration
 
 from llava_llama31.processing import LlavaLlama31Processor
+from llava_llama31.trainer.errors import naming
 from llava_llama31.trainer.evaluation.asker import Asker
 from llava_llama31.trainer.evaluation.generation import GreedyAnswerer, undisturbed
 from llava_llama31.trainer.evaluation.presets import Preset
@@ -93,7 +94,9 @@ class TrainingQuestions:
         if rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (self.folder / f"step-{step}.jsonl").write_text(lines, encoding="utf-8")
+            file = self.folder / f"step-{step}.jsonl"
+            with naming(file):
+                file.write_text(lines, encoding="utf-8")
         failed = [row for row in rows if row["answer"] is None]
         if failed:
             first = f"question {failed[0]['question_id']}: {failed[0]['error']}"

@@ -10,7 +10,7 @@ import numpy as np
 
 from llava_llama31.trainer.data.sources.images import ImageRef
 from llava_llama31.trainer.data.sources.reject_reasons import RecordError
-from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.errors import UserError, naming
 from llava_llama31.trainer.evaluation.questions import Question
 
 
@@ -34,8 +34,9 @@ def with_ocr_tokens(
         for done, (image_id, image) in enumerate(images.items(), 1):
             if image_id not in tokens and read is not None:
                 tokens[image_id] = _words(read, image)
-                file.write(json.dumps({"image_id": image_id, "ocr_tokens": tokens[image_id]}) + "\n")
-                file.flush()
+                with naming(cache):
+                    file.write(json.dumps({"image_id": image_id, "ocr_tokens": tokens[image_id]}) + "\n")
+                    file.flush()
             if on_progress is not None:
                 on_progress(done, len(images))
     return [replace(question, ocr_tokens=tuple(tokens.get(question.image_id, ()))) for question in questions]

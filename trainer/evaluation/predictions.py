@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from llava_llama31.trainer.checkpoint.run_folder import PREDICTIONS
-from llava_llama31.trainer.errors import UserError
+from llava_llama31.trainer.errors import UserError, naming
 
 
 if TYPE_CHECKING:
@@ -74,11 +74,9 @@ class PredictionsFile:
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write one batch of rows, out of the process before the next batch begins."""
-        try:
+        with naming(Path(self._file.name)):
             self._file.write(_lines(rows))
             self._file.flush()
-        except OSError as error:  # of a full disk, Python does not say which file
-            raise OSError(error.errno, error.strerror, self._file.name) from error
         self.num_answered += len(rows)
 
     def finish(self, question_ids: Sequence[int | str]) -> list[dict[str, Any]]:
@@ -139,10 +137,11 @@ class PredictionsFile:
         """Make `rows` all there is; whenever it is killed, nothing that was there is lost."""
         partial = self.path.with_suffix(".partial")
         try:
-            partial.write_text(_lines(rows), encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
+            with naming(partial):
+                partial.write_text(_lines(rows), encoding="utf-8", errors="backslashreplace")
+        except OSError:
             partial.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(partial)) from error
+            raise
         os.replace(partial, self.path)
         for path in self.path.parent.glob("predictions.*.jsonl"):
             path.unlink()
@@ -163,7 +162,8 @@ class PredictionsFile:
             raise UserError(f"holds answers, but no {SETTINGS}", where=str(path.parent), fix="pass another --output")
         else:
             partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            with naming(partial):
+                partial.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             os.replace(partial, path)
 
 

@@ -258,8 +258,10 @@ class Peers:
         failure = self._failure()
         if failure["exit_code"] == EXIT_HANG:
             dump_stacks()  # the first to report a hang may be a process that waits for the stuck one
-        if not self._stopped.wait(_GRACE_SECONDS):
-            if untold := self._untold(failure):
+        ours = (failure["rank"], failure["thread"]) == (self.rank, threading.main_thread().ident)
+        # the main thread, which parts for as long from those that are stuck, must print what it has reported
+        if not self._stopped.wait(_GRACE_SECONDS * (1 + ours)):
+            if untold := failure["message"] if ours else self._untold(failure):
                 _say(untold)
             end_process(failure["exit_code"])
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llava_llama31.trainer.errors import naming
 from llava_llama31.trainer.fault_tolerance.step_health import Health
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.training.source_losses import nested
@@ -75,13 +76,11 @@ def append_entry(path: Path, stage: str, entry: dict[str, Any]) -> None:
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     plain = {key: str(value) if _is_odd(value) else value for key, value in entry.items()}
     line = json.dumps({"time": time, "stage": stage, **plain}, allow_nan=False)
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        end = os.fstat(file).st_size
-        cut = end > 0 and os.pread(file, 1, end - 1) != b"\n"  # a start that was killed as it wrote
-        os.write(file, f"{chr(10) * cut}{line}\n".encode())
-    finally:
-        os.close(file)
+    with naming(path), path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        cut = end > 0 and file.read(1) != b"\n"  # a start that was killed as it wrote, or a disk that was full
+        file.write(f"{chr(10) * cut}{line}\n".encode())
 
 
 def _is_odd(value: object) -> bool:

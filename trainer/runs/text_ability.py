@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.run_folder import RunFolder
 from llava_llama31.trainer.distributed.devices import release_cached_memory
-from llava_llama31.trainer.errors import Unhealthy
+from llava_llama31.trainer.errors import Unhealthy, naming
 from llava_llama31.trainer.evaluation.text_ability import ask_text, load_text_questions
 from llava_llama31.trainer.model.opening import open_model
 from llava_llama31.trainer.runs.context import RunContext
@@ -80,7 +80,9 @@ def _result(run: RunContext, stage: str, checkpoint: Path, step: int) -> dict[st
     release_cached_memory()
     file.parent.mkdir(exist_ok=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    file.with_suffix(".jsonl").write_text(lines, encoding="utf-8")
+    answers = file.with_suffix(".jsonl")
+    with naming(answers):
+        answers.write_text(lines, encoding="utf-8")
     atomic_folders.write_json(file, found)
     # of the first stage, at its beginning: a log has no stage before it
     logged = next(iter(run.recipe.stages)) if stage == BEFORE else stage

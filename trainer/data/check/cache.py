@@ -22,6 +22,7 @@ from llava_llama31.trainer.data import check, sources
 from llava_llama31.trainer.data.sources.images import stat_signature
 from llava_llama31.trainer.data.sources.parquet_rows import is_parquet
 from llava_llama31.trainer.data.sources.remote_files import signature
+from llava_llama31.trainer.errors import naming
 
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def write_atomically(path: Path, pieces: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
-        with open(staged, "w", encoding="utf-8") as file:
+        with naming(staged), staged.open("w", encoding="utf-8") as file:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())

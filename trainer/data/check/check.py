@@ -37,6 +37,7 @@ from llava_llama31.trainer.data.check.row_checker import COUNTS, Findings, Limit
 from llava_llama31.trainer.data.sources.records import RecordStore, data_files, open_records, what_is_read
 from llava_llama31.trainer.data.sources.reject_reasons import REASONS
 from llava_llama31.trainer.data.sources.user_cache import user_cache
+from llava_llama31.trainer.errors import naming
 from llava_llama31.trainer.redaction import printable, redacted
 from llava_llama31.trainer.strict_json import parse_json
 
@@ -234,7 +235,8 @@ class _RejectWriter:
     def add(self, reject: dict) -> None:
         # data may name its images by URLs with passwords
         reject = {key: redacted(value) if isinstance(value, str) else value for key, value in reject.items()}
-        self._file.write(json.dumps(reject) + "\n")
+        with naming(Path(self._file.name)):
+            self._file.write(json.dumps(reject) + "\n")
         self.counts[reject["reason"]] += 1
         ids = self.first_ids.setdefault(reject["reason"], [])
         if len(ids) < _NUM_FIRST_IDS:
