@@ -150,6 +150,6 @@ def started(profile: Path) -> Iterator[Chromium]:
         yield window
         window.call("DELETE", "")
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=20)
+        os.killpg(process.pid, signal.SIGKILL)  # the driver has been seen to survive SIGTERM
+        process.wait()
         process.stdout.close()
