@@ -182,6 +182,26 @@ def test_a_pipe_that_breaks_elsewhere_is_reported(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: a file: Broken pipe\n"
 
 
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (
+            ("/data/answers.jsonl",),
+            "/data/answers.jsonl: No space left on device (fix: free space there and run again)",
+        ),
+        ((), "a file: No space left on device (fix: free space where the command writes and in /tmp/spare; --debug"),
+    ],
+)
+def test_a_full_disk_is_reported_with_the_place_to_free(monkeypatch, capsys, named, message):
+    def write(options: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *named)
+
+    monkeypatch.setattr(cli.tempfile, "tempdir", "/tmp/spare")
+    monkeypatch.setattr(cli.recipes, "run", write)
+    assert main(["recipes"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
 @pytest.mark.parametrize("command", [[], *([name] for name in cli._COMMANDS)])
 def test_help_is_plain_ascii(command, capsys):
     with pytest.raises(SystemExit):

@@ -15,6 +15,7 @@ import os
 import re
 import select
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -140,15 +141,22 @@ def _run(given: list[str]) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             raise
-        fix = " (fix: free space there and run again)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        what = f"{error.filename or 'a file'}: {error.strerror or error}{fix}"
-        return _say(what, EXIT_USER, debug=options.debug)
+        return _say(_what_failed(error), EXIT_USER, debug=options.debug)
     except KeyboardInterrupt:
         say(_with_what_is_kept("stopped", options))
         return EXIT_KEYBOARD
     except Exception:  # a fault of ours: Python's own traceback would show a secret that a message holds
         sys.stderr.write(shown(traceback.format_exc()))
         return EXIT_FAULT
+
+
+def _what_failed(error: OSError) -> str:
+    what = f"{error.filename or 'a file'}: {error.strerror or error}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return what
+    if error.filename is not None:
+        return f"{what} (fix: free space there and run again)"
+    return f"{what} (fix: free space where the command writes and in {tempfile.gettempdir()}; --debug shows the file)"
 
 
 def _nobody_reads() -> bool:
