@@ -26,6 +26,11 @@ import json, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 if "--broken" in sys.argv:
     sys.exit("out of memory")
+if "--broken-worker" in sys.argv:  # as vLLM 0.32 prints it
+    print("(APIServer pid=1) WARNING [system_utils.py:255] This can cause errors like `OSError: [Errno 24] many files`")
+    print("(VllmWorker-0 pid=2) ERROR [multiproc_executor.py:953]     raise ValueError(")
+    print("(VllmWorker-0 pid=2) ERROR [multiproc_executor.py:953] ValueError: too little memory", flush=True)
+    sys.exit("RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {{}}")
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
@@ -294,6 +299,8 @@ def test_vllm_is_started_and_ended(lively_folder, data, tmp_path, monkeypatch, c
     assert mmstar["settings"]["engine"] == "vllm --dtype float32 --max-model-len 512"
     assert main([*arguments, "--output", "other", "--engine-options=--broken"]) == 2
     assert "vllm ended with 1: out of memory (fix: read the log)" in capsys.readouterr().err
+    assert main([*arguments, "--output", "other", "--engine-options=--broken-worker"]) == 2
+    assert "vllm ended with 1: ValueError: too little memory (fix: read the log)" in capsys.readouterr().err
     monkeypatch.setenv("PATH", "")
     assert main(arguments) == 2
     assert "the command vllm is not on PATH" in capsys.readouterr().err

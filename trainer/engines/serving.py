@@ -1,6 +1,7 @@
 """Starts vLLM for a folder and ends it: `vllm serve` as a process of its own, reached under its own address."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +16,8 @@ from llava_llama31.trainer.errors import UserError
 
 PATIENCE = 1800.0  # seconds: large weights come from slow disks
 ENDING = 30.0
+# as Python ends a traceback, and as vLLM prints one of another process, behind the place in brackets
+_RAISED = re.compile(r"(?:^|\] )([A-Za-z_.]*(?:Error|Exception): .+)")
 
 
 @contextmanager
@@ -60,11 +63,19 @@ def _wait(server: "subprocess.Popen[bytes]", port: int, log: Path, patience: flo
             if client.connect_ex(("127.0.0.1", port)) == 0:
                 return
         if server.poll() is not None:
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            last = lines[-1].strip() if lines else "it printed nothing"
-            raise UserError(f"vllm ended with {server.returncode}: {last}", where=str(log), fix="read the log")
+            why = _reason(log.read_text(errors="replace"))
+            raise UserError(f"vllm ended with {server.returncode}: {why}", where=str(log), fix="read the log")
         time.sleep(0.2)
     raise UserError(f"vllm does not answer after {patience:.0f} s", where=str(log), fix="read the log")
+
+
+def _reason(printed: str) -> str:
+    """The last line, or the first exception where the last one is that of the process that started the failed one."""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    if not lines:
+        return "it printed nothing"
+    raised = [found[1] for line in lines[:-1] if (found := _RAISED.search(line))]
+    return raised[0] if raised and "root cause above" in lines[-1] else lines[-1]
 
 
 def _end(server: "subprocess.Popen[bytes]") -> None:
