@@ -27,7 +27,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 if "--broken" in sys.argv:
     sys.exit("out of memory")
 if "--broken-worker" in sys.argv:  # as vLLM 0.32 prints it
-    print("(APIServer pid=1) WARNING [system_utils.py:255] This can cause errors like `OSError: [Errno 24] many files`")
+    print("(APIServer pid=1) WARNING [utils.py:255] It can cause errors like `OSError: [Errno 24] many files`")
     print("(VllmWorker-0 pid=2) ERROR [multiproc_executor.py:953]     raise ValueError(")
     print("(VllmWorker-0 pid=2) ERROR [multiproc_executor.py:953] ValueError: too little memory", flush=True)
     sys.exit("RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {{}}")
