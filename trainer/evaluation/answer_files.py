@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -189,7 +189,7 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
         raise UserError("no answers", where=str(path), fix="name a file with at least one answer")
     empty = "" if path.suffix.lower() == ".xlsx" else None  # a cell without text; elsewhere null is no answer
     if reading.columns:
-        answers = [_by_columns(row, where, reading, empty) for where, row in rows]
+        answers = [_with_category(_by_columns(row, where, reading, empty), row) for where, row in rows]
         return AnswerRows(path, _called(reading), answers, rows)
     layout = _layout(rows[0][1], rows[0][0])
     for where, row in rows:
@@ -200,7 +200,7 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
             found = ", ".join(map(str, row)) or "nothing"
             expected = f", the first row those of {layout}" if layout is not None else ""
             raise UserError(f"no question_id, or no answer: the row has {found}{expected}", where=where, fix=fix)
-    answers = [_answer(row, where, str(layout), empty) for where, row in rows]
+    answers = [_with_category(_answer(row, where, str(layout), empty), row) for where, row in rows]
     if layout == VLMEVALKIT and all(answer.text == "" for answer in answers):
         what = f"the prediction of each of {len(answers)} rows is empty"
         raise UserError(what, where=str(path), fix="pass the file that the model's answers were written to")
@@ -291,6 +291,11 @@ def _answer(row: dict[str, Any], where: str, layout: str, empty: str | None) -> 
     return Answer(where, question_id, words, asked=asked, image=None if layout == VLMEVALKIT else image)
 
 
+def _with_category(answer: Answer, row: Mapping[str, Any]) -> Answer:
+    category = row.get("category")
+    return replace(answer, category=category) if isinstance(category, str) and category else answer
+
+
 def _called(reading: Reading) -> str:
     return f"columns {', '.join(f'{part}={name}' for part, name in reading.columns.items())}"
 
@@ -314,11 +319,12 @@ def _sample(row: dict[str, Any], where: str) -> Answer:
         answer = answer[0]
     holders = [value for value in row.values() if isinstance(value, dict)]
     named = [holder[name] for holder in holders for name in ID_FIELDS if name in holder]
-    doc = row.get("doc")
+    doc, submitted = row.get("doc"), row.get("submission")
+    image = _first(submitted, ("image",)) if isinstance(submitted, dict) else None  # VizWiz's server takes no ids
     # since its 0.4 lmms-eval keeps the prompt (input) and drops the question (doc)
-    is_bare = not isinstance(doc, dict) and "submission" not in row
+    is_bare = not isinstance(doc, dict) and ("submission" not in row or image is not None)
     asked = doc.get("question") if isinstance(doc, dict) else row.get("input") if is_bare else None
-    if ("submission" in row and not named) or not isinstance(answer, str) or not (named or asked):
+    if ("submission" in row and not named and image is None) or not isinstance(answer, str) or not (named or asked):
         fix = "pass the samples of a generation task, as --log_samples writes them"
         raise UserError("no question_id in submission, or not one text in filtered_resps", where=where, fix=fix)
     question_id = _id(named[0], where) if named else None
@@ -328,8 +334,9 @@ def _sample(row: dict[str, Any], where: str) -> Answer:
         question_id,
         answer,
         asked=asked if isinstance(asked, str) else None,
+        image=image,
         id_may_be_image=is_bare and Path(str(question_id)).suffix != "",  # MME's is
-        number=number if is_bare and isinstance(number, int) else None,
+        number=number if is_bare and image is None and isinstance(number, int) else None,
     )
 
 

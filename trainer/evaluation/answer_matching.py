@@ -36,6 +36,7 @@ class Answer:
         asked: the question or the whole prompt, where the row says it.
         image: the image's name, where the row says it.
         group: the question's category, where it is known.
+        category: what the row itself calls the question's category; it decides where several questions could be meant.
         id_may_be_image: the id is the question's or the image's, as in LLaVA's files.
         number: the question's in the data set, from 0, as in EvalScope's and lmms-eval's files.
         number_may_be_in_category: it is that in the data set or in one category, as in EvalScope's files.
@@ -49,6 +50,7 @@ class Answer:
     asked: str | None = None
     image: str | None = None
     group: str | None = None
+    category: str | None = None
     id_may_be_image: bool = False
     number: int | None = None
     number_may_be_in_category: bool = False
@@ -294,7 +296,7 @@ def _ids_by_content(answers: Sequence[Answer], questions: Sequence[Question], la
         candidates: Iterable[Question] = by_image.get(_image(answer), ())
         if answer.image is None and not candidates and answer.asked is not None:
             candidates = by_text.get(question_key(answer.asked), ())
-        if answer.question_id is None and not candidates and answer.asked is None:
+        if answer.question_id is None and not candidates and answer.image is not None:
             candidates = by_id.get(_image(answer), ())
         found = _asked_of(answer, candidates)
         if len(found) > 1:
@@ -302,7 +304,10 @@ def _ids_by_content(answers: Sequence[Answer], questions: Sequence[Question], la
             fix = "give the rows question_ids, or the prompt and the image"
             groups = list(dict.fromkeys(group for question in found for group in question.groups))
             if answer.image is not None and answer.asked is not None and len(groups) == len(found):
-                fix = f"the answers do not say the category: pass the annotations of {' or '.join(groups)} alone"
+                said = (
+                    "the answers do not say the" if answer.category is None else f"{answer.category!r:.40} is no such"
+                )
+                fix = f"{said} category: pass the annotations of {' or '.join(groups)} alone"
             elif answer.id_may_be_image and answer.image is None:
                 fix = "pass the questions that LLaVA's scripts asked as --questions: they say the image"
             raise UserError(what, where=answer.where, fix=fix)
@@ -346,6 +351,8 @@ def _asked_of(answer: Answer, candidates: Iterable[Question]) -> list[Question]:
         found = [question for question in found if len(question_key(question.question)) == longest]
     if len(found) > 1:
         found = [question for question in found if set(question.groups) & _folders(image)] or found
+    if len(found) > 1:
+        found = [question for question in found if answer.category in question.groups] or found
     return found
 
 
