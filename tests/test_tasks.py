@@ -273,6 +273,52 @@ def test_options_that_the_hub_calls_nan_are_none(tmp_path, capsys):
     assert [letter for letter, _ in questions[0].options] == ["A", "B"]
 
 
+def test_llavas_questions_are_of_category_default_where_there_is_none(tmp_path, capsys):
+    """Its files for GQA, VQAv2 and VizWiz say so in each row, and SEED-Bench's a number; all were refused.
+
+    GQA asks some questions of an image twice, which the ids tell apart.
+    """
+    asked = ["Is it red?", "What is on the table?", "What is on the table?", "Is it big?"]
+    wanted, said = ["yes", "fork", "spoon", "no"], ["Yes", "Fork", "Spoon.", "Yes"]
+    labels = {
+        f"20{i}": {"question": text, "imageId": f"n{i // 3}", "answer": answer}
+        for i, (text, answer) in enumerate(zip(asked, wanted, strict=True))
+    }
+    (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps(labels))
+    questions = [
+        {"question_id": name, "image": f"{label['imageId']}.jpg", "text": label["question"] + PROMPT}
+        for name, label in labels.items()
+    ]
+    answers = [
+        {"question_id": row["question_id"], "prompt": row["text"], "text": text, "metadata": {}}
+        for row, text in zip(questions, said, strict=True)
+    ]
+    path = write_lines(tmp_path / "merge.jsonl", answers[::-1])
+    for category in ("default", 5):
+        asked_of = write_lines(tmp_path / "q.jsonl", [row | {"category": category} for row in questions])
+        arguments = ["--annotations", tmp_path / "testdev_balanced_questions.json", "--questions", asked_of]
+        result = score(capsys, path, "--task", "gqa", *arguments)
+        assert result["metrics"]["accuracy"] == 75 and (result["missing"], result["unknown"]) == (0, 0)
+
+
+@pytest.mark.parametrize("suffix", ["", ".jpg"])
+def test_ids_that_are_images_may_have_a_suffix(tmp_path, capsys, suffix):
+    """VizWiz's own labels name images with it and the Hub's without; answers that differ so were all unknown."""
+    rows = [
+        {"question_id": f"VizWiz_val_0000000{i}{suffix}", "question": "What is it?", "answers": [f"word {i}"] * 10}
+        for i in range(4)
+    ]
+    labels = write_lines(tmp_path / "val.jsonl", rows)
+    other = "" if suffix else ".jpg"
+    said = [{"id": f"VizWiz_val_0000000{i}{other}", "response": f"Word {i % 3}"} for i in range(4)]
+    result = score(capsys, write_lines(tmp_path / "a.jsonl", said[::-1]), "--task", "vizwiz", "--annotations", labels)
+    assert result["metrics"]["accuracy"] == 75 and (result["missing"], result["unknown"]) == (0, 0)
+    asked = [row | {"question": "Is it?"} for row in said]
+    path = write_lines(tmp_path / "b.jsonl", asked)
+    assert main(["score", path, "--task", "vizwiz", "--annotations", labels]) == 2
+    assert "4 of 4 answers are to questions that are not annotated" in capsys.readouterr().err
+
+
 def test_labels_of_another_revision_are_refused(pope, capsys):
     """With POPE's later labels, which have other rows, published answers scored 45.7 for 87.8."""
     folder, _, _ = pope
