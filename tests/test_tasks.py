@@ -319,6 +319,29 @@ def test_ids_that_are_images_may_have_a_suffix(tmp_path, capsys, suffix):
     assert "4 of 4 answers are to questions that are not annotated" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("task", "rows", "wanted"),
+    [
+        ("docvqa", [{"questionId": 7, "answer": "6 kg", "annotation": ["6 kg", "6"]}], 100),
+        ("infovqa", [{"questionId": 7, "question": "How much?", "answer": "oak", "annotation": ["elm"]}], 0),
+        ("gqa", [{"questionId": "207", "question": "Is it?" + PROMPT, "answer": "Yes.", "annotation": "yes"}], 100),
+        ("chartqa", [{"question": "How many?" + PROMPT, "answer": "10", "annotation": "10.3"}], 100),
+        ("chartqa", [{"answer": "10", "annotation": "20"}], 0),
+        ("ai2d", [{"question": "Which?\nA. oak\nB. elm", "image": "1.png", "answer": "B", "annotation": "B"}], 100),
+    ],
+)
+def test_results_of_qwen_vl_and_internvl_hold_their_labels(tmp_path, capsys, task, rows, wanted):
+    """Their `answer` is the model's and `annotation` the annotators'; such rows were refused."""
+    (tmp_path / "r.json").write_text(json.dumps(rows * 2 if "questionId" not in rows[0] else rows))
+    result = score(capsys, tmp_path / "r.json", "--task", task)
+    assert result["layout"] == "Qwen-VL's and InternVL's results"
+    assert result["metrics"][result["headline"]] == wanted
+    if task == "docvqa":
+        labels = [{"questionId": 7, "question": "How much?", "answers": ["7 kg"]}]
+        path = write_lines(tmp_path / "val.jsonl", labels)
+        assert score(capsys, tmp_path / "r.json", "--task", task, "--annotations", path)["metrics"]["anls"] == 75
+
+
 def test_labels_of_another_revision_are_refused(pope, capsys):
     """With POPE's later labels, which have other rows, published answers scored 45.7 for 87.8."""
     folder, _, _ = pope

@@ -28,7 +28,7 @@ from llava_llama31.trainer.evaluation.row_files import (
 from llava_llama31.trainer.evaluation.vqa_accuracy import is_normalized
 
 
-ANSWERS, LLAVA, SAMPLES, SUBMISSION, BY_IMAGE, VLMEVALKIT, EVALSCOPE, MME = (
+ANSWERS, LLAVA, SAMPLES, SUBMISSION, BY_IMAGE, VLMEVALKIT, EVALSCOPE, MME, INTERNVL = (
     "question ids and answers",
     "LLaVA's answers",
     "lmms-eval's samples",
@@ -37,6 +37,7 @@ ANSWERS, LLAVA, SAMPLES, SUBMISSION, BY_IMAGE, VLMEVALKIT, EVALSCOPE, MME = (
     "VLMEvalKit's predictions",
     "EvalScope's predictions",
     "MME's results",
+    "Qwen-VL's and InternVL's results",
 )
 # what VLMEvalKit writes instead of an answer (`INFER_FAIL_MSG` in its vlmeval/smp/file.py)
 VLMEVALKIT_FAILED = "Failed to obtain answer"
@@ -60,6 +61,8 @@ _ASKED_FIELDS, _IMAGE_FIELDS = ("question", "prompt"), ("image_id", "image", "im
 _MME_FIELDS = {"category", "image", "question", "answer", "prediction"}
 _PARTS = ("id", "answer", "question", "image")
 _ABSENT = object()
+# beside an `answer` these are the annotators', so that `answer` is the model's
+_ANNOTATED_FIELDS = ("annotation", "gt_answers")
 # rows of servers' files, which hold no annotated answers; the last is DocVQA's
 _ID_AND_ANSWER, _IMAGE_AND_ANSWER, _DOCVQA = {"question_id", "answer"}, {"image", "answer"}, {"questionId", "answer"}
 
@@ -139,6 +142,8 @@ def read_answers(path: str | Path, questions: Sequence[Question], reading: Readi
     |            | question_id, or else the rows have to ask the annotated questions in their order                 |
     | MMMU       | `.json`, one object {question id: answer}; or a folder of SUBJECT/output.json                    |
     | EvalScope  | `.jsonl` of predictions: {index, model_output, messages}                                         |
+    | Qwen-VL    | and InternVL: `.json`, a list of {answer, annotation} and an id, image or question; the answer   |
+    |            | is the model's                                                                                   |
     | MME        | a folder of `.txt`, one a category: image, question, annotated answer and prediction between tabs |
     | others     | rows with one of ID_FIELDS and one of WORDS_FIELDS, or as `reading` says                         |
 
@@ -245,6 +250,8 @@ def _layout(row: dict[str, Any], where: str) -> str | None:
         return BY_IMAGE
     words = [name for name in WORDS_FIELDS if name in fields]
     ids = [name for name in ID_FIELDS if name in fields]
+    if "answer" in fields and not words and any(name in fields for name in _ANNOTATED_FIELDS):
+        return INTERNVL
     if "prediction" in words and "index" in ids:
         return VLMEVALKIT
     if ids and len(words) > 1:
@@ -273,6 +280,10 @@ def _answer(row: dict[str, Any], where: str, layout: str, empty: str | None) -> 
         return Answer(where, None, words, asked=row["question"], image=row["image"])
     if layout == BY_IMAGE:
         return Answer(where, None, _words(row["answer"], where, empty), image=_image(row["image"], where))
+    if layout == INTERNVL:
+        ids = [_id(row[name], where) for name in ID_FIELDS if name in row]
+        asked, image = _first(row, _ASKED_FIELDS), _first(row, _IMAGE_FIELDS)
+        return Answer(where, ids[0] if ids else None, _words(row["answer"], where, None), asked=asked, image=image)
     if layout == ANSWERS:
         # what else stands in a row stays: the browser shows some of it
         words = _words(row.get("answer"), where, None)
