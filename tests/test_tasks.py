@@ -328,6 +328,7 @@ def test_ids_that_are_images_may_have_a_suffix(tmp_path, capsys, suffix):
         ("chartqa", [{"question": "How many?" + PROMPT, "answer": "10", "annotation": "10.3"}], 100),
         ("chartqa", [{"answer": "10", "annotation": "20"}], 0),
         ("ai2d", [{"question": "Which?\nA. oak\nB. elm", "image": "1.png", "answer": "B", "annotation": "B"}], 100),
+        ("scienceqa-img", [{"question": "?\nA. 1\nB. 2", "image_path": "1.png", "answer": "A", "gt_answers": "B"}], 0),
     ],
 )
 def test_results_of_qwen_vl_and_internvl_hold_their_labels(tmp_path, capsys, task, rows, wanted):
