@@ -343,6 +343,31 @@ def test_results_of_qwen_vl_and_internvl_hold_their_labels(tmp_path, capsys, tas
         assert score(capsys, tmp_path / "r.json", "--task", task, "--annotations", path)["metrics"]["anls"] == 75
 
 
+def test_vqas_annotations_go_with_llavas_questions_too(tmp_path, capsys):
+    """LLaVA's users have its question file, which was read as JSON and named as no JSON."""
+    asked, wanted, said = ["Where is it?", "How many?", "What is it?"], ["down", "2", "cat"], ["Down", "2", "dog"]
+    annotations = [
+        {"question_id": 5000 + i, "image_id": 50 + i, "answers": [{"answer": text, "answer_id": k} for k in range(10)]}
+        for i, text in enumerate(wanted)
+    ]
+    (tmp_path / "annotations.json").write_text(json.dumps({"annotations": annotations}))
+    rows = [
+        {"question_id": 5000 + i, "image": f"COCO_val2014_{50 + i:012}.jpg", "text": text + PROMPT}
+        for i, text in enumerate(asked)
+    ]
+    answers = [
+        {"question_id": row["question_id"], "prompt": row["text"], "text": text}
+        for row, text in zip(rows, said, strict=True)
+    ]
+    path = write_lines(tmp_path / "merge.jsonl", answers[::-1])
+    questions = write_lines(tmp_path / "q.jsonl", [row | {"category": "default"} for row in rows])
+    arguments = ["--task", "vqav2", "--annotations", str(tmp_path / "annotations.json"), "--questions", questions]
+    assert score(capsys, path, *arguments)["metrics"]["accuracy"] == pytest.approx(200 / 3)
+    write_lines(tmp_path / "q.jsonl", [rows[0] | {"image": rows[1]["image"]}, *rows[1:]])
+    assert main(["score", path, *arguments]) == 2
+    assert "image_id 50, but 51 in q.jsonl (fix: pass the two files of one split)" in capsys.readouterr().err
+
+
 def test_labels_of_another_revision_are_refused(pope, capsys):
     """With POPE's later labels, which have other rows, published answers scored 45.7 for 87.8."""
     folder, _, _ = pope
