@@ -764,7 +764,7 @@ def test_a_tasks_page_shows_options_and_what_was_read(window, image, tmp_path):
     window.show("disagree")
     assert window.ids() == ["1"] and window.text("article .scores") == (
         "vlmevalkit1 (read as B)letter0vlmevalkit-20251 (read as B)vlmevalkit-20261 (read as B)"
-        "lmms-eval0lmms-eval-20260evalscope0"
+        "mmstar0lmms-eval0lmms-eval-20260evalscope0"
     )
     window.show("unanswered")
     assert window.ids() == ["3"]

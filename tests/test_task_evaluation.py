@@ -335,6 +335,7 @@ def test_two_tasks_at_once_agree_with_score(model_folder, data, tmp_path, monkey
         "letter",
         "vlmevalkit-2025",
         "vlmevalkit-2026",
+        "mmstar",
         "lmms-eval",
         "lmms-eval-2026",
         "evalscope",
@@ -342,7 +343,7 @@ def test_two_tasks_at_once_agree_with_score(model_folder, data, tmp_path, monkey
     assert shown["protocols"] == protocols
     assert len(shown["questions"]) == 12
     first = shown["questions"][0]
-    assert first["options"][0] == ["A", "red 0"] and first["groups"] == ["kind 0"] and len(first["scores"]) == 7
+    assert first["options"][0] == ["A", "red 0"] and first["groups"] == ["kind 0"] and len(first["scores"]) == 8
     browse = ["browse", str(predictions), "--task", "mmstar", "--data", str(data / "mmstar.jsonl")]
     assert main([*browse, "--image-root", str(data), "--output", "b.html"]) == 0
     again = json.loads((tmp_path / "b.html").read_text("utf-8").split('id="data">')[1].split("</script>")[0])

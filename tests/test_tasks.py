@@ -200,6 +200,174 @@ def test_answers_are_scored_by_what_they_ask_in_any_order(pope, capsys):
     assert "POPE, COCO" in out and f"{f1:.3f}" in out and "popular" in out and "llava *" in out
 
 
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_row_that_names_its_category_needs_no_question_file(pope, capsys, renamed):
+    """Two categories ask the same of an image; such rows were refused because they do not say the category."""
+    folder, _, f1 = pope
+    rows = [
+        {"question_id": i, "image": row["image"], "question": row["question"] + PROMPT, "category": row["category"]}
+        | ({"first_answer": row["said"], "second_answer": "Yes"} if renamed else {"prediction": row["said"]})
+        for i, row in enumerate(pope_rows())
+    ]
+    labels = ["--task", "pope", "--annotations", folder / "labels"]
+    columns = "id=question_id,answer=first_answer,question=question,image=image"
+    arguments = [*labels, *(["--columns", columns] if renamed else [])]
+    result = score(capsys, write_lines(folder / "a.jsonl", rows[::-1]), *arguments)
+    assert result["metrics"]["f1"] == pytest.approx(f1) and result["num_questions"] == len(rows)
+    rows[0]["category"] = "unusual"
+    path = write_lines(folder / "a.jsonl", rows)
+    assert main(["score", path, *map(str, arguments)]) == 2
+    error = capsys.readouterr().err
+    assert "(fix: 'unusual' is no such category: pass the annotations of popular or random alone)" in error
+
+
+@pytest.mark.parametrize("has_doc", [True, False])
+@pytest.mark.parametrize("labels", ["own", "hub"])
+def test_samples_of_vizwiz_name_their_images(tmp_path, capsys, has_doc, labels):
+    """lmms-eval submits images instead of ids, and since its 0.4 keeps no other; such samples were refused."""
+    asked = ["What is this?", "What is this?", "What color is it?", "What is this?"]
+    wanted, said = ["mug", "unanswerable", "red", "pen"], ["Mug", "Unanswerable", "Blue", "Mug"]
+    images = [f"VizWiz_val_0000000{i}.jpg" for i in (2, 0, 1, 3)]
+    named = zip(images, asked, wanted, strict=True)
+    rows = [{"image": image, "question": text, "answers": [{"answer": answer}] * 10} for image, text, answer in named]
+    hub = [
+        {**row, "question_id": Path(row["image"]).stem, "answers": [row["answers"][0]["answer"]] * 10} for row in rows
+    ]
+    hub = [{name: value for name, value in row.items() if name != "image"} for row in hub]
+    annotations = write_lines(tmp_path / "val.jsonl", rows[::-1] if labels == "own" else hub[::-1])
+    samples = [
+        {"doc_id": i, "target": "answer", "filtered_resps": answer, "exact_match": 1.0}
+        | {"submission": {"image": images[i], "answer": answer.lower()}}
+        | ({"doc": hub[i]} if has_doc else {"input": asked[i] + PROMPT})
+        for i, answer in enumerate(said)
+    ]
+    path = write_lines(tmp_path / "samples_vizwiz_vqa_val.jsonl", samples)
+    result = score(capsys, path, "--task", "vizwiz", "--annotations", annotations)
+    assert result["layout"] == "lmms-eval's samples" and result["metrics"]["accuracy"] == 50
+    assert (result["num_questions"], result["missing"], result["unknown"]) == (4, 0, 0)
+
+
+def test_options_that_the_hub_calls_nan_are_none(tmp_path, capsys):
+    """The Hub's MMBench has the text `nan` where a question has no further option, and `banana` holds it."""
+    rows = [
+        {
+            "index": 1,
+            "question": "Which is yellow?",
+            "hint": "nan",
+            "answer": "B",
+            "A": "sky",
+            "B": "banana",
+            "C": "nan",
+        },
+        {"index": 2, "question": "Which is big?", "hint": "nan", "answer": "A", "A": "whale", "B": "ant", "C": "flea"},
+    ]
+    held = [{"gpt_eval_score": row | {"D": "nan", "E": "nan"}, "submission": row} for row in rows]
+    samples = [
+        row | {"doc_id": i, "target": "B", "filtered_resps": said, "input": "?"}
+        for i, (row, said) in enumerate(zip(held, ["It is the banana", "A"], strict=True))
+    ]
+    result = score(capsys, write_lines(tmp_path / "samples.jsonl", samples), "--task", "mmbench")
+    assert result["protocols"]["vlmevalkit"]["metrics"]["accuracy"] == 100
+    questions = load_task_questions(load_task("mmbench"), [("row", row) for row in rows], with_images=False)
+    assert [question.context for question in questions] == ["", ""]
+    assert [letter for letter, _ in questions[0].options] == ["A", "B"]
+
+
+def test_llavas_questions_are_of_category_default_where_there_is_none(tmp_path, capsys):
+    """Its files for GQA, VQAv2 and VizWiz say so in each row, and SEED-Bench's a number; all were refused.
+
+    GQA asks some questions of an image twice, which the ids tell apart.
+    """
+    asked = ["Is it red?", "What is on the table?", "What is on the table?", "Is it big?"]
+    wanted, said = ["yes", "fork", "spoon", "no"], ["Yes", "Fork", "Spoon.", "Yes"]
+    labels = {
+        f"20{i}": {"question": text, "imageId": f"n{i // 3}", "answer": answer}
+        for i, (text, answer) in enumerate(zip(asked, wanted, strict=True))
+    }
+    (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps(labels))
+    questions = [
+        {"question_id": name, "image": f"{label['imageId']}.jpg", "text": label["question"] + PROMPT}
+        for name, label in labels.items()
+    ]
+    answers = [
+        {"question_id": row["question_id"], "prompt": row["text"], "text": text, "metadata": {}}
+        for row, text in zip(questions, said, strict=True)
+    ]
+    path = write_lines(tmp_path / "merge.jsonl", answers[::-1])
+    for category in ("default", 5):
+        asked_of = write_lines(tmp_path / "q.jsonl", [row | {"category": category} for row in questions])
+        arguments = ["--annotations", tmp_path / "testdev_balanced_questions.json", "--questions", asked_of]
+        result = score(capsys, path, "--task", "gqa", *arguments)
+        assert result["metrics"]["accuracy"] == 75 and (result["missing"], result["unknown"]) == (0, 0)
+
+
+@pytest.mark.parametrize("suffix", ["", ".jpg"])
+def test_ids_that_are_images_may_have_a_suffix(tmp_path, capsys, suffix):
+    """VizWiz's own labels name images with it and the Hub's without; answers that differ so were all unknown."""
+    rows = [
+        {"question_id": f"VizWiz_val_0000000{i}{suffix}", "question": "What is it?", "answers": [f"word {i}"] * 10}
+        for i in range(4)
+    ]
+    labels = write_lines(tmp_path / "val.jsonl", rows)
+    other = "" if suffix else ".jpg"
+    said = [{"id": f"VizWiz_val_0000000{i}{other}", "response": f"Word {i % 3}"} for i in range(4)]
+    result = score(capsys, write_lines(tmp_path / "a.jsonl", said[::-1]), "--task", "vizwiz", "--annotations", labels)
+    assert result["metrics"]["accuracy"] == 75 and (result["missing"], result["unknown"]) == (0, 0)
+    asked = [row | {"question": "Is it?"} for row in said]
+    path = write_lines(tmp_path / "b.jsonl", asked)
+    assert main(["score", path, "--task", "vizwiz", "--annotations", labels]) == 2
+    assert "4 of 4 answers are to questions that are not annotated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "wanted"),
+    [
+        ("docvqa", [{"questionId": 7, "answer": "6 kg", "annotation": ["6 kg", "6"]}], 100),
+        ("infovqa", [{"questionId": 7, "question": "How much?", "answer": "oak", "annotation": ["elm"]}], 0),
+        ("gqa", [{"questionId": "207", "question": "Is it?" + PROMPT, "answer": "Yes.", "annotation": "yes"}], 100),
+        ("chartqa", [{"question": "How many?" + PROMPT, "answer": "10", "annotation": "10.3"}], 100),
+        ("chartqa", [{"answer": "10", "annotation": "20"}], 0),
+        ("ai2d", [{"question": "Which?\nA. oak\nB. elm", "image": "1.png", "answer": "B", "annotation": "B"}], 100),
+        ("scienceqa-img", [{"question": "?\nA. 1\nB. 2", "image_path": "1.png", "answer": "A", "gt_answers": "B"}], 0),
+    ],
+)
+def test_results_of_qwen_vl_and_internvl_hold_their_labels(tmp_path, capsys, task, rows, wanted):
+    """Their `answer` is the model's and `annotation` the annotators'; such rows were refused."""
+    (tmp_path / "r.json").write_text(json.dumps(rows * 2 if "questionId" not in rows[0] else rows))
+    result = score(capsys, tmp_path / "r.json", "--task", task)
+    assert result["layout"] == "Qwen-VL's and InternVL's results"
+    assert result["metrics"][result["headline"]] == wanted
+    if task == "docvqa":
+        labels = [{"questionId": 7, "question": "How much?", "answers": ["7 kg"]}]
+        path = write_lines(tmp_path / "val.jsonl", labels)
+        assert score(capsys, tmp_path / "r.json", "--task", task, "--annotations", path)["metrics"]["anls"] == 75
+
+
+def test_vqas_annotations_go_with_llavas_questions_too(tmp_path, capsys):
+    """LLaVA's users have its question file, which was read as JSON and named as no JSON."""
+    asked, wanted, said = ["Where is it?", "How many?", "What is it?"], ["down", "2", "cat"], ["Down", "2", "dog"]
+    annotations = [
+        {"question_id": 5000 + i, "image_id": 50 + i, "answers": [{"answer": text, "answer_id": k} for k in range(10)]}
+        for i, text in enumerate(wanted)
+    ]
+    (tmp_path / "annotations.json").write_text(json.dumps({"annotations": annotations}))
+    rows = [
+        {"question_id": 5000 + i, "image": f"COCO_val2014_{50 + i:012}.jpg", "text": text + PROMPT}
+        for i, text in enumerate(asked)
+    ]
+    answers = [
+        {"question_id": row["question_id"], "prompt": row["text"], "text": text}
+        for row, text in zip(rows, said, strict=True)
+    ]
+    path = write_lines(tmp_path / "merge.jsonl", answers[::-1])
+    questions = write_lines(tmp_path / "q.jsonl", [row | {"category": "default"} for row in rows])
+    arguments = ["--task", "vqav2", "--annotations", str(tmp_path / "annotations.json"), "--questions", questions]
+    assert score(capsys, path, *arguments)["metrics"]["accuracy"] == pytest.approx(200 / 3)
+    write_lines(tmp_path / "q.jsonl", [rows[0] | {"image": rows[1]["image"]}, *rows[1:]])
+    assert main(["score", path, *arguments]) == 2
+    assert "image_id 50, but 51 in q.jsonl (fix: pass the two files of one split)" in capsys.readouterr().err
+
+
 def test_labels_of_another_revision_are_refused(pope, capsys):
     """With POPE's later labels, which have other rows, published answers scored 45.7 for 87.8."""
     folder, _, _ = pope
@@ -416,7 +584,7 @@ def test_letters_and_option_texts(tmp_path, capsys):
     result = score(capsys, tmp_path / "m_MMStar.xlsx", "--task", "mmstar", "--protocol", "letter", code=3)
     assert result["protocol"] == "letter" and result["metrics"]["accuracy"] == 25
     assert main(["score", str(tmp_path / "m_MMStar.xlsx"), "--task", "mmstar", "--protocol", "x"]) == 2
-    fix = "one of vlmevalkit, letter, vlmevalkit-2025, vlmevalkit-2026, lmms-eval, lmms-eval-2026, evalscope"
+    fix = "one of vlmevalkit, letter, vlmevalkit-2025, vlmevalkit-2026, mmstar, lmms-eval, lmms-eval-2026, evalscope"
     assert f"mmstar has no protocol 'x' (fix: {fix})" in capsys.readouterr().err
     texts = [row | {"answer": "blue"} for row in CHOICES]
     assert main(["score", write_xlsx(tmp_path / "t.xlsx", texts), "--task", "mmstar"]) == 2
@@ -530,6 +698,7 @@ def test_lmms_eval_averages_the_finer_categories_of_mmstar(tmp_path, capsys):
     result = score(capsys, write_lines(tmp_path / "s.jsonl", rows), "--task", "mmstar")
     assert result["protocol"] == "lmms-eval" and result["metrics"]["accuracy"] == pytest.approx((200 / 3 + 100) / 2)
     assert result["protocols"]["lmms-eval-2026"]["metrics"]["accuracy"] == pytest.approx((100 / 3 + 100) / 2)
+    assert result["protocols"]["mmstar"]["metrics"]["accuracy"] == 75  # of all questions, as by MMStar's own script
     assert result["protocols"]["letter"]["metrics"]["accuracy"] == 50
     for row in rows:
         del row["doc"]["l2_category"]

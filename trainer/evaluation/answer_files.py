@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,7 +28,7 @@ from llava_llama31.trainer.evaluation.row_files import (
 from llava_llama31.trainer.evaluation.vqa_accuracy import is_normalized
 
 
-ANSWERS, LLAVA, SAMPLES, SUBMISSION, BY_IMAGE, VLMEVALKIT, EVALSCOPE, MME = (
+ANSWERS, LLAVA, SAMPLES, SUBMISSION, BY_IMAGE, VLMEVALKIT, EVALSCOPE, MME, INTERNVL = (
     "question ids and answers",
     "LLaVA's answers",
     "lmms-eval's samples",
@@ -37,6 +37,7 @@ ANSWERS, LLAVA, SAMPLES, SUBMISSION, BY_IMAGE, VLMEVALKIT, EVALSCOPE, MME = (
     "VLMEvalKit's predictions",
     "EvalScope's predictions",
     "MME's results",
+    "Qwen-VL's and InternVL's results",
 )
 # what VLMEvalKit writes instead of an answer (`INFER_FAIL_MSG` in its vlmeval/smp/file.py)
 VLMEVALKIT_FAILED = "Failed to obtain answer"
@@ -60,6 +61,8 @@ _ASKED_FIELDS, _IMAGE_FIELDS = ("question", "prompt"), ("image_id", "image", "im
 _MME_FIELDS = {"category", "image", "question", "answer", "prediction"}
 _PARTS = ("id", "answer", "question", "image")
 _ABSENT = object()
+# beside an `answer` these are the annotators', so that `answer` is the model's
+_ANNOTATED_FIELDS = ("annotation", "gt_answers")
 # rows of servers' files, which hold no annotated answers; the last is DocVQA's
 _ID_AND_ANSWER, _IMAGE_AND_ANSWER, _DOCVQA = {"question_id", "answer"}, {"image", "answer"}, {"questionId", "answer"}
 
@@ -139,6 +142,8 @@ def read_answers(path: str | Path, questions: Sequence[Question], reading: Readi
     |            | question_id, or else the rows have to ask the annotated questions in their order                 |
     | MMMU       | `.json`, one object {question id: answer}; or a folder of SUBJECT/output.json                    |
     | EvalScope  | `.jsonl` of predictions: {index, model_output, messages}                                         |
+    | Qwen-VL    | and InternVL: `.json`, a list of {answer, annotation} and an id, image or question; the answer   |
+    |            | is the model's                                                                                   |
     | MME        | a folder of `.txt`, one a category: image, question, annotated answer and prediction between tabs |
     | others     | rows with one of ID_FIELDS and one of WORDS_FIELDS, or as `reading` says                         |
 
@@ -189,7 +194,7 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
         raise UserError("no answers", where=str(path), fix="name a file with at least one answer")
     empty = "" if path.suffix.lower() == ".xlsx" else None  # a cell without text; elsewhere null is no answer
     if reading.columns:
-        answers = [_by_columns(row, where, reading, empty) for where, row in rows]
+        answers = [_with_category(_by_columns(row, where, reading, empty), row) for where, row in rows]
         return AnswerRows(path, _called(reading), answers, rows)
     layout = _layout(rows[0][1], rows[0][0])
     for where, row in rows:
@@ -200,7 +205,7 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
             found = ", ".join(map(str, row)) or "nothing"
             expected = f", the first row those of {layout}" if layout is not None else ""
             raise UserError(f"no question_id, or no answer: the row has {found}{expected}", where=where, fix=fix)
-    answers = [_answer(row, where, str(layout), empty) for where, row in rows]
+    answers = [_with_category(_answer(row, where, str(layout), empty), row) for where, row in rows]
     if layout == VLMEVALKIT and all(answer.text == "" for answer in answers):
         what = f"the prediction of each of {len(answers)} rows is empty"
         raise UserError(what, where=str(path), fix="pass the file that the model's answers were written to")
@@ -245,6 +250,8 @@ def _layout(row: dict[str, Any], where: str) -> str | None:
         return BY_IMAGE
     words = [name for name in WORDS_FIELDS if name in fields]
     ids = [name for name in ID_FIELDS if name in fields]
+    if "answer" in fields and not words and any(name in fields for name in _ANNOTATED_FIELDS):
+        return INTERNVL
     if "prediction" in words and "index" in ids:
         return VLMEVALKIT
     if ids and len(words) > 1:
@@ -273,6 +280,10 @@ def _answer(row: dict[str, Any], where: str, layout: str, empty: str | None) -> 
         return Answer(where, None, words, asked=row["question"], image=row["image"])
     if layout == BY_IMAGE:
         return Answer(where, None, _words(row["answer"], where, empty), image=_image(row["image"], where))
+    if layout == INTERNVL:
+        ids = [_id(row[name], where) for name in ID_FIELDS if name in row]
+        asked, image = _first(row, _ASKED_FIELDS), _first(row, _IMAGE_FIELDS)
+        return Answer(where, ids[0] if ids else None, _words(row["answer"], where, None), asked=asked, image=image)
     if layout == ANSWERS:
         # what else stands in a row stays: the browser shows some of it
         words = _words(row.get("answer"), where, None)
@@ -289,6 +300,11 @@ def _answer(row: dict[str, Any], where: str, layout: str, empty: str | None) -> 
     if layout == VLMEVALKIT and words is not None and words.startswith(VLMEVALKIT_FAILED):
         return Answer(where, question_id, None, words, asked=asked)
     return Answer(where, question_id, words, asked=asked, image=None if layout == VLMEVALKIT else image)
+
+
+def _with_category(answer: Answer, row: Mapping[str, Any]) -> Answer:
+    category = row.get("category")
+    return replace(answer, category=category) if isinstance(category, str) and category else answer
 
 
 def _called(reading: Reading) -> str:
@@ -314,11 +330,12 @@ def _sample(row: dict[str, Any], where: str) -> Answer:
         answer = answer[0]
     holders = [value for value in row.values() if isinstance(value, dict)]
     named = [holder[name] for holder in holders for name in ID_FIELDS if name in holder]
-    doc = row.get("doc")
+    doc, submitted = row.get("doc"), row.get("submission")
+    image = _first(submitted, ("image",)) if isinstance(submitted, dict) else None  # VizWiz's server takes no ids
     # since its 0.4 lmms-eval keeps the prompt (input) and drops the question (doc)
-    is_bare = not isinstance(doc, dict) and "submission" not in row
+    is_bare = not isinstance(doc, dict) and ("submission" not in row or image is not None)
     asked = doc.get("question") if isinstance(doc, dict) else row.get("input") if is_bare else None
-    if ("submission" in row and not named) or not isinstance(answer, str) or not (named or asked):
+    if ("submission" in row and not named and image is None) or not isinstance(answer, str) or not (named or asked):
         fix = "pass the samples of a generation task, as --log_samples writes them"
         raise UserError("no question_id in submission, or not one text in filtered_resps", where=where, fix=fix)
     question_id = _id(named[0], where) if named else None
@@ -328,8 +345,9 @@ def _sample(row: dict[str, Any], where: str) -> Answer:
         question_id,
         answer,
         asked=asked if isinstance(asked, str) else None,
+        image=image,
         id_may_be_image=is_bare and Path(str(question_id)).suffix != "",  # MME's is
-        number=number if is_bare and isinstance(number, int) else None,
+        number=number if is_bare and image is None and isinstance(number, int) else None,
     )
 
 

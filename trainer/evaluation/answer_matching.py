@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_llama31.trainer.errors import UserError
-from llava_llama31.trainer.evaluation.questions import Question
+from llava_llama31.trainer.evaluation.questions import IMAGE_SUFFIXES, Question
 from llava_llama31.trainer.evaluation.row_files import any_rows
 
 
@@ -20,6 +20,8 @@ _INSTRUCTIONS = re.compile(
     re.IGNORECASE,
 )
 
+
+_IMAGE_SUFFIX = re.compile(f"(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE)
 
 NO_ANSWER = "no answer"
 
@@ -36,6 +38,7 @@ class Answer:
         asked: the question or the whole prompt, where the row says it.
         image: the image's name, where the row says it.
         group: the question's category, where it is known.
+        category: what the row itself calls the question's category; it decides where several questions could be meant.
         id_may_be_image: the id is the question's or the image's, as in LLaVA's files.
         number: the question's in the data set, from 0, as in EvalScope's and lmms-eval's files.
         number_may_be_in_category: it is that in the data set or in one category, as in EvalScope's files.
@@ -49,6 +52,7 @@ class Answer:
     asked: str | None = None
     image: str | None = None
     group: str | None = None
+    category: str | None = None
     id_may_be_image: bool = False
     number: int | None = None
     number_may_be_in_category: bool = False
@@ -69,7 +73,8 @@ def match_answers(
 ) -> list[dict[str, Any]]:
     """Rows {question_id, answer} in the order of the file; an id that is not annotated stays as it is.
 
-    1. By id, if the rows that name an annotated one ask what it asks.
+    1. By id, if the rows that name an annotated one ask what it asks; if none does, by ids that are images with or
+       without a suffix, as VizWiz's.
     2. By the number in the data set or in one of its categories, if every row has one and asks the question with it.
     3. By position, if the rows name neither id nor image, are as many as the questions, and each asks the question at
        its position (POPE's own answers).
@@ -86,6 +91,8 @@ def match_answers(
     Raises:
         UserError: none of these fits all rows.
     """
+    if named := _ids_by_name(answers, questions):
+        return [answer.under(question_id) for answer, question_id in zip(answers, named, strict=True)]
     if _ids_fit(answers, questions, running=in_order):
         return [answer.under("" if answer.question_id is None else answer.question_id) for answer in answers]
     ids = _ids_by_number(answers, questions, path) or _ids_by_place(answers, questions)
@@ -97,6 +104,7 @@ def match_answers(
 def place_answers(answers: Sequence[Answer], questions: str | Path) -> list[Answer]:
     """Answers with the image, the text and the category that LLaVA's question file has for their ids.
 
+    The ids stay: where they are the annotated ones too, they tell apart what is asked twice of an image, as in GQA.
     Answers without an id name their images themselves.
 
     Raises:
@@ -123,7 +131,7 @@ def place_answers(answers: Sequence[Answer], questions: str | Path) -> list[Answ
             raise UserError(what, where=answer.where, fix="pass the questions that the answers were made for")
         group = rows[0].get("category")
         image, text = str(rows[0]["image"]), str(rows[0]["text"])
-        placed.append(replace(answer, question_id=None, image=image, asked=text, group=group))
+        placed.append(replace(answer, image=image, asked=text, group=group))
     return placed
 
 
@@ -196,6 +204,21 @@ def _ids_fit(answers: Sequence[Answer], questions: Sequence[Question], *, runnin
         images = {image_key(question.image_id) for question in questions}
         return any(known) or not any(_image(answer) in images for answer in answers)
     return any(known) and all(_fits(answer, question, unsaid=all(known)) for question, answer in pairs)
+
+
+def _ids_by_name(answers: Sequence[Answer], questions: Sequence[Question]) -> list[int | str]:
+    """The annotated ids that are the rows' but for an image's suffix; none if a row's is not, or asks otherwise."""
+    annotated = {str(question.question_id) for question in questions}
+    if any(str(answer.question_id) in annotated for answer in answers):
+        return []
+    by_name = {_IMAGE_SUFFIX.sub("", str(question.question_id)): question for question in questions}
+    ids: list[int | str] = []
+    for answer in answers:
+        question = by_name.get(_IMAGE_SUFFIX.sub("", str(answer.question_id)))
+        if question is None or not (answer.asked is None or asks(answer.asked, question.question)):
+            return []
+        ids.append(question.question_id)
+    return ids if len(by_name) == len(questions) else []
 
 
 def _repeats(answers: Sequence[Answer]) -> bool:
@@ -283,6 +306,9 @@ def _ids_by_content(answers: Sequence[Answer], questions: Sequence[Question], la
     by_image: dict[str | None, list[Question]] = defaultdict(list)
     by_text: dict[str, list[Question]] = defaultdict(list)
     by_id: dict[str | None, list[Question]] = defaultdict(list)
+    named = {group for question in questions for group in question.groups}
+    if not any(answer.group in named for answer in answers):  # LLaVA's files say `default` where there are none
+        answers = [replace(answer, group=None) for answer in answers]
     for question in questions:
         by_image[image_key(question.image_id)].append(question)
         by_text[question_key(question.question)].append(question)
@@ -294,7 +320,7 @@ def _ids_by_content(answers: Sequence[Answer], questions: Sequence[Question], la
         candidates: Iterable[Question] = by_image.get(_image(answer), ())
         if answer.image is None and not candidates and answer.asked is not None:
             candidates = by_text.get(question_key(answer.asked), ())
-        if answer.question_id is None and not candidates and answer.asked is None:
+        if answer.image is not None and not candidates:
             candidates = by_id.get(_image(answer), ())
         found = _asked_of(answer, candidates)
         if len(found) > 1:
@@ -302,7 +328,9 @@ def _ids_by_content(answers: Sequence[Answer], questions: Sequence[Question], la
             fix = "give the rows question_ids, or the prompt and the image"
             groups = list(dict.fromkeys(group for question in found for group in question.groups))
             if answer.image is not None and answer.asked is not None and len(groups) == len(found):
-                fix = f"the answers do not say the category: pass the annotations of {' or '.join(groups)} alone"
+                unsaid, other = "the answers do not say the", f"{answer.category!r:.40} is no such"
+                fix = f"{unsaid if answer.category is None else other} category"
+                fix = f"{fix}: pass the annotations of {' or '.join(groups)} alone"
             elif answer.id_may_be_image and answer.image is None:
                 fix = "pass the questions that LLaVA's scripts asked as --questions: they say the image"
             raise UserError(what, where=answer.where, fix=fix)
@@ -346,6 +374,8 @@ def _asked_of(answer: Answer, candidates: Iterable[Question]) -> list[Question]:
         found = [question for question in found if len(question_key(question.question)) == longest]
     if len(found) > 1:
         found = [question for question in found if set(question.groups) & _folders(image)] or found
+    if len(found) > 1:
+        found = [question for question in found if answer.category in question.groups] or found
     return found
 
 

@@ -30,6 +30,7 @@ IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
 # VLMEvalKit's own line between an image in base64 and the index of the row that holds it
 LONGEST_IMAGE_INDEX = 64
 LONGEST_ANSWER_LIST = 100_000
+_LAST_NUMBER = re.compile(r"\d+$")
 _NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/=]")
 
 _REQUIRED = ("question_id", "image_id", "question", "answers")
@@ -175,17 +176,22 @@ def _listed(content: Any, key: str, path: Path) -> list[Any]:
 
 
 def _vqa_rows(annotations: list[Any], path: Path, questions: str | Path | None) -> Iterator[Row]:
-    """VQA's pair of files (visualqa.org): {question_id, image_id, question} and, under the same id, the answers."""
+    """VQA's pair of files (visualqa.org): {question_id, image_id, question} and, under the same id, the answers.
+
+    LLaVA's question file, {question_id, image, text} a line, may stand for the first.
+    """
     if questions is None:
         raise UserError("annotations without their questions", where=str(path), fix="name the file with --questions")
     source = Path(questions)
     asked: dict[str, dict[str, Any]] = {}
     places: dict[str, str] = {}
-    for where, row in json_objects(_listed(json_value(source), "questions", source), source):
+    lines = source.suffix.lower() == ".jsonl"
+    rows = json_lines(source) if lines else json_objects(_listed(json_value(source), "questions", source), source)
+    for where, row in rows:
         if "question_id" not in row:
             raise UserError("no question_id", where=where, fix="give each question one")
         only_once(str(row["question_id"]), "question_id", where, places)
-        asked[str(row["question_id"])] = row
+        asked[str(row["question_id"])] = _llava_question(row) if {"image", "text"} <= row.keys() else row
     annotated: dict[str, str] = {}
     for where, annotation in json_objects(annotations, path):
         only_once(str(annotation.get("question_id")), "question_id", where, annotated)
@@ -203,6 +209,13 @@ def _vqa_rows(annotations: list[Any], path: Path, questions: str | Path | None) 
     if asked:
         what = f"{len(asked)} questions have no annotation, the first {next(iter(asked))}"
         raise UserError(what, where=str(source), fix="pass the two files of one split")
+
+
+def _llava_question(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of LLaVA's question file as VQA's own, whose image_id is the number at the end of the image's name."""
+    number = _LAST_NUMBER.search(Path(str(row["image"])).stem)
+    image_id = int(number[0]) if number else row["image"]
+    return {"question_id": row["question_id"], "image_id": image_id, "question": str(row["text"]).partition("\n")[0]}
 
 
 def only_once(key: str, name: str, where: str, places: dict[str, str]) -> None:

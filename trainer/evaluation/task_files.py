@@ -103,6 +103,8 @@ class Layout(_Frozen):
     without_options: dict[str, str] = {}
     """Field -> what it says in rows of open questions."""
     context: str | None = None
+    empty: str | None = None
+    """What options in columns and the context say where there is none, as the Hub's MMBench says `nan`."""
     groups: list[str] = []
     separator: str | None = None
     """What parts several groups of one field."""

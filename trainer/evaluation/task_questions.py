@@ -310,7 +310,7 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
             image_id = str(question_id)
     options = _options(layout, row, text, where)
     answers = _answers(task, layout, row, where)
-    context = _field(row, layout.context) if layout.context else None
+    context = _filled(layout, row, layout.context) if layout.context else None
     metric = _field(row, layout.metric) if layout.metric else None
     if layout.metric and metric not in PER_QUESTION:
         raise UserError(f"{layout.metric} is {metric!r:.80}", where=where, fix=f"one of {', '.join(PER_QUESTION)}")
@@ -340,6 +340,12 @@ def _field(row: Mapping[str, Any], spec: str) -> Any:
     if _PLACEHOLDER.search(spec):
         return _PLACEHOLDER.sub(lambda found: str(_field(row, found[1])).zfill(int(found[2] or 0)), spec)
     return _said(value_at(row, spec))
+
+
+def _filled(layout: Layout, row: Mapping[str, Any], spec: str) -> Any:
+    """What a field says, or None where it says that it is empty."""
+    value = _field(row, spec)
+    return None if layout.empty is not None and value == layout.empty else value
 
 
 def _said(value: Any) -> Any:
@@ -378,7 +384,7 @@ def _options(layout: Layout, row: Mapping[str, Any], question: str, where: str) 
     if layout.options == "inline":
         return inline_options(question)
     if layout.options == "columns":
-        texts = ((letter, _field(row, letter)) for letter in LETTERS)
+        texts = ((letter, _filled(layout, row, letter)) for letter in LETTERS)
         return tuple((letter, _option(text, where)) for letter, text in texts if text not in (None, ""))
     names = layout.options if isinstance(layout.options, list) else None
     if names is None and isinstance(lettered := _field(row, str(layout.options)), dict):
