@@ -25,7 +25,7 @@ from llava_llama31.trainer.evaluation.questions import (
     python_list,
     shared_image,
 )
-from llava_llama31.trainer.evaluation.row_files import Row, any_rows, value_at
+from llava_llama31.trainer.evaluation.row_files import Row, any_rows, number_or_text, value_at
 from llava_llama31.trainer.evaluation.task_files import PER_QUESTION, Layout, ProtocolOf, Task
 from llava_llama31.trainer.recipes.data_formats import MAX_PIXELS
 
@@ -395,7 +395,7 @@ def _options(layout: Layout, row: Mapping[str, Any], question: str, where: str) 
 def _option(value: Any, where: str) -> str:
     if not isinstance(value, str | int | float):
         raise UserError(f"an option is {value!r:.80}", where=where, fix="give a text; format dates in a table as text")
-    return str(value)
+    return number_or_text(value)
 
 
 def _answers(task: Task, layout: Layout, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
@@ -414,7 +414,7 @@ def _answers(task: Task, layout: Layout, row: Mapping[str, Any], where: str) -> 
         fix = "give the annotated answer, or a list of them; format dates in a table as text"
         fix = "write it as a text, such as yes or no" if any(isinstance(a, bool) for a in answers) else fix
         raise UserError(f"{layout.answer} is {value!r:.80}", where=where, fix=fix)
-    texts = [str(answer) for answer in answers]
+    texts = [number_or_text(answer) for answer in answers]
     if layout.answer_is == "letter" or (layout.metric and _field(row, layout.metric) == "choice"):
         return tuple(text.strip() for text in texts)
     if layout.answer_is == "index":
