@@ -402,6 +402,20 @@ def test_a_circular_question_is_right_in_all_its_turns(tmp_path, capsys):
     assert "VLMEvalKit's result file, whose rows are whole questions" in capsys.readouterr().err
 
 
+def test_turns_belong_together_however_a_table_writes_their_numbers(tmp_path, capsys):
+    """As texts with a decimal point each turn was a question of its own, and 67.7 became 76.4."""
+    rows = circular_rows()
+    for number, spelt in enumerate((lambda i: f"{i}.0", lambda i: f" {i} ", float)):
+        path = write_lines(tmp_path / f"{number}.jsonl", [row | {"index": spelt(row["index"])} for row in rows])
+        assert score(capsys, path, "--task", "mmbench")["metrics"]["accuracy"] == 50
+    anew = write_xlsx(tmp_path / "anew.xlsx", [row | {"index": i} for i, row in enumerate(rows)])
+    result = score(capsys, anew, "--task", "mmbench")
+    assert "no question has a second turn" in result["note"] and "in steps of 1,000,000" in result["note"]
+    shifted = [row | {"index": other["index"]} for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
+    assert main(["score", write_xlsx(tmp_path / "s.xlsx", shifted), "--task", "mmbench"]) == 2
+    assert "are turns of one question by their numbers, and ask " in capsys.readouterr().err
+
+
 CHOICES = [
     {"index": i, "question": f"{i}?", "answer": gold, "A": "red car", "B": "blue", "C": None, "prediction": said}
     for i, (gold, said) in enumerate(
@@ -772,6 +786,9 @@ def test_hallusionbench_counts_figures_and_questions(tmp_path, capsys):
     ]
     result = score(capsys, write_xlsx(tmp_path / "h.xlsx", rows), "--task", "hallusionbench")
     assert result["metrics"] == pytest.approx({"aAcc": 500 / 6, "fAcc": 200 / 3, "qAcc": 50})
+    rows[3]["index"] = rows[3]["index"].replace("illusion", "math")
+    assert main(["score", write_xlsx(tmp_path / "i.xlsx", rows), "--task", "hallusionbench"]) == 2
+    assert "index 'VD_math_1_0_1_1' is not of the row's category VD_illusion" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "protocol", "value"), [("vqav2", "vlmevalkit-2024", 50), ("textvqa", "m4c", 100)])

@@ -25,6 +25,7 @@ from llava_llama31.trainer.evaluation.row_files import (
     mme_results,
     mmmu_outputs,
     number_or_text,
+    plain_id,
     value_at,
 )
 from llava_llama31.trainer.evaluation.vqa_accuracy import is_normalized
@@ -407,11 +408,7 @@ def _first(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 
 def _id(value: Any, where: str) -> int | str:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)  # as Excel keeps numbers
-    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise UserError(f"question_id or index is {value!r}", where=where, fix="give a number or a text")
-    return value
+    return plain_id(value, where, "question_id or index")
 
 
 def _image(value: Any, where: str) -> str:

@@ -36,6 +36,8 @@ _LABELS_UNDER_IDS = (
 )
 # how an Excel sheet's XML names a range of merged cells
 _MERGED = re.compile(rb'<mergeCell\s[^>]*?ref="([^"]{1,40})"')
+# how pandas writes a whole number of a column of floats
+_FLOAT = re.compile(r"\d+\.0", re.ASCII)
 _MMMU_OUTPUT = "output.json"
 _MME_RESULTS = ("image", "question", "answer", "prediction")
 # what XML, and so a cell of an Excel table, cannot hold
@@ -180,6 +182,20 @@ def value_at(row: Mapping[str, Any], name: str, absent: Any = None) -> Any:
 def number_or_text(value: str | int | float) -> str:
     """What a cell says; pandas keeps whole numbers as 3.0 in a column with an empty cell, and writes them so."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def plain_id(value: Any, where: str, name: str) -> int | str:
+    """A question's id, without what tables make of one: 7.0 and ` 7` are 7.
+
+    Raises:
+        UserError: it is neither a number nor a text.
+    """
+    value = value.strip() if isinstance(value, str) else value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise UserError(f"{name} is {value!r:.80}", where=where, fix="give a number or a text")
+    return value[:-2] if isinstance(value, str) and _FLOAT.fullmatch(value) else value
 
 
 def holds_mme_results(path: Path) -> bool:

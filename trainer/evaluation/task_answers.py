@@ -29,6 +29,7 @@ from llava_llama31.trainer.evaluation.task_questions import (
     load_task_questions,
     needs_categories,
     second_id,
+    turns_note,
 )
 
 
@@ -102,7 +103,7 @@ def read_task_answers(
         refuse_questions(file.answers, rows, annotated, file.path)
     notes.append(_refuse_labels(task, file, rows, annotated))
     rows = _listed_twice(task, rows, annotated)
-    notes += [labels_note(annotated), _categories_note(task, annotated)]
+    notes += [labels_note(annotated), turns_note(task, annotated), _categories_note(task, annotated)]
     return TaskAnswers(task, file.layout, rows, "; ".join(note for note in notes if note), annotated)
 
 
