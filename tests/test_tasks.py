@@ -617,7 +617,7 @@ def test_a_file_that_no_model_wrote_is_refused(pope, capsys, said):
     rows = [row | {"text": row["prompt"] if said == PROMPT else said} for row in answers]
     path = write_lines(folder / "empty.jsonl", rows)
     assert main(["score", path, *map(str, pope_arguments(folder))]) == 2
-    message = "is its question" if said == PROMPT else "is empty"
+    message = {PROMPT: "is its question, the first ", "nan": "is empty or nan (fix: "}.get(said, "is empty (fix: ")
     assert f"the prediction of each of {len(rows)} rows {message}" in capsys.readouterr().err
     own = [{"question_id": i, "answer": said, "model": "0" * 64} for i in range(len(rows))]
     result = score(capsys, write_lines(folder / "predictions.jsonl", own), *pope_arguments(folder))

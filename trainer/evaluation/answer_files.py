@@ -194,7 +194,8 @@ def _refuse_no_words(answers: Sequence[Answer], path: Path) -> None:
     said = [answer for answer in answers if answer.text is not None]
     fix = "pass the file that the model's answers were written to"
     if len(said) > 1 and all(_is_empty(answer.text or "") for answer in said):
-        raise UserError(f"the prediction of each of {len(said)} rows is empty", where=str(path), fix=fix)
+        empty = "empty or nan" if any((answer.text or "").strip() for answer in said) else "empty"
+        raise UserError(f"the prediction of each of {len(said)} rows is {empty}", where=str(path), fix=fix)
     asked = [answer.asked for answer in said if answer.asked is not None]
     is_echo = len(asked) == len(said) > 1
     if is_echo and all(question_key(a.text or "") == question_key(a.asked or "") for a in said):
