@@ -141,7 +141,7 @@ def _score_task(options: argparse.Namespace, reading: "Reading") -> int:
         parts = [value]
         if not options.json_output:
             print_task_report(reports[0], f"{task.title}: {names[0]}")
-    files = [_with_unclear(file, report) for file, report in zip(files, reports, strict=True)]
+    files = [_with_unclear(*each) for each in zip(files, reports, sets, strict=True)]
     for part, path, file in zip(parts, paths, files, strict=True):
         part.update(_origin(path, file))
     if options.json_output:
@@ -151,16 +151,22 @@ def _score_task(options: argparse.Namespace, reading: "Reading") -> int:
     return 0 if all(report.complete for report in reports) else EXIT_INCOMPLETE
 
 
-def _with_unclear(file: "TaskAnswers", report: "TaskReport") -> "TaskAnswers":
-    """The file with a note on answers that VLMEvalKit gives to a language model, where it has one."""
+def _with_unclear(file: "TaskAnswers", report: "TaskReport", found: "Answered") -> "TaskAnswers":
+    """The file with a note on answers that say none of what the protocol looks for, where it has some."""
     from llava_llama31.trainer.evaluation.answer_files import VLMEVALKIT
+    from llava_llama31.trainer.evaluation.task_scoring import num_yes_for_want_of_no
 
-    num_unclear = report.protocols[report.protocol].num_unclear if report.protocols else 0
-    if file.layout != VLMEVALKIT or not num_unclear:
+    if not report.protocols:
         return file
-    what = f"{num_unclear} answers choose nothing by {report.protocol} and are wrong here"
-    note = f"{what}; where VLMEvalKit ran with a judge, a language model read them, and its figure differs"
-    return replace(file, note="; ".join(part for part in (file.note, note) if part))
+    notes = [file.note]
+    if num_unclear := report.protocols[report.protocol].num_unclear:
+        notes.append(f"{num_unclear} answers choose nothing by {report.protocol} and are wrong here")
+    if num_unclear and file.layout == VLMEVALKIT:
+        notes.append("where VLMEvalKit ran with a judge, a language model read them, and its figure differs")
+    if num_yes := num_yes_for_want_of_no(file.task, found, report.protocol):
+        what = f"{num_yes} answers have no word yes and count as yes by {report.protocol}"
+        notes.append(f"{what}, which takes everything for it but no and not")
+    return replace(file, note="; ".join(note for note in notes if note))
 
 
 def _submit(options: argparse.Namespace, task: "Task", sets: "list[Answered]") -> dict[str, str]:

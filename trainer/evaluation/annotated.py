@@ -17,7 +17,7 @@ def check_annotated(task: Task, layout: Layout, question: Question, where: str) 
         where: its place.
 
     Raises:
-        UserError: yes or no, a JSON object, options or a text to look for is not there.
+        UserError: an answer, yes or no, a JSON object, options or a text to look for is not there.
     """
     if not question.answers:
         return
@@ -26,6 +26,9 @@ def check_annotated(task: Task, layout: Layout, question: Question, where: str) 
     metrics = {question.metric} if question.metric else {protocol.metric for protocol in task.protocols.values()}
     answers = question.answers
     shown = f"{layout.answer} is {', '.join(map(repr, answers)):.80}"
+    # an empty page has an empty text, and a function may know better
+    if not any(answer.strip() for answer in answers) and not metrics & {"cer", "wer", "function", "contains"}:
+        raise UserError(f"{shown}: the question has no answer", where=where, fix="give one, or remove the row")
     if "yes_no" in metrics and (len(answers) > 1 or answers[0].strip().lower() not in (YES, NO)):
         raise UserError(f"{shown}, and the metric is yes_no", where=where, fix="give yes or no")
     if "fields" in metrics and not (len(answers) == 1 and _is_object(answers[0])):

@@ -13,6 +13,7 @@ from llava_llama31.trainer.evaluation.answer_matching import (
     NO_ANSWER,
     Answer,
     match_answers,
+    question_key,
     refuse_questions,
 )
 from llava_llama31.trainer.evaluation.questions import Question
@@ -23,6 +24,8 @@ from llava_llama31.trainer.evaluation.row_files import (
     holds_mmmu_outputs,
     mme_results,
     mmmu_outputs,
+    number_or_text,
+    plain_id,
     value_at,
 )
 from llava_llama31.trainer.evaluation.vqa_accuracy import is_normalized
@@ -46,6 +49,8 @@ NORMALIZED_NOTE = (
     "stand; the scores under the other protocols are not those of the model's own words, which LLaVA's answers and "
     "lmms-eval's --log_samples keep"
 )
+# what `evaluate` writes beside every answer
+MODEL = "model"
 _PREVIOUS = "_PREV"
 PREVIOUS_NOTE = (
     "this is VLMEvalKit's file of an earlier, perhaps unfinished run (_PREV); the run's own file has no _PREV"
@@ -92,14 +97,14 @@ class AnswerRows:
         layout: what it was recognised as.
         answers: one a row.
         source: the rows as they stand.
-        note: as that of AnswerFile.
+        notes: what AnswerFile says in its note.
     """
 
     path: Path
     layout: str
     answers: list[Answer]
     source: list[Row]
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ def read_answers(path: str | Path, questions: Sequence[Question], reading: Readi
     file = read_answer_rows(path, reading or Reading())
     rows = match_answers(file.answers, questions, file.path, in_order=in_order(file))
     refuse_questions(file.answers, rows, questions, file.path)
-    return AnswerFile(file.layout, rows, file.note)
+    return AnswerFile(file.layout, rows, "; ".join(file.notes))
 
 
 def in_order(file: AnswerRows) -> bool:
@@ -170,20 +175,43 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
     """Read an answer file.
 
     Raises:
-        UserError: it cannot be read, or is none that `read_answers` knows.
+        UserError: it cannot be read, is none that `read_answers` knows, or holds no words of a model.
     """
-    path = Path(path)
+    file = _answer_rows(Path(path), reading)
+    # those of `evaluate` are a model's, however little it said
+    if not (file.layout == ANSWERS and MODEL in file.source[0][1]):
+        _refuse_no_words(file.answers, file.path)
+    texts = [answer.text for answer in file.answers if answer.text is not None]
+    num_empty = sum(_is_empty(text) for text in texts)
+    if not num_empty:
+        return file
+    note = f"{num_empty} of {len(texts)} answers are empty, or nan, and are scored as they stand"
+    return replace(file, notes=(*file.notes, note))
+
+
+def _is_empty(text: str) -> bool:
+    """Whether a text says nothing, or what pandas makes of an empty cell that it writes as a text."""
+    return text.strip() in ("", "nan", "NaN")
+
+
+def _refuse_no_words(answers: Sequence[Answer], path: Path) -> None:
+    """Refuse a file that no model wrote: rules that take all but no for yes would score it like any other."""
+    said = [answer for answer in answers if answer.text is not None]
+    fix = "pass the file that the model's answers were written to"
+    if len(said) > 1 and all(_is_empty(answer.text or "") for answer in said):
+        empty = "empty or nan" if any((answer.text or "").strip() for answer in said) else "empty"
+        raise UserError(f"the prediction of each of {len(said)} rows is {empty}", where=str(path), fix=fix)
+    asked = [answer.asked for answer in said if answer.asked is not None]
+    is_echo = len(asked) == len(said) > 1
+    if is_echo and all(question_key(a.text or "") == question_key(a.asked or "") for a in said):
+        what = f"the prediction of each of {len(said)} rows is its question, the first {said[0].text!r:.80}"
+        raise UserError(what, where=str(path), fix=fix)
+
+
+def _answer_rows(path: Path, reading: Reading) -> AnswerRows:
     is_outputs = holds_mmmu_outputs(path)
     if path.is_dir() and not is_outputs and not holds_mme_results(path) and not parquet_folder(path):
-        # not above: it builds the schema of recipes, which `score` otherwise does without
-        from llava_llama31.trainer.checkpoint.run_folder import PREDICTIONS
-
-        what = (
-            "a folder of neither MME's results (texts of image, question, answer and prediction), MMMU's outputs "
-            "(one folder per subject, each with an output.json) nor parquet files"
-        )
-        fix = f"name its {PREDICTIONS}" if (path / PREDICTIONS).is_file() else "name the file of answers"
-        raise UserError(what, where=str(path), fix=fix)
+        raise _not_answers(path)
     keyed = ("question_id", "prediction")
     if is_outputs:
         read = mmmu_outputs(path)
@@ -206,15 +234,28 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
             expected = f", the first row those of {layout}" if layout is not None else ""
             raise UserError(f"no question_id, or no answer: the row has {found}{expected}", where=where, fix=fix)
     answers = [_with_category(_answer(row, where, str(layout), empty), row) for where, row in rows]
-    if layout == VLMEVALKIT and all(answer.text == "" for answer in answers):
-        what = f"the prediction of each of {len(answers)} rows is empty"
-        raise UserError(what, where=str(path), fix="pass the file that the model's answers were written to")
     # only a server's file is a list of bare pairs; whether it is normalised is seen in the answers themselves
     bare = path.suffix.lower() == ".json" and all(row.keys() in (_ID_AND_ANSWER, _IMAGE_AND_ANSWER) for _, row in rows)
     if bare and all(answer.text is not None and is_normalized(answer.text, "m4c") for answer in answers):
         answers = [answer.with_row({"normalized": "m4c"}) for answer in answers]
-        return AnswerRows(path, BY_IMAGE if layout == BY_IMAGE else SUBMISSION, answers, rows, NORMALIZED_NOTE)
-    return AnswerRows(path, str(layout), answers, rows, _note(path, rows) if layout == VLMEVALKIT else "")
+        return AnswerRows(path, BY_IMAGE if layout == BY_IMAGE else SUBMISSION, answers, rows, (NORMALIZED_NOTE,))
+    return AnswerRows(path, str(layout), answers, rows, _notes(path, rows) if layout == VLMEVALKIT else ())
+
+
+def _not_answers(folder: Path) -> UserError:
+    # not above: it builds the schema of recipes, which `score` otherwise does without
+    from llava_llama31.trainer.checkpoint.run_folder import PREDICTIONS
+
+    what = (
+        "a folder of neither MME's results (texts of image, question, answer and prediction), MMMU's outputs "
+        "(one folder per subject, each with an output.json) nor parquet files"
+    )
+    fix = "name the file of answers"
+    if (folder / PREDICTIONS).is_file():
+        fix = f"name its {PREDICTIONS}"
+    elif any(folder.glob("*.jsonl")):  # LLaVA's scripts write a part a GPU
+        fix = f"{fix}, or join its parts: cat {folder}/*.jsonl > joined.jsonl"
+    return UserError(what, where=str(folder), fix=fix)
 
 
 def _kept(rows: list[Row], reading: Reading, path: Path) -> list[Row]:
@@ -227,11 +268,11 @@ def _kept(rows: list[Row], reading: Reading, path: Path) -> list[Row]:
     return rows
 
 
-def _note(path: Path, rows: Sequence[Row]) -> str:
+def _notes(path: Path, rows: Sequence[Row]) -> tuple[str, ...]:
     notes = [PREVIOUS_NOTE] if path.stem.endswith(_PREVIOUS) else []
     if "hit" in rows[0][1]:
         notes.append(JUDGED_NOTE)
-    return "; ".join(notes)
+    return tuple(notes)
 
 
 def _layout(row: dict[str, Any], where: str) -> str | None:
@@ -386,11 +427,7 @@ def _first(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 
 def _id(value: Any, where: str) -> int | str:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)  # as Excel keeps numbers
-    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise UserError(f"question_id or index is {value!r}", where=where, fix="give a number or a text")
-    return value
+    return plain_id(value, where, "question_id or index")
 
 
 def _image(value: Any, where: str) -> str:
@@ -409,4 +446,4 @@ def _words(value: Any, where: str, empty: str | None) -> str | None:
 def _text(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"the answer is {value!r:.80}", where=where, fix="give a text")
-    return str(value)
+    return number_or_text(value)

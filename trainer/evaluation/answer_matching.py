@@ -1,6 +1,7 @@
 """Which question an answer belongs to: by id, by image and prompt, or by text, and never by its position alone."""
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.questions import IMAGE_SUFFIXES, Question
-from llava_llama31.trainer.evaluation.row_files import any_rows
+from llava_llama31.trainer.evaluation.row_files import any_rows, number_or_text
 
 
 # what evaluators put around a question; a prompt with it asks the same
@@ -116,7 +117,7 @@ def place_answers(answers: Sequence[Answer], questions: str | Path) -> list[Answ
         if not {"question_id", "image", "text"} <= row.keys():
             fix = "LLaVA's question files have question_id, image and text; pass labels as --annotations"
             raise UserError(f"the row has {', '.join(row) or 'nothing'}", where=where, fix=fix)
-        asked[str(row["question_id"])].append(row)
+        asked[number_or_text(row["question_id"])].append(row)
     placed = []
     for answer in answers:
         if answer.question_id is None:
@@ -166,7 +167,7 @@ def refuse_questions(
 @lru_cache(maxsize=1 << 16)
 def question_key(text: str) -> str:
     """What is compared of a question: its words without instructions, in lower case."""
-    return " ".join(_INSTRUCTIONS.sub(" ", text).split()).casefold()
+    return " ".join(_INSTRUCTIONS.sub(" ", unicodedata.normalize("NFC", text)).split()).casefold()
 
 
 def asks(prompt: str, question: str) -> bool:
@@ -185,7 +186,8 @@ def asks(prompt: str, question: str) -> bool:
 
 def image_key(image: str) -> str:
     """What is compared of an image's name: neither folder nor suffix."""
-    name = image.replace("\\", "/").rsplit("/", 1)[-1]
+    # macOS takes the accents of file names apart
+    name = unicodedata.normalize("NFC", image).replace("\\", "/").rsplit("/", 1)[-1]
     stem, dot, suffix = name.rpartition(".")
     return (stem if dot and suffix.isalnum() and len(suffix) <= 4 else name).casefold()
 

@@ -226,7 +226,7 @@ def only_once(key: str, name: str, where: str, places: dict[str, str]) -> None:
     """
     first = places.setdefault(key, where)
     if first != where:
-        raise UserError(f"{name} {key} occurs twice, first in {first}", where=where, fix="make ids unique")
+        raise UserError(f"{name} {key:.80} occurs twice, first in {first}", where=where, fix="make ids unique")
 
 
 def _vlmevalkit_rows(path: Path, with_images: bool) -> Iterator[Row]:

@@ -36,6 +36,8 @@ _LABELS_UNDER_IDS = (
 )
 # how an Excel sheet's XML names a range of merged cells
 _MERGED = re.compile(rb'<mergeCell\s[^>]*?ref="([^"]{1,40})"')
+# how pandas writes a whole number of a column of floats
+_FLOAT = re.compile(r"\d+\.0", re.ASCII)
 _MMMU_OUTPUT = "output.json"
 _MME_RESULTS = ("image", "question", "answer", "prediction")
 # what XML, and so a cell of an Excel table, cannot hold
@@ -177,6 +179,25 @@ def value_at(row: Mapping[str, Any], name: str, absent: Any = None) -> Any:
     return value
 
 
+def number_or_text(value: str | int | float) -> str:
+    """What a cell says; pandas keeps whole numbers as 3.0 in a column with an empty cell, and writes them so."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def plain_id(value: Any, where: str, name: str) -> int | str:
+    """A question's id, without what tables make of one: 7.0 and ` 7` are 7.
+
+    Raises:
+        UserError: it is neither a number nor a text.
+    """
+    value = value.strip() if isinstance(value, str) else value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise UserError(f"{name} is {value!r:.80}", where=where, fix="give a number or a text")
+    return value[:-2] if isinstance(value, str) and _FLOAT.fullmatch(value) else value
+
+
 def holds_mme_results(path: Path) -> bool:
     """Whether a `.txt`, or the first of a folder, begins as MME's results do."""
     file = next(iter(_texts(path)), None) if path.is_dir() else path
@@ -194,10 +215,15 @@ def mme_results(path: Path) -> Iterator[Row]:
         path: a folder of such texts, or one of them.
 
     Raises:
-        UserError: a file cannot be read, or a row has not four cells.
+        UserError: a file cannot be read, a row has not four cells, or a question occurs twice.
     """
     for file in _texts(path) if path.is_dir() else [path]:
+        places: dict[tuple[str, str], str] = {}
         for where, row in _headless_rows(file, _MME_RESULTS):
+            first = places.setdefault((row["image"], row["question"]), where)
+            if first != where:  # no id tells a second answer from one to another question
+                what = f"{row['question']!r:.80} about {row['image']!r:.80} occurs twice, first in {first}"
+                raise UserError(what, where=where, fix="keep one row a question")
             yield where, row | {"category": file.stem, "image": f"{file.stem}/{row['image']}"}
 
 
@@ -367,11 +393,19 @@ def question_files(path: Path) -> list[Path]:
         folder = path.parent
         names = sorted(os.listdir(folder)) if folder.is_dir() else []
         files = [folder / name for name in names if not name.startswith(".") and matches(name, path.name)]
+        _refuse_parts(files, path)
     if not files:
         raise UserError("no parquet file there", where=str(path), fix="name a .parquet file, a folder or a pattern")
     one_split(files, folder)
     check_whole(files, path)
     return files
+
+
+def _refuse_parts(files: Sequence[Path], pattern: Path) -> None:
+    """Refuse parts of one file of lines, as LLaVA's scripts write on several GPUs."""
+    if files and all(file.suffix.lower() == ".jsonl" for file in files):
+        what = f"{len(files)} files of JSON lines, and a pattern names parquet files"
+        raise UserError(what, where=str(pattern), fix=f"join them first: cat {pattern} > joined.jsonl")
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -464,7 +498,8 @@ def _is_one_value(path: Path) -> bool:
     start = [line for line in islice((line for line in lines if line), 2)]
     if path.suffix.lower() == ".json":
         return not (len(start) == 2 and start[0].startswith("{") and start[0].endswith("}"))
-    return start[:1] in (["{"], ["["])
+    # no line of objects begins with a bracket, but a whole list may stand in one
+    return start[:1] == ["{"] or (bool(start) and start[0].startswith("["))
 
 
 def _parquet_columns(path: Path) -> list[str]:

@@ -9,6 +9,7 @@ from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.answer_files import (
     ANSWERS,
     EVALSCOPE,
+    MODEL,
     NORMALIZED_NOTE,
     SAMPLES,
     AnswerRows,
@@ -28,11 +29,10 @@ from llava_llama31.trainer.evaluation.task_questions import (
     load_task_questions,
     needs_categories,
     second_id,
+    turns_note,
 )
 
 
-# what `evaluate` writes beside every answer
-_MODEL = "model"
 IMAGES_NOTE = "lmms-eval's samples do not say which questions have an image; all of them count"
 
 
@@ -85,8 +85,8 @@ def read_task_answers(
     if annotations is not None and normalizes:
         pair = vqa_pair(annotations, questions)
         source, questions = (pair, None) if pair else (annotations, questions)
-    is_about_others = file.note == NORMALIZED_NOTE and not (normalizes or task.submission is not None)
-    notes = ["" if is_about_others else file.note, _protocol_note(task, file)]
+    about_others = () if normalizes or task.submission is not None else (NORMALIZED_NOTE,)
+    notes = [*(note for note in file.notes if note not in about_others), _protocol_note(task, file)]
     if source is None and questions is None:
         task, left_out = _without_categories(task, file)
         notes.append(left_out)
@@ -101,24 +101,36 @@ def read_task_answers(
         running = in_order(file) and questions is None
         rows = match_answers(answers, annotated, file.path, in_order=running, labels=task.labels)
         refuse_questions(file.answers, rows, annotated, file.path)
-    _refuse_labels(task, file, rows, annotated)
+    notes.append(_refuse_labels(task, file, rows, annotated))
     rows = _listed_twice(task, rows, annotated)
-    notes += [labels_note(annotated), _categories_note(task, annotated)]
+    notes += [labels_note(annotated), turns_note(task, annotated), _categories_note(task, annotated)]
     return TaskAnswers(task, file.layout, rows, "; ".join(note for note in notes if note), annotated)
 
 
 def _refuse_labels(
     task: Task, file: AnswerRows, rows: Sequence[Mapping[str, Any]], questions: Sequence[Question]
-) -> None:
-    """Refuse a benchmark's own rows, whose `answer` is the annotators' and would be right in every row."""
-    if file.layout != ANSWERS or _MODEL in file.source[0][1] or not holds_questions(task, file.source):
-        return
+) -> str:
+    """Refuse a benchmark's own rows, whose `answer` is the annotators' and would be right in every row.
+
+    Returns:
+        A note where a column of a model's words says no more than the annotators' does; else an empty text.
+    """
+    if (file.layout == ANSWERS and MODEL in file.source[0][1]) or not holds_questions(task, file.source):
+        return ""
     annotated = {str(question.question_id): question.answers for question in questions}
     said = [(str(row["answer"]).strip().casefold(), annotated.get(str(row["question_id"]), ())) for row in rows]
-    if all(answer in [wanted.strip().casefold() for wanted in answers] for answer, answers in said):
-        what = f"these are labels: the answer of each of {len(rows)} rows is the annotated one"
-        fix = "pass the model's answers; if these are, call the field prediction instead of answer"
-        raise UserError(what, where=str(file.path), fix=fix)
+    if not all(answer in _spellings(answers) for answer, answers in said):
+        return ""
+    if file.layout != ANSWERS:
+        return f"the answer of each of {len(rows)} rows is the annotated one, letter for letter"
+    what = f"these are labels: the answer of each of {len(rows)} rows is the annotated one"
+    fix = "pass the model's answers; if these are, call the field prediction instead of answer"
+    raise UserError(what, where=str(file.path), fix=fix)
+
+
+def _spellings(answers: Sequence[str]) -> list[str]:
+    """What a column of annotated answers says: one of them, or all as Python writes a list."""
+    return [answer.strip().casefold() for answer in (*answers, str(list(answers)))]
 
 
 def _listed_twice(task: Task, rows: list[dict[str, Any]], questions: Sequence[Question]) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from llava_llama31.trainer.evaluation.questions import (
     python_list,
     shared_image,
 )
-from llava_llama31.trainer.evaluation.row_files import Row, any_rows, value_at
+from llava_llama31.trainer.evaluation.row_files import Row, any_rows, number_or_text, plain_id, value_at
 from llava_llama31.trainer.evaluation.task_files import PER_QUESTION, Layout, ProtocolOf, Task
 from llava_llama31.trainer.recipes.data_formats import MAX_PIXELS
 
@@ -94,6 +94,7 @@ def load_task_questions(
             f"all rows are of {left_out}, which {task.name} leaves out", where=rows[0][0], fix="name another"
         )
     _all_or_none_annotated(questions, rows[0][0])
+    _refuse_other_turns(task, questions, rows[0][0])
     _refuse_without_category(task, questions, rows[0][0])
     _refuse_without_letters(layout, questions, rows[0][0])
     return questions
@@ -104,6 +105,26 @@ def _refuse_without_letters(layout: Layout, questions: Sequence[Question], where
     if 2 * len(wrong) > len(questions):
         what = f"{layout.answer} is {wrong[0].answers[0]!r:.80}, and {len(wrong)} of {len(questions)} are not a letter"
         raise UserError(what, where=where, fix="give the letter of the right option")
+
+
+def _refuse_other_turns(task: Task, questions: Sequence[Question], where: str) -> None:
+    """Refuse turns of one circular question that ask different things: their indices are those of other rows."""
+    asked: dict[str, Question] = {}
+    for question in questions if task.units == "circular" else ():
+        first = asked.setdefault(question.units[0], question)
+        if first.question != question.question:
+            ids = f"{first.question_id} and {question.question_id}"
+            what = f"{ids} are turns of one question by their numbers, and ask {first.question!r:.60} and"
+            fix = f"number turns as VLMEvalKit does: the same question again {_TURNS:,} on"
+            raise UserError(f"{what} {question.question!r:.60}", where=where, fix=fix)
+
+
+def turns_note(task: Task, questions: Sequence[Question]) -> str:
+    """That no circular question has a second turn, as where a table was numbered anew; empty where some have."""
+    if task.units != "circular" or len({question.units for question in questions}) < len(questions):
+        return ""
+    what = "no question has a second turn, so each counts by itself and the figure is no circular one"
+    return f"{what}: VLMEvalKit's index numbers the turns of a question in steps of {_TURNS:,}"
 
 
 def second_id(question_id: int | str) -> str:
@@ -299,13 +320,13 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
         text = text.partition("\n")[0].strip()
     image_id = _image_id(layout, row)
     if layout.id is None and row.get(DOC_ID) is not None:
-        question_id: int | str = _id(row[DOC_ID], where, DOC_ID)
+        question_id: int | str = plain_id(row[DOC_ID], where, DOC_ID)
         image_id = image_id or f"{DOC_ID} {question_id}"
     elif layout.id is None:
         numbers[image_id] += 1
         question_id = f"{image_id}#{numbers[image_id]}"
     else:
-        question_id = _id(_field(row, layout.id), where, layout.id)
+        question_id = plain_id(_field(row, layout.id), where, layout.id)
         if not image_id and (layout.all_with_image or not (layout.image or layout.image_key)):
             image_id = str(question_id)
     options = _options(layout, row, text, where)
@@ -353,14 +374,6 @@ def _said(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _id(value: Any, where: str, name: str) -> int | str:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise UserError(f"{name} is {value!r:.80}", where=where, fix="give a number or a text")
-    return value
-
-
 def _image_id(layout: Layout, row: Mapping[str, Any]) -> str:
     """The image's name, the hash of its content if it has no name, or an empty string if there is no image."""
     named = _field(row, layout.image_key) if layout.image_key else None
@@ -401,7 +414,7 @@ def _options(layout: Layout, row: Mapping[str, Any], question: str, where: str) 
 def _option(value: Any, where: str) -> str:
     if not isinstance(value, str | int | float):
         raise UserError(f"an option is {value!r:.80}", where=where, fix="give a text; format dates in a table as text")
-    return str(value)
+    return number_or_text(value)
 
 
 def _answers(task: Task, layout: Layout, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
@@ -420,7 +433,7 @@ def _answers(task: Task, layout: Layout, row: Mapping[str, Any], where: str) -> 
         fix = "give the annotated answer, or a list of them; format dates in a table as text"
         fix = "write it as a text, such as yes or no" if any(isinstance(a, bool) for a in answers) else fix
         raise UserError(f"{layout.answer} is {value!r:.80}", where=where, fix=fix)
-    texts = [str(answer) for answer in answers]
+    texts = [number_or_text(answer) for answer in answers]
     if layout.answer_is == "letter" or (layout.metric and _field(row, layout.metric) == "choice"):
         return tuple(text.strip() for text in texts)
     if layout.answer_is == "index":
@@ -471,12 +484,16 @@ def _units(task: Task, question_id: int | str, image_id: str, row: Mapping[str, 
 def _hallusionbench_units(index: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     """The figure and the question across figures, of `VD_illusion_1_0_0_0` or of the benchmark's own fields."""
     category = row.get("l2-category") or f"{row.get('category')}_{row.get('subcategory')}"
+    # a column that was sorted alone has the indices of other rows
+    if f"_{category}_" not in f"_{index}" and row.get("l2-category") and row.get("set_id") is None:
+        what = f"index {index!r:.80} is not of the row's category {category}"
+        raise UserError(what, where="HallusionBench", fix="give each row the index that its question has")
     if row.get("set_id") is not None:
         parts = [str(row.get(name)) for name in ("set_id", "figure_id", "question_id")]
     else:
         parts = index.split("_")[3:6]
     if len(parts) < 3:
         raise UserError(
-            f"index {index!r} names no set, figure and question", where="HallusionBench", fix="keep its index"
+            f"index {index!r:.80} names no set, figure and question", where="HallusionBench", fix="keep its index"
         )
     return f"{category} {parts[0]} figure {parts[1]}", f"{category} {parts[0]} question {parts[2]}"

@@ -10,6 +10,7 @@ import numpy as np
 
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.judging import Judgement, judge_of
+from llava_llama31.trainer.evaluation.metrics.yes_no import is_yes_for_want_of_no
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.task_files import ProtocolOf, Task
 from llava_llama31.trainer.evaluation.task_questions import counted
@@ -295,6 +296,14 @@ def protocol_for(task: Task, layout: str, wanted: str | None) -> str:
         raise UserError(what, where="--protocol", fix=f"one of {', '.join(task.protocols)}")
     theirs = [name for name, rules in task.protocols.items() if layout in rules.layouts]
     return wanted or (theirs[0] if theirs else task.protocol)
+
+
+def num_yes_for_want_of_no(task: Task, found: Answered, protocol: str) -> int:
+    """How many answers a protocol takes for yes in which the word is not."""
+    rules = task.protocols[protocol]
+    if rules.metric != "yes_no":
+        return 0
+    return sum(is_yes_for_want_of_no(answer, rules.rule) for answer in found.answers.values())
 
 
 def mean_value(task: Task, found: Answered, protocol: str) -> float:

@@ -10,6 +10,7 @@
 | `evalscope`        | EvalScope: `utils/yes_no.py`; see `evalscope.py`                                           |
 """
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -18,6 +19,7 @@ from llava_llama31.trainer.evaluation.vqa_accuracy import without_punctuation
 
 
 YES, NO, NEITHER = "yes", "no", ""
+_WORDS = re.compile(r"\w+")
 
 RULES: Mapping[str, str] = MappingProxyType(
     {
@@ -51,6 +53,13 @@ def yes_or_no(prediction: str, rule: str) -> str:
     if rule in ("mme", "lmms-eval-mme"):
         return _by_prefix(prediction, deletes_periods=rule == "lmms-eval-mme")
     raise ValueError(f"no rule is named {rule!r}; there are {', '.join(RULES)}")
+
+
+def is_yes_for_want_of_no(prediction: str, rule: str) -> bool:
+    """Whether a rule takes a prediction for yes in which the word is not; `llava-pope` alone does."""
+    if rule != "llava-pope" or YES in _WORDS.findall(prediction.lower()):
+        return False
+    return yes_or_no(prediction, rule) == YES
 
 
 def _by_prefix(prediction: str, *, deletes_periods: bool) -> str:
