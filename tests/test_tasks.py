@@ -890,10 +890,27 @@ def test_a_list_on_one_line_and_the_parts_of_several_gpus(own, capsys):
     parts = folder / "parts"
     for part in range(2):
         write_lines(parts / f"2_{part}.jsonl", answers[part::2])
-    for path in (parts, parts / "2_*.jsonl"):
-        assert main(["score", str(path), *arguments]) == 2
-        error = capsys.readouterr().err
-        assert f"cat {parts}/" in error and "> joined.jsonl" in error and "download it again" not in error
+    whole = score(capsys, parts, *arguments)
+    assert whole["metrics"] == {"accuracy": 100} and whole["missing"] == 0
+    assert whole["note"] == "2_0.jsonl to 2_1.jsonl are read as one file"
+    write_lines(parts / "merge.jsonl", answers)
+    assert score(capsys, parts, *arguments)["note"].endswith("as one file; not read: merge.jsonl")
+    for paths, fix in (
+        ([parts / "2_*.jsonl"], "name the folder, if these are N_K.jsonl of N GPUs, or join them: cat"),
+        ([parts / "2_0.jsonl", parts / "2_1.jsonl"], f"name {parts}, whose parts are read as one file"),
+    ):
+        assert main(["score", *map(str, paths), *arguments]) == 2
+        assert fix in capsys.readouterr().err
+    write_lines(parts / "2_1.jsonl", answers[:1])  # in 2_0 too
+    assert main(["score", str(parts), *arguments]) == 2
+    assert "question q0 has several answers" in capsys.readouterr().err
+    fix = "(fix: keep the parts of one run, all of them, in a folder of their own)"
+    (parts / "2_1.jsonl").unlink()
+    assert main(["score", str(parts), *arguments]) == 2
+    assert f"{parts}: lacks 2_1.jsonl of the parts of 2 GPUs {fix}" in capsys.readouterr().err
+    write_lines(parts / "8_0.jsonl", answers)
+    assert main(["score", str(parts), *arguments]) == 2
+    assert f"{parts}: holds parts of 2 and of 8 GPUs {fix}" in capsys.readouterr().err
 
 
 def test_earlier_and_judged_files_are_distinguished(tmp_path, capsys):

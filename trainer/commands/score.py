@@ -55,8 +55,11 @@ def run(options: argparse.Namespace) -> int:
     """Exit code 0, or 3 if answers are missing, failed, doubled or unknown."""
     from llava_llama31.trainer.errors import UserError
     from llava_llama31.trainer.evaluation.answer_files import Reading
+    from llava_llama31.trainer.evaluation.row_files import refuse_to_compare_parts
 
     reading = Reading(options.columns, options.where)
+    if options.other is not None:
+        refuse_to_compare_parts(Path(options.predictions), Path(options.other))
     if options.task is not None:
         return _score_task(options, reading)
     if options.submission is not None:

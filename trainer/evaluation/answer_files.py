@@ -1,8 +1,9 @@
 """Answer files to be scored: ours, and those that LLaVA's scripts, lmms-eval, VLMEvalKit and EvalScope write."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +26,7 @@ from llava_llama31.trainer.evaluation.row_files import (
     mme_results,
     mmmu_outputs,
     number_or_text,
+    parts_of_gpus,
     plain_id,
     value_at,
 )
@@ -178,6 +180,8 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
         UserError: it cannot be read, is none that `read_answers` knows, or holds no words of a model.
     """
     file = _answer_rows(Path(path), reading)
+    if parts := parts_of_gpus(file.path):
+        file = replace(file, notes=(_parts_note(file.path, parts), *file.notes))
     # those of `evaluate` are a model's, however little it said
     if not (file.layout == ANSWERS and MODEL in file.source[0][1]):
         _refuse_no_words(file.answers, file.path)
@@ -187,6 +191,13 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
         return file
     note = f"{num_empty} of {len(texts)} answers are empty, or nan, and are scored as they stand"
     return replace(file, notes=(*file.notes, note))
+
+
+def _parts_note(folder: Path, parts: Sequence[Path]) -> str:
+    """How many parts are read as one file, and which other files of the folder are not."""
+    others = sorted(file.name for file in folder.iterdir() if file.is_file() and file not in parts)
+    unread = f"; not read: {', '.join(others[:5])}{' and more' * (len(others) > 5)}" if others else ""
+    return f"{parts[0].name} to {parts[-1].name} are read as one file{unread}"
 
 
 def _is_empty(text: str) -> bool:
@@ -209,15 +220,7 @@ def _refuse_no_words(answers: Sequence[Answer], path: Path) -> None:
 
 
 def _answer_rows(path: Path, reading: Reading) -> AnswerRows:
-    is_outputs = holds_mmmu_outputs(path)
-    if path.is_dir() and not is_outputs and not holds_mme_results(path) and not parquet_folder(path):
-        raise _not_answers(path)
-    keyed = ("question_id", "prediction")
-    if is_outputs:
-        read = mmmu_outputs(path)
-    else:
-        read = mme_results(path) if holds_mme_results(path) else any_rows(path, keyed=keyed, formulas=True)
-    rows = _kept(list(read), reading, path)
+    rows = _kept(list(_read(path)), reading, path)
     if not rows:
         raise UserError("no answers", where=str(path), fix="name a file with at least one answer")
     empty = "" if path.suffix.lower() == ".xlsx" else None  # a cell without text; elsewhere null is no answer
@@ -242,18 +245,32 @@ def _answer_rows(path: Path, reading: Reading) -> AnswerRows:
     return AnswerRows(path, str(layout), answers, rows, _notes(path, rows) if layout == VLMEVALKIT else ())
 
 
+def _read(path: Path) -> Iterable[Row]:
+    """Rows of a file, or of a folder that some evaluator writes."""
+    keyed = ("question_id", "prediction")
+    if holds_mmmu_outputs(path):
+        return mmmu_outputs(path)
+    if holds_mme_results(path):
+        return mme_results(path)
+    if parts := parts_of_gpus(path):
+        return chain.from_iterable(any_rows(part) for part in parts)
+    if path.is_dir() and not parquet_folder(path):
+        raise _not_answers(path)
+    return any_rows(path, keyed=keyed, formulas=True)
+
+
 def _not_answers(folder: Path) -> UserError:
     # not above: it builds the schema of recipes, which `score` otherwise does without
     from llava_llama31.trainer.checkpoint.run_folder import PREDICTIONS
 
     what = (
-        "a folder of neither MME's results (texts of image, question, answer and prediction), MMMU's outputs "
-        "(one folder per subject, each with an output.json) nor parquet files"
+        "a folder of neither MME's results (texts of image, question, answer and prediction), MMMU's outputs (one "
+        "folder per subject, each with an output.json), the parts N_K.jsonl of LLaVA's scripts nor parquet files"
     )
     fix = "name the file of answers"
     if (folder / PREDICTIONS).is_file():
         fix = f"name its {PREDICTIONS}"
-    elif any(folder.glob("*.jsonl")):  # LLaVA's scripts write a part a GPU
+    elif any(folder.glob("*.jsonl")):
         fix = f"{fix}, or join its parts: cat {folder}/*.jsonl > joined.jsonl"
     return UserError(what, where=str(folder), fix=fix)
 

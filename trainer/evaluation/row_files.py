@@ -38,6 +38,8 @@ _LABELS_UNDER_IDS = (
 _MERGED = re.compile(rb'<mergeCell\s[^>]*?ref="([^"]{1,40})"')
 # how pandas writes a whole number of a column of floats
 _FLOAT = re.compile(r"\d+\.0", re.ASCII)
+# what LLaVA's scripts call the part of GPU K of N
+_PART = re.compile(r"(\d+)_(\d+)\.jsonl", re.ASCII)
 _MMMU_OUTPUT = "output.json"
 _MME_RESULTS = ("image", "question", "answer", "prediction")
 # what XML, and so a cell of an Excel table, cannot hold
@@ -227,6 +229,36 @@ def mme_results(path: Path) -> Iterator[Row]:
             yield where, row | {"category": file.stem, "image": f"{file.stem}/{row['image']}"}
 
 
+def parts_of_gpus(path: Path) -> list[Path]:
+    """A folder's files `N_K.jsonl`, as LLaVA's scripts write them on N GPUs, in the order of K; empty if it has none.
+
+    Raises:
+        UserError: a part is missing, or there are parts of several runs.
+    """
+    files = path.iterdir() if path.is_dir() else ()
+    parts = {(int(named[1]), int(named[2])): file for file in files if (named := _PART.fullmatch(file.name))}
+    if not parts:
+        return []
+    numbers = sorted({number for number, _ in parts})
+    fix = "keep the parts of one run, all of them, in a folder of their own"
+    if len(numbers) > 1:
+        listed = " and of ".join(map(str, numbers))
+        raise UserError(f"holds parts of {listed} GPUs", where=str(path), fix=fix)
+    missing = [f"{numbers[0]}_{part}.jsonl" for part in range(numbers[0]) if (numbers[0], part) not in parts]
+    if missing or len(parts) > numbers[0]:
+        what = f"lacks {', '.join(missing[:20])}" if missing else f"holds more than {numbers[0]} parts"
+        raise UserError(f"{what} of the parts of {numbers[0]} GPUs", where=str(path), fix=fix)
+    return [parts[key] for key in sorted(parts)]
+
+
+def refuse_to_compare_parts(first: Path, second: Path) -> None:
+    """Refuse two parts of one run, as a shell makes them of a pattern."""
+    named = [_PART.fullmatch(path.name) for path in (first, second)]
+    if first.parent == second.parent and named[0] and named[1] and named[0][1] == named[1][1]:
+        what = "two parts of one run, which would be compared"
+        raise UserError(what, where=f"{first} {second}", fix=f"name {first.parent}, whose parts are read as one file")
+
+
 def holds_mmmu_outputs(path: Path) -> bool:
     """Whether a folder has a folder a subject with an `output.json`, as MMMU's evaluator takes them."""
     return path.is_dir() and next(path.glob(f"*/{_MMMU_OUTPUT}"), None) is not None
@@ -405,7 +437,8 @@ def _refuse_parts(files: Sequence[Path], pattern: Path) -> None:
     """Refuse parts of one file of lines, as LLaVA's scripts write on several GPUs."""
     if files and all(file.suffix.lower() == ".jsonl" for file in files):
         what = f"{len(files)} files of JSON lines, and a pattern names parquet files"
-        raise UserError(what, where=str(pattern), fix=f"join them first: cat {pattern} > joined.jsonl")
+        fix = f"name the folder, if these are N_K.jsonl of N GPUs, or join them: cat {pattern} > joined.jsonl"
+        raise UserError(what, where=str(pattern), fix=fix)
 
 
 def _lines(path: Path) -> Iterator[str]:
