@@ -913,6 +913,20 @@ def test_a_list_on_one_line_and_the_parts_of_several_gpus(own, capsys):
     assert f"{parts}: holds parts of 2 and of 8 GPUs {fix}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "fix"),
+    [
+        ("m_ChartQA_TEST_acc.csv", "split,Overall\nnone,58.7\n", "pass its answers, m_ChartQA_TEST.xlsx"),
+        ("m_OCRBench_score.json", '{"Final Score": 458}', "pass its answers, m_OCRBench.xlsx"),
+        ("20261130_results.json", '{"results": {}, "configs": {}}', "pass its samples, which --log_samples writes"),
+    ],
+)
+def test_scores_are_refused_with_the_answers_to_pass(tmp_path, capsys, name, content, fix):
+    (tmp_path / name).write_text(content)
+    assert main(["score", str(tmp_path / name), "--task", "chartqa"]) == 2
+    assert f"scores: {fix})" in capsys.readouterr().err
+
+
 def test_earlier_and_judged_files_are_distinguished(tmp_path, capsys):
     rows = CHOICES[:3]
     result = score(capsys, write_xlsx(tmp_path / "m_MMStar_PREV.xlsx", rows), "--task", "mmstar")

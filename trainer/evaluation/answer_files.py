@@ -20,6 +20,7 @@ from llava_llama31.trainer.evaluation.answer_matching import (
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.row_files import (
     Row,
+    answers_of_scores,
     any_rows,
     holds_mme_results,
     holds_mmmu_outputs,
@@ -230,7 +231,7 @@ def _answer_rows(path: Path, reading: Reading) -> AnswerRows:
     layout = _layout(rows[0][1], rows[0][0])
     for where, row in rows:
         if layout is None or _layout(row, where) != layout:
-            fix = (
+            fix = answers_of_scores(path) or (
                 'one {"question_id": ..., "answer": "..."} a line, another layout of docs/evaluation.md, or --columns'
             )
             found = ", ".join(map(str, row)) or "nothing"

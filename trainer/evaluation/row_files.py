@@ -41,6 +41,7 @@ _FLOAT = re.compile(r"\d+\.0", re.ASCII)
 # what LLaVA's scripts call the part of GPU K of N
 _PART = re.compile(r"(\d+)_(\d+)\.jsonl", re.ASCII)
 _MMMU_OUTPUT = "output.json"
+_SCORES = ("_acc.csv", "_score.csv", "_score.json")
 _MME_RESULTS = ("image", "question", "answer", "prediction")
 # what XML, and so a cell of an Excel table, cannot hold
 _NOT_IN_CELLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
@@ -90,11 +91,18 @@ def listed_rows(content: Any, path: Path, keyed: Sequence[str] = ()) -> list[Any
     if is_keyed and all(isinstance(value, str) for value in content.values()):
         return [dict(zip(keyed, pair, strict=True)) for pair in content.items()]
     found = f"; it has {', '.join(islice(content, 10))}" if isinstance(content, dict) and content else ""
-    raise UserError(
-        f"not a list of answers or questions{found}",
-        where=str(path),
-        fix="docs/evaluation.md lists the files that are read",
-    )
+    fix = answers_of_scores(path) or "docs/evaluation.md lists the files that are read"
+    if isinstance(content, dict) and {"results", "configs"} <= content.keys():
+        fix = "these are lmms-eval's scores: pass its samples, which --log_samples writes"
+    raise UserError(f"not a list of answers or questions{found}", where=str(path), fix=fix)
+
+
+def answers_of_scores(path: Path) -> str:
+    """What to pass instead of a file that is called like VLMEvalKit's scores; empty if it is not."""
+    for ending in _SCORES:
+        if path.name.endswith(ending):
+            return f"these are VLMEvalKit's scores: pass its answers, {path.name.removesuffix(ending)}.xlsx"
+    return ""
 
 
 def _is_label(value: Any) -> bool:
