@@ -623,6 +623,46 @@ def test_mmmu_counts_the_validation_questions_of_vlmevalkits_two_splits(tmp_path
     assert main(arguments) == 0 and len(json.loads((tmp_path / "s.json").read_text())) == 3
 
 
+@pytest.mark.parametrize("file", ["m_MMMU_DEV_VAL.xlsx", "m_MMMU_DEV_VAL_openai_result.xlsx"])
+def test_an_open_question_is_open_in_vlmevalkits_result_files_too(tmp_path, capsys, file):
+    """There its answer has become option A, and is still written as a text."""
+    shown = {"A": "24 V", "B": "Other Answers", "hit": 1} if "result" in file else {"A": None, "B": None}
+    asked = {"question": "How many volts?", "answer": "24 V", "split": "validation"} | shown
+    said = ["It is 24 V.", "A", "B", "12 V"]
+    rows = [{"index": i, **asked, "prediction": text} for i, text in enumerate(said)]
+    result = score(capsys, write_xlsx(tmp_path / file, rows), "--task", "mmmu")
+    found = {name: result["protocols"][name]["metrics"]["accuracy"] for name in ("vlmevalkit", "letter", "mmmu")}
+    assert found == {"vlmevalkit": 50, "letter": 25, "mmmu": 25}
+    assert "not the letter of an option" not in result["note"]
+
+
+@pytest.mark.parametrize("name", ["mmbench", "mmmu"])
+def test_both_levels_of_vlmevalkits_categories_have_figures(tmp_path, capsys, name):
+    levels = [("Art", "Humanities"), ("Music", "Humanities"), ("Physics", "Science")]
+    rows = [
+        row | {"category": category, "l2-category": wide, "split": "validation"}
+        for row, (category, wide) in zip(CHOICES[:3], levels, strict=True)
+    ]
+    result = score(capsys, write_xlsx(tmp_path / f"{name}.xlsx", rows), "--task", name)
+    found = {group: figures["accuracy"] for group, figures in result["groups"].items()}
+    assert found == {"Art": 100, "Music": 100, "Physics": 0, "Humanities": 100, "Science": 0}
+
+
+@pytest.mark.parametrize("column", ["answers", "answer"])
+def test_vlmevalkits_table_of_vizwiz_lists_its_answers(tmp_path, capsys, column):
+    """Its column is called `answers`, and that of its TextVQA `answer`."""
+    listed = str(["a red mug"] * 3 + ["mug"] * 2 + ["unanswerable"] * 5)
+    said = ["Red mug.", "mug", "a cup"]
+    rows = [
+        {"index": i, "question": f"What is {i}?", column: listed, "prediction": text} for i, text in enumerate(said)
+    ]
+    result = score(capsys, write_xlsx(tmp_path / "m_VizWiz.xlsx", rows), "--task", "vizwiz")
+    # of ten annotators, three see two others and seven see three; two see one and eight see two
+    earned = (3 * 2 / 3 + 7) / 10 + (2 / 3 + 8 * 2 / 3) / 10
+    assert result["protocol"] == "vlmevalkit-2024"
+    assert result["metrics"]["accuracy"] == pytest.approx(100 * earned / 3)
+
+
 @pytest.mark.parametrize("name", ["mmmu", "scienceqa-img"])
 def test_a_page_shows_the_questions_that_count(tmp_path, capsys, name):
     """Its mean would be another one than that of `score`."""

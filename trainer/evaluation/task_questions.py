@@ -16,6 +16,7 @@ from llava_llama31.trainer.data.sources.remote_files import check_is_path
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.annotated import check_annotated
 from llava_llama31.trainer.evaluation.metrics.choices import LETTERS, inline_options
+from llava_llama31.trainer.evaluation.metrics.open_answers import OTHER_ANSWERS
 from llava_llama31.trainer.evaluation.questions import (
     LONGEST_IMAGE_INDEX,
     ImagePlace,
@@ -331,6 +332,8 @@ def _question(task: Task, layout: Layout, row: dict[str, Any], where: str, numbe
             image_id = str(question_id)
     options = _options(layout, row, text, where)
     answers = _answers(task, layout, row, where)
+    if layout.options == "columns" and options == (("A", *answers), ("B", OTHER_ANSWERS)):
+        options = ()  # VLMEvalKit's result files show an open question so, with the answer's text and no letter
     context = _filled(layout, row, layout.context) if layout.context else None
     metric = _field(row, layout.metric) if layout.metric else None
     if layout.metric and metric not in PER_QUESTION:
