@@ -6,7 +6,9 @@ import json
 import math
 import os
 import random
+from functools import reduce
 from importlib import resources
+from operator import add
 from pathlib import Path
 
 import pyarrow
@@ -496,6 +498,22 @@ def test_pairs_are_right_together(tmp_path, capsys):
         assert held["groups"] == result["groups"] and held["metrics"] == result["metrics"]
     one = score(capsys, str(tmp_path / "results" / "count.txt"), "--task", "mme")
     assert one["groups"]["count"]["score"] == 125 and one["num_questions"] == 4
+
+
+def test_vlmevalkit_adds_mmes_categories_in_the_order_of_their_names(tmp_path, capsys):
+    """The last digit of a sum depends on it."""
+    categories = load_task("mme").protocols["llava"].sums["perception"]
+    rows = []
+    for place, category in enumerate(categories):
+        num_right = (0, 1, 4)[place % 3]
+        for i in range(6):
+            asked = {"question": f"Is it {i}?", "answer": "Yes", "image_path": f"{category}/{i // 2}.jpg"}
+            said = "Yes" if i < num_right else "No"
+            rows.append({"index": len(rows), "category": category, **asked, "prediction": said})
+    result = score(capsys, write_xlsx(tmp_path / "m_MME.xlsx", rows), "--task", "mme")
+    scores = {category: result["groups"][category]["score"] for category in categories}
+    listed, by_name = (reduce(add, map(scores.get, names)) for names in (categories, sorted(categories)))
+    assert listed != by_name == result["metrics"]["perception"] == pytest.approx(450)
 
 
 # --- multiple choice

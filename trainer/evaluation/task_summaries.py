@@ -15,6 +15,8 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
 
 from llava_llama31.trainer.evaluation.judging import Judgement
 from llava_llama31.trainer.evaluation.metrics.fields import field_f1
@@ -80,7 +82,9 @@ def metrics_of(sums: Mapping[tuple[str, str], float], protocol: ProtocolOf, grou
     metrics = group_metrics(sums, protocol, ALL)
     added = PAIR_SCORE if protocol.summary == "pairs" else protocol.called
     for name, parts in protocol.sums.items():
-        metrics[name] = sum(group_metrics(sums, protocol, part).get(added, 0.0) for part in parts)
+        scores = [group_metrics(sums, protocol, part).get(added, 0.0) for part in parts]
+        # one after the other, as the evaluators add; since Python 3.12 `sum` rounds otherwise
+        metrics[name] = reduce(add, scores, 0.0)
     if protocol.summary == "pairs":
         metrics.pop(PAIR_SCORE, None)  # a category has one, and all together their sums
     return metrics
