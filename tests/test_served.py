@@ -313,7 +313,7 @@ def test_vllm_is_started_and_ended(lively_folder, data, tmp_path, monkeypatch, c
             ["--url", "http://x", "--engine", "vllm", "--data", "x"],
             "both a running server and an engine to start are named",
         ),
-        (["--url", "http://x", "--data", "x", "--ocr", "rapidocr"], "--ocr does not go with a server"),
+        (["--url", "http://x", "--data", "x", "--ocr", "rapidocr"], "--ocr: does not go with a server"),
         (["--url", "http://x", "--data", "x", "--engine-options=-x"], "the server runs already"),
         (["--url", "http://x"], "--data: no questions"),
     ],

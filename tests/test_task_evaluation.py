@@ -419,7 +419,7 @@ def test_bad_tables_are_named_before_the_model_is_read(data, tmp_path, capsys, r
         (["--task", "pope"], "--data: no questions of pope"),
         (["--task", "pope", "--task", "mme", "--data", "x"], "one file for several tasks"),
         (["--task", "pope=a", "--task", "pope=b"], "pope is named twice"),
-        (["--task", "pope", "--ocr", "rapidocr"], "--ocr does not go with --task"),
+        (["--task", "pope", "--ocr", "rapidocr"], "--ocr: does not go with --task"),
         (["--data", "x", "--preset", "vlmevalkit"], "TextVQA's prompt there is that of card"),
     ],
 )

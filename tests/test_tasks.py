@@ -128,7 +128,7 @@ def test_an_unknown_task_names_those_that_there_are(capsys):
     assert main(["score", "p.jsonl"]) == 2
     assert "no annotations" in capsys.readouterr().err
     assert main(["score", "p.jsonl", "--annotations", "a", "--protocol", "m4c"]) == 2
-    assert "--protocol goes with --task" in capsys.readouterr().err
+    assert "--protocol: goes with --task" in capsys.readouterr().err
 
 
 # --- POPE: two categories share images and questions

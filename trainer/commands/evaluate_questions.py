@@ -79,7 +79,7 @@ def _tasks(options: argparse.Namespace) -> "list[tuple[Task, str | None]]":
 
     for name in ("questions", "ocr"):
         if vars(options)[name] is not None:
-            raise UserError(f"--{name} does not go with --task", where=f"--{name}", fix="leave it out")
+            raise UserError("does not go with --task", where=f"--{name}", fix="leave it out")
     if options.data is not None and len(options.task) > 1:
         raise UserError("one file for several tasks", where="--data", fix="give each its own: --task NAME=FILE")
     tasks = []

@@ -80,7 +80,7 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.ocr is not None:
         fix = "read the tokens with this package's engine first, and put them into the data"
-        raise UserError("--ocr does not go with a server", where="--ocr", fix=fix)
+        raise UserError("does not go with a server", where="--ocr", fix=fix)
     if options.url is not None and options.engine_options:
         raise UserError("the server runs already", where="--engine-options", fix="leave them out")
     if not options.task and options.data is None:

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     if options.quantize is not None:
         return _export_twin(run, output, options)
     if options.base is not None:
-        raise UserError("--base goes with --adapter", where="--base", fix="leave it out, or add --adapter")
+        raise UserError("goes with --adapter", where="--base", fix="leave it out, or add --adapter")
     folder = export_again(run, output, options.dialect)
     say(str(folder), stdout=True)
     return _check(run, folder, options.check_with) if options.check or options.check_with else 0

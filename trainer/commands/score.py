@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("no annotations", where="--annotations", fix="name the file, or a benchmark with --task")
     if options.protocol is not None:
         fix = "leave it out: without a task all three are printed"
-        raise UserError("--protocol goes with --task", where="--protocol", fix=fix)
+        raise UserError("goes with --task", where="--protocol", fix=fix)
     return _score_textvqa(options, reading)
 
 
