@@ -20,10 +20,12 @@ from llava_llama31.trainer.cli import main
 from llava_llama31.trainer.errors import UserError
 from llava_llama31.trainer.evaluation.answer_files import Reading
 from llava_llama31.trainer.evaluation.answer_matching import asks, image_key
+from llava_llama31.trainer.evaluation.metrics.choices import inline_options
 from llava_llama31.trainer.evaluation.task_answers import read_task_answers
 from llava_llama31.trainer.evaluation.task_files import load_task, task_names
 from llava_llama31.trainer.evaluation.task_questions import load_task_questions
 from llava_llama31.trainer.evaluation.task_scoring import answered, score_task
+from llava_llama31.trainer.evaluation.vqa_accuracy import normalize
 
 
 SHIPPED = ["ai2d", "chartqa", "docvqa", "gqa", "hallusionbench", "infovqa", "mmbench", "mme", "mmmu", "mmstar"]
@@ -228,7 +230,7 @@ def test_a_row_that_names_its_category_needs_no_question_file(pope, capsys, rena
 
 
 @pytest.mark.parametrize("has_doc", [True, False])
-@pytest.mark.parametrize("labels", ["own", "hub"])
+@pytest.mark.parametrize("labels", ["own", "hub", "hub with suffixes"])
 def test_samples_of_vizwiz_name_their_images(tmp_path, capsys, has_doc, labels):
     """lmms-eval submits images instead of ids, and since its 0.4 keeps no other; such samples were refused."""
     asked = ["What is this?", "What is this?", "What color is it?", "What is this?"]
@@ -240,10 +242,12 @@ def test_samples_of_vizwiz_name_their_images(tmp_path, capsys, has_doc, labels):
         {**row, "question_id": Path(row["image"]).stem, "answers": [row["answers"][0]["answer"]] * 10} for row in rows
     ]
     hub = [{name: value for name, value in row.items() if name != "image"} for row in hub]
+    if labels == "hub with suffixes":
+        hub = [row | {"question_id": f"{row['question_id']}.jpg"} for row in hub]
     annotations = write_lines(tmp_path / "val.jsonl", rows[::-1] if labels == "own" else hub[::-1])
     samples = [
         {"doc_id": i, "target": "answer", "filtered_resps": answer, "exact_match": 1.0}
-        | {"submission": {"image": images[i], "answer": answer.lower()}}
+        | {"submission": {"image": f"{hub[i]['question_id']}.jpg", "answer": answer.lower()}}
         | ({"doc": hub[i]} if has_doc else {"input": asked[i] + PROMPT})
         for i, answer in enumerate(said)
     ]
@@ -1718,6 +1722,136 @@ def test_samples_without_questions_are_told_from_another_benchmark(tmp_path, cap
     assert "these questions have no annotated answers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", KEPT)
+def test_lmms_eval_scores_answers_without_the_white_space_around_them(tmp_path, capsys, name):
+    """It strips every answer first; by GQA, ChartQA, AI2D and MMMU such answers were wrong."""
+    rows = kept_rows(name)
+    for row in rows[:-1]:
+        row["filtered_resps"] = f" {row['filtered_resps']}\n"
+    spaced = score(capsys, write_lines(tmp_path / "s.jsonl", rows), "--task", name)["protocols"]
+    plain = score(capsys, write_lines(tmp_path / "p.jsonl", kept_rows(name)), "--task", name)["protocols"]
+    theirs = [protocol for protocol in spaced if protocol.startswith("lmms-eval")] or ["vlmevalkit"]
+    assert [spaced[protocol]["metrics"] for protocol in theirs] == [plain[protocol]["metrics"] for protocol in theirs]
+
+
+def test_lmms_eval_divides_a_distance_by_lengths_without_white_space(tmp_path, capsys):
+    rows = [row | {"filtered_resps": " ab\n", "target": "['xb']"} for row in kept_rows("docvqa")]
+    protocols = score(capsys, write_lines(tmp_path / "s.jsonl", rows), "--task", "docvqa")["protocols"]
+    assert [protocols[name]["metrics"]["anls"] for name in ("lmms-eval", "vlmevalkit")] == [50, 75]
+
+
+def test_samples_of_an_open_question_have_no_options(tmp_path, capsys):
+    """Its text may speak of `figure A.`; lmms-eval says which of MMMU's questions are open."""
+    rows = kept_rows("mmmu")
+    kept = rows[0]["mmmu_acc"] | {"question_type": "open"}
+    asked = "<image 1> How long is the way from A. to B. ?" + PROMPT
+    rows[0] = {**rows[0], "input": asked, "target": "12.5", "filtered_resps": "It is 12.5", "mmmu_acc": kept}
+    result = score(capsys, write_lines(tmp_path / "s.jsonl", rows), "--task", "mmmu")
+    assert result["metrics"]["accuracy"] == 75 and "not the letter of an option" not in result["note"]
+
+
+def test_samples_say_categories_by_the_names_of_their_metrics(tmp_path, capsys):
+    """As lmms-eval's own results give ChartQA's and MMStar's; since its 0.4 nothing else in the rows does."""
+    charts = kept_rows("chartqa")
+    for i, row in enumerate(charts):
+        row["relaxed_human_split" if i == 3 else "relaxed_augmented_split"] = 1.0
+    groups = score(capsys, write_lines(tmp_path / "c.jsonl", charts), "--task", "chartqa")["groups"]
+    assert {name: figures["relaxed_accuracy"] for name, figures in groups.items()} == {
+        "augmented_test": 100,
+        "human_test": 0,
+    }
+    stars = [row | {"math": row["average"]} for row in kept_rows("mmstar")]
+    stars[3]["average"] = stars[3]["math"] = {"question_id": 3, "l2_category": "statistical reasoning"}
+    result = score(capsys, write_lines(tmp_path / "m.jsonl", stars), "--task", "mmstar")
+    # a wider category's figure is the mean of its finer ones, as the overall one is
+    expected = {"geometry": 100, "math": 50, "statistical reasoning": 0}
+    assert {name: figures["accuracy"] for name, figures in result["groups"].items()} == expected
+    assert result["protocols"]["mmstar"]["groups"]["math"]["accuracy"] == 75
+
+
+def test_annotated_answers_that_lmms_eval_normalised_are_compared_as_they_stand(tmp_path, capsys):
+    """Before its 0.4 `doc` holds them so: `that's` became `that 's` here, and ten times `a`, empty, was refused."""
+    wanted, said = ["thats", "a", "red"], ["thats", "a", "blue"]
+    docs = [
+        {"question_id": i, "question": f"What {i}?", "answers": [normalize(answer, "m4c")] * 10}
+        for i, answer in enumerate(wanted)
+    ]
+    assert [doc["answers"][0] for doc in docs] == ["that's", "", "red"]
+    rows = [{"doc_id": i, "doc": doc, "target": "answer", "filtered_resps": [said[i]]} for i, doc in enumerate(docs)]
+    result = score(capsys, write_lines(tmp_path / "s.jsonl", rows), "--task", "textvqa")
+    assert result["protocol"] == "m4c" and result["metrics"]["accuracy"] == pytest.approx(200 / 3)
+    assert "not those of the annotators' own words" in result["note"]
+    # annotations have the annotators' own words
+    raw = [doc | {"answers": [answer] * 10} for doc, answer in zip(docs, wanted, strict=True)]
+    result = score(
+        capsys, tmp_path / "s.jsonl", "--task", "textvqa", "--annotations", write_lines(tmp_path / "a", raw)
+    )
+    assert result["metrics"]["accuracy"] == pytest.approx(200 / 3) and "note" not in result
+    # an empty answer of anybody else's is none
+    path = write_lines(tmp_path / "b.jsonl", [docs[1] | {"prediction": "a"}, docs[2] | {"prediction": "a"}])
+    assert main(["score", path, "--task", "textvqa"]) == 2
+    assert "the question has no answer" in capsys.readouterr().err
+
+
+POPE_ASKED = {"adversarial": ["cup", "dog"], "popular": ["cup", "car"], "random": ["cup", "tie"]}
+
+
+def pope_labels():
+    """Two questions about one image in each category, the first the same in all, as in POPE."""
+    asked = [
+        (category, number, thing) for category, things in POPE_ASKED.items() for number, thing in enumerate(things)
+    ]
+    return [
+        {"id": str(i), "question_id": str(number + 1), "question": f"Is there a {thing} in the image?"}
+        | {"answer": "no" if number else "yes", "image_source": "COCO_1", "category": category}
+        for i, (category, number, thing) in enumerate(asked)
+    ]
+
+
+@pytest.mark.parametrize("has_doc", [True, False])
+@pytest.mark.parametrize("category", [None, *POPE_ASKED])
+def test_samples_of_pope_find_their_annotations_by_their_numbers(tmp_path, capsys, has_doc, category):
+    """The ids begin again in each category, and the first questions are the same: both were refused.
+
+    Of a category alone, as of the task pope_pop, the numbers are those in the category.
+    """
+    labels = pope_labels()
+    annotations = write_lines(tmp_path / "test.jsonl", labels)
+    asked = [row for row in labels if category in (None, row["category"])]
+    samples = [
+        {"doc_id": i, "target": row["answer"], "filtered_resps": "Yes" if i == 1 else row["answer"]}
+        | {"pope_accuracy": {"question_id": row["question_id"], "score": 1.0}}
+        | (
+            {"doc": {k: v for k, v in row.items() if "image" not in k}}
+            if has_doc
+            else {"input": row["question"] + PROMPT}
+        )
+        for i, row in enumerate(asked)
+    ]
+    path = write_lines(tmp_path / "samples.jsonl", samples)
+    result = score(capsys, path, "--task", "pope", "--annotations", annotations, code=3 if category else 0)
+    assert result["missing_ids"] == [row["id"] for row in labels if row not in asked]
+    assert result["metrics"]["accuracy"] == pytest.approx(100 * (len(asked) - 1) / len(asked))
+    wrong = {name for name, figures in result["groups"].items() if figures["accuracy"] == 50}
+    assert wrong == {category or "adversarial"}
+
+
+def test_samples_of_mme_with_their_questions_name_their_images(tmp_path, capsys):
+    """Before 0.4 lmms-eval kept the question; with labels that ask the same of two images it was refused."""
+    rows = [
+        {"question_id": f"OCR/{i // 2}.jpg", "question": f"Is it {said}?", "answer": said, "category": "OCR"}
+        for i, said in enumerate(["Yes", "No", "Yes", "No"])
+    ]
+    annotations = write_lines(tmp_path / "labels.jsonl", rows[::-1])
+    samples = [
+        {"doc_id": i, "doc": row, "target": row["answer"], "filtered_resps": ["No" if i == 0 else row["answer"]]}
+        for i, row in enumerate(rows)
+    ]
+    path = write_lines(tmp_path / "samples.jsonl", samples)
+    result = score(capsys, path, "--task", "mme", "--annotations", annotations)
+    assert result["metrics"]["perception"] == 125 and result["missing"] == 0
+
+
 def test_two_files_are_compared_on_what_both_answer(own, capsys):
     folder, arguments = own
     first = write_lines(folder / "a.jsonl", [{"id": r["id"], "response": s} for r, s in zip(ROWS, SAID, strict=True)])
@@ -1755,6 +1889,26 @@ def test_the_interval_draws_images_and_not_questions():
 
 
 # --- questions
+
+
+@pytest.mark.parametrize(
+    ("question", "options"),
+    [
+        ("Which?\nA. one\nB. two", ["one", "two"]),
+        ("Which? A: one, B: two, C: three", ["one", "two", "three"]),
+        ("Which is in figure A. ?\nOptions: A: one, B: two", ["one", "two"]),
+        ("From A. to B. how far?\nA. one\nB. two\nC. three", ["one", "two", "three"]),
+        ("A. said so?\nA. one\nB. two", ["one", "two"]),
+        ("Context: names\nA. not this\nB. nor this\nC. nor that\nWhich?\nA. one\nB. two", ["one", "two"]),
+        ("Which?\nA. vitamin B. or\nB. C.\nAnswer with the letter.", ["vitamin B. or", "C."]),
+        ("Which?\n(A) one\n(B) two\n", ["one", "two"]),
+        ("Which?\nA. one B. two", ["one", "two"]),
+        ("Which of A. ?", ["?"]),
+        ("Which?", []),
+    ],
+)
+def test_options_that_a_question_lists_are_told_from_what_it_speaks_of(question, options):
+    assert inline_options(question) == tuple(zip("ABC", options, strict=False))
 
 
 def test_parquet_and_inline_options(tmp_path):

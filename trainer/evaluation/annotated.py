@@ -7,7 +7,7 @@ from llava_llama31.trainer.evaluation.task_files import Layout, Task
 from llava_llama31.trainer.strict_json import parse_json
 
 
-def check_annotated(task: Task, layout: Layout, question: Question, where: str) -> None:
+def check_annotated(task: Task, layout: Layout, question: Question, where: str, *, normalized: bool = False) -> None:
     """Refuse a question whose annotated answer is of another kind than its metric compares.
 
     Args:
@@ -15,6 +15,7 @@ def check_annotated(task: Task, layout: Layout, question: Question, where: str) 
         layout: says whether there are options.
         question: with its annotated answers; one without any is not looked at.
         where: its place.
+        normalized: a VQA rule may have normalised the answers, which leaves nothing of the word `a`.
 
     Raises:
         UserError: an answer, yes or no, a JSON object, options or a text to look for is not there.
@@ -27,7 +28,8 @@ def check_annotated(task: Task, layout: Layout, question: Question, where: str) 
     answers = question.answers
     shown = f"{layout.answer} is {', '.join(map(repr, answers)):.80}"
     # an empty page has an empty text, and a function may know better
-    if not any(answer.strip() for answer in answers) and not metrics & {"cer", "wer", "function", "contains"}:
+    may_be_empty = metrics & {"cer", "wer", "function", "contains"} or (normalized and metrics == {"vqa"})
+    if not any(answer.strip() for answer in answers) and not may_be_empty:
         raise UserError(f"{shown}: the question has no answer", where=where, fix="give one, or remove the row")
     if "yes_no" in metrics and (len(answers) > 1 or answers[0].strip().lower() not in (YES, NO)):
         raise UserError(f"{shown}, and the metric is yes_no", where=where, fix="give yes or no")

@@ -391,6 +391,8 @@ def _sample(row: dict[str, Any], where: str) -> Answer:
     named = [holder[name] for holder in holders for name in ID_FIELDS if name in holder]
     doc, submitted = row.get("doc"), row.get("submission")
     image = _first(submitted, ("image",)) if isinstance(submitted, dict) else None  # VizWiz's server takes no ids
+    if image is not None and Path(Path(image).stem).suffix == Path(image).suffix:
+        image = Path(image).stem  # it adds .jpg to ids, which may end with it already
     # since its 0.4 lmms-eval keeps the prompt (input) and drops the question (doc)
     is_bare = not isinstance(doc, dict) and ("submission" not in row or image is not None)
     asked = doc.get("question") if isinstance(doc, dict) else row.get("input") if is_bare else None
@@ -405,8 +407,8 @@ def _sample(row: dict[str, Any], where: str) -> Answer:
         answer,
         asked=asked if isinstance(asked, str) else None,
         image=image,
-        id_may_be_image=is_bare and Path(str(question_id)).suffix != "",  # MME's is
-        number=number if is_bare and image is None and isinstance(number, int) else None,
+        id_may_be_image=asked is not None and Path(str(question_id)).suffix != "",  # MME's is
+        number=number if asked is not None and image is None and isinstance(number, int) else None,
     )
 
 

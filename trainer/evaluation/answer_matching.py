@@ -235,10 +235,11 @@ def _fits(answer: Answer, question: Question | None, *, unsaid: bool) -> bool:
 
 
 def _ids_by_number(answers: Sequence[Answer], questions: Sequence[Question], path: Path) -> list[int | str]:
-    """The ids of the questions with the rows' numbers, in the data set or, as EvalScope counts, in one category.
+    """The ids of the questions with the rows' numbers, in the data set or in one category.
 
-    None if a row does not ask the one with its number. Where several categories ask the same, the file's name decides,
-    which EvalScope ends with the category's.
+    EvalScope writes a file for each category, and lmms-eval has tasks of one category, such as pope_pop. None if a row
+    does not ask the one with its number. Where several categories ask the same, the file's name decides, which
+    EvalScope ends with the category's.
 
     Raises:
         UserError: it does not.
@@ -246,19 +247,23 @@ def _ids_by_number(answers: Sequence[Answer], questions: Sequence[Question], pat
     if any(answer.number is None for answer in answers):
         return []
     found = [fitting] if (fitting := _numbered(answers, dict(enumerate(questions)))) else []
-    if all(answer.number_may_be_in_category for answer in answers):
+    in_category = all(answer.number_may_be_in_category for answer in answers)
+    if in_category or not (found or any(answer.id_may_be_image for answer in answers)):
         parts: dict[str, list[Question]] = defaultdict(list)
         for question in questions:
             for group in question.groups:
                 parts[group].append(question)
         by_group = {group: _numbered(answers, dict(enumerate(part))) for group, part in parts.items()}
         by_id = {question.question_id: question for question in questions if isinstance(question.question_id, int)}
+        by_id = by_id if in_category else {}
         found += [fitting for fitting in (_numbered(answers, by_id), *by_group.values()) if fitting]
         named = [fitting for group, fitting in by_group.items() if fitting and path.stem.endswith(f"_{group}")]
         found = named or found
     same = {
         tuple((question.question, question.image_id, question.answers) for question in fitting) for fitting in found
     }
+    if len(same) > 1 and not in_category:
+        return []
     if len(same) > 1:
         what = "several categories ask what the rows ask, in the same order"
         fix = (

@@ -55,6 +55,8 @@ def judge_of(task: Task, protocol: ProtocolOf) -> Judge:
 
 
 def _judged(protocol: ProtocolOf, question: Question, answer: str | None, normalized: bool = False) -> Judgement:
+    if protocol.reads == "stripped" and answer is not None:
+        answer = answer.strip()
     if protocol.metric == "yes_no":
         return _yes_no(protocol, question, answer)
     if protocol.metric == "choice":
@@ -69,7 +71,7 @@ def _judged(protocol: ProtocolOf, question: Question, answer: str | None, normal
         return Judgement(counts.f1 if answer is not None else 0.0, counts=summed)
     if answer is None:
         return Judgement(0.0)
-    if protocol.reads == "all":
+    if protocol.reads in ("all", "stripped"):
         return Judgement(_text_value(protocol, question, answer, normalized))
     said = answer_line_or_all(answer) if protocol.reads == "answer_line_or_all" else answer_line(answer) or ""
     return Judgement(_text_value(protocol, question, said, normalized), said)
@@ -80,7 +82,8 @@ def _text_value(protocol: ProtocolOf, question: Question, answer: str, normalize
     if protocol.list_answers and len(answers) == 1:
         answers = [str(item) for item in python_list(answers[0]) or answers]
     if protocol.metric == "vqa":
-        return vqa_accuracy(answer, answers, protocol.rule, normalized=normalized)
+        as_they_stand = question.answers_normalized == protocol.rule
+        return vqa_accuracy(answer, answers, protocol.rule, normalized=normalized, answers_normalized=as_they_stand)
     if protocol.metric == "exact":
         return exact_match(answer, answers, protocol.rule)
     if protocol.metric == "contains":

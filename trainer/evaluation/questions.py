@@ -53,6 +53,7 @@ class Question:
         units: what is right only as a whole, e.g. all turns of a circular question; the task says what for.
         metric: how this question is scored, where each says so itself.
         left_out: the file has it and the task does not count it, as MMMU's of another split.
+        answers_normalized: the VQA protocol in whose normal form the answers are already.
     """
 
     question_id: int | str
@@ -67,6 +68,7 @@ class Question:
     units: tuple[str, ...] = ()
     metric: str = ""
     left_out: bool = False
+    answers_normalized: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Answers and questions of a task from its files: whatever program wrote them, and wherever the labels are."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,13 @@ from llava_llama31.trainer.evaluation.task_questions import (
     second_id,
     turns_note,
 )
+from llava_llama31.trainer.evaluation.vqa_accuracy import is_normalized
 
 
+NORMALIZED_LABELS_NOTE = (
+    "lmms-eval's samples hold the annotated answers in a normal form, in which {rule} compares them; the scores under "
+    "the other protocols are not those of the annotators' own words: pass the annotations with --annotations for these"
+)
 IMAGES_NOTE = "lmms-eval's samples do not say which questions have an image; all of them count"
 
 
@@ -91,6 +96,8 @@ def read_task_answers(
         task, left_out = _without_categories(task, file)
         notes.append(left_out)
         annotated = load_task_questions(task, _held(task, file), with_images=False)
+        annotated, normal = _as_lmms_eval_keeps(task, file, annotated)
+        notes.append(normal)
         pairs = zip(file.answers, annotated, strict=True)
         rows = [answer.under(question.question_id) for answer, question in pairs]
         notes += [IMAGES_NOTE] if task.only_with_image and file.layout == SAMPLES else []
@@ -202,6 +209,19 @@ def _document(row: Mapping[str, Any], *, unscored: bool) -> dict[str, Any] | Non
     kept = {name: value for held in metrics.values() for name, value in held.items()}
     target = None if unscored and row["target"] == "None" else row["target"]
     return {**row, **kept, "metrics": ", ".join(sorted(metrics)), DOC_ID: number, "target": target}
+
+
+def _as_lmms_eval_keeps(task: Task, file: AnswerRows, questions: list[Question]) -> tuple[list[Question], str]:
+    """The questions of lmms-eval's samples of VQA, whose annotated answers it normalised before it wrote them; a note.
+
+    A second normalisation would make another text of some, as for its submissions.
+    """
+    protocols = task.protocols.values() if file.layout == SAMPLES else ()
+    rules = [protocol.rule for protocol in protocols if file.layout in protocol.layouts and protocol.metric == "vqa"]
+    if not rules or not all(is_normalized(answer, rules[0]) for q in questions for answer in q.answers):
+        return questions, ""
+    note = NORMALIZED_LABELS_NOTE.format(rule=rules[0])
+    return [replace(question, answers_normalized=rules[0]) for question in questions], note
 
 
 def _held(task: Task, file: AnswerRows) -> Sequence[Row]:

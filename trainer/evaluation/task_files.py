@@ -108,6 +108,8 @@ class Layout(_Frozen):
     groups: list[str] = []
     separator: str | None = None
     """What parts several groups of one field."""
+    groups_by_field: dict[str, str] = {}
+    """Field -> the group of rows that have it, where a file says a category by the name of a metric."""
     metric: str | None = None
     leave_out: dict[str, str | list[str]] = {}
     """Field -> what it says in rows that do not count, as those of another split; one text or several."""
@@ -139,8 +141,9 @@ class ProtocolOf(_Frozen):
     """Groups whose answers are formulas."""
     sums: dict[str, list[str]] = {}
     """Name of a sum -> the groups whose scores it adds."""
-    reads: Literal["all", "answer_line", "answer_line_or_all"] = "all"
-    """What of an answer is compared with a text: what follows its last `ANSWER:`, nothing or all where it has none."""
+    reads: Literal["all", "stripped", "answer_line", "answer_line_or_all"] = "all"
+    """What of an answer is compared: all; all but white space around it, as lmms-eval does before any of its rules; or
+    with a text, what follows its last `ANSWER:`, nothing or all where it has none."""
     layouts: list[str] = []
     """Answer files that are scored by this protocol unless --protocol names another one."""
 

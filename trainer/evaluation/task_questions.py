@@ -78,7 +78,7 @@ def load_task_questions(
     holders = {str(row.get(layout.id or "")): row for _, row in rows}
     for where, row in rows if limit is None else rows[:limit]:
         question = _question(task, layout, row, where, numbers)
-        check_annotated(task, layout, question, where)
+        check_annotated(task, layout, question, where, normalized=DOC_ID in row)
         if str(question.question_id) in task.listed_twice and str(question.question_id) in seen:
             question = replace(question, question_id=second_id(question.question_id))
         only_once(str(question.question_id), layout.id or "question", where, seen)
@@ -470,6 +470,7 @@ def _groups(layout: Layout, row: Mapping[str, Any]) -> tuple[str, ...]:
         value = _field(row, spec)
         if value not in (None, ""):
             groups += str(value).split(layout.separator) if layout.separator else [str(value)]
+    groups += [group for name, group in layout.groups_by_field.items() if name in row]
     return tuple(dict.fromkeys(group.strip() for group in groups))
 
 

@@ -14,7 +14,7 @@ from llava_llama31.trainer.evaluation.metrics.yes_no import is_yes_for_want_of_n
 from llava_llama31.trainer.evaluation.questions import Question
 from llava_llama31.trainer.evaluation.task_files import ProtocolOf, Task
 from llava_llama31.trainer.evaluation.task_questions import counted
-from llava_llama31.trainer.evaluation.task_summaries import Sums, group_metrics, metrics_of, sums_of
+from llava_llama31.trainer.evaluation.task_summaries import Sums, metrics_of, sums_of, wider_metrics
 
 
 RESAMPLES, SEED = 1000, 0
@@ -325,7 +325,8 @@ def _scores(task: Task, protocol: ProtocolOf, found: Answered, intervals: bool) 
         as_wrong = metrics_of(_total(sums_of(found.questions, judgements, protocol).values()), protocol, groups)
     value = metrics[protocol.headline]
     low, high = _middle(_resampled(sums, protocol, groups)) if intervals else (value, value)
-    by_group = {group: scores for group in groups if (scores := group_metrics(total, protocol, group))}
+    each = ((group, wider_metrics(total, protocol, questions, group)) for group in groups)
+    by_group = {group: scores for group, scores in each if scores}
     pairs = zip(questions, judged, strict=True)
     num_unclear = sum(_has_to_choose(protocol, question) and not judgement.said for question, judgement in pairs)
     return ProtocolScores(metrics, protocol.headline, low, high, as_wrong, by_group, num_unclear)

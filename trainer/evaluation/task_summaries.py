@@ -90,6 +90,18 @@ def metrics_of(sums: Mapping[tuple[str, str], float], protocol: ProtocolOf, grou
     return metrics
 
 
+def wider_metrics(
+    sums: Mapping[tuple[str, str], float], protocol: ProtocolOf, questions: Sequence[Question], group: str
+) -> dict[str, float]:
+    """Metrics of a category; of one that holds finer ones which the protocol averages, the mean of these."""
+    within = {part for question in questions if group in question.groups for part in question.groups}
+    finer = [part for part in protocol.averaged if part in within]
+    if group in finer or not finer:
+        return group_metrics(sums, protocol, group)
+    each = [found for part in finer if (found := group_metrics(sums, protocol, part))]
+    return {name: sum(found[name] for found in each) / len(each) for name in each[0]} if each else {}
+
+
 def group_metrics(sums: Mapping[tuple[str, str], float], protocol: ProtocolOf, group: str) -> dict[str, float]:
     """Metrics over the questions of a category; none if there is no question."""
 

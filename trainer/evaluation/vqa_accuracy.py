@@ -133,7 +133,14 @@ def is_normalized(answer: str, protocol: str) -> bool:
     return normalize(" ".join(words), protocol) == " ".join(words)
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[str], protocol: str, *, normalized: bool = False) -> float:
+def vqa_accuracy(
+    prediction: str,
+    answers: Sequence[str],
+    protocol: str,
+    *,
+    normalized: bool = False,
+    answers_normalized: bool = False,
+) -> float:
     """Score one prediction against the annotators' answers: 0, 0.3, 0.6, 0.9 or 1 for ten of them.
 
     With n annotators the prediction earns, for each of them, `min(1, matches among the other n - 1 / 3)`, and the n
@@ -145,6 +152,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], protocol: str, *, norm
         answers: what the annotators said.
         protocol: one of PROTOCOLS.
         normalized: the prediction is in the protocol's normal form already, and is compared as it stands.
+        answers_normalized: the annotators' answers are.
 
     Raises:
         ValueError: `answers` is empty, or no protocol has that name.
@@ -152,7 +160,8 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], protocol: str, *, norm
     if not answers:
         raise ValueError("a question without answers cannot be scored")
     wanted, count = prediction if normalized else normalize(prediction, protocol), len(answers)
-    matches = sum(normalize(answer, protocol) == wanted for answer in answers)
+    said = answers if answers_normalized else [normalize(answer, protocol) for answer in answers]
+    matches = sum(answer == wanted for answer in said)
     if count == 1:
         return float(matches)
     full = min(ANNOTATORS_FOR_FULL_SCORE, count - 1)

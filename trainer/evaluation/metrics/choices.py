@@ -186,14 +186,41 @@ def multiple_choice(prediction: str, options: Mapping[str, str], answer: str, ru
 
 
 def inline_options(question: str) -> tuple[tuple[str, str], ...]:
-    """(letter, text) of the options that a question itself lists: `A. one`, `A: one` or `A) one`, from A on."""
-    starts: list[re.Match[str]] = []
-    for letter in LETTERS:
-        pattern = re.compile(rf"(?<![A-Za-z]){letter}[.:)]\s")
-        found = pattern.search(question, starts[-1].end() if starts else 0)
-        if found is None:
-            break
-        starts.append(found)
+    """(letter, text) of the options that a question itself lists: `A. one`, `A: one` or `A) one`, from A on.
+
+    Questions and hints speak of `figure A.` too: the last list counts that begins a line or follows `Options:`, or
+    else the longest.
+    """
+    lists = [(_opens_list(question, first), _list_from(question, first)) for first in _label("A").finditer(question)]
+    if not lists:
+        return ()
+    ranked = [(opens and len(starts) > 1, 0 if opens else len(starts), starts) for opens, starts in lists]
+    starts = max(reversed(ranked), key=lambda ranks: ranks[:2])[2]
     ends = [*(match.start() for match in starts[1:]), len(question)]
     spans = [question[match.end() : end].strip(" ,(\n") for match, end in zip(starts, ends, strict=False)]
     return tuple((letter, span.split("\n")[0]) for letter, span in zip(LETTERS, spans, strict=False))
+
+
+def _label(letter: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![A-Za-z]){letter}[.:)]\s")
+
+
+def _opens_list(question: str, first: re.Match[str]) -> bool:
+    """Whether a letter A begins a line or follows `Options:`."""
+    before = question[: first.start()].rstrip(" (")
+    return not before or before.endswith("\n") or before.lower().endswith("options:")
+
+
+def _list_from(question: str, first: re.Match[str]) -> list[re.Match[str]]:
+    """The labels of a list from its A on; where A and B begin lines, all of them do."""
+    starts = [first]
+    on_lines = not question[: first.start()].rpartition("\n")[2].strip(" (")
+    for letter in LETTERS[1:]:
+        place = starts[-1].end()
+        found = re.compile(rf"(?<=\n)[ (]*{letter}[.:)]\s").search(question, place) if on_lines else None
+        if found is None and (not on_lines or len(starts) == 1):
+            found, on_lines = _label(letter).search(question, place), False
+        if found is None:
+            break
+        starts.append(found)
+    return starts

@@ -1,8 +1,8 @@
 """Open questions among multiple-choice ones, as MMMU has them.
 
 Definitions read from:
-- MMMU (Yue et al., 2024): `mmmu/utils/eval_utils.py`; lmms-eval took it over, and since June 2025 finds no answer
-  right, as it compares the answer's characters one by one
+- MMMU (Yue et al., 2024): `mmmu/utils/eval_utils.py`; lmms-eval took it over; from June 2025 on it found
+  no answer right, as it compared the answer's characters one by one, and its 0.7.3 compares as MMMU does again
 - VLMEvalKit: `MMMU_preproc` of `vlmeval/dataset/utils/multiple_choice.py`
 """
 
