@@ -189,14 +189,14 @@ def test_a_pipe_that_breaks_elsewhere_is_reported(monkeypatch, capsys):
             ("/data/answers.jsonl",),
             "/data/answers.jsonl: No space left on device (fix: free space there and run again)",
         ),
-        ((), "a file: No space left on device (fix: free space where the command writes and in /tmp/spare; --debug"),
+        ((), "a file: No space left on device (fix: free space where the command writes and in /spare; --debug"),
     ],
 )
 def test_a_full_disk_is_reported_with_the_place_to_free(monkeypatch, capsys, named, message):
     def write(options: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *named)
 
-    monkeypatch.setattr(cli.tempfile, "tempdir", "/tmp/spare")
+    monkeypatch.setattr(cli.tempfile, "tempdir", "/spare")
     monkeypatch.setattr(cli.recipes, "run", write)
     assert main(["recipes"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
