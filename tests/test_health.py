@@ -30,13 +30,16 @@ from llava_llama31.assembly import staged_folder
 from llava_llama31.trainer.checkpoint import atomic_folders
 from llava_llama31.trainer.checkpoint.background import wait_for_background
 from llava_llama31.trainer.cli import main
+from llava_llama31.trainer.data.check.cache import write_atomically
 from llava_llama31.trainer.errors import EndedElsewhere, OutOfMemory, Unhealthy, UserError
+from llava_llama31.trainer.evaluation.answering import Answers
 from llava_llama31.trainer.fault_tolerance import peers
 from llava_llama31.trainer.fault_tolerance.out_of_memory import advising
 from llava_llama31.trainer.fault_tolerance.stage_guard import StopRequests
 from llava_llama31.trainer.fault_tolerance.step_health import ENOUGH, MOST_SKIPPED_IN_A_ROW, WINDOW, Health
 from llava_llama31.trainer.recipes.schema import Stage
 from llava_llama31.trainer.runs import stage_parts
+from llava_llama31.trainer.runs.run_log import append_entry
 from llava_llama31.trainer.training import stage_checkpoints
 from llava_llama31.trainer.training.llava_trainer import LlavaTrainer
 
@@ -371,6 +374,27 @@ def test_a_disk_that_is_full_for_the_log_is_reported_with_its_name(train, monkey
     assert code == 2 and capsys.readouterr().err.splitlines()[-1] == f"error: {run / 'log.jsonl'}: File too large"
     assert (run / "log.jsonl").read_bytes().splitlines()[-1] == b'{"time": '
     assert steps(run) == [1, 2] and train()[0] == 0 and steps(run) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: atomic_folders.write_json(path, {"a": 1}),
+        lambda path: write_atomically(path, ["a"]),
+        lambda path: Answers([], path, 0.0, {}).write_scores({}),
+        lambda path: append_entry(path, "projector", {}),
+    ],
+)
+def test_a_write_that_fails_names_its_file(tmp_path, write):
+    """Python's own error of a write or flush names none."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as failed:
+            write(tmp_path / "file.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Path(failed.value.filename).parent == tmp_path
 
 
 def test_a_full_device_is_reported_with_the_file_and_the_fix(train, tmp_path, capsys):

@@ -598,8 +598,8 @@ def test_turns_belong_together_however_a_table_writes_their_numbers(tmp_path, ca
     for number, spelt in enumerate((lambda i: f"{i}.0", lambda i: f" {i} ", float)):
         path = write_lines(tmp_path / f"{number}.jsonl", [row | {"index": spelt(row["index"])} for row in rows])
         assert score(capsys, path, "--task", "mmbench")["metrics"]["accuracy"] == 50
-    anew = write_xlsx(tmp_path / "anew.xlsx", [row | {"index": i} for i, row in enumerate(rows)])
-    result = score(capsys, anew, "--task", "mmbench")
+    renumbered = write_xlsx(tmp_path / "renumbered.xlsx", [row | {"index": i} for i, row in enumerate(rows)])
+    result = score(capsys, renumbered, "--task", "mmbench")
     assert "no question has a second turn" in result["note"] and "in steps of 1,000,000" in result["note"]
     shifted = [row | {"index": other["index"]} for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
     assert main(["score", write_xlsx(tmp_path / "s.xlsx", shifted), "--task", "mmbench"]) == 2

@@ -181,8 +181,6 @@ def read_answer_rows(path: str | Path, reading: Reading) -> AnswerRows:
         UserError: it cannot be read, is none that `read_answers` knows, or holds no words of a model.
     """
     file = _answer_rows(Path(path), reading)
-    if parts := parts_of_gpus(file.path):
-        file = replace(file, notes=(_parts_note(file.path, parts), *file.notes))
     # those of `evaluate` are a model's, however little it said
     if not (file.layout == ANSWERS and MODEL in file.source[0][1]):
         _refuse_no_words(file.answers, file.path)
@@ -221,13 +219,14 @@ def _refuse_no_words(answers: Sequence[Answer], path: Path) -> None:
 
 
 def _answer_rows(path: Path, reading: Reading) -> AnswerRows:
-    rows = _kept(list(_read(path)), reading, path)
+    read, notes = _read(path)
+    rows = _kept(list(read), reading, path)
     if not rows:
         raise UserError("no answers", where=str(path), fix="name a file with at least one answer")
     empty = "" if path.suffix.lower() == ".xlsx" else None  # a cell without text; elsewhere null is no answer
     if reading.columns:
         answers = [_with_category(_by_columns(row, where, reading, empty), row) for where, row in rows]
-        return AnswerRows(path, _called(reading), answers, rows)
+        return AnswerRows(path, _called(reading), answers, rows, notes)
     layout = _layout(rows[0][1], rows[0][0])
     for where, row in rows:
         if layout is None or _layout(row, where) != layout:
@@ -243,21 +242,20 @@ def _answer_rows(path: Path, reading: Reading) -> AnswerRows:
     if bare and all(answer.text is not None and is_normalized(answer.text, "m4c") for answer in answers):
         answers = [answer.with_row({"normalized": "m4c"}) for answer in answers]
         return AnswerRows(path, BY_IMAGE if layout == BY_IMAGE else SUBMISSION, answers, rows, (NORMALIZED_NOTE,))
-    return AnswerRows(path, str(layout), answers, rows, _notes(path, rows) if layout == VLMEVALKIT else ())
+    return AnswerRows(path, str(layout), answers, rows, _notes(path, rows) if layout == VLMEVALKIT else notes)
 
 
-def _read(path: Path) -> Iterable[Row]:
-    """Rows of a file, or of a folder that some evaluator writes."""
-    keyed = ("question_id", "prediction")
+def _read(path: Path) -> tuple[Iterable[Row], tuple[str, ...]]:
+    """Rows of a file, or of a folder that some evaluator writes, and notes on what was read."""
     if holds_mmmu_outputs(path):
-        return mmmu_outputs(path)
+        return mmmu_outputs(path), ()
     if holds_mme_results(path):
-        return mme_results(path)
+        return mme_results(path), ()
     if parts := parts_of_gpus(path):
-        return chain.from_iterable(any_rows(part) for part in parts)
+        return chain.from_iterable(any_rows(part) for part in parts), (_parts_note(path, parts),)
     if path.is_dir() and not parquet_folder(path):
         raise _not_answers(path)
-    return any_rows(path, keyed=keyed, formulas=True)
+    return any_rows(path, keyed=("question_id", "prediction"), formulas=True), ()
 
 
 def _not_answers(folder: Path) -> UserError:

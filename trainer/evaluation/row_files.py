@@ -41,6 +41,7 @@ _FLOAT = re.compile(r"\d+\.0", re.ASCII)
 # what LLaVA's scripts call the part of GPU K of N
 _PART = re.compile(r"(\d+)_(\d+)\.jsonl", re.ASCII)
 _MMMU_OUTPUT = "output.json"
+# how VLMEvalKit's names of files of scores end
 _SCORES = ("_acc.csv", "_score.csv", "_score.json")
 _MME_RESULTS = ("image", "question", "answer", "prediction")
 # what XML, and so a cell of an Excel table, cannot hold

@@ -121,7 +121,7 @@ def _refuse_other_turns(task: Task, questions: Sequence[Question], where: str) -
 
 
 def turns_note(task: Task, questions: Sequence[Question]) -> str:
-    """That no circular question has a second turn, as where a table was numbered anew; empty where some have."""
+    """That no circular question has a second turn, as in a renumbered table; empty where some have."""
     if task.units != "circular" or len({question.units for question in questions}) < len(questions):
         return ""
     what = "no question has a second turn, so each counts by itself and the figure is no circular one"
